@@ -1,0 +1,128 @@
+"""BlockLayout: which key blocks each query block visits, the contract between masks and kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+WORD_BITS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLayout:
+    """The blocks of a block-sparse attention, as index lists per row of query blocks.
+
+    A *full* block attends everywhere; a *partial* block attends where its bit mask says so. Blocks
+    on the ragged end of the sequence count as full when every token pair that exists is allowed:
+    kernels never read past `tokens_q` or `tokens_kv`.
+
+    Attributes:
+        tokens_q, tokens_kv: sequence lengths in tokens; any positive number.
+        block_q, block_kv: tokens per query block and per key block.
+        full_count: int32 `(batch|1, heads|1, rows)`, number of full blocks in each row.
+        full_index: int32 `(batch|1, heads|1, rows, cap)`, their key-block indices, ascending; entries
+            from `full_count` on are 0 and mean nothing.
+        partial_count, partial_index: the same for partial blocks.
+        partial_mask: int32, shape of `partial_index`: which row of `bit_masks` the block obeys.
+        bit_masks: int32 `(masks, block_q, ceil(block_kv / 32))`, bit `j % 32` of word `j // 32` set
+            when key `j` of the block is visible to that query. Equal masks are stored once.
+    """
+
+    tokens_q: int
+    tokens_kv: int
+    block_q: int
+    block_kv: int
+    full_count: torch.Tensor
+    full_index: torch.Tensor
+    partial_count: torch.Tensor
+    partial_index: torch.Tensor
+    partial_mask: torch.Tensor
+    bit_masks: torch.Tensor
+
+    @property
+    def rows(self) -> int:
+        """Number of query blocks."""
+        return -(-self.tokens_q // self.block_q)
+
+    @property
+    def columns(self) -> int:
+        """Number of key blocks."""
+        return -(-self.tokens_kv // self.block_kv)
+
+    @property
+    def device(self) -> torch.device:
+        return self.full_count.device
+
+    @property
+    def full_blocks(self) -> int:
+        """Full blocks over all rows, heads and samples."""
+        return int(self.full_count.sum())
+
+    @property
+    def partial_blocks(self) -> int:
+        """Partial blocks over all rows, heads and samples."""
+        return int(self.partial_count.sum())
+
+    @property
+    def density(self) -> float:
+        """Fraction of the blocks that are visited: the work done relative to dense attention."""
+        layouts = self.full_count.shape[0] * self.full_count.shape[1]
+        return (self.full_blocks + self.partial_blocks) / (layouts * self.rows * self.columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all index lists and bit masks."""
+        tensors = (getattr(self, f.name) for f in fields(self))
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+    def to(self, device: torch.device | str) -> BlockLayout:
+        """The same layout on another device; itself when it is already there."""
+        device = torch.device(device)
+        if self.device == device:
+            return self
+        tensors = {
+            f.name: getattr(self, f.name).to(device)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), torch.Tensor)
+        }
+        return replace(self, **tensors)
+
+    def dense(self) -> torch.Tensor:
+        """The token mask this layout stands for: bool `(batch|1, heads|1, tokens_q, tokens_kv)`.
+
+        Needs memory for every token pair: for tests and pictures.
+        """
+        batch, heads, rows = self.full_count.shape
+        out = torch.zeros(
+            batch, heads, rows, self.columns, self.block_q, self.block_kv,
+            dtype=torch.bool, device=self.device,
+        )  # fmt: skip
+        bits = unpack_bits(self.bit_masks, self.block_kv)
+        for b in range(batch):
+            for h in range(heads):
+                for r in range(rows):
+                    full = self.full_index[b, h, r, : self.full_count[b, h, r]].long()
+                    out[b, h, r, full] = True
+                    n = self.partial_count[b, h, r]
+                    partial = self.partial_index[b, h, r, :n].long()
+                    out[b, h, r, partial] = bits[self.partial_mask[b, h, r, :n].long()]
+        out = out.transpose(3, 4).reshape(
+            batch, heads, rows * self.block_q, self.columns * self.block_kv
+        )
+        return out[:, :, : self.tokens_q, : self.tokens_kv]
+
+
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """Pack bool `(..., n)` into int32 words `(..., ceil(n / 32))`, key 0 in the lowest bit."""
+    padding = -mask.shape[-1] % WORD_BITS
+    words = torch.nn.functional.pad(mask, (0, padding)).unflatten(-1, (-1, WORD_BITS))
+    shifts = torch.arange(WORD_BITS, device=mask.device)
+    # The sum stays below 2**32 in int64; the cast to int32 keeps its low 32 bits.
+    return (words.long() << shifts).sum(-1).to(torch.int32)
+
+
+def unpack_bits(words: torch.Tensor, n: int) -> torch.Tensor:
+    """Inverse of `pack_bits`: int32 `(..., words)` to bool `(..., n)`."""
+    shifts = torch.arange(WORD_BITS, device=words.device)
+    return ((words.long().unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)[..., :n]

@@ -1,0 +1,1 @@
+"""Attention kernels: tensors in, tensors out. They know blocks, never methods, models or diffusers."""
