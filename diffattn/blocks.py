@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -21,8 +22,8 @@ class BlockLayout:
         tokens_q, tokens_kv: sequence lengths in tokens; any positive number.
         block_q, block_kv: tokens per query block and per key block.
         full_count: int32 `(batch|1, heads|1, rows)`, number of full blocks in each row.
-        full_index: int32 `(batch|1, heads|1, rows, cap)`, their key-block indices, ascending; entries
-            from `full_count` on are 0 and mean nothing.
+        full_index: int32 `(batch|1, heads|1, rows, cap)`, their key-block indices, ascending;
+            entries from `full_count` on are 0 and mean nothing.
         partial_count, partial_index: the same for partial blocks.
         partial_mask: int32, shape of `partial_index`: which row of `bit_masks` the block obeys.
         bit_masks: int32 `(masks, block_q, ceil(block_kv / 32))`, bit `j % 32` of word `j // 32` set
@@ -126,3 +127,122 @@ def unpack_bits(words: torch.Tensor, n: int) -> torch.Tensor:
     """Inverse of `pack_bits`: int32 `(..., words)` to bool `(..., n)`."""
     shifts = torch.arange(WORD_BITS, device=words.device)
     return ((words.long().unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)[..., :n]
+
+
+EMPTY, PARTIAL, FULL = 0, 1, 2  # states of a block, as stored in the uint8 tensors below
+
+# (rows, columns) of n partial blocks -> their token masks, bool (n, block_q, block_kv)
+BlockBits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+# Token masks are expanded this many blocks at a time: 64 MiB of bool at 128 x 128.
+_BLOCKS_PER_CHUNK = 4096
+
+
+def layout_from_states(
+    states: torch.Tensor,
+    bits: BlockBits | None,
+    *,
+    tokens_q: int,
+    tokens_kv: int,
+    block_q: int,
+    block_kv: int,
+) -> BlockLayout:
+    """Build a layout shared by all heads and samples from the state of every block.
+
+    Args:
+        states: uint8 `(rows, columns)` of `EMPTY`, `PARTIAL` or `FULL`. A block marked partial may
+            turn out empty or full once its bits are known; it is then stored as such.
+        bits: gives the token masks of the partial blocks, asked for in chunks; may be None when
+            there are none. What it says about tokens past the end of the sequence is ignored.
+        tokens_q, tokens_kv: sequence lengths.
+        block_q, block_kv: tokens per block.
+
+    Raises:
+        ValueError: if `states` does not have one entry per block, or a partial block has no bits.
+    """
+    expected = (-(-tokens_q // block_q), -(-tokens_kv // block_kv))
+    if tuple(states.shape) != expected:
+        raise ValueError(
+            f"states has shape {tuple(states.shape)}, but {tokens_q} x {tokens_kv} tokens in blocks"
+            f" of {block_q} x {block_kv} make {expected} blocks"
+        )
+    states = states.clone()
+    row, column = (states == PARTIAL).nonzero(as_tuple=True)
+    if row.numel() and bits is None:
+        raise ValueError(f"{row.numel()} blocks are partial, but no bits were given for them")
+    words, mask_of_block = _distinct_masks(
+        states, row, column, bits, tokens_q, tokens_kv, block_q, block_kv
+    )
+    mask_table = torch.zeros(states.shape, dtype=torch.int32, device=states.device)
+    mask_table[row, column] = mask_of_block
+    full_count, full_index = _index_lists(states == FULL)
+    partial_count, partial_index = _index_lists(states == PARTIAL)
+    return BlockLayout(
+        tokens_q=tokens_q,
+        tokens_kv=tokens_kv,
+        block_q=block_q,
+        block_kv=block_kv,
+        full_count=full_count[None, None],
+        full_index=full_index[None, None],
+        partial_count=partial_count[None, None],
+        partial_index=partial_index[None, None],
+        partial_mask=mask_table.gather(1, partial_index.long())[None, None],
+        bit_masks=words,
+    )
+
+
+def _index_lists(visited: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bool (rows, columns) -> counts (rows,) and compact ascending indices (rows, cap), int32."""
+    count = visited.sum(1)
+    cap = max(1, int(count.max()))  # kernels want a last dimension they can address
+    row, column = visited.nonzero(as_tuple=True)
+    first = count.cumsum(0) - count
+    index = torch.zeros(visited.shape[0], cap, dtype=torch.int32, device=visited.device)
+    slot = torch.arange(row.numel(), device=visited.device) - first[row]
+    index[row, slot] = column.to(torch.int32)
+    return count.to(torch.int32), index
+
+
+def _distinct_masks(
+    states: torch.Tensor,
+    row: torch.Tensor,
+    column: torch.Tensor,
+    bits: BlockBits | None,
+    tokens_q: int,
+    tokens_kv: int,
+    block_q: int,
+    block_kv: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed distinct masks of the partial blocks, and which of them each block has.
+
+    Writes EMPTY or FULL into `states` where the bits say so.
+    """
+    device = states.device
+    words_per_row = -(-block_kv // WORD_BITS)
+    mask_of_block = torch.zeros(row.numel(), dtype=torch.int32, device=device)
+    chunks = [torch.zeros(0, block_q * words_per_row, dtype=torch.int32, device=device)]
+    found = 0
+    in_block_q = torch.arange(block_q, device=device)
+    in_block_kv = torch.arange(block_kv, device=device)
+    for start in range(0, row.numel(), _BLOCKS_PER_CHUNK):
+        assert bits is not None
+        r, c = row[start : start + _BLOCKS_PER_CHUNK], column[start : start + _BLOCKS_PER_CHUNK]
+        exists = (r[:, None] * block_q + in_block_q < tokens_q)[:, :, None] & (
+            c[:, None] * block_kv + in_block_kv < tokens_kv
+        )[:, None, :]
+        allowed = bits(r, c) & exists
+        empty = ~allowed.flatten(1).any(1)
+        full = (allowed == exists).flatten(1).all(1)
+        states[r[empty], c[empty]] = EMPTY
+        states[r[full], c[full]] = FULL
+        rest = ~(empty | full)
+        distinct, which = torch.unique(
+            pack_bits(allowed[rest]).flatten(1), dim=0, return_inverse=True
+        )
+        mask_of_block[start : start + len(r)][rest] = (found + which).to(torch.int32)
+        chunks.append(distinct)
+        found += len(distinct)
+    table, place = torch.unique(torch.cat(chunks), dim=0, return_inverse=True)
+    if found:
+        mask_of_block = place[mask_of_block.long()].to(torch.int32)
+    return table.view(-1, block_q, words_per_row), mask_of_block
