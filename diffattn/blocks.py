@@ -133,9 +133,11 @@ EMPTY, PARTIAL, FULL = 0, 1, 2  # states of a block, as stored in the uint8 tens
 
 # (rows, columns) of n partial blocks -> their token masks, bool (n, block_q, block_kv)
 BlockBits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# The same -> int64 (n,): blocks of equal signature have equal token masks; None if not known
+BlockSignatures = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
 
-# Token masks are expanded this many blocks at a time: 64 MiB of bool at 128 x 128.
-_BLOCKS_PER_CHUNK = 4096
+# Token masks are worked out this many token pairs at a time: few enough for a processor's cache.
+_PAIRS_PER_CHUNK = 1 << 20
 
 
 def layout_from_states(
@@ -146,6 +148,7 @@ def layout_from_states(
     tokens_kv: int,
     block_q: int,
     block_kv: int,
+    signatures: BlockSignatures | None = None,
 ) -> BlockLayout:
     """Build a layout shared by all heads and samples from the state of every block.
 
@@ -156,6 +159,8 @@ def layout_from_states(
             there are none. What it says about tokens past the end of the sequence is ignored.
         tokens_q, tokens_kv: sequence lengths.
         block_q, block_kv: tokens per block.
+        signatures: where known, tells which partial blocks have equal masks, so that `bits` is
+            asked for one of each. Blocks at the ragged end of the sequence are told apart anyway.
 
     Raises:
         ValueError: if `states` does not have one entry per block, or a partial block has no bits.
@@ -170,9 +175,12 @@ def layout_from_states(
     row, column = (states == PARTIAL).nonzero(as_tuple=True)
     if row.numel() and bits is None:
         raise ValueError(f"{row.numel()} blocks are partial, but no bits were given for them")
+    one_of_each, like = _representatives(states, row, column, signatures)
     words, mask_of_block = _distinct_masks(
-        states, row, column, bits, tokens_q, tokens_kv, block_q, block_kv
+        states, row[one_of_each], column[one_of_each], bits, tokens_q, tokens_kv, block_q, block_kv
     )
+    states[row, column] = states[row[one_of_each], column[one_of_each]][like]
+    mask_of_block = mask_of_block[like]
     mask_table = torch.zeros(states.shape, dtype=torch.int32, device=states.device)
     mask_table[row, column] = mask_of_block
     full_count, full_index = _index_lists(states == FULL)
@@ -203,6 +211,25 @@ def _index_lists(visited: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return count.to(torch.int32), index
 
 
+def _representatives(
+    states: torch.Tensor,
+    row: torch.Tensor,
+    column: torch.Tensor,
+    signatures: BlockSignatures | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of one partial block per signature, and for every block which of those it is like."""
+    every = torch.arange(row.numel(), device=row.device)
+    kind = None if signatures is None else signatures(row, column)
+    if kind is None or not row.numel():
+        return every, every
+    _, like = kind.unique(return_inverse=True)
+    # A short block at the end holds fewer tokens than its like elsewhere.
+    end = (row == states.shape[0] - 1) * 1 + (column == states.shape[1] - 1) * 2
+    _, like = (like * 4 + end).unique(return_inverse=True)
+    first = torch.full((int(like.max()) + 1,), row.numel(), device=row.device)
+    return first.scatter_reduce(0, like, every, "amin"), like
+
+
 def _distinct_masks(
     states: torch.Tensor,
     row: torch.Tensor,
@@ -224,9 +251,10 @@ def _distinct_masks(
     found = 0
     in_block_q = torch.arange(block_q, device=device)
     in_block_kv = torch.arange(block_kv, device=device)
-    for start in range(0, row.numel(), _BLOCKS_PER_CHUNK):
+    step = max(1, _PAIRS_PER_CHUNK // (block_q * block_kv))
+    for start in range(0, row.numel(), step):
         assert bits is not None
-        r, c = row[start : start + _BLOCKS_PER_CHUNK], column[start : start + _BLOCKS_PER_CHUNK]
+        r, c = row[start : start + step], column[start : start + step]
         exists = (r[:, None] * block_q + in_block_q < tokens_q)[:, :, None] & (
             c[:, None] * block_kv + in_block_kv < tokens_kv
         )[:, None, :]

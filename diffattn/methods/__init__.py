@@ -1,0 +1,33 @@
+"""The attention methods, by the name that configuration files and the command line use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from diffattn.methods.base import Method, Site, StaticMaskMethod, nearest
+from diffattn.methods.dense import DenseAttn
+from diffattn.methods.radial import RadialAttn
+
+METHODS: dict[str, type[Method]] = {m.type: m for m in (DenseAttn, RadialAttn)}
+
+
+def from_dict(entry: Mapping[str, Any]) -> Method:
+    """Read a method from what `Method.to_dict` wrote: its `type` and any of its parameters.
+
+    Raises:
+        ValueError: if the type or a parameter is unknown, or a value is not allowed.
+    """
+    parameters = dict(entry)
+    name = parameters.pop("type", None)
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}: {nearest(str(name), list(METHODS))}")
+    known = [f.name for f in fields(METHODS[name]) if f.init]
+    for parameter in parameters:
+        if parameter not in known:
+            raise ValueError(f"{name} has no parameter {parameter!r}: {nearest(parameter, known)}")
+    return METHODS[name](**parameters)
+
+
+__all__ = ["METHODS", "DenseAttn", "Method", "RadialAttn", "Site", "StaticMaskMethod", "from_dict"]

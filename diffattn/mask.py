@@ -1,0 +1,309 @@
+"""AttentionMask: the token-exact rule of a static attention pattern, and its algebra."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states
+from diffattn.grid import TokenGrid
+
+BLOCK = 128  # the kernels' block size where nobody asks for another
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMask(ABC):
+    """Which token pairs of a self-attention over `grid` attend.
+
+    Masks combine with `&`, `|` and `~`. Two tokens attend when `allowed(query, key)` says so; the
+    other methods follow from it, and a subclass speeds them up by overriding `block_states`, so
+    that building the blocks never looks at every token pair.
+
+    Attributes:
+        grid: the tokens it is over; queries and keys are the same tokens.
+    """
+
+    grid: TokenGrid
+    _layouts: dict[tuple[int, int, torch.device], BlockLayout] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    @abstractmethod
+    def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Bool: may these sequence positions (int64, broadcast together) attend?"""
+
+    def block_states(self, block_q: int, block_kv: int, device: torch.device) -> torch.Tensor:
+        """uint8 `(rows, columns)`: EMPTY, PARTIAL or FULL for every block of the mask.
+
+        PARTIAL may be said of any block (its tokens are then looked at one by one); the other two
+        only where they are certain.
+        """
+        rows, columns = -(-self.grid.tokens // block_q), -(-self.grid.tokens // block_kv)
+        return torch.full((rows, columns), PARTIAL, dtype=torch.uint8, device=device)
+
+    def block_signatures(
+        self, row: torch.Tensor, column: torch.Tensor, block_q: int, block_kv: int
+    ) -> torch.Tensor | None:
+        """int64 `(n,)` for n blocks: those of equal signature hold equal token masks.
+
+        None where the mask cannot tell without looking at the tokens.
+        """
+        return None
+
+    def blocks(
+        self,
+        block_q: int = BLOCK,
+        block_kv: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> BlockLayout:
+        """The mask as index lists of blocks, built on `device` and kept for the next call.
+
+        Args:
+            block_q: query tokens per block.
+            block_kv: key tokens per block; `block_q` when None.
+            device: where the lists are built and live.
+
+        Raises:
+            ValueError: for a block size below 1.
+        """
+        block_kv = block_q if block_kv is None else block_kv
+        if block_q < 1 or block_kv < 1:
+            raise ValueError(f"block sizes must be at least 1, not {block_q} x {block_kv}")
+        device = torch.device(device)
+        key = (block_q, block_kv, device)
+        if key not in self._layouts:
+            self._layouts[key] = layout_from_states(
+                self.block_states(block_q, block_kv, device),
+                lambda row, column: self._block_bits(row, column, block_q, block_kv),
+                tokens_q=self.grid.tokens,
+                tokens_kv=self.grid.tokens,
+                block_q=block_q,
+                block_kv=block_kv,
+                signatures=lambda row, column: self.block_signatures(
+                    row, column, block_q, block_kv
+                ),
+            )
+        return self._layouts[key]
+
+    def _block_bits(
+        self, row: torch.Tensor, column: torch.Tensor, block_q: int, block_kv: int
+    ) -> torch.Tensor:
+        query = row[:, None] * block_q + torch.arange(block_q, device=row.device)
+        key = column[:, None] * block_kv + torch.arange(block_kv, device=row.device)
+        # Positions past the end are read as the last token: the layout drops those bits.
+        query, key = query.clamp(max=self.grid.tokens - 1), key.clamp(max=self.grid.tokens - 1)
+        return self.allowed(query[:, :, None], key[:, None, :])
+
+    def dense(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Bool `(tokens, tokens)`, rows are queries. Needs memory for every pair."""
+        token = torch.arange(self.grid.tokens, device=device)
+        allowed = self.allowed(token[:, None], token[None, :])
+        return allowed.expand(self.grid.tokens, self.grid.tokens)
+
+    @property
+    def density(self) -> float:
+        """Fraction of all token pairs that attend, exact."""
+        layout = self.blocks()
+        return _allowed_pairs(layout) / (layout.tokens_q * layout.tokens_kv)
+
+    def __and__(self, other: AttentionMask) -> AttentionMask:
+        return _Combination(self._common_grid(other), (self, other), all_of=True)
+
+    def __or__(self, other: AttentionMask) -> AttentionMask:
+        return _Combination(self._common_grid(other), (self, other), all_of=False)
+
+    def __invert__(self) -> AttentionMask:
+        return _Complement(self.grid, self)
+
+    def _common_grid(self, other: AttentionMask) -> TokenGrid:
+        if self.grid != other.grid:
+            raise ValueError(
+                f"masks over different grids cannot be combined: {self.grid} and {other.grid}"
+            )
+        return self.grid
+
+
+@dataclass(frozen=True, eq=False)
+class PredicateMask(AttentionMask):
+    """A user's own rule, as a function of sequence positions.
+
+    Attributes:
+        predicate: takes int64 tensors of query and key positions that broadcast together and gives
+            a bool tensor. `grid.coordinates` turns positions into (frame, row, column).
+    """
+
+    predicate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+    def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return self.predicate(query, key)
+
+
+@dataclass(frozen=True, eq=False)
+class FullMask(AttentionMask):
+    """Every token attends to every token."""
+
+    def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return torch.ones(
+            torch.broadcast_shapes(query.shape, key.shape), dtype=torch.bool, device=query.device
+        )
+
+    def block_states(self, block_q: int, block_kv: int, device: torch.device) -> torch.Tensor:
+        return torch.full_like(super().block_states(block_q, block_kv, device), FULL)
+
+
+@dataclass(frozen=True, eq=False)
+class TextMask(AttentionMask):
+    """Pairs with text in them: text queries see everything, everything sees text keys."""
+
+    def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return self.grid.is_text(query) | self.grid.is_text(key)
+
+    def block_states(self, block_q: int, block_kv: int, device: torch.device) -> torch.Tensor:
+        row = self._states_along(block_q, device)[:, None]
+        column = self._states_along(block_kv, device)[None, :]
+        return torch.maximum(row, column)
+
+    def block_signatures(
+        self, row: torch.Tensor, column: torch.Tensor, block_q: int, block_kv: int
+    ) -> torch.Tensor:
+        # Only blocks that mix text and video differ, and there are few of them: each is its own.
+        columns = -(-self.grid.tokens // block_kv)
+        states = self.block_states(block_q, block_kv, row.device)[row, column]
+        return torch.where(states == PARTIAL, row * columns + column, -states.long())
+
+    def _states_along(self, block: int, device: torch.device) -> torch.Tensor:
+        start = torch.arange(0, self.grid.tokens, block, device=device)
+        end = (start + block).clamp(max=self.grid.tokens)
+        video = end.clamp(max=self.grid.video.stop) - start.clamp(min=self.grid.video.start)
+        text = (end - start) - video.clamp(min=0)
+        state = torch.full(start.shape, PARTIAL, dtype=torch.uint8, device=device)
+        state[text == 0] = EMPTY
+        state[text == end - start] = FULL
+        return state
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMapMask(AttentionMask):
+    """A rule that holds for whole blocks of tokens, counted from the start of the sequence.
+
+    Attributes:
+        block_map: bool `(blocks, blocks)`, rows are query blocks.
+        block_size: tokens per block; the last block may be short.
+
+    Raises:
+        ValueError: if the map does not have one entry per pair of blocks.
+    """
+
+    block_map: torch.Tensor
+    block_size: int
+
+    def __post_init__(self) -> None:
+        n = -(-self.grid.tokens // self.block_size)
+        if tuple(self.block_map.shape) != (n, n):
+            raise ValueError(
+                f"block_map has shape {tuple(self.block_map.shape)}, but {self.grid.tokens} tokens"
+                f" in blocks of {self.block_size} make {n} x {n}"
+            )
+
+    def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        block_map = self.block_map.to(query.device)
+        return block_map[query // self.block_size, key // self.block_size]
+
+    def block_states(self, block_q: int, block_kv: int, device: torch.device) -> torch.Tensor:
+        visited = self.block_map.to(device)
+        visited = _overlapped(visited, self.block_size, block_q, self.grid.tokens, dim=0)
+        visited = _overlapped(visited, self.block_size, block_kv, self.grid.tokens, dim=1)
+        missing = (~self.block_map).to(device)
+        missing = _overlapped(missing, self.block_size, block_q, self.grid.tokens, dim=0)
+        missing = _overlapped(missing, self.block_size, block_kv, self.grid.tokens, dim=1)
+        states = torch.full(visited.shape, PARTIAL, dtype=torch.uint8, device=device)
+        states[~visited] = EMPTY
+        states[~missing] = FULL
+        return states
+
+
+@dataclass(frozen=True, eq=False)
+class _Combination(AttentionMask):
+    """All (`&`) or any (`|`) of its parts."""
+
+    parts: tuple[AttentionMask, ...]
+    all_of: bool
+
+    def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        out = self.parts[0].allowed(query, key)
+        for part in self.parts[1:]:
+            other = part.allowed(query, key)
+            out = out & other if self.all_of else out | other
+        return out
+
+    def block_states(self, block_q: int, block_kv: int, device: torch.device) -> torch.Tensor:
+        # The states are ordered: the combination of two is their minimum or maximum, except that
+        # two partial blocks may turn out empty or full, which `blocks` finds out from their bits.
+        states = [part.block_states(block_q, block_kv, device) for part in self.parts]
+        out = states[0]
+        for other in states[1:]:
+            out = torch.minimum(out, other) if self.all_of else torch.maximum(out, other)
+        return out
+
+    def block_signatures(
+        self, row: torch.Tensor, column: torch.Tensor, block_q: int, block_kv: int
+    ) -> torch.Tensor | None:
+        out = torch.zeros_like(row)
+        for part in self.parts:
+            signature = part.block_signatures(row, column, block_q, block_kv)
+            if signature is None:
+                return None
+            _, kind = signature.unique(return_inverse=True)
+            _, out = (out * row.numel() + kind).unique(return_inverse=True)
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class _Complement(AttentionMask):
+    """The pairs that `part` leaves out."""
+
+    part: AttentionMask
+
+    def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return ~self.part.allowed(query, key)
+
+    def block_states(self, block_q: int, block_kv: int, device: torch.device) -> torch.Tensor:
+        return FULL - self.part.block_states(block_q, block_kv, device)
+
+    def block_signatures(
+        self, row: torch.Tensor, column: torch.Tensor, block_q: int, block_kv: int
+    ) -> torch.Tensor | None:
+        return self.part.block_signatures(row, column, block_q, block_kv)
+
+
+def _overlapped(block_map: torch.Tensor, old: int, new: int, tokens: int, dim: int) -> torch.Tensor:
+    """Regroup one axis from blocks of `old` tokens to `new`: True where any overlap is."""
+    if old == new:
+        return block_map
+    start = torch.arange(0, tokens, new, device=block_map.device)
+    first, last = start // old, (start + new).clamp(max=tokens).sub(1) // old
+    zero = torch.zeros_like(block_map.narrow(dim, 0, 1), dtype=torch.int32)
+    running = torch.cat([zero, block_map.cumsum(dim, dtype=torch.int32)], dim)
+    return running.index_select(dim, last + 1) > running.index_select(dim, first)
+
+
+def _allowed_pairs(layout: BlockLayout) -> int:
+    """Token pairs of a shared layout that attend."""
+    column_size = torch.full((layout.columns,), layout.block_kv, device=layout.device)
+    column_size[-1] = layout.tokens_kv - (layout.columns - 1) * layout.block_kv
+    row_size = torch.full((layout.rows,), layout.block_q, device=layout.device)
+    row_size[-1] = layout.tokens_q - (layout.rows - 1) * layout.block_q
+    slot = torch.arange(layout.full_index.shape[-1], device=layout.device)
+    listed = slot < layout.full_count[0, 0, :, None]
+    full = ((column_size[layout.full_index[0, 0].long()] * listed).sum(1) * row_size).sum()
+    if not layout.bit_masks.shape[0]:
+        return int(full)
+    byte = torch.arange(256, device=layout.device)
+    ones_in_byte = sum((byte >> bit) & 1 for bit in range(8))
+    ones = torch.stack([ones_in_byte[m.view(torch.uint8).long()].sum() for m in layout.bit_masks])
+    slot = torch.arange(layout.partial_index.shape[-1], device=layout.device)
+    listed = slot < layout.partial_count[0, 0, :, None]
+    return int(full) + int((ones[layout.partial_mask[0, 0].long()] * listed).sum())

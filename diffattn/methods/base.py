@@ -1,0 +1,167 @@
+"""What every attention method is: a frozen dataclass of parameters that knows its attention."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self
+
+import torch
+
+from diffattn.attention import attention
+from diffattn.grid import TokenGrid
+from diffattn.mask import BLOCK, AttentionMask, TextMask
+from diffattn.schedule import check_steps
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an attention call comes from.
+
+    Attributes:
+        family: the model family's name, as in `diffattn.models.FAMILIES`.
+        layer: index of the block among the model's blocks, from 0.
+        layers: number of blocks.
+        grid: the tokens of this call.
+    """
+
+    family: str
+    layer: int
+    layers: int
+    grid: TokenGrid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """An attention method with its parameters.
+
+    Instances are immutable, may be attached to several pipelines at once, and are written out by
+    `to_dict` and `repr`. A parameter left at None takes the value that the paper or its code
+    recommends for the model it is attached to, see `for_model`.
+
+    Attributes:
+        dense_layers: number of blocks at the start of the model that keep dense attention.
+        dense_steps: denoising steps at the start of a run that stay dense: a count, or a fraction
+            of the run such as 0.25.
+        last_dense_steps: the same at the end of the run.
+    """
+
+    type: ClassVar[str]
+    paper: ClassVar[str]
+    # The largest number of dense layers that `for_model` recommends for any model or video size.
+    most_dense_layers: ClassVar[int] = 0
+
+    dense_layers: int | None = field(
+        default=None, metadata={"help": "blocks at the start of the model that stay dense"}
+    )
+    dense_steps: int | float | None = field(
+        default=None,
+        metadata={"help": "steps at the start of a run that stay dense (count or fraction)"},
+    )
+    last_dense_steps: int | float = field(
+        default=0,
+        metadata={"help": "steps at the end of a run that stay dense (count or fraction)"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.dense_layers is not None:
+            check_count("dense_layers", self.dense_layers, at_least=0)
+        if self.dense_steps is not None:
+            check_steps("dense_steps", self.dense_steps)
+        check_steps("last_dense_steps", self.last_dense_steps)
+
+    @abstractmethod
+    def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
+        """The same method with every None replaced by the recommended value.
+
+        Args:
+            family: a name from `diffattn.models.FAMILIES`, or of one of its variants.
+            grid: the size of the video, where recommendations depend on it.
+        """
+
+    @abstractmethod
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        site: Site,
+        *,
+        scale: float | None = None,
+        key_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of one call. Tensors are (batch, tokens, heads, head_dim), before and after.
+
+        Args:
+            query, key, value: after normalisation and RoPE, text tokens included.
+            site: which layer of which model calls, over which tokens.
+            scale: factor of the scores; 1 / sqrt(head_dim) when None.
+            key_mask: bool (batch, tokens): False for padded keys.
+        """
+
+    def to_dict(self) -> dict[str, Any]:
+        """Parameters and `type`, ready for JSON; `diffattn.methods.from_dict` reads it back."""
+        parameters = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        return {"type": self.type} | parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticMaskMethod(Method):
+    """A method whose token pairs depend on the grid alone."""
+
+    _masks: dict[TokenGrid, AttentionMask] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def mask(self, grid: TokenGrid) -> AttentionMask:
+        """The token pairs that attend over `grid`, text included; kept for the next call."""
+        if grid not in self._masks:
+            mask = self.video_mask(grid)
+            if grid.text_before or grid.text_after:
+                mask = TextMask(grid) | mask
+            self._masks[grid] = mask
+        return self._masks[grid]
+
+    @abstractmethod
+    def video_mask(self, grid: TokenGrid) -> AttentionMask:
+        """The method's rule among the video tokens of `grid`; what it says of text is ignored."""
+
+    def block_size_on(self, grid: TokenGrid) -> int:
+        """Tokens per block that attention under this method is computed in on `grid`."""
+        return BLOCK
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        site: Site,
+        *,
+        scale: float | None = None,
+        key_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        layout = self.mask(site.grid).blocks(self.block_size_on(site.grid), device=query.device)
+        return attention(query, key, value, layout, scale=scale, key_mask=key_mask)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Masks are rebuilt where they are needed: a copy or a pickle carries the parameters only.
+        return self.__dict__ | {"_masks": {}}
+
+
+def check_count(name: str, value: Any, *, at_least: int) -> None:
+    """Raise ValueError unless `value` is an integer of at least `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{name} is {value!r}, but must be an integer of at least {at_least}")
+
+
+def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(allowed)}")
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """' Did you mean ...?' for the closest of `names`, or their list when none is close."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"choose from {', '.join(sorted(names))}"

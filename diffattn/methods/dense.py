@@ -1,0 +1,24 @@
+"""Dense attention, as a method: what a layer keeps when it is left out of the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+from diffattn.grid import TokenGrid
+from diffattn.mask import AttentionMask, FullMask
+from diffattn.methods.base import StaticMaskMethod
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseAttn(StaticMaskMethod):
+    """Full attention through diffattn's own path, for layers that are to stay dense."""
+
+    type: ClassVar[str] = "dense"
+    paper: ClassVar[str] = "arXiv 1706.03762"
+
+    def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
+        return replace(self, dense_layers=self.dense_layers or 0, dense_steps=self.dense_steps or 0)
+
+    def video_mask(self, grid: TokenGrid) -> AttentionMask:
+        return FullMask(grid)

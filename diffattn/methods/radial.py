@@ -1,0 +1,369 @@
+"""Radial attention: what a token sees of another frame halves each time the distance doubles.
+
+Li et al., "Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long Video
+Generation", arXiv 2506.19852.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self, TypeVar
+
+import torch
+
+from diffattn.blocks import EMPTY, FULL
+from diffattn.fragments import any_in_block, cut
+from diffattn.grid import TokenGrid
+from diffattn.mask import AttentionMask, BlockMapMask
+from diffattn.methods.base import StaticMaskMethod, check_choice, check_count
+
+_T = TypeVar("_T")
+
+_PUBLISHED_SPLIT_THRESHOLD = 128
+_SMALLEST_BLOCK = 16
+_BLOCKS_PER_FRAME = 8  # a frame of fewer blocks leaves no room for a band narrower than the frame
+
+
+@dataclass(frozen=True)
+class _Recommended:
+    """A row of the settings that the paper and its code use.
+
+    `frames` are the latent frames the model was trained on; `long` is for videos beyond them.
+    """
+
+    frames: int
+    decay_factor: float
+    sink: bool
+    block_size: int
+    dense_steps: float
+    dense_layers: int = 1
+
+
+_LONG_VIDEO = _Recommended(
+    frames=0, decay_factor=1.0, sink=True, block_size=128, dense_steps=2, dense_layers=2
+)
+_LONG_FROM = 1.5  # times the trained length; the paper's long videos are 2x and 4x
+
+# Scripts of the public code; 12 of 50 steps (Wan 2.2: 11 of 40). Any other family: the paper's own
+# rule without the code's decay factor.
+_RECOMMENDED = {
+    "wan2.1": _Recommended(21, 0.2, sink=True, block_size=128, dense_steps=0.25),
+    "wan2.2": _Recommended(21, 0.8, sink=True, block_size=64, dense_steps=0.275),
+    "wan2.2-5b": _Recommended(31, 0.8, sink=True, block_size=64, dense_steps=0.275),
+    "hunyuanvideo": _Recommended(33, 0.95, sink=False, block_size=128, dense_steps=0.25),
+    "mochi": _Recommended(28, 1.0, sink=True, block_size=128, dense_steps=0.25),
+}
+_ANY_FAMILY = _Recommended(1 << 30, 1.0, sink=True, block_size=128, dense_steps=0.25)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RadialAttn(StaticMaskMethod):
+    """Radial attention (arXiv 2506.19852).
+
+    Two frames at temporal distance d see each other within a band of tokens whose width halves
+    each time d doubles; where the band would be narrower than `split_threshold` tokens, only every
+    second, fourth, ... distance is kept instead. The own and the next frame are kept whole.
+
+    Attributes:
+        decay_factor: scales the band at distances of 2 frames and more. Larger is denser.
+        sink: every token sees all of the first frame.
+        first_distance_width: what neighbouring frames (d = 1) see of each other: "full", or "half"
+            (a band of half a frame to either side, as the public code had for Wan until 11/2025).
+        split_threshold: band width in tokens below which whole distances are left out.
+        block_size: tokens per block; the band is never narrower than a block to either side.
+        rule: "block", the rule of the public code, which keeps or drops whole blocks; or "paper",
+            the token-exact Equation 4, which has none of the parameters above but `sink`.
+        block_rule: how "block" turns a band of tokens into blocks. "covering" judges a block by the
+            rows it really holds and works on every grid; "reference" is bit-equal to the public
+            code, which judges blocks at the ends of a frame by the neighbouring frame's pattern and
+            may leave rows that see nothing when frames are not a multiple of the block.
+
+    Raises:
+        ValueError: for a parameter out of range, or one that `rule="paper"` does not have.
+    """
+
+    type: ClassVar[str] = "radial"
+    paper: ClassVar[str] = "arXiv 2506.19852"
+    most_dense_layers: ClassVar[int] = 2
+
+    decay_factor: float | None = field(
+        default=None, metadata={"help": "scales the band at distances of 2 frames and more"}
+    )
+    sink: bool | None = field(
+        default=None, metadata={"help": "every token sees all of the first frame"}
+    )
+    first_distance_width: str | None = field(
+        default=None, metadata={"help": "full or half: what neighbouring frames see of each other"}
+    )
+    split_threshold: int | None = field(
+        default=None, metadata={"help": "band width below which whole distances are left out"}
+    )
+    block_size: int | None = field(default=None, metadata={"help": "tokens per block"})
+    rule: str = field(
+        default="block", metadata={"help": "block (public code) or paper (token-exact Equation 4)"}
+    )
+    block_rule: str = field(
+        default="covering",
+        metadata={"help": "covering (every grid) or reference (bit-equal to the public code)"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("rule", self.rule, ("block", "paper"))
+        check_choice("block_rule", self.block_rule, ("covering", "reference"))
+        if self.first_distance_width is not None:
+            check_choice("first_distance_width", self.first_distance_width, ("full", "half"))
+        if self.decay_factor is not None and (
+            isinstance(self.decay_factor, bool)
+            or not isinstance(self.decay_factor, int | float)
+            or not 0 <= self.decay_factor < float("inf")
+        ):
+            raise ValueError(
+                f"decay_factor is {self.decay_factor!r}, but must be a number of at least 0"
+            )
+        if self.sink is not None and not isinstance(self.sink, bool):
+            raise ValueError(f"sink is {self.sink!r}, but must be true or false")
+        if self.split_threshold is not None:
+            check_count("split_threshold", self.split_threshold, at_least=1)
+        if self.block_size is not None:
+            check_count("block_size", self.block_size, at_least=1)
+        if self.rule == "paper":
+            for name in ("decay_factor", "first_distance_width", "split_threshold"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)!r}, but Equation 4 of the paper"
+                        f" (rule='paper') has no {name}; leave it out or use rule='block'"
+                    )
+
+    def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
+        """The method with the settings published for a model family and video length.
+
+        Videos of 1.5 times the model's own length and more take the paper's long-video setting,
+        which it uses together with a LoRA. Frames of fewer than 8 blocks take smaller blocks.
+        """
+        best = _RECOMMENDED.get(family, _ANY_FAMILY)
+        if grid is not None and grid.frames >= _LONG_FROM * best.frames:
+            best = _LONG_VIDEO
+        block_size = self.block_size or _block_size_that_fits(best.block_size, grid)
+        out = replace(
+            self,
+            sink=_given(self.sink, self.rule == "paper" or best.sink),
+            block_size=block_size,
+            dense_layers=_given(self.dense_layers, best.dense_layers),
+            dense_steps=_given(self.dense_steps, best.dense_steps),
+        )
+        if self.rule == "paper":
+            return out
+        return replace(
+            out,
+            decay_factor=_given(self.decay_factor, best.decay_factor),
+            first_distance_width=_given(self.first_distance_width, "full"),
+            split_threshold=self.split_threshold
+            or (_PUBLISHED_SPLIT_THRESHOLD if block_size >= 64 else block_size),
+        )
+
+    def video_mask(self, grid: TokenGrid) -> AttentionMask:
+        """The token pairs that attend among the video tokens.
+
+        Parameters left at None take the values for a model without a recommendation of its own;
+        attached to a pipeline, they take that model's.
+        """
+        method = self.for_model("", grid)
+        assert method.block_size is not None
+        if method.rule == "paper":
+            return FrameBandMask(grid, method.half_widths(grid), bool(method.sink))
+        return BlockMapMask(grid, method.block_map(grid), method.block_size)
+
+    def block_size_on(self, grid: TokenGrid) -> int:
+        return self.for_model("", grid).block_size or _SMALLEST_BLOCK
+
+    def half_widths(self, grid: TokenGrid) -> torch.Tensor:
+        """What frames at each distance see of each other, before the sink.
+
+        Returns:
+            int64 `(frames,)`: a token sees the tokens of a frame at distance d that are at most
+            `half_widths[d]` positions from its own place in the frame; -1 where it sees none.
+        """
+        method = self.for_model("", grid)
+        size = grid.frame_tokens
+        if method.rule == "paper":
+            widths = [_paper_half_width(d, size) for d in range(grid.frames)]
+        else:
+            widths = [method._block_half_width(d, size) for d in range(grid.frames)]
+        return torch.tensor(widths)
+
+    def _block_half_width(self, distance: int, frame_tokens: int) -> int:
+        """Section 1.2 of the public code's rule, for one temporal distance."""
+        assert self.decay_factor is not None
+        assert self.block_size is not None
+        assert self.split_threshold is not None
+        if distance == 0:
+            return frame_tokens
+        # A power of two strictly above the frame, halved with every octave of the distance.
+        band = (1 << frame_tokens.bit_length()) / (1 << distance.bit_length())
+        keeps_neighbours = self.block_rule == "covering" and distance == 1
+        if band < self.split_threshold and not keeps_neighbours:
+            every = int(self.split_threshold / band)
+            if distance % every:
+                return -1
+        if distance == 1:
+            return frame_tokens if self.first_distance_width == "full" else frame_tokens // 2
+        return int(max(band * self.decay_factor, self.block_size))
+
+    def block_map(self, grid: TokenGrid) -> torch.Tensor:
+        """Which blocks of the sequence attend under `rule="block"`.
+
+        Returns:
+            bool `(blocks, blocks)` on the CPU, rows are query blocks, over all tokens of the grid;
+            the last block may be short. Blocks of text alone are left to the text rule, except
+            under `block_rule="reference"`, where every block that touches text is dense.
+        """
+        method = self.for_model("", grid)
+        assert method.block_size is not None
+        block = method.block_size
+        blocks = -(-grid.tokens // block)
+        reference = method.block_rule == "reference"
+        fragments = cut(grid, block, torch.device("cpu"))
+
+        half_width = method.half_widths(grid)
+        distance = (fragments.frame[:, None] - fragments.frame[None, :]).abs()
+        width = half_width[distance]
+        if method.sink:
+            width[:, fragments.frame == 0] = grid.frame_tokens
+
+        # A key column counts as seen when more than a third of the rows see it; the block is kept
+        # when that holds for more than 60 % of the columns that any row sees. Columns are an
+        # interval, and so are those that enough rows see: no token pair is looked at.
+        rows = fragments.size if not reference else torch.full_like(fragments.size, block)
+        enough = rows[:, None] // 3 + 1
+        top, bottom = fragments.first[:, None], fragments.last[:, None]
+        left, right = fragments.first[None, :], fragments.last[None, :]
+        touched = _interval(torch.maximum(left, top - width), torch.minimum(right, bottom + width))
+        seen = _interval(
+            torch.maximum(left, top + enough - 1 - width),
+            torch.minimum(right, bottom - enough + 1 + width),
+        )
+        seen[(fragments.size[:, None] < enough) | (2 * width + 1 < enough)] = 0
+        kept = (5 * seen > 3 * touched) & (width >= 0)
+        if reference:
+            # The public code looks at ceil(frame / block) blocks of a frame, even where the frame
+            # starts inside a block and so reaches into one more.
+            first_block = (grid.video.start + fragments.frame * grid.frame_tokens) // block
+            looked_at = fragments.block - first_block < -(-grid.frame_tokens // block)
+            kept &= looked_at[:, None] & looked_at[None, :]
+        out = any_in_block(kept, fragments, fragments, blocks, blocks)
+        if reference:
+            dense = torch.ones(blocks, dtype=torch.bool)
+            dense[-(-grid.video.start // block) : grid.video.stop // block] = False
+            out |= dense[:, None] | dense[None, :]
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class FrameBandMask(AttentionMask):
+    """Video tokens see those at about the same place of other frames; text pairs never attend.
+
+    Attributes:
+        half_widths: int64 `(frames,)`, see `RadialAttn.half_widths`.
+        sink: every token sees all of the first frame.
+    """
+
+    half_widths: torch.Tensor
+    sink: bool
+
+    def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        size = self.grid.frame_tokens
+        is_text = self.grid.is_text(query), self.grid.is_text(key)
+        # Text has no place in a frame: its positions are moved to a token that has one. Half the
+        # width of int64 is twice the speed where this runs over many blocks.
+        start, end = self.grid.video.start, self.grid.video.stop - 1
+        query, key = ((x.clamp(start, end) - start).to(torch.int32) for x in (query, key))
+        distance = (query // size - key // size).abs_()
+        half_widths = self.half_widths.to(query.device, torch.int32)
+        seen = (query % size - key % size).abs_() <= half_widths[distance]
+        if self.sink:
+            seen |= key < size
+        return seen & ~is_text[0] & ~is_text[1]
+
+    def block_states(self, block_q: int, block_kv: int, device: torch.device) -> torch.Tensor:
+        states = super().block_states(block_q, block_kv, device)
+        rows, columns = states.shape
+        query, key = cut(self.grid, block_q, device), cut(self.grid, block_kv, device)
+        width = self.half_widths.to(device)[(query.frame[:, None] - key.frame[None, :]).abs()]
+        if self.sink:
+            width[:, key.frame == 0] = self.grid.frame_tokens
+        apart = torch.maximum(
+            query.first[:, None] - key.last[None, :], key.first[None, :] - query.last[:, None]
+        ).clamp(min=0)
+        furthest = torch.maximum(
+            query.last[:, None] - key.first[None, :], key.last[None, :] - query.first[:, None]
+        )
+        some = any_in_block(width >= apart, query, key, rows, columns)
+        missing = any_in_block(width < furthest, query, key, rows, columns)
+        text = self.grid.is_text(torch.arange(self.grid.tokens, device=device))
+        missing[text.nonzero().flatten() // block_q] = True
+        missing[:, text.nonzero().flatten() // block_kv] = True
+        states[~some] = EMPTY
+        states[~missing] = FULL
+        return states
+
+    def block_signatures(
+        self, row: torch.Tensor, column: torch.Tensor, block_q: int, block_kv: int
+    ) -> torch.Tensor | None:
+        size = self.grid.frame_tokens
+        if size < max(block_q, block_kv):
+            return None
+        # A block of at most two frames is known by where it changes frame, by how far its tokens
+        # are apart in their frames, and by what the frames involved see of each other.
+        device = row.device
+        starts = row * block_q - self.grid.video.start, column * block_kv - self.grid.video.start
+        (query_frame, query), (key_frame, key) = ((s // size, s % size) for s in starts)
+        query_change, key_change = (
+            (size - query).clamp(max=block_q),
+            (size - key).clamp(max=block_kv),
+        )
+        distance = torch.arange(-self.grid.frames, self.grid.frames + 1, device=device)
+        around = torch.stack([distance, distance + 1, distance - 1]).abs()
+        widths = self.half_widths.to(device)[around.clamp(max=self.grid.frames - 1)]
+        _, kind = widths.unique(dim=1, return_inverse=True)
+        out = kind[
+            (query_frame - key_frame).clamp(-self.grid.frames, self.grid.frames) + self.grid.frames
+        ]
+        out = out * 2 + (key_frame == 0)
+        for part, values in (
+            (query_change, block_q + 1),
+            (key_change, block_kv + 1),
+            (query - key + size, 2 * size),
+        ):
+            out = out * values + part
+        # Blocks that reach past either end of the video hold text: each is its own kind.
+        past = torch.stack(starts).amin(0) < 0
+        ends = torch.stack([starts[0] + block_q, starts[1] + block_kv]).amax(0)
+        past |= ends > self.grid.video_tokens
+        return torch.where(past, -1 - row * (self.grid.tokens // block_kv + 1) - column, out)
+
+
+def _given(value: _T | None, recommended: _T) -> _T:
+    return recommended if value is None else value
+
+
+def _interval(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Number of integers from `first` to `last`, 0 if there are none."""
+    return (last - first + 1).clamp(min=0)
+
+
+def _paper_half_width(distance: int, frame_tokens: int) -> int:
+    """Equation 4: |k - l| + 1 <= s / b, or, once b > s, every ceil(b / s)-th distance and k = l."""
+    b = 1 << (max(distance, 1).bit_length() - 1)
+    if b <= frame_tokens:
+        return frame_tokens // b - 1
+    return 0 if distance % -(-b // frame_tokens) == 0 else -1
+
+
+def _block_size_that_fits(recommended: int, grid: TokenGrid | None) -> int:
+    if grid is None:
+        return recommended
+    size = recommended
+    while size > _SMALLEST_BLOCK and size * _BLOCKS_PER_FRAME > grid.frame_tokens:
+        size //= 2
+    return size

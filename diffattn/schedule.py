@@ -1,0 +1,56 @@
+"""Which layers and denoising steps stay dense, and where a run is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+def resolve_steps(setting: int | float, num_steps: int) -> int:
+    """A count of steps, or a fraction of the run (rounded down), as a count.
+
+    Args:
+        setting: an int counts steps; a float from 0 to 1 is a fraction of the run.
+        num_steps: length of the run in denoising steps.
+    """
+    count = setting if isinstance(setting, int) else int(setting * num_steps)
+    return min(count, num_steps)
+
+
+def check_steps(name: str, setting: int | float) -> None:
+    """Raise ValueError unless `setting` is a count of steps or a fraction of the run."""
+    if isinstance(setting, bool) or not isinstance(setting, int | float):
+        raise ValueError(f"{name} is {setting!r}, but must be a number of steps or a fraction")
+    if isinstance(setting, int) and setting < 0:
+        raise ValueError(f"{name} is {setting}, but a number of steps cannot be negative")
+    if isinstance(setting, float) and not 0 <= setting <= 1:
+        raise ValueError(
+            f"{name} is {setting}, but a fraction of the run is between 0.0 and 1.0;"
+            f" for a number of steps write an integer"
+        )
+
+
+@dataclass
+class RunClock:
+    """Where a denoising run is, told by the scheduler's calls.
+
+    Attributes:
+        step: 0-based index of the denoising step that the next model call belongs to.
+        num_steps: length of the run; 0 before the scheduler was given its timesteps.
+    """
+
+    step: int = 0
+    num_steps: int = 0
+
+    def start(self, num_steps: int) -> None:
+        self.step, self.num_steps = 0, num_steps
+
+    def advance(self) -> None:
+        self.step += 1
+
+    def is_dense_step(self, dense_steps: int | float, last_dense_steps: int | float) -> bool:
+        """Does the current step fall into the dense steps at either end of the run?"""
+        if self.num_steps == 0:
+            return False
+        first = resolve_steps(dense_steps, self.num_steps)
+        last = resolve_steps(last_dense_steps, self.num_steps)
+        return self.step < first or self.step >= self.num_steps - last
