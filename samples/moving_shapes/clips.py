@@ -1,0 +1,104 @@
+"""Anti-aliased clips of one flat shape crossing a flat background, rendered from distance fields.
+
+Lengths are fractions of the frame's width, so a clip looks the same at every resolution.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .captions import COLOURS, DIRECTIONS, SHAPES, Scene
+
+FRAMES = 16
+"""Frames of a whole clip."""
+SIZE = 96
+"""Width and height of a frame in pixels."""
+
+TRAVEL = 0.5
+"""Distance from the first to the last position; the path is centred in the frame."""
+START_JITTER = 0.04
+"""Largest shift of the path along its direction."""
+SIDE_JITTER = 0.10
+"""Largest shift of the path across its direction."""
+RADIUS_RANGE = (0.15, 0.19)
+"""Radius of the circle; the other shapes are scaled to about its area."""
+
+# With these the square and the triangle have the area of the circle.
+_SQUARE_HALF_SIDE = 0.886
+_TRIANGLE_INRADIUS = 0.777
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a caption leaves open, one entry per clip: all tensors of shape (batch,)."""
+
+    radius: Tensor
+    along: Tensor
+    across: Tensor
+
+
+def draw_geometry(batch: int, generator: torch.Generator) -> Geometry:
+    """Draw sizes and path shifts for ``batch`` clips from ``generator`` (on its device)."""
+    low, high = RADIUS_RANGE
+    unit = torch.rand(3, batch, generator=generator, device=generator.device)
+    return Geometry(
+        radius=low + (high - low) * unit[0],
+        along=START_JITTER * (2 * unit[1] - 1),
+        across=SIDE_JITTER * (2 * unit[2] - 1),
+    )
+
+
+def render(scenes: Sequence[Scene], geometry: Geometry, frames: Tensor, size: int = SIZE) -> Tensor:
+    """Render chosen frames of clips.
+
+    Args:
+        scenes: one scene per clip.
+        geometry: sizes and path shifts, (batch,) each; its device is the renderer's.
+        frames: frame numbers in [0, FRAMES), shape (batch, frames).
+        size: width and height in pixels.
+
+    Returns:
+        Float tensor (batch, 3, frames, size, size) in [-1, 1].
+    """
+    device = geometry.radius.device
+    step = torch.tensor([DIRECTIONS[scene.direction] for scene in scenes], device=device).float()
+    side = torch.stack([-step[:, 1], step[:, 0]], dim=1)
+    progress = frames.to(device).float() / (FRAMES - 1) - 0.5
+    along = (TRAVEL * progress + geometry.along[:, None])[..., None]
+    centre = 0.5 + along * step[:, None] + (geometry.across[:, None] * side)[:, None]
+
+    axis = (torch.arange(size, device=device) + 0.5) / size
+    x = axis.view(1, 1, 1, size) - centre[..., 0, None, None]
+    y = axis.view(1, 1, size, 1) - centre[..., 1, None, None]
+    kind = torch.tensor([SHAPES.index(scene.shape) for scene in scenes], device=device)
+    distance = _distance(kind.view(-1, 1, 1, 1), x, y, geometry.radius.view(-1, 1, 1, 1))
+    cover = (0.5 - distance * size).clamp(0, 1)[:, None]
+
+    colour = palette_tensor([scene.colour for scene in scenes], device)
+    background = palette_tensor([scene.background for scene in scenes], device)
+    return background + cover * (colour - background)
+
+
+def render_clips(scenes: Sequence[Scene], seed: int, size: int = SIZE) -> Tensor:
+    """Render whole clips, (batch, 3, FRAMES, size, size) in [-1, 1], reproducibly from ``seed``."""
+    generator = torch.Generator().manual_seed(seed)
+    geometry = draw_geometry(len(scenes), generator)
+    return render(scenes, geometry, torch.arange(FRAMES).expand(len(scenes), -1), size)
+
+
+def palette_tensor(names: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
+    """Colours by name as (batch, 3, 1, 1, 1) in [-1, 1]."""
+    rgb = torch.tensor([COLOURS[name] for name in names], device=device, dtype=torch.float32)
+    return (rgb / 127.5 - 1).view(-1, 3, 1, 1, 1)
+
+
+def _distance(kind: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+    """Signed distance to the outline, negative inside; all arguments broadcast together."""
+    circle = (x * x + y * y).sqrt() - radius
+    square = torch.maximum(x.abs(), y.abs()) - _SQUARE_HALF_SIDE * radius
+    # Equilateral, apex up, centroid at the origin: the intersection of three half-planes.
+    slope = 0.5 * 3**0.5
+    triangle = torch.maximum(y, slope * x.abs() - 0.5 * y) - _TRIANGLE_INRADIUS * radius
+    return torch.where(kind == 0, circle, torch.where(kind == 1, square, triangle))
