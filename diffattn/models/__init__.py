@@ -1,0 +1,78 @@
+"""The model families that diffattn knows, one module each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from diffattn.grid import TokenGrid
+from diffattn.models.base import Family, SizeRules
+from diffattn.models.wan import WAN
+
+FAMILIES: tuple[Family, ...] = (WAN,)
+
+# Where pipelines keep their denoisers.
+_DENOISERS = ("transformer", "transformer_2", "unet")
+
+
+def family_of(model: torch.nn.Module) -> Family:
+    """The family of a denoiser.
+
+    Raises:
+        ValueError: if its class is in no family; names those that are.
+    """
+    # A subclass of a known model is that model with additions.
+    names = {cls.__name__ for cls in type(model).__mro__}
+    for family in FAMILIES:
+        if names & set(family.model_classes):
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.model_classes)
+    raise ValueError(
+        f"diffattn does not know the attention sites of {type(model).__name__}; it knows {known}"
+    )
+
+
+def denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
+    """The denoisers of a pipeline, by the name of the component that holds them.
+
+    Raises:
+        ValueError: if the pipeline has none.
+    """
+    parts = {name: getattr(pipe, name, None) for name in _DENOISERS}
+    found = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+    if not found:
+        raise ValueError(
+            f"{type(pipe).__name__} has no denoiser: none of {', '.join(_DENOISERS)} is a model"
+        )
+    return found
+
+
+def size_rules(pipe: Any) -> SizeRules:
+    """Which heights, widths and numbers of frames a pipeline can make."""
+    return family_of(next(iter(denoisers(pipe).values()))).sizes(pipe)
+
+
+def pipeline_grid(pipe: Any, height: int, width: int, num_frames: int) -> TokenGrid:
+    """The token grid of a pipeline's call.
+
+    Args:
+        height, width: pixels.
+        num_frames: frames of the video that comes out.
+
+    Raises:
+        ValueError: if the model cannot make that size; names the nearest that it can.
+    """
+    family = family_of(next(iter(denoisers(pipe).values())))
+    return family.pipeline_grid(pipe, height, width, num_frames)
+
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "SizeRules",
+    "denoisers",
+    "family_of",
+    "pipeline_grid",
+    "size_rules",
+]

@@ -1,0 +1,65 @@
+"""Wan 2.1 and 2.2: text and image to video, the two-expert A14B, TI2V-5B and VACE."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from diffattn.grid import TokenGrid
+from diffattn.models.base import Family, SizeRules
+
+_TI2V_5B_CHANNELS = 48
+
+
+def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    # (batch, channels, frames, height, width) of latents
+    sizes = zip(hidden_states.shape[2:], model.config.patch_size, strict=True)
+    return TokenGrid(*(size // patch for size, patch in sizes))
+
+
+def _sizes(pipe: Any) -> SizeRules:
+    patch_t, patch_h, _ = _denoiser(pipe).config.patch_size
+    return SizeRules(
+        spatial_multiple=pipe.vae_scale_factor_spatial * patch_h,
+        frame_stride=pipe.vae_scale_factor_temporal * patch_t,
+        frame_offset=1,
+    )
+
+
+def _pipeline_grid(pipe: Any, height: int, width: int, num_frames: int) -> TokenGrid:
+    _sizes(pipe).check(height, width, num_frames)
+    patch_t, patch_h, patch_w = _denoiser(pipe).config.patch_size
+    latent_frames = (num_frames - 1) // pipe.vae_scale_factor_temporal + 1
+    return TokenGrid(
+        latent_frames // patch_t,
+        height // pipe.vae_scale_factor_spatial // patch_h,
+        width // pipe.vae_scale_factor_spatial // patch_w,
+    )
+
+
+def _denoiser(pipe: Any) -> Any:
+    # Wan 2.2 pipelines may be loaded with one of their two experts.
+    return pipe.transformer if pipe.transformer is not None else pipe.transformer_2
+
+
+def _variant(pipe: Any, model: torch.nn.Module) -> str:
+    if model.config.in_channels == _TI2V_5B_CHANNELS:  # type: ignore[union-attr]
+        return "wan2.2-5b"
+    two_experts = pipe is not None and getattr(pipe.config, "boundary_ratio", None) is not None
+    return "wan2.2" if two_experts else "wan2.1"
+
+
+WAN = Family(
+    name="wan",
+    title="Wan 2.1 and 2.2 (T2V, I2V, TI2V-5B, VACE)",
+    model_classes=("WanTransformer3DModel", "WanVACETransformer3DModel"),
+    sites=re.compile(r"(?:vace_)?blocks\.(?P<layer>\d+)\.attn1"),
+    grid=_grid,
+    sizes=_sizes,
+    pipeline_grid=_pipeline_grid,
+    variant=_variant,
+)
