@@ -1,5 +1,4 @@
 import pytest
-
 from diffattn.samples.moving_shapes.captions import (
     COLOURS,
     DIRECTIONS,
