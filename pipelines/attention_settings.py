@@ -1,0 +1,76 @@
+"""From the command line's words for an attention method to the method's own settings."""
+
+import ast
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from diffattn.methods import Method
+
+
+def attention_settings(
+    name: str | None,
+    arguments: Sequence[str],
+    config: Path | None,
+    recorded: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the complete settings of the method that the options describe.
+
+    Args:
+        name: --attn.
+        arguments: each --attn-arg, as "name=value"; they win over ``config`` and ``recorded``.
+        config: --attn-config, a JSON file with a method's ``to_dict()``.
+        recorded: the method of the run that is repeated; it counts when no other is named.
+    """
+    if name is not None and config is not None:
+        raise UserError("give --attn or --attn-config, not both")
+    if config is not None:
+        settings = _read_config(config)
+    elif name is not None:
+        settings = {"type": name}
+    else:
+        settings = dict(recorded or {"type": "radial"})
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--attn-arg takes name=value, not {argument!r}")
+        if key.strip() == "type":
+            raise UserError("--attn-arg cannot change the method; use --attn")
+        settings[key.strip()] = _parse(value.strip())
+    return make_method(settings).to_dict()
+
+
+def make_method(settings: Mapping[str, Any]) -> "Method":
+    """Build the method, with the library's own words for what is wrong."""
+    from diffattn.methods import from_dict
+
+    try:
+        return from_dict(dict(settings))
+    except (ValueError, TypeError) as error:
+        raise UserError(error) from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read --attn-config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"--attn-config {path} is not JSON: {error}") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("type"), str):
+        raise UserError(f'--attn-config {path} must hold an object with a "type", such as "radial"')
+    return settings
+
+
+def _parse(text: str) -> Any:
+    """Read a value as JSON or Python writes it; anything else is a word."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    return text

@@ -1,0 +1,215 @@
+"""The ``diffattn`` command: arguments only; the work is in the other modules."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import RunInterruptedError, UserError, one_line
+from .request import BUNDLED_MODEL, DTYPES, OFFLOADS, Request
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+_BAD_INPUT = 2
+_INTERRUPTED = 130
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from .sidecar import versions
+
+        _say(", ".join(f"{name} {number}" for name, number in versions().items()))
+        raise typer.Exit()
+
+
+def main() -> None:
+    """Run the command line; bad input is one line on stderr and exit code 2."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code."""
+    command = typer.main.get_command(app)
+    try:
+        return command.main(list(arguments), prog_name="diffattn", standalone_mode=False) or 0
+    except UserError as error:
+        return _fail(str(error), _BAD_INPUT)
+    except RunInterruptedError as interruption:
+        return _fail(str(interruption), _INTERRUPTED)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail(str(RunInterruptedError([])), _INTERRUPTED)
+    except Exception as error:
+        # Typer carries click's usage errors, under another module in each of its versions.
+        if not hasattr(error, "format_message"):
+            raise
+        return _fail(one_line(error.format_message()), _BAD_INPUT)
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show versions."),
+    ] = False,
+) -> None:
+    """Sparse attention for diffusers video pipelines."""
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What the video shows.")] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="File (.mp4, .gif, .png for a folder of frames) or folder (ends with /); it is "
+            "overwritten. Without it, a new name made of the prompt.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help=f"Pipeline folder or hub id (default: the bundled {BUNDLED_MODEL})."),
+    ] = None,
+    attn: Annotated[
+        str | None,
+        typer.Option(help="Attention method, see `diffattn methods` (default: radial)."),
+    ] = None,
+    attn_arg: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Parameter of the method.")
+    ] = None,
+    attn_config: Annotated[
+        Path | None, typer.Option(help="JSON file with the method and its parameters.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels (default: the model's).")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels (default: the model's).")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Default: the model's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Default: the model's.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same for every prompt (default: 0).")
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(help="Frames a second of the file (default: the model's or 16)."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="|".join(DTYPES), help="Default: float32 on the CPU, else bfloat16."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, .. (default: the accelerator, if any).")
+    ] = None,
+    offload: Annotated[
+        str | None, typer.Option(metavar="|".join(OFFLOADS), help="What waits in main memory.")
+    ] = None,
+    lora: Annotated[str | None, typer.Option(help="LoRA file or folder.")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="UTF-8 file with one prompt a line; one video each.")
+    ] = None,
+    compare: Annotated[
+        bool | None,
+        typer.Option("--compare/--no-compare", help="Also render dense, and show both."),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option("--from", help="Repeat the run of a JSON sidecar; other options override it."),
+    ] = None,
+) -> None:
+    """Render a video for a prompt."""
+    from .attention_settings import attention_settings
+    from .outputs import check_outputs, plan_outputs
+    from .prompts import read_prompts
+    from .sidecar import read_settings
+
+    if sum(source is not None for source in (prompt, prompts_file, record)) != 1:
+        raise UserError("give exactly one of PROMPT, --prompts-file and --from")
+    settings: dict[str, Any] = {}
+    inputs = [path for path in (prompts_file, attn_config, record) if path is not None]
+    if record is not None:
+        settings, recorded_files, changes = read_settings(record)
+        inputs += recorded_files
+        for change in changes:
+            _warn(f"{change}: the frames may differ")
+    prompts: Sequence[str] = [prompt if prompt is not None else settings.get("prompt", "")]
+    if prompts_file is not None:
+        read = read_prompts(prompts_file)
+        prompts = read.prompts
+        if read.blank_lines:
+            lines = ", ".join(map(str, read.blank_lines))
+            _warn(f"skipped blank lines of {prompts_file}: {lines}")
+    given = {
+        "model": _absolute(model),
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+        "seed": seed,
+        "fps": fps,
+        "dtype": dtype,
+        "device": device,
+        "offload": offload,
+        "lora": _absolute(lora),
+        "compare": compare,
+    }
+    settings |= {name: value for name, value in given.items() if value is not None}
+    settings["attention"] = attention_settings(
+        attn, attn_arg or [], attn_config, settings.get("attention")
+    )
+    requests = [Request.from_dict({**settings, "prompt": text}) for text in prompts]
+    first = requests[0]
+    planned = plan_outputs(output, prompts, several=prompts_file is not None)
+    if first.lora is not None:
+        inputs.append(Path(first.lora))
+    check_outputs(planned, first.compare, first.fps, inputs)
+
+    from .generate import generate as make_videos
+
+    make_videos(requests, planned, _say, _warn)
+
+
+@app.command()
+def methods() -> None:
+    """List the attention methods with their parameters."""
+    from .listing import method_lines
+
+    for line in method_lines():
+        _say(line)
+
+
+@app.command()
+def models() -> None:
+    """List the model families."""
+    from .listing import model_lines
+
+    for line in model_lines():
+        _say(line)
+
+
+def _absolute(path: str | None) -> str | None:
+    """Make paths that exist absolute, so that a record works from any folder."""
+    if path is None or path == BUNDLED_MODEL or not Path(path).expanduser().exists():
+        return path
+    return str(Path(path).expanduser().resolve())
+
+
+def _say(line: str) -> None:
+    typer.echo(line)
+
+
+def _warn(line: str) -> None:
+    typer.echo(f"warning: {line}", err=True)
+
+
+def _fail(message: str, code: int) -> int:
+    typer.echo(f"diffattn: {message}", err=True)
+    return code

@@ -1,0 +1,95 @@
+"""How close two renderings are, and a picture of both."""
+
+import math
+
+import numpy as np
+
+# The window and constants of Wang et al. (2004), "Image Quality Assessment: From Error Visibility
+# to Structural Similarity".
+_WINDOW = 11
+_SIGMA = 1.5
+_K1, _K2 = 0.01, 0.03
+_PEAK = 255.0
+
+_NARROWEST_HALF = 256
+_BAR = 28
+_GAP = 4
+
+
+def psnr(reference: np.ndarray, other: np.ndarray) -> float:
+    """Return the peak signal-to-noise ratio in dB of uint8 frames; infinite when they are equal.
+
+    The squared error is averaged over the whole clip before the logarithm is taken.
+    """
+    difference = reference.astype(np.float64) - other.astype(np.float64)
+    error = float(np.mean(difference**2))
+    return math.inf if error == 0 else 10 * math.log10(_PEAK**2 / error)
+
+
+def ssim(reference: np.ndarray, other: np.ndarray) -> float:
+    """Return the mean structural similarity of uint8 frames (count, height, width, 3).
+
+    Each channel of each frame is compared under an 11x11 Gaussian window of sigma 1.5, where the
+    window lies wholly inside the frame.
+    """
+    pairs = zip(reference, other, strict=True)
+    return float(np.mean([_frame_ssim(a, b) for a, b in pairs]))
+
+
+def side_by_side(
+    left: np.ndarray, right: np.ndarray, left_label: str, right_label: str
+) -> np.ndarray:
+    """Return frames that show two clips (count, height, width, 3) beside each other, labelled.
+
+    Small clips are enlarged by a whole factor so that the labels can be read.
+    """
+    factor = max(1, math.ceil(_NARROWEST_HALF / left.shape[2]))
+    halves = [_enlarge(clip, factor) for clip in (left, right)]
+    width = halves[0].shape[2]
+    bars = [_bar(label, width) for label in (left_label, right_label)]
+    columns = [
+        np.concatenate([np.broadcast_to(bar, (len(half), *bar.shape)), half], axis=1)
+        for bar, half in zip(bars, halves, strict=True)
+    ]
+    gap = np.zeros((len(columns[0]), columns[0].shape[1], _GAP, 3), np.uint8)
+    return np.concatenate([columns[0], gap, columns[1]], axis=2)
+
+
+def _frame_ssim(a: np.ndarray, b: np.ndarray) -> float:
+    import cv2
+
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    margin = _WINDOW // 2
+
+    def smooth(image: np.ndarray) -> np.ndarray:
+        blurred = cv2.GaussianBlur(image, (_WINDOW, _WINDOW), _SIGMA)
+        return blurred[margin:-margin, margin:-margin]
+
+    mean_x, mean_y = smooth(x), smooth(y)
+    variance_x = smooth(x * x) - mean_x**2
+    variance_y = smooth(y * y) - mean_y**2
+    covariance = smooth(x * y) - mean_x * mean_y
+    c1, c2 = (_K1 * _PEAK) ** 2, (_K2 * _PEAK) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    return float(np.mean(luminance * structure))
+
+
+def _enlarge(clip: np.ndarray, factor: int) -> np.ndarray:
+    return clip.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def _bar(label: str, width: int) -> np.ndarray:
+    """Draw a label on a dark bar, in the largest type that fits."""
+    import cv2
+
+    bar = np.full((_BAR, width, 3), 32, np.uint8)
+    scale = 0.5
+    while (
+        scale > 0.2 and cv2.getTextSize(label, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)[0][0] > width - 8
+    ):
+        scale -= 0.05
+    cv2.putText(
+        bar, label, (4, 19), cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), 1, cv2.LINE_AA
+    )
+    return bar

@@ -1,0 +1,290 @@
+"""The run: load, attach, render, compare, write."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .attention_settings import make_method
+from .compare import psnr, side_by_side, ssim
+from .errors import RunInterruptedError, UserError, one_line
+from .loading import LoadedModel, load_model
+from .machine import describe_device, quiet_libraries
+from .outputs import Outputs, on_disk, staged
+from .progress import LoopTimes, clock, watched
+from .request import Request
+from .sidecar import write_record
+from .sizing import call_arguments, complete
+from .video import write_video
+from .vocabulary import unknown_words
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from diffattn.methods import Method
+
+_WARM_UP = "one untimed step of each before (caches, compilation)"
+_NO_SCHEDULE = {"dense_layers": 0, "dense_steps": 0, "last_dense_steps": 0}
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """Frames (count, height, width, 3), uint8, and what they took."""
+
+    frames: np.ndarray
+    total_seconds: float
+    """The whole pipeline call: text encoding, denoising, decoding.  No loading, no writing."""
+    loop_seconds: float
+    """The denoising loop alone."""
+    step_seconds: list[float]
+
+    def timings(self) -> dict[str, Any]:
+        """Return the times as the record holds them."""
+        return {
+            "total_seconds": round(self.total_seconds, 4),
+            "loop_seconds": round(self.loop_seconds, 4),
+            "step_seconds": [round(seconds, 4) for seconds in self.step_seconds],
+        }
+
+
+def generate(
+    requests: Sequence[Request],
+    planned: Sequence[Outputs],
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> list[Path]:
+    """Render each request, which differ only in their prompts, into its outputs.
+
+    Args:
+        requests: what to make; they share one model and its settings.
+        planned: where each goes.
+        say: takes lines for the user.
+        warn: takes one-line warnings.
+
+    Returns:
+        The videos written.
+
+    Raises:
+        RunInterruptedError: on Ctrl-C; it names the finished videos, which are kept.
+    """
+    kept: list[Path] = []
+    try:
+        quiet_libraries()
+        start = time.perf_counter()
+        loaded = load_model(requests[0])
+        load_seconds = time.perf_counter() - start
+        jobs = [complete(request, loaded) for request in requests]
+        say(_headline(jobs[0], loaded))
+        for request in jobs:
+            _warn_of_words(request, loaded, warn)
+        for number, (request, outputs) in enumerate(zip(jobs, planned, strict=True), start=1):
+            if len(jobs) > 1:
+                say(f"[{number}/{len(jobs)}] {request.prompt}")
+            _make(request, loaded, outputs, load_seconds, kept, say, warn)
+    except KeyboardInterrupt:
+        raise RunInterruptedError(kept) from None
+    except UserError as error:
+        if kept:
+            raise UserError(f"{error} (kept: {', '.join(map(str, kept))})") from None
+        raise
+    return kept
+
+
+def _make(
+    request: Request,
+    loaded: LoadedModel,
+    outputs: Outputs,
+    load_seconds: float,
+    kept: list[Path],
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> None:
+    """Make the files of one video."""
+    method = make_method(request.attention)
+    dense = None
+    if request.compare:
+        _warm_up(request, loaded, method)
+        dense = _render(request, loaded, "dense")
+    with _attached(loaded.pipe, method) as attachment:
+        attention = _describe(attachment, request, loaded.pipe)
+        say(f"attention: {attention.pop('summary')}")
+        sparse = _render(request, loaded, method.type)
+    if len(sparse.frames) != request.num_frames:
+        warn(f"the model made {len(sparse.frames)} frames, not {request.num_frames}")
+
+    facts: dict[str, Any] = {
+        "files": {"video": outputs.video.name},
+        "device": describe_device(loaded.device),
+        "attention": attention,
+        "timings": {"load_seconds": round(load_seconds, 4), **sparse.timings()},
+    }
+    assert request.fps is not None
+    with staged(outputs, kept) as folder:
+        write_video(folder / outputs.video.name, sparse.frames, request.fps)
+        if dense is not None:
+            facts["files"] |= {"dense": outputs.dense.name, "compare": outputs.comparison.name}
+            facts["comparison"] = _compare(dense, sparse)
+            write_video(folder / outputs.dense.name, dense.frames, request.fps)
+            both = side_by_side(
+                dense.frames,
+                sparse.frames,
+                f"dense {dense.total_seconds:.1f} s",
+                f"{method.type} {sparse.total_seconds:.1f} s",
+            )
+            write_video(folder / outputs.comparison.name, both, request.fps)
+        write_record(folder / outputs.sidecar.name, request, facts)
+    if dense is not None:
+        for line in _comparison_lines(method.type, dense, sparse, facts["comparison"]):
+            say(line)
+    say(_summary(outputs, sparse, facts))
+
+
+def _render(request: Request, loaded: LoadedModel, label: str) -> Rendering:
+    """Call the pipeline, timed."""
+    with watched(loaded.pipe, label) as times:
+        start = clock()
+        frames = _call(loaded.pipe, call_arguments(request, loaded), request.seed, times)
+        total = clock() - start
+    if not np.isfinite(frames).all():
+        raise UserError(
+            f"the model gave NaN in {loaded.dtype}: try --dtype float32 or --dtype bfloat16"
+        )
+    pixels = (frames * 255).round().clip(0, 255).astype(np.uint8)
+    return Rendering(pixels, total, times.loop_seconds, times.step_seconds)
+
+
+def _call(
+    pipe: "DiffusionPipeline", arguments: Mapping[str, Any], seed: int, times: LoopTimes
+) -> np.ndarray:
+    import torch
+
+    # A generator on the CPU gives the same noise whatever the device.
+    generator = torch.Generator("cpu").manual_seed(seed)
+    try:
+        return np.asarray(pipe(**arguments, generator=generator, output_type="np").frames[0])
+    except ValueError as error:
+        if times.step_seconds:
+            raise
+        raise UserError(f"{type(pipe).__name__} refuses: {one_line(error)}") from error
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UserError(
+                "out of memory: try fewer frames, a smaller size, --dtype bfloat16 or --offload"
+            ) from None
+        raise
+
+
+def _warm_up(request: Request, loaded: LoadedModel, method: "Method") -> None:
+    """Run one untimed step of dense and of sparse attention, so that neither pays for being first.
+
+    The first call at a size fills allocator and kernel caches, and compiles kernels on a GPU.
+    """
+    step = dataclasses.replace(request, steps=1)
+    _render(step, loaded, "warming up (dense)")
+    # A schedule that keeps the first steps dense would leave the sparse kernels cold.
+    with _attached(loaded.pipe, dataclasses.replace(method, **_NO_SCHEDULE)):  # type: ignore[arg-type]
+        _render(step, loaded, f"warming up ({method.type})")
+
+
+@contextmanager
+def _attached(pipe: "DiffusionPipeline", method: "Method") -> Iterator[Any]:
+    """Have the method in the pipeline for the while; dense means the untouched model."""
+    import diffattn
+
+    if method.type == "dense":
+        yield None
+        return
+    try:
+        attachment = diffattn.set_attn_processor(pipe, method)
+    except (ValueError, TypeError) as error:
+        raise UserError(error) from None
+    try:
+        yield attachment
+    finally:
+        diffattn.set_attn_processor(pipe, None)
+
+
+def _describe(attachment: Any, request: Request, pipe: "DiffusionPipeline") -> dict[str, Any]:
+    """Return the attachment's density and schedule as JSON types, with its own words for them."""
+    from diffattn.models import pipeline_grid
+
+    if attachment is None:
+        return {
+            "summary": "dense, the untouched model",
+            "method": {"type": "dense"},
+            "density": 1.0,
+        }
+    grid = pipeline_grid(pipe, request.height, request.width, request.num_frames)
+    description = attachment.describe(grid, request.steps)
+    facts = {item.name: getattr(description, item.name) for item in dataclasses.fields(description)}
+    facts["method"] = description.method.to_dict()
+    facts["grid"] = [grid.frames, grid.height, grid.width]
+    return {"summary": str(description), **facts}
+
+
+def _compare(dense: Rendering, sparse: Rendering) -> dict[str, Any]:
+    ratio = psnr(dense.frames, sparse.frames)
+    return {
+        # JSON has no infinity: null means that the frames are equal.
+        "psnr_db": None if math.isinf(ratio) else round(ratio, 3),
+        "ssim": round(ssim(dense.frames, sparse.frames), 5),
+        "speedup_loop": round(dense.loop_seconds / sparse.loop_seconds, 3),
+        "speedup_total": round(dense.total_seconds / sparse.total_seconds, 3),
+        "dense": dense.timings(),
+        "warm_up": _WARM_UP,
+    }
+
+
+def _comparison_lines(
+    name: str, dense: Rendering, sparse: Rendering, comparison: Mapping[str, Any]
+) -> list[str]:
+    width = max(len("dense"), len(name))
+    quality = comparison["psnr_db"]
+    closeness = "equal frames" if quality is None else f"PSNR {quality:.2f} dB"
+    return [
+        *(
+            f"{label:{width}}  denoising {run.loop_seconds:.2f} s, total {run.total_seconds:.2f} s"
+            for label, run in (("dense", dense), (name, sparse))
+        ),
+        f"{name} against dense: {closeness}, SSIM {comparison['ssim']:.4f}; speed-up "
+        f"{comparison['speedup_loop']:.2f}x denoising, {comparison['speedup_total']:.2f}x total "
+        f"({_WARM_UP})",
+    ]
+
+
+def _headline(request: Request, loaded: LoadedModel) -> str:
+    device = describe_device(loaded.device)["name"]
+    guidance = "" if request.guidance_scale is None else f", guidance {request.guidance_scale:g}"
+    return (
+        f"{request.model}: {type(loaded.pipe).__name__}, {loaded.dtype} on {loaded.device} "
+        f"({device}); "
+        f"{request.num_frames} frames {request.width}x{request.height}, {request.steps} steps"
+        f"{guidance}, seed {request.seed}"
+    )
+
+
+def _warn_of_words(request: Request, loaded: LoadedModel, warn: Callable[[str], None]) -> None:
+    strange, known = unknown_words(loaded.pipe, request.prompt)
+    if strange:
+        warn(f"the model does not know {', '.join(strange)}; its words are: {' '.join(known)}")
+
+
+def _summary(outputs: Outputs, sparse: Rendering, facts: Mapping[str, Any]) -> str:
+    path = on_disk(outputs.video)
+    files = path.iterdir() if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files)
+    count, height, width = sparse.frames.shape[:3]
+    step = sparse.loop_seconds / max(1, len(sparse.step_seconds))
+    speedup = ""
+    if "comparison" in facts:
+        speedup = f", {facts['comparison']['speedup_total']:.2f}x as fast as dense"
+    return (
+        f"{path}: {count} frames {width}x{height}, {size / 1024:.0f} KiB, "
+        f"{sparse.total_seconds:.1f} s ({step:.2f} s/step){speedup}"
+    )

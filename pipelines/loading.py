@@ -1,0 +1,202 @@
+"""Finding a model and making a stock diffusers pipeline of it, on the device that was asked for."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError, did_you_mean, one_line
+from .request import BUNDLED_MODEL, Request
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+DEFAULTS_FILE = "generation.json"
+"""Optional file beside model_index.json: arguments of the pipeline's call, and ``fps``."""
+
+_INDEX_FILE = "model_index.json"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A pipeline that is ready to be called."""
+
+    pipe: "DiffusionPipeline"
+    defaults: Mapping[str, Any]
+    """What the model's own :data:`DEFAULTS_FILE` says; empty for most models."""
+    dtype: str
+    device: str
+
+
+def choose_device(name: str | None) -> "torch.device":
+    """Return the named device, or the accelerator if there is one, else the CPU."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name is None:
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name!r} is no device; try cpu, cuda or cuda:1") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if accelerator is None or accelerator.type != device.type:
+        there = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
+        raise UserError(f"--device {name}: torch sees no such device here (there is: {there})")
+    count = torch.accelerator.device_count()
+    if device.index is not None and device.index >= count:
+        raise UserError(f"--device {name}: there are {count} {device.type} devices, from 0")
+    return device
+
+
+def find_model(model: str) -> Path | str:
+    """Return the folder of a bundled or local pipeline, or a hub id that can be loaded.
+
+    Everything is refused here that can be refused from ``model_index.json`` alone: large
+    weights are neither downloaded nor read for a model that will not run.
+    """
+    if model == BUNDLED_MODEL:
+        from diffattn.samples.moving_shapes import MODEL_DIR
+
+        return _check_folder(MODEL_DIR, model)
+    path = Path(model).expanduser()
+    if path.exists():
+        return _check_folder(path, model)
+    if _HUB_ID.fullmatch(model) and not model.startswith("."):
+        _check_hub(model)
+        return model
+    hint = did_you_mean(model, [BUNDLED_MODEL])
+    raise UserError(f"there is no model folder {model}{hint}")
+
+
+def load_model(request: Request) -> LoadedModel:
+    """Load the pipeline of a request, its LoRA included, on its device."""
+    import torch
+
+    from .lora import load_lora
+
+    device = choose_device(request.device)
+    if device.type == "cpu" and request.offload != "none":
+        raise UserError(f"--offload {request.offload} needs an accelerator, but the device is cpu")
+    source = find_model(request.model)
+    dtype = request.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    pipe = _from_pretrained(source, request.model, getattr(torch, dtype))
+    if request.lora is not None:
+        load_lora(pipe, request.lora)
+    _place(pipe, device, request.offload)
+    return LoadedModel(pipe, _read_defaults(source), dtype, str(device))
+
+
+def _check_folder(path: Path, shown: str) -> Path:
+    if not path.is_dir():
+        raise UserError(f"{shown} is a file; --model takes a pipeline's folder")
+    index = path / _INDEX_FILE
+    if not index.is_file():
+        part = (path / "config.json").is_file()
+        what = "holds a single model" if part else "is not a diffusers pipeline"
+        raise UserError(f"{shown} {what}: there is no {_INDEX_FILE} in it")
+    _check_index(index, shown)
+    return path
+
+
+def _check_hub(model: str) -> None:
+    """Ask the hub for the index, once and with a short wait: the client's own retries take long."""
+    from huggingface_hub import hf_hub_download, model_info, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    index = try_to_load_from_cache(model, _INDEX_FILE)
+    if not isinstance(index, str):
+        unknown = f"{model} is neither a folder here nor in the local cache of the Hugging Face hub"
+        try:
+            model_info(model, timeout=10)
+            index = hf_hub_download(model, _INDEX_FILE)
+        except OfflineModeIsEnabled:
+            raise UserError(f"{unknown}, and HF_HUB_OFFLINE is set") from None
+        except GatedRepoError:
+            raise UserError(
+                f"{model} is gated: accept its terms at https://huggingface.co/{model} and log in "
+                "with `hf auth login`"
+            ) from None
+        except (RepositoryNotFoundError, HFValidationError):
+            raise UserError(f"{unknown}, and the hub has no such model") from None
+        except EntryNotFoundError:
+            raise UserError(
+                f"{model} is not a diffusers pipeline: it has no {_INDEX_FILE}"
+            ) from None
+        except Exception as error:
+            # The hub's client changed its HTTP library between versions, and with it the errors.
+            raise UserError(f"{unknown}, and the hub cannot be reached: {error}") from None
+    _check_index(Path(index), model)
+
+
+def _check_index(index: Path, shown: str) -> None:
+    """Refuse a pipeline none of whose models has a family."""
+    from diffattn.models import FAMILIES
+
+    entries = _read_json(index, shown)
+    classes = [
+        entry[1]
+        for entry in entries.values()
+        if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
+    ]
+    known = {name for family in FAMILIES for name in family.model_classes}
+    if not known.intersection(classes):
+        pipeline = entries.get("_class_name", "an unknown pipeline")
+        titles = ", ".join(family.title for family in FAMILIES)
+        raise UserError(f"{shown} ({pipeline}) is of no known model family; there are: {titles}")
+
+
+def _read_defaults(source: Path | str) -> dict[str, Any]:
+    if isinstance(source, str) or not (source / DEFAULTS_FILE).is_file():
+        return {}
+    return _read_json(source / DEFAULTS_FILE, str(source))
+
+
+def _read_json(path: Path, shown: str) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shown}: cannot read {path.name}: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{shown}: {path.name} holds no JSON object")
+    return data
+
+
+def _from_pretrained(source: Path | str, shown: str, dtype: "torch.dtype") -> "DiffusionPipeline":
+    import torch
+    from diffusers import DiffusionPipeline
+
+    # Wan's VAE is published in float32 and decodes visibly worse below; the others follow along,
+    # since decoding is a small part of a run.
+    dtypes = {"default": dtype, "vae": torch.float32}
+    try:
+        return DiffusionPipeline.from_pretrained(source, torch_dtype=dtypes)
+    except (OSError, ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        raise UserError(f"cannot load {shown}: {one_line(error)}") from None
+
+
+def _place(pipe: "DiffusionPipeline", device: "torch.device", offload: str) -> None:
+    import torch
+
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "group":
+        pipe.enable_group_offload(
+            onload_device=device,
+            offload_device=torch.device("cpu"),
+            offload_type="leaf_level",
+            use_stream=device.type == "cuda",
+        )
+    else:
+        pipe.to(device)

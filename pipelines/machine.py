@@ -1,0 +1,46 @@
+"""What a run's figures depend on: the device, and how loud the libraries are."""
+
+import os
+import platform
+import warnings
+from pathlib import Path
+from typing import Any
+
+
+def describe_device(device: str) -> dict[str, Any]:
+    """Return the device as a record needs it: its name, and for the CPU the thread count."""
+    import torch
+
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return {"type": kind, "name": _cpu_name(), "threads": torch.get_num_threads()}
+    module = getattr(torch, kind)
+    return {"type": kind, "name": module.get_device_name(device)}
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' bars, advice and deprecations off the screen.
+
+    What matters in them is checked by this package.  DIFFUSERS_VERBOSITY brings them back.
+    """
+    if "DIFFUSERS_VERBOSITY" in os.environ:
+        return
+    import diffusers
+    import huggingface_hub
+    import transformers
+
+    warnings.simplefilter("ignore")
+    for library in (diffusers.utils, transformers.utils):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+
+
+def _cpu_name() -> str:
+    # platform.processor() is empty on most Linux systems.
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

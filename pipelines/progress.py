@@ -1,0 +1,123 @@
+"""The denoising loop on the screen and on the clock."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+# Where there is no terminal to draw a bar on, this many lines a run say where it is.
+_LINES_PER_RUN = 4
+
+
+def clock() -> float:
+    """Return the time in seconds, once the accelerator has done everything it was given."""
+    import torch
+
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+@dataclass
+class LoopTimes:
+    """What a run's denoising loop took."""
+
+    loop_seconds: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
+
+
+@contextmanager
+def watched(pipe: "DiffusionPipeline", label: str) -> Iterator[LoopTimes]:
+    """Time the pipeline's denoising loop and show its progress under ``label``.
+
+    The pipeline's own progress bar is replaced for the while: it opens when the loop starts, moves
+    once a step and closes when the loop ends, in every pipeline.
+    """
+    times = LoopTimes()
+    with _display(label) as show:
+
+        def progress_bar(iterable: Any = None, total: int | None = None) -> Any:
+            return iterable if total is None else _Loop(times, total, show)
+
+        pipe.progress_bar = progress_bar
+        try:
+            yield times
+        finally:
+            del pipe.progress_bar
+
+
+class _Loop:
+    """Stands in for the pipeline's progress bar."""
+
+    def __init__(
+        self, times: LoopTimes, total: int, show: Callable[[int, int, float], None]
+    ) -> None:
+        self._times = times
+        self._total = total
+        self._show = show
+
+    def __enter__(self) -> "_Loop":
+        self._start = self._last = clock()
+        self._show(0, self._total, 0.0)
+        return self
+
+    def update(self, steps: int = 1) -> None:
+        now = clock()
+        self._times.step_seconds.append((now - self._last) / steps)
+        self._last = now
+        self._show(len(self._times.step_seconds), self._total, self._times.step_seconds[-1])
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._times.loop_seconds += clock() - self._start
+
+
+@contextmanager
+def _display(label: str) -> Iterator[Callable[[int, int, float], None]]:
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _line_printer(label)
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[step]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(label, total=None, step="")
+
+        def show(done: int, total: int, seconds: float) -> None:
+            step = f"{seconds:.2f} s/step" if done else ""
+            progress.update(task, completed=done, total=total, step=step)
+
+        yield show
+
+
+def _line_printer(label: str) -> Callable[[int, int, float], None]:
+    def show(done: int, total: int, seconds: float) -> None:
+        every = max(1, total // _LINES_PER_RUN)
+        if done and (done % every == 0 or done == total):
+            print(f"{label}: step {done}/{total}, {seconds:.2f} s/step", flush=True)
+
+    return show

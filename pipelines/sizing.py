@@ -1,0 +1,102 @@
+"""Filling a request's gaps from the model, and refusing sizes the model would silently round."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+from .loading import LoadedModel
+from .request import Request, option
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+# What a request calls them, and what pipelines call them.
+_ARGUMENTS = {
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "height": "height",
+    "width": "width",
+    "num_frames": "num_frames",
+    "steps": "num_inference_steps",
+    "guidance_scale": "guidance_scale",
+}
+_REQUIRED = ("height", "width", "num_frames", "steps")
+_OWN_ARGUMENTS = {"generator", "output_type", "callback_on_step_end"}
+
+# Wan's, and the most common one among the others; no pipeline says it anywhere.
+_USUAL_FPS = 16.0
+
+
+def complete(request: Request, loaded: LoadedModel) -> Request:
+    """Return the request with no gap left: the model's defaults in, every size checked."""
+    parameters = inspect.signature(type(loaded.pipe).__call__).parameters
+    _check_pipeline(loaded.pipe, parameters)
+    filled: dict[str, Any] = {"dtype": loaded.dtype, "device": loaded.device}
+    for name, argument in _ARGUMENTS.items():
+        asked = getattr(request, name)
+        if argument not in parameters:
+            if asked is not None:
+                raise UserError(f"{type(loaded.pipe).__name__} does not take {option(name)}")
+        elif asked is None:
+            filled[name] = loaded.defaults.get(argument, parameters[argument].default)
+    for name in _REQUIRED:
+        if filled.get(name, getattr(request, name)) is None:
+            raise UserError(
+                f"{type(loaded.pipe).__name__} leaves it to its caller: give {option(name)}"
+            )
+    if request.fps is None:
+        frame_rate = parameters.get("frame_rate")
+        usual = _USUAL_FPS if frame_rate is None else frame_rate.default
+        filled["fps"] = float(loaded.defaults.get("fps", usual))
+    out = dataclasses.replace(request, **filled)
+    _check_sizes(out, loaded.pipe)
+    return out
+
+
+def call_arguments(request: Request, loaded: LoadedModel) -> dict[str, Any]:
+    """Return what the pipeline is called with, for a request that :func:`complete` returned."""
+    parameters = inspect.signature(type(loaded.pipe).__call__).parameters
+    arguments = {
+        argument: getattr(request, name)
+        for name, argument in _ARGUMENTS.items()
+        if argument in parameters
+    }
+    arguments["num_frames"] = _frames_to_ask_for(loaded.pipe, arguments["num_frames"])
+    if "frame_rate" in parameters:
+        arguments["frame_rate"] = request.fps
+    extra = loaded.defaults.keys() - arguments.keys() - {"fps"}
+    return {**arguments, **{name: loaded.defaults[name] for name in extra}}
+
+
+def _check_pipeline(pipe: "DiffusionPipeline", parameters: Mapping[str, inspect.Parameter]) -> None:
+    name = type(pipe).__name__
+    if "num_frames" not in parameters:
+        raise UserError(f"{name} does not make videos: its call takes no num_frames")
+    for parameter in list(parameters.values())[1:]:
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if named and parameter.default is parameter.empty and parameter.name != "prompt":
+            raise UserError(
+                f"{name} needs {parameter.name!r}, which this command cannot give: call it from "
+                "Python with pipe.set_attn_processor(...)"
+            )
+
+
+def _check_sizes(request: Request, pipe: "DiffusionPipeline") -> None:
+    from diffattn.models import pipeline_grid
+
+    try:
+        pipeline_grid(pipe, request.height, request.width, request.num_frames)
+    except ValueError as error:
+        raise UserError(error) from None
+
+
+def _frames_to_ask_for(pipe: "DiffusionPipeline", frames: int) -> int:
+    """Undo a quirk of Wan's rounding: without temporal compression it renders one frame more.
+
+    ``num_frames % 1`` is never 1, so the pipeline always "rounds" n to n + 1.
+    """
+    factor = getattr(pipe, "vae_scale_factor_temporal", None)
+    quirk = type(pipe).__module__.startswith("diffusers.pipelines.wan.") and factor == 1
+    return frames - 1 if quirk else frames

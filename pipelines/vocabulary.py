@@ -1,0 +1,28 @@
+"""Words that a model with a small vocabulary has never seen."""
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+# Tokenizers of real models hold tens of thousands of pieces, or single bytes, and know every word.
+_LARGEST_LIST = 200
+
+
+def unknown_words(pipe: "DiffusionPipeline", prompt: str) -> tuple[list[str], list[str]]:
+    """Return the prompt's words that the tokenizer does not know, and the words it knows.
+
+    Both are empty for tokenizers that can spell any word.
+    """
+    tokenizer = getattr(pipe, "tokenizer", None)
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if tokenizer is None or unknown is None or len(tokenizer) > _LARGEST_LIST:
+        return [], []
+    words = list(dict.fromkeys(re.findall(r"\w+", prompt)))
+    strange = [
+        word for word in words if unknown in tokenizer(word, add_special_tokens=False).input_ids
+    ]
+    special = set(tokenizer.all_special_tokens)
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return strange, [word for word, _ in vocabulary if word not in special]

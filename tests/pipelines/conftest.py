@@ -1,0 +1,176 @@
+"""Tiny random pipelines, built offline, in folders as ``save_pretrained`` writes them."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffattn.pipelines import cli
+
+SIZE = ["--height", "32", "--width", "48", "--num-frames", "5", "--steps", "2"]
+"""Options that keep a run of :func:`tiny_wan` short."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command printed and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line of an error; fails the test if there is more, or less, than that."""
+        assert self.code == 2, (self.code, self.out, self.err)
+        lines = self.err.splitlines()
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("diffattn: ")
+        return lines[0].removeprefix("diffattn: ")
+
+
+@pytest.fixture
+def diffattn(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run the command line in this process."""
+
+    def run(*arguments: object) -> Result:
+        capsys.readouterr()
+        code = cli.run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def generate(
+    diffattn: Callable[..., Result], tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Result]:
+    """Run ``diffattn generate`` on the tiny model, inside ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Result:
+        return diffattn("generate", "--model", tiny_wan, *SIZE, *arguments)
+
+    return run
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Callable[[str], dict]:
+    """Read a JSON file of ``tmp_path``."""
+    return lambda name: json.loads((tmp_path / name).read_text("utf-8"))
+
+
+@pytest.fixture(scope="session")
+def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A WanPipeline of random weights: 8 pixels and 4 frames a latent, 16 pixels a token."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+    from transformers import ByT5Tokenizer
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "tiny-wan"
+    pipe = WanPipeline(
+        tokenizer=ByT5Tokenizer(),
+        text_encoder=_text_encoder(),
+        vae=_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=_transformer(),
+    )
+    pipe.save_pretrained(folder)
+    # Wan's 512 text tokens are most of the work at this size.
+    (folder / "generation.json").write_text(json.dumps({"fps": 8, "max_sequence_length": 32}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_wan_two_experts(tmp_path_factory: pytest.TempPathFactory, tiny_wan: Path) -> Path:
+    """The same with Wan 2.2's second expert."""
+    from diffusers import WanPipeline
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("models") / "tiny-wan-two"
+    pipe = WanPipeline.from_pretrained(
+        tiny_wan, transformer_2=_transformer(), boundary_ratio=0.5, torch_dtype=torch.float32
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA file for :func:`tiny_wan` that changes the picture."""
+    return _save_lora(tmp_path_factory.mktemp("loras"), _transformer())
+
+
+@pytest.fixture(scope="session")
+def wide_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA file for a model of the same layers, twice as wide."""
+    return _save_lora(tmp_path_factory.mktemp("loras"), _transformer(heads=4))
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Path:
+    """A folder that cannot be written to, root included."""
+    folder = Path("/proc/self")
+    if not folder.is_dir() or os.name != "posix":
+        pytest.skip("needs /proc")
+    return folder
+
+
+def _text_encoder() -> torch.nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=384, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, dropout_rate=0.0
+    )
+    return T5EncoderModel(config).eval()
+
+
+def _vae() -> torch.nn.Module:
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=3,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+    )
+
+
+def _transformer(heads: int = 2) -> torch.nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=heads,
+        attention_head_dim=16,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=64,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+
+
+def _save_lora(folder: Path, transformer: torch.nn.Module) -> Path:
+    from diffusers import WanPipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    torch.manual_seed(2)
+    targets = ["to_q", "to_k", "to_v"]
+    transformer.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights="gaussian"))
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    WanPipeline.save_lora_weights(
+        folder, transformer_lora_layers=get_peft_model_state_dict(transformer)
+    )
+    return folder / "pytorch_lora_weights.safetensors"
