@@ -1,1 +1,4 @@
-"""Attention kernels: tensors in, tensors out. They know blocks, never methods, models or diffusers."""
+"""Attention kernels: tensors in, tensors out.
+
+They know blocks, never methods, models or diffusers.
+"""
