@@ -169,10 +169,14 @@ class TextMask(AttentionMask):
     def block_signatures(
         self, row: torch.Tensor, column: torch.Tensor, block_q: int, block_kv: int
     ) -> torch.Tensor:
-        # Only blocks that mix text and video differ, and there are few of them: each is its own.
-        columns = -(-self.grid.tokens // block_kv)
-        states = self.block_states(block_q, block_kv, row.device)[row, column]
-        return torch.where(states == PARTIAL, row * columns + column, -states.long())
+        # How many tokens of text a block begins and ends with says all there is to say of it.
+        kinds = []
+        for index, block in ((row, block_q), (column, block_kv)):
+            start = index * block
+            begins = (self.grid.text_before - start).clamp(0, block)
+            ends = (start + block - self.grid.video.stop).clamp(0, block)
+            kinds.append(begins * (block + 1) + ends)
+        return kinds[0] * (block_kv + 1) ** 2 + kinds[1]
 
     def _states_along(self, block: int, device: torch.device) -> torch.Tensor:
         start = torch.arange(0, self.grid.tokens, block, device=device)
@@ -223,6 +227,13 @@ class BlockMapMask(AttentionMask):
         states[~visited] = EMPTY
         states[~missing] = FULL
         return states
+
+    def block_signatures(
+        self, row: torch.Tensor, column: torch.Tensor, block_q: int, block_kv: int
+    ) -> torch.Tensor | None:
+        if block_q != self.block_size or block_kv != self.block_size:
+            return None
+        return self.block_map.to(row.device)[row, column].long()
 
 
 @dataclass(frozen=True, eq=False)
