@@ -1,0 +1,195 @@
+"""The diffusion model of the moving-shapes pipeline and what is special about training it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .text import TEXT_DIM
+from .vae import LATENT_CHANNELS
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Size of the WanTransformer3DModel."""
+
+    heads: int = 2
+    head_dim: int = 64
+    layers: int = 4
+    ffn_dim: int = 384
+
+
+def make_transformer(size: ModelSize) -> WanTransformer3DModel:
+    """Build an untrained transformer that starts by predicting zero velocity."""
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=size.heads,
+        attention_head_dim=size.head_dim,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        text_dim=TEXT_DIM,
+        freq_dim=256,
+        ffn_dim=size.ffn_dim,
+        num_layers=size.layers,
+        rope_max_seq_len=64,
+    )
+    nn.init.zeros_(transformer.proj_out.weight)
+    nn.init.zeros_(transformer.proj_out.bias)
+    return transformer
+
+
+class FrameRope(nn.Module):
+    """Rotary positions of chosen frames, so that a few frames can stand for a whole clip.
+
+    It replaces ``transformer.rope`` while training.  The tables are those of ``rope``; only their
+    rows along time are selected, per clip, by ``frames`` of shape (batch, frames).
+    """
+
+    def __init__(self, rope: Any) -> None:
+        super().__init__()
+        self.rope: Any = rope
+        self.frames: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines, (batch, tokens, 1, head_dim) each."""
+        assert self.frames is not None
+        _, patch_height, patch_width = self.rope.patch_size
+        height = hidden_states.shape[3] // patch_height
+        width = hidden_states.shape[4] // patch_width
+        return (
+            self._table(self.rope.freqs_cos, self.frames, height, width),
+            self._table(self.rope.freqs_sin, self.frames, height, width),
+        )
+
+    def _table(self, table: Tensor, frames: Tensor, height: int, width: int) -> Tensor:
+        time, rows, columns = table.split(
+            [self.rope.t_dim, self.rope.h_dim, self.rope.w_dim], dim=1
+        )
+        batch, count = frames.shape
+        shape = (batch, count, height, width, -1)
+        parts = [
+            time[frames].view(batch, count, 1, 1, -1).expand(shape),
+            rows[:height].view(1, 1, height, 1, -1).expand(shape),
+            columns[:width].view(1, 1, 1, width, -1).expand(shape),
+        ]
+        return torch.cat(parts, dim=-1).reshape(batch, count * height * width, 1, -1)
+
+
+class TrainingAttention:
+    """Wan attention for training: cheaper on CPUs, and with merged text padding.
+
+    On CPUs it writes attention out, because a compiled softmax between two matrix products is more
+    than twice as fast as the fused CPU kernel's forward and backward.
+
+    In cross-attention the last text position stands for many equal ones: a user's prompt is padded
+    with zero vectors to ``max_sequence_length`` (512 unless told otherwise) and the model attends
+    to them.  Equal keys can be merged exactly: n copies of a key weigh as much as one key whose
+    logit is raised by log n.
+    """
+
+    # Read by diffusers.
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self) -> None:
+        self.text_bias: Tensor | None = None
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Attend to the video itself, or to the text with the current bias."""
+        is_cross = encoder_hidden_states is not None
+        source = encoder_hidden_states if is_cross else hidden_states
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        key = attn.norm_k(attn.to_k(source)).unflatten(2, (attn.heads, -1))
+        value = attn.to_v(source).unflatten(2, (attn.heads, -1))
+        if rotary_emb is not None:
+            query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+        mixed = _attend(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            self.text_bias if is_cross else None,
+        )
+        return attn.to_out[0](mixed.transpose(1, 2).flatten(2, 3))
+
+
+def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotate neighbouring channel pairs of (batch, tokens, heads, head_dim)."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cosines[..., 0::2], sines[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax attention on (batch, heads, tokens, head_dim)."""
+    if query.is_cuda:
+        return F.scaled_dot_product_attention(query, key.to(query.dtype), value, attn_mask=bias)
+    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if bias is not None:
+        logits = logits + bias
+    return torch.softmax(logits, dim=-1) @ value
+
+
+class TrainingView:
+    """A transformer called on chosen frames and merged padding.
+
+    The transformer's own parameters are used; :meth:`restore` makes it a stock model again.
+    """
+
+    def __init__(self, transformer: WanTransformer3DModel) -> None:
+        self._transformer = transformer
+        self._stock_rope = transformer.rope
+        self._stock_processors = [attn.processor for attn in _attentions(transformer)]
+        self._rope = FrameRope(transformer.rope)
+        self._attention = TrainingAttention()
+        transformer.rope = self._rope
+        for attn in _attentions(transformer):
+            attn.processor = self._attention
+        self.forward = transformer.forward
+
+    def restore(self) -> None:
+        """Put the stock rotary table and processors back."""
+        self._transformer.rope = self._stock_rope
+        processors = zip(_attentions(self._transformer), self._stock_processors, strict=True)
+        for attn, processor in processors:
+            attn.processor = processor
+
+    def velocity(
+        self, noisy: Tensor, sigma: Tensor, text: Tensor, frames: Tensor, padded_length: Tensor
+    ) -> Tensor:
+        """Predict the velocity of chosen frames.
+
+        Args:
+            noisy: latents (batch, channels, frames, height, width).
+            sigma: noise levels in [0, 1], (batch,).
+            text: embeddings (batch, positions, dim), zero behind the sentence's end.
+            frames: frame numbers (batch, frames).
+            padded_length: the ``max_sequence_length`` to imitate, (batch,); above ``positions``.
+        """
+        batch, positions, _ = text.shape
+        text = torch.cat([text, text.new_zeros(batch, 1, text.shape[2])], dim=1)
+        bias = torch.zeros(batch, 1, 1, positions + 1, device=text.device)
+        bias[..., -1] = (padded_length - positions).float().log().view(-1, 1, 1)
+        self._rope.frames = frames
+        self._attention.text_bias = bias
+        return self.forward(noisy, sigma * 1000, text, return_dict=False)[0]
+
+
+def _attentions(transformer: WanTransformer3DModel) -> list[Any]:
+    return [attn for block in transformer.blocks for attn in (block.attn1, block.attn2)]
+
+
+def shifted_logit_normal(batch: int, shift: float, generator: torch.Generator) -> Tensor:
+    """Draw noise levels in (0, 1), (batch,); a larger ``shift`` favours high noise."""
+    normal = torch.randn(batch, generator=generator, device=generator.device)
+    return torch.sigmoid(normal + math.log(shift))

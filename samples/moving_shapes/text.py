@@ -1,0 +1,56 @@
+"""Word-level tokenizer and the small UMT5 encoder of the moving-shapes pipeline."""
+
+from collections.abc import Sequence
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from .captions import vocabulary
+
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+
+TEXT_DIM = 64
+"""Width of the text embeddings."""
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Build the tokenizer: lower-cased words, one id each, an end mark behind every sentence."""
+    words = [PAD, END, UNKNOWN, *vocabulary()]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, words.index(END))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        model_max_length=512,
+    )
+
+
+def make_text_encoder(vocab_size: int) -> UMT5EncoderModel:
+    """Build an untrained one-layer encoder (no dropout: it is trained for few, clean captions)."""
+    config = UMT5Config(
+        vocab_size=vocab_size,
+        d_model=TEXT_DIM,
+        d_kv=32,
+        d_ff=128,
+        num_layers=1,
+        num_heads=2,
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return UMT5EncoderModel(config)
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerFast, captions: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (ids, mask), both (captions, longest caption), padded on the right."""
+    batch = tokenizer(list(captions), padding=True, return_tensors="pt")
+    return batch.input_ids, batch.attention_mask
