@@ -1,0 +1,132 @@
+"""Masks, their algebra, and the block layouts built from them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffattn import AttentionMask, FullMask, PredicateMask, RadialAttn, TokenGrid
+from diffattn.blocks import EMPTY, FULL, PARTIAL, layout_from_states, pack_bits, unpack_bits
+from diffattn.mask import BlockMapMask, TextMask
+
+GRID = TokenGrid(3, 4, 5, text_before=2, text_after=7)
+
+
+def causal(grid: TokenGrid) -> AttentionMask:
+    return PredicateMask(grid, lambda query, key: key <= query)
+
+
+def checkers(grid: TokenGrid, block_size: int) -> AttentionMask:
+    n = -(-grid.tokens // block_size)
+    block = torch.arange(n)
+    return BlockMapMask(grid, (block[:, None] + block[None, :]) % 2 == 0, block_size)
+
+
+def every_mask(grid: TokenGrid) -> dict[str, AttentionMask]:
+    return {
+        "full": FullMask(grid),
+        "text": TextMask(grid),
+        "causal": causal(grid),
+        "checkers": checkers(grid, 6),
+        "band": RadialAttn(rule="paper").video_mask(grid),
+    }
+
+
+@pytest.mark.parametrize("blocks", [(1, 1), (6, 6), (7, 3), (16, 32), (128, 128)])
+@pytest.mark.parametrize("name", every_mask(GRID))
+def test_blocks_hold_exactly_the_tokens_of_the_rule(name: str, blocks: tuple[int, int]) -> None:
+    mask = every_mask(GRID)[name]
+    layout = mask.blocks(*blocks)
+    token = torch.arange(GRID.tokens)
+    want = mask.allowed(token[:, None], token[None, :])
+    assert torch.equal(mask.dense(), want)
+    assert torch.equal(layout.dense()[0, 0], want)
+    states = mask.block_states(*blocks, torch.device("cpu"))
+    rows, columns = layout.rows, layout.columns
+    assert states.shape == (rows, columns)
+    for r in range(rows):
+        for c in range(columns):
+            held = want[r * blocks[0] : (r + 1) * blocks[0], c * blocks[1] : (c + 1) * blocks[1]]
+            if states[r, c] == FULL:
+                assert held.all()
+            if states[r, c] == EMPTY:
+                assert not held.any()
+    assert mask.density == pytest.approx(want.double().mean().item(), abs=1e-12)
+
+
+@given(
+    first=st.sampled_from(sorted(every_mask(GRID))),
+    second=st.sampled_from(sorted(every_mask(GRID))),
+    blocks=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+)
+@settings(max_examples=60, deadline=None)
+def test_algebra(first: str, second: str, blocks: tuple[int, int]) -> None:
+    a, b = every_mask(GRID)[first], every_mask(GRID)[second]
+    cases = [
+        (a & b, a.dense() & b.dense()),
+        (a | b, a.dense() | b.dense()),
+        (~a, ~a.dense()),
+        (~(a & ~b), ~a.dense() | b.dense()),
+    ]
+    for mask, want in cases:
+        assert torch.equal(mask.dense(), want)
+        assert torch.equal(mask.blocks(*blocks).dense()[0, 0], want)
+
+
+def test_full_mask_has_no_partial_blocks() -> None:
+    layout = FullMask(GRID).blocks(16)
+    assert layout.partial_blocks == 0
+    assert layout.full_blocks == layout.rows * layout.columns
+    assert layout.density == 1
+
+
+def test_equal_bit_masks_are_stored_once() -> None:
+    grid = TokenGrid(8, 8, 8)
+    layout = causal(grid).blocks(16)
+    assert layout.partial_blocks == layout.rows
+    assert layout.bit_masks.shape == (1, 16, 1)
+
+
+def test_layout_is_built_once_per_block_size() -> None:
+    mask = causal(GRID)
+    assert mask.blocks(16) is mask.blocks(16, 16)
+    assert mask.blocks(16) is not mask.blocks(16, 8)
+
+
+def test_masks_of_different_grids_do_not_combine() -> None:
+    with pytest.raises(ValueError, match="different grids cannot be combined: 3x4x5"):
+        FullMask(GRID) & FullMask(TokenGrid(1, 1, 1))
+
+
+def test_block_size_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="block sizes must be at least 1, not 0 x 16"):
+        FullMask(GRID).blocks(0, 16)
+
+
+def test_block_map_must_fit_the_grid() -> None:
+    with pytest.raises(ValueError, match=r"69 tokens in blocks of 16 make 5 x 5"):
+        BlockMapMask(GRID, torch.ones(4, 4, dtype=torch.bool), 16)
+
+
+def test_layout_checks_its_states() -> None:
+    states = torch.full((2, 2), PARTIAL, dtype=torch.uint8)
+    sizes = {"block_q": 8, "block_kv": 8}
+    with pytest.raises(ValueError, match=r"states has shape \(2, 2\), but 20 x 16 tokens"):
+        layout_from_states(states, None, tokens_q=20, tokens_kv=16, **sizes)
+    with pytest.raises(ValueError, match="4 blocks are partial, but no bits were given"):
+        layout_from_states(states, None, tokens_q=16, tokens_kv=16, **sizes)
+
+
+@given(n=st.integers(1, 70), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_bits_survive_packing(n: int, seed: int) -> None:
+    mask = torch.rand(3, n, generator=torch.Generator().manual_seed(seed)) < 0.5
+    assert torch.equal(unpack_bits(pack_bits(mask), n), mask)
+
+
+def test_layout_moves_between_devices() -> None:
+    layout = causal(GRID).blocks(16)
+    assert layout.to("cpu") is layout
+    moved = layout.to("meta")
+    assert moved.device.type == "meta"
+    assert moved.full_index.shape == layout.full_index.shape
