@@ -92,10 +92,10 @@ def attention(
     _check_inputs(query, key, value, key_mask)
     if mask is None and not return_lse:
         return _dense_attention(query, key, value, key_mask, scale)
-    layout = _layout_of(mask, query, key)
     name = backend or os.environ.get(BACKEND_VARIABLE) or _default_backend(query.device)
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
+    layout = _layout_of(mask, query, key)
     out, lse = BACKENDS[name](query, key, value, layout, scale, key_mask)
     return (out, lse) if return_lse else out
 
