@@ -241,7 +241,9 @@ def test_a_scheduler_put_in_later_is_followed() -> None:
     pipe = tiny_wan.PIPELINES["t2v"]()
     attachment = pipe.set_attn_processor(RadialAttn(dense_steps=0.5, dense_layers=0))
     first = pipe.scheduler
-    pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    pipe.scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True
+    )
     tiny_wan.run(pipe, steps=4)
     assert attachment.sparse_calls == attachment.dense_calls == 2 * 2 * 3
     assert not {"step", "set_timesteps"} & set(vars(first))
@@ -285,9 +287,14 @@ def test_description_of_a_run() -> None:
     attachment = pipe.set_attn_processor(RadialAttn())
     grid = TokenGrid(16, 12, 12)
     said = attachment.describe(grid, 20)
-    assert said.density == attachment.models["transformer"].groups[0].chosen.for_model(
-        "wan2.1", grid
-    ).mask(grid).density
+    assert (
+        said.density
+        == attachment.models["transformer"]
+        .groups[0]
+        .chosen.for_model("wan2.1", grid)
+        .mask(grid)
+        .density
+    )
     assert (said.dense_layers, said.dense_steps, said.last_dense_steps) == (1, 5, 0)
     assert (said.sites, said.layers, said.num_steps) == (3, 3, 20)
     assert str(said) == (
@@ -358,7 +365,7 @@ def test_pattern_that_matches_nothing() -> None:
 
 
 def test_methods_do_not_mix_with_processors() -> None:
-    with pytest.raises(TypeError, match="'blocks.1' is a object, but the others are methods"):
+    with pytest.raises(TypeError, match=r"'blocks\.1' is a object, but the others are methods"):
         diffattn.set_attn_processor(
             tiny_wan.transformer(), {"blocks.0": SPARSE, "blocks.1": object()}
         )

@@ -90,7 +90,7 @@ def test_the_environment_chooses_a_backend(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_other_devices_say_what_is_missing() -> None:
     q, k, v = (x.to("meta") for x in inputs())
-    with pytest.raises(NotImplementedError, match="sparse kernel for the CPU only.* are on meta"):
+    with pytest.raises(NotImplementedError, match=r"sparse kernel for the CPU only.* are on meta"):
         attention(q, k, v, MASKS["full"])
 
 

@@ -252,8 +252,8 @@ def test_reference_rule_where_the_public_code_overhangs() -> None:
 
 
 def test_glitch_of_unaligned_frames_is_gone() -> None:
-    # 720x1280: 45 * 80 tokens are 28 blocks and 16 tokens. Where fewer than 43 tokens of a frame lie
-    # in another frame's block, the public code gives them that frame's pattern: the top of a frame
+    # 720x1280: 45 * 80 tokens are 28 blocks and 16 tokens. Where fewer than 43 tokens of a frame
+    # lie in a block of another, the public code gives them that one's pattern: the top of a frame
     # then sees the bottom of frames two and more away, but not their top.
     grid = TokenGrid(10, 45, 80)
     place = torch.arange(grid.frame_tokens)
