@@ -16,7 +16,7 @@ def attention_settings(
     name: str | None,
     arguments: Sequence[str],
     config: Path | None,
-    recorded: Mapping[str, Any] | None,
+    recorded: object,
 ) -> dict[str, Any]:
     """Return the complete settings of the method that the options describe.
 
@@ -28,12 +28,16 @@ def attention_settings(
     """
     if name is not None and config is not None:
         raise UserError("give --attn or --attn-config, not both")
+    settings: Any = {"type": "radial"}
     if config is not None:
-        settings = _read_config(config)
+        source, settings = f"--attn-config {config}", _read_json(config)
     elif name is not None:
         settings = {"type": name}
-    else:
-        settings = dict(recorded or {"type": "radial"})
+    elif recorded is not None:
+        source, settings = "the record", recorded
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("type"), str):
+        raise UserError(f'{source} must give the method as an object with a "type"')
+    settings = dict(settings)
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not key.strip():
@@ -54,16 +58,13 @@ def make_method(settings: Mapping[str, Any]) -> "Method":
         raise UserError(error) from None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_json(config: Path) -> Any:
     try:
-        settings = json.loads(path.read_text("utf-8"))
+        return json.loads(config.read_text("utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read --attn-config {path}: {error.strerror}") from None
+        raise UserError(f"cannot read --attn-config {config}: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"--attn-config {path} is not JSON: {error}") from None
-    if not isinstance(settings, dict) or not isinstance(settings.get("type"), str):
-        raise UserError(f'--attn-config {path} must hold an object with a "type", such as "radial"')
-    return settings
+        raise UserError(f"--attn-config {config} is not JSON: {error}") from None
 
 
 def _parse(text: str) -> Any:

@@ -1,9 +1,10 @@
 """The ``diffattn`` command: arguments only; the work is in the other modules."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -36,8 +37,14 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     command = typer.main.get_command(app)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _run(command, list(arguments))
+
+
+def _run(command: Any, arguments: list[str]) -> int:
     try:
-        return command.main(list(arguments), prog_name="diffattn", standalone_mode=False) or 0
+        return command.main(arguments, prog_name="diffattn", standalone_mode=False) or 0
     except UserError as error:
         return _fail(str(error), _BAD_INPUT)
     except RunInterruptedError as interruption:
@@ -208,6 +215,18 @@ def _say(line: str) -> None:
 
 def _warn(line: str) -> None:
     typer.echo(f"warning: {line}", err=True)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show a library's warning as one line: where in its code it was raised helps no user."""
+    _warn(one_line(message))
 
 
 def _fail(message: str, code: int) -> int:

@@ -20,7 +20,7 @@ from .outputs import Outputs, on_disk, staged
 from .progress import LoopTimes, clock, watched
 from .request import Request
 from .sidecar import write_record
-from .sizing import call_arguments, complete
+from .sizing import call_arguments, complete, token_grid
 from .video import write_video
 from .vocabulary import unknown_words
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from diffattn.methods import Method
 
-_WARM_UP = "one untimed step of each before (caches, compilation)"
+_WARM_UP = "timed after one untimed step of each"
 _NO_SCHEDULE = {"dense_layers": 0, "dense_steps": 0, "last_dense_steps": 0}
 
 
@@ -107,13 +107,14 @@ def _make(
 ) -> None:
     """Make the files of one video."""
     method = make_method(request.attention)
+    with _attached(loaded.pipe, method) as attachment:
+        attention = _describe(attachment, request, loaded.pipe)
+    say(f"attention: {attention.pop('summary')}")
     dense = None
     if request.compare:
         _warm_up(request, loaded, method)
         dense = _render(request, loaded, "dense")
-    with _attached(loaded.pipe, method) as attachment:
-        attention = _describe(attachment, request, loaded.pipe)
-        say(f"attention: {attention.pop('summary')}")
+    with _attached(loaded.pipe, method):
         sparse = _render(request, loaded, method.type)
     if len(sparse.frames) != request.num_frames:
         warn(f"the model made {len(sparse.frames)} frames, not {request.num_frames}")
@@ -122,6 +123,7 @@ def _make(
         "files": {"video": outputs.video.name},
         "device": describe_device(loaded.device),
         "attention": attention,
+        "model_defaults": dict(loaded.defaults),
         "timings": {"load_seconds": round(load_seconds, 4), **sparse.timings()},
     }
     assert request.fps is not None
@@ -188,7 +190,7 @@ def _warm_up(request: Request, loaded: LoadedModel, method: "Method") -> None:
     step = dataclasses.replace(request, steps=1)
     _render(step, loaded, "warming up (dense)")
     # A schedule that keeps the first steps dense would leave the sparse kernels cold.
-    with _attached(loaded.pipe, dataclasses.replace(method, **_NO_SCHEDULE)):  # type: ignore[arg-type]
+    with _attached(loaded.pipe, dataclasses.replace(method, **_NO_SCHEDULE)):
         _render(step, loaded, f"warming up ({method.type})")
 
 
@@ -212,15 +214,13 @@ def _attached(pipe: "DiffusionPipeline", method: "Method") -> Iterator[Any]:
 
 def _describe(attachment: Any, request: Request, pipe: "DiffusionPipeline") -> dict[str, Any]:
     """Return the attachment's density and schedule as JSON types, with its own words for them."""
-    from diffattn.models import pipeline_grid
-
     if attachment is None:
         return {
             "summary": "dense, the untouched model",
             "method": {"type": "dense"},
             "density": 1.0,
         }
-    grid = pipeline_grid(pipe, request.height, request.width, request.num_frames)
+    grid = token_grid(request, pipe)
     description = attachment.describe(grid, request.steps)
     facts = {item.name: getattr(description, item.name) for item in dataclasses.fields(description)}
     facts["method"] = description.method.to_dict()

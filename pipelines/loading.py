@@ -27,7 +27,7 @@ class LoadedModel:
 
     pipe: "DiffusionPipeline"
     defaults: Mapping[str, Any]
-    """What the model's own :data:`DEFAULTS_FILE` says; empty for most models."""
+    """What the model itself recommends, by the names of the pipeline's arguments, and ``fps``."""
     dtype: str
     device: str
 
@@ -63,6 +63,8 @@ def find_model(model: str) -> Path | str:
     if model == BUNDLED_MODEL:
         from diffattn.samples.moving_shapes import MODEL_DIR
 
+        if not MODEL_DIR.is_dir():
+            raise UserError(f"this installation lacks the bundled model, {MODEL_DIR}")
         return _check_folder(MODEL_DIR, model)
     path = Path(model).expanduser()
     if path.exists():
@@ -89,7 +91,7 @@ def load_model(request: Request) -> LoadedModel:
     if request.lora is not None:
         load_lora(pipe, request.lora)
     _place(pipe, device, request.offload)
-    return LoadedModel(pipe, _read_defaults(source), dtype, str(device))
+    return LoadedModel(pipe, _read_defaults(request.model, source), dtype, str(device))
 
 
 def _check_folder(path: Path, shown: str) -> Path:
@@ -115,28 +117,26 @@ def _check_hub(model: str) -> None:
         RepositoryNotFoundError,
     )
 
-    index = try_to_load_from_cache(model, _INDEX_FILE)
-    if not isinstance(index, str):
-        unknown = f"{model} is neither a folder here nor in the local cache of the Hugging Face hub"
-        try:
+    unknown = f"{model} is neither a folder here nor in the local cache of the Hugging Face hub"
+    try:
+        index = try_to_load_from_cache(model, _INDEX_FILE)
+        if not isinstance(index, str):
             model_info(model, timeout=10)
             index = hf_hub_download(model, _INDEX_FILE)
-        except OfflineModeIsEnabled:
-            raise UserError(f"{unknown}, and HF_HUB_OFFLINE is set") from None
-        except GatedRepoError:
-            raise UserError(
-                f"{model} is gated: accept its terms at https://huggingface.co/{model} and log in "
-                "with `hf auth login`"
-            ) from None
-        except (RepositoryNotFoundError, HFValidationError):
-            raise UserError(f"{unknown}, and the hub has no such model") from None
-        except EntryNotFoundError:
-            raise UserError(
-                f"{model} is not a diffusers pipeline: it has no {_INDEX_FILE}"
-            ) from None
-        except Exception as error:
-            # The hub's client changed its HTTP library between versions, and with it the errors.
-            raise UserError(f"{unknown}, and the hub cannot be reached: {error}") from None
+    except OfflineModeIsEnabled:
+        raise UserError(f"{unknown}, and HF_HUB_OFFLINE is set") from None
+    except GatedRepoError:
+        raise UserError(
+            f"{model} is gated: accept its terms at https://huggingface.co/{model} and log in "
+            "with `hf auth login`"
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(f"{unknown}, and the hub has no such model") from None
+    except EntryNotFoundError:
+        raise UserError(f"{model} is not a diffusers pipeline: it has no {_INDEX_FILE}") from None
+    except Exception as error:
+        # The hub's client changed its HTTP library between versions, and with it the errors.
+        raise UserError(f"{unknown}, and the hub cannot be reached: {error}") from None
     _check_index(Path(index), model)
 
 
@@ -157,10 +157,26 @@ def _check_index(index: Path, shown: str) -> None:
         raise UserError(f"{shown} ({pipeline}) is of no known model family; there are: {titles}")
 
 
-def _read_defaults(source: Path | str) -> dict[str, Any]:
-    if isinstance(source, str) or not (source / DEFAULTS_FILE).is_file():
-        return {}
-    return _read_json(source / DEFAULTS_FILE, str(source))
+def _read_defaults(model: str, source: Path | str) -> dict[str, Any]:
+    defaults = _bundled_defaults() if model == BUNDLED_MODEL else {}
+    if isinstance(source, Path) and (source / DEFAULTS_FILE).is_file():
+        defaults |= _read_json(source / DEFAULTS_FILE, model)
+    return defaults
+
+
+def _bundled_defaults() -> dict[str, Any]:
+    """Return what the bundled model was trained and is tested with."""
+    from diffattn.samples.moving_shapes.clips import FRAMES, SIZE
+    from diffattn.samples.moving_shapes.evaluate import Sampling
+
+    return {
+        "height": SIZE,
+        "width": SIZE,
+        "num_frames": FRAMES,
+        "num_inference_steps": Sampling.steps,
+        "guidance_scale": Sampling.guidance,
+        "fps": 8,
+    }
 
 
 def _read_json(path: Path, shown: str) -> dict[str, Any]:
@@ -181,6 +197,7 @@ def _from_pretrained(source: Path | str, shown: str, dtype: "torch.dtype") -> "D
     # since decoding is a small part of a run.
     dtypes = {"default": dtype, "vae": torch.float32}
     try:
+        # Newer releases call it dtype; all that are supported take the old name.
         return DiffusionPipeline.from_pretrained(source, torch_dtype=dtypes)
     except (OSError, ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise UserError(f"cannot load {shown}: {one_line(error)}") from None

@@ -29,7 +29,8 @@ def quiet_libraries() -> None:
     import huggingface_hub
     import transformers
 
-    warnings.simplefilter("ignore")
+    for advice_to_developers in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", advice_to_developers)
     for library in (diffusers.utils, transformers.utils):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()

@@ -12,6 +12,8 @@ from .request import Request, option
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from diffattn import TokenGrid
+
 # What a request calls them, and what pipelines call them.
 _ARGUMENTS = {
     "prompt": "prompt",
@@ -51,8 +53,22 @@ def complete(request: Request, loaded: LoadedModel) -> Request:
         usual = _USUAL_FPS if frame_rate is None else frame_rate.default
         filled["fps"] = float(loaded.defaults.get("fps", usual))
     out = dataclasses.replace(request, **filled)
-    _check_sizes(out, loaded.pipe)
+    # Refuses what the pipeline would round.
+    token_grid(out, loaded.pipe)
     return out
+
+
+def token_grid(request: Request, pipe: "DiffusionPipeline") -> "TokenGrid":
+    """Return the grid of a complete request; sizes that do not fit are refused with the nearest."""
+    from diffattn.models import pipeline_grid
+
+    height, width, num_frames = request.height, request.width, request.num_frames
+    if height is None or width is None or num_frames is None:
+        raise ValueError("only a complete request has a token grid")
+    try:
+        return pipeline_grid(pipe, height, width, num_frames)
+    except ValueError as error:
+        raise UserError(error) from None
 
 
 def call_arguments(request: Request, loaded: LoadedModel) -> dict[str, Any]:
@@ -81,15 +97,6 @@ def _check_pipeline(pipe: "DiffusionPipeline", parameters: Mapping[str, inspect.
                 f"{name} needs {parameter.name!r}, which this command cannot give: call it from "
                 "Python with pipe.set_attn_processor(...)"
             )
-
-
-def _check_sizes(request: Request, pipe: "DiffusionPipeline") -> None:
-    from diffattn.models import pipeline_grid
-
-    try:
-        pipeline_grid(pipe, request.height, request.width, request.num_frames)
-    except ValueError as error:
-        raise UserError(error) from None
 
 
 def _frames_to_ask_for(pipe: "DiffusionPipeline", frames: int) -> int:

@@ -63,7 +63,7 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
     even = np.pad(frames, ((0, 0), (0, odd_rows), (0, odd_columns), (0, 0)), mode="edge")
     writer = imageio.get_writer(
         path,
-        format="FFMPEG",  # type: ignore[arg-type]
+        format="FFMPEG",
         mode="I",
         fps=fps,
         codec="libx264",

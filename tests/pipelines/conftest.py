@@ -1,8 +1,7 @@
 """Tiny random pipelines, built offline, in folders as ``save_pretrained`` writes them."""
 
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +30,15 @@ class Result:
         assert len(lines) == 1, self.err
         assert lines[0].startswith("diffattn: ")
         return lines[0].removeprefix("diffattn: ")
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other are most of the work of models this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -93,9 +101,49 @@ def tiny_wan_two_experts(tmp_path_factory: pytest.TempPathFactory, tiny_wan: Pat
 
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("models") / "tiny-wan-two"
-    pipe = WanPipeline.from_pretrained(
-        tiny_wan, transformer_2=_transformer(), boundary_ratio=0.5, torch_dtype=torch.float32
+    pipe = WanPipeline.from_pretrained(tiny_wan, transformer_2=_transformer(), boundary_ratio=0.5)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_wan_every_frame(tmp_path_factory: pytest.TempPathFactory, tiny_wan: Path) -> Path:
+    """The same with a VAE that compresses space only, as the bundled model's."""
+    from diffusers import WanPipeline
+
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("models") / "tiny-wan-every-frame"
+    pipe = WanPipeline.from_pretrained(tiny_wan, vae=_vae(temporal=False))
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_wan_few_words(tmp_path_factory: pytest.TempPathFactory, tiny_wan: Path) -> Path:
+    """The same with a tokenizer that knows three words."""
+    from diffusers import WanPipeline
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-wan-few-words"
+    words = ["<pad>", "<unk>", "a", "red", "circle"]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
+    pipe = WanPipeline(
+        **WanPipeline.from_pretrained(tiny_wan).components | {"tokenizer": tokenizer}
     )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_wan_image(tmp_path_factory: pytest.TempPathFactory, tiny_wan: Path) -> Path:
+    """A WanImageToVideoPipeline, which cannot be called without an image."""
+    from diffusers import WanImageToVideoPipeline, WanPipeline
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-wan-image"
+    pipe = WanImageToVideoPipeline(**WanPipeline.from_pretrained(tiny_wan).components)
     pipe.save_pretrained(folder)
     return folder
 
@@ -112,15 +160,6 @@ def wide_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _save_lora(tmp_path_factory.mktemp("loras"), _transformer(heads=4))
 
 
-@pytest.fixture
-def read_only(tmp_path: Path) -> Path:
-    """A folder that cannot be written to, root included."""
-    folder = Path("/proc/self")
-    if not folder.is_dir() or os.name != "posix":
-        pytest.skip("needs /proc")
-    return folder
-
-
 def _text_encoder() -> torch.nn.Module:
     from transformers import T5Config, T5EncoderModel
 
@@ -130,7 +169,7 @@ def _text_encoder() -> torch.nn.Module:
     return T5EncoderModel(config).eval()
 
 
-def _vae() -> torch.nn.Module:
+def _vae(temporal: bool = True) -> torch.nn.Module:
     from diffusers import AutoencoderKLWan
 
     return AutoencoderKLWan(
@@ -138,7 +177,8 @@ def _vae() -> torch.nn.Module:
         z_dim=16,
         dim_mult=[1, 1, 1, 1],
         num_res_blocks=1,
-        temperal_downsample=[False, True, True],
+        temperal_downsample=[False, temporal, temporal],
+        scale_factor_temporal=4 if temporal else 1,
     )
 
 

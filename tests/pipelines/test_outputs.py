@@ -146,9 +146,8 @@ class TestStaging:
 
     def test_an_error_leaves_nothing(self, tmp_path):
         kept: list[Path] = []
-        with pytest.raises(KeyboardInterrupt), staged(Outputs(Path("out.mp4")), kept) as folder:
-            (folder / "out.mp4").write_text("half")
-            raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt):
+            self.write(kept, error=KeyboardInterrupt())
         assert list(tmp_path.iterdir()) == []
         assert kept == []
 
@@ -161,8 +160,14 @@ class TestStaging:
 
         monkeypatch.setattr(Path, "rename", interrupted_rename)
         kept: list[Path] = []
-        with pytest.raises(KeyboardInterrupt), staged(Outputs(Path("out.mp4")), kept) as folder:
-            (folder / "out.mp4").touch()
-            (folder / "out.json").touch()
+        with pytest.raises(KeyboardInterrupt):
+            self.write(kept)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.mp4"]
         assert kept == [Path("out.mp4")]
+
+    def write(self, kept: list[Path], error: BaseException | None = None) -> None:
+        with staged(Outputs(Path("out.mp4")), kept) as folder:
+            (folder / "out.mp4").touch()
+            (folder / "out.json").touch()
+            if error is not None:
+                raise error

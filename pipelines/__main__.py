@@ -1,0 +1,5 @@
+"""``python -m diffattn.pipelines`` is the ``diffattn`` command."""
+
+from .cli import main
+
+main()
