@@ -313,7 +313,7 @@ def _allowed_pairs(layout: BlockLayout) -> int:
     if not layout.bit_masks.shape[0]:
         return int(full)
     byte = torch.arange(256, device=layout.device)
-    ones_in_byte = sum((byte >> bit) & 1 for bit in range(8))
+    ones_in_byte = torch.stack([(byte >> bit) & 1 for bit in range(8)]).sum(0)
     ones = torch.stack([ones_in_byte[m.view(torch.uint8).long()].sum() for m in layout.bit_masks])
     slot = torch.arange(layout.partial_index.shape[-1], device=layout.device)
     listed = slot < layout.partial_count[0, 0, :, None]
