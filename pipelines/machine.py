@@ -14,8 +14,9 @@ def describe_device(device: str) -> dict[str, Any]:
     kind = torch.device(device).type
     if kind == "cpu":
         return {"type": kind, "name": _cpu_name(), "threads": torch.get_num_threads()}
-    module = getattr(torch, kind)
-    return {"type": kind, "name": module.get_device_name(device)}
+    # Apple's devices have no names.
+    name_of = getattr(getattr(torch, kind), "get_device_name", str)
+    return {"type": kind, "name": name_of(device)}
 
 
 def quiet_libraries() -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .video import FORMATS, check_format, frames_folder
 
 _LONGEST_SLUG = 40
@@ -109,6 +109,8 @@ def staged(outputs: Outputs, kept: list[Path]) -> Iterator[Path]:
                     shutil.rmtree(target)
                 path.rename(target)
             kept.append(on_disk(outputs.video))
+    except OSError as error:
+        raise UserError(f"cannot write {outputs.video}: {one_line(error)}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .loading import LoadedModel
+from .loading import DEFAULTS_FILE, LoadedModel
 from .request import Request, option
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ _ARGUMENTS = {
     "guidance_scale": "guidance_scale",
 }
 _REQUIRED = ("height", "width", "num_frames", "steps")
-_OWN_ARGUMENTS = {"generator", "output_type", "callback_on_step_end"}
 
 # Wan's, and the most common one among the others; no pipeline says it anywhere.
 _USUAL_FPS = 16.0
@@ -35,6 +34,9 @@ def complete(request: Request, loaded: LoadedModel) -> Request:
     """Return the request with no gap left: the model's defaults in, every size checked."""
     parameters = inspect.signature(type(loaded.pipe).__call__).parameters
     _check_pipeline(loaded.pipe, parameters)
+    for name in loaded.defaults:
+        if name != "fps" and name not in parameters:
+            raise UserError(f"{DEFAULTS_FILE}: {type(loaded.pipe).__name__} does not take {name!r}")
     filled: dict[str, Any] = {"dtype": loaded.dtype, "device": loaded.device}
     for name, argument in _ARGUMENTS.items():
         asked = getattr(request, name)
@@ -51,7 +53,7 @@ def complete(request: Request, loaded: LoadedModel) -> Request:
     if request.fps is None:
         frame_rate = parameters.get("frame_rate")
         usual = _USUAL_FPS if frame_rate is None else frame_rate.default
-        filled["fps"] = float(loaded.defaults.get("fps", usual))
+        filled["fps"] = loaded.defaults.get("fps", usual)
     out = dataclasses.replace(request, **filled)
     # Refuses what the pipeline would round.
     token_grid(out, loaded.pipe)

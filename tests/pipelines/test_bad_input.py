@@ -163,7 +163,7 @@ class TestSize:
         error = generate(PROMPT, "-o", "out.mp4", "--num-frames", "7").error
         assert error == "num_frames is 7, but this model needs 4 * k + 1: try 5 or 9"
 
-    def test_what_the_pipeline_itself_refuses(self, generate, tiny_wan_every_frame, monkeypatch):
+    def test_what_the_pipeline_itself_refuses(self, generate, monkeypatch):
         from diffusers import WanPipeline
 
         def check_inputs(*arguments):
@@ -171,6 +171,43 @@ class TestSize:
 
         monkeypatch.setattr(WanPipeline, "check_inputs", check_inputs)
         assert generate(PROMPT, "-o", "out.mp4").error == "WanPipeline refuses: not on Sundays"
+
+
+class TestRun:
+    def test_too_little_memory(self, generate, monkeypatch):
+        from diffusers import WanPipeline
+
+        def check_inputs(*arguments):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TiB.")
+
+        monkeypatch.setattr(WanPipeline, "check_inputs", check_inputs)
+        error = generate(PROMPT, "-o", "out.mp4").error
+        assert error.startswith("out of memory: try fewer frames, a smaller size")
+
+    def test_frames_that_are_no_numbers(self, generate, monkeypatch):
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        step = FlowMatchEulerDiscreteScheduler.step
+        monkeypatch.setattr(
+            FlowMatchEulerDiscreteScheduler,
+            "step",
+            lambda *arguments, **options: (step(*arguments, **options)[0] * torch.nan,),
+        )
+        # The bars of the steps are on stdout, so that the error is alone.
+        error = generate(PROMPT, "-o", "out.mp4").error
+        assert error == "the model gave NaN in float32: try --dtype float32 or --dtype bfloat16"
+
+    def test_a_later_prompt_that_fails_keeps_the_earlier(self, generate, tmp_path, monkeypatch):
+        from diffusers import WanPipeline
+
+        def check_inputs(self, prompt, *arguments):
+            if prompt == "two":
+                raise ValueError("no")
+
+        monkeypatch.setattr(WanPipeline, "check_inputs", check_inputs)
+        (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+        error = generate("--prompts-file", "prompts.txt", "-o", "out.png").error
+        assert error == "WanPipeline refuses: no (kept: out-01)"
 
 
 class TestModel:
@@ -219,6 +256,18 @@ class TestModel:
         error = generate(PROMPT, "-o", "out.mp4", "--model", broken).error
         assert error.startswith(f"{broken}: ")
         assert "model_index.json" in error
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ('{"hight": 32}', "generation.json: WanPipeline does not take 'hight'"),
+            ('{"fps": "fast"}', "--fps must be a number above 0, not 'fast'"),
+            ("[]", "generation.json holds no JSON object"),
+        ],
+    )
+    def test_damaged_defaults(self, generate, broken, text, message):
+        (broken / "generation.json").write_text(text)
+        assert generate(PROMPT, "-o", "out.mp4", "--model", broken).error.endswith(message)
 
     def test_missing_weights(self, generate, broken):
         shutil.rmtree(broken / "vae")

@@ -165,6 +165,11 @@ class TestStaging:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.mp4"]
         assert kept == [Path("out.mp4")]
 
+    def test_a_full_disk_is_one_line(self, tmp_path):
+        with pytest.raises(UserError, match=r"cannot write out.mp4: \[Errno 28\] No space left"):
+            self.write([], error=OSError(28, "No space left on device"))
+        assert list(tmp_path.iterdir()) == []
+
     def write(self, kept: list[Path], error: BaseException | None = None) -> None:
         with staged(Outputs(Path("out.mp4")), kept) as folder:
             (folder / "out.mp4").touch()
