@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -39,29 +40,64 @@ class Owner(Protocol):
 class Group:
     """Sites that always do the same: one backend serves them, so that compiled code is shared.
 
+    diffusers' registry keeps a group alive as long as its model, so it holds nothing of the model.
+
     Attributes:
         chosen: the method as the user gave it.
+        family: the family of its model.
         layer: block index of the first of its sites.
+        layers: number of blocks of its model.
         previous: the backend these sites had before, None for diffusers' active one.
         member: our backend.
         method: `chosen` with its parameters resolved for the current grid; None before a call.
-        site: what `method` is told about the call.
+        video: the video tokens of the current call, without text; None before a call.
         sparse: whether calls go to `method` now, or to `previous`.
+        sparse_calls, dense_calls: calls counted since attaching, except in compiled code.
     """
 
     chosen: Method
+    family: Family
     layer: int
+    layers: int
     previous: Any
     member: Any = None
     method: Method | None = None
-    site: Site | None = None
+    video: TokenGrid | None = None
     sparse: bool = True
+    sparse_calls: int = 0
+    dense_calls: int = 0
 
     def refresh(self, clock: RunClock) -> None:
+        """Decide between sparse and dense for the calls to come."""
         if self.method is not None:
             self.sparse = self.layer >= (self.method.dense_layers or 0) and not clock.is_dense_step(
                 self.method.dense_steps or 0, self.method.last_dense_steps
             )
+
+    def count(self, *, sparse: bool) -> None:
+        # Compiled code would be specialised to the count.
+        if not torch.compiler.is_compiling():
+            self.sparse_calls += sparse
+            self.dense_calls += not sparse
+
+    def site(self, tokens: int) -> Site:
+        """What the method is told of a call over `tokens` tokens, text included."""
+        if self.video is None:
+            raise RuntimeError(
+                "an attached attention module was called outside of its model's forward, so its"
+                " token grid is unknown; call the model, or set_attn_processor(None)"
+            )
+        text = tokens - self.video.tokens
+        if text < 0 or (text > 0 and self.family.text is None):
+            raise RuntimeError(
+                f"the attention call has {tokens} tokens, but the model's input makes a grid of"
+                f" {self.video} = {self.video.tokens} tokens"
+            )
+        grid = self.video
+        if text:
+            before = text if self.family.text == "before" else 0
+            grid = TokenGrid(grid.frames, grid.height, grid.width, before, text - before)
+        return Site(self.family.name, self.layer, self.layers, grid)
 
 
 @dataclass(frozen=True)
@@ -83,7 +119,6 @@ class AttachedModel:
         groups: the sites by what they do.
         sites: the attached modules by name.
         grid: the tokens of the current call; None before the first.
-        sparse_calls, dense_calls: calls counted since attaching.
     """
 
     def __init__(
@@ -100,29 +135,42 @@ class AttachedModel:
         self.grid: TokenGrid | None = None
         self.groups: list[Group] = []
         self.sites: dict[str, AttachedSite] = {}
-        self.sparse_calls = self.dense_calls = 0
         self._model = model
         self._resolved: dict[tuple[int, TokenGrid], Method] = {}
-        self._calls_this_forward = 0
+        self._calls_before = 0
         self._first_forward = True
         self._reported = False
         layers = {name: _layer(family, name) for name in site_names(model, family)}
         self.layers = max(layers.values()) + 1
         for name, method in chosen.items():
             self._attach(name, model.get_submodule(name), method, layers[name])
+        # A model that is dropped while attached takes its backends with it.
+        self._unregister = weakref.finalize(
+            model, _unregister, [group.member for group in self.groups]
+        )
         self._hooks = (
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward),
         )
         model.__dict__[_ATTRIBUTE] = self
 
+    @property
+    def sparse_calls(self) -> int:
+        """Attention calls that ran under a method since attaching, except in compiled code."""
+        return sum(group.sparse_calls for group in self.groups)
+
+    @property
+    def dense_calls(self) -> int:
+        """Attention calls of attached sites that stayed dense, except in compiled code."""
+        return sum(group.dense_calls for group in self.groups)
+
     def remove(self) -> None:
+        """Put back what the model had before."""
         for site in self.sites.values():
             # A processor that somebody has put there since is theirs to keep.
             if site.module.processor is site.processor:
                 _set_processor(site.module, site.original)
-        for group in self.groups:
-            _compat.unregister_backend(group.member)
+        self._unregister()
         for hook in self._hooks:
             hook.remove()
         self._model.__dict__.pop(_ATTRIBUTE, None)
@@ -147,74 +195,16 @@ class AttachedModel:
         for group in self.groups:
             if group.chosen is method and group.layer == layer and group.previous is previous:
                 return group
-        group = Group(method, layer, previous)
-        group.member = _compat.register_backend(self._backend(group))
+        group = Group(method, self.family, layer, self.layers, previous)
+        group.member = _compat.register_backend(_backend(group))
         self.groups.append(group)
         return group
-
-    def _backend(self, group: Group) -> _compat.BackendFunction:
-        def diffattn_backend(
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            attn_mask: torch.Tensor | BlockMask | None = None,
-            dropout_p: float = 0.0,
-            is_causal: bool = False,
-            scale: float | None = None,
-            enable_gqa: bool = False,
-            _parallel_config: Any = None,
-        ) -> torch.Tensor:
-            self_attention = query.shape[1] == key.shape[1] and not is_causal
-            if not (self_attention and group.sparse) or isinstance(attn_mask, BlockMask):
-                self._count(sparse=False)
-                return _compat.dispatch(
-                    query,
-                    key,
-                    value,
-                    backend=group.previous,
-                    attn_mask=attn_mask,
-                    dropout_p=dropout_p,
-                    is_causal=is_causal,
-                    scale=scale,
-                    enable_gqa=enable_gqa,
-                    _parallel_config=_parallel_config,
-                )
-            if _parallel_config is not None:
-                raise NotImplementedError(
-                    "diffattn does not work with diffusers' context parallelism yet: call"
-                    " set_attn_processor(None), or do not call enable_parallelism"
-                )
-            if dropout_p:
-                raise ValueError(f"dropout_p is {dropout_p}, but sparse attention has no dropout")
-            if group.method is None or group.site is None:
-                raise RuntimeError(
-                    "an attached attention module was called outside of its model's forward, so its"
-                    " token grid is unknown; call the model, or set_attn_processor(None)"
-                )
-            if query.shape[1] != group.site.grid.tokens:
-                raise RuntimeError(
-                    f"the attention call has {query.shape[1]} tokens, but the model's input makes a"
-                    f" grid of {group.site.grid} = {group.site.grid.tokens} tokens"
-                )
-            self._count(sparse=True)
-            return group.method.attend(
-                query, key, value, group.site, scale=scale, key_mask=_key_mask(attn_mask, key)
-            )
-
-        return diffattn_backend
-
-    def _count(self, *, sparse: bool) -> None:
-        # Compiled code would be specialised to the count.
-        if not torch.compiler.is_compiling():
-            self._calls_this_forward += 1
-            self.sparse_calls += sparse
-            self.dense_calls += not sparse
 
     def _before_forward(self, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
         grid = self.family.grid(model, args, kwargs)
         if not torch.compiler.is_compiling():
             self.owner.follow_scheduler()
-            self._calls_this_forward = 0
+            self._calls_before = self.sparse_calls + self.dense_calls
         if grid == self.grid:
             return
         self.grid = grid
@@ -222,7 +212,7 @@ class AttachedModel:
             if (index, grid) not in self._resolved:
                 self._resolved[index, grid] = group.chosen.for_model(self.variant, grid)
             group.method = self._resolved[index, grid]
-            group.site = Site(self.family.name, group.layer, self.layers, grid)
+            group.video = grid
             group.refresh(self.owner.clock)
 
     def _after_forward(self, model: torch.nn.Module, args: Any, output: Any) -> None:
@@ -235,15 +225,16 @@ class AttachedModel:
             or _compat.processor_backend(site.processor) is not site.member
         ]
         what = ""
+        calls = self.sparse_calls + self.dense_calls - self._calls_before
         if lost:
             what = (
                 f"{len(lost)} of {len(self.sites)} attention sites of {type(model).__name__} are no"
                 f" longer attached ({lost[0]}, ...): something has set another processor or backend"
                 f" on them"
             )
-        elif self._first_forward and self._calls_this_forward != len(self.sites):
+        elif self._first_forward and calls != len(self.sites):
             what = (
-                f"{type(model).__name__} made {self._calls_this_forward} attention calls through"
+                f"{type(model).__name__} made {calls} attention calls through"
                 f" diffattn where it has {len(self.sites)} attached sites"
             )
         self._first_forward = False
@@ -253,6 +244,56 @@ class AttachedModel:
                 f"{what}. Call set_attn_processor with your method again, after such changes",
                 stacklevel=2,
             )
+
+
+def _backend(group: Group) -> _compat.BackendFunction:
+    """The function that diffusers' dispatch calls for the sites of a group."""
+
+    def diffattn_backend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | BlockMask | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        _parallel_config: Any = None,
+    ) -> torch.Tensor:
+        self_attention = query.shape[1] == key.shape[1] and not is_causal
+        if not (self_attention and group.sparse) or isinstance(attn_mask, BlockMask):
+            group.count(sparse=False)
+            return _compat.dispatch(
+                query,
+                key,
+                value,
+                backend=group.previous,
+                attn_mask=attn_mask,
+                dropout_p=dropout_p,
+                is_causal=is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+                _parallel_config=_parallel_config,
+            )
+        if _parallel_config is not None:
+            raise NotImplementedError(
+                "diffattn does not work with diffusers' context parallelism yet: call"
+                " set_attn_processor(None), or do not call enable_parallelism"
+            )
+        if dropout_p:
+            raise ValueError(f"dropout_p is {dropout_p}, but sparse attention has no dropout")
+        site = group.site(query.shape[1])
+        assert group.method is not None
+        group.count(sparse=True)
+        key_mask = _key_mask(attn_mask, key)
+        return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
+
+    return diffattn_backend
+
+
+def _unregister(members: list[Any]) -> None:
+    for member in members:
+        _compat.unregister_backend(member)
 
 
 def attached_to(model: torch.nn.Module) -> AttachedModel | None:

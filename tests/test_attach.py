@@ -1,8 +1,10 @@
 """Attaching to Wan models and pipelines: exact, complete, and without a trace afterwards."""
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -405,3 +407,16 @@ def test_padding_masks_are_honoured() -> None:
         for form in (keys, keys[:, None, None, :]):
             got = model.blocks[0].attn1(hidden, attention_mask=form)
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def test_a_dropped_model_is_freed_with_its_backends() -> None:
+    gc.collect()
+    backends = _AttentionBackendRegistry.list_backends()
+    model = tiny_wan.transformer()
+    diffattn.set_attn_processor(model, SPARSE)
+    forward(model)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+    assert _AttentionBackendRegistry.list_backends() == backends

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -58,8 +58,10 @@ class Family:
         model_classes: the diffusers classes of its denoisers.
         sites: pattern of the names of the modules that do video self-attention; its group `layer`
             is the index of the block.
-        grid: gives the token grid of a call from the denoiser and the arguments of its forward,
+        grid: gives the video tokens of a call from the denoiser and the arguments of its forward,
             from shapes alone.
+        text: where text tokens stand in the sequence of a site, if they do; how many there are is
+            seen in the call.
         sizes: the legal sizes of a pipeline of this family.
         pipeline_grid: the grid of a pipeline's call, from height, width and number of frames.
         variant: which of the family's models a pipeline or denoiser holds, for recommended
@@ -74,3 +76,4 @@ class Family:
     sizes: Callable[[Any], SizeRules]
     pipeline_grid: Callable[[Any, int, int, int], TokenGrid]
     variant: Callable[[Any, torch.nn.Module], str]
+    text: Literal["before", "after"] | None = None
