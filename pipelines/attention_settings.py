@@ -2,7 +2,8 @@
 
 import ast
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +13,25 @@ if TYPE_CHECKING:
     from diffattn.methods import Method
 
 
-def attention_settings(
-    name: str | None,
-    arguments: Sequence[str],
-    config: Path | None,
-    recorded: object,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class MethodOptions:
+    """What the command line says of the method."""
+
+    name: str | None
+    """--attn"""
+    arguments: tuple[str, ...]
+    """Each --attn-arg, as "name=value"; they win over everything else."""
+    config: Path | None
+    """--attn-config, a JSON file with a method's ``to_dict()``."""
+
+
+def attention_settings(options: MethodOptions, recorded: object) -> dict[str, Any]:
     """Return the complete settings of the method that the options describe.
 
-    Args:
-        name: --attn.
-        arguments: each --attn-arg, as "name=value"; they win over ``config`` and ``recorded``.
-        config: --attn-config, a JSON file with a method's ``to_dict()``.
-        recorded: the method of the run that is repeated; it counts when no other is named.
+    ``recorded`` is the method of the run that is repeated, or None; it counts when the options
+    name no other.
     """
+    name, config = options.name, options.config
     if name is not None and config is not None:
         raise UserError("give --attn or --attn-config, not both")
     settings: Any = {"type": "radial"}
@@ -38,7 +44,7 @@ def attention_settings(
     if not isinstance(settings, Mapping) or not isinstance(settings.get("type"), str):
         raise UserError(f'{source} must give the method as an object with a "type"')
     settings = dict(settings)
-    for argument in arguments:
+    for argument in options.arguments:
         key, equals, value = argument.partition("=")
         if not equals or not key.strip():
             raise UserError(f"--attn-arg takes name=value, not {argument!r}")

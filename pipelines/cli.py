@@ -9,7 +9,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from .errors import RunInterruptedError, UserError, one_line
-from .request import BUNDLED_MODEL, DTYPES, OFFLOADS, Request
+from .request import BUNDLED_MODEL, DTYPES, OFFLOADS
 
 app = typer.Typer(
     add_completion=False,
@@ -131,29 +131,11 @@ def generate(
     ] = None,
 ) -> None:
     """Render a video for a prompt."""
-    from .attention_settings import attention_settings
-    from .outputs import check_outputs, plan_outputs
-    from .prompts import read_prompts
-    from .sidecar import read_settings
+    from .attention_settings import MethodOptions
+    from .job import Source, plan_job
 
-    if sum(source is not None for source in (prompt, prompts_file, record)) != 1:
-        raise UserError("give exactly one of PROMPT, --prompts-file and --from")
-    settings: dict[str, Any] = {}
-    inputs = [path for path in (prompts_file, attn_config, record) if path is not None]
-    if record is not None:
-        settings, recorded_files, changes = read_settings(record)
-        inputs += recorded_files
-        for change in changes:
-            _warn(f"{change}: the frames may differ")
-    prompts: Sequence[str] = [prompt if prompt is not None else settings.get("prompt", "")]
-    if prompts_file is not None:
-        read = read_prompts(prompts_file)
-        prompts = read.prompts
-        if read.blank_lines:
-            lines = ", ".join(map(str, read.blank_lines))
-            _warn(f"skipped blank lines of {prompts_file}: {lines}")
     given = {
-        "model": _absolute(model),
+        "model": model,
         "height": height,
         "width": width,
         "num_frames": num_frames,
@@ -165,23 +147,20 @@ def generate(
         "dtype": dtype,
         "device": device,
         "offload": offload,
-        "lora": _absolute(lora),
+        "lora": lora,
         "compare": compare,
     }
-    settings |= {name: value for name, value in given.items() if value is not None}
-    settings["attention"] = attention_settings(
-        attn, attn_arg or [], attn_config, settings.get("attention")
+    job = plan_job(
+        Source(prompt, prompts_file, record),
+        MethodOptions(attn, tuple(attn_arg or ()), attn_config),
+        {name: value for name, value in given.items() if value is not None},
+        output,
+        _say,
     )
-    requests = [Request.from_dict({**settings, "prompt": text}) for text in prompts]
-    first = requests[0]
-    planned = plan_outputs(output, prompts, several=prompts_file is not None)
-    if first.lora is not None:
-        inputs.append(Path(first.lora))
-    check_outputs(planned, first.compare, first.fps, inputs)
 
     from .generate import generate as make_videos
 
-    make_videos(requests, planned, _say, _warn)
+    make_videos(job.requests, job.outputs, _say, _warn)
 
 
 @app.command()
@@ -200,13 +179,6 @@ def models() -> None:
 
     for line in model_lines():
         _say(line)
-
-
-def _absolute(path: str | None) -> str | None:
-    """Make paths that exist absolute, so that a record works from any folder."""
-    if path is None or path == BUNDLED_MODEL or not Path(path).expanduser().exists():
-        return path
-    return str(Path(path).expanduser().resolve())
 
 
 def _say(line: str) -> None:

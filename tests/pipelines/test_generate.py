@@ -204,8 +204,8 @@ class TestRecord:
         path = tmp_path / "one.json"
         path.write_text(path.read_text().replace(torch.__version__, "1.0"))
         result = diffattn("generate", "--from", path, "-o", "two.gif")
-        assert result.err == (
-            f"warning: recorded with torch 1.0, now {torch.__version__}: the frames may differ\n"
+        assert result.out.startswith(
+            f"note: recorded with torch 1.0, now {torch.__version__}: the frames may differ\n"
         )
 
     def test_paths_work_from_another_folder(
@@ -268,7 +268,8 @@ class TestSeveralPrompts:
         (tmp_path / "prompts.txt").write_text("one\n\nthe second!\n")
         result = generate("--prompts-file", "prompts.txt", "-o", "all/", "--steps", 1)
         assert result.code == 0, result.err
-        assert result.err == "warning: skipped blank lines of prompts.txt: 2\n"
+        assert result.err == ""
+        assert result.out.startswith("note: skipped blank lines of prompts.txt: 2\n")
         assert names(tmp_path / "all") == [
             "01-one.json",
             "01-one.mp4",

@@ -1,0 +1,91 @@
+"""From the options of ``diffattn generate`` to what is made and where it goes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .attention_settings import MethodOptions, attention_settings
+from .errors import UserError
+from .outputs import Outputs, check_outputs, plan_outputs
+from .prompts import read_prompts
+from .request import BUNDLED_MODEL, Request
+from .sidecar import read_settings
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the prompts come from; exactly one is given."""
+
+    prompt: str | None
+    prompts_file: Path | None
+    record: Path | None
+    """The JSON sidecar of a run to repeat."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Videos to make, which differ only in their prompts, and where each goes."""
+
+    requests: list[Request]
+    outputs: list[Outputs]
+
+
+def plan_job(
+    source: Source,
+    method: MethodOptions,
+    given: Mapping[str, Any],
+    output: str | None,
+    say: Callable[[str], None],
+) -> Job:
+    """Check everything that needs no model, and lay out the run.
+
+    Args:
+        source: the prompts, or a recorded run.
+        method: the attention method.
+        given: the settings that the user gave, by the names of :class:`Request`.
+        output: the file or folder that the user named.
+        say: takes lines for the user.
+    """
+    if sum(one is not None for one in (source.prompt, source.prompts_file, source.record)) != 1:
+        raise UserError("give exactly one of PROMPT, --prompts-file and --from")
+    settings: dict[str, Any] = {}
+    # Files that are read, or that a record was made with: no output may replace them.
+    inputs = [path for path in (source.prompts_file, method.config) if path is not None]
+    if source.record is not None:
+        settings, recorded_files, changes = read_settings(source.record)
+        inputs += recorded_files
+        for change in changes:
+            say(f"note: {change}: the frames may differ")
+    settings |= given
+    for name in ("model", "lora"):
+        if name in given:
+            settings[name] = _absolute(given[name])
+    settings["attention"] = attention_settings(method, settings.get("attention"))
+    prompts = _prompts(source, settings, say)
+    requests = [Request.from_dict({**settings, "prompt": prompt}) for prompt in prompts]
+
+    first = requests[0]
+    if first.lora is not None:
+        inputs.append(Path(first.lora))
+    outputs = plan_outputs(output, prompts, several=source.prompts_file is not None)
+    check_outputs(outputs, first.compare, first.fps, inputs)
+    return Job(requests, outputs)
+
+
+def _prompts(
+    source: Source, settings: Mapping[str, Any], say: Callable[[str], None]
+) -> tuple[str, ...]:
+    if source.prompts_file is None:
+        return (settings.get("prompt", "") if source.prompt is None else source.prompt,)
+    read = read_prompts(source.prompts_file)
+    if read.blank_lines:
+        lines = ", ".join(map(str, read.blank_lines))
+        say(f"note: skipped blank lines of {source.prompts_file}: {lines}")
+    return read.prompts
+
+
+def _absolute(path: str) -> str:
+    """Make paths that exist absolute, so that a record works from any folder."""
+    found = path != BUNDLED_MODEL and Path(path).expanduser().exists()
+    return str(Path(path).expanduser().resolve()) if found else path
