@@ -74,20 +74,14 @@ class BlockLayout:
     @property
     def nbytes(self) -> int:
         """Memory of all index lists and bit masks."""
-        tensors = (getattr(self, f.name) for f in fields(self))
-        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+        return sum(getattr(self, name).nbytes for name in LAYOUT_TENSORS)
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device; itself when it is already there."""
         device = torch.device(device)
         if self.device == device:
             return self
-        tensors = {
-            f.name: getattr(self, f.name).to(device)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), torch.Tensor)
-        }
-        return replace(self, **tensors)
+        return replace(self, **{name: getattr(self, name).to(device) for name in LAYOUT_TENSORS})
 
     def dense(self) -> torch.Tensor:
         """The token mask this layout stands for: bool `(batch|1, heads|1, tokens_q, tokens_kv)`.
@@ -112,6 +106,9 @@ class BlockLayout:
             batch, heads, rows * self.block_q, self.columns * self.block_kv
         )
         return out[:, :, : self.tokens_q, : self.tokens_kv]
+
+
+LAYOUT_TENSORS = tuple(f.name for f in fields(BlockLayout) if f.type == "torch.Tensor")
 
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:
