@@ -4,12 +4,18 @@ pipe = WanPipeline.from_pretrained(...)
 pipe.set_attn_processor(RadialAttn())
 """
 
-from diffattn.attach import Attachment, set_attn_processor
+from typing import TYPE_CHECKING, Any
+
+from diffattn import methods, models
+from diffattn._pipeline_method import add_pipeline_method
 from diffattn.attention import attention
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask, FullMask, PredicateMask
 from diffattn.methods import DenseAttn, Method, RadialAttn
+
+if TYPE_CHECKING:
+    from diffattn.attach import Attachment, set_attn_processor
 
 __version__ = "0.1.0"
 
@@ -25,5 +31,18 @@ __all__ = [
     "TokenGrid",
     "__version__",
     "attention",
+    "methods",
+    "models",
     "set_attn_processor",
 ]
+
+add_pipeline_method()
+
+
+def __getattr__(name: str) -> Any:
+    # Attaching imports diffusers, which takes seconds: it waits until it is asked for.
+    if name in ("Attachment", "set_attn_processor"):
+        from diffattn import attach
+
+        return getattr(attach, name)
+    raise AttributeError(f"module 'diffattn' has no attribute {name!r}")

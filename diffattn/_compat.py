@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
@@ -71,9 +70,3 @@ def processor_backend(processor: object) -> Any:
 
 def set_processor_backend(processor: object, backend: Any) -> None:
     processor._attention_backend = backend  # type: ignore[attr-defined]
-
-
-def add_pipeline_method(name: str, function: Callable[..., Any]) -> None:
-    """Give every diffusers pipeline a method, unless diffusers has one of that name."""
-    if not hasattr(DiffusionPipeline, name):
-        setattr(DiffusionPipeline, name, function)

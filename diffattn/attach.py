@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from diffattn import _compat
 from diffattn.attached_model import AttachedModel, attached_to, site_names
 from diffattn.grid import TokenGrid
 from diffattn.methods.base import Method, StaticMaskMethod, nearest
@@ -284,6 +283,3 @@ def _detach(model: torch.nn.Module) -> None:
     attached = attached_to(model)
     if attached is not None:
         attached.owner.remove()
-
-
-_compat.add_pipeline_method("set_attn_processor", set_attn_processor)

@@ -2,9 +2,7 @@
 
 import inspect
 
-import pytest
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
@@ -61,14 +59,3 @@ def test_processors_carry_their_backend() -> None:
     assert _compat.processor_backend(processor) == "x"
     assert WanAttnProcessor._attention_backend is None, "set on the instance, not on the class"
     assert {"set_processor", "get_processor"} <= set(dir(WanAttention))
-
-
-def test_pipelines_have_our_method_and_an_existing_one_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import diffattn
-
-    assert DiffusionPipeline.set_attn_processor is diffattn.set_attn_processor
-    monkeypatch.setattr(DiffusionPipeline, "set_attn_processor", "theirs")
-    _compat.add_pipeline_method("set_attn_processor", diffattn.set_attn_processor)
-    assert DiffusionPipeline.set_attn_processor == "theirs"

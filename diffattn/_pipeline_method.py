@@ -1,0 +1,58 @@
+"""Gives diffusers pipelines their `set_attn_processor`, without importing diffusers.
+
+That import takes seconds, which `diffattn --help` should not. So the method is added when somebody
+else imports the pipelines, or at once if somebody has.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+_PIPELINES = "diffusers.pipelines.pipeline_utils"
+_NAME = "set_attn_processor"
+
+
+def add_pipeline_method() -> None:
+    """Add `set_attn_processor` to `diffusers.DiffusionPipeline`, unless diffusers has one."""
+    module = sys.modules.get(_PIPELINES)
+    if module is not None:
+        _add(module)
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def set_attn_processor(self: Any, processor: Any) -> Any:
+    """Attend by a method of diffattn; see `diffattn.set_attn_processor`."""
+    from diffattn.attach import set_attn_processor
+
+    return set_attn_processor(self, processor)
+
+
+def _add(module: ModuleType) -> None:
+    if not hasattr(module.DiffusionPipeline, _NAME):
+        setattr(module.DiffusionPipeline, _NAME, set_attn_processor)
+
+
+class _AfterImport(MetaPathFinder):
+    """Finds nothing of its own: sees the pipelines' module being imported, and adds to it."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != _PIPELINES:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_add(module: ModuleType) -> None:
+            execute(module)
+            _add(module)
+
+        spec.loader.exec_module = execute_and_add  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,40 @@
+"""`pipe.set_attn_processor` is there after `import diffattn`, in whatever order things come."""
+
+import subprocess
+import sys
+
+import pytest
+
+HAS_IT = "assert diffusers.DiffusionPipeline.set_attn_processor.__module__.startswith('diffattn')"
+
+
+def run(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        f"import diffattn, diffusers; {HAS_IT}",
+        f"import diffusers; diffusers.DiffusionPipeline; import diffattn; {HAS_IT}",
+        f"import diffattn; from diffusers import WanPipeline; import diffusers; {HAS_IT}",
+        f"import diffattn; diffattn.set_attn_processor; import diffusers; {HAS_IT}",
+    ],
+    ids=["before", "after", "a pipeline first", "attach first"],
+)
+def test_pipelines_have_the_method(code: str) -> None:
+    run(code)
+
+
+def test_importing_diffattn_does_not_import_diffusers() -> None:
+    run("import diffattn, sys; assert 'diffusers' not in sys.modules")
+
+
+def test_a_method_of_diffusers_own_is_left_alone() -> None:
+    run(
+        "import diffusers\n"
+        "diffusers.DiffusionPipeline.set_attn_processor = theirs = lambda self, processor: None\n"
+        "import diffattn, diffattn.attach\n"
+        "assert diffusers.DiffusionPipeline.set_attn_processor is theirs\n"
+    )
