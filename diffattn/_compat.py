@@ -11,11 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
     dispatch_attention_fn,
 )
+from diffusers.models.attention_processor import Attention, MochiAttention
+
+# Every class of attention module that has a processor.
+ATTENTION_CLASSES = (Attention, MochiAttention, AttentionModuleMixin)
 
 # diffusers hands a backend those of its keyword arguments that the backend's signature names.
 BackendFunction = Callable[..., torch.Tensor]

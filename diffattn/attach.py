@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from diffattn.attached_model import AttachedModel, attached_to, site_names
+from diffattn import _compat
+from diffattn.attached_model import AttachedModel, attached_to, set_processor, site_names
 from diffattn.grid import TokenGrid
 from diffattn.methods.base import Method, StaticMaskMethod, nearest
 from diffattn.models import denoisers, family_of
@@ -46,7 +47,7 @@ def set_attn_processor(
     Raises:
         ValueError: if a model's family is unknown, a pattern matches no site, or a site's processor
             does not go through diffusers' attention dispatch.
-        TypeError: if a dict mixes methods with something else.
+        TypeError: if `processor` is none of these, or a dict mixes methods with something else.
     """
     pipe, models = _split(target)
     if isinstance(processor, Method):
@@ -60,19 +61,17 @@ def set_attn_processor(
                 )
         attachment = Attachment(pipe, models, processor)
         return attachment
+    if not (processor is None or callable(processor) or isinstance(processor, Mapping)):
+        raise TypeError(
+            f"processor is a {type(processor).__name__}, but must be a method of diffattn, a dict"
+            f" of them, None, or attention processors of diffusers"
+        )
     for model in models.values():
         _detach(model)
     if processor is None:
         return None
-    for name, model in models.items():
-        set_processors: Any = getattr(model, "set_attn_processor", None)
-        if set_processors is None:
-            raise TypeError(
-                f"{type(processor).__name__} is not a method of diffattn, and {name}, a"
-                f" {type(model).__name__}, has no set_attn_processor of its own to take it"
-            )
-        # diffusers empties the dict it is given.
-        set_processors(dict(processor) if isinstance(processor, dict) else processor)
+    for model in models.values():
+        _set_stock_processors(model, processor)
     return None
 
 
@@ -250,6 +249,27 @@ def _split(target: Any) -> tuple[Any, dict[str, torch.nn.Module]]:
     if isinstance(target, torch.nn.Module):
         return None, {"model": target}
     return target, denoisers(target)
+
+
+def _set_stock_processors(model: Any, processor: Any) -> None:
+    """The model's own `set_attn_processor`, also for models that have none."""
+    # diffusers empties the dict it is given.
+    processor = dict(processor) if isinstance(processor, Mapping) else processor
+    if hasattr(model, "set_attn_processor"):
+        model.set_attn_processor(processor)
+        return
+    modules = {
+        f"{name}.processor": module
+        for name, module in model.named_modules()
+        if isinstance(module, _compat.ATTENTION_CLASSES)
+    }
+    if isinstance(processor, Mapping) and processor.keys() != modules.keys():
+        raise ValueError(
+            f"the dict has {len(processor)} processors for {type(model).__name__}, but it needs one"
+            f" for each of its {len(modules)} attention modules: {', '.join(modules)}"
+        )
+    for name, module in modules.items():
+        set_processor(module, processor[name] if isinstance(processor, Mapping) else processor)
 
 
 def _choose(model: torch.nn.Module, methods: Mapping[str, Method]) -> dict[str, Method]:

@@ -7,7 +7,6 @@ process-wide changes.
 
 from __future__ import annotations
 
-import copy
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from diffattn import _compat
 from diffattn.grid import TokenGrid
 from diffattn.methods.base import Method, Site
 from diffattn.models import Family
+from diffattn.models.twins import dispatching
 from diffattn.schedule import RunClock
 
 _ATTRIBUTE = "_diffattn_attached"
@@ -140,18 +140,25 @@ class AttachedModel:
         self._calls_before = 0
         self._first_forward = True
         self._reported = False
-        layers = {name: _layer(family, name) for name in site_names(model, family)}
+        layers = family.layers(model)
         self.layers = max(layers.values()) + 1
+        modules: dict[str, Any] = {name: model.get_submodule(name) for name in chosen}
+        # All are made before one is set: an error leaves the model as it was.
+        processors = {name: dispatching(name, modules[name].processor) for name in chosen}
         for name, method in chosen.items():
-            self._attach(name, model.get_submodule(name), method, layers[name])
+            self._attach(name, modules[name], processors[name], method, layers[name])
         # A model that is dropped while attached takes its backends with it.
         self._unregister = weakref.finalize(
             model, _unregister, [group.member for group in self.groups]
         )
-        self._hooks = (
+        self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward),
-        )
+        ]
+        if family.grid_modules is not None:
+            for name, module in model.named_modules():
+                if family.grid_modules.fullmatch(name):
+                    self._follow(name, module)
         model.__dict__[_ATTRIBUTE] = self
 
     @property
@@ -169,23 +176,19 @@ class AttachedModel:
         for site in self.sites.values():
             # A processor that somebody has put there since is theirs to keep.
             if site.module.processor is site.processor:
-                _set_processor(site.module, site.original)
+                set_processor(site.module, site.original)
         self._unregister()
         for hook in self._hooks:
             hook.remove()
         self._model.__dict__.pop(_ATTRIBUTE, None)
 
-    def _attach(self, name: str, module: torch.nn.Module, method: Method, layer: int) -> None:
-        original: Any = module.processor
-        if not _compat.uses_dispatch(original):
-            raise ValueError(
-                f"{name} has a {type(original).__name__}, which does not call diffusers' attention"
-                f" dispatch; put the model's own processor back before attaching"
-            )
-        group = self._group(method, layer, _compat.processor_backend(original))
-        processor = copy.copy(original)
+    def _attach(
+        self, name: str, module: torch.nn.Module, processor: Any, method: Method, layer: int
+    ) -> None:
+        group = self._group(method, layer, _compat.processor_backend(processor))
         _compat.set_processor_backend(processor, group.member)
-        _set_processor(module, processor)
+        original = module.processor
+        set_processor(module, processor)
         self.sites[name] = AttachedSite(module, original, processor, group.member)
 
     def _group(self, method: Method, layer: int, previous: Any) -> Group:
@@ -201,10 +204,31 @@ class AttachedModel:
         return group
 
     def _before_forward(self, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        grid = self.family.grid(model, args, kwargs)
         if not torch.compiler.is_compiling():
             self.owner.follow_scheduler()
             self._calls_before = self.sparse_calls + self.dense_calls
+        if self.family.grid_modules is None:
+            self._use(self.family.grid(model, args, kwargs))
+
+    def _follow(self, name: str, module: torch.nn.Module) -> None:
+        """Give the sites inside of a module the grid of its calls."""
+        sites = [site.module for key, site in self.sites.items() if key.startswith(name + ".")]
+        grid: TokenGrid | None = None
+
+        def learn(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+            nonlocal grid
+            grid = self.family.grid(module, args, kwargs)
+
+        # Gradient checkpointing calls sites again when other modules have run since.
+        def use(*_: Any) -> None:
+            if grid is not None:
+                self._use(grid)
+
+        self._hooks.append(module.register_forward_pre_hook(learn, with_kwargs=True))
+        self._hooks += [site.register_forward_pre_hook(use) for site in sites]
+
+    def _use(self, grid: TokenGrid) -> None:
+        """Make `grid` that of the attention calls to come."""
         if grid == self.grid:
             return
         self.grid = grid
@@ -215,27 +239,38 @@ class AttachedModel:
             group.video = grid
             group.refresh(self.owner.clock)
 
+    def _why_lost(self, name: str) -> str:
+        """What has disconnected a site since it was attached; empty while it is connected."""
+        site = self.sites[name]
+        module: Any = site.module
+        try:
+            in_place = self._model.get_submodule(name) is module
+        except AttributeError:
+            in_place = False
+        if not in_place:
+            return "its block was exchanged, as enable_free_noise does"
+        if module.processor is not site.processor:
+            return f"it was given a {type(module.processor).__name__}{_culprit(module.processor)}"
+        if _compat.processor_backend(site.processor) is not site.member:
+            return "set_attention_backend gave it another backend"
+        return ""
+
     def _after_forward(self, model: torch.nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or self._reported:
             return
-        lost = [
-            name
-            for name, site in self.sites.items()
-            if site.module.processor is not site.processor
-            or _compat.processor_backend(site.processor) is not site.member
-        ]
+        lost = {name: why for name in self.sites if (why := self._why_lost(name))}
         what = ""
         calls = self.sparse_calls + self.dense_calls - self._calls_before
         if lost:
+            name, why = next(iter(lost.items()))
             what = (
                 f"{len(lost)} of {len(self.sites)} attention sites of {type(model).__name__} are no"
-                f" longer attached ({lost[0]}, ...): something has set another processor or backend"
-                f" on them"
+                f" longer attached: {why} ({name})"
             )
         elif self._first_forward and calls != len(self.sites):
             what = (
-                f"{type(model).__name__} made {calls} attention calls through"
-                f" diffattn where it has {len(self.sites)} attached sites"
+                f"{type(model).__name__} made {calls} attention calls through diffattn where it has"
+                f" {len(self.sites)} attached sites"
             )
         self._first_forward = False
         if what:
@@ -285,10 +320,24 @@ def _backend(group: Group) -> _compat.BackendFunction:
         site = group.site(query.shape[1])
         assert group.method is not None
         group.count(sparse=True)
-        key_mask = _key_mask(attn_mask, key)
+        key_mask = _key_mask(attn_mask, key, group.family.padding)
         return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
 
     return diffattn_backend
+
+
+def _culprit(processor: Any) -> str:
+    """Which call of diffusers puts a processor of this kind in place."""
+    name = type(processor).__name__
+    if name.startswith("Fused"):
+        return " by fuse_qkv_projections"
+    if "IPAdapter" in name:
+        return " by load_ip_adapter"
+    if "XFormers" in name:
+        return " by enable_xformers_memory_efficient_attention"
+    if "Sliced" in name:
+        return " by enable_attention_slicing"
+    return ""
 
 
 def _unregister(members: list[Any]) -> None:
@@ -303,7 +352,7 @@ def attached_to(model: torch.nn.Module) -> AttachedModel | None:
 
 def site_names(model: torch.nn.Module, family: Family) -> list[str]:
     """Names of the modules of a denoiser that do video self-attention."""
-    names = [name for name, _ in model.named_modules() if family.sites.fullmatch(name)]
+    names = list(family.layers(model))
     if not names:
         raise ValueError(
             f"no attention site of {type(model).__name__} has a name like {family.sites.pattern}"
@@ -311,37 +360,35 @@ def site_names(model: torch.nn.Module, family: Family) -> list[str]:
     return names
 
 
-def _layer(family: Family, name: str) -> int:
-    match = family.sites.fullmatch(name)
-    assert match is not None
-    return int(match["layer"])
-
-
-def _set_processor(module: torch.nn.Module, processor: Any) -> None:
-    set_processor: Any = getattr(module, "set_processor", None)
-    if set_processor is None:
+def set_processor(module: torch.nn.Module, processor: Any) -> None:
+    """Put a processor on an attention module, whether or not it has a method for that."""
+    set_it: Any = getattr(module, "set_processor", None)
+    if set_it is None:
         module.processor = processor
     else:
-        set_processor(processor)
+        set_it(processor)
 
 
-def _key_mask(attn_mask: Any, key: torch.Tensor) -> torch.Tensor | None:
-    """Reduce the padding masks that models pass to bool (batch, tokens): False hides a key."""
+def _key_mask(attn_mask: Any, key: torch.Tensor, padding: str) -> torch.Tensor | None:
+    """Reduce the padding masks that models pass to bool (batch, tokens): False hides a key.
+
+    Args:
+        padding: how the model writes them, see `Family`.
+    """
     if attn_mask is None:
         return None
     batch, tokens = key.shape[:2]
     shape = tuple(attn_mask.shape)
-    if (
-        attn_mask.dtype == torch.bool
-        and shape[-1] == tokens
-        and shape
-        in (
-            (batch, tokens),
-            (batch, 1, 1, tokens),
-            (1, 1, 1, tokens),
-        )
-    ):
+    by_key = shape in ((batch, tokens), (batch, 1, 1, tokens), (1, 1, 1, tokens))
+    if attn_mask.dtype == torch.bool and by_key:
         return attn_mask.reshape(-1, tokens).expand(batch, tokens)
+    by_pair = shape == (batch, 1, tokens, tokens)
+    if attn_mask.dtype == torch.bool and by_pair and padding == "pairs":
+        # The first token is one of the video: it sees every key that counts.
+        return attn_mask[:, 0, 0]
+    per_head = len(shape) == 4 and (shape[0], *shape[2:]) == (batch, 1, tokens)
+    if attn_mask.dtype.is_floating_point and per_head and padding == "bias":
+        return attn_mask[:, 0, 0] == 0
     raise ValueError(
         f"the model passes an attention mask of {attn_mask.dtype} {shape}, which cannot be combined"
         f" with a sparse method; only padding masks over keys can: bool ({batch}, {tokens}) or"

@@ -12,6 +12,7 @@ import tiny_wan
 import torch
 from diffusers import UniPCMultistepScheduler
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import diffattn
 from diffattn import DenseAttn, RadialAttn, TokenGrid
@@ -306,8 +307,6 @@ def test_description_of_a_run() -> None:
 
 
 def test_diffusers_own_processors_still_go_to_the_models() -> None:
-    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-
     pipe = tiny_wan.PIPELINES["t2v"]()
     pipe.set_attn_processor(SPARSE)
     theirs = WanAttnProcessor()
@@ -319,22 +318,42 @@ def test_diffusers_own_processors_still_go_to_the_models() -> None:
     assert all(pipe.transformer.attn_processors[name] is p for name, p in each.items())
 
 
+class FusedProcessor(WanAttnProcessor):
+    """Stands for what `fuse_qkv_projections` puts in place on some models."""
+
+
+def exchange_blocks(model: Any) -> None:
+    model.blocks = copy.deepcopy(model.blocks)
+
+
 @pytest.mark.parametrize(
-    "disconnect",
+    ("disconnect", "why"),
     [
-        lambda model: model.set_attention_backend("native"),
-        lambda model: model.set_attn_processor(dict(tiny_wan.transformer().attn_processors)),
+        (
+            lambda model: model.set_attention_backend("native"),
+            "set_attention_backend gave it another backend",
+        ),
+        (
+            lambda model: model.set_attn_processor(WanAttnProcessor()),
+            "it was given a WanAttnProcessor",
+        ),
+        (
+            lambda model: model.set_attn_processor(FusedProcessor()),
+            "it was given a FusedProcessor by fuse_qkv_projections",
+        ),
+        (exchange_blocks, "its block was exchanged, as enable_free_noise does"),
     ],
-    ids=["set_attention_backend", "set_attn_processor"],
+    ids=["set_attention_backend", "set_attn_processor", "fuse_qkv_projections", "free noise"],
 )
-def test_being_disconnected_is_reported_once(disconnect: Any) -> None:
+def test_being_disconnected_is_reported_once(disconnect: Any, why: str) -> None:
     model = tiny_wan.transformer()
     active = _AttentionBackendRegistry.get_active_backend()[0]
     diffattn.set_attn_processor(model, SPARSE)
     forward(model)
     disconnect(model)
     try:
-        with pytest.warns(UserWarning, match="3 of 3 attention sites .* no longer attached"):
+        message = rf"3 of 3 attention sites .* no longer attached: {why} \(blocks\.0\.attn1\)"
+        with pytest.warns(UserWarning, match=message):
             forward(model)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -364,6 +383,11 @@ def test_pattern_that_matches_nothing() -> None:
     with pytest.raises(ValueError, match=r"no attention site matches the pattern 'block\.0'"):
         diffattn.set_attn_processor(model, {"blocks.*": SPARSE, "block.0": DenseAttn()})
     assert all(model.attn_processors[name] is before[name] for name in before)
+
+
+def test_what_is_no_processor_at_all() -> None:
+    with pytest.raises(TypeError, match="processor is a str, but must be a method of diffattn"):
+        diffattn.set_attn_processor(tiny_wan.transformer(), "radial")
 
 
 def test_methods_do_not_mix_with_processors() -> None:

@@ -8,9 +8,10 @@ import torch
 
 from diffattn.grid import TokenGrid
 from diffattn.models.base import Family, SizeRules
+from diffattn.models.hunyuanvideo import HUNYUANVIDEO
 from diffattn.models.wan import WAN
 
-FAMILIES: tuple[Family, ...] = (WAN,)
+FAMILIES: tuple[Family, ...] = (WAN, HUNYUANVIDEO)
 
 # Where pipelines keep their denoisers.
 _DENOISERS = ("transformer", "transformer_2", "unet")
@@ -63,8 +64,7 @@ def pipeline_grid(pipe: Any, height: int, width: int, num_frames: int) -> TokenG
     Raises:
         ValueError: if the model cannot make that size; names the nearest that it can.
     """
-    family = family_of(next(iter(denoisers(pipe).values())))
-    return family.pipeline_grid(pipe, height, width, num_frames)
+    return size_rules(pipe).grid(height, width, num_frames)
 
 
 __all__ = [

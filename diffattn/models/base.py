@@ -14,16 +14,19 @@ from diffattn.grid import TokenGrid
 
 @dataclass(frozen=True)
 class SizeRules:
-    """Which video sizes a pipeline can make, in pixels and frames.
+    """Which sizes a pipeline can make, in pixels and frames, and the tokens they become.
 
     Attributes:
-        spatial_multiple: height and width are multiples of it.
-        frame_stride, frame_offset: a number of frames is `frame_stride * k + frame_offset`, k >= 0.
+        spatial_multiple: height and width are multiples of it; pixels per token.
+        frame_stride, frame_offset: a number of frames is `frame_stride * k + frame_offset`, k >= 0;
+            a stride of 0 is a pipeline that makes images.
+        frames_per_token: latent frames per token; pipelines pad those that are left over.
     """
 
     spatial_multiple: int
     frame_stride: int
     frame_offset: int
+    frames_per_token: int = 1
 
     def check(self, height: int, width: int, num_frames: int) -> None:
         """Raise ValueError, naming the nearest legal sizes, unless the size fits."""
@@ -33,12 +36,32 @@ class SizeRules:
                     f"{name} is {pixels}, but this model needs a multiple of"
                     f" {self.spatial_multiple}: {_both_sides(pixels, self.spatial_multiple, 0)}"
                 )
-        if num_frames < 1 or (num_frames - self.frame_offset) % self.frame_stride:
+        if self.frame_stride == 0:
+            if num_frames != self.frame_offset:
+                raise ValueError(f"num_frames is {num_frames}, but this model makes images: try 1")
+        elif num_frames < 1 or (num_frames - self.frame_offset) % self.frame_stride:
             raise ValueError(
                 f"num_frames is {num_frames}, but this model needs {self.frame_stride} * k +"
                 f" {self.frame_offset}:"
                 f" {_both_sides(num_frames, self.frame_stride, self.frame_offset)}"
             )
+
+    def grid(self, height: int, width: int, num_frames: int) -> TokenGrid:
+        """The video tokens of a size.
+
+        Raises:
+            ValueError: if the size does not fit; names the nearest that do.
+        """
+        self.check(height, width, num_frames)
+        latent_frames = -(-num_frames // self.frame_stride) if self.frame_stride else 1
+        return TokenGrid(
+            -(-latent_frames // self.frames_per_token),
+            height // self.spatial_multiple,
+            width // self.spatial_multiple,
+        )
+
+
+IMAGES = {"frame_stride": 0, "frame_offset": 1}
 
 
 def _both_sides(value: int, multiple: int, offset: int) -> str:
@@ -57,15 +80,19 @@ class Family:
         title: what people call it.
         model_classes: the diffusers classes of its denoisers.
         sites: pattern of the names of the modules that do video self-attention; its group `layer`
-            is the index of the block.
-        grid: gives the video tokens of a call from the denoiser and the arguments of its forward,
-            from shapes alone.
-        text: where text tokens stand in the sequence of a site, if they do; how many there are is
-            seen in the call.
+            tells their blocks apart, which are numbered in the order of `named_modules()`.
+        grid: gives the video tokens of a call from the denoiser (or the module that `grid_modules`
+            names) and the arguments of its forward, without reading tensor values again and again:
+            that would wait for the device and cannot be compiled.
         sizes: the legal sizes of a pipeline of this family.
-        pipeline_grid: the grid of a pipeline's call, from height, width and number of frames.
         variant: which of the family's models a pipeline or denoiser holds, for recommended
             settings.
+        text: where text tokens stand in the sequence of a site, if they do; how many there are is
+            seen in the call.
+        grid_modules: pattern of the names of the modules inside the denoiser whose calls have a
+            grid each, for the sites within them; without it the denoiser's call has one for all.
+        padding: how the model's attention masks say which keys are padding: by key; by the outer
+            product of what is valid, per pair; or as a bias that is 0 where a key counts.
     """
 
     name: str
@@ -74,6 +101,28 @@ class Family:
     sites: re.Pattern[str]
     grid: Callable[[torch.nn.Module, tuple[Any, ...], Mapping[str, Any]], TokenGrid]
     sizes: Callable[[Any], SizeRules]
-    pipeline_grid: Callable[[Any, int, int, int], TokenGrid]
     variant: Callable[[Any, torch.nn.Module], str]
     text: Literal["before", "after"] | None = None
+    grid_modules: re.Pattern[str] | None = None
+    padding: Literal["keys", "pairs", "bias"] = "keys"
+
+    def layers(self, model: torch.nn.Module) -> dict[str, int]:
+        """The attention sites of a denoiser by name, and the index of the block each is in."""
+        matches = [self.sites.fullmatch(name) for name, _ in model.named_modules()]
+        blocks: dict[str, int] = {}
+        return {
+            match[0]: blocks.setdefault(match["layer"], len(blocks)) for match in matches if match
+        }
+
+
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The `hidden_states` of a forward call, its first argument in all of diffusers."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def latent_grid(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], patch_size: tuple[int, int, int]
+) -> TokenGrid:
+    """The grid of a call on latents (batch, channels, frames, height, width)."""
+    sizes = zip(first_input(args, kwargs).shape[2:], patch_size, strict=True)
+    return TokenGrid(*(size // patch for size, patch in sizes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,35 +10,22 @@ from typing import Any
 import torch
 
 from diffattn.grid import TokenGrid
-from diffattn.models.base import Family, SizeRules
+from diffattn.models.base import Family, SizeRules, latent_grid
 
 _TI2V_5B_CHANNELS = 48
 
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
-    hidden_states = args[0] if args else kwargs["hidden_states"]
-    # (batch, channels, frames, height, width) of latents
-    sizes = zip(hidden_states.shape[2:], model.config.patch_size, strict=True)
-    return TokenGrid(*(size // patch for size, patch in sizes))
+    return latent_grid(args, kwargs, model.config.patch_size)
 
 
 def _sizes(pipe: Any) -> SizeRules:
     patch_t, patch_h, _ = _denoiser(pipe).config.patch_size
     return SizeRules(
-        spatial_multiple=pipe.vae_scale_factor_spatial * patch_h,
+        # The pipelines themselves refuse what is not a multiple of 16, whatever the VAE.
+        spatial_multiple=math.lcm(16, pipe.vae_scale_factor_spatial * patch_h),
         frame_stride=pipe.vae_scale_factor_temporal * patch_t,
         frame_offset=1,
-    )
-
-
-def _pipeline_grid(pipe: Any, height: int, width: int, num_frames: int) -> TokenGrid:
-    _sizes(pipe).check(height, width, num_frames)
-    patch_t, patch_h, patch_w = _denoiser(pipe).config.patch_size
-    latent_frames = (num_frames - 1) // pipe.vae_scale_factor_temporal + 1
-    return TokenGrid(
-        latent_frames // patch_t,
-        height // pipe.vae_scale_factor_spatial // patch_h,
-        width // pipe.vae_scale_factor_spatial // patch_w,
     )
 
 
@@ -60,6 +48,5 @@ WAN = Family(
     sites=re.compile(r"(?:vace_)?blocks\.(?P<layer>\d+)\.attn1"),
     grid=_grid,
     sizes=_sizes,
-    pipeline_grid=_pipeline_grid,
     variant=_variant,
 )

@@ -1,0 +1,250 @@
+"""Twins of the attention processors of diffusers that call PyTorch's attention themselves.
+
+A twin computes what the processor it is named for computes, and ends in diffusers' attention
+dispatch, where a backend can be put in. All tensors are (batch, tokens, heads, head_dim) on the
+way. `Attention.forward` hands a processor those keyword arguments that its signature names, so the
+signatures are those of diffusers.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb, apply_rotary_emb_allegro
+
+from diffattn import _compat
+
+
+class Twin:
+    """What diffusers' dispatch expects to find on a processor."""
+
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention, with the heads joined: (batch, tokens, channels)."""
+        out = _compat.dispatch(
+            query,
+            key,
+            value,
+            backend=self._attention_backend,
+            attn_mask=attn_mask,
+            _parallel_config=self._parallel_config,
+        )
+        return out.flatten(2).to(query.dtype)
+
+
+class AttentionTwin(Twin):
+    """AttnProcessor2_0 inside a transformer block (the U-Nets)."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self._attention(attn, hidden_states, encoder_hidden_states, attention_mask, None)
+
+    def _attention(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        context: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        rotary: Any,
+    ) -> torch.Tensor:
+        if context is None:
+            context = hidden_states
+        elif attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+        query, key, value = _heads(attn, "to_q to_k to_v", hidden_states, context, context)
+        query, key = _normalised(attn.norm_q, query), _normalised(attn.norm_k, key)
+        if rotary is not None and not attn.is_cross_attention:
+            query, key = (
+                apply_rotary_emb_allegro(x.transpose(1, 2), *rotary).transpose(1, 2)
+                for x in (query, key)
+            )
+        mask = _bias(attn, attention_mask, key)
+        hidden_states = _project_out(attn, self._attend(query, key, value, mask))
+        return hidden_states / attn.rescale_output_factor
+
+
+class AllegroTwin(AttentionTwin):
+    """AllegroAttnProcessor2_0."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> torch.Tensor:
+        return self._attention(
+            attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+        )
+
+
+class CogVideoXTwin(Twin):
+    """CogVideoXAttnProcessor2_0: text before video, through the same projections."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        text = encoder_hidden_states.shape[1]
+        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        query, key, value = _heads(attn, "to_q to_k to_v", tokens, tokens, tokens)
+        query, key = _normalised(attn.norm_q, query), _normalised(attn.norm_k, key)
+        if image_rotary_emb is not None:
+            query, key = (
+                torch.cat(
+                    [x[:, :text], apply_rotary_emb(x[:, text:], image_rotary_emb, sequence_dim=1)],
+                    dim=1,
+                )
+                for x in (query, key)
+            )
+        out = self._attend(query, key, value, _bias(attn, attention_mask, key))
+        out = _project_out(attn, out)
+        return out[:, text:], out[:, :text]
+
+
+class JointTwin(Twin):
+    """JointAttnProcessor2_0 (Stable Diffusion 3): text after the image, where there is text."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        query, key, value = _joint_heads(attn, hidden_states, encoder_hidden_states)
+        if encoder_hidden_states is None:
+            return _project_out(attn, self._attend(query[0], key[0], value[0]))
+        image = hidden_states.shape[1]
+        out = self._attend(*(torch.cat(parts, dim=1) for parts in (query, key, value)))
+        text_out = out[:, image:]
+        if not attn.context_pre_only:
+            text_out = attn.to_add_out(text_out)
+        return _project_out(attn, out[:, :image]), text_out
+
+
+class MochiTwin(Twin):
+    """MochiAttnProcessor2_0: text after video, padded text left out by a mask over keys.
+
+    The original cuts the padding out of each sample, which waits for the device; text that is
+    padding comes out as zeros from both.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_rotary_emb: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key, value = _joint_heads(attn, hidden_states, encoder_hidden_states)
+        if image_rotary_emb is not None:
+            query[0], key[0] = (_rotated(x, *image_rotary_emb) for x in (query[0], key[0]))
+        video, valid = hidden_states.shape[1], attention_mask.bool()
+        keys = torch.nn.functional.pad(valid, (video, 0), value=True)[:, None, None]
+        out = self._attend(*(torch.cat(parts, dim=1) for parts in (query, key, value)), keys)
+        text_out = out[:, video:].masked_fill(~valid[..., None], 0)
+        if hasattr(attn, "to_add_out"):
+            text_out = attn.to_add_out(text_out)
+        return _project_out(attn, out[:, :video]), text_out
+
+
+_TWINS: dict[str, type[Twin]] = {
+    "AllegroAttnProcessor2_0": AllegroTwin,
+    "AttnProcessor2_0": AttentionTwin,
+    "CogVideoXAttnProcessor2_0": CogVideoXTwin,
+    "JointAttnProcessor2_0": JointTwin,
+    "MochiAttnProcessor2_0": MochiTwin,
+}
+
+
+def dispatching(site: str, processor: Any) -> Any:
+    """A new processor that does what `processor` does, and ends in diffusers' attention dispatch.
+
+    Raises:
+        ValueError: if there is no such processor; says what to do about that of `site`.
+    """
+    if _compat.uses_dispatch(processor):
+        return copy.copy(processor)
+    name = type(processor).__name__
+    if name in _TWINS:
+        return _TWINS[name]()
+    if name.startswith("Fused"):
+        raise ValueError(
+            f"{site} has a {name} since fuse_qkv_projections() was called: call"
+            f" unfuse_qkv_projections() before attaching"
+        )
+    raise ValueError(
+        f"{site} has a {name}, which does not call diffusers' attention dispatch; put the model's"
+        f" own processor back before attaching"
+    )
+
+
+def _heads(attn: Any, projections: str, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    return [
+        getattr(attn, name)(x).unflatten(2, (attn.heads, -1))
+        for name, x in zip(projections.split(), inputs, strict=True)
+    ]
+
+
+def _joint_heads(
+    attn: Any, hidden_states: torch.Tensor, text: torch.Tensor | None
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Query, key and value of the video or image and, where it is given, of the text."""
+    query, key, value = _heads(attn, "to_q to_k to_v", *[hidden_states] * 3)
+    queries, keys = [_normalised(attn.norm_q, query)], [_normalised(attn.norm_k, key)]
+    values = [value]
+    if text is not None:
+        query, key, value = _heads(attn, "add_q_proj add_k_proj add_v_proj", *[text] * 3)
+        queries.append(_normalised(attn.norm_added_q, query))
+        keys.append(_normalised(attn.norm_added_k, key))
+        values.append(value)
+    return queries, keys, values
+
+
+def _normalised(norm: torch.nn.Module | None, x: torch.Tensor) -> torch.Tensor:
+    return x if norm is None else norm(x)
+
+
+def _bias(attn: Any, mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:
+    """A mask as diffusers' `Attention` has it, made (batch, heads, 1 or queries, keys)."""
+    if mask is None:
+        return None
+    batch, tokens = key.shape[:2]
+    mask = attn.prepare_attention_mask(mask, tokens, batch)
+    return mask.view(batch, attn.heads, -1, tokens)
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate neighbouring channels; `cos` and `sin` are (tokens, heads, head_dim / 2)."""
+    even, odd = x.unflatten(-1, (-1, 2)).float().unbind(-1)
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def _project_out(attn: Any, x: torch.Tensor) -> torch.Tensor:
+    linear, dropout = attn.to_out
+    return dropout(linear(x))
