@@ -7,11 +7,30 @@ from typing import Any
 import torch
 
 from diffattn.grid import TokenGrid
+from diffattn.models.allegro import ALLEGRO
 from diffattn.models.base import Family, SizeRules
+from diffattn.models.cogvideox import COGVIDEOX
+from diffattn.models.flux import FLUX
 from diffattn.models.hunyuanvideo import HUNYUANVIDEO
+from diffattn.models.ltx import LTX
+from diffattn.models.mochi import MOCHI
+from diffattn.models.qwen import QWEN_IMAGE
+from diffattn.models.sd3 import SD3
+from diffattn.models.unet import UNET
 from diffattn.models.wan import WAN
 
-FAMILIES: tuple[Family, ...] = (WAN, HUNYUANVIDEO)
+FAMILIES: tuple[Family, ...] = (
+    WAN,
+    HUNYUANVIDEO,
+    COGVIDEOX,
+    LTX,
+    FLUX,
+    MOCHI,
+    SD3,
+    UNET,
+    QWEN_IMAGE,
+    ALLEGRO,
+)
 
 # Where pipelines keep their denoisers.
 _DENOISERS = ("transformer", "transformer_2", "unet")

@@ -85,8 +85,8 @@ class Family:
             names) and the arguments of its forward, without reading tensor values again and again:
             that would wait for the device and cannot be compiled.
         sizes: the legal sizes of a pipeline of this family.
-        variant: which of the family's models a pipeline or denoiser holds, for recommended
-            settings.
+        variants: which of the family's models a pipeline or denoiser holds, for recommended
+            settings; the family's name where there is but one.
         text: where text tokens stand in the sequence of a site, if they do; how many there are is
             seen in the call.
         grid_modules: pattern of the names of the modules inside the denoiser whose calls have a
@@ -101,10 +101,14 @@ class Family:
     sites: re.Pattern[str]
     grid: Callable[[torch.nn.Module, tuple[Any, ...], Mapping[str, Any]], TokenGrid]
     sizes: Callable[[Any], SizeRules]
-    variant: Callable[[Any, torch.nn.Module], str]
+    variants: Callable[[Any, torch.nn.Module], str] | None = None
     text: Literal["before", "after"] | None = None
     grid_modules: re.Pattern[str] | None = None
     padding: Literal["keys", "pairs", "bias"] = "keys"
+
+    def variant(self, pipe: Any, model: torch.nn.Module) -> str:
+        """The model's name in the tables of recommended settings; `pipe` may be None."""
+        return self.name if self.variants is None else self.variants(pipe, model)
 
     def layers(self, model: torch.nn.Module) -> dict[str, int]:
         """The attention sites of a denoiser by name, and the index of the block each is in."""
@@ -113,6 +117,11 @@ class Family:
         return {
             match[0]: blocks.setdefault(match["layer"], len(blocks)) for match in matches if match
         }
+
+
+def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
+    """An argument of a forward call, None where it is not given."""
+    return args[position] if len(args) > position else kwargs.get(name)
 
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:

@@ -1,12 +1,10 @@
-"""HunyuanVideo: text and image to video, 13B."""
+"""HunyuanVideo and HunyuanVideo 1.5: text and image to video."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from diffattn.grid import TokenGrid
 from diffattn.models.base import Family, SizeRules, latent_grid
@@ -26,10 +24,6 @@ def _sizes(pipe: Any) -> SizeRules:
     )
 
 
-def _variant(pipe: Any, model: torch.nn.Module) -> str:
-    return "hunyuanvideo"
-
-
 HUNYUANVIDEO = Family(
     name="hunyuanvideo",
     title="HunyuanVideo (T2V, I2V)",
@@ -38,6 +32,16 @@ HUNYUANVIDEO = Family(
     sites=re.compile(r"(?P<layer>(?:single_)?transformer_blocks\.\d+)\.attn"),
     grid=_grid,
     sizes=_sizes,
-    variant=_variant,
     text="after",
+)
+
+HUNYUANVIDEO15 = Family(
+    name="hunyuanvideo-1.5",
+    title="HunyuanVideo 1.5 (T2V, I2V)",
+    model_classes=("HunyuanVideo15Transformer3DModel",),
+    sites=re.compile(r"transformer_blocks\.(?P<layer>\d+)\.attn"),
+    grid=_grid,
+    sizes=_sizes,
+    text="after",
+    padding="pairs",
 )

@@ -48,5 +48,5 @@ WAN = Family(
     sites=re.compile(r"(?:vace_)?blocks\.(?P<layer>\d+)\.attn1"),
     grid=_grid,
     sizes=_sizes,
-    variant=_variant,
+    variants=_variant,
 )

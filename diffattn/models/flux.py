@@ -1,0 +1,92 @@
+"""Flux and Flux.2: images, in dual-stream and single-stream blocks."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from diffattn.grid import TokenGrid
+from diffattn.models.base import IMAGES, Family, SizeRules, argument, first_input
+
+# The last position ids read, by their shape, and the grid they say. Reading waits for the device
+# and cannot be compiled, and a pipeline passes the same ids in all its steps.
+_read: dict[tuple[int, ...], tuple[weakref.ref[torch.Tensor], TokenGrid]] = {}
+
+
+def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int) -> TokenGrid:
+    """Latents come as a sequence of tokens; only the values of `img_ids` tell rows and columns."""
+    ids = argument(args, kwargs, position, "img_ids")
+    tokens = first_input(args, kwargs).shape[1]
+    shape = tuple(ids.shape)
+    seen, grid = _read.get(shape, (None, None))
+    if torch.compiler.is_compiling():
+        if grid is None:
+            raise RuntimeError(
+                f"the position ids of {type(model).__name__} cannot be read in compiled code: call"
+                f" the model on this size once before compiling it"
+            )
+        last = ids.reshape(-1, shape[-1])[-1]
+        torch._assert_async(
+            (last[1] == grid.height - 1) & (last[2] == grid.width - 1),
+            "the image has as many tokens as the one this model was compiled for, but other rows"
+            " and columns: call the model once before compiling it for another shape",
+        )
+    elif seen is None or seen() is not ids:
+        grid = _read_grid(model, ids)
+        _read[shape] = weakref.ref(ids), grid
+    assert grid is not None
+    if grid.tokens != tokens:
+        raise ValueError(_no_grid(model, f"{tokens} tokens, but position ids for {grid.tokens}"))
+    return grid
+
+
+def _read_grid(model: torch.nn.Module, ids: torch.Tensor) -> TokenGrid:
+    """The grid whose rows and columns, in order, are the second and third of the position ids."""
+    places = (ids if ids.ndim == 2 else ids[0])[:, 1:3].long().cpu()
+    height, width = (int(x) + 1 for x in places.amax(0))
+    expected = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+    if not torch.equal(places, expected.view(-1, 2)):
+        found = f"{len(places)} tokens where its rows and columns make {height} x {width}"
+        raise ValueError(_no_grid(model, found))
+    return TokenGrid(1, height, width)
+
+
+def _no_grid(model: torch.nn.Module, found: str) -> str:
+    return (
+        f"this call of {type(model).__name__} has {found}: reference images (Kontext, Flux.2"
+        f" editing) have no place in a rectangular grid; use the pipeline without them, or"
+        f" set_attn_processor(None)"
+    )
+
+
+def _sizes(pipe: Any) -> SizeRules:
+    return SizeRules(spatial_multiple=pipe.vae_scale_factor * 2, **IMAGES)
+
+
+# Dual-stream blocks come first, in the model and in the numbering.
+_SITES = re.compile(r"(?P<layer>(?:single_)?transformer_blocks\.\d+)\.attn")
+
+FLUX = Family(
+    name="flux",
+    title="Flux",
+    model_classes=("FluxTransformer2DModel",),
+    sites=_SITES,
+    grid=partial(_grid, position=4),
+    sizes=_sizes,
+    text="before",
+)
+
+FLUX2 = Family(
+    name="flux.2",
+    title="Flux.2",
+    model_classes=("Flux2Transformer2DModel",),
+    sites=_SITES,
+    grid=partial(_grid, position=3),
+    sizes=_sizes,
+    text="before",
+)

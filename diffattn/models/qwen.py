@@ -1,0 +1,41 @@
+"""Qwen-Image: text to image."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from diffattn.grid import TokenGrid
+from diffattn.models.base import IMAGES, Family, SizeRules, argument, first_input
+
+
+def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
+    # The shapes of a sample's images, or (diffusers before 0.37) of its only image.
+    shapes = argument(args, kwargs, 4, "img_shapes")[0]
+    if isinstance(shapes[0], int):
+        shapes = [shapes]
+    tokens = first_input(args, kwargs).shape[1]
+    grid = TokenGrid(*shapes[0])
+    if len(shapes) > 1 or grid.tokens != tokens:
+        raise ValueError(
+            f"this call of {type(model).__name__} has {tokens} tokens of {len(shapes)} images, as"
+            f" the pipelines for editing and layers have: they have no rectangular grid in common;"
+            f" use the pipeline for text to image, or set_attn_processor(None)"
+        )
+    return grid
+
+
+def _sizes(pipe: Any) -> SizeRules:
+    return SizeRules(spatial_multiple=pipe.vae_scale_factor * 2, **IMAGES)
+
+
+QWEN_IMAGE = Family(
+    name="qwen-image",
+    title="Qwen-Image",
+    model_classes=("QwenImageTransformer2DModel",),
+    sites=re.compile(r"transformer_blocks\.(?P<layer>\d+)\.attn"),
+    grid=_grid,
+    sizes=_sizes,
+    text="before",
+)

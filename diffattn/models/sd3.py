@@ -1,0 +1,31 @@
+"""Stable Diffusion 3 and 3.5: images; 3.5 medium has a second attention, of the image alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from diffattn.grid import TokenGrid
+from diffattn.models.base import IMAGES, Family, SizeRules, first_input
+
+
+def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
+    height, width = first_input(args, kwargs).shape[2:]
+    return TokenGrid(1, height // model.config.patch_size, width // model.config.patch_size)
+
+
+def _sizes(pipe: Any) -> SizeRules:
+    patch = pipe.transformer.config.patch_size
+    return SizeRules(spatial_multiple=pipe.vae_scale_factor * patch, **IMAGES)
+
+
+SD3 = Family(
+    name="sd3",
+    title="Stable Diffusion 3 and 3.5",
+    model_classes=("SD3Transformer2DModel",),
+    sites=re.compile(r"transformer_blocks\.(?P<layer>\d+)\.attn2?"),
+    grid=_grid,
+    sizes=_sizes,
+    text="after",
+)

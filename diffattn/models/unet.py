@@ -1,0 +1,40 @@
+"""The U-Nets of Stable Diffusion 1.5 and XL, and AnimateDiff's spatial blocks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from diffattn.grid import TokenGrid
+from diffattn.models.base import IMAGES, Family, SizeRules, first_input
+
+# Motion modules attend across frames, at one place each: they are none of these.
+_TRANSFORMER = r"(?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+"
+
+
+def _grid(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
+    # (batch, channels, height, width); AnimateDiff's frames are samples of the batch
+    height, width = first_input(args, kwargs).shape[2:]
+    return TokenGrid(1, height, width)
+
+
+def _sizes(pipe: Any) -> SizeRules:
+    """The pixels per token are those of the largest grid, that of the first attention."""
+    blocks = [len(getattr(block, "attentions", ())) for block in pipe.unet.down_blocks]
+    halved = next((i for i, count in enumerate(blocks) if count), len(blocks) - 1)
+    multiple = pipe.vae_scale_factor * 2**halved
+    if "motion_max_seq_length" in pipe.unet.config:
+        return SizeRules(spatial_multiple=multiple, frame_stride=1, frame_offset=1)
+    return SizeRules(spatial_multiple=multiple, **IMAGES)
+
+
+UNET = Family(
+    name="unet",
+    title="Stable Diffusion 1.5 and XL, AnimateDiff (spatial self-attention)",
+    model_classes=("UNet2DConditionModel", "UNetMotionModel"),
+    sites=re.compile(rf"(?P<layer>{_TRANSFORMER}\.transformer_blocks\.\d+)\.attn1"),
+    grid=_grid,
+    grid_modules=re.compile(_TRANSFORMER),
+    sizes=_sizes,
+)

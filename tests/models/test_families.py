@@ -1,0 +1,149 @@
+"""Every family on a whole tiny model: exact, complete, and without a trace afterwards."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import stock
+import torch
+from tiny_families import CASES, Case
+
+import diffattn
+from diffattn import DenseAttn, TokenGrid
+
+EXACT = {"atol": 1e-5, "rtol": 1e-4}
+
+
+def forward(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs, return_dict=False)[0]
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+def attached_sites(model: torch.nn.Module) -> list[str]:
+    attached = diffattn.attached_model.attached_to(model)
+    assert attached is not None
+    return list(attached.sites)
+
+
+def test_dense_method_gives_the_models_own_output(case: Case) -> None:
+    model, inputs = case.build(), case.inputs()
+    want = forward(model, inputs)
+    attachment = diffattn.set_attn_processor(model, DenseAttn())
+    torch.testing.assert_close(forward(model, inputs), want, **EXACT)
+    assert sorted(attached_sites(model)) == sorted(case.sites)
+    assert attachment.sparse_calls == len(case.sites)
+
+
+def test_sparse_method_is_the_stock_model_with_that_mask(case: Case) -> None:
+    model, inputs = case.build(), case.inputs()
+    dense = forward(model, inputs)
+    with stock.masked(model, list(case.sites), case.grid_of, stock.NEARBY) as calls:
+        want = forward(model, inputs)
+    assert len(calls) >= len(case.sites)
+    assert not torch.allclose(want, dense, atol=1e-3), "the mask should matter"
+    attachment = diffattn.set_attn_processor(model, stock.NEARBY)
+    torch.testing.assert_close(forward(model, inputs), want, **EXACT)
+    assert attachment.sites == len(case.sites)
+    assert attachment.sparse_calls == len(case.sites)
+    assert attachment.dense_calls == 0
+
+
+def test_none_restores_objects_and_bits(case: Case) -> None:
+    model, inputs = case.build(), case.inputs()
+    want = forward(model, inputs)
+    before = {n: m.processor for n, m in model.named_modules() if hasattr(m, "processor")}
+    hooks = {n: len(m._forward_pre_hooks) for n, m in model.named_modules()}
+    diffattn.set_attn_processor(model, stock.NEARBY)
+    changed = {n for n, processor in before.items() if processor is not _processor(model, n)}
+    assert changed == set(case.sites)
+    diffattn.set_attn_processor(model, None)
+    assert all(processor is _processor(model, name) for name, processor in before.items())
+    assert hooks == {n: len(m._forward_pre_hooks) for n, m in model.named_modules()}
+    assert not any("diffattn" in name for name in vars(model))
+    assert torch.equal(forward(model, inputs), want)
+
+
+def _processor(model: torch.nn.Module, name: str) -> Any:
+    return model.get_submodule(name).processor
+
+
+@contextlib.contextmanager
+def perturbed(module: torch.nn.Module, pixel: tuple[Any, ...]) -> Iterator[None]:
+    """Change one pixel of a module's first input."""
+
+    def change(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = None if args else next(iter(kwargs))
+        pixels = (args[0] if name is None else kwargs[name]).clone()
+        pixels[pixel] += 0.5
+        return ((pixels, *args[1:]), kwargs) if name is None else (args, kwargs | {name: pixels})
+
+    hook = module.register_forward_pre_hook(change, with_kwargs=True)
+    yield
+    hook.remove()
+
+
+def test_a_pixel_arrives_at_the_token_that_the_grid_says(case: Case) -> None:
+    model, inputs = case.build(), case.inputs()
+    recorder = stock.Recording()
+    diffattn.set_attn_processor(model, recorder)
+    frames, height, width = (getattr(case.grids[0], n) for n in ("frames", "height", "width"))
+    places = {(0, 0, 1), (frames - 1, height // 2, 0), (frames // 2, height - 1, width - 2)}
+    forward(model, inputs)
+    site, before = recorder.calls[0]
+    for place in places:
+        recorder.calls.clear()
+        with perturbed(model.get_submodule(case.entry), case.pixel(*place)):
+            forward(model, inputs)
+        now, after = recorder.calls[0]
+        assert now == site
+        moved = (after - before).flatten(2).norm(dim=2)[0]
+        (token,) = (moved > 0.5 * moved.max()).nonzero().flatten().tolist()
+        assert not site.grid.is_text(torch.tensor(token))
+        assert tuple(int(x) for x in site.grid.coordinates(torch.tensor(token))) == place
+
+
+def test_sites_know_their_layer_and_tokens(case: Case) -> None:
+    model, inputs = case.build(), case.inputs()
+    recorder = stock.Recording()
+    diffattn.set_attn_processor(model, dict.fromkeys(case.sites, recorder))
+    layers = diffattn.models.family_of(model).layers(model)
+    blocks = list(dict.fromkeys(name.rpartition(".")[0] for name in case.sites))
+    assert layers == {name: blocks.index(name.rpartition(".")[0]) for name in case.sites}
+    forward(model, inputs)
+    assert len(recorder.calls) == len(case.sites)
+    text = 0 if case.text is None else case.text[1]
+    for site, query in recorder.calls:
+        assert site.layers == len(blocks)
+        assert site.grid == case.grid_of(query.shape[1])
+        assert site.grid.text_before + site.grid.text_after in (0, text)
+    seen = {TokenGrid(g.grid.frames, g.grid.height, g.grid.width) for g, _ in recorder.calls}
+    assert seen == set(case.grids)
+
+
+def test_gradients_through_checkpoints_are_those_of_the_stock_model(case: Case) -> None:
+    gradients = []
+    for ours in (False, True):
+        model, inputs = case.build(), case.inputs()
+        model.enable_gradient_checkpointing()
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if ours:
+            diffattn.set_attn_processor(model, stock.NEARBY)
+            out = model(**inputs, return_dict=False)[0]
+            out.square().mean().backward()
+        else:
+            with stock.masked(model, list(case.sites), case.grid_of, stock.NEARBY):
+                out = model(**inputs, return_dict=False)[0]
+                out.square().mean().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, want in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], want, atol=1e-5, rtol=1e-3, msg=name)

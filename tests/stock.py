@@ -1,0 +1,98 @@
+"""What tests of model families need: small methods, and the same mask done without diffattn."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+from unittest import mock
+
+import torch
+
+from diffattn import AttentionMask, Method, PredicateMask, TokenGrid
+from diffattn.methods import DenseAttn, Site, StaticMaskMethod
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearby(StaticMaskMethod):
+    """Tokens see those of the same and the neighbouring places: wrong axes would be seen."""
+
+    type: ClassVar[str] = "nearby"
+    paper: ClassVar[str] = ""
+
+    def for_model(self, family: str, grid: TokenGrid | None = None) -> "Nearby":
+        return self
+
+    def video_mask(self, grid: TokenGrid) -> AttentionMask:
+        def near(query: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            apart = [(q - k).abs() for q, k in zip(query, key, strict=True)]
+            return (apart[0] <= 1) & (apart[1] <= 1) & (apart[2] <= 2)
+
+        return PredicateMask(
+            grid, lambda query, key: near(grid.coordinates(query), grid.coordinates(key))
+        )
+
+    def block_size_on(self, grid: TokenGrid) -> int:
+        return 16
+
+
+NEARBY = Nearby(dense_layers=0, dense_steps=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording(DenseAttn):
+    """Dense attention that keeps the queries of its calls and where they came from."""
+
+    calls: list[tuple[Site, torch.Tensor]] = field(default_factory=list, compare=False)
+
+    def for_model(self, family: str, grid: TokenGrid | None = None) -> "Recording":
+        return self
+
+    def attend(self, query: torch.Tensor, key: Any, value: Any, site: Site, **kwargs: Any) -> Any:
+        self.calls.append((site, query.detach().clone()))
+        return super().attend(query, key, value, site, **kwargs)
+
+
+@contextlib.contextmanager
+def masked(
+    model: torch.nn.Module, sites: list[str], grid_of: Callable[[int], TokenGrid], method: Method
+) -> Iterator[list[int]]:
+    """The stock model with a method's boolean mask in PyTorch's attention under some modules.
+
+    Args:
+        sites: names of these modules.
+        grid_of: the grid of a call over so many tokens.
+
+    Yields:
+        The number of tokens of each masked call so far.
+    """
+    stock = torch.nn.functional.scaled_dot_product_attention
+    masks: dict[int, torch.Tensor] = {}
+    calls: list[int] = []
+    inside: list[str] = []
+
+    def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
+        tokens = query.shape[-2]
+        if inside and tokens == key.shape[-2]:
+            calls.append(tokens)
+            if tokens not in masks:
+                masks[tokens] = method.mask(grid_of(tokens)).dense()
+            mask = masks[tokens]
+            if attn_mask is None:
+                attn_mask = mask
+            elif attn_mask.dtype == torch.bool:
+                attn_mask = attn_mask & mask
+            else:
+                attn_mask = attn_mask.masked_fill(~mask, -torch.inf)
+        return stock(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    hooks = []
+    for name in sites:
+        module = model.get_submodule(name)
+        hooks.append(module.register_forward_pre_hook(lambda m, a, n=name: inside.append(n)))
+        hooks.append(module.register_forward_hook(lambda m, a, o: (inside.pop(), None)[1]))
+    try:
+        with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention):
+            yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()

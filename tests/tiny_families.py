@@ -1,0 +1,496 @@
+"""Tiny models with random weights, one or more per family, and what a test has to know of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+
+from diffattn import TokenGrid
+
+BATCH = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with the inputs of a call.
+
+    Attributes:
+        build: makes the model.
+        inputs: the arguments of its forward.
+        grids: the video tokens of its sites' calls; several where they differ in size.
+        sites: the names of its sites in the order of their layers.
+        text: where text tokens stand, and how many there are with the padding.
+        pixel: index into the first input of a pixel in the token at (t, h, w).
+        entry: name of the module that has this input; the model, unless other layers come between.
+    """
+
+    build: Callable[[], torch.nn.Module]
+    inputs: Callable[[], dict[str, Any]]
+    grids: tuple[TokenGrid, ...]
+    sites: tuple[str, ...]
+    pixel: Callable[[int, int, int], tuple[int, ...]]
+    text: tuple[str, int] | None = None
+    entry: str = ""
+
+    def grid_of(self, tokens: int) -> TokenGrid:
+        """The grid of an attention call over `tokens`, with its text."""
+        for grid in self.grids:
+            if grid.tokens == tokens:
+                return grid
+        assert self.text is not None
+        (grid,) = self.grids
+        count = tokens - grid.tokens
+        assert 0 < count <= self.text[1]
+        before = count if self.text[0] == "before" else 0
+        return TokenGrid(grid.frames, grid.height, grid.width, before, count - before)
+
+
+def make(name: str, **config: Any) -> torch.nn.Module:
+    """A model of diffusers with seeded weights that all matter (many start at zero)."""
+    torch.manual_seed(0)
+    model = getattr(diffusers, name)(**config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim == 1 or not parameter.any():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def valid_text(tokens: int, *lengths: int) -> torch.Tensor:
+    """int64 (batch, tokens): 1 where the text is, 0 where it is padding."""
+    return (torch.arange(tokens) < torch.tensor(lengths)[:, None]).long()
+
+
+def _names(*patterns: tuple[str, int]) -> tuple[str, ...]:
+    return tuple(pattern.format(i) for pattern, count in patterns for i in range(count))
+
+
+# --- HunyuanVideo
+
+
+def hunyuanvideo(**changes: Any) -> torch.nn.Module:
+    config: dict[str, Any] = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 10,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "num_refiner_layers": 1,
+        "text_embed_dim": 16,
+        "pooled_projection_dim": 8,
+        "rope_axes_dim": (2, 4, 4),
+    }
+    return make("HunyuanVideoTransformer3DModel", **(config | changes))
+
+
+def _hunyuanvideo_inputs() -> dict[str, Any]:
+    return {
+        "hidden_states": noise(BATCH, 4, 3, 8, 12),
+        "timestep": torch.tensor([900, 400]),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        "encoder_attention_mask": valid_text(7, 7, 4),
+        "pooled_projections": noise(BATCH, 8, seed=2),
+        "guidance": torch.tensor([6000.0, 6000.0]),
+    }
+
+
+_HUNYUANVIDEO: dict[str, Any] = {
+    "inputs": _hunyuanvideo_inputs,
+    "grids": (TokenGrid(3, 4, 6),),
+    "sites": _names(("transformer_blocks.{}.attn", 2), ("single_transformer_blocks.{}.attn", 2)),
+    "text": ("after", 7),
+    "pixel": lambda t, h, w: (0, 1, t, 2 * h + 1, 2 * w),
+}
+
+CASES: dict[str, Case] = {
+    "hunyuanvideo": Case(build=hunyuanvideo, **_HUNYUANVIDEO),
+    "hunyuanvideo-i2v": Case(
+        build=lambda: hunyuanvideo(image_condition_type="token_replace"), **_HUNYUANVIDEO
+    ),
+}
+
+
+# --- CogVideoX
+
+
+def cogvideox(**changes: Any) -> torch.nn.Module:
+    config: dict[str, Any] = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_layers": 2,
+        "time_embed_dim": 8,
+        "text_embed_dim": 16,
+        "sample_height": 8,
+        "sample_width": 12,
+        "sample_frames": 9,
+        "max_text_seq_length": 7,
+    }
+    return make("CogVideoXTransformer3DModel", **(config | changes))
+
+
+def _cogvideox_inputs(frames: int, rope_tokens: int = 0) -> dict[str, Any]:
+    inputs = {
+        "hidden_states": noise(BATCH, frames, 4, 8, 12),
+        "timestep": torch.tensor([900, 400]),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+    }
+    if rope_tokens:
+        angle = noise(rope_tokens, 8, seed=3).repeat_interleave(2, dim=1)
+        inputs["image_rotary_emb"] = (angle.cos(), angle.sin())
+    return inputs
+
+
+def _cogvideox_case(frames: int, rope: bool, patch_t: int | None = None) -> Case:
+    grid = TokenGrid(frames // (patch_t or 1), 4, 6)
+    changes: dict[str, Any] = {"use_rotary_positional_embeddings": True} if rope else {}
+    if patch_t is not None:
+        changes |= {"patch_size_t": patch_t, "patch_bias": False}
+    return Case(
+        build=lambda: cogvideox(**changes),
+        inputs=lambda: _cogvideox_inputs(frames, grid.tokens if rope else 0),
+        grids=(grid,),
+        sites=_names(("transformer_blocks.{}.attn1", 2)),
+        text=("before", 7),
+        pixel=lambda t, h, w: (0, (patch_t or 1) * t, 1, 2 * h, 2 * w + 1),
+    )
+
+
+CASES |= {
+    "cogvideox-2b": _cogvideox_case(3, rope=False),
+    "cogvideox-5b": _cogvideox_case(3, rope=True),
+    "cogvideox-1.5": _cogvideox_case(6, rope=True, patch_t=2),
+}
+
+# --- LTX-Video and LTX-2
+
+
+def ltx() -> torch.nn.Module:
+    return make(
+        "LTXVideoTransformer3DModel",
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=16,
+    )
+
+
+def _ltx_inputs() -> dict[str, Any]:
+    return {
+        "hidden_states": noise(BATCH, 3 * 4 * 6, 8),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        "timestep": torch.tensor([900.0, 400.0]),
+        "encoder_attention_mask": valid_text(7, 7, 4),
+        "num_frames": 3,
+        "height": 4,
+        "width": 6,
+    }
+
+
+CASES["ltx"] = Case(
+    build=ltx,
+    inputs=_ltx_inputs,
+    grids=(TokenGrid(3, 4, 6),),
+    sites=_names(("transformer_blocks.{}.attn1", 2)),
+    pixel=lambda t, h, w: (0, (t * 4 + h) * 6 + w),
+)
+
+# --- Flux and Flux.2
+
+
+def flux() -> torch.nn.Module:
+    return make(
+        "FluxTransformer2DModel",
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
+
+
+def image_ids(height: int, width: int) -> torch.Tensor:
+    """(tokens, 3): image, row, column."""
+    return torch.cartesian_prod(*map(torch.arange, (1, height, width))).float()
+
+
+def _flux_inputs() -> dict[str, Any]:
+    return {
+        "hidden_states": noise(BATCH, 6 * 9, 16),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        "pooled_projections": noise(BATCH, 8, seed=2),
+        "timestep": torch.tensor([0.9, 0.4]),
+        "img_ids": image_ids(6, 9),
+        "txt_ids": torch.zeros(7, 3),
+        "guidance": torch.tensor([3.5, 3.5]),
+    }
+
+
+CASES["flux"] = Case(
+    build=flux,
+    inputs=_flux_inputs,
+    grids=(TokenGrid(1, 6, 9),),
+    sites=_names(("transformer_blocks.{}.attn", 2), ("single_transformer_blocks.{}.attn", 2)),
+    text=("before", 7),
+    pixel=lambda t, h, w: (0, h * 9 + w),
+)
+
+# --- Mochi
+
+
+def mochi() -> torch.nn.Module:
+    return make(
+        "MochiTransformer3DModel",
+        in_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        pooled_projection_dim=16,
+        text_embed_dim=16,
+        time_embed_dim=8,
+        max_sequence_length=7,
+    )
+
+
+def _mochi_inputs() -> dict[str, Any]:
+    return {
+        "hidden_states": noise(BATCH, 4, 3, 8, 12),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        "timestep": torch.tensor([900, 400]),
+        "encoder_attention_mask": valid_text(7, 7, 4).bool(),
+    }
+
+
+CASES["mochi"] = Case(
+    build=mochi,
+    inputs=_mochi_inputs,
+    grids=(TokenGrid(3, 4, 6),),
+    sites=_names(("transformer_blocks.{}.attn1", 2)),
+    text=("after", 7),
+    pixel=lambda t, h, w: (0, 1, t, 2 * h + 1, 2 * w),
+)
+
+# --- Stable Diffusion 3 and 3.5
+
+
+def sd3(**changes: Any) -> torch.nn.Module:
+    config: dict[str, Any] = {
+        "sample_size": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 16,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 8,
+        "pos_embed_max_size": 12,
+    }
+    return make("SD3Transformer2DModel", **(config | changes))
+
+
+def _sd3_inputs() -> dict[str, Any]:
+    return {
+        "hidden_states": noise(BATCH, 4, 12, 18),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        "pooled_projections": noise(BATCH, 8, seed=2),
+        "timestep": torch.tensor([900, 400]),
+    }
+
+
+_SD3: dict[str, Any] = {
+    "inputs": _sd3_inputs,
+    "grids": (TokenGrid(1, 6, 9),),
+    "text": ("after", 7),
+    "pixel": lambda t, h, w: (0, 1, 2 * h + 1, 2 * w),
+}
+
+CASES |= {
+    "sd3": Case(build=sd3, sites=_names(("transformer_blocks.{}.attn", 2)), **_SD3),
+    "sd3.5": Case(
+        build=lambda: sd3(dual_attention_layers=(0,), qk_norm="rms_norm"),
+        sites=(
+            "transformer_blocks.0.attn",
+            "transformer_blocks.0.attn2",
+            "transformer_blocks.1.attn",
+        ),
+        **_SD3,
+    ),
+}
+
+# --- U-Nets
+
+
+def unet(**changes: Any) -> torch.nn.Module:
+    config: dict[str, Any] = {
+        "sample_size": 12,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    return make("UNet2DConditionModel", **(config | changes))
+
+
+def sdxl_unet() -> torch.nn.Module:
+    return unet(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=8 + 6 * 8,
+    )
+
+
+def _unet_inputs(**more: Any) -> dict[str, Any]:
+    return {
+        "sample": noise(BATCH, 4, 12, 16),
+        "timestep": torch.tensor([900, 400]),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+    } | more
+
+
+_XL_CONDITIONS = {
+    "added_cond_kwargs": {"text_embeds": noise(BATCH, 8, seed=2), "time_ids": torch.ones(BATCH, 6)}
+}
+_ATTENTIONS = "{}.attentions.{}.transformer_blocks.{}.attn1"
+
+CASES |= {
+    "sd1.5": Case(
+        build=unet,
+        inputs=_unet_inputs,
+        grids=(TokenGrid(1, 12, 16), TokenGrid(1, 6, 8)),
+        sites=tuple(
+            _ATTENTIONS.format(block, i, 0)
+            for block, count in (
+                ("down_blocks.0", 1),
+                ("down_blocks.1", 1),
+                ("up_blocks.0", 2),
+                ("up_blocks.1", 2),
+                ("mid_block", 1),
+            )
+            for i in range(count)
+        ),
+        pixel=lambda t, h, w: (0, slice(None, 3), h, w),
+        entry="down_blocks.0.attentions.0",
+    ),
+    "sdxl": Case(
+        build=sdxl_unet,
+        inputs=lambda: _unet_inputs(**_XL_CONDITIONS),
+        grids=(TokenGrid(1, 6, 8),),
+        sites=tuple(
+            _ATTENTIONS.format(block, i, layer)
+            for block, count in (("down_blocks.1", 1), ("up_blocks.0", 2), ("mid_block", 1))
+            for i in range(count)
+            for layer in range(2)
+        ),
+        pixel=lambda t, h, w: (0, slice(None, 3), h, w),
+        entry="down_blocks.1.attentions.0",
+    ),
+}
+
+# --- Qwen-Image
+
+
+def qwen_image() -> torch.nn.Module:
+    return make(
+        "QwenImageTransformer2DModel",
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def _qwen_image_inputs(*lengths: int) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(BATCH, 6 * 9, 16),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        "encoder_hidden_states_mask": valid_text(7, *lengths),
+        "timestep": torch.tensor([0.9, 0.4]),
+        "img_shapes": [[(1, 6, 9)]] * BATCH,
+    }
+
+
+_QWEN_IMAGE: dict[str, Any] = {
+    "build": qwen_image,
+    "grids": (TokenGrid(1, 6, 9),),
+    "sites": _names(("transformer_blocks.{}.attn", 2)),
+    "text": ("before", 7),
+    "pixel": lambda t, h, w: (0, h * 9 + w),
+}
+CASES |= {
+    "qwen-image": Case(inputs=lambda: _qwen_image_inputs(7, 7), **_QWEN_IMAGE),
+    "qwen-image-padded": Case(inputs=lambda: _qwen_image_inputs(7, 4), **_QWEN_IMAGE),
+}
+
+# --- Allegro
+
+
+def allegro() -> torch.nn.Module:
+    return make(
+        "AllegroTransformer3DModel",
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=24,
+        num_layers=2,
+        cross_attention_dim=48,
+        caption_channels=16,
+        sample_height=8,
+        sample_width=12,
+        sample_frames=3,
+    )
+
+
+def _allegro_inputs(masked: bool) -> dict[str, Any]:
+    places = torch.cartesian_prod(*map(torch.arange, (3, 4, 6)))
+    angles = noise(72, 8, seed=3)
+    freqs = tuple((angles.cos(), angles.sin()) for _ in range(3))
+    inputs = {
+        "hidden_states": noise(BATCH, 4, 3, 8, 12),
+        "encoder_hidden_states": noise(BATCH, 1, 7, 16, seed=1),
+        "timestep": torch.tensor([900, 400]),
+        "encoder_attention_mask": valid_text(7, 7, 4),
+        "image_rotary_emb": (freqs, tuple(places.T[:, None])),
+    }
+    if masked:
+        # Padding of a frame, as the model can have it where videos of two sizes are in a batch.
+        inputs["attention_mask"] = torch.ones(BATCH, 3, 8, 12)
+        inputs["attention_mask"][1, :, :, 8:] = 0
+    return inputs
+
+
+_ALLEGRO: dict[str, Any] = {
+    "build": allegro,
+    "grids": (TokenGrid(3, 4, 6),),
+    "sites": _names(("transformer_blocks.{}.attn1", 2)),
+    "pixel": lambda t, h, w: (0, 1, t, 2 * h + 1, 2 * w),
+}
+CASES |= {
+    "allegro": Case(inputs=lambda: _allegro_inputs(masked=False), **_ALLEGRO),
+    "allegro-padded": Case(inputs=lambda: _allegro_inputs(masked=True), **_ALLEGRO),
+}
