@@ -13,9 +13,6 @@ from .row_plan import LayoutTensors, RowGroup, RowPlan, cached_row_plan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-# Keys and values are packed for this many heads at a time: enough work for every thread in a call
-# for one row of blocks, and a bounded copy.
-_HEADS_PER_CHUNK = 4
 # Rows are split where scores or masks, (heads, rows, keys), would have more elements than this.
 _SCORES_PER_CHUNK = 1 << 20
 _MIN_ROWS = 16
@@ -99,15 +96,17 @@ def _forward_op(
         lse_rows = lse[chunk.sample, chunk.heads]
         for group in chunk.groups:
             if not group.keys:
-                out_rows[:, group.start : group.stop] = 0
-                lse_rows[:, group.start : group.stop] = -torch.inf
+                _fill(group, out_rows, 0)
+                _fill(group, lse_rows, -torch.inf)
                 continue
-            keys, values = group.gather(chunk.keys), group.gather(chunk.values)
-            for rows in _row_chunks(chunk, group, attention):
-                hidden = _hidden(plan, chunk, group, rows)
-                part, part_lse = attention.forward(queries[:, rows], keys, values, hidden, scale)
-                out_rows[:, rows] = part
-                lse_rows[:, rows] = part_lse
+            keys, values = group.gather(chunk.keys_values)
+            for part in _parts(chunk, group, attention):
+                bias = _bias(plan, chunk, group, part)
+                found, found_lse = attention.forward(
+                    _read(group, part, queries), keys, values, bias, scale
+                )
+                _write(group, part, out_rows, found)
+                _write(group, part, lse_rows, found_lse)
     return out, lse
 
 
@@ -144,31 +143,30 @@ def _backward_op(
     dq, dk, dv = _empty_gradients(q, k, v)
     for chunk in _head_chunks(plan, k, v, key_mask):
         queries, out_rows, grad_rows = chunk.of(q), chunk.of(out), chunk.of(grad_out)
-        lse_rows = lse[chunk.sample, chunk.heads]
-        dq_rows = chunk.of(dq)
+        lse_rows, dq_rows = lse[chunk.sample, chunk.heads], chunk.of(dq)
+        grad_lse_rows = None if grad_lse is None else grad_lse[chunk.sample, chunk.heads]
         # Many rows add to a key: in float32 at least, whatever the dtype.
-        total_dk, total_dv = (
-            torch.zeros(x.shape, dtype=lse.dtype) for x in (chunk.of(dk), chunk.of(dv))
-        )
+        totals = torch.zeros_like(chunk.keys_values, dtype=lse.dtype)
         for group in chunk.groups:
             if not group.keys:
-                dq_rows[:, group.start : group.stop] = 0
+                _fill(group, dq_rows, 0)
                 continue
-            keys, values = group.gather(chunk.keys), group.gather(chunk.values)
-            for rows in _row_chunks(chunk, group, attention):
+            keys, values = group.gather(chunk.keys_values)
+            for part in _parts(chunk, group, attention):
                 grad = (
-                    grad_rows[:, rows],
-                    None if grad_lse is None else grad_lse[chunk.sample, chunk.heads, rows],
+                    _read(group, part, grad_rows),
+                    None if grad_lse_rows is None else _read(group, part, grad_lse_rows),
                 )
                 part_dq, part_dk, part_dv = attention.backward(
-                    grad, queries[:, rows], keys, values, out_rows[:, rows], lse_rows[:, rows],
-                    _hidden(plan, chunk, group, rows), scale,
+                    grad, _read(group, part, queries), keys, values,
+                    _read(group, part, out_rows), _read(group, part, lse_rows),
+                    _bias(plan, chunk, group, part), scale,
                 )  # fmt: skip
-                dq_rows[:, rows] = part_dq
-                group.scatter_add(total_dk, part_dk)
-                group.scatter_add(total_dv, part_dv)
-        chunk.of(dk).copy_(total_dk)
-        chunk.of(dv).copy_(total_dv)
+                _write(group, part, dq_rows, part_dq)
+                group.scatter_add(totals[0], part_dk)
+                group.scatter_add(totals[1], part_dv)
+        for x, total in zip((dk, dv), totals, strict=True):
+            chunk.of(x).copy_(total.flatten(1, 2)[:, : x.shape[1]])
     return dq, dk, dv
 
 
@@ -222,16 +220,15 @@ class _HeadChunk:
     Attributes:
         sample, heads: which.
         groups: what their query rows visit.
-        keys, values: `(heads, columns, block_kv, head_dim)`, whole blocks, contiguous.
-        hidden: bool `(1, columns, block_kv, 1)`, true for keys hidden by the key mask, or None.
+        keys_values: `(2, heads, columns, block_kv, head_dim)`, in whole blocks.
+        bias: `(columns, block_kv, 1)`, -inf for keys that the key mask hides; None if none.
     """
 
     sample: int
     heads: slice
     groups: tuple[RowGroup, ...]
-    keys: torch.Tensor
-    values: torch.Tensor
-    hidden: torch.Tensor | None
+    keys_values: torch.Tensor
+    bias: torch.Tensor | None
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """View `(heads, tokens, head_dim)` of these heads in `(batch, tokens, heads, head_dim)`."""
@@ -241,60 +238,78 @@ class _HeadChunk:
 def _head_chunks(
     plan: RowPlan, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None
 ) -> Iterator[_HeadChunk]:
+    """A head per thread at a time: work for all of them, on a copy small enough for the caches.
+
+    Two for one thread, because oneDNN multiplies batches of one more slowly.
+    """
     batch, _, heads, _ = k.shape
     for sample in range(batch):
-        hidden = None
+        hidden = bias = None
         if key_mask is not None and not key_mask[sample].all():
-            hidden = _pack(~key_mask[sample][:, None, None], plan.block_kv, None)
+            hidden = ~key_mask[sample]
+            bias = torch.zeros(hidden.shape, dtype=k.dtype).masked_fill_(hidden, -torch.inf)
+            bias = _in_blocks(bias[:, None], plan.block_kv)
         layouts = plan.groups[sample if len(plan.groups) > 1 else 0]
-        step = 1 if len(layouts) > 1 else _HEADS_PER_CHUNK
+        step = 1 if len(layouts) > 1 else max(2, torch.get_num_threads())
         for head in range(0, heads, step):
             chosen = slice(head, min(head + step, heads))
+            keys_values = torch.stack([x[sample, :, chosen].transpose(0, 1) for x in (k, v)])
+            if hidden is not None:
+                # Whatever a caller leaves in padding must not become a NaN.
+                keys_values.masked_fill_(hidden[:, None], 0)
             yield _HeadChunk(
                 sample=sample,
                 heads=chosen,
                 groups=layouts[head if len(layouts) > 1 else 0],
-                keys=_pack(k[sample, :, chosen], plan.block_kv, hidden),
-                values=_pack(v[sample, :, chosen], plan.block_kv, hidden),
-                hidden=hidden,
+                keys_values=_in_blocks(keys_values, plan.block_kv),
+                bias=bias,
             )
 
 
-def _pack(x: torch.Tensor, block: int, hidden: torch.Tensor | None) -> torch.Tensor:
-    """`(tokens, heads, n)` to contiguous `(heads, columns, block, n)`, 0 past the end.
-
-    Hidden keys become 0 too, so that whatever a caller leaves in padding cannot become a NaN.
-    """
-    tokens, heads, n = x.shape
-    columns = -(-tokens // block)
-    out = x.new_empty(heads, columns * block, n)
-    out[:, :tokens] = x.transpose(0, 1)
-    out[:, tokens:] = 0
-    out = out.unflatten(1, (columns, block))
-    return out if hidden is None else out.masked_fill_(hidden, 0)
+def _in_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
+    """`(..., tokens, n)` to `(..., columns, block, n)`, 0 past the end."""
+    padding = -x.shape[-2] % block
+    if padding:
+        x = torch.nn.functional.pad(x, (0, 0, 0, padding))
+    return x.unflatten(-2, (-1, block))
 
 
-def _row_chunks(chunk: _HeadChunk, group: RowGroup, attention: RowAttention) -> Iterator[slice]:
-    """The rows of a group, split where something of size heads x rows x keys would be too large."""
-    step = group.stop - group.start
-    if attention.keeps_scores:
-        step = _SCORES_PER_CHUNK // (chunk.keys.shape[0] * group.keys)
-    elif group.partial is not None:
-        step = _SCORES_PER_CHUNK // group.keys
-    step = max(step, _MIN_ROWS)
-    for start in range(group.start, group.stop, step):
-        yield slice(start, min(start + step, group.stop))
+def _parts(chunk: _HeadChunk, group: RowGroup, attention: RowAttention) -> Iterator[slice]:
+    """A row in parts, where something of the size of its scores would be too large."""
+    step = group.queries
+    if attention.keeps_scores or group.partial is not None:
+        keys = chunk.keys_values.shape[1] * len(group.starts) * group.keys
+        step = max(_SCORES_PER_CHUNK // keys, _MIN_ROWS)
+    for start in range(0, group.queries, step):
+        yield slice(start, min(start + step, group.queries))
 
 
-def _hidden(plan: RowPlan, chunk: _HeadChunk, group: RowGroup, rows: slice) -> torch.Tensor | None:
-    """Bool `(rows | 1, keys)`, true where a key is not seen; None when all of them are."""
-    hidden = plan.hidden(group, rows.start, rows.stop)
-    if chunk.hidden is None:
-        return hidden
-    by_key_mask = group.gather(chunk.hidden)[..., 0]
-    if hidden is not None:
-        return hidden | by_key_mask
-    return by_key_mask if by_key_mask.any() else None
+def _read(group: RowGroup, part: slice, x: torch.Tensor) -> torch.Tensor:
+    """Part of each row of `(heads, tokens, ...)`: `(heads, rows, queries, ...)`."""
+    rows = [x[:, start + part.start : start + part.stop] for start in group.starts]
+    return rows[0].unsqueeze(1) if len(rows) == 1 else torch.stack(rows, 1)
+
+
+def _write(group: RowGroup, part: slice, x: torch.Tensor, rows: torch.Tensor) -> None:
+    """Write `(heads, rows, queries, ...)` to part of each row of `(heads, tokens, ...)`."""
+    for start, row in zip(group.starts, rows.unbind(1), strict=True):
+        x[:, start + part.start : start + part.stop] = row
+
+
+def _fill(group: RowGroup, x: torch.Tensor, value: float) -> None:
+    for start in group.starts:
+        x[:, start : start + group.queries] = value
+
+
+def _bias(plan: RowPlan, chunk: _HeadChunk, group: RowGroup, part: slice) -> torch.Tensor | None:
+    """`(rows, queries | 1, keys)`: -inf where a key is hidden, 0 elsewhere; None where none is."""
+    bias = plan.bias(group, part, chunk.keys_values.dtype)
+    if chunk.bias is None:
+        return bias
+    by_key_mask = group.gather(chunk.bias).transpose(1, 2)
+    if bias is not None:
+        return bias + by_key_mask
+    return by_key_mask if by_key_mask.amin() < 0 else None
 
 
 def _plan(

@@ -1,7 +1,9 @@
 """Dense attention of a few query rows over the keys they visit: the arithmetic of the CPU path.
 
-Two forms of the same thing, chosen by what the CPU is fast at. All tensors are `(heads, tokens,
-head_dim)` of one sample; `hidden` is bool `(rows | 1, keys)`, true where a key is not seen.
+Two forms of the same thing, chosen by what the CPU is fast at. All tensors are `(heads, rows,
+queries or keys, head_dim)` of one sample, and each of `rows` is an attention of its own; the last
+dimension of k and v is contiguous. `bias` is `(rows, queries | 1, keys)` in the same dtype: -inf
+where a key is hidden, 0 elsewhere; None where nothing is.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 # Keys whose scores give the LSE of a bf16 row back, see `_lse`.
-_PROBES = 32
+_PROBES = 16
+_SMALLEST_WEIGHT = 1e-30  # of smaller ones too few bits may be left
 
 
 class RowAttention(Protocol):
@@ -27,10 +30,10 @@ class RowAttention(Protocol):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        hidden: torch.Tensor | None,
+        bias: torch.Tensor | None,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`out` like q, and `lse` `(heads, rows)` in accumulation precision."""
+        """`out` like q, and `lse` `(heads, rows, queries)` in accumulation precision."""
 
     def backward(
         self,
@@ -40,7 +43,7 @@ class RowAttention(Protocol):
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
-        hidden: torch.Tensor | None,
+        bias: torch.Tensor | None,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of q, k, v from those of `out` and `lse`."""
@@ -62,15 +65,13 @@ class FlashRows:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        hidden: torch.Tensor | None,
+        bias: torch.Tensor | None,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        bias = _bias(hidden, q.dtype)
-        out, lse = _flash(_rows(q)[None], k[None], v[None], attn_mask=bias, scale=scale)
-        lse = lse[0]
-        if hidden is not None:
-            lse = lse.masked_fill(hidden.all(-1), -torch.inf)  # the fused op says 0
-        return out[0], lse
+        out, lse = _flash(_unit_stride(q), k, v, attn_mask=_attn_mask(bias), scale=scale)
+        if bias is not None:
+            lse = lse.masked_fill(_sees_nothing(bias), -torch.inf)  # the fused op says 0
+        return out, lse
 
     def backward(
         self,
@@ -80,7 +81,7 @@ class FlashRows:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
-        hidden: torch.Tensor | None,
+        bias: torch.Tensor | None,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         grad_out, grad_lse = grad
@@ -91,14 +92,14 @@ class FlashRows:
             q, k, v = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, v))
             grad_out = torch.nn.functional.pad(grad_out, (0, 1), value=1)
             out = torch.cat([out, -grad_lse[..., None].to(out.dtype)], -1)
-        if hidden is not None:
+        if bias is not None:
             # exp(-inf - 0) is the 0 that a row without keys needs.
             lse = lse.masked_fill(lse == -torch.inf, 0)
         grads = _flash_backward(
-            _rows(grad_out)[None], _rows(q)[None], k[None], v[None], out[None], lse[None],
-            0.0, False, attn_mask=_bias(hidden, q.dtype), scale=scale,
+            _unit_stride(grad_out), _unit_stride(q), k, v, out, lse, 0.0, False,
+            attn_mask=_attn_mask(bias), scale=scale,
         )  # fmt: skip
-        dq, dk, dv = (g[0, ..., :head_dim] for g in grads)
+        dq, dk, dv = (g[..., :head_dim] for g in grads)
         return dq, dk, dv
 
 
@@ -115,12 +116,12 @@ class MatmulRows:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        hidden: torch.Tensor | None,
+        bias: torch.Tensor | None,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = _scores(q, k, hidden, scale)
-        weights = _softmax(scores, hidden)
-        return torch.bmm(weights, v), _lse(scores, weights)
+        scores = _scores(q.contiguous(), k, bias, scale)
+        weights = _softmax(scores, bias)
+        return _matmul(weights, v), _lse(scores, weights)
 
     def backward(
         self,
@@ -130,55 +131,59 @@ class MatmulRows:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
-        hidden: torch.Tensor | None,
+        bias: torch.Tensor | None,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         grad_out, grad_lse = grad
-        weights = _softmax(_scores(q, k, hidden, scale), hidden)
-        dv = torch.bmm(weights.transpose(1, 2), grad_out)
-        d_scores = torch.bmm(grad_out, v.transpose(1, 2))
+        q, grad_out = q.contiguous(), grad_out.contiguous()
+        weights = _softmax(_scores(q, k, bias, scale), bias)
+        dv = _matmul(weights.mT, grad_out)
+        d_scores = _matmul(grad_out, v.mT)
         d_scores = torch._softmax_backward_data(d_scores, weights, -1, weights.dtype)
         if grad_lse is not None:
             d_scores.addcmul_(weights, grad_lse[..., None].to(weights.dtype))
         return (
-            _scaled_bmm(d_scores, k, scale),
-            _scaled_bmm(d_scores.transpose(1, 2), q, scale),
+            _matmul(d_scores, k, scale),
+            _matmul(d_scores.mT, q, scale),
             dv,
         )
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
     """The fused op takes the last dimension for contiguous without looking."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _bias(hidden: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """Additive mask in the form the fused op reads without expanding it over heads."""
-    if hidden is None:
-        return None
-    bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
-    return bias[None, None]
+def _attn_mask(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """In four dimensions the fused op takes one for all heads, or for all queries."""
+    return None if bias is None else bias[None]
 
 
-def _scaled_bmm(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+def _sees_nothing(bias: torch.Tensor) -> torch.Tensor:
+    """Bool `(rows, queries | 1)`."""
+    return bias.amax(-1) == -torch.inf
+
+
+def _matmul(a: torch.Tensor, b: torch.Tensor, scale: float = 1) -> torch.Tensor:
     """`scale * a @ b`, scaled before the rounding to bfloat16."""
+    a, b, batch = a.flatten(0, 1), b.flatten(0, 1), a.shape[:2]
     out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
-    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out).unflatten(0, batch)
 
 
 def _scores(
-    q: torch.Tensor, k: torch.Tensor, hidden: torch.Tensor | None, scale: float
+    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    scores = _scaled_bmm(q, k.transpose(1, 2), scale)
-    return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
+    scores = _matmul(q, k.mT, scale)
+    return scores if bias is None else scores.add_(bias)
 
 
-def _softmax(scores: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
+def _softmax(scores: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     weights = torch.softmax(scores, -1)
-    if hidden is not None:
-        sees_nothing = hidden.all(-1, keepdim=True)
+    if bias is not None:
+        sees_nothing = _sees_nothing(bias)
         if sees_nothing.any():
-            weights.masked_fill_(sees_nothing, 0)
+            weights.masked_fill_(sees_nothing[..., None], 0)
     return weights
 
 
@@ -186,15 +191,14 @@ def _lse(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Log-sum-exp of the scores, in float32 at least, mostly without another pass over them.
 
     Every key gives it back as score - log(weight), with the rounding of the weight as error; the
-    mean over a few keys is more accurate than any one of them. Keys with a tiny weight are left
-    out; should a row have no other among those looked at, all is computed again.
+    mean over a few keys is more accurate than any one of them. Should a row have only hidden keys
+    or tiny weights among them, all is computed again.
     """
-    step = max(1, scores.shape[-1] // _PROBES)
     dtype = torch.promote_types(scores.dtype, torch.float32)
+    step = max(1, scores.shape[-1] // _PROBES)
     score, weight = scores[..., ::step].to(dtype), weights[..., ::step].to(dtype)
-    usable = weight > 1e-30
+    usable = weight > _SMALLEST_WEIGHT
     count = usable.sum(-1)
-    if bool((count == 0).any()):
+    if count.amin() == 0:
         return torch.logsumexp(scores.to(dtype), -1)
-    each = torch.where(usable, score - weight.log(), 0)
-    return each.sum(-1) / count
+    return torch.where(usable, score - weight.log(), 0).sum(-1) / count

@@ -12,6 +12,10 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 # ones, a random token mask may have one per block.
 _KEEP_EXPANDED_BYTES = 1 << 26
 
+# Rows are batched up to this many keys: fewer and larger calls, in which threads wait less for each
+# other, while the keys and scores of a call still fit the caches.
+_KEYS_PER_GROUP = 2048
+
 LayoutTensors = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]
@@ -19,37 +23,44 @@ LayoutTensors = tuple[
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Neighbouring query rows that visit the same key blocks.
+    """Query rows that are computed together: equally many, each with equally many keys.
+
+    Either one row (neighbours with the same keys are merged to one), or several of one block each.
 
     Attributes:
-        start, stop: the query tokens.
-        blocks: int64 `(blocks,)`, the visited key blocks, ascending.
-        runs: visited keys as (start, stop), neighbouring blocks merged, clipped to the sequence.
-        keys: number of visited keys.
-        partial: int64 `(2, partial)`, position in `blocks` and row of the bit masks of each partial
-            block; None when there are none. A group with partial blocks is a single row.
+        starts: first query token of each row.
+        queries: query tokens per row.
+        keys: visited keys per row.
+        blocks: int64 `(rows * blocks per row,)`, the visited key blocks, ascending in each row.
+        run: the visited keys as (start, stop) if there is one row and they have no gap.
+        partial: int64 `(3, partial)`: row, position among the row's blocks, and row of the bit
+            masks of each partial block; None when there are none.
     """
 
-    start: int
-    stop: int
-    blocks: torch.Tensor
-    runs: tuple[tuple[int, int], ...]
+    starts: tuple[int, ...]
+    queries: int
     keys: int
+    blocks: torch.Tensor
+    run: tuple[int, int] | None
     partial: torch.Tensor | None
 
     def gather(self, packed: torch.Tensor) -> torch.Tensor:
-        """The visited keys of `(heads, columns, block_kv, head_dim)`: `(heads, keys, head_dim)`."""
-        if len(self.runs) == 1:
-            start, stop = self.runs[0]
-            return packed.flatten(1, 2)[:, start:stop]
-        return packed.index_select(1, self.blocks).flatten(1, 2)[:, : self.keys]
+        """The visited keys of `(..., columns, block_kv, n)` as `(..., rows, keys, n)`."""
+        if self.run is not None:
+            return packed.flatten(-3, -2)[..., self.run[0] : self.run[1], :].unsqueeze(-3)
+        visited = packed.index_select(-3, self.blocks).flatten(-3, -2)
+        return visited.unflatten(-2, (len(self.starts), -1))[..., : self.keys, :]
 
     def scatter_add(self, total: torch.Tensor, part: torch.Tensor) -> None:
-        """Add `part` `(heads, keys, head_dim)` to the visited keys of `(heads, tokens, ...)`."""
-        done = 0
-        for start, stop in self.runs:
-            total[:, start:stop].add_(part[:, done : done + stop - start])
-            done += stop - start
+        """Add `(heads, rows, keys, n)` to the visited keys of `(heads, columns, block_kv, n)`."""
+        if self.run is not None:
+            total.flatten(1, 2)[:, self.run[0] : self.run[1]] += part[:, 0]
+            return
+        padding = self.blocks.numel() // len(self.starts) * total.shape[2] - self.keys
+        if padding:
+            part = torch.nn.functional.pad(part, (0, 0, 0, padding))
+        part = part.to(total.dtype).reshape(total.shape[0], -1, *total.shape[2:])
+        total.index_add_(1, self.blocks, part)
 
 
 @dataclass(frozen=True)
@@ -65,31 +76,39 @@ class RowPlan:
     groups: tuple[tuple[tuple[RowGroup, ...], ...], ...]
     bit_masks: torch.Tensor
     block_kv: int
-    _expanded: list[torch.Tensor] = field(default_factory=list, repr=False)
+    _tables: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, repr=False)
 
-    def hidden(self, group: RowGroup, start: int, stop: int) -> torch.Tensor | None:
-        """Bool `(stop - start, group.keys)`, true where a key is hidden; None if all are seen."""
+    def bias(self, group: RowGroup, part: slice, dtype: torch.dtype) -> torch.Tensor | None:
+        """Additive mask of some of the queries of each row, by their place in it.
+
+        Returns:
+            `(rows, queries, keys)`, -inf where a key is hidden and 0 elsewhere; None if none is.
+        """
         if group.partial is None:
             return None
-        position, mask = group.partial
-        rows = slice(start - group.start, stop - group.start)
-        out = torch.zeros(stop - start, group.blocks.numel(), self.block_kv, dtype=torch.bool)
-        out.index_copy_(1, position, self._hidden_in_blocks(mask, rows).transpose(0, 1))
-        return out.flatten(1)[:, : group.keys]
+        rows = len(group.starts)
+        row, position, mask = group.partial
+        bias = torch.zeros(
+            rows, part.stop - part.start, group.blocks.numel() // rows, self.block_kv, dtype=dtype
+        )
+        bias[row, :, position] = self._bias_of_masks(mask, part, dtype)
+        return bias.flatten(2)[..., : group.keys]
 
-    def _hidden_in_blocks(self, mask: torch.Tensor, rows: slice) -> torch.Tensor:
-        if self.bit_masks.shape[:2].numel() * self.block_kv > _KEEP_EXPANDED_BYTES:
-            return ~expand_bits(self.bit_masks[mask, rows], self.block_kv)
-        if not self._expanded:
-            self._expanded.append(~expand_bits(self.bit_masks, self.block_kv))
-        return self._expanded[0][mask, rows]
+    def _bias_of_masks(self, mask: torch.Tensor, part: slice, dtype: torch.dtype) -> torch.Tensor:
+        if dtype not in self._tables:
+            entries = self.bit_masks.shape[:2].numel() * self.block_kv
+            if entries * dtype.itemsize > _KEEP_EXPANDED_BYTES:
+                return expand_bits(self.bit_masks[mask, part], self.block_kv, dtype)
+            self._tables[dtype] = expand_bits(self.bit_masks, self.block_kv, dtype)
+        return self._tables[dtype][mask, part]
 
 
-def expand_bits(words: torch.Tensor, n: int) -> torch.Tensor:
-    """Int32 `(..., words)` to bool `(..., n)`: bit `j % 32` of word `j // 32` becomes entry `j`."""
+def expand_bits(words: torch.Tensor, n: int, dtype: torch.dtype) -> torch.Tensor:
+    """Int32 `(..., words)` to `(..., n)`: 0 for a set bit `j % 32` of word `j // 32`, or -inf."""
     bytes_ = words.contiguous().view(torch.uint8).int()  # lowest byte first: x86, ARM and RISC-V
     bits = (torch.arange(256, dtype=torch.int32)[:, None] >> torch.arange(8)) & 1
-    return bits.bool()[bytes_].flatten(-2)[..., :n]
+    bias = torch.zeros(256, 8, dtype=dtype).masked_fill_(bits == 0, -torch.inf)
+    return bias[bytes_].flatten(-2)[..., :n]
 
 
 def make_row_plan(
@@ -100,56 +119,88 @@ def make_row_plan(
     Raises:
         ValueError: if the layout names a key block or a bit mask that does not exist.
     """
-    full_count, full_index, partial_count, partial_index, partial_mask, bit_masks = layout
+    *lists, bit_masks = layout
     _check_indices(layout, -(-tokens_kv // block_kv))
-
-    def groups(b: int, h: int) -> Iterator[RowGroup]:
-        pending: tuple[int, int, list[int]] | None = None  # start, stop, blocks
-        rows = zip(
-            full_count[b, h].tolist(), full_index[b, h].tolist(),
-            partial_count[b, h].tolist(), partial_index[b, h].tolist(),
-            partial_mask[b, h].tolist(),
-            strict=True,
-        )  # fmt: skip
-        for row, (n_full, full, n_partial, partial, masks) in enumerate(rows):
-            start, stop = row * block_q, min((row + 1) * block_q, tokens_q)
-            blocks = full[:n_full]
-            if pending and (n_partial or blocks != pending[2]):
-                yield _group(*pending, {}, tokens_kv, block_kv)
-                pending = None
-            if n_partial:
-                mask_of = dict(zip(partial[:n_partial], masks[:n_partial], strict=True))
-                yield _group(start, stop, sorted([*blocks, *mask_of]), mask_of, tokens_kv, block_kv)
-            else:
-                pending = (pending[0] if pending else start, stop, blocks)
-        if pending:
-            yield _group(*pending, {}, tokens_kv, block_kv)
-
-    batch, heads, _ = full_count.shape
+    batch, heads, _ = layout[0].shape
     return RowPlan(
-        groups=tuple(tuple(tuple(groups(b, h)) for h in range(heads)) for b in range(batch)),
+        groups=tuple(
+            tuple(
+                tuple(
+                    _groups(_rows([x[b, h] for x in lists], tokens_q, block_q), tokens_kv, block_kv)
+                )
+                for h in range(heads)
+            )
+            for b in range(batch)
+        ),
         bit_masks=bit_masks,
         block_kv=block_kv,
     )
 
 
-def _group(
-    start: int, stop: int, blocks: list[int], mask_of: dict[int, int], tokens_kv: int, block_kv: int
-) -> RowGroup:
-    runs: list[tuple[int, int]] = []
-    for block in blocks:
-        first, last = block * block_kv, min((block + 1) * block_kv, tokens_kv)
-        if runs and runs[-1][1] == first:
-            runs[-1] = (runs[-1][0], last)
+@dataclass
+class _Row:
+    """Queries from start to stop, their key blocks, and the masks of those that are partial."""
+
+    start: int
+    stop: int
+    blocks: list[int]
+    masks: dict[int, int]
+
+
+def _rows(lists: list[torch.Tensor], tokens_q: int, block_q: int) -> list[_Row]:
+    """The rows of one head, neighbours that see the same merged."""
+    out: list[_Row] = []
+    columns = zip(*(x.tolist() for x in lists), strict=True)
+    for i, (n_full, full, n_partial, partial, masks) in enumerate(columns):
+        mask_of = dict(zip(partial[:n_partial], masks[:n_partial], strict=True))
+        blocks = sorted([*full[:n_full], *mask_of])
+        stop = min((i + 1) * block_q, tokens_q)
+        if out and out[-1].blocks == blocks and not mask_of and not out[-1].masks:
+            out[-1].stop = stop
         else:
-            runs.append((first, last))
-    partial = [(i, mask_of[block]) for i, block in enumerate(blocks) if block in mask_of]
+            out.append(_Row(i * block_q, stop, blocks, mask_of))
+    return out
+
+
+def _groups(rows: list[_Row], tokens_kv: int, block_kv: int) -> Iterator[RowGroup]:
+    """Batch rows of equal shape, so that a call has work for many threads."""
+    waiting: dict[tuple[int, int, int, bool], list[_Row]] = {}
+    for row in rows:
+        ragged = bool(row.blocks) and (row.blocks[-1] + 1) * block_kv > tokens_kv
+        keys = len(row.blocks) * block_kv - ragged * (-tokens_kv % block_kv)
+        shape = (row.stop - row.start, len(row.blocks), keys, bool(row.masks))
+        if _no_gap(row.blocks):
+            yield _group([row], keys, tokens_kv, block_kv)  # read in place, so on its own
+            continue
+        batch = waiting.setdefault(shape, [])
+        batch.append(row)
+        if (len(batch) + 1) * keys > _KEYS_PER_GROUP:
+            yield _group(waiting.pop(shape), keys, tokens_kv, block_kv)
+    for (_, _, keys, _), batch in waiting.items():
+        yield _group(batch, keys, tokens_kv, block_kv)
+
+
+def _no_gap(blocks: list[int]) -> bool:
+    return not blocks or blocks[-1] - blocks[0] == len(blocks) - 1
+
+
+def _group(rows: list[_Row], keys: int, tokens_kv: int, block_kv: int) -> RowGroup:
+    run = None
+    blocks = rows[0].blocks
+    if len(rows) == 1 and blocks and _no_gap(blocks):
+        run = (blocks[0] * block_kv, min((blocks[-1] + 1) * block_kv, tokens_kv))
+    partial = [
+        (i, position, row.masks[block])
+        for i, row in enumerate(rows)
+        for position, block in enumerate(row.blocks)
+        if block in row.masks
+    ]
     return RowGroup(
-        start=start,
-        stop=stop,
-        blocks=torch.tensor(blocks, dtype=torch.int64),
-        runs=tuple(runs),
-        keys=sum(last - first for first, last in runs),
+        starts=tuple(row.start for row in rows),
+        queries=rows[0].stop - rows[0].start,
+        keys=keys,
+        blocks=torch.tensor([block for row in rows for block in row.blocks], dtype=torch.int64),
+        run=run,
         partial=torch.tensor(partial, dtype=torch.int64).T if partial else None,
     )
 

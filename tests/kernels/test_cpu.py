@@ -7,9 +7,6 @@ import weakref
 
 import pytest
 import torch
-from diffattn.kernels import row_attention, row_plan
-from diffattn.kernels.cpu import block_sparse_attention
-from diffattn.kernels.reference import reference_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import (
@@ -21,6 +18,9 @@ from oracles import (
 )
 
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states
+from diffattn.kernels import row_attention, row_plan
+from diffattn.kernels.cpu import block_sparse_attention
+from diffattn.kernels.reference import reference_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -232,7 +232,7 @@ def test_only_visited_keys_are_computed(monkeypatch: pytest.MonkeyPatch) -> None
 
     class Counting(row_attention.FlashRows):
         def forward(self, q, k, *rest):  # type: ignore[no-untyped-def]
-            seen.append(q.shape[0] * q.shape[1] * k.shape[1])
+            seen.append(q.shape[:3].numel() * k.shape[2])
             return super().forward(q, k, *rest)
 
     monkeypatch.setattr("diffattn.kernels.cpu.pick_row_attention", lambda dtype: Counting())
@@ -250,7 +250,7 @@ def test_rows_with_the_same_keys_are_one_call(monkeypatch: pytest.MonkeyPatch) -
         tensors(layout), tokens_q=100, tokens_kv=100, block_q=32, block_kv=32
     )
     ((groups,),) = plan.groups
-    assert [(g.start, g.stop, g.runs) for g in groups] == [(0, 100, ((0, 100),))]
+    assert [(g.starts, g.queries, g.run) for g in groups] == [((0,), 100, (0, 100))]
 
 
 def test_large_groups_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +268,7 @@ def test_many_distinct_masks_are_expanded_when_needed(monkeypatch: pytest.Monkey
     assert_matches_eager(*attend(qkv, layout), *qkv, layout.dense(), backward=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_layout(data: st.DataObject) -> None:
     size = st.integers(1, 70)
@@ -281,7 +281,7 @@ def test_any_layout(data: st.DataObject) -> None:
         for _ in range(shared[0] * shared[1])
     ]
     key_mask = torch.rand(batch, tokens_kv) < 0.8 if data.draw(st.booleans()) else None
-    dtype = data.draw(st.sampled_from([*DTYPES, torch.float64]))
+    dtype = data.draw(st.sampled_from(DTYPES))
     qkv = inputs(batch, tokens_q, tokens_kv, heads, head_dim, dtype)
     out, lse = block_sparse_attention(
         *qkv, *stack_layouts(layouts, *shared), block_q=block_q, block_kv=block_kv,

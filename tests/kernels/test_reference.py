@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from diffattn.kernels.reference import reference_attention
 
 

@@ -1,0 +1,302 @@
+"""Time and memory of block-sparse attention on the CPU, against dense attention in the same run.
+
+    python benchmarks/cpu.py --output benchmarks/
+
+writes cpu.json and cpu.md. How the figures are made:
+
+- One process. Every repetition times dense attention and all patterns one after another, so that
+  other load on the machine falls on all of them; the times are the best of the repetitions (the
+  medians are in cpu.json). The first call of each is not counted.
+- With `--clock cpu` times are CPU seconds of the process, of use with `--threads 1` on a machine
+  that is busy with other work; `wall` is what a user waits.
+- Where other processes want the same cores, threads that spin while they wait for each other slow
+  every small call down: set OMP_WAIT_POLICY=passive before Python starts.
+- "% of ideal" is the speed-up over 1 / density, where density is the fraction of the blocks that
+  are visited. More than 100 % is possible: bfloat16 matrix products can be faster than torch's
+  dense attention is in bfloat16.
+- "fwd+bwd" is a forward pass and the gradients of q, k and v.
+- Memory is the peak of live bytes of torch's allocator during one call, from torch's profiler,
+  inputs not counted, results counted. Scratch space inside oneDNN and MKL is not seen by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import diffattn
+from diffattn.blocks import EMPTY, FULL, BlockLayout, layout_from_states
+from diffattn.methods.radial import RadialAttn
+
+BLOCK = 128
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+TILES = {32: (2, 4, 4), 64: (4, 4, 4), 128: (8, 4, 4)}  # frames, height, width in tiles of 128
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; times in ms, memory in MiB."""
+
+    tokens: int
+    head_dim: int
+    dtype: str
+    direction: str
+    pattern: str
+    density: float
+    dense_ms: float
+    sparse_ms: float
+    dense_median_ms: float
+    sparse_median_ms: float
+    dense_mib: float
+    sparse_mib: float
+
+    @property
+    def speed_up(self) -> float:
+        return self.dense_ms / self.sparse_ms
+
+    @property
+    def of_ideal(self) -> float:
+        """Fraction of the speed-up that the density allows."""
+        return self.speed_up * self.density
+
+
+def tile3d(tokens: int) -> BlockLayout:
+    """A window of 3 x 3 x 3 tiles of 128 tokens: several runs of keys per row."""
+    tiles = TILES[tokens // BLOCK]
+    place = torch.cartesian_prod(*(torch.arange(n) for n in tiles))
+    near = (place[:, None] - place[None]).abs().amax(-1) <= 1
+    return from_visited(near, tokens)
+
+
+def band(tokens: int) -> BlockLayout:
+    """Every row sees its nearest blocks, about a sixth of all: one run of keys per row."""
+    block = torch.arange(tokens // BLOCK)
+    return from_visited((block[:, None] - block).abs() <= len(block) // 11, tokens)
+
+
+def ragged_band(tokens: int) -> BlockLayout:
+    """The band token by token: the blocks at its two edges are partial."""
+    width = tokens // 11 - 50
+    block, inside = torch.arange(tokens // BLOCK), torch.arange(BLOCK)
+    distance = (block[:, None] - block).abs() * BLOCK
+
+    def bits(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        q, k = row[:, None, None] * BLOCK + inside[:, None], column[:, None, None] * BLOCK + inside
+        return (q - k).abs() <= width
+
+    return layout_from_states(
+        (distance <= width + BLOCK).to(torch.uint8), bits,
+        tokens_q=tokens, tokens_kv=tokens, block_q=BLOCK, block_kv=BLOCK,
+    )  # fmt: skip
+
+
+def radial(tokens: int) -> BlockLayout:
+    """Radial attention, narrow enough to be sparse here, on frames of 16 x 32 tokens."""
+    method = RadialAttn(
+        decay_factor=0.1, block_size=BLOCK, split_threshold=512, first_distance_width="half"
+    )
+    return method.mask(diffattn.TokenGrid(tokens // 512, 16, 32)).blocks(BLOCK)
+
+
+PATTERNS: dict[str, Callable[[int], BlockLayout]] = {
+    "tile3d": tile3d,
+    "band": band,
+    "ragged band": ragged_band,
+    "radial": radial,
+}
+
+
+def from_visited(visited: torch.Tensor, tokens: int) -> BlockLayout:
+    states = torch.where(visited, FULL, EMPTY).to(torch.uint8)
+    return layout_from_states(
+        states, None, tokens_q=tokens, tokens_kv=tokens, block_q=BLOCK, block_kv=BLOCK
+    )
+
+
+def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+
+def milliseconds(call: Callable[[], object], clock: str) -> float:
+    now = CLOCKS[clock]
+    start = now()
+    call()
+    return 1000 * (now() - start)
+
+
+def peak_mib(call: Callable[[], object]) -> float:
+    """Peak of live bytes of torch's CPU allocator during a call, relative to before it."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        call()
+    results = profile.profiler.kineto_results
+    changes = [e for e in results.events() if e.name() == "[memory]"]
+    live = highest = 0
+    for event in sorted(changes, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        highest = max(highest, live)
+    return highest / 2**20
+
+
+def measure(
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    dtype: str,
+    *,
+    patterns: list[str],
+    repeats: int,
+    clock: str,
+) -> Iterator[Row]:
+    """All rows of one shape and dtype, dense and patterns interleaved."""
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(1, tokens, heads, head_dim, dtype=DTYPES[dtype]).requires_grad_()
+        for _ in range(3)
+    )
+    grad = torch.randn_like(q)
+    layouts = {name: PATTERNS[name](tokens) for name in patterns}
+    attentions: dict[str, Callable[..., torch.Tensor]] = {"dense": dense_attention}
+    for name, layout in layouts.items():
+        attentions[name] = partial(diffattn.attention, mask=layout)
+
+    def forward(name: str) -> None:
+        with torch.no_grad():
+            attentions[name](q, k, v)
+
+    def both(name: str) -> None:
+        torch.autograd.grad(attentions[name](q, k, v), (q, k, v), grad)
+
+    for direction, call in (("fwd", forward), ("fwd+bwd", both)):
+        calls = {name: partial(call, name) for name in attentions}
+        memory = {name: peak_mib(calls[name]) for name in calls}
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(repeats):
+            for name in calls:
+                times[name].append(milliseconds(calls[name], clock))
+        for name, layout in layouts.items():
+            yield Row(
+                tokens=tokens,
+                head_dim=head_dim,
+                dtype=dtype,
+                direction=direction,
+                pattern=name,
+                density=layout.density,
+                dense_ms=min(times["dense"]),
+                sparse_ms=min(times[name]),
+                dense_median_ms=statistics.median(times["dense"]),
+                sparse_median_ms=statistics.median(times[name]),
+                dense_mib=memory["dense"],
+                sparse_mib=memory[name],
+            )
+
+
+def environment(heads: int, repeats: int, clock: str) -> dict[str, object]:
+    root = Path(__file__).parent.parent
+    git = ["git", "-C", str(root)]
+    revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "kernels"], capture_output=True, text=True
+    )
+    return {
+        "revision": revision.stdout.strip() + ("+changes" if changed.stdout.strip() else ""),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": cpu_name(),
+        "bf16_instructions": torch.cpu._is_avx512_bf16_supported(),
+        "threads": torch.get_num_threads(),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
+        "load average at start": f"{os.getloadavg()[0]:.1f}",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "batch": 1,
+        "heads": heads,
+        "block": BLOCK,
+        "repeats": repeats,
+        "clock": clock,
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
+
+
+HEADER = (
+    "| tokens | head_dim | dtype | direction | pattern | density | dense ms | sparse ms | speed-up"
+    " | % of ideal | dense MiB | sparse MiB |\n|" + "---|" * 12
+)
+
+
+def line(row: Row) -> str:
+    return (
+        f"| {row.tokens} | {row.head_dim} | {row.dtype} | {row.direction} | {row.pattern}"
+        f" | {row.density:.3f} | {row.dense_ms:.1f} | {row.sparse_ms:.1f} | {row.speed_up:.2f}"
+        f" | {row.of_ideal:.0%} | {row.dense_mib:.0f} | {row.sparse_mib:.0f} |"
+    )
+
+
+def write(folder: Path, info: dict[str, object], rows: list[Row]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    records = [{**asdict(r), "speed_up": r.speed_up, "of_ideal": r.of_ideal} for r in rows]
+    (folder / "cpu.json").write_text(json.dumps({**info, "rows": records}, indent=1) + "\n")
+    facts = "\n".join(f"- {name}: {value}" for name, value in info.items())
+    about = (__doc__ or "").split("How the figures are made:")[1].strip()
+    table = "\n".join([HEADER, *map(line, rows)])
+    (folder / "cpu.md").write_text(
+        f"# Block-sparse attention on the CPU\n\nWritten by benchmarks/cpu.py.\n\n{facts}\n\n"
+        f"{about}\n\n{table}\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", choices=[4096, 8192, 16384])
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="4096 tokens unless --tokens is given")
+    parser.add_argument("--output", type=Path, help="folder for cpu.json and cpu.md")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    info = environment(args.heads, args.repeats, args.clock)
+    print(*(f"{name}: {value}" for name, value in info.items()), sep="\n")
+    print(HEADER)
+    rows = []
+    for tokens in args.tokens or ([4096] if args.quick else [4096, 8192, 16384]):
+        for head_dim in args.head_dims:
+            for dtype in args.dtypes:
+                for row in measure(
+                    tokens, args.heads, head_dim, dtype,
+                    patterns=args.patterns, repeats=args.repeats, clock=args.clock,
+                ):  # fmt: skip
+                    rows.append(row)
+                    print(line(row), flush=True)
+    if args.output:
+        write(args.output, info, rows)
+
+
+if __name__ == "__main__":
+    main()
