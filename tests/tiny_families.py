@@ -299,7 +299,7 @@ def sd3(**changes: Any) -> torch.nn.Module:
         "joint_attention_dim": 16,
         "caption_projection_dim": 32,
         "pooled_projection_dim": 8,
-        "pos_embed_max_size": 12,
+        "pos_embed_max_size": 18,
     }
     return make("SD3Transformer2DModel", **(config | changes))
 
@@ -494,3 +494,130 @@ CASES |= {
     "allegro": Case(inputs=lambda: _allegro_inputs(masked=False), **_ALLEGRO),
     "allegro-padded": Case(inputs=lambda: _allegro_inputs(masked=True), **_ALLEGRO),
 }
+
+# --- HunyuanVideo 1.5
+
+
+def hunyuanvideo15() -> torch.nn.Module:
+    return make(
+        "HunyuanVideo15Transformer3DModel",
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        text_embed_2_dim=8,
+        image_embed_dim=8,
+        rope_axes_dim=(2, 4, 4),
+        target_size=64,
+    )
+
+
+def _hunyuanvideo15_inputs(image: bool) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(BATCH, 9, 3, 4, 6),
+        "timestep": torch.tensor([900.0, 400.0]),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        "encoder_attention_mask": valid_text(7, 7, 4),
+        "encoder_hidden_states_2": noise(BATCH, 4, 8, seed=2),
+        "encoder_attention_mask_2": valid_text(4, 1, 3),
+        "image_embeds": noise(BATCH, 3, 8, seed=3) if image else torch.zeros(BATCH, 3, 8),
+    }
+
+
+_HUNYUANVIDEO15: dict[str, Any] = {
+    "build": hunyuanvideo15,
+    "grids": (TokenGrid(3, 4, 6),),
+    "sites": _names(("transformer_blocks.{}.attn", 2)),
+    "text": ("after", 7 + 4 + 3),
+    "pixel": lambda t, h, w: (0, 1, t, h, w),
+}
+CASES |= {
+    "hunyuanvideo-1.5": Case(inputs=lambda: _hunyuanvideo15_inputs(image=False), **_HUNYUANVIDEO15),
+    "hunyuanvideo-1.5-i2v": Case(
+        inputs=lambda: _hunyuanvideo15_inputs(image=True), **_HUNYUANVIDEO15
+    ),
+}
+
+# --- LTX-2
+
+
+def ltx2(**changes: Any) -> torch.nn.Module:
+    config: dict[str, Any] = {
+        "in_channels": 8,
+        "out_channels": 8,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "cross_attention_dim": 32,
+        "audio_in_channels": 4,
+        "audio_out_channels": 4,
+        "audio_num_attention_heads": 2,
+        "audio_attention_head_dim": 8,
+        "audio_cross_attention_dim": 16,
+        "num_layers": 2,
+        "caption_channels": 16,
+    }
+    return make("LTX2VideoTransformer3DModel", **(config | changes))
+
+
+def _ltx2_inputs() -> dict[str, Any]:
+    return _ltx_inputs() | {
+        "audio_hidden_states": noise(BATCH, 5, 4, seed=4),
+        "audio_encoder_hidden_states": noise(BATCH, 7, 16, seed=5),
+        "audio_encoder_attention_mask": valid_text(7, 7, 4),
+        "audio_num_frames": 5,
+    }
+
+
+_LTX2: dict[str, Any] = {
+    "inputs": _ltx2_inputs,
+    "grids": (TokenGrid(3, 4, 6),),
+    "sites": _names(("transformer_blocks.{}.attn1", 2)),
+    "pixel": lambda t, h, w: (0, (t * 4 + h) * 6 + w),
+}
+CASES |= {
+    "ltx-2": Case(build=ltx2, **_LTX2),
+    "ltx-2.3": Case(
+        build=lambda: ltx2(gated_attn=True, rope_type="split", perturbed_attn=True), **_LTX2
+    ),
+}
+
+# --- Flux.2
+
+
+def flux2() -> torch.nn.Module:
+    return make(
+        "Flux2Transformer2DModel",
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        timestep_guidance_channels=8,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+
+
+def _flux2_inputs() -> dict[str, Any]:
+    ids = torch.nn.functional.pad(image_ids(6, 9), (0, 1))
+    return {
+        "hidden_states": noise(BATCH, 6 * 9, 16),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        "timestep": torch.tensor([0.9, 0.4]),
+        "img_ids": ids.expand(BATCH, -1, -1),
+        "txt_ids": torch.zeros(BATCH, 7, 4),
+        "guidance": torch.tensor([3.5, 3.5]),
+    }
+
+
+CASES["flux.2"] = Case(
+    build=flux2,
+    inputs=_flux2_inputs,
+    grids=(TokenGrid(1, 6, 9),),
+    sites=_names(("transformer_blocks.{}.attn", 2), ("single_transformer_blocks.{}.attn", 2)),
+    text=("before", 7),
+    pixel=lambda t, h, w: (0, h * 9 + w),
+)

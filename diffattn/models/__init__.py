@@ -10,9 +10,9 @@ from diffattn.grid import TokenGrid
 from diffattn.models.allegro import ALLEGRO
 from diffattn.models.base import Family, SizeRules
 from diffattn.models.cogvideox import COGVIDEOX
-from diffattn.models.flux import FLUX
-from diffattn.models.hunyuanvideo import HUNYUANVIDEO
-from diffattn.models.ltx import LTX
+from diffattn.models.flux import FLUX, FLUX2
+from diffattn.models.hunyuanvideo import HUNYUANVIDEO, HUNYUANVIDEO15
+from diffattn.models.ltx import LTX, LTX2
 from diffattn.models.mochi import MOCHI
 from diffattn.models.qwen import QWEN_IMAGE
 from diffattn.models.sd3 import SD3
@@ -22,9 +22,12 @@ from diffattn.models.wan import WAN
 FAMILIES: tuple[Family, ...] = (
     WAN,
     HUNYUANVIDEO,
+    HUNYUANVIDEO15,
     COGVIDEOX,
     LTX,
+    LTX2,
     FLUX,
+    FLUX2,
     MOCHI,
     SD3,
     UNET,
