@@ -17,7 +17,7 @@ from diffattn.mask import AttentionMask
 
 logger = logging.getLogger(__name__)
 
-# (query, key, value, layout, scale, key_mask) -> (output, log-sum-exp)
+# (query, key, value, layout, scale, key_mask) -> (output, log-sum-exp), differentiable
 Backend = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, BlockLayout, float | None, torch.Tensor | None],
     tuple[torch.Tensor, torch.Tensor],
@@ -100,6 +100,47 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def attention_gradients(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `attention` with respect to query, key and value, for those without autograd.
+
+    Args:
+        grad_out: gradient of the output, (batch, tokens, heads, head_dim).
+        query, key, value, layout, scale, key_mask: what `attention` was given.
+        out, lse: what it returned.
+    """
+    if query.device.type != "cpu":
+        raise _no_kernel_for(query.device)
+    return cpu_kernel.block_sparse_attention_gradients(
+        grad_out,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        layout.full_count,
+        layout.full_index,
+        layout.partial_count,
+        layout.partial_index,
+        layout.partial_mask,
+        layout.bit_masks,
+        block_q=layout.block_q,
+        block_kv=layout.block_kv,
+        scale=scale,
+        key_mask=key_mask,
+    )
+
+
 def _cpu_backend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -144,11 +185,15 @@ BACKENDS: dict[str, Backend] = {"cpu": _cpu_backend, "reference": _reference_bac
 
 def _default_backend(device: torch.device) -> str:
     if device.type != "cpu":
-        raise NotImplementedError(
-            f"this version of diffattn has a sparse kernel for the CPU only, and the tensors are on"
-            f" {device}; move the pipeline to the CPU, or pass backend='reference' to check results"
-        )
+        raise _no_kernel_for(device)
     return "cpu"
+
+
+def _no_kernel_for(device: torch.device) -> NotImplementedError:
+    return NotImplementedError(
+        f"this version of diffattn has a sparse kernel for the CPU only, and the tensors are on"
+        f" {device}; move the pipeline to the CPU, or pass backend='reference' to check results"
+    )
 
 
 def _dense_attention(

@@ -71,6 +71,39 @@ def block_sparse_attention(
     return _forward_op(q, k, v, *layout, key_mask, block_q, block_kv, scale)
 
 
+def block_sparse_attention_gradients(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    full_count: torch.Tensor,
+    full_index: torch.Tensor,
+    partial_count: torch.Tensor,
+    partial_index: torch.Tensor,
+    partial_mask: torch.Tensor,
+    bit_masks: torch.Tensor,
+    *,
+    block_q: int,
+    block_kv: int,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `block_sparse_attention` with respect to q, k and v, outside of autograd.
+
+    Args:
+        grad_out: gradient of the output, `(batch, tokens, heads, head_dim)`.
+        out, lse: what `block_sparse_attention` returned for the other arguments.
+    """
+    layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    return _backward_op(
+        grad_out, None, q, k, v, out, lse, *layout, key_mask, block_q, block_kv, scale
+    )
+
+
 @torch.library.custom_op("diffattn::block_sparse_cpu", mutates_args=(), device_types="cpu")
 def _forward_op(
     q: torch.Tensor,

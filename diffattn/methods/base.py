@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from diffattn.attention import attention
+from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import BLOCK, AttentionMask, TextMask
 from diffattn.schedule import check_steps
@@ -141,12 +142,19 @@ class StaticMaskMethod(Method):
         scale: float | None = None,
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        layout = self.mask(site.grid).blocks(self.block_size_on(site.grid), device=query.device)
+        layout = self.layout(site.grid, query.device)
         return attention(query, key, value, layout, scale=scale, key_mask=key_mask)
+
+    def layout(self, grid: TokenGrid, device: torch.device) -> BlockLayout:
+        """The blocks of a call over `grid`; kept for the next call."""
+        return self.mask(grid).blocks(self.block_size_on(grid), device=device)
 
     def __getstate__(self) -> dict[str, Any]:
         # Masks are rebuilt where they are needed: a copy or a pickle carries the parameters only.
-        return self.__dict__ | {"_masks": {}}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    def __setstate__(self, parameters: dict[str, Any]) -> None:
+        self.__init__(**parameters)  # type: ignore[misc]
 
 
 def check_count(name: str, value: Any, *, at_least: int) -> None:

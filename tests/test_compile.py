@@ -1,0 +1,99 @@
+"""torch.compile: as many graphs as the stock model, and the same output and gradients."""
+
+import warnings
+from typing import Any
+
+import pytest
+import tiny_wan
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import diffattn
+from diffattn import RadialAttn, TokenGrid, attention
+from diffattn.traced import remember, traced_attention
+
+SPARSE = RadialAttn(
+    decay_factor=0.0, split_threshold=8, block_size=4, dense_layers=0, dense_steps=0
+)
+
+
+def inputs(frames: int = 5) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "hidden_states": torch.randn(2, 16, frames, 12, 10, generator=generator),
+        "timestep": torch.tensor([900.0, 400.0]),
+        "encoder_hidden_states": torch.randn(2, 5, tiny_wan.TEXT_DIM, generator=generator),
+        "return_dict": False,
+    }
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def graphs(model: torch.nn.Module, how: str) -> tuple[int, torch.Tensor]:
+    """Number of graphs of two calls, and the output."""
+    counter = CompileCounterWithBackend("aot_eager")
+    if how == "whole":
+        call: Any = torch.compile(model, fullgraph=True, backend=counter)
+    else:
+        model.compile_repeated_blocks(fullgraph=True, backend=counter)
+        call = model
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        call(**inputs())
+        out = call(**inputs())[0]
+    return counter.frame_count, out
+
+
+@pytest.mark.parametrize("how", ["whole", "repeated blocks"])
+def test_as_many_graphs_as_stock(how: str) -> None:
+    stock, _ = graphs(tiny_wan.transformer(), how)
+    torch._dynamo.reset()
+    eager = tiny_wan.transformer()
+    diffattn.set_attn_processor(eager, SPARSE)
+    with torch.no_grad():
+        want = eager(**inputs())[0]
+    model = tiny_wan.transformer()
+    diffattn.set_attn_processor(model, SPARSE)
+    count, out = graphs(model, how)
+    assert count == stock
+    torch.testing.assert_close(out, want, atol=1e-6, rtol=1e-5)
+
+
+def test_compiled_attention_trains() -> None:
+    grid = TokenGrid(5, 3, 4)
+    generator = torch.Generator().manual_seed(0)
+    method = RadialAttn(decay_factor=0.0, split_threshold=8, block_size=4)
+    serial = remember(method)
+    leaves = [torch.randn(2, grid.tokens, 3, 8, generator=generator) for _ in range(3)]
+    weight = torch.randn(2, grid.tokens, 3, 8, generator=generator)
+    key_mask = torch.rand(2, grid.tokens, generator=generator) < 0.8
+    layout = method.layout(grid, torch.device("cpu"))
+
+    def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention(q, k, v, layout, key_mask=key_mask)
+
+    def traced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return traced_attention(q, k, v, grid, serial, key_mask=key_mask)
+
+    compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (eager, traced, compiled):
+        copies = [x.clone().requires_grad_() for x in leaves]
+        out = function(*copies)
+        (out * weight).sum().backward()
+        results.append([out, *(x.grad for x in copies)])
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_operator_is_a_good_citizen() -> None:
+    method = RadialAttn(decay_factor=0.0, split_threshold=8, block_size=4)
+    q, k, v = (torch.randn(1, 24, 2, 8, requires_grad=True) for _ in range(3))
+    torch.library.opcheck(
+        torch.ops.diffattn.static_mask_attention.default,
+        (q, k, v, None, [3, 2, 4, 0, 0], remember(method), 0.35),
+    )
