@@ -1,0 +1,228 @@
+"""Attached together with what else diffusers offers: LoRA, caches, casting, offloading, threads."""
+
+import copy
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_wan
+import torch
+from diffusers import (
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    WanPipeline,
+)
+from diffusers.hooks import apply_group_offloading
+from peft import LoraConfig
+
+import diffattn
+from diffattn import RadialAttn
+
+SPARSE = RadialAttn(
+    decay_factor=0.0, split_threshold=8, block_size=4, dense_layers=0, dense_steps=0
+)
+
+
+def inputs() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "hidden_states": torch.randn(2, 16, 5, 12, 10, generator=generator),
+        "timestep": torch.tensor([900.0, 400.0]),
+        "encoder_hidden_states": torch.randn(2, 5, tiny_wan.TEXT_DIM, generator=generator),
+        "return_dict": False,
+    }
+
+
+def forward(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs())[0]
+
+
+def add_lora(model: Any) -> None:
+    torch.manual_seed(5)
+    model.add_adapter(
+        LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False), "trained"
+    )
+
+
+def test_lora_before_and_after_attaching() -> None:
+    before = tiny_wan.transformer()
+    add_lora(before)
+    diffattn.set_attn_processor(before, SPARSE)
+    plain = tiny_wan.transformer()
+    diffattn.set_attn_processor(plain, SPARSE)
+    without = forward(plain)
+    add_lora(plain)
+    assert torch.equal(forward(before), forward(plain))
+    assert not torch.allclose(forward(plain), without)
+    plain.disable_adapters()
+    assert torch.equal(forward(plain), without)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_wan.transformer().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        attachment = diffattn.set_attn_processor(model, SPARSE)
+        model(**inputs())[0].square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        assert attachment.sparse_calls == 3 * (1 + checkpointing), "blocks run twice"
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_layerwise_casting() -> None:
+    outputs = []
+    for attach_first in (False, True):
+        model = tiny_wan.transformer()
+        if attach_first:
+            diffattn.set_attn_processor(model, SPARSE)
+        model.enable_layerwise_casting(
+            storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+        )
+        if not attach_first:
+            diffattn.set_attn_processor(model, SPARSE)
+        outputs.append(forward(model))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_models(dtype: torch.dtype) -> None:
+    model = tiny_wan.transformer()
+    diffattn.set_attn_processor(model, SPARSE)
+    want = forward(model)
+    model.to(dtype)
+    with torch.no_grad():
+        cast = {k: v.to(dtype) if torch.is_tensor(v) else v for k, v in inputs().items()}
+        out = model(**cast)[0]
+    assert out.dtype == dtype
+    assert (out - want).norm() < 0.05 * want.norm()
+
+
+def run_and_count(pipe: Any, steps: int = 8) -> tuple[torch.Tensor, int]:
+    attachment = pipe.set_attn_processor(SPARSE)
+    out = tiny_wan.run(pipe, steps=steps)
+    return out, attachment.sparse_calls
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda pipe: FirstBlockCacheConfig(threshold=10.0),
+        lambda pipe: MagCacheConfig(
+            num_inference_steps=8, mag_ratios=torch.ones(16), retention_ratio=0.2
+        ),
+        lambda pipe: PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(-1, 1001),
+            current_timestep_callback=lambda: pipe.current_timestep,
+            spatial_attention_block_identifiers=("blocks",),
+        ),
+    ],
+    ids=["first block", "mag", "pyramid"],
+)
+def test_step_caches_skip_calls_and_nothing_else(config: Any) -> None:
+    pipe = tiny_wan.PIPELINES["t2v"]()
+    _, every_call = run_and_count(pipe)
+    pipe = tiny_wan.PIPELINES["t2v"]()
+    pipe.transformer.enable_cache(config(pipe))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        _, calls = run_and_count(pipe)
+    assert 0 < calls < every_call
+
+
+def test_group_offloading() -> None:
+    want = tiny_wan.transformer()
+    diffattn.set_attn_processor(want, SPARSE)
+    for attach_first in (False, True):
+        model = tiny_wan.transformer()
+        if attach_first:
+            diffattn.set_attn_processor(model, SPARSE)
+        apply_group_offloading(
+            model,
+            onload_device=torch.device("cpu"),
+            offload_device=torch.device("cpu"),
+            offload_type="leaf_level",
+        )
+        if not attach_first:
+            diffattn.set_attn_processor(model, SPARSE)
+        assert torch.equal(forward(model), forward(want))
+
+
+def test_accelerate_hooks_that_replace_forward() -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    want = tiny_wan.transformer()
+    diffattn.set_attn_processor(want, SPARSE)
+    for attach_first in (False, True):
+        model = tiny_wan.transformer()
+        if attach_first:
+            diffattn.set_attn_processor(model, SPARSE)
+        # What model and sequential offloading put on the model and on each of its modules.
+        for module in list(model.modules()):
+            add_hook_to_module(module, ModelHook())
+        if not attach_first:
+            diffattn.set_attn_processor(model, SPARSE)
+        assert torch.equal(forward(model), forward(want))
+
+
+def test_two_pipelines_in_two_threads() -> None:
+    jobs = [("t2v", (96, 64, 9)), ("ti2v-5b", (64, 64, 5)), ("t2v", (64, 64, 13))]
+
+    def render(job: tuple[str, tuple[int, int, int]]) -> torch.Tensor:
+        pipe = tiny_wan.PIPELINES[job[0]]()
+        pipe.set_attn_processor(SPARSE)
+        return tiny_wan.run(pipe, *job[1])
+
+    # Built beforehand: seeding is process-wide.
+    alone = [render(job) for job in jobs]
+    pipes = [tiny_wan.PIPELINES[name]() for name, _ in jobs]
+    for pipe in pipes:
+        pipe.set_attn_processor(SPARSE)
+    with ThreadPoolExecutor(3) as pool:
+        together = list(
+            pool.map(lambda pair: tiny_wan.run(pair[0], *pair[1][1]), zip(pipes, jobs, strict=True))
+        )
+    for got, want in zip(together, alone, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_saving_is_unaffected(tmp_path: Path) -> None:
+    pipe = tiny_wan.PIPELINES["t2v"]()
+    want = tiny_wan.run(pipe)
+    pipe.save_pretrained(tmp_path / "before")
+    pipe.set_attn_processor(SPARSE)
+    tiny_wan.run(pipe)
+    pipe.save_pretrained(tmp_path / "attached")
+    for file in (tmp_path / "before").rglob("*"):
+        other = tmp_path / "attached" / file.relative_to(tmp_path / "before")
+        assert file.is_dir() or file.read_bytes() == other.read_bytes(), file
+    loaded = WanPipeline.from_pretrained(tmp_path / "attached", text_encoder=None, tokenizer=None)
+    assert torch.equal(tiny_wan.run(loaded), want), "loading gives stock attention back"
+
+
+def test_from_pipe_shares_the_attachment() -> None:
+    pipe = tiny_wan.PIPELINES["t2v"]()
+    attachment = pipe.set_attn_processor(SPARSE)
+    other = WanPipeline(**pipe.components)
+    tiny_wan.run(other)
+    assert attachment.sparse_calls == 2 * 2 * 3
+
+
+def test_a_copied_model_runs_as_the_original_did() -> None:
+    model = tiny_wan.transformer()
+    diffattn.set_attn_processor(model, SPARSE)
+    want = forward(model)
+    copied = copy.deepcopy(model)
+    assert torch.equal(forward(copied), want)
+    diffattn.set_attn_processor(model, None)
+    stock = forward(model)
+    assert not torch.equal(stock, want)
+    diffattn.set_attn_processor(copied, None)
+    assert torch.equal(forward(copied), stock)
