@@ -621,3 +621,104 @@ CASES["flux.2"] = Case(
     text=("before", 7),
     pixel=lambda t, h, w: (0, h * 9 + w),
 )
+
+# --- Models with Wan's blocks
+
+
+def wan_shaped(name: str, **changes: Any) -> torch.nn.Module:
+    config: dict[str, Any] = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 24,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 16,
+        "freq_dim": 16,
+        "ffn_dim": 32,
+        "num_layers": 2,
+        "rope_max_seq_len": 32,
+    }
+    return make(name, **(config | changes))
+
+
+def _wan_animate() -> torch.nn.Module:
+    return wan_shaped(
+        "WanAnimateTransformer3DModel",
+        in_channels=12,
+        latent_channels=4,
+        image_dim=16,
+        motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16},
+        motion_encoder_size=16,
+        motion_style_dim=8,
+        motion_dim=4,
+        motion_encoder_dim=16,
+        face_encoder_hidden_dim=16,
+        face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
+    )
+
+
+def _wan_inputs(channels: int = 4) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(BATCH, channels, 3, 8, 12),
+        "timestep": torch.tensor([900, 400]),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+    }
+
+
+def _wan_animate_inputs() -> dict[str, Any]:
+    return _wan_inputs(12) | {
+        "encoder_hidden_states_image": noise(BATCH, 5, 16, seed=2),
+        "pose_hidden_states": noise(BATCH, 4, 2, 8, 12, seed=3),
+        "face_pixel_values": noise(BATCH, 3, 5, 16, 16, seed=4),
+    }
+
+
+_WAN: dict[str, Any] = {
+    "grids": (TokenGrid(3, 4, 6),),
+    "sites": _names(("blocks.{}.attn1", 2)),
+    "pixel": lambda t, h, w: (0, 1, t, 2 * h + 1, 2 * w),
+}
+CASES |= {
+    "skyreels-v2": Case(
+        build=lambda: wan_shaped("SkyReelsV2Transformer3DModel"), inputs=_wan_inputs, **_WAN
+    ),
+    "chronoedit": Case(
+        build=lambda: wan_shaped("ChronoEditTransformer3DModel"), inputs=_wan_inputs, **_WAN
+    ),
+    "wan-animate": Case(build=_wan_animate, inputs=_wan_animate_inputs, **_WAN),
+}
+
+# --- AnimateDiff
+
+
+def motion_unet() -> torch.nn.Module:
+    return make(
+        "UNetMotionModel",
+        sample_size=12,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        num_attention_heads=2,
+        motion_num_attention_heads=2,
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+    )
+
+
+CASES["animatediff"] = Case(
+    build=motion_unet,
+    inputs=lambda: _unet_inputs(
+        sample=noise(BATCH, 4, 3, 12, 16),
+        encoder_hidden_states=noise(BATCH * 3, 7, 16, seed=1),
+    ),
+    grids=(TokenGrid(1, 12, 16), TokenGrid(1, 6, 8)),
+    sites=tuple(
+        _ATTENTIONS.format(block, i, 0)
+        for block, count in (("down_blocks.0", 1), ("up_blocks.1", 2), ("mid_block", 1))
+        for i in range(count)
+    ),
+    pixel=lambda t, h, w: (0, slice(None, 3), h, w),
+    entry="down_blocks.0.attentions.0",
+)

@@ -221,4 +221,26 @@ PIPELINES: dict[str, PipelineCase] = {
         size=(96, 144, 1),
         forwards=2,
     ),
+    "skyreels-v2": PipelineCase(
+        lambda: _pipeline(
+            "SkyReelsV2Pipeline",
+            transformer=tiny.wan_shaped("SkyReelsV2Transformer3DModel"),
+            scheduler=diffusers.UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True
+            ),
+        ),
+        lambda: _prompts(TEXT, TEXT, mask=None),
+        size=(64, 96, 9),
+        forwards=2,
+    ),
+    "animatediff": PipelineCase(
+        lambda: _pipeline(
+            "AnimateDiffPipeline",
+            unet=tiny.motion_unet(),
+            scheduler=DDIMScheduler(),
+            absent=("motion_adapter",),
+        ),
+        lambda: _prompts(TEXT, TEXT, mask=None),
+        size=(96, 128, 3),
+    ),
 }

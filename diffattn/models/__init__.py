@@ -17,10 +17,13 @@ from diffattn.models.mochi import MOCHI
 from diffattn.models.qwen import QWEN_IMAGE
 from diffattn.models.sd3 import SD3
 from diffattn.models.unet import UNET
-from diffattn.models.wan import WAN
+from diffattn.models.wan import CHRONOEDIT, SKYREELS_V2, WAN, WAN_ANIMATE
 
 FAMILIES: tuple[Family, ...] = (
     WAN,
+    WAN_ANIMATE,
+    SKYREELS_V2,
+    CHRONOEDIT,
     HUNYUANVIDEO,
     HUNYUANVIDEO15,
     COGVIDEOX,
@@ -35,6 +38,22 @@ FAMILIES: tuple[Family, ...] = (
     ALLEGRO,
 )
 
+# Models of diffusers whose attention has no rectangular grid, and what it has instead.
+_WITHOUT_GRID = {
+    "AnyFlowFARTransformer3DModel": "keys of earlier chunks come from a cache",
+    "CosmosTransformer3DModel": "its attention calls cannot be given a backend",
+    "Flux3Transformer2DModel": "tokens of several modes share a sequence",
+    "HeliosTransformer3DModel": "history of three lengths stands before the video",
+    "HunyuanVideoFramepackTransformer3DModel": "history in three sizes stands before the video",
+    "Kandinsky5Transformer3DModel": "its own sparse attention (NABLA) puts tokens in another order",
+    "Kandinsky6SRTransformer3DModel": "its own sparse attention puts tokens in another order",
+    "Kandinsky6Transformer3DModel": "video and audio share a sequence",
+    "MiniMaxH3Transformer3DModel": "text, images, audio and video share a packed sequence",
+    "QwenImage21Transformer2DModel": "segments of several images share a sequence",
+    "SanaVideoTransformer3DModel": "its self-attention is linear: it has no token pairs",
+    "WanAnimate2Transformer3DModel": "keys of earlier chunks come from a cache",
+}
+
 # Where pipelines keep their denoisers.
 _DENOISERS = ("transformer", "transformer_2", "unet")
 
@@ -43,13 +62,18 @@ def family_of(model: torch.nn.Module) -> Family:
     """The family of a denoiser.
 
     Raises:
-        ValueError: if its class is in no family; names those that are.
+        ValueError: if its class is in no family; names those that are, or says why it cannot be.
     """
     # A subclass of a known model is that model with additions.
     names = {cls.__name__ for cls in type(model).__mro__}
     for family in FAMILIES:
         if names & set(family.model_classes):
             return family
+    for name in names & _WITHOUT_GRID.keys():
+        raise ValueError(
+            f"{name} has no rectangular token grid that diffattn could cut into blocks:"
+            f" {_WITHOUT_GRID[name]}"
+        )
     known = ", ".join(name for family in FAMILIES for name in family.model_classes)
     raise ValueError(
         f"diffattn does not know the attention sites of {type(model).__name__}; it knows {known}"

@@ -21,12 +21,19 @@ class SizeRules:
         frame_stride, frame_offset: a number of frames is `frame_stride * k + frame_offset`, k >= 0;
             a stride of 0 is a pipeline that makes images.
         frames_per_token: latent frames per token; pipelines pad those that are left over.
+        frames_apart: whether each frame attends to itself alone, on a grid of its own.
     """
 
     spatial_multiple: int
     frame_stride: int
     frame_offset: int
     frames_per_token: int = 1
+    frames_apart: bool = False
+
+    @classmethod
+    def images(cls, spatial_multiple: int) -> SizeRules:
+        """The rules of a pipeline that makes images."""
+        return cls(spatial_multiple, frame_stride=0, frame_offset=1)
 
     def check(self, height: int, width: int, num_frames: int) -> None:
         """Raise ValueError, naming the nearest legal sizes, unless the size fits."""
@@ -53,15 +60,13 @@ class SizeRules:
             ValueError: if the size does not fit; names the nearest that do.
         """
         self.check(height, width, num_frames)
-        latent_frames = -(-num_frames // self.frame_stride) if self.frame_stride else 1
+        alone = self.frames_apart or self.frame_stride == 0
+        latent_frames = 1 if alone else -(-num_frames // self.frame_stride)
         return TokenGrid(
             -(-latent_frames // self.frames_per_token),
             height // self.spatial_multiple,
             width // self.spatial_multiple,
         )
-
-
-IMAGES = {"frame_stride": 0, "frame_offset": 1}
 
 
 def _both_sides(value: int, multiple: int, offset: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffattn.grid import TokenGrid
-from diffattn.models.base import IMAGES, Family, SizeRules, argument, first_input
+from diffattn.models.base import Family, SizeRules, argument, first_input
 
 # The last position ids read, by their shape, and the grid they say. Reading waits for the device
 # and cannot be compiled, and a pipeline passes the same ids in all its steps.
@@ -65,7 +65,7 @@ def _no_grid(model: torch.nn.Module, found: str) -> str:
 
 
 def _sizes(pipe: Any) -> SizeRules:
-    return SizeRules(spatial_multiple=pipe.vae_scale_factor * 2, **IMAGES)
+    return SizeRules.images(pipe.vae_scale_factor * 2)
 
 
 # Dual-stream blocks come first, in the model and in the numbering.

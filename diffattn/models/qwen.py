@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffattn.grid import TokenGrid
-from diffattn.models.base import IMAGES, Family, SizeRules, argument, first_input
+from diffattn.models.base import Family, SizeRules, argument, first_input
 
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
@@ -27,7 +27,7 @@ def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Token
 
 
 def _sizes(pipe: Any) -> SizeRules:
-    return SizeRules(spatial_multiple=pipe.vae_scale_factor * 2, **IMAGES)
+    return SizeRules.images(pipe.vae_scale_factor * 2)
 
 
 QWEN_IMAGE = Family(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffattn.grid import TokenGrid
-from diffattn.models.base import IMAGES, Family, SizeRules, first_input
+from diffattn.models.base import Family, SizeRules, first_input
 
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
@@ -17,7 +17,7 @@ def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Token
 
 def _sizes(pipe: Any) -> SizeRules:
     patch = pipe.transformer.config.patch_size
-    return SizeRules(spatial_multiple=pipe.vae_scale_factor * patch, **IMAGES)
+    return SizeRules.images(pipe.vae_scale_factor * patch)
 
 
 SD3 = Family(

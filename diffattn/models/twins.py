@@ -138,7 +138,8 @@ class JointTwin(Twin):
         if encoder_hidden_states is None:
             return _project_out(attn, self._attend(query[0], key[0], value[0]))
         image = hidden_states.shape[1]
-        out = self._attend(*(torch.cat(parts, dim=1) for parts in (query, key, value)))
+        joint = [torch.cat(parts, dim=1) for parts in (query, key, value)]
+        out = self._attend(joint[0], joint[1], joint[2])
         text_out = out[:, image:]
         if not attn.context_pre_only:
             text_out = attn.to_add_out(text_out)
@@ -165,7 +166,8 @@ class MochiTwin(Twin):
             query[0], key[0] = (_rotated(x, *image_rotary_emb) for x in (query[0], key[0]))
         video, valid = hidden_states.shape[1], attention_mask.bool()
         keys = torch.nn.functional.pad(valid, (video, 0), value=True)[:, None, None]
-        out = self._attend(*(torch.cat(parts, dim=1) for parts in (query, key, value)), keys)
+        joint = [torch.cat(parts, dim=1) for parts in (query, key, value)]
+        out = self._attend(joint[0], joint[1], joint[2], keys)
         text_out = out[:, video:].masked_fill(~valid[..., None], 0)
         if hasattr(attn, "to_add_out"):
             text_out = attn.to_add_out(text_out)

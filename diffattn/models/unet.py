@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffattn.grid import TokenGrid
-from diffattn.models.base import IMAGES, Family, SizeRules, first_input
+from diffattn.models.base import Family, SizeRules, first_input
 
 # Motion modules attend across frames, at one place each: they are none of these.
 _TRANSFORMER = r"(?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+"
@@ -25,8 +25,10 @@ def _sizes(pipe: Any) -> SizeRules:
     halved = next((i for i, count in enumerate(blocks) if count), len(blocks) - 1)
     multiple = pipe.vae_scale_factor * 2**halved
     if "motion_max_seq_length" in pipe.unet.config:
-        return SizeRules(spatial_multiple=multiple, frame_stride=1, frame_offset=1)
-    return SizeRules(spatial_multiple=multiple, **IMAGES)
+        return SizeRules(
+            spatial_multiple=multiple, frame_stride=1, frame_offset=1, frames_apart=True
+        )
+    return SizeRules.images(multiple)
 
 
 UNET = Family(

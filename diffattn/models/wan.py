@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: text and image to video, the two-expert A14B, TI2V-5B and VACE."""
+"""Wan 2.1 and 2.2, and the models with its blocks: SkyReels-V2, ChronoEdit, Wan-Animate."""
 
 from __future__ import annotations
 
@@ -41,6 +41,15 @@ def _variant(pipe: Any, model: torch.nn.Module) -> str:
     return "wan2.2" if two_experts else "wan2.1"
 
 
+def _animate_sizes(pipe: Any) -> SizeRules:
+    raise ValueError(
+        f"{type(pipe).__name__} takes its number of frames from the video that drives it and makes"
+        f" it in segments: the grid is only known in the call"
+    )
+
+
+_SITES = re.compile(r"blocks\.(?P<layer>\d+)\.attn1")
+
 WAN = Family(
     name="wan",
     title="Wan 2.1 and 2.2 (T2V, I2V, TI2V-5B, VACE)",
@@ -49,4 +58,31 @@ WAN = Family(
     grid=_grid,
     sizes=_sizes,
     variants=_variant,
+)
+
+SKYREELS_V2 = Family(
+    name="skyreels-v2",
+    title="SkyReels-V2 (without frame-causal blocks)",
+    model_classes=("SkyReelsV2Transformer3DModel",),
+    sites=_SITES,
+    grid=_grid,
+    sizes=_sizes,
+)
+
+CHRONOEDIT = Family(
+    name="chronoedit",
+    title="ChronoEdit",
+    model_classes=("ChronoEditTransformer3DModel",),
+    sites=_SITES,
+    grid=_grid,
+    sizes=_sizes,
+)
+
+WAN_ANIMATE = Family(
+    name="wan-animate",
+    title="Wan 2.2 Animate",
+    model_classes=("WanAnimateTransformer3DModel",),
+    sites=_SITES,
+    grid=_grid,
+    sizes=_animate_sizes,
 )

@@ -8,7 +8,7 @@ import torch
 from tiny_pipelines import PIPELINES, PipelineCase
 
 from diffattn import DenseAttn
-from diffattn.models import denoisers, family_of, pipeline_grid
+from diffattn.models import denoisers, family_of, pipeline_grid, size_rules
 
 STEPS = 2
 
@@ -61,7 +61,10 @@ def test_sizes_between_are_refused(case: PipelineCase) -> None:
     height, width, frames = case.size
     with pytest.raises(ValueError, match=r"height is .* but this model needs a multiple of"):
         pipeline_grid(pipe, height + 4, width, frames)
-    if frames == 1:
+    if size_rules(pipe).frame_stride == 1:
+        with pytest.raises(ValueError, match="num_frames is 0"):
+            pipeline_grid(pipe, height, width, 0)
+    elif frames == 1:
         with pytest.raises(ValueError, match="num_frames is 2, but this model makes images"):
             pipeline_grid(pipe, height, width, 2)
     else:

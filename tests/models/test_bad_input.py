@@ -1,0 +1,165 @@
+"""Calls and models without a rectangular grid, and processors that cannot be attached to."""
+
+import copy
+from typing import Any
+
+import diffusers
+import pytest
+import stock
+import tiny_families as tiny
+import torch
+from diffusers.models.attention_processor import AttnProcessor, JointAttnProcessor2_0
+
+import diffattn
+from diffattn.models import FAMILIES, family_of, pipeline_grid
+
+
+def call(name: str, **changes: Any) -> None:
+    """Run an attached model on the inputs of its case, but for some."""
+    case = tiny.CASES[name]
+    model = case.build()
+    diffattn.set_attn_processor(model, stock.NEARBY)
+    with torch.no_grad():
+        model(**(case.inputs() | changes), return_dict=False)
+
+
+def test_ltx_by_coordinates() -> None:
+    coordinates = tiny.noise(2, 3, 72)
+    with pytest.raises(ValueError, match="places its 72 tokens by coordinates"):
+        call("ltx", num_frames=None, height=None, width=None, video_coords=coordinates)
+
+
+@pytest.mark.parametrize("name", ["ltx", "ltx-2"])
+def test_ltx_with_reference_tokens(name: str) -> None:
+    with pytest.raises(ValueError, match=r"has 80 tokens, .* make 3x4x6 = 72: reference tokens"):
+        call(name, hidden_states=tiny.noise(2, 80, 8))
+
+
+@pytest.mark.parametrize("name", ["flux", "flux.2"])
+def test_flux_with_reference_images(name: str) -> None:
+    ids = tiny.CASES[name].inputs()["img_ids"]
+    latents = tiny.noise(2, 2 * 54, 16)
+    with pytest.raises(ValueError, match=r"has 108 tokens where .* make 6 x 9: reference images"):
+        call(name, hidden_states=latents, img_ids=torch.cat([ids, ids], dim=-2))
+    with pytest.raises(ValueError, match="108 tokens, but position ids for 54"):
+        call(name, hidden_states=latents)
+
+
+def test_flux_in_another_order() -> None:
+    ids = tiny.image_ids(6, 9).flip(0)
+    with pytest.raises(ValueError, match="no place in a rectangular grid"):
+        call("flux", img_ids=ids)
+
+
+def test_images_of_the_same_number_of_tokens_are_told_apart() -> None:
+    case = tiny.CASES["flux"]
+    model = case.build()
+    recorder = stock.Recording()
+    diffattn.set_attn_processor(model, recorder)
+    for height, width in ((6, 9), (9, 6), (6, 9), (2, 27)):
+        recorder.calls.clear()
+        with torch.no_grad():
+            model(**(case.inputs() | {"img_ids": tiny.image_ids(height, width)}))
+        grid = recorder.calls[-1][0].grid
+        assert (grid.frames, grid.height, grid.width) == (1, height, width)
+
+
+@pytest.mark.parametrize(
+    "shapes", [[(1, 6, 9), (1, 6, 9)], [(1, 3, 9), (1, 3, 9)], [(1, 6, 8)]], ids=str
+)
+def test_qwen_with_several_images(shapes: list[tuple[int, int, int]]) -> None:
+    with pytest.raises(ValueError, match=r"has 54 tokens of . images, .* no rectangular grid"):
+        call("qwen-image", img_shapes=[shapes] * 2)
+
+
+def test_qwen_shapes_of_older_diffusers() -> None:
+    family = family_of(tiny.qwen_image())
+    inputs = {"hidden_states": tiny.noise(2, 54, 16), "img_shapes": [(1, 6, 9)] * 2}
+    assert family.grid(tiny.qwen_image(), (), inputs) == diffattn.TokenGrid(1, 6, 9)
+
+
+def test_frame_causal_masks_are_refused() -> None:
+    model = tiny.wan_shaped("SkyReelsV2Transformer3DModel", num_frame_per_block=2)
+    inputs = tiny.CASES["skyreels-v2"].inputs()
+    diffattn.set_attn_processor(model, stock.NEARBY)
+    with pytest.raises(ValueError, match=r"mask of torch.bool \(1, 1, 96, 96\), which cannot"):
+        model(**(inputs | {"hidden_states": tiny.noise(2, 4, 4, 8, 12)}))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("HunyuanVideoFramepackTransformer3DModel", "history in three sizes"),
+        ("WanAnimate2Transformer3DModel", "come from a cache"),
+        ("Kandinsky5Transformer3DModel", "NABLA"),
+        ("CosmosTransformer3DModel", "cannot be given a backend"),
+        ("HeliosTransformer3DModel", "history of three lengths"),
+    ],
+)
+def test_models_without_a_grid_say_why(name: str, reason: str) -> None:
+    cls = getattr(diffusers, name)
+    with pytest.raises(ValueError, match=f"{name} has no rectangular token grid.*{reason}"):
+        family_of(cls.__new__(cls))
+
+
+def test_the_number_of_frames_of_wan_animate_is_not_foretold() -> None:
+    parts = ("tokenizer", "text_encoder", "vae", "scheduler", "image_encoder", "image_processor")
+    model = tiny.CASES["wan-animate"].build()
+    pipe = diffusers.WanAnimatePipeline(**dict.fromkeys(parts), transformer=model)
+    with pytest.raises(ValueError, match="takes its number of frames from the video that drives"):
+        pipeline_grid(pipe, 64, 96, 9)
+
+
+@pytest.mark.parametrize("name", ["cogvideox-5b", "sd3", "sd1.5"])
+def test_fused_projections_say_what_to_do(name: str) -> None:
+    case = tiny.CASES[name]
+    model = case.build()
+    want = model(**case.inputs(), return_dict=False)[0]
+    model.fuse_qkv_projections()
+    before = copy.copy(model.attn_processors)
+    with pytest.raises(ValueError, match=r"has a Fused.*call unfuse_qkv_projections\(\) before"):
+        diffattn.set_attn_processor(model, stock.NEARBY)
+    assert model.attn_processors == before
+    model.unfuse_qkv_projections()
+    attachment = diffattn.set_attn_processor(model, diffattn.DenseAttn())
+    got = model(**case.inputs(), return_dict=False)[0]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    assert attachment.sparse_calls == len(case.sites)
+
+
+def test_a_processor_that_cannot_be_attached_leaves_the_model_as_it_was() -> None:
+    model = tiny.unet()
+    name = tiny.CASES["sd1.5"].sites[-1]
+    model.get_submodule(name).set_processor(AttnProcessor())
+    before = dict(model.attn_processors)
+    with pytest.raises(ValueError, match=f"{name} has a AttnProcessor, which does not call"):
+        diffattn.set_attn_processor(model, stock.NEARBY)
+    assert all(model.attn_processors[name] is before[name] for name in before)
+    assert diffattn.attached_model.attached_to(model) is None
+
+
+def test_sites_that_share_a_processor_get_it_back() -> None:
+    model = tiny.CASES["sd3.5"].build()
+    shared = JointAttnProcessor2_0()
+    model.set_attn_processor(shared)
+    diffattn.set_attn_processor(model, {"transformer_blocks.0.attn": stock.NEARBY})
+    assert model.transformer_blocks[0].attn.processor is not shared
+    assert model.transformer_blocks[0].attn2.processor is shared
+    diffattn.set_attn_processor(model, None)
+    assert all(processor is shared for processor in model.attn_processors.values())
+
+
+def test_family_names_and_classes_are_unique() -> None:
+    assert len({family.name for family in FAMILIES}) == len(FAMILIES)
+    classes = [name for family in FAMILIES for name in family.model_classes]
+    assert len(set(classes)) == len(classes)
+    assert all(hasattr(diffusers, name) for name in classes)
+
+
+def test_recommended_settings_know_the_families_by_these_names() -> None:
+    assert {family.name for family in FAMILIES} >= {
+        "wan", "hunyuanvideo", "hunyuanvideo-1.5", "mochi", "cogvideox", "ltx", "ltx-2", "allegro",
+        "flux", "flux.2", "sd3", "qwen-image", "unet",
+    }  # fmt: skip
+    mochi = tiny.mochi()
+    assert family_of(mochi).variant(None, mochi) == "mochi"
