@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,47 @@ BackendFunction = Callable[..., torch.Tensor]
 
 _serial = itertools.count()
 
+# Backends that take part in context parallelism, but cannot merge attention over parts of the keys.
+_WITHOUT_LSE = ("native", "_native_npu")
+
+
+@dataclass(frozen=True)
+class ContextParallel:
+    """The processes that a sequence is spread over.
+
+    Process `ring_rank * ulysses_degree + ulysses_rank` of `group` has the part of that number.
+
+    Attributes:
+        group, ring, ulysses: process groups: all of them, and this process's two.
+        ring_degree, ulysses_degree: their sizes.
+        ring_rank, ulysses_rank: this process's place in them.
+        uneven: whether the parts may differ in length.
+    """
+
+    group: Any
+    ring: Any
+    ulysses: Any
+    ring_degree: int
+    ulysses_degree: int
+    ring_rank: int
+    ulysses_rank: int
+    uneven: bool
+
+    def exceeds(self, backend: Any, masked: bool) -> bool:
+        """Is this more than diffusers' own path through `backend` (None: the active one) can do?
+
+        Some of its backends do not know of parallelism, which they would ignore, some cannot go
+        round a ring, and masks are not passed round.
+        """
+        if backend is None:
+            backend, _ = _AttentionBackendRegistry.get_active_backend()
+        value = AttentionBackendName(backend).value
+        return (
+            masked
+            or value not in _AttentionBackendRegistry._supports_context_parallel
+            or (self.ring_degree > 1 and value in _WITHOUT_LSE)
+        )
+
 
 def register_backend(function: BackendFunction) -> AttentionBackendName:
     """Make `function` an attention backend of diffusers under a name of its own.
@@ -43,7 +85,7 @@ def register_backend(function: BackendFunction) -> AttentionBackendName:
     member = str.__new__(AttentionBackendName, value)
     member._name_ = value.upper()
     member._value_ = value
-    _AttentionBackendRegistry.register(member)(function)
+    _AttentionBackendRegistry.register(member, supports_context_parallel=True)(function)
     return member
 
 
@@ -51,6 +93,7 @@ def unregister_backend(member: AttentionBackendName) -> None:
     """Undo `register_backend`."""
     for table in ("_backends", "_constraints", "_supported_arg_names"):
         getattr(_AttentionBackendRegistry, table).pop(member, None)
+    _AttentionBackendRegistry._supports_context_parallel.discard(member.value)
 
 
 def dispatch(
@@ -75,3 +118,29 @@ def processor_backend(processor: object) -> Any:
 
 def set_processor_backend(processor: object, backend: Any) -> None:
     processor._attention_backend = backend  # type: ignore[attr-defined]
+
+
+def context_parallel(config: Any) -> ContextParallel | None:
+    """What the `parallel_config` of an attention call says of context parallelism."""
+    config = None if config is None else config.context_parallel_config
+    if config is None:
+        return None
+    return ContextParallel(
+        group=config._flattened_mesh.get_group(),
+        ring=config._ring_mesh.get_group(),
+        ulysses=config._ulysses_mesh.get_group(),
+        ring_degree=config.ring_degree,
+        ulysses_degree=config.ulysses_degree,
+        ring_rank=config._ring_local_rank,
+        ulysses_rank=config._ulysses_local_rank,
+        # diffusers 0.36 has neither.
+        uneven=getattr(config, "ulysses_anything", False)
+        or getattr(config, "ring_anything", False),
+    )
+
+
+def share_parallelism(source: object, target: object) -> None:
+    """Give a processor the parallelism that was enabled on another."""
+    config = getattr(source, "_parallel_config", None)
+    if getattr(target, "_parallel_config", config) is not config:
+        target._parallel_config = config  # type: ignore[attr-defined]

@@ -10,18 +10,22 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from diffattn import _compat
+from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
-from diffattn.methods.base import Method, Site
+from diffattn.methods.base import Method, Site, StaticMaskMethod
 from diffattn.models import Family
 from diffattn.models.twins import dispatching
+from diffattn.parallel import attend_queries, attend_sharded
 from diffattn.schedule import RunClock
+from diffattn.traced import remember, traced_attention
 
 _ATTRIBUTE = "_diffattn_attached"
 
@@ -45,34 +49,61 @@ class Group:
     Attributes:
         chosen: the method as the user gave it.
         family: the family of its model.
+        variant: the model's name in the tables of recommended settings.
         layer: block index of the first of its sites.
         layers: number of blocks of its model.
         previous: the backend these sites had before, None for diffusers' active one.
         member: our backend.
-        method: `chosen` with its parameters resolved for the current grid; None before a call.
+        method: `chosen` with its parameters resolved, for the current grid once there is one.
         video: the video tokens of the current call, without text; None before a call.
         sparse: whether calls go to `method` now, or to `previous`.
+        serial: by which number code being compiled finds this group.
         sparse_calls, dense_calls: calls counted since attaching, except in compiled code.
     """
 
     chosen: Method
     family: Family
+    variant: str
     layer: int
     layers: int
     previous: Any
     member: Any = None
-    method: Method | None = None
+    method: Method = field(init=False)
     video: TokenGrid | None = None
     sparse: bool = True
+    serial: int = field(init=False)
     sparse_calls: int = 0
     dense_calls: int = 0
+    _methods: dict[TokenGrid, Method] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.method = self.chosen.for_model(self.variant)
+        self.serial = remember(self)
+
+    def use(self, grid: TokenGrid) -> None:
+        """Make `grid` the video tokens of the calls to come."""
+        self.video = grid
+        # Resolving parameters cannot be traced: compiled code does it when it runs, in `layout`.
+        if not torch.compiler.is_compiling():
+            self.method = self._method_on(grid)
+
+    def layout(self, grid: TokenGrid, device: torch.device) -> BlockLayout:
+        """The blocks of a call over `grid`, text included, under a method with a static mask."""
+        assert self.video is not None
+        method = self._method_on(self.video)
+        assert isinstance(method, StaticMaskMethod)
+        return method.layout(grid, device)
+
+    def _method_on(self, video: TokenGrid) -> Method:
+        if video not in self._methods:
+            self._methods[video] = self.chosen.for_model(self.variant, video)
+        return self._methods[video]
 
     def refresh(self, clock: RunClock) -> None:
         """Decide between sparse and dense for the calls to come."""
-        if self.method is not None:
-            self.sparse = self.layer >= (self.method.dense_layers or 0) and not clock.is_dense_step(
-                self.method.dense_steps or 0, self.method.last_dense_steps
-            )
+        self.sparse = self.layer >= (self.method.dense_layers or 0) and not clock.is_dense_step(
+            self.method.dense_steps or 0, self.method.last_dense_steps
+        )
 
     def count(self, *, sparse: bool) -> None:
         # Compiled code would be specialised to the count.
@@ -136,7 +167,6 @@ class AttachedModel:
         self.groups: list[Group] = []
         self.sites: dict[str, AttachedSite] = {}
         self._model = model
-        self._resolved: dict[tuple[int, TokenGrid], Method] = {}
         self._calls_before = 0
         self._first_forward = True
         self._reported = False
@@ -176,6 +206,8 @@ class AttachedModel:
         for site in self.sites.values():
             # A processor that somebody has put there since is theirs to keep.
             if site.module.processor is site.processor:
+                # Parallelism may have been enabled since: the model stays parallel.
+                _compat.share_parallelism(site.processor, site.original)
                 set_processor(site.module, site.original)
         self._unregister()
         for hook in self._hooks:
@@ -198,7 +230,7 @@ class AttachedModel:
         for group in self.groups:
             if group.chosen is method and group.layer == layer and group.previous is previous:
                 return group
-        group = Group(method, self.family, layer, self.layers, previous)
+        group = Group(method, self.family, self.variant, layer, self.layers, previous)
         group.member = _compat.register_backend(_backend(group))
         self.groups.append(group)
         return group
@@ -224,7 +256,8 @@ class AttachedModel:
             if grid is not None:
                 self._use(grid)
 
-        self._hooks.append(module.register_forward_pre_hook(learn, with_kwargs=True))
+        if sites:
+            self._hooks.append(module.register_forward_pre_hook(learn, with_kwargs=True))
         self._hooks += [site.register_forward_pre_hook(use) for site in sites]
 
     def _use(self, grid: TokenGrid) -> None:
@@ -232,11 +265,8 @@ class AttachedModel:
         if grid == self.grid:
             return
         self.grid = grid
-        for index, group in enumerate(self.groups):
-            if (index, grid) not in self._resolved:
-                self._resolved[index, grid] = group.chosen.for_model(self.variant, grid)
-            group.method = self._resolved[index, grid]
-            group.video = grid
+        for group in self.groups:
+            group.use(grid)
             group.refresh(self.owner.clock)
 
     def _why_lost(self, name: str) -> str:
@@ -267,7 +297,7 @@ class AttachedModel:
                 f"{len(lost)} of {len(self.sites)} attention sites of {type(model).__name__} are no"
                 f" longer attached: {why} ({name})"
             )
-        elif self._first_forward and calls != len(self.sites):
+        elif self._first_forward and calls != len(self.sites) and not _has_compiled(model):
             what = (
                 f"{type(model).__name__} made {calls} attention calls through diffattn where it has"
                 f" {len(self.sites)} attached sites"
@@ -295,9 +325,16 @@ def _backend(group: Group) -> _compat.BackendFunction:
         enable_gqa: bool = False,
         _parallel_config: Any = None,
     ) -> torch.Tensor:
-        self_attention = query.shape[1] == key.shape[1] and not is_causal
-        if not (self_attention and group.sparse) or isinstance(attn_mask, BlockMask):
-            group.count(sparse=False)
+        over = _compat.context_parallel(_parallel_config)
+        ordinary = (
+            query.shape[1] == key.shape[1]
+            and not is_causal
+            and not isinstance(attn_mask, BlockMask)
+        )
+        sparse = ordinary and group.sparse
+        group.count(sparse=sparse)
+        masked = attn_mask is not None
+        if not sparse and not (ordinary and over and over.exceeds(group.previous, masked)):
             return _compat.dispatch(
                 query,
                 key,
@@ -310,20 +347,68 @@ def _backend(group: Group) -> _compat.BackendFunction:
                 enable_gqa=enable_gqa,
                 _parallel_config=_parallel_config,
             )
-        if _parallel_config is not None:
-            raise NotImplementedError(
-                "diffattn does not work with diffusers' context parallelism yet: call"
-                " set_attn_processor(None), or do not call enable_parallelism"
-            )
         if dropout_p:
             raise ValueError(f"dropout_p is {dropout_p}, but sparse attention has no dropout")
-        site = group.site(query.shape[1])
-        assert group.method is not None
-        group.count(sparse=True)
         key_mask = _key_mask(attn_mask, key, group.family.padding)
-        return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
+        attend = partial(_attend_sparse if sparse else _attend_dense, group, scale)
+        if over is None:
+            return attend(query, key, value, key_mask, None)
+        assert group.video is not None
+        return attend_sharded(
+            query,
+            key,
+            value,
+            key_mask,
+            over=over,
+            video_tokens=group.video.tokens,
+            text_first=group.family.text == "before",
+            attend=attend,
+        )
 
     return diffattn_backend
+
+
+def _attend_sparse(
+    group: Group,
+    scale: float | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    queries: tuple[range, ...] | None,
+) -> torch.Tensor:
+    """Attention by the group's method, for some positions of the sequence or for all."""
+    site = group.site(key.shape[1])
+    if queries is not None:
+        return attend_queries(
+            group.method, query, key, value, site, queries, scale=scale, key_mask=key_mask
+        )
+    if torch.compiler.is_compiling() and isinstance(group.method, StaticMaskMethod):
+        return traced_attention(
+            query, key, value, site.grid, group.serial, scale=scale, key_mask=key_mask
+        )
+    return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
+
+
+def _attend_dense(
+    group: Group,
+    scale: float | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    queries: tuple[range, ...] | None,
+) -> torch.Tensor:
+    """Dense attention by the backend that the group's sites had before."""
+    attn_mask = None if key_mask is None else key_mask[:, None, None, :]
+    return _compat.dispatch(
+        query, key, value, backend=group.previous, attn_mask=attn_mask, scale=scale
+    )
+
+
+def _has_compiled(model: torch.nn.Module) -> bool:
+    """Is a part of the model compiled? Its calls are not counted."""
+    return any(module._compiled_call_impl is not None for module in model.modules())
 
 
 def _culprit(processor: Any) -> str:
