@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 
 from diffattn import TokenGrid
@@ -50,6 +51,8 @@ class Case:
 def make(name: str, **config: Any) -> torch.nn.Module:
     """A model of diffusers with seeded weights that all matter (many start at zero)."""
     torch.manual_seed(0)
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
     model = getattr(diffusers, name)(**config).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -666,6 +669,18 @@ def _wan_inputs(channels: int = 4) -> dict[str, Any]:
     }
 
 
+def _anyflow() -> torch.nn.Module:
+    return wan_shaped("AnyFlowTransformer3DModel")
+
+
+def _anyflow_inputs() -> dict[str, Any]:
+    return _wan_inputs() | {
+        "hidden_states": noise(BATCH, 3, 4, 8, 12),
+        "timestep": torch.full((BATCH, 3), 900.0),
+        "r_timestep": torch.full((BATCH, 3), 400.0),
+    }
+
+
 def _wan_animate_inputs() -> dict[str, Any]:
     return _wan_inputs(12) | {
         "encoder_hidden_states_image": noise(BATCH, 5, 16, seed=2),
@@ -685,6 +700,13 @@ CASES |= {
     ),
     "chronoedit": Case(
         build=lambda: wan_shaped("ChronoEditTransformer3DModel"), inputs=_wan_inputs, **_WAN
+    ),
+    "anyflow": Case(
+        build=_anyflow,
+        inputs=_anyflow_inputs,
+        grids=_WAN["grids"],
+        sites=_WAN["sites"],
+        pixel=lambda t, h, w: (0, t, 1, 2 * h + 1, 2 * w),
     ),
     "wan-animate": Case(build=_wan_animate, inputs=_wan_animate_inputs, **_WAN),
 }

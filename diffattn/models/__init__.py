@@ -17,13 +17,14 @@ from diffattn.models.mochi import MOCHI
 from diffattn.models.qwen import QWEN_IMAGE
 from diffattn.models.sd3 import SD3
 from diffattn.models.unet import UNET
-from diffattn.models.wan import CHRONOEDIT, SKYREELS_V2, WAN, WAN_ANIMATE
+from diffattn.models.wan import ANYFLOW, CHRONOEDIT, SKYREELS_V2, WAN, WAN_ANIMATE
 
 FAMILIES: tuple[Family, ...] = (
     WAN,
     WAN_ANIMATE,
     SKYREELS_V2,
     CHRONOEDIT,
+    ANYFLOW,
     HUNYUANVIDEO,
     HUNYUANVIDEO15,
     COGVIDEOX,

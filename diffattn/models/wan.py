@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2, and the models with its blocks: SkyReels-V2, ChronoEdit, Wan-Animate."""
+"""Wan 2.1 and 2.2, and models with its blocks: SkyReels-V2, ChronoEdit, AnyFlow, Wan-Animate."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from typing import Any
 import torch
 
 from diffattn.grid import TokenGrid
-from diffattn.models.base import Family, SizeRules, latent_grid
+from diffattn.models.base import Family, SizeRules, first_input, latent_grid
 
 _TI2V_5B_CHANNELS = 48
 
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
     return latent_grid(args, kwargs, model.config.patch_size)
+
+
+def _anyflow_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
+    # (batch, frames, channels, height, width)
+    frames, _, height, width = first_input(args, kwargs).shape[1:]
+    patch_t, patch_h, patch_w = model.config.patch_size
+    return TokenGrid(frames // patch_t, height // patch_h, width // patch_w)
 
 
 def _sizes(pipe: Any) -> SizeRules:
@@ -75,6 +82,15 @@ CHRONOEDIT = Family(
     model_classes=("ChronoEditTransformer3DModel",),
     sites=_SITES,
     grid=_grid,
+    sizes=_sizes,
+)
+
+ANYFLOW = Family(
+    name="anyflow",
+    title="AnyFlow (bidirectional)",
+    model_classes=("AnyFlowTransformer3DModel",),
+    sites=_SITES,
+    grid=_anyflow_grid,
     sizes=_sizes,
 )
 

@@ -97,7 +97,9 @@ def test_frame_causal_masks_are_refused() -> None:
     ],
 )
 def test_models_without_a_grid_say_why(name: str, reason: str) -> None:
-    cls = getattr(diffusers, name)
+    cls = getattr(diffusers, name, None)
+    if cls is None:
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
     with pytest.raises(ValueError, match=f"{name} has no rectangular token grid.*{reason}"):
         family_of(cls.__new__(cls))
 
@@ -153,7 +155,9 @@ def test_family_names_and_classes_are_unique() -> None:
     assert len({family.name for family in FAMILIES}) == len(FAMILIES)
     classes = [name for family in FAMILIES for name in family.model_classes]
     assert len(set(classes)) == len(classes)
-    assert all(hasattr(diffusers, name) for name in classes)
+    # Releases before 0.42 lack the newest.
+    known = [name for name in classes if hasattr(diffusers, name)]
+    assert len(known) == len(classes) or diffusers.__version__ < "0.42"
 
 
 def test_recommended_settings_know_the_families_by_these_names() -> None:
