@@ -1,6 +1,6 @@
 """The diffusion model of the moving-shapes pipeline and what is special about training it."""
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,7 +189,11 @@ def _attentions(transformer: WanTransformer3DModel) -> list[Any]:
     return [attn for block in transformer.blocks for attn in (block.attn1, block.attn2)]
 
 
-def shifted_logit_normal(batch: int, shift: float, generator: torch.Generator) -> Tensor:
-    """Draw noise levels in (0, 1), (batch,); a larger ``shift`` favours high noise."""
+def draw_noise_levels(batch: int, shifts: Sequence[float], generator: torch.Generator) -> Tensor:
+    """Draw noise levels in (0, 1), (batch,), from shifted logit-normal distributions.
+
+    Neighbouring clips use the shifts in turn; a larger shift favours high noise.
+    """
     normal = torch.randn(batch, generator=generator, device=generator.device)
-    return torch.sigmoid(normal + math.log(shift))
+    shift = torch.tensor(shifts, device=generator.device)[torch.arange(batch) % len(shifts)]
+    return torch.sigmoid(normal + shift.log())

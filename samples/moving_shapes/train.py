@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from .captions import split_scenes
 from .clips import FRAMES, SIZE, draw_geometry, render
-from .model import ModelSize, TrainingView, make_transformer, shifted_logit_normal
+from .model import ModelSize, TrainingView, draw_noise_levels, make_transformer
 from .text import make_text_encoder, make_tokenizer, tokenize
 from .vae import PATCH, clip_latents, make_vae, train_decoder
 
@@ -76,8 +76,13 @@ class Settings:
     """The learning rate falls linearly to zero over the last ``decay_steps``."""
     ema_decay: float = 0.998
     caption_drop: float = 0.1
-    shift: float = 3.0
-    """Shift of the noise levels seen in training."""
+    shifts: tuple[float, ...] = (3.0, 15.0)
+    """Shifts of the noise levels seen in training, used in turn.
+
+    A clip has so few colours that averaging over its latents reveals them through strong noise:
+    what only the caption can tell is learnt above a noise level of 0.9, which the usual shift of 3
+    hardly visits.
+    """
     precision: str = "bf16"
 
     @property
@@ -87,10 +92,11 @@ class Settings:
 
     def stage_at(self, step: int) -> Stage:
         """The stage that step number ``step`` belongs to."""
+        end = 0
         for stage in self.stages:
-            if step < stage.steps:
+            end += stage.steps
+            if step < end:
                 return stage
-            step -= stage.steps
         raise IndexError(f"step {step} lies behind the last stage")
 
     def rate_at(self, step: int) -> float:
@@ -204,7 +210,7 @@ class Trainer:
         clip = render(scenes, draw_geometry(batch, self.noise), frames)
         clean = clip_latents(clip)
         noise = torch.randn(clean.shape, generator=self.noise, device=self.device)
-        sigma = shifted_logit_normal(batch, settings.shift, self.noise)
+        sigma = draw_noise_levels(batch, settings.shifts, self.noise)
         mix = sigma.view(-1, 1, 1, 1, 1)
 
         rows = torch.where(dropped, len(self.scenes), picks).to(self.device)
@@ -280,6 +286,17 @@ def export(trainer: Trainer, vae: nn.Module, folder: Path) -> None:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SCHEDULER_SHIFT),
     )
     pipeline.save_pretrained(folder)
+    _use_old_tokenizer_name(folder)
+
+
+def _use_old_tokenizer_name(folder: Path) -> None:
+    """Name the tokenizer's class so that transformers 4 finds it too.
+
+    transformers 5 writes the new name, and knows the old one.
+    """
+    for file in (folder / "model_index.json", folder / "tokenizer" / "tokenizer_config.json"):
+        text = file.read_text()
+        file.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
 
 
 def parse_stages(text: str) -> tuple[Stage, ...]:
@@ -322,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--decay-steps", type=int, default=Settings.decay_steps)
     parser.add_argument("--adam-rate", type=float, default=Settings.adam_rate)
     parser.add_argument("--muon-rate", type=float, default=Settings.muon_rate)
-    parser.add_argument("--shift", type=float, default=Settings.shift)
+    parser.add_argument("--shifts", type=float, nargs="+", default=Settings.shifts)
     parser.add_argument("--ema-decay", type=float, default=Settings.ema_decay)
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--vae-steps", type=int, default=600)
@@ -340,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         adam_rate=options.adam_rate,
         decay_steps=options.decay_steps,
         ema_decay=options.ema_decay,
-        shift=options.shift,
+        shifts=tuple(options.shifts),
         precision=options.precision,
     )
     trainer = Trainer(settings, options.device, options.compile)
@@ -367,7 +384,7 @@ def _split_parameters(
     muon = [p for p in transformer.blocks.parameters() if p.ndim == 2]
     chosen = {id(p) for p in muon}
     others = [*transformer.parameters(), *text_encoder.parameters()]
-    return muon, [p for p in others if id(p) not in chosen]
+    return muon, [p for p in others if p.requires_grad and id(p) not in chosen]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import pytest
+
 from diffattn.samples.moving_shapes.captions import (
     COLOURS,
     DIRECTIONS,

@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
 import torch
-from diffattn.samples.moving_shapes.captions import COLOURS, Scene, all_scenes, parse_caption
-from diffattn.samples.moving_shapes.checker import Reading, read_clip
-from diffattn.samples.moving_shapes.clips import FRAMES, render_clips
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch.nn import functional as F
+
+from diffattn.samples.moving_shapes.captions import COLOURS, Scene, all_scenes, parse_caption
+from diffattn.samples.moving_shapes.checker import Reading, read_clip
+from diffattn.samples.moving_shapes.clips import FRAMES, render_clips
 
 SCENES = all_scenes()
 RED_CIRCLE = parse_caption("a red circle moving right on a blue background")

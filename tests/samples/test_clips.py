@@ -2,6 +2,9 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from diffattn.samples.moving_shapes.captions import COLOURS, DIRECTIONS, SHAPES, Scene, all_scenes
 from diffattn.samples.moving_shapes.clips import (
     FRAMES,
@@ -12,8 +15,6 @@ from diffattn.samples.moving_shapes.clips import (
     render,
     render_clips,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def geometry(radius: float = 0.17, along: float = 0.0, across: float = 0.0) -> Geometry:
