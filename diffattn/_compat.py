@@ -120,6 +120,11 @@ def set_processor_backend(processor: object, backend: Any) -> None:
     processor._attention_backend = backend  # type: ignore[attr-defined]
 
 
+def has_parallel_plan(model: object) -> bool:
+    """Does diffusers know how to spread this model's sequence over processes?"""
+    return getattr(model, "_cp_plan", None) is not None
+
+
 def context_parallel(config: Any) -> ContextParallel | None:
     """What the `parallel_config` of an attention call says of context parallelism."""
     config = None if config is None else config.context_parallel_config

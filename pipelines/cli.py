@@ -9,7 +9,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from .errors import RunInterruptedError, UserError, one_line
-from .request import BUNDLED_MODEL, DTYPES, OFFLOADS
+from .request import BUNDLED_MODEL, CONTEXT_PARALLEL, DTYPES, OFFLOADS
 
 app = typer.Typer(
     add_completion=False,
@@ -117,6 +117,13 @@ def generate(
     offload: Annotated[
         str | None, typer.Option(metavar="|".join(OFFLOADS), help="What waits in main memory.")
     ] = None,
+    context_parallel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(CONTEXT_PARALLEL),
+            help="How the processes that torchrun started share the work.",
+        ),
+    ] = None,
     lora: Annotated[str | None, typer.Option(help="LoRA file or folder.")] = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="UTF-8 file with one prompt a line; one video each.")
@@ -147,6 +154,7 @@ def generate(
         "dtype": dtype,
         "device": device,
         "offload": offload,
+        "context_parallel": context_parallel,
         "lora": lora,
         "compare": compare,
     }

@@ -17,6 +17,7 @@ from .errors import RunInterruptedError, UserError, one_line
 from .loading import LoadedModel, load_model
 from .machine import describe_device, quiet_libraries
 from .outputs import Outputs, on_disk, staged
+from .processes import count, rank, spread, together
 from .progress import LoopTimes, clock, watched
 from .request import Request
 from .sidecar import write_record
@@ -75,18 +76,8 @@ def generate(
     """
     kept: list[Path] = []
     try:
-        quiet_libraries()
-        start = time.perf_counter()
-        loaded = load_model(requests[0])
-        load_seconds = time.perf_counter() - start
-        jobs = [complete(request, loaded) for request in requests]
-        say(_headline(jobs[0], loaded))
-        for request in jobs:
-            _warn_of_words(request, loaded, warn)
-        for number, (request, outputs) in enumerate(zip(jobs, planned, strict=True), start=1):
-            if len(jobs) > 1:
-                say(f"[{number}/{len(jobs)}] {request.prompt}")
-            _make(request, loaded, outputs, load_seconds, kept, say, warn)
+        with together(requests[0]):
+            _make_all(requests, planned, kept, say, warn)
     except KeyboardInterrupt:
         raise RunInterruptedError(kept) from None
     except UserError as error:
@@ -94,6 +85,29 @@ def generate(
             raise UserError(f"{error} (kept: {', '.join(map(str, kept))})") from None
         raise
     return kept
+
+
+def _make_all(
+    requests: Sequence[Request],
+    planned: Sequence[Outputs],
+    kept: list[Path],
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> None:
+    """Load the model and make the files of every video."""
+    quiet_libraries()
+    start = time.perf_counter()
+    loaded = load_model(requests[0])
+    jobs = [complete(request, loaded) for request in requests]
+    spread(loaded.pipe, jobs[0])
+    load_seconds = time.perf_counter() - start
+    say(_headline(jobs[0], loaded))
+    for request in jobs:
+        _warn_of_words(request, loaded, warn)
+    for number, (request, outputs) in enumerate(zip(jobs, planned, strict=True), start=1):
+        if len(jobs) > 1:
+            say(f"[{number}/{len(jobs)}] {request.prompt}")
+        _make(request, loaded, outputs, load_seconds, kept, say, warn)
 
 
 def _make(
@@ -116,12 +130,15 @@ def _make(
         dense = _render(request, loaded, "dense")
     with _attached(loaded.pipe, method):
         sparse = _render(request, loaded, method.type)
+    if rank():
+        return  # The first process writes the same.
     if len(sparse.frames) != request.num_frames:
         warn(f"the model made {len(sparse.frames)} frames, not {request.num_frames}")
 
     facts: dict[str, Any] = {
         "files": {"video": outputs.video.name},
         "device": describe_device(loaded.device),
+        "processes": count(),
         "attention": attention,
         "model_defaults": dict(loaded.defaults),
         "timings": {"load_seconds": round(load_seconds, 4), **sparse.timings()},
@@ -174,6 +191,8 @@ def _call(
         if times.step_seconds:
             raise
         raise UserError(f"{type(pipe).__name__} refuses: {one_line(error)}") from error
+    except NotImplementedError as error:
+        raise UserError(error) from error
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise UserError(
@@ -261,9 +280,10 @@ def _comparison_lines(
 def _headline(request: Request, loaded: LoadedModel) -> str:
     device = describe_device(loaded.device)["name"]
     guidance = "" if request.guidance_scale is None else f", guidance {request.guidance_scale:g}"
+    shared = "" if count() == 1 else f", {request.context_parallel} over {count()} processes"
     return (
         f"{request.model}: {type(loaded.pipe).__name__}, {loaded.dtype} on {loaded.device} "
-        f"({device}); "
+        f"({device}){shared}; "
         f"{request.num_frames} frames {request.width}x{request.height}, {request.steps} steps"
         f"{guidance}, seed {request.seed}"
     )

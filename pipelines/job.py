@@ -8,6 +8,7 @@ from typing import Any
 from .attention_settings import MethodOptions, attention_settings
 from .errors import UserError
 from .outputs import Outputs, check_outputs, plan_outputs
+from .processes import check_processes
 from .prompts import read_prompts
 from .request import BUNDLED_MODEL, Request
 from .sidecar import read_settings
@@ -66,6 +67,7 @@ def plan_job(
     requests = [Request.from_dict({**settings, "prompt": prompt}) for prompt in prompts]
 
     first = requests[0]
+    check_processes(first)
     if first.lora is not None:
         inputs.append(Path(first.lora))
     outputs = plan_outputs(output, prompts, several=source.prompts_file is not None)

@@ -81,8 +81,9 @@ def load_model(request: Request) -> LoadedModel:
     import torch
 
     from .lora import load_lora
+    from .processes import own_device
 
-    device = choose_device(request.device)
+    device = own_device(choose_device(request.device), request)
     if device.type == "cpu" and request.offload != "none":
         raise UserError(f"--offload {request.offload} needs an accelerator, but the device is cpu")
     source = find_model(request.model)

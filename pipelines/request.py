@@ -13,6 +13,7 @@ BUNDLED_MODEL = "moving-shapes"
 
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "group")
+CONTEXT_PARALLEL = ("none", "ulysses", "ring")
 LARGEST_SEED = 2**64 - 1
 
 
@@ -35,6 +36,7 @@ class Request:
     dtype: str | None = None
     device: str | None = None
     offload: str = "none"
+    context_parallel: str = "none"
     lora: str | None = None
     compare: bool = False
 
@@ -48,6 +50,14 @@ class Request:
         if self.compare and self.attention["type"] == "dense":
             raise UserError(
                 "--compare needs a sparse method to compare with dense, not --attn dense"
+            )
+        if self.context_parallel != "none" and self.offload != "none":
+            raise UserError("give --context-parallel or --offload, not both")
+        if self.context_parallel == "ring" and (self.compare or self.attention["type"] == "dense"):
+            raise UserError(
+                "--context-parallel ring goes with sparse methods, not with"
+                f" {'--compare' if self.compare else '--attn dense'}: diffusers' own attention"
+                " usually cannot; use ulysses"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,6 +155,7 @@ _CHECKS: dict[str, Callable[[str, object], None]] = {
     "dtype": _choice(DTYPES),
     "device": _text,
     "offload": _choice(OFFLOADS),
+    "context_parallel": _choice(CONTEXT_PARALLEL),
     "lora": _text,
     "compare": _flag,
 }

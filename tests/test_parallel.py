@@ -12,7 +12,7 @@ from typing import Any
 import parallel_worker
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from parallel_worker import REFUSED, RUNS, SECONDS_TO_WAIT, MoreThanAMask
@@ -198,4 +198,5 @@ class TestContract:
         _compat.share_parallelism(source, object())
 
     def test_models_have_plans(self) -> None:
-        assert WanTransformer3DModel._cp_plan is not None
+        assert _compat.has_parallel_plan(WanTransformer3DModel)
+        assert not _compat.has_parallel_plan(WanVACETransformer3DModel)
