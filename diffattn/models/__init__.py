@@ -46,7 +46,7 @@ _WITHOUT_GRID = {
     "Flux3Transformer2DModel": "tokens of several modes share a sequence",
     "HeliosTransformer3DModel": "history of three lengths stands before the video",
     "HunyuanVideoFramepackTransformer3DModel": "history in three sizes stands before the video",
-    "Kandinsky5Transformer3DModel": "its own sparse attention (NABLA) puts tokens in another order",
+    "Kandinsky5Transformer3DModel": "NABLA, its own sparse attention, has tokens in another order",
     "Kandinsky6SRTransformer3DModel": "its own sparse attention puts tokens in another order",
     "Kandinsky6Transformer3DModel": "video and audio share a sequence",
     "MiniMaxH3Transformer3DModel": "text, images, audio and video share a packed sequence",

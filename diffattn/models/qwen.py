@@ -11,12 +11,16 @@ from diffattn.models.base import Family, SizeRules, argument, first_input
 
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
-    # The shapes of a sample's images, or (diffusers before 0.37) of its only image.
-    shapes = argument(args, kwargs, 4, "img_shapes")[0]
-    if isinstance(shapes[0], int):
-        shapes = [shapes]
+    # By sample the shapes of its images, or (diffusers before 0.37) of its only image.
+    samples = argument(args, kwargs, 4, "img_shapes")
+    shapes = [samples[0]] if isinstance(samples[0][0], int) else samples[0]
     tokens = first_input(args, kwargs).shape[1]
     grid = TokenGrid(*shapes[0])
+    if any(sample != samples[0] for sample in samples):
+        raise ValueError(
+            f"this call of {type(model).__name__} has images of several shapes in one batch: call"
+            f" it once per shape, or set_attn_processor(None)"
+        )
     if len(shapes) > 1 or grid.tokens != tokens:
         raise ValueError(
             f"this call of {type(model).__name__} has {tokens} tokens of {len(shapes)} images, as"

@@ -72,6 +72,11 @@ def test_qwen_with_several_images(shapes: list[tuple[int, int, int]]) -> None:
         call("qwen-image", img_shapes=[shapes] * 2)
 
 
+def test_qwen_with_several_shapes_in_a_batch() -> None:
+    with pytest.raises(ValueError, match="several shapes in one batch"):
+        call("qwen-image", img_shapes=[[(1, 6, 9)], [(1, 9, 6)]])
+
+
 def test_qwen_shapes_of_older_diffusers() -> None:
     family = family_of(tiny.qwen_image())
     inputs = {"hidden_states": tiny.noise(2, 54, 16), "img_shapes": [(1, 6, 9)] * 2}
