@@ -75,6 +75,7 @@ def run(
     enable_first: bool = False,
     detach: bool = False,
     gradients: bool = False,
+    compiled: bool = False,
 ) -> Result:
     """The output of one model call."""
     model: Any = build()
@@ -85,10 +86,14 @@ def run(
         model.enable_parallelism(config=ContextParallelConfig(**config))
     if detach:
         diffattn.set_attn_processor(model, None)
+    if compiled and parallel:
+        model.compile_repeated_blocks(backend="aot_eager")
     with torch.set_grad_enabled(gradients):
         out = model(**inputs(), return_dict=False)[0]
     assert attachment is not None
-    result: Result = {"calls": (attachment.sparse_calls, attachment.dense_calls)}
+    result: Result = {}
+    if not compiled:  # Compiled code does not count its calls.
+        result["calls"] = (attachment.sparse_calls, attachment.dense_calls)
     if gradients:
         (out * tiny_families.noise(*out.shape, seed=9)).sum().backward()
         grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -122,6 +127,14 @@ def wan_inputs(frames: int = 3, height: int = 4, width: int = 6) -> dict[str, An
     }
 
 
+def chronoedit_inputs() -> dict[str, Any]:
+    return {
+        "hidden_states": tiny_families.noise(2, 4, 3, 8, 12),
+        "timestep": torch.tensor([900, 400]),
+        "encoder_hidden_states": tiny_families.noise(2, 8, 16, seed=1),
+    }
+
+
 def flux_inputs(height: int = 6, width: int = 8, text: int = 8) -> dict[str, Any]:
     return {
         "hidden_states": tiny_families.noise(2, height * width, 16),
@@ -130,6 +143,18 @@ def flux_inputs(height: int = 6, width: int = 8, text: int = 8) -> dict[str, Any
         "timestep": torch.tensor([0.9, 0.4]),
         "img_ids": tiny_families.image_ids(height, width),
         "txt_ids": torch.zeros(text, 3),
+        "guidance": torch.tensor([3.5, 3.5]),
+    }
+
+
+def flux2_inputs() -> dict[str, Any]:
+    ids = torch.nn.functional.pad(tiny_families.image_ids(6, 8), (0, 1))
+    return {
+        "hidden_states": tiny_families.noise(2, 48, 16),
+        "encoder_hidden_states": tiny_families.noise(2, 8, 16, seed=1),
+        "timestep": torch.tensor([0.9, 0.4]),
+        "img_ids": ids.expand(2, -1, -1),
+        "txt_ids": torch.zeros(2, 8, 4),
         "guidance": torch.tensor([3.5, 3.5]),
     }
 
@@ -207,6 +232,15 @@ RUNS: dict[int, dict[str, Callable[[bool], Result]]] = {
         "qwen ulysses, padded": partial(run, *_PADDED_QWEN, ULYSSES, **_ONE_DENSE_LAYER),
         "qwen ring, padded": partial(run, *_PADDED_QWEN, RING, **_ONE_DENSE_LAYER),
         "ltx ulysses": partial(run, tiny_families.ltx, ltx_inputs, ULYSSES),
+        "flux.2 ulysses": partial(run, tiny_families.flux2, flux2_inputs, ULYSSES),
+        "flux.2 ring": partial(run, tiny_families.flux2, flux2_inputs, RING),
+        "chronoedit ring": partial(
+            run,
+            partial(tiny_families.wan_shaped, "ChronoEditTransformer3DModel"),
+            chronoedit_inputs,
+            RING,
+        ),
+        "wan ulysses, compiled": partial(run, wan, wan_inputs, ULYSSES, compiled=True),
     },
     4: {
         "wan unified": partial(run, wan, wan_inputs, UNIFIED, gradients=True),

@@ -68,8 +68,8 @@ class TestSeveralProcesses:
         expected = in_one_process(processes, name)
         for outcome in outcomes[processes]:
             torch.testing.assert_close(outcome[name]["out"], expected["out"], atol=2e-5, rtol=0)
-            assert outcome[name]["calls"] == expected["calls"]
-            assert ("gradients" in expected) == ("gradients" in outcome[name])
+            assert outcome[name].keys() == expected.keys()
+            assert outcome[name].get("calls") == expected.get("calls")
             if "gradients" in expected:
                 torch.testing.assert_close(
                     outcome[name]["gradients"], expected["gradients"], atol=2e-4, rtol=1e-4
