@@ -29,6 +29,9 @@ from diffattn.traced import remember, traced_attention
 
 _ATTRIBUTE = "_diffattn_attached"
 
+# Backends of models that are gone; they leave diffusers' registry when the next ones come.
+_retired: list[Any] = []
+
 
 class Owner(Protocol):
     """What attached denoisers share: the attachment of their pipeline."""
@@ -177,9 +180,10 @@ class AttachedModel:
         processors = {name: dispatching(name, modules[name].processor) for name in chosen}
         for name, method in chosen.items():
             self._attach(name, modules[name], processors[name], method, layers[name])
-        # A model that is dropped while attached takes its backends with it.
-        self._unregister = weakref.finalize(
-            model, _unregister, [group.member for group in self.groups]
+        # A model that is dropped while attached takes its backends with it, but not at once: that
+        # may be in the middle of a compilation, which has looked at the registry.
+        self._retire = weakref.finalize(
+            model, _retired.extend, [group.member for group in self.groups]
         )
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -209,7 +213,8 @@ class AttachedModel:
                 # Parallelism may have been enabled since: the model stays parallel.
                 _compat.share_parallelism(site.processor, site.original)
                 set_processor(site.module, site.original)
-        self._unregister()
+        self._retire()
+        _unregister_retired()
         for hook in self._hooks:
             hook.remove()
         self._model.__dict__.pop(_ATTRIBUTE, None)
@@ -231,6 +236,7 @@ class AttachedModel:
             if group.chosen is method and group.layer == layer and group.previous is previous:
                 return group
         group = Group(method, self.family, self.variant, layer, self.layers, previous)
+        _unregister_retired()
         group.member = _compat.register_backend(_backend(group))
         self.groups.append(group)
         return group
@@ -425,9 +431,9 @@ def _culprit(processor: Any) -> str:
     return ""
 
 
-def _unregister(members: list[Any]) -> None:
-    for member in members:
-        _compat.unregister_backend(member)
+def _unregister_retired() -> None:
+    while _retired:
+        _compat.unregister_backend(_retired.pop())
 
 
 def attached_to(model: torch.nn.Module) -> AttachedModel | None:

@@ -433,14 +433,15 @@ def test_padding_masks_are_honoured() -> None:
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
-def test_a_dropped_model_is_freed_with_its_backends() -> None:
+def test_a_dropped_model_is_freed_and_its_backends_with_the_next() -> None:
     gc.collect()
-    backends = _AttentionBackendRegistry.list_backends()
-    model = tiny_wan.transformer()
-    diffattn.set_attn_processor(model, SPARSE)
-    forward(model)
-    alive = weakref.ref(model)
-    del model
-    gc.collect()
-    assert alive() is None
-    assert _AttentionBackendRegistry.list_backends() == backends
+    backends = len(_AttentionBackendRegistry.list_backends())
+    for _ in range(5):
+        model = tiny_wan.transformer()
+        diffattn.set_attn_processor(model, SPARSE)
+        forward(model)
+        alive = weakref.ref(model)
+        del model
+        gc.collect()
+        assert alive() is None
+    assert len(_AttentionBackendRegistry.list_backends()) <= backends + 1
