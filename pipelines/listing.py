@@ -23,9 +23,29 @@ def method_lines() -> Iterator[str]:
 
 
 def model_lines() -> Iterator[str]:
-    """Describe every model family."""
+    """A table of the model families."""
     from diffattn.models import FAMILIES
 
-    width = max(len(family.name) for family in FAMILIES)
+    head = ("family", "text", "tested on", "attention sites", "models")
+    rows = [head]
     for family in FAMILIES:
-        yield f"{family.name:{width}}  {family.title}: {', '.join(family.model_classes)}"
+        rows.append(
+            (
+                family.name,
+                family.text or "apart",
+                family.tested,
+                _readable(family.sites.pattern),
+                f"{family.title}: {', '.join(family.model_classes)}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        yield "  ".join(cells).rstrip()
+
+
+def _readable(pattern: str) -> str:
+    """The pattern of module names as people write them: `*` for a number."""
+    for regular, plain in ((r"(?P<layer>\d+)", "*"), ("?P<layer>", ""), (r"\d+", "*"), ("?:", "")):
+        pattern = pattern.replace(regular, plain)
+    return pattern.replace("\\", "")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny_wan
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
@@ -190,6 +190,14 @@ def test_pipeline_grid_is_the_grid_of_the_call(kind: str) -> None:
     assert grids == {diffattn.models.pipeline_grid(pipe, 64, 128, 13)}
 
 
+def test_grid_of_a_model_with_fewer_pixels_a_token_than_its_pipeline_allows_sizes() -> None:
+    pipe = tiny_wan.PIPELINES["t2v"]()
+    pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal = 4, 1
+    assert diffattn.models.pipeline_grid(pipe, 96, 112, 16) == TokenGrid(16, 12, 14)
+    with pytest.raises(ValueError, match=r"height is 104, but .* multiple of 16: try 96 or 112"):
+        diffattn.models.pipeline_grid(pipe, 104, 112, 16)
+
+
 def test_two_experts_are_both_attached_and_share_the_clock() -> None:
     pipe = tiny_wan.PIPELINES["two experts"]()
     method = RadialAttn(
@@ -224,6 +232,48 @@ def test_schedules(parameters: dict, steps: int, sparse: int) -> None:
     tiny_wan.run(pipe, steps=steps)
     assert attachment.sparse_calls == 2 * sparse
     assert attachment.dense_calls == 2 * (steps * 3 - sparse)
+
+
+def test_second_order_schedulers_call_step_more_often() -> None:
+    pipe = tiny_wan.PIPELINES["t2v"]()
+    # 4 steps of Heun's method are 7 model calls: dense_steps counts what the scheduler counts.
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
+    attachment = pipe.set_attn_processor(
+        RadialAttn(dense_steps=2, last_dense_steps=1, dense_layers=0)
+    )
+    tiny_wan.run(pipe, steps=4)
+    assert attachment.sparse_calls + attachment.dense_calls == 7 * 2 * 3
+    assert attachment.dense_calls == 3 * 2 * 3
+
+
+def test_without_guidance() -> None:
+    pipe = tiny_wan.PIPELINES["t2v"]()
+    attachment = pipe.set_attn_processor(RadialAttn(dense_steps=1, dense_layers=0))
+    tiny_wan.run(pipe, steps=4, guidance_scale=1.0)
+    assert attachment.dense_calls == 1 * 3
+    assert attachment.sparse_calls == 3 * 3
+
+
+def test_an_interrupted_call_leaves_nothing_behind() -> None:
+    pipe = tiny_wan.PIPELINES["t2v"]()
+    method = RadialAttn(dense_steps=2, dense_layers=0, block_size=4, split_threshold=8)
+    pipe.set_attn_processor(method)
+    want = tiny_wan.run(pipe, steps=4)
+
+    def stop(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
+        if step == 2:
+            raise KeyboardInterrupt
+        return tensors
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny_wan.run(pipe, steps=4, callback_on_step_end=stop)
+
+    def interrupt(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
+        pipe._interrupt = True
+        return tensors
+
+    tiny_wan.run(pipe, steps=4, callback_on_step_end=interrupt)
+    assert torch.equal(tiny_wan.run(pipe, steps=4), want)
 
 
 def test_a_pipeline_called_twice_with_other_sizes() -> None:

@@ -155,8 +155,15 @@ PIPELINES: dict[str, Callable[[], Any]] = {
 }
 
 
-def run(pipe: Any, height: int = 96, width: int = 64, num_frames: int = 9, steps: int = 2) -> Any:
-    """Latents of a short seeded call with guidance."""
+def run(
+    pipe: Any,
+    height: int = 96,
+    width: int = 64,
+    num_frames: int = 9,
+    steps: int = 2,
+    **changes: Any,
+) -> Any:
+    """Latents of a short seeded call, with guidance unless told otherwise."""
     inputs: dict[str, Any] = _embeds()
     if isinstance(pipe, WanImageToVideoPipeline):
         # The text length is fixed there: image tokens are told apart by counting 512 from the end.
@@ -164,13 +171,13 @@ def run(pipe: Any, height: int = 96, width: int = 64, num_frames: int = 9, steps
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         inputs["image"] = Image.fromarray(noise)
     pipe.set_progress_bar_config(disable=True)
+    inputs |= {"guidance_scale": 3.0} | changes
     return pipe(
         **inputs,
         height=height,
         width=width,
         num_frames=num_frames,
         num_inference_steps=steps,
-        guidance_scale=3.0,
         output_type="latent",
         generator=torch.Generator().manual_seed(3),
     ).frames

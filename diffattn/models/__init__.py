@@ -77,7 +77,8 @@ def family_of(model: torch.nn.Module) -> Family:
         )
     known = ", ".join(name for family in FAMILIES for name in family.model_classes)
     raise ValueError(
-        f"diffattn does not know the attention sites of {type(model).__name__}; it knows {known}"
+        f"diffattn does not know the attention sites of {type(model).__name__}; it knows {known}."
+        f" docs/adding-a-family.md shows how to add one"
     )
 
 

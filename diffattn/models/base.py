@@ -17,9 +17,10 @@ class SizeRules:
     """Which sizes a pipeline can make, in pixels and frames, and the tokens they become.
 
     Attributes:
-        spatial_multiple: height and width are multiples of it; pixels per token.
+        spatial_multiple: height and width are multiples of it.
         frame_stride, frame_offset: a number of frames is `frame_stride * k + frame_offset`, k >= 0;
             a stride of 0 is a pipeline that makes images.
+        token_pixels: pixels per token along height and width; the multiple where it is None.
         frames_per_token: latent frames per token; pipelines pad those that are left over.
         frames_apart: whether each frame attends to itself alone, on a grid of its own.
     """
@@ -27,6 +28,7 @@ class SizeRules:
     spatial_multiple: int
     frame_stride: int
     frame_offset: int
+    token_pixels: int | None = None
     frames_per_token: int = 1
     frames_apart: bool = False
 
@@ -62,10 +64,9 @@ class SizeRules:
         self.check(height, width, num_frames)
         alone = self.frames_apart or self.frame_stride == 0
         latent_frames = 1 if alone else -(-num_frames // self.frame_stride)
+        pixels = self.token_pixels or self.spatial_multiple
         return TokenGrid(
-            -(-latent_frames // self.frames_per_token),
-            height // self.spatial_multiple,
-            width // self.spatial_multiple,
+            -(-latent_frames // self.frames_per_token), height // pixels, width // pixels
         )
 
 
@@ -98,6 +99,8 @@ class Family:
             grid each, for the sites within them; without it the denoiser's call has one for all.
         padding: how the model's attention masks say which keys are padding: by key; by the outer
             product of what is valid, per pair; or as a bias that is 0 where a key counts.
+        tested: what the project's tests run of it: tiny models, and pipelines where those can be
+            built offline.
     """
 
     name: str
@@ -110,6 +113,7 @@ class Family:
     text: Literal["before", "after"] | None = None
     grid_modules: re.Pattern[str] | None = None
     padding: Literal["keys", "pairs", "bias"] = "keys"
+    tested: Literal["model", "model, pipeline"] = "model, pipeline"
 
     def variant(self, pipe: Any, model: torch.nn.Module) -> str:
         """The model's name in the tables of recommended settings; `pipe` may be None."""

@@ -28,9 +28,11 @@ def _anyflow_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 def _sizes(pipe: Any) -> SizeRules:
     patch_t, patch_h, _ = _denoiser(pipe).config.patch_size
+    token_pixels = pipe.vae_scale_factor_spatial * patch_h
     return SizeRules(
         # The pipelines themselves refuse what is not a multiple of 16, whatever the VAE.
-        spatial_multiple=math.lcm(16, pipe.vae_scale_factor_spatial * patch_h),
+        spatial_multiple=math.lcm(16, token_pixels),
+        token_pixels=token_pixels,
         frame_stride=pipe.vae_scale_factor_temporal * patch_t,
         frame_offset=1,
     )
@@ -83,6 +85,7 @@ CHRONOEDIT = Family(
     sites=_SITES,
     grid=_grid,
     sizes=_sizes,
+    tested="model",
 )
 
 ANYFLOW = Family(
@@ -92,6 +95,7 @@ ANYFLOW = Family(
     sites=_SITES,
     grid=_anyflow_grid,
     sizes=_sizes,
+    tested="model",
 )
 
 WAN_ANIMATE = Family(
@@ -101,4 +105,5 @@ WAN_ANIMATE = Family(
     sites=_SITES,
     grid=_grid,
     sizes=_animate_sizes,
+    tested="model",
 )

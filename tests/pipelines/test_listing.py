@@ -30,8 +30,11 @@ def test_defaults_are_listed(diffattn):
 def test_every_family_with_its_model_classes_is_listed(diffattn):
     result = diffattn("models")
     assert result.code == 0
-    for family, line in zip(FAMILIES, result.out.splitlines(), strict=True):
-        assert line.startswith(family.name)
+    head, *lines = result.out.splitlines()
+    assert head.split() == ["family", "text", "tested", "on", "attention", "sites", "models"]
+    for family, line in zip(FAMILIES, lines, strict=True):
+        assert line.split()[:2] == [family.name, family.text or "apart"]
+        assert f"  {family.tested}  " in line
         assert family.title in line
         for name in family.model_classes:
             assert name in line
