@@ -409,7 +409,7 @@ def test_being_disconnected_is_reported_once(disconnect: Any, why: str) -> None:
             warnings.simplefilter("error")
             forward(model)
     finally:
-        _AttentionBackendRegistry.set_active_backend(active)
+        _AttentionBackendRegistry._active_backend = active
 
 
 def test_without_a_pipeline_dense_steps_are_reported() -> None:

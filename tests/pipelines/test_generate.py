@@ -320,6 +320,8 @@ class TestInterrupt:
             [*command, "--model", str(tiny_wan), *size, *options],
             cwd=folder,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # A shell's background jobs, and so perhaps these tests, are started ignoring Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
