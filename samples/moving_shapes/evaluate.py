@@ -116,13 +116,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=Sampling.seed)
     parser.add_argument("--attn", default="dense", help="dense, or the name of a sparse method")
     parser.add_argument("--every", type=int, default=1, help="only every n-th prompt")
+    parser.add_argument("--first", type=int, default=0, help="number of the first prompt")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--save-clips", type=Path, help="npz file for the clips themselves")
     options = parser.parse_args(arguments)
 
     sampling = Sampling(options.steps, options.guidance, options.seed, options.attn)
     _, held_out = split_scenes()
-    result = evaluate(options.model, sampling, held_out[:: options.every], options.save_clips)
+    chosen = held_out[options.first :: options.every]
+    result = evaluate(options.model, sampling, chosen, options.save_clips)
     for name, value in result["accuracy"].items():
         print(f"{name:<12}{value:6.1%}")
     print(f"{result['seconds_per_clip']['median']:.1f} s a clip, {result['prompts']} prompts")
