@@ -56,6 +56,11 @@ class BlockLayout:
         return self.full_count.device
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The index lists and bit masks, in the order in which kernels take them."""
+        return tuple(getattr(self, name) for name in LAYOUT_TENSORS)
+
+    @property
     def full_blocks(self) -> int:
         """Full blocks over all rows, heads and samples."""
         return int(self.full_count.sum())
@@ -74,7 +79,7 @@ class BlockLayout:
     @property
     def nbytes(self) -> int:
         """Memory of all index lists and bit masks."""
-        return sum(getattr(self, name).nbytes for name in LAYOUT_TENSORS)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device; itself when it is already there."""
