@@ -8,23 +8,15 @@ from typing import Any
 
 import torch
 
+from .checks import LayoutTensors, check_inputs, check_layout
 from .row_attention import RowAttention, pick_row_attention
-from .row_plan import LayoutTensors, RowGroup, RowPlan, cached_row_plan
+from .row_plan import RowGroup, RowPlan, cached_row_plan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # Rows are split where scores or masks, (heads, rows, keys), would have more elements than this.
 _SCORES_PER_CHUNK = 1 << 20
 _MIN_ROWS = 16
-
-LAYOUT_NAMES = (
-    "full_count",
-    "full_index",
-    "partial_count",
-    "partial_index",
-    "partial_mask",
-    "bit_masks",
-)
 
 
 def block_sparse_attention(
@@ -64,8 +56,9 @@ def block_sparse_attention(
         ValueError: if dtypes, devices or shapes do not fit together.
     """
     layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
-    _check_inputs(q, k, v, key_mask)
-    _check_layout(q, k, layout, block_q, block_kv)
+    check_inputs(q, k, v, key_mask, dtypes=DTYPES)
+    _check_device(q=q, k=k, v=v, key_mask=key_mask)
+    check_layout(q, layout, block_q, block_kv)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     return _forward_op(q, k, v, *layout, key_mask, block_q, block_kv, scale)
@@ -353,65 +346,7 @@ def _plan(
     )
 
 
-def _check_inputs(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None
-) -> None:
-    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(
-            f"q, k, v must share one dtype of {', '.join(map(str, DTYPES))};"
-            f" got {q.dtype}, {k.dtype}, {v.dtype}"
-        )
-    if q.ndim != 4 or 0 in q.shape or 0 in k.shape:
-        raise ValueError(
-            "q, k, v must be non-empty (batch, tokens, heads, head_dim);"
-            f" got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
-    expected = (q.shape[0], k.shape[1], *q.shape[2:])
-    if k.shape != expected or v.shape != expected:
-        raise ValueError(
-            "k and v must have the batch, heads and head_dim of q, and the same number of tokens;"
-            f" got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        )
-    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:2]):
-        raise ValueError(
-            f"key_mask must be torch.bool (batch, tokens_kv) = {tuple(k.shape[:2])};"
-            f" got {key_mask.dtype} {tuple(key_mask.shape)}"
-        )
-    for name, x in (("q", q), ("k", k), ("v", v), ("key_mask", key_mask)):
+def _check_device(**tensors: torch.Tensor | None) -> None:
+    for name, x in tensors.items():
         if x is not None and x.device.type != "cpu":
             raise ValueError(f"this is the CPU path, but {name} is on {x.device}")
-
-
-def _check_layout(
-    q: torch.Tensor, k: torch.Tensor, layout: LayoutTensors, block_q: int, block_kv: int
-) -> None:
-    full_count, full_index, partial_count, partial_index, partial_mask, bit_masks = layout
-    if block_q < 1 or block_kv < 1:
-        raise ValueError(f"blocks need at least one token; got {block_q} x {block_kv}")
-    for name, x in zip(LAYOUT_NAMES, layout, strict=True):
-        if x.dtype != torch.int32 or x.device.type != "cpu":
-            raise ValueError(f"{name} must be torch.int32 on cpu; got {x.dtype} on {x.device}")
-    batch, tokens_q, heads, _ = q.shape
-    rows, words = -(-tokens_q // block_q), -(-block_kv // 32)
-    shape = tuple(full_count.shape)
-    if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] not in (1, heads):
-        raise ValueError(
-            f"full_count must be (1 or {batch}, 1 or {heads}, rows) for {batch} samples and"
-            f" {heads} heads; got {shape}"
-        )
-    if shape[2] != rows:
-        raise ValueError(
-            f"the layout has {shape[2]} rows, but {tokens_q} query tokens in blocks of {block_q}"
-            f" make {rows}"
-        )
-    for name, x, expected in (
-        ("full_index", full_index, (*shape, -1)),
-        ("partial_count", partial_count, shape),
-        ("partial_index", partial_index, (*shape, -1)),
-        ("partial_mask", partial_mask, tuple(partial_index.shape)),
-        ("bit_masks", bit_masks, (-1, block_q, words)),
-    ):
-        if x.ndim != len(expected) or any(
-            e not in (-1, n) for n, e in zip(x.shape, expected, strict=True)
-        ):
-            raise ValueError(f"{name} must have shape {expected} (-1: any); got {tuple(x.shape)}")

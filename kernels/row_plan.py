@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
+
+from .checks import LayoutTensors
+from .layout_cache import LayoutCache
 
 # Expanded bit masks are kept when they are small: a static local pattern has a few dozen distinct
 # ones, a random token mask may have one per block.
@@ -15,10 +17,6 @@ _KEEP_EXPANDED_BYTES = 1 << 26
 # Rows are batched up to this many keys: fewer and larger calls, in which threads wait less for each
 # other, while the keys and scores of a call still fit the caches.
 _KEYS_PER_GROUP = 2048
-
-LayoutTensors = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
-]
 
 
 @dataclass(frozen=True)
@@ -220,15 +218,8 @@ def _check_indices(layout: LayoutTensors, columns: int) -> None:
             raise ValueError(f"{name} holds {lowest} .. {highest}, but there are {limit} {what}")
 
 
-@dataclass(frozen=True)
-class _CacheEntry:
-    tensors: tuple[WeakIdRef, ...]
-    versions: tuple[int, ...]
-    sizes: tuple[int, ...]
-    plan: RowPlan
-
-
-_cache: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# A plan does not hold its key, full_index, alive: bit_masks is another tensor.
+_cache: LayoutCache[RowPlan] = LayoutCache()
 
 
 def cached_row_plan(
@@ -236,19 +227,10 @@ def cached_row_plan(
 ) -> RowPlan:
     """`make_row_plan`, remembered as long as the layout's tensors live and are not written to."""
     sizes = (tokens_q, tokens_kv, block_q, block_kv)
-    # Inference tensors count no versions: they are taken to be constant.
-    versions = tuple(0 if t.is_inference() else t._version for t in layout)
-    entry = _cache.get(layout[1])
-    if (
-        entry is not None
-        and entry.sizes == sizes
-        and entry.versions == versions
-        and all(ref() is t for ref, t in zip(entry.tensors, layout, strict=True))
-    ):
-        return entry.plan
-    plan = make_row_plan(
-        layout, tokens_q=tokens_q, tokens_kv=tokens_kv, block_q=block_q, block_kv=block_kv
-    )
-    # The plan must not hold the key itself alive; bit_masks is another tensor.
-    _cache[layout[1]] = _CacheEntry(tuple(WeakIdRef(t) for t in layout), versions, sizes, plan)
-    return plan
+
+    def make() -> RowPlan:
+        return make_row_plan(
+            layout, tokens_q=tokens_q, tokens_kv=tokens_kv, block_q=block_q, block_kv=block_kv
+        )
+
+    return _cache.get(layout, sizes, make)

@@ -1,0 +1,100 @@
+"""What every launch of a plain kernel needs to know of its tensors."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from ..checks import LayoutTensors
+from .configs import TileConfig
+
+# Offsets inside a tile are 32 bits wide up to here.
+_MAX_OFFSET = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of an attention call as its kernels take them.
+
+    Attributes:
+        layout: contiguous index lists and bit masks.
+        layout_strides: how many layouts apart two samples and two heads are; 0 where they share.
+        key_mask: uint8, or any tensor if there is none.
+        key_mask_strides: of sample and token.
+        wide: whether a tile is longer in memory than 32-bit offsets reach.
+    """
+
+    device: torch.device
+    head_dim: int
+    block_q: int
+    block_kv: int
+    layout: tuple[torch.Tensor, ...]
+    layout_strides: tuple[int, int]
+    key_mask: torch.Tensor
+    key_mask_strides: tuple[int, int]
+    has_key_mask: bool
+    wide: bool
+    precision: str
+
+    @staticmethod
+    def of(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: LayoutTensors,
+        key_mask: torch.Tensor | None,
+        block_q: int,
+        block_kv: int,
+        *more: torch.Tensor,
+    ) -> Problem:
+        """Collect them; `more` are further `(batch, tokens, heads, head_dim)` that are read."""
+        samples, layout_heads, _ = layout[0].shape
+        mask = q if key_mask is None else key_mask.view(torch.uint8)
+        return Problem(
+            device=q.device,
+            head_dim=q.shape[-1],
+            block_q=block_q,
+            block_kv=block_kv,
+            layout=tuple(x.contiguous() for x in layout),
+            layout_strides=(layout_heads if samples > 1 else 0, 1 if layout_heads > 1 else 0),
+            key_mask=mask,
+            key_mask_strides=(0, 0) if key_mask is None else (mask.stride(0), mask.stride(1)),
+            has_key_mask=key_mask is not None,
+            wide=any(_tile_span(x, max(block_q, block_kv)) > _MAX_OFFSET for x in (q, k, v, *more)),
+            precision=_precision(),
+        )
+
+    def constants(self, config: TileConfig) -> dict[str, object]:
+        """The compile-time arguments that all kernels share."""
+        return {
+            "D": self.head_dim,
+            "BLOCK_D": max(16, triton.next_power_of_2(self.head_dim)),
+            "BLOCK_Q": self.block_q,
+            "BLOCK_KV": self.block_kv,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "HAS_KEY_MASK": self.has_key_mask,
+            "WIDE": self.wide,
+            "PRECISION": self.precision,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        }
+
+    def on_device(self) -> AbstractContextManager[object]:
+        """Triton launches on the current device, which need not be that of the tensors."""
+        if self.device.type == "cpu" or self.device.index is None:
+            return nullcontext()
+        return torch.accelerator.device_index(self.device.index)
+
+
+def _tile_span(x: torch.Tensor, tokens: int) -> int:
+    _, token, _, channel = x.stride()
+    return tokens * token + triton.next_power_of_2(x.shape[-1]) * channel
+
+
+def _precision() -> str:
+    """How float32 is multiplied: in full, unless torch was told that TF32 will do."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

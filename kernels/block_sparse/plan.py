@@ -1,0 +1,97 @@
+"""What the kernels need that a layout does not hold, computed on the device without waiting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..checks import LayoutTensors
+from ..layout_cache import LayoutCache
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A layout read by key blocks instead of query rows: compressed lists per column.
+
+    Layouts of samples and heads are numbered one after another: `layouts` of them.
+
+    Attributes:
+        order: int32 `(layouts, columns)`, columns with the longest lists first.
+        full_start: int32 `(layouts, columns + 1)`, where each column's list begins in `full_row`.
+        full_row: int32 `(layouts, rows * cap)`, the query rows that visit a column, ascending.
+        partial_start, partial_row: the same for partial blocks.
+        partial_mask: int32 like `partial_row`, which bit mask the block obeys.
+    """
+
+    order: torch.Tensor
+    full_start: torch.Tensor
+    full_row: torch.Tensor
+    partial_start: torch.Tensor
+    partial_row: torch.Tensor
+    partial_mask: torch.Tensor
+
+
+def row_order(layout: LayoutTensors) -> torch.Tensor:
+    """Int32 `(layouts, rows)`: the rows that visit most first, so that none is left for the end."""
+    return _longest_first((layout[0] + layout[2]).flatten(0, 1))
+
+
+def transpose(layout: LayoutTensors, columns: int) -> Columns:
+    """Read a layout by key blocks. Sizes are bounds from shapes: no count is fetched from a device.
+
+    Args:
+        columns: number of key blocks.
+    """
+    full_count, full_index, partial_count, partial_index, partial_mask, _ = layout
+    full_start, full_row, _ = _by_column(full_count, full_index, columns)
+    partial_start, partial_row, place = _by_column(partial_count, partial_index, columns)
+    return Columns(
+        order=_longest_first(full_start.diff() + partial_start.diff()),
+        full_start=full_start,
+        full_row=full_row,
+        partial_start=partial_start,
+        partial_row=partial_row,
+        partial_mask=partial_mask.flatten(0, 1).flatten(1).gather(1, place),
+    )
+
+
+def _longest_first(length: torch.Tensor) -> torch.Tensor:
+    return length.sort(dim=-1, descending=True, stable=True).indices.int()
+
+
+def _by_column(
+    count: torch.Tensor, index: torch.Tensor, columns: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Start of each column's list, the rows in it, and where in the flat index each came from."""
+    cap = index.shape[-1]
+    used = torch.arange(cap, device=index.device) < count.flatten(0, 1)[..., None]
+    # Unused entries go behind the last column. A stable sort leaves rows ascending.
+    column = index.flatten(0, 1).masked_fill(~used, columns).flatten(1)
+    sorted_column, place = column.sort(dim=-1, stable=True)
+    wanted = torch.arange(columns + 1, dtype=torch.int32, device=index.device)
+    start = torch.searchsorted(sorted_column, wanted.repeat(len(column), 1), out_int32=True)
+    return start, place.div(max(cap, 1), rounding_mode="floor").int(), place
+
+
+_row_orders: LayoutCache[torch.Tensor] = LayoutCache()
+_transposes: LayoutCache[Columns] = LayoutCache()
+
+
+def cached_row_order(layout: LayoutTensors) -> torch.Tensor:
+    """`row_order`, remembered as long as the layout's tensors live and are not written to."""
+    if _in_capture(layout):
+        return row_order(layout)
+    return _row_orders.get(layout, (), lambda: row_order(layout))
+
+
+def cached_transpose(layout: LayoutTensors, columns: int) -> Columns:
+    """`transpose`, remembered as long as the layout's tensors live and are not written to."""
+    if _in_capture(layout):
+        return transpose(layout, columns)
+    return _transposes.get(layout, (columns,), lambda: transpose(layout, columns))
+
+
+def _in_capture(layout: LayoutTensors) -> bool:
+    # What a CUDA graph computes exists only once it is replayed: nobody else may be given it.
+    return layout[0].is_cuda and torch.cuda.is_current_stream_capturing()

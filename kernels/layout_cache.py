@@ -1,0 +1,58 @@
+"""Remembers what a kernel derived from a layout, for as long as the layout's tensors live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
+
+from .checks import LayoutTensors
+
+Derived = TypeVar("Derived")
+
+
+@dataclass(frozen=True)
+class _Entry(Generic[Derived]):
+    tensors: tuple[WeakIdRef, ...]
+    versions: tuple[int, ...]
+    sizes: tuple[int, ...]
+    derived: Derived
+
+
+class LayoutCache(Generic[Derived]):
+    """What was derived from a layout and some sizes, by the identity of the layout's tensors.
+
+    One entry per layout: the latest sizes. It holds none of the layout's tensors alive, so what is
+    derived must not hold `full_index` alive either.
+    """
+
+    def __init__(self) -> None:
+        self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def get(
+        self, layout: LayoutTensors, sizes: tuple[int, ...], derive: Callable[[], Derived]
+    ) -> Derived:
+        """What `derive` returned for this layout, called again once its tensors were written to."""
+        # Inference tensors count no versions: they are taken to be constant.
+        versions = tuple(0 if t.is_inference() else t._version for t in layout)
+        entry = self._entries.get(layout[1])
+        if (
+            entry is not None
+            and entry.sizes == sizes
+            and entry.versions == versions
+            and all(ref() is t for ref, t in zip(entry.tensors, layout, strict=True))
+        ):
+            return entry.derived
+        derived = derive()
+        refs = tuple(WeakIdRef(t) for t in layout)
+        self._entries[layout[1]] = _Entry(refs, versions, sizes, derived)
+        return derived
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, full_index: torch.Tensor) -> bool:
+        return full_index in self._entries
