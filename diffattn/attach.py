@@ -6,7 +6,7 @@ choice of methods, the count of denoising steps, and the way back.
 
 from __future__ import annotations
 
-import functools
+import copy
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -21,7 +21,10 @@ from diffattn.attached_model import AttachedModel, attached_to, set_processor, s
 from diffattn.grid import TokenGrid
 from diffattn.methods.base import Method, StaticMaskMethod, nearest
 from diffattn.models import denoisers, family_of
-from diffattn.schedule import RunClock, resolve_steps
+from diffattn.schedule import CountedMethod, RunClock, resolve_steps
+
+# The methods of schedulers that say where a run is.
+_COUNTED = ("set_timesteps", "step")
 
 
 def set_attn_processor(
@@ -134,7 +137,7 @@ class Attachment:
             for name, model in models.items()
         }
         if pipe is None:
-            self._warn_without_pipeline(methods)
+            self._warn_without_pipeline()
         else:
             self.follow_scheduler()
 
@@ -187,34 +190,50 @@ class Attachment:
 
     def follow_scheduler(self) -> None:
         """Count the steps of the pipeline's scheduler, also when the user has put in another."""
-        pipe = self._pipe() if self._pipe is not None else None
-        scheduler = getattr(pipe, "scheduler", None)
+        scheduler = getattr(self._alive(), "scheduler", None)
         if scheduler is None or scheduler is self._scheduler:
             return
         self._leave_scheduler()
         self._scheduler = scheduler
-        clock, refresh = self.clock, self.refresh
-        set_timesteps, step = scheduler.set_timesteps, scheduler.step
-
-        @functools.wraps(set_timesteps)
-        def counted_set_timesteps(*args: Any, **kwargs: Any) -> Any:
-            out = set_timesteps(*args, **kwargs)
-            clock.start(len(scheduler.timesteps))
-            refresh()
-            return out
-
-        @functools.wraps(step)
-        def counted_step(*args: Any, **kwargs: Any) -> Any:
-            out = step(*args, **kwargs)
-            clock.advance()
-            refresh()
-            return out
-
-        scheduler.set_timesteps, scheduler.step = counted_set_timesteps, counted_step
+        for name in _COUNTED:
+            setattr(scheduler, name, CountedMethod(scheduler, name, self))
         # A scheduler put in between two runs may have its timesteps already.
+        self.started(scheduler)
+
+    def started(self, scheduler: Any) -> None:
+        """A scheduler was given its timesteps: a run begins."""
         timesteps = getattr(scheduler, "timesteps", None)
         self.clock.start(0 if timesteps is None else len(timesteps))
         self.refresh()
+
+    def stepped(self, scheduler: Any) -> None:
+        """A scheduler has made a step."""
+        self.clock.advance(scheduler)
+        self.refresh()
+
+    def follower_of_copy(self, memo: dict[int, Any]) -> Attachment:
+        """Who follows a copy of the scheduler: the copied pipeline's attachment, if it is one."""
+        return copy.deepcopy(self, memo) if id(self._alive()) in memo else self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        """A copied pipeline is attached as the original is, and apart from it.
+
+        So is a denoiser that is copied alone, but it leaves the pipeline and with it the steps.
+        """
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        pipe = memo.get(id(self._alive()))
+        copied.clock = RunClock()
+        copied._pipe = None if pipe is None else weakref.ref(pipe)
+        copied._scheduler = None if pipe is None else copy.deepcopy(self._scheduler, memo)
+        copied.models = {
+            name: copy.deepcopy(model, memo)
+            for name, model in self.models.items()
+            if pipe is not None or model.is_copied(memo)
+        }
+        if pipe is None and self._pipe is not None:
+            copied._warn_without_pipeline()
+        return copied
 
     def refresh(self) -> None:
         """Bring every group up to date with the clock and the grid."""
@@ -222,21 +241,25 @@ class Attachment:
             for group in model.groups:
                 group.refresh(self.clock)
 
+    def _alive(self) -> Any:
+        """The pipeline, if there is one and it still exists."""
+        return None if self._pipe is None else self._pipe()
+
     def _leave_scheduler(self) -> None:
         if self._scheduler is not None:
             # The wrappers are instance attributes over the class's methods.
-            for name in ("set_timesteps", "step"):
+            for name in _COUNTED:
                 self._scheduler.__dict__.pop(name, None)
             self._scheduler = None
 
-    def _warn_without_pipeline(self, methods: Mapping[str, Method]) -> None:
+    def _warn_without_pipeline(self) -> None:
         for model in self.models.values():
-            for method in methods.values():
-                resolved = method.for_model(model.variant)
-                if resolved.dense_steps or resolved.last_dense_steps:
+            for group in model.groups:
+                method = group.chosen.for_model(model.variant)
+                if method.dense_steps or method.last_dense_steps:
                     warnings.warn(
-                        f"{method.type} keeps {resolved.dense_steps} (first) and"
-                        f" {resolved.last_dense_steps} (last) denoising steps dense, but without a"
+                        f"{method.type} keeps {method.dense_steps} (first) and"
+                        f" {method.last_dense_steps} (last) denoising steps dense, but without a"
                         f" pipeline there are no steps to count: every call is sparse. Attach it to"
                         f" the pipeline, or pass dense_steps=0 to say so",
                         stacklevel=4,

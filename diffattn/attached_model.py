@@ -7,6 +7,7 @@ process-wide changes.
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -133,6 +134,18 @@ class Group:
             grid = TokenGrid(grid.frames, grid.height, grid.width, before, text - before)
         return Site(self.family.name, self.layer, self.layers, grid)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        """A group of the same kind for the same sites of a copied model."""
+        copied = Group(
+            self.chosen, self.family, self.variant, self.layer, self.layers, self.previous
+        )
+        copied.member = _compat.register_backend(_backend(copied))
+        memo[id(self.member)] = copied.member
+        if self.video is not None:
+            copied.use(self.video)
+        copied.refresh(RunClock())
+        return copied
+
 
 @dataclass(frozen=True)
 class AttachedSite:
@@ -142,6 +155,22 @@ class AttachedSite:
     original: Any
     processor: Any
     member: Any
+
+
+@dataclass
+class _Inside:
+    """The grid that sites inside of a module have by its calls."""
+
+    attached: AttachedModel
+    grid: TokenGrid | None = None
+
+    def learn(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        self.grid = self.attached.family.grid(module, args, kwargs)
+
+    # Gradient checkpointing calls sites again when other modules have run since.
+    def use(self, *_: Any) -> None:
+        if self.grid is not None:
+            self.attached._use(self.grid)
 
 
 class AttachedModel:
@@ -182,9 +211,7 @@ class AttachedModel:
             self._attach(name, modules[name], processors[name], method, layers[name])
         # A model that is dropped while attached takes its backends with it, but not at once: that
         # may be in the middle of a compilation, which has looked at the registry.
-        self._retire = weakref.finalize(
-            model, _retired.extend, [group.member for group in self.groups]
-        )
+        self._retire_with(model)
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward),
@@ -251,20 +278,29 @@ class AttachedModel:
     def _follow(self, name: str, module: torch.nn.Module) -> None:
         """Give the sites inside of a module the grid of its calls."""
         sites = [site.module for key, site in self.sites.items() if key.startswith(name + ".")]
-        grid: TokenGrid | None = None
-
-        def learn(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-            nonlocal grid
-            grid = self.family.grid(module, args, kwargs)
-
-        # Gradient checkpointing calls sites again when other modules have run since.
-        def use(*_: Any) -> None:
-            if grid is not None:
-                self._use(grid)
-
+        inside = _Inside(self)
         if sites:
-            self._hooks.append(module.register_forward_pre_hook(learn, with_kwargs=True))
-        self._hooks += [site.register_forward_pre_hook(use) for site in sites]
+            self._hooks.append(module.register_forward_pre_hook(inside.learn, with_kwargs=True))
+        self._hooks += [site.register_forward_pre_hook(inside.use) for site in sites]
+
+    def is_copied(self, memo: dict[int, Any]) -> bool:
+        """Is the denoiser in the memo of a deep copy?"""
+        return id(self._model) in memo
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttachedModel:
+        """Comes with a deep copy of the denoiser, which gets groups and backends of its own."""
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        # The groups first: the copied processors must find their new backends in the memo.
+        for name in ("groups", "owner", "_model", "sites", "_hooks"):
+            setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
+        copied._retire_with(copied._model)
+        return copied
+
+    def _retire_with(self, model: torch.nn.Module) -> None:
+        self._retire = weakref.finalize(
+            model, _retired.extend, [group.member for group in self.groups]
+        )
 
     def _use(self, grid: TokenGrid) -> None:
         """Make `grid` that of the attention calls to come."""

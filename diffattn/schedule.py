@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 
 def resolve_steps(setting: int | float, num_steps: int) -> int:
@@ -40,12 +43,18 @@ class RunClock:
 
     step: int = 0
     num_steps: int = 0
+    _taken: weakref.WeakKeyDictionary[Any, int] = field(
+        default_factory=weakref.WeakKeyDictionary, repr=False, compare=False
+    )
 
     def start(self, num_steps: int) -> None:
         self.step, self.num_steps = 0, num_steps
+        self._taken.clear()
 
-    def advance(self) -> None:
-        self.step += 1
+    def advance(self, scheduler: Any) -> None:
+        """A scheduler has made a step; where several do in turn, the one ahead counts."""
+        self._taken[scheduler] = self._taken.get(scheduler, 0) + 1
+        self.step = max(self.step, self._taken[scheduler])
 
     def is_dense_step(self, dense_steps: int | float, last_dense_steps: int | float) -> bool:
         """Does the current step fall into the dense steps at either end of the run?"""
@@ -54,3 +63,37 @@ class RunClock:
         first = resolve_steps(dense_steps, self.num_steps)
         last = resolve_steps(last_dense_steps, self.num_steps)
         return self.step < first or self.step >= self.num_steps - last
+
+
+class Follower(Protocol):
+    """Who wants to know of a scheduler's calls."""
+
+    def started(self, scheduler: Any) -> None: ...
+
+    def stepped(self, scheduler: Any) -> None: ...
+
+    def follower_of_copy(self, memo: dict[int, Any]) -> Follower: ...
+
+
+class CountedMethod:
+    """`set_timesteps` or `step` of a scheduler, in its place, and tells of every call.
+
+    A copy of the scheduler has its own, which tell the same: LTX-2 makes the steps of its sound
+    with a copy, SkyReels-V2's diffusion forcing those of each frame.
+    """
+
+    def __init__(self, scheduler: Any, name: str, follower: Follower) -> None:
+        method = getattr(type(scheduler), name)
+        functools.update_wrapper(self, method.__get__(scheduler))
+        self._scheduler, self._name, self._method = scheduler, name, method
+        self._follower = follower
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = self._method(self._scheduler, *args, **kwargs)
+        tell = self._follower.stepped if self._name == "step" else self._follower.started
+        tell(self._scheduler)
+        return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CountedMethod:
+        scheduler = memo.get(id(self._scheduler), self._scheduler)
+        return CountedMethod(scheduler, self._name, self._follower.follower_of_copy(memo))

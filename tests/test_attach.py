@@ -97,7 +97,7 @@ def test_sparse_method_is_the_stock_model_with_that_mask(
 
 def test_none_restores_objects_and_bits(model: Any) -> None:
     before = dict(model.attn_processors)
-    backends = _AttentionBackendRegistry.list_backends()
+    backends = set(_AttentionBackendRegistry.list_backends())
     want = forward(model)
     diffattn.set_attn_processor(model, SPARSE)
     assert not torch.equal(forward(model), want)
@@ -109,7 +109,8 @@ def test_none_restores_objects_and_bits(model: Any) -> None:
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
     assert not any("diffattn" in name for name in vars(model))
-    assert _AttentionBackendRegistry.list_backends() == backends
+    # Those of models dropped by other tests may leave in the meantime.
+    assert set(_AttentionBackendRegistry.list_backends()) <= backends
 
 
 def test_attaching_again_replaces(model: Any) -> None:

@@ -5,6 +5,10 @@ import pytest
 from diffattn.schedule import RunClock, check_steps, resolve_steps
 
 
+class Scheduler:
+    """Something that makes steps."""
+
+
 @pytest.mark.parametrize(
     ("setting", "num_steps", "count"),
     [(0.25, 50, 12), (0.275, 40, 11), (0.25, 8, 2), (0.25, 4, 1), (3, 50, 3), (9, 4, 4), (0, 5, 0),
@@ -15,17 +19,27 @@ def test_counts_and_fractions(setting: float, num_steps: int, count: int) -> Non
 
 
 def test_a_run_is_dense_at_both_ends() -> None:
-    clock = RunClock()
+    clock, scheduler = RunClock(), Scheduler()
     assert not clock.is_dense_step(1.0, 0), "outside of a run there are no steps"
     clock.start(8)
     dense = []
     for _ in range(8):
         dense.append(clock.is_dense_step(0.25, 1))
-        clock.advance()
+        clock.advance(scheduler)
     assert dense == [True, True, False, False, False, False, False, True]
     clock.start(4)
     assert clock.step == 0
     assert clock.is_dense_step(1, 0)
+
+
+def test_of_several_schedulers_the_one_ahead_counts() -> None:
+    clock, first, second = RunClock(), Scheduler(), Scheduler()
+    clock.start(3)
+    steps = []
+    for scheduler in (first, second, second, first, first):
+        clock.advance(scheduler)
+        steps.append(clock.step)
+    assert steps == [1, 1, 2, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -6,20 +6,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
+import stock
+import tiny_families
 import tiny_wan
 import torch
-from diffusers import (
-    FirstBlockCacheConfig,
-    MagCacheConfig,
-    PyramidAttentionBroadcastConfig,
-    WanPipeline,
-)
+from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, WanPipeline
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from peft import LoraConfig
 
 import diffattn
 from diffattn import RadialAttn
+from diffattn.attached_model import attached_to
 
 SPARSE = RadialAttn(
     decay_factor=0.0, split_threshold=8, block_size=4, dense_layers=0, dense_steps=0
@@ -110,13 +110,19 @@ def run_and_count(pipe: Any, steps: int = 8) -> tuple[torch.Tensor, int]:
     return out, attachment.sparse_calls
 
 
+def mag_cache(pipe: Any) -> Any:
+    if not hasattr(diffusers, "MagCacheConfig"):
+        pytest.skip(f"diffusers {diffusers.__version__} has no MagCache")
+    return diffusers.MagCacheConfig(
+        num_inference_steps=8, mag_ratios=torch.ones(16), retention_ratio=0.2
+    )
+
+
 @pytest.mark.parametrize(
     "config",
     [
         lambda pipe: FirstBlockCacheConfig(threshold=10.0),
-        lambda pipe: MagCacheConfig(
-            num_inference_steps=8, mag_ratios=torch.ones(16), retention_ratio=0.2
-        ),
+        mag_cache,
         lambda pipe: PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=2,
             spatial_attention_timestep_skip_range=(-1, 1001),
@@ -215,14 +221,72 @@ def test_from_pipe_shares_the_attachment() -> None:
     assert attachment.sparse_calls == 2 * 2 * 3
 
 
-def test_a_copied_model_runs_as_the_original_did() -> None:
+def test_a_copied_model_is_attached_apart_from_the_original() -> None:
     model = tiny_wan.transformer()
-    diffattn.set_attn_processor(model, SPARSE)
+    attachment = diffattn.set_attn_processor(model, SPARSE)
     want = forward(model)
+    calls = attachment.sparse_calls
     copied = copy.deepcopy(model)
-    assert torch.equal(forward(copied), want)
+    # Another shape of as many tokens: the copy must not take it for the original's.
+    turned = inputs() | {"hidden_states": inputs()["hidden_states"].transpose(3, 4).contiguous()}
+    fresh = tiny_wan.transformer()
+    diffattn.set_attn_processor(fresh, SPARSE)
+    with torch.no_grad():
+        assert torch.equal(copied(**turned)[0], fresh(**turned)[0])
+    assert torch.equal(forward(model), want)
+    assert attachment.sparse_calls == 2 * calls, "the copy counts its own calls"
+
+    backends = set(_AttentionBackendRegistry.list_backends())
     diffattn.set_attn_processor(model, None)
-    stock = forward(model)
-    assert not torch.equal(stock, want)
+    untouched = forward(model)
+    assert not torch.equal(untouched, want)
+    assert torch.equal(forward(copied), want), "detaching the original leaves the copy attached"
     diffattn.set_attn_processor(copied, None)
-    assert torch.equal(forward(copied), stock)
+    assert torch.equal(forward(copied), untouched)
+    gone = backends - set(_AttentionBackendRegistry.list_backends())
+    assert len(gone) == 2, "one backend of each"
+
+
+def test_a_copied_unet_is_attached_apart_from_the_original() -> None:
+    case = tiny_families.CASES["sd1.5"]
+    model = case.build()
+    diffattn.set_attn_processor(model, stock.NEARBY)
+    with torch.no_grad():
+        model(**case.inputs())
+        copied = copy.deepcopy(model)
+        other = case.inputs() | {"sample": tiny_families.noise(2, 4, 16, 12)}
+        got = copied(**other).sample
+        fresh = case.build()
+        diffattn.set_attn_processor(fresh, stock.NEARBY)
+        assert torch.equal(got, fresh(**other).sample)
+
+
+def test_a_copied_pipeline_is_attached_apart_from_the_original() -> None:
+    pipe = tiny_wan.PIPELINES["two experts"]()
+    method = RadialAttn(dense_steps=1, dense_layers=1, block_size=4, split_threshold=8)
+    attachment = pipe.set_attn_processor(method)
+    want = tiny_wan.run(pipe, steps=4)
+    counted = (attachment.sparse_calls, attachment.dense_calls)
+    copied = copy.deepcopy(pipe)
+    assert torch.equal(tiny_wan.run(copied, steps=4), want)
+    assert (attachment.sparse_calls, attachment.dense_calls) == counted
+    theirs = attached_to(copied.transformer).owner
+    assert theirs is attached_to(copied.transformer_2).owner
+    assert theirs.models.keys() == attachment.models.keys()
+    assert (theirs.sparse_calls, theirs.dense_calls) == counted
+    pipe.set_attn_processor(None)
+    assert torch.equal(tiny_wan.run(copied, steps=4), want)
+    copied.set_attn_processor(None)
+    assert not {"step", "set_timesteps"} & set(vars(copied.scheduler))
+    assert torch.equal(tiny_wan.run(copied, steps=4), tiny_wan.run(pipe, steps=4))
+
+
+def test_a_denoiser_copied_out_of_its_pipeline_leaves_the_steps_behind() -> None:
+    pipe = tiny_wan.PIPELINES["two experts"]()
+    pipe.set_attn_processor(RadialAttn(dense_steps=0.5, dense_layers=0))
+    with pytest.warns(UserWarning, match="without a pipeline there are no steps to count"):
+        copied = copy.deepcopy(pipe.transformer)
+    owner = attached_to(copied).owner
+    assert list(owner.models) == ["transformer"], "the other expert is not copied along"
+    forward(copied)
+    assert (owner.sparse_calls, owner.dense_calls) == (3, 0)
