@@ -1,5 +1,5 @@
 """Block-sparse attention in Triton, forward and backward, for any `BlockLayout`."""
 
-from .ops import block_sparse_attention
+from .ops import block_sparse_attention, block_sparse_attention_gradients
 
-__all__ = ["block_sparse_attention"]
+__all__ = ["block_sparse_attention", "block_sparse_attention_gradients"]

@@ -27,3 +27,13 @@ def forward_config(head_dim: int, dtype: torch.dtype, block_q: int, block_kv: in
     if dtype == torch.float32 or head_dim > 128:
         return TileConfig(min(block_q, 64), min(block_kv, 32), 4, 2)
     return TileConfig(min(block_q, 128), min(block_kv, 64), 8, 2)
+
+
+def queries_config(head_dim: int, dtype: torch.dtype, block_q: int, block_kv: int) -> TileConfig:
+    """The tiles of dQ."""
+    return TileConfig(min(block_q, 64), min(block_kv, 32), 4, 2)
+
+
+def keys_config(head_dim: int, dtype: torch.dtype, block_q: int, block_kv: int) -> TileConfig:
+    """The tiles of dK and dV."""
+    return TileConfig(min(block_q, 32), min(block_kv, 64), 4, 2)

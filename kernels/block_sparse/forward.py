@@ -10,10 +10,16 @@ from ..checks import LayoutTensors
 from .configs import TileConfig, forward_config
 from .launch import Problem
 from .plan import cached_row_order
-from .primitives import load_bits, load_tile, store_tile, tile_of_program, token_offsets
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+from .primitives import (
+    LN_2,
+    LOG2_E,
+    load_bits,
+    load_tile,
+    row_lists,
+    store_tile,
+    tile_of_program,
+    token_offsets,
+)
 
 
 @triton.jit
@@ -68,7 +74,6 @@ def forward_kernel(
     p_k += i_b * s_kb + i_h * s_kh
     p_v += i_b * s_vb + i_h * s_vh
     p_key_mask += i_b * s_mb
-    p_full_index += i_list.to(tl.int64) * full_cap
     p_partial_index += i_list.to(tl.int64) * partial_cap
     p_partial_mask += i_list.to(tl.int64) * partial_cap
 
@@ -81,18 +86,14 @@ def forward_kernel(
     b_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
 
-    # Full blocks. A short one at the end needs a mask: it is left to the second loop. An index is
-    # loaded one step early, so that it does not hold up the loads of keys and values.
-    n_full = tl.load(p_full_count + i_list)
-    n_partial = tl.load(p_partial_count + i_list)
-    i_short = tokens_kv // BLOCK_KV
-    i_last = tl.load(p_full_index + n_full - 1, mask=n_full > 0, other=-1)
-    n_short = (i_last == i_short).to(tl.int32)
-    n_tiles = (n_full - n_short) * TILES_N
-    i_block = tl.load(p_full_index, mask=n_tiles > 0, other=0)
-    for i in tl.range(0, n_tiles):
+    # Full blocks. An index is loaded one step early: it must not hold up keys and values.
+    p_full, n_full, n_partial, n_short = row_lists(
+        p_full_count, p_full_index, p_partial_count, i_list, full_cap, tokens_kv, BLOCK_KV
+    )
+    i_block = tl.load(p_full, mask=n_full > 0, other=0)
+    for i in tl.range(0, n_full * TILES_N):
         start_n = i_block * BLOCK_KV + (i % TILES_N) * BLOCK_N
-        i_block = tl.load(p_full_index + tl.minimum((i + 1) // TILES_N, n_full - 1))
+        i_block = tl.load(p_full + tl.minimum((i + 1) // TILES_N, n_full - 1))
         p_kt = p_k + start_n.to(tl.int64) * s_kt
         p_vt = p_v + start_n.to(tl.int64) * s_vt
         m_n = o_n < BLOCK_N
@@ -106,16 +107,16 @@ def forward_kernel(
         )
 
     # Partial blocks, then the short full one.
-    n_tiles = (n_partial + n_short) * TILES_N
+    i_short = tokens_kv // BLOCK_KV
     i_block = tl.load(p_partial_index, mask=n_partial > 0, other=i_short)
     i_mask = tl.load(p_partial_mask, mask=n_partial > 0, other=0)
-    for i in tl.range(0, n_tiles):
+    for i in tl.range(0, (n_partial + n_short) * TILES_N):
         o_w = tl.arange(0, BLOCK_M)
         m_w = o_w < tl.where(i // TILES_N < n_partial, BLOCK_M, 0)
         start_in_kv = (i % TILES_N) * BLOCK_N
         start_n = i_block * BLOCK_KV + start_in_kv
         p_words = p_bit_masks + (i_mask.to(tl.int64) * BLOCK_Q + start_in_block) * WORDS
-        m_s = load_bits(p_words, WORDS, o_w, m_w, start_in_kv, BLOCK_M, BLOCK_N)
+        m_s = load_bits(p_words, WORDS, o_w, m_w, start_in_kv, BLOCK_M, BLOCK_N, False)
         i_next = (i + 1) // TILES_N
         i_block = tl.load(p_partial_index + i_next, mask=i_next < n_partial, other=i_short)
         i_mask = tl.load(p_partial_mask + i_next, mask=i_next < n_partial, other=0)

@@ -67,11 +67,16 @@ class Problem:
             precision=_precision(),
         )
 
+    @property
+    def block_d(self) -> int:
+        """The head dimension, padded to what a matrix product takes."""
+        return max(16, triton.next_power_of_2(self.head_dim))
+
     def constants(self, config: TileConfig) -> dict[str, object]:
         """The compile-time arguments that all kernels share."""
         return {
             "D": self.head_dim,
-            "BLOCK_D": max(16, triton.next_power_of_2(self.head_dim)),
+            "BLOCK_D": self.block_d,
             "BLOCK_Q": self.block_q,
             "BLOCK_KV": self.block_kv,
             "BLOCK_M": config.block_m,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 
 from ..checks import check_inputs, check_layout
+from .backward import backward
 from .forward import forward, forward_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -60,6 +63,39 @@ def block_sparse_attention(
     return _forward_op(q, k, v, *layout, key_mask, block_q, block_kv, scale)
 
 
+def block_sparse_attention_gradients(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    full_count: torch.Tensor,
+    full_index: torch.Tensor,
+    partial_count: torch.Tensor,
+    partial_index: torch.Tensor,
+    partial_mask: torch.Tensor,
+    bit_masks: torch.Tensor,
+    *,
+    block_q: int,
+    block_kv: int,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `block_sparse_attention` with respect to q, k and v, outside of autograd.
+
+    Args:
+        grad_out: gradient of the output, `(batch, tokens, heads, head_dim)`.
+        out, lse: what `block_sparse_attention` returned for the other arguments.
+    """
+    layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    return _backward_op(
+        grad_out, None, q, k, v, out, lse, *layout, key_mask, block_q, block_kv, scale
+    )
+
+
 @torch.library.custom_op("diffattn::block_sparse_triton", mutates_args=())
 def _forward_op(
     q: torch.Tensor,
@@ -86,6 +122,65 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, tokens, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads, tokens), dtype=torch.float32)
+
+
+@torch.library.custom_op("diffattn::block_sparse_triton_backward", mutates_args=())
+def _backward_op(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    full_count: torch.Tensor,
+    full_index: torch.Tensor,
+    partial_count: torch.Tensor,
+    partial_index: torch.Tensor,
+    partial_mask: torch.Tensor,
+    bit_masks: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    block_q: int,
+    block_kv: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
+    return backward(
+        grad_out, grad_lse, q, k, v, out, lse, layout, key_mask,
+        block_q=block_q, block_kv=block_kv, scale=scale,
+    )  # fmt: skip
+
+
+@_backward_op.register_fake
+def _(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *rest: torch.Tensor | int | float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *tensors, key_mask, block_q, block_kv, scale = inputs
+    ctx.save_for_backward(*tensors, key_mask, *output)
+    ctx.options = block_q, block_kv, scale
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(
+    ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    q, k, v, *layout, key_mask, out, lse = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = _backward_op(grad_out, grad_lse, q, k, v, out, lse, *layout, key_mask, *ctx.options)
+    return (*grads, *[None] * 10)
+
+
+_forward_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _check_supported(

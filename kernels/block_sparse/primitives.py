@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def load_tile(
@@ -56,16 +59,41 @@ def token_offsets(BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def load_bits(p_words, s_row, o_m, m_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The part of a bit mask that covers a tile, bool (BLOCK_M, BLOCK_N); true where not `m_m`.
+def load_bits(
+    p_words, s_row, o_m, m_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """The part of a bit mask that covers a tile: bool (BLOCK_M, BLOCK_N), or that transposed.
 
-    A query's 32 keys are one word, loaded once; which word a column takes is known per register.
+    True where `m_m` is false. A query's 32 keys are one word, loaded once; which word a column
+    takes is known per register.
     """
     o_n = tl.arange(0, BLOCK_N)
     p_word = p_words + o_m * s_row + start_n // 32
-    b_word = tl.load(p_word, mask=m_m, other=-1)[:, None]
-    b_word = tl.broadcast_to(b_word, (BLOCK_M, BLOCK_N))
+    if TRANSPOSED:
+        o_n = o_n[:, None]
+        b_word = tl.broadcast_to(tl.load(p_word, mask=m_m, other=-1)[None, :], (BLOCK_N, BLOCK_M))
+    else:
+        o_n = o_n[None, :]
+        b_word = tl.broadcast_to(tl.load(p_word, mask=m_m, other=-1)[:, None], (BLOCK_M, BLOCK_N))
     for i in tl.static_range(1, (BLOCK_N + 31) // 32):
-        b_next = tl.load(p_word + i, mask=m_m, other=-1)[:, None]
-        b_word = tl.where((o_n >= i * 32)[None, :], b_next, b_word)
-    return ((b_word >> ((start_n + o_n) % 32)[None, :]) & 1) != 0
+        b_next = tl.load(p_word + i, mask=m_m, other=-1)
+        b_next = b_next[None, :] if TRANSPOSED else b_next[:, None]
+        b_word = tl.where(o_n >= i * 32, b_next, b_word)
+    return ((b_word >> ((start_n + o_n) % 32)) & 1) != 0
+
+
+@triton.jit
+def row_lists(
+    p_full_count, p_full_index, p_partial_count, i_list, full_cap, tokens_kv,
+    BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """Where the full blocks of a row are listed, how many need no mask, partial ones, short ones.
+
+    The block at the end of the sequence may be short, and then it needs a mask though it is full.
+    """
+    p_full = p_full_index + i_list.to(tl.int64) * full_cap
+    n_full = tl.load(p_full_count + i_list)
+    i_last = tl.load(p_full + n_full - 1, mask=n_full > 0, other=-1)
+    n_short = (i_last == tokens_kv // BLOCK_KV).to(tl.int32)
+    return p_full, n_full - n_short, tl.load(p_partial_count + i_list), n_short
