@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from diffattn import methods, models
 from diffattn._pipeline_method import add_pipeline_method
 from diffattn.attention import attention
+from diffattn.block_forms import from_block_mask
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask, FullMask, PredicateMask
@@ -31,6 +32,7 @@ __all__ = [
     "TokenGrid",
     "__version__",
     "attention",
+    "from_block_mask",
     "methods",
     "models",
     "set_attn_processor",

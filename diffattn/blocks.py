@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 WORD_BITS = 32
 
@@ -87,6 +91,12 @@ class BlockLayout:
         if self.device == device:
             return self
         return replace(self, **{name: getattr(self, name).to(device) for name in LAYOUT_TENSORS})
+
+    def to_block_mask(self) -> BlockMask:
+        """The same mask for torch's `flex_attention`, token-exact; see `diffattn.block_forms`."""
+        from diffattn.block_forms import to_block_mask  # which builds on this module
+
+        return to_block_mask(self)
 
     def dense(self) -> torch.Tensor:
         """The token mask this layout stands for: bool `(batch|1, heads|1, tokens_q, tokens_kv)`.
@@ -185,8 +195,8 @@ def layout_from_states(
     mask_of_block = mask_of_block[like]
     mask_table = torch.zeros(states.shape, dtype=torch.int32, device=states.device)
     mask_table[row, column] = mask_of_block
-    full_count, full_index = _index_lists(states == FULL)
-    partial_count, partial_index = _index_lists(states == PARTIAL)
+    full_count, full_index = index_lists(states == FULL)
+    partial_count, partial_index = index_lists(states == PARTIAL)
     return BlockLayout(
         tokens_q=tokens_q,
         tokens_kv=tokens_kv,
@@ -201,7 +211,7 @@ def layout_from_states(
     )
 
 
-def _index_lists(visited: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def index_lists(visited: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Bool (rows, columns) -> counts (rows,) and compact ascending indices (rows, cap), int32."""
     count = visited.sum(1)
     cap = max(1, int(count.max()))  # kernels want a last dimension they can address
