@@ -21,7 +21,7 @@ from diffattn.attached_model import AttachedModel, attached_to, set_processor, s
 from diffattn.grid import TokenGrid
 from diffattn.methods.base import Method, StaticMaskMethod, nearest
 from diffattn.models import denoisers, family_of
-from diffattn.schedule import CountedMethod, RunClock, resolve_steps
+from diffattn.schedule import CountedMethod, RunClock, resolve_steps, skipped_timesteps
 
 # The methods of schedulers that say where a run is.
 _COUNTED = ("set_timesteps", "step")
@@ -175,7 +175,7 @@ class Attachment:
         if isinstance(method, StaticMaskMethod):
             mask = method.mask(grid)
             density = mask.density
-            visited = mask.blocks(method.block_size_on(grid)).density
+            visited = method.layout(grid, torch.device("cpu"), method.order(grid)).density
         return Description(
             method=method,
             density=density,
@@ -206,8 +206,10 @@ class Attachment:
         self.clock.start(0 if timesteps is None else len(timesteps))
         self.refresh()
 
-    def stepped(self, scheduler: Any) -> None:
+    def stepped(self, scheduler: Any, timestep: Any) -> None:
         """A scheduler has made a step."""
+        if not self.clock.has_stepped:
+            self.clock.leave_out(skipped_timesteps(scheduler, timestep))
         self.clock.advance(scheduler)
         self.refresh()
 

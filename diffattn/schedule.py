@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -51,10 +52,22 @@ class RunClock:
         self.step, self.num_steps = 0, num_steps
         self._taken.clear()
 
+    @property
+    def has_stepped(self) -> bool:
+        """Has a scheduler made a step of this run?"""
+        return bool(self._taken)
+
+    def leave_out(self, skipped: int) -> None:
+        """The run leaves out the first timesteps, as making a video out of another does."""
+        self.num_steps -= skipped
+
     def advance(self, scheduler: Any) -> None:
-        """A scheduler has made a step; where several do in turn, the one ahead counts."""
+        """A scheduler has made a step; where several do in turn, the one ahead counts.
+
+        Others may still be at work when that one is done: the last step goes on then.
+        """
         self._taken[scheduler] = self._taken.get(scheduler, 0) + 1
-        self.step = max(self.step, self._taken[scheduler])
+        self.step = min(max(self.step, self._taken[scheduler]), max(self.num_steps - 1, 0))
 
     def is_dense_step(self, dense_steps: int | float, last_dense_steps: int | float) -> bool:
         """Does the current step fall into the dense steps at either end of the run?"""
@@ -65,12 +78,21 @@ class RunClock:
         return self.step < first or self.step >= self.num_steps - last
 
 
+def skipped_timesteps(scheduler: Any, timestep: Any) -> int:
+    """How many of its timesteps a scheduler leaves out whose first step is at `timestep`."""
+    begin = getattr(scheduler, "begin_index", None)
+    if begin is not None:
+        return begin
+    found = (scheduler.timesteps == timestep).nonzero()
+    return int(found[0]) if len(found) else 0
+
+
 class Follower(Protocol):
     """Who wants to know of a scheduler's calls."""
 
     def started(self, scheduler: Any) -> None: ...
 
-    def stepped(self, scheduler: Any) -> None: ...
+    def stepped(self, scheduler: Any, timestep: Any) -> None: ...
 
     def follower_of_copy(self, memo: dict[int, Any]) -> Follower: ...
 
@@ -90,8 +112,11 @@ class CountedMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = self._method(self._scheduler, *args, **kwargs)
-        tell = self._follower.stepped if self._name == "step" else self._follower.started
-        tell(self._scheduler)
+        if self._name == "step":
+            given = inspect.signature(self).bind(*args, **kwargs).arguments
+            self._follower.stepped(self._scheduler, given.get("timestep"))
+        else:
+            self._follower.started(self._scheduler)
         return out
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CountedMethod:

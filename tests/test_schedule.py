@@ -39,7 +39,9 @@ def test_of_several_schedulers_the_one_ahead_counts() -> None:
     for scheduler in (first, second, second, first, first):
         clock.advance(scheduler)
         steps.append(clock.step)
-    assert steps == [1, 1, 2, 2, 3]
+    assert steps == [1, 1, 2, 2, 2], "the last step goes on"
+    assert not clock.is_dense_step(1, 0)
+    assert clock.is_dense_step(1, 1)
 
 
 @pytest.mark.parametrize(

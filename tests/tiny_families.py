@@ -649,21 +649,21 @@ def wan_shaped(name: str, **changes: Any) -> torch.nn.Module:
     return make(name, **(config | changes))
 
 
-def _wan_animate() -> torch.nn.Module:
-    return wan_shaped(
-        "WanAnimateTransformer3DModel",
-        in_channels=12,
-        latent_channels=4,
-        image_dim=16,
-        motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16},
-        motion_encoder_size=16,
-        motion_style_dim=8,
-        motion_dim=4,
-        motion_encoder_dim=16,
-        face_encoder_hidden_dim=16,
-        face_encoder_num_heads=2,
-        inject_face_latents_blocks=2,
-    )
+def wan_animate(**changes: Any) -> torch.nn.Module:
+    config: dict[str, Any] = {
+        "in_channels": 12,
+        "latent_channels": 4,
+        "image_dim": 16,
+        "motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16},
+        "motion_encoder_size": 16,
+        "motion_style_dim": 8,
+        "motion_dim": 4,
+        "motion_encoder_dim": 16,
+        "face_encoder_hidden_dim": 16,
+        "face_encoder_num_heads": 2,
+        "inject_face_latents_blocks": 2,
+    }
+    return wan_shaped("WanAnimateTransformer3DModel", **(config | changes))
 
 
 def _wan_inputs(channels: int = 4) -> dict[str, Any]:
@@ -713,7 +713,7 @@ CASES |= {
         sites=_WAN["sites"],
         pixel=lambda t, h, w: (0, t, 1, 2 * h + 1, 2 * w),
     ),
-    "wan-animate": Case(build=_wan_animate, inputs=_wan_animate_inputs, **_WAN),
+    "wan-animate": Case(build=wan_animate, inputs=_wan_animate_inputs, **_WAN),
 }
 
 # --- AnimateDiff

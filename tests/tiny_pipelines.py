@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
+import numpy as np
 import tiny_families as tiny
+import tiny_wan
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 
 TEXT, WIDTH = 7, 16
 
@@ -32,10 +35,16 @@ class PipelineCase:
     size: tuple[int, int, int]
     forwards: int = 1
 
-    def run(self, pipe: Any, steps: int = 2, size: tuple[int, int, int] | None = None) -> Any:
+    def run(
+        self,
+        pipe: Any,
+        steps: int = 2,
+        size: tuple[int, int, int] | None = None,
+        **changes: Any,
+    ) -> Any:
         """Latents of a short seeded call."""
         height, width, num_frames = size or self.size
-        inputs = self.inputs() | {"height": height, "width": width}
+        inputs = self.inputs() | {"height": height, "width": width} | changes
         if "num_frames" in type(pipe).__call__.__annotations__:
             inputs["num_frames"] = num_frames
         pipe.set_progress_bar_config(disable=True)
@@ -102,6 +111,129 @@ def _flux2() -> Any:
         norm_num_groups=2,
     )
     return _pipeline("Flux2KleinPipeline", transformer=tiny.flux2(), vae=vae)
+
+
+def _ltx2() -> Any:
+    transformer = tiny.ltx2()
+    vae = tiny.make(
+        "AutoencoderKLLTX2Video",
+        latent_channels=8,
+        block_out_channels=(4,),
+        decoder_block_out_channels=(4,),
+        layers_per_block=(1,),
+        decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False),
+        downsample_type=("spatial",),
+        upsample_type=("spatial",),
+        upsample_residual=(False,),
+        upsample_factor=(1,),
+        patch_size=1,
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    )
+    audio_vae = tiny.make(
+        "AutoencoderKLLTX2Audio",
+        base_channels=4,
+        ch_mult=(1,),
+        num_res_blocks=1,
+        resolution=32,
+        latent_channels=2,
+        mel_bins=8,
+    )
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+
+    parts = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
+    connectors = LTX2TextConnectors(
+        caption_channels=WIDTH,
+        text_proj_in_factor=1,
+        video_connector_num_learnable_registers=None,
+        audio_connector_num_learnable_registers=None,
+        **{f"{kind}_connector_{k}": v for kind in ("video", "audio") for k, v in parts.items()},
+    )
+    return _pipeline(
+        "LTX2Pipeline",
+        transformer=transformer,
+        vae=vae,
+        audio_vae=audio_vae,
+        connectors=connectors.eval(),
+        absent=("vocoder",),
+    )
+
+
+def picture(height: int = 64, width: int = 96, seed: int = 0) -> Image.Image:
+    """An image of noise."""
+    shape = (height, width, 3)
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def _image_prompts(*lengths: int) -> dict[str, Any]:
+    """Prompts of Wan's models with an image, which count 512 text tokens from the end."""
+    prompts = _prompts(*lengths, mask=None)
+    padding = (0, 0, 0, 512 - TEXT)
+    return {name: torch.nn.functional.pad(x, padding) for name, x in prompts.items()}
+
+
+def _chronoedit() -> Any:
+    transformer = tiny.wan_shaped(
+        "ChronoEditTransformer3DModel",
+        in_channels=36,
+        out_channels=16,
+        image_dim=8,
+        added_kv_proj_dim=48,
+    )
+    return _pipeline(
+        "ChronoEditPipeline",
+        transformer=transformer,
+        vae=tiny_wan.vae(),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True
+        ),
+        image_encoder=tiny_wan.image_encoder(),
+        image_processor=tiny_wan.ImageProcessor(),
+    )
+
+
+def _anyflow() -> Any:
+    transformer = tiny.wan_shaped("AnyFlowTransformer3DModel")
+    return _pipeline(
+        "AnyFlowPipeline",
+        transformer=transformer,
+        scheduler=diffusers.FlowMapEulerDiscreteScheduler(),
+    )
+
+
+def wan_animate() -> Any:
+    """Wan 2.2 Animate, whose number of frames is not an argument of its call."""
+    return _pipeline(
+        "WanAnimatePipeline",
+        transformer=tiny.wan_animate(
+            in_channels=36, latent_channels=16, out_channels=16, image_dim=8, added_kv_proj_dim=48
+        ),
+        vae=tiny_wan.vae(),
+        image_encoder=tiny_wan.image_encoder(),
+        image_processor=tiny_wan.ImageProcessor(),
+    )
+
+
+def run_wan_animate(pipe: Any, frames: int, steps: int = 2) -> torch.Tensor:
+    """Latents of the last segment of an animation of so many frames, in segments of 9."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        **_image_prompts(TEXT, TEXT),
+        image=picture(),
+        pose_video=[picture(seed=i) for i in range(frames)],
+        face_video=[picture(16, 16, seed=i) for i in range(frames)],
+        height=64,
+        width=96,
+        segment_frame_length=9,
+        guidance_scale=3.0,
+        num_inference_steps=steps,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(3),
+        return_dict=False,
+    )[0]
 
 
 def _glyphs() -> dict[str, torch.Tensor]:
@@ -242,5 +374,31 @@ PIPELINES: dict[str, PipelineCase] = {
         ),
         lambda: _prompts(TEXT, TEXT, mask=None),
         size=(96, 128, 3),
+    ),
+    "ltx-2": PipelineCase(
+        _ltx2,
+        # Two branches in one batch, and another without sound and video seeing each other.
+        lambda: (
+            _prompts(5, 3)
+            | {"guidance_scale": 3.0, "modality_scale": 2.0}
+            | {"stg_scale": 0.0, "audio_stg_scale": 0.0}
+        ),
+        size=(128, 192, 17),
+        forwards=2,
+    ),
+    "chronoedit": PipelineCase(
+        _chronoedit,
+        lambda: (
+            _image_prompts(TEXT, TEXT)
+            | {"image": picture(), "enable_temporal_reasoning": True}
+            | {"num_temporal_reasoning_steps": 99}
+        ),
+        size=(64, 96, 9),
+        forwards=2,
+    ),
+    "anyflow": PipelineCase(
+        _anyflow,
+        lambda: _prompts(TEXT, TEXT, mask=None) | {"guidance_scale": 3.0},
+        size=(64, 96, 9),
     ),
 }

@@ -105,7 +105,7 @@ def _ti2v() -> WanPipeline:
     )
 
 
-class _ImageProcessor:
+class ImageProcessor:
     """CLIP's processor without its dependency on torchvision."""
 
     def __call__(self, images: Image.Image, return_tensors: str) -> BatchFeature:
@@ -113,7 +113,7 @@ class _ImageProcessor:
         return BatchFeature({"pixel_values": torch.tensor(small)[None]})
 
 
-def _image_encoder() -> CLIPVisionModel:
+def image_encoder() -> CLIPVisionModel:
     torch.manual_seed(0)
     return CLIPVisionModel(
         CLIPVisionConfig(
@@ -130,8 +130,8 @@ def _image_to_video() -> WanImageToVideoPipeline:
         vae=vae(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer=transformer(in_channels=36, image_dim=8, added_kv_proj_dim=48),
-        image_encoder=_image_encoder(),
-        image_processor=_ImageProcessor(),
+        image_encoder=image_encoder(),
+        image_processor=ImageProcessor(),
     )
 
 

@@ -59,5 +59,4 @@ LTX2 = Family(
     sites=re.compile(r"transformer_blocks\.(?P<layer>\d+)\.attn1"),
     grid=partial(_grid, position=10),
     sizes=_sizes,
-    tested="model",
 )

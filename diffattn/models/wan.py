@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,53 +58,37 @@ def _animate_sizes(pipe: Any) -> SizeRules:
     )
 
 
-_SITES = re.compile(r"blocks\.(?P<layer>\d+)\.attn1")
+_wan_shaped = partial(
+    Family, sites=re.compile(r"(?:vace_)?blocks\.(?P<layer>\d+)\.attn1"), grid=_grid, sizes=_sizes
+)
 
-WAN = Family(
+WAN = _wan_shaped(
     name="wan",
     title="Wan 2.1 and 2.2 (T2V, I2V, TI2V-5B, VACE)",
     model_classes=("WanTransformer3DModel", "WanVACETransformer3DModel"),
-    sites=re.compile(r"(?:vace_)?blocks\.(?P<layer>\d+)\.attn1"),
-    grid=_grid,
-    sizes=_sizes,
     variants=_variant,
 )
 
-SKYREELS_V2 = Family(
+SKYREELS_V2 = _wan_shaped(
     name="skyreels-v2",
     title="SkyReels-V2 (without frame-causal blocks)",
     model_classes=("SkyReelsV2Transformer3DModel",),
-    sites=_SITES,
-    grid=_grid,
-    sizes=_sizes,
 )
 
-CHRONOEDIT = Family(
-    name="chronoedit",
-    title="ChronoEdit",
-    model_classes=("ChronoEditTransformer3DModel",),
-    sites=_SITES,
-    grid=_grid,
-    sizes=_sizes,
-    tested="model",
+CHRONOEDIT = _wan_shaped(
+    name="chronoedit", title="ChronoEdit", model_classes=("ChronoEditTransformer3DModel",)
 )
 
-ANYFLOW = Family(
+ANYFLOW = _wan_shaped(
     name="anyflow",
     title="AnyFlow (bidirectional)",
     model_classes=("AnyFlowTransformer3DModel",),
-    sites=_SITES,
     grid=_anyflow_grid,
-    sizes=_sizes,
-    tested="model",
 )
 
-WAN_ANIMATE = Family(
+WAN_ANIMATE = _wan_shaped(
     name="wan-animate",
     title="Wan 2.2 Animate",
     model_classes=("WanAnimateTransformer3DModel",),
-    sites=_SITES,
-    grid=_grid,
     sizes=_animate_sizes,
-    tested="model",
 )

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import diffusers
 import pytest
 import stock
+import tiny_families
+import tiny_wan
 import torch
-from tiny_pipelines import PIPELINES, PipelineCase
+from tiny_pipelines import PIPELINES, PipelineCase, picture, run_wan_animate, wan_animate
 
-from diffattn import DenseAttn
+from diffattn import DenseAttn, RadialAttn, TokenGrid
 from diffattn.models import denoisers, family_of, pipeline_grid, size_rules
 
 STEPS = 2
@@ -70,3 +73,134 @@ def test_sizes_between_are_refused(case: PipelineCase) -> None:
     else:
         with pytest.raises(ValueError, match=rf"num_frames is {frames + 2}, .* or"):
             pipeline_grid(pipe, height, width, frames + 2)
+
+
+def test_three_model_calls_a_step_are_one_step() -> None:
+    """LTX-2's guidance: both prompts at once, one block perturbed, sound and video apart."""
+    case = PIPELINES["ltx-2"]
+    pipe = case.build()
+    pipe.transformer = tiny_families.ltx2(perturbed_attn=True)
+    guidance = {
+        "stg_scale": 1.0,
+        "audio_stg_scale": 1.0,
+        "spatio_temporal_guidance_blocks": [1],
+    }
+    want = case.run(pipe, steps=5, **guidance)
+    attachment = pipe.set_attn_processor(
+        stock.Nearby(dense_layers=1, dense_steps=2, last_dense_steps=1)
+    )
+    got = case.run(pipe, steps=5, **guidance)
+    assert not torch.allclose(got, want, atol=1e-3)
+    # The perturbed model has no attention in block 1: of two layers it calls the dense one.
+    assert (attachment.sparse_calls, attachment.dense_calls) == (2 * 2, 2 * 3 + 3 * 5)
+
+
+def test_a_grid_that_changes_in_the_run() -> None:
+    """ChronoEdit reasons over all frames at first, then edits with the first and the last."""
+    case = PIPELINES["chronoedit"]
+    recorder = stock.Recording(dense_layers=0, dense_steps=0)
+    pipe = case.build()
+    want = case.run(pipe, steps=3, num_temporal_reasoning_steps=1)
+    pipe.set_attn_processor(recorder)
+    got = case.run(pipe, steps=3, num_temporal_reasoning_steps=1)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+    frames = [site.grid.frames for site, _ in recorder.calls]
+    assert frames == [3] * 4 + [2] * 8
+
+
+@pytest.mark.parametrize("frames", [9, 15])
+def test_wan_animate_makes_a_run_of_every_segment(frames: int) -> None:
+    pipe = wan_animate()
+    # A latent frame for the character stands before those of the segment.
+    grid = TokenGrid(1 + 3, 4, 6)
+    runs = (1 if frames == 9 else 2) * STEPS * 2
+    sites = list(family_of(pipe.transformer).layers(pipe.transformer))
+    dense = run_wan_animate(pipe, frames)
+    with stock.masked(pipe.transformer, sites, lambda tokens: grid, stock.NEARBY) as calls:
+        want = run_wan_animate(pipe, frames)
+    assert len(calls) == runs * len(sites)
+    assert (want - dense).abs().max() > 1e-4
+
+    attachment = pipe.set_attn_processor(stock.NEARBY)
+    torch.testing.assert_close(run_wan_animate(pipe, frames), want, atol=1e-5, rtol=0)
+    assert attachment.sparse_calls == runs * len(sites)
+    attachment = pipe.set_attn_processor(stock.Nearby(dense_layers=0, dense_steps=1))
+    run_wan_animate(pipe, frames)
+    assert attachment.sparse_calls == attachment.dense_calls == runs * len(sites) // 2
+    pipe.set_attn_processor(None)
+    assert torch.equal(run_wan_animate(pipe, frames), dense)
+
+
+@pytest.mark.parametrize("ar_step", [0, 2])
+def test_diffusion_forcing_steps_copies_of_the_scheduler(ar_step: int) -> None:
+    pipe = diffusers.SkyReelsV2DiffusionForcingPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        transformer=tiny_families.wan_shaped("SkyReelsV2Transformer3DModel"),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True
+        ),
+    )
+    case = PIPELINES["skyreels-v2"]
+
+    def run() -> torch.Tensor:
+        return case.run(
+            pipe, prompt=None, steps=4, base_num_frames=9, ar_step=ar_step, overlap_history=None,
+            causal_block_size=1,
+        )  # fmt: skip
+
+    want = run()
+    pipe.set_attn_processor(DenseAttn())
+    torch.testing.assert_close(run(), want, atol=1e-4, rtol=1e-3)
+    attachment = pipe.set_attn_processor(RadialAttn(dense_steps=1, dense_layers=0))
+    run()
+    # Frame by frame, each starts `ar_step` steps after the one before it: the first one counts.
+    assert attachment.dense_calls == 1 * 2 * 2
+    assert attachment.sparse_calls == (3 + 2 * ar_step) * 2 * 2
+
+
+def _video_to_video() -> tuple[Any, dict[str, Any]]:
+    """A video made out of another by the last three of six steps."""
+    pipe = diffusers.WanVideoToVideoPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=tiny_wan.vae(),
+        transformer=tiny_wan.transformer(),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True
+        ),
+    )
+    return pipe, {"video": [picture(seed=i) for i in range(9)], "height": 64, "width": 96}
+
+
+def _image_to_image() -> tuple[Any, dict[str, Any]]:
+    """An image made out of another by a scheduler that is not told where it begins."""
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(
+        vae=tiny_families.make("AutoencoderKL"),
+        text_encoder=None,
+        tokenizer=None,
+        unet=tiny_families.unet(),
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return pipe, {"image": tiny_families.noise(1, 4, 12, 16)}
+
+
+@pytest.mark.parametrize("build", [_video_to_video, _image_to_image])
+def test_the_last_steps_of_a_run_that_leaves_out_the_first(build: Any) -> None:
+    pipe, inputs = build()
+    pipe.set_progress_bar_config(disable=True)
+    prompts = {
+        f"{prefix}prompt_embeds": tiny_families.noise(1, 7, 16, seed=len(prefix))
+        for prefix in ("", "negative_")
+    }
+    attachment = pipe.set_attn_processor(
+        stock.Nearby(dense_layers=0, dense_steps=1, last_dense_steps=0.34)
+    )
+    pipe(**inputs, **prompts, strength=0.5, num_inference_steps=6, output_type="latent")
+    # Of six steps three are made: the first, the last (a third of them), and one between.
+    assert attachment.dense_calls == 2 * attachment.sparse_calls > 0
+    assert next(iter(attachment.models.values())).owner.clock.num_steps == 3
