@@ -24,6 +24,7 @@ from diffattn.grid import TokenGrid
 from diffattn.methods.base import Method, Site, StaticMaskMethod
 from diffattn.models import Family
 from diffattn.models.twins import dispatching
+from diffattn.orders import TileOrder
 from diffattn.parallel import attend_queries, attend_sharded
 from diffattn.schedule import RunClock
 from diffattn.traced import remember, traced_attention
@@ -91,12 +92,21 @@ class Group:
         if not torch.compiler.is_compiling():
             self.method = self._method_on(grid)
 
-    def layout(self, grid: TokenGrid, device: torch.device) -> BlockLayout:
+    def order(self, grid: TokenGrid) -> TileOrder | None:
+        """The order that a method with a static mask cuts the tokens of `grid` into blocks in."""
+        return self._static_method().order(grid)
+
+    def layout(
+        self, grid: TokenGrid, device: torch.device, order: TileOrder | None = None
+    ) -> BlockLayout:
         """The blocks of a call over `grid`, text included, under a method with a static mask."""
+        return self._static_method().layout(grid, device, order)
+
+    def _static_method(self) -> StaticMaskMethod:
         assert self.video is not None
         method = self._method_on(self.video)
         assert isinstance(method, StaticMaskMethod)
-        return method.layout(grid, device)
+        return method
 
     def _method_on(self, video: TokenGrid) -> Method:
         if video not in self._methods:

@@ -10,6 +10,7 @@ import torch
 
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states
 from diffattn.grid import TokenGrid
+from diffattn.orders import TileOrder
 
 BLOCK = 128  # the kernels' block size where nobody asks for another
 
@@ -20,14 +21,15 @@ class AttentionMask(ABC):
 
     Masks combine with `&`, `|` and `~`. Two tokens attend when `allowed(query, key)` says so; the
     other methods follow from it, and a subclass speeds them up by overriding `block_states`, so
-    that building the blocks never looks at every token pair.
+    that building the blocks never looks at every token pair. Blocks may be cut in another order of
+    the tokens than the sequence's; `allowed` always takes positions of the sequence.
 
     Attributes:
         grid: the tokens it is over; queries and keys are the same tokens.
     """
 
     grid: TokenGrid
-    _layouts: dict[tuple[int, int, torch.device], BlockLayout] = field(
+    _layouts: dict[tuple[int, int, torch.device, TileOrder | None], BlockLayout] = field(
         default_factory=dict, init=False, repr=False
     )
 
@@ -35,17 +37,28 @@ class AttentionMask(ABC):
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Bool: may these sequence positions (int64, broadcast together) attend?"""
 
-    def block_states(self, block_q: int, block_kv: int, device: torch.device) -> torch.Tensor:
+    def block_states(
+        self,
+        block_q: int,
+        block_kv: int,
+        device: torch.device,
+        order: TileOrder | None = None,
+    ) -> torch.Tensor:
         """uint8 `(rows, columns)`: EMPTY, PARTIAL or FULL for every block of the mask.
 
         PARTIAL may be said of any block (its tokens are then looked at one by one); the other two
-        only where they are certain.
+        only where they are certain. The blocks are those of the tokens in `order`.
         """
         rows, columns = -(-self.grid.tokens // block_q), -(-self.grid.tokens // block_kv)
         return torch.full((rows, columns), PARTIAL, dtype=torch.uint8, device=device)
 
     def block_signatures(
-        self, row: torch.Tensor, column: torch.Tensor, block_q: int, block_kv: int
+        self,
+        row: torch.Tensor,
+        column: torch.Tensor,
+        block_q: int,
+        block_kv: int,
+        order: TileOrder | None = None,
     ) -> torch.Tensor | None:
         """int64 `(n,)` for n blocks: those of equal signature hold equal token masks.
 
@@ -58,6 +71,7 @@ class AttentionMask(ABC):
         block_q: int = BLOCK,
         block_kv: int | None = None,
         device: torch.device | str = "cpu",
+        order: TileOrder | None = None,
     ) -> BlockLayout:
         """The mask as index lists of blocks, built on `device` and kept for the next call.
 
@@ -65,36 +79,48 @@ class AttentionMask(ABC):
             block_q: query tokens per block.
             block_kv: key tokens per block; `block_q` when None.
             device: where the lists are built and live.
+            order: what queries and keys are put in before they are cut into blocks; None leaves
+                them in the order of the sequence.
 
         Raises:
-            ValueError: for a block size below 1.
+            ValueError: for a block size below 1, or an order of another grid's tokens.
         """
         block_kv = block_q if block_kv is None else block_kv
         if block_q < 1 or block_kv < 1:
             raise ValueError(f"block sizes must be at least 1, not {block_q} x {block_kv}")
+        if order is not None and order.grid != self.grid:
+            raise ValueError(f"the order is over {order.grid}, but the mask over {self.grid}")
         device = torch.device(device)
-        key = (block_q, block_kv, device)
+        key = (block_q, block_kv, device, order)
         if key not in self._layouts:
             self._layouts[key] = layout_from_states(
-                self.block_states(block_q, block_kv, device),
-                lambda row, column: self._block_bits(row, column, block_q, block_kv),
+                self.block_states(block_q, block_kv, device, order),
+                lambda row, column: self._block_bits(row, column, block_q, block_kv, order),
                 tokens_q=self.grid.tokens,
                 tokens_kv=self.grid.tokens,
                 block_q=block_q,
                 block_kv=block_kv,
                 signatures=lambda row, column: self.block_signatures(
-                    row, column, block_q, block_kv
+                    row, column, block_q, block_kv, order
                 ),
             )
         return self._layouts[key]
 
     def _block_bits(
-        self, row: torch.Tensor, column: torch.Tensor, block_q: int, block_kv: int
+        self,
+        row: torch.Tensor,
+        column: torch.Tensor,
+        block_q: int,
+        block_kv: int,
+        order: TileOrder | None,
     ) -> torch.Tensor:
         query = row[:, None] * block_q + torch.arange(block_q, device=row.device)
         key = column[:, None] * block_kv + torch.arange(block_kv, device=row.device)
         # Positions past the end are read as the last token: the layout drops those bits.
         query, key = query.clamp(max=self.grid.tokens - 1), key.clamp(max=self.grid.tokens - 1)
+        if order is not None:
+            positions = order.positions(row.device)
+            query, key = positions[query], positions[key]
         return self.allowed(query[:, :, None], key[:, None, :])
 
     def dense(self, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -150,7 +176,13 @@ class FullMask(AttentionMask):
             torch.broadcast_shapes(query.shape, key.shape), dtype=torch.bool, device=query.device
         )
 
-    def block_states(self, block_q: int, block_kv: int, device: torch.device) -> torch.Tensor:
+    def block_states(
+        self,
+        block_q: int,
+        block_kv: int,
+        device: torch.device,
+        order: TileOrder | None = None,
+    ) -> torch.Tensor:
         return torch.full_like(super().block_states(block_q, block_kv, device), FULL)
 
 
@@ -161,13 +193,25 @@ class TextMask(AttentionMask):
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return self.grid.is_text(query) | self.grid.is_text(key)
 
-    def block_states(self, block_q: int, block_kv: int, device: torch.device) -> torch.Tensor:
+    def block_states(
+        self,
+        block_q: int,
+        block_kv: int,
+        device: torch.device,
+        order: TileOrder | None = None,
+    ) -> torch.Tensor:
+        # Text keeps its places in every order.
         row = self._states_along(block_q, device)[:, None]
         column = self._states_along(block_kv, device)[None, :]
         return torch.maximum(row, column)
 
     def block_signatures(
-        self, row: torch.Tensor, column: torch.Tensor, block_q: int, block_kv: int
+        self,
+        row: torch.Tensor,
+        column: torch.Tensor,
+        block_q: int,
+        block_kv: int,
+        order: TileOrder | None = None,
     ) -> torch.Tensor:
         # How many tokens of text a block begins and ends with says all there is to say of it.
         kinds = []
@@ -216,7 +260,15 @@ class BlockMapMask(AttentionMask):
         block_map = self.block_map.to(query.device)
         return block_map[query // self.block_size, key // self.block_size]
 
-    def block_states(self, block_q: int, block_kv: int, device: torch.device) -> torch.Tensor:
+    def block_states(
+        self,
+        block_q: int,
+        block_kv: int,
+        device: torch.device,
+        order: TileOrder | None = None,
+    ) -> torch.Tensor:
+        if order is not None:
+            return super().block_states(block_q, block_kv, device, order)
         visited = self.block_map.to(device)
         visited = _overlapped(visited, self.block_size, block_q, self.grid.tokens, dim=0)
         visited = _overlapped(visited, self.block_size, block_kv, self.grid.tokens, dim=1)
@@ -229,9 +281,14 @@ class BlockMapMask(AttentionMask):
         return states
 
     def block_signatures(
-        self, row: torch.Tensor, column: torch.Tensor, block_q: int, block_kv: int
+        self,
+        row: torch.Tensor,
+        column: torch.Tensor,
+        block_q: int,
+        block_kv: int,
+        order: TileOrder | None = None,
     ) -> torch.Tensor | None:
-        if block_q != self.block_size or block_kv != self.block_size:
+        if order is not None or block_q != self.block_size or block_kv != self.block_size:
             return None
         return self.block_map.to(row.device)[row, column].long()
 
@@ -250,21 +307,32 @@ class _Combination(AttentionMask):
             out = out & other if self.all_of else out | other
         return out
 
-    def block_states(self, block_q: int, block_kv: int, device: torch.device) -> torch.Tensor:
+    def block_states(
+        self,
+        block_q: int,
+        block_kv: int,
+        device: torch.device,
+        order: TileOrder | None = None,
+    ) -> torch.Tensor:
         # The states are ordered: the combination of two is their minimum or maximum, except that
         # two partial blocks may turn out empty or full, which `blocks` finds out from their bits.
-        states = [part.block_states(block_q, block_kv, device) for part in self.parts]
+        states = [part.block_states(block_q, block_kv, device, order) for part in self.parts]
         out = states[0]
         for other in states[1:]:
             out = torch.minimum(out, other) if self.all_of else torch.maximum(out, other)
         return out
 
     def block_signatures(
-        self, row: torch.Tensor, column: torch.Tensor, block_q: int, block_kv: int
+        self,
+        row: torch.Tensor,
+        column: torch.Tensor,
+        block_q: int,
+        block_kv: int,
+        order: TileOrder | None = None,
     ) -> torch.Tensor | None:
         out = torch.zeros_like(row)
         for part in self.parts:
-            signature = part.block_signatures(row, column, block_q, block_kv)
+            signature = part.block_signatures(row, column, block_q, block_kv, order)
             if signature is None:
                 return None
             _, kind = signature.unique(return_inverse=True)
@@ -281,13 +349,24 @@ class _Complement(AttentionMask):
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return ~self.part.allowed(query, key)
 
-    def block_states(self, block_q: int, block_kv: int, device: torch.device) -> torch.Tensor:
-        return FULL - self.part.block_states(block_q, block_kv, device)
+    def block_states(
+        self,
+        block_q: int,
+        block_kv: int,
+        device: torch.device,
+        order: TileOrder | None = None,
+    ) -> torch.Tensor:
+        return FULL - self.part.block_states(block_q, block_kv, device, order)
 
     def block_signatures(
-        self, row: torch.Tensor, column: torch.Tensor, block_q: int, block_kv: int
+        self,
+        row: torch.Tensor,
+        column: torch.Tensor,
+        block_q: int,
+        block_kv: int,
+        order: TileOrder | None = None,
     ) -> torch.Tensor | None:
-        return self.part.block_signatures(row, column, block_q, block_kv)
+        return self.part.block_signatures(row, column, block_q, block_kv, order)
 
 
 def _overlapped(block_map: torch.Tensor, old: int, new: int, tokens: int, dim: int) -> torch.Tensor:

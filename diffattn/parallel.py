@@ -113,7 +113,8 @@ def attend_queries(
 
     They are moved to where the whole sequence has them in their blocks, so that the rows of its
     layout serve; a block that they begin or end inside of is computed with empty queries beside
-    them.
+    them. It is the layout in the sequence's own order, in which the queries of a process are runs
+    of whole blocks, whatever order of tokens the method is quicker in.
 
     Args:
         query: (batch, tokens in `queries`, heads, head_dim).

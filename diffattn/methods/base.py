@@ -13,6 +13,7 @@ from diffattn.attention import attention
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import BLOCK, AttentionMask, TextMask
+from diffattn.orders import TileOrder
 from diffattn.schedule import check_steps
 
 
@@ -25,12 +26,15 @@ class Site:
         layer: index of the block among the model's blocks, from 0.
         layers: number of blocks.
         grid: the tokens of this call.
+        order: the order they come in where the model's forward has put them in another than the
+            grid's; only methods that are no more than a mask meet it.
     """
 
     family: str
     layer: int
     layers: int
     grid: TokenGrid
+    order: TileOrder | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +113,18 @@ class Method(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class StaticMaskMethod(Method):
-    """A method whose token pairs depend on the grid alone."""
+    """A method whose token pairs depend on the grid alone.
+
+    Attributes:
+        any_order: whether its blocks are as good in one order of the tokens as in another.
+    """
+
+    any_order: ClassVar[bool] = False
 
     _masks: dict[TokenGrid, AttentionMask] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _orders: dict[TokenGrid, TileOrder | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -132,6 +145,10 @@ class StaticMaskMethod(Method):
         """Tokens per block that attention under this method is computed in on `grid`."""
         return BLOCK
 
+    def order_on(self, grid: TokenGrid) -> TileOrder | None:
+        """The order in which the tokens of `grid` are cut into blocks; None is the grid's own."""
+        return None
+
     def attend(
         self,
         query: torch.Tensor,
@@ -142,12 +159,27 @@ class StaticMaskMethod(Method):
         scale: float | None = None,
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        layout = self.layout(site.grid, query.device)
-        return attention(query, key, value, layout, scale=scale, key_mask=key_mask)
+        order = site.order or self.order(site.grid)
+        layout = self.layout(site.grid, query.device, order)
+        if order is None or site.order is not None:
+            return attention(query, key, value, layout, scale=scale, key_mask=key_mask)
+        query, key, value = (order.to_tiles(x) for x in (query, key, value))
+        key_mask = None if key_mask is None else order.to_tiles(key_mask)
+        return order.from_tiles(
+            attention(query, key, value, layout, scale=scale, key_mask=key_mask)
+        )
 
-    def layout(self, grid: TokenGrid, device: torch.device) -> BlockLayout:
-        """The blocks of a call over `grid`; kept for the next call."""
-        return self.mask(grid).blocks(self.block_size_on(grid), device=device)
+    def order(self, grid: TokenGrid) -> TileOrder | None:
+        """What `order_on` says, kept for the next call with the permutation it stands for."""
+        if grid not in self._orders:
+            self._orders[grid] = self.order_on(grid)
+        return self._orders[grid]
+
+    def layout(
+        self, grid: TokenGrid, device: torch.device, order: TileOrder | None = None
+    ) -> BlockLayout:
+        """The blocks of a call over `grid` with its tokens in `order`; kept for the next call."""
+        return self.mask(grid).blocks(self.block_size_on(grid), device=device, order=order)
 
     def __getstate__(self) -> dict[str, Any]:
         # Masks are rebuilt where they are needed: a copy or a pickle carries the parameters only.

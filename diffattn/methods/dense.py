@@ -16,6 +16,7 @@ class DenseAttn(StaticMaskMethod):
 
     type: ClassVar[str] = "dense"
     paper: ClassVar[str] = "arXiv 1706.03762"
+    any_order: ClassVar[bool] = True
 
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
         return replace(self, dense_layers=self.dense_layers or 0, dense_steps=self.dense_steps or 0)

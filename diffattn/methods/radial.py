@@ -16,6 +16,7 @@ from diffattn.fragments import any_in_block, cut
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask, BlockMapMask
 from diffattn.methods.base import StaticMaskMethod, check_choice, check_count
+from diffattn.orders import TileOrder
 
 _T = TypeVar("_T")
 
@@ -285,8 +286,16 @@ class FrameBandMask(AttentionMask):
             seen |= key < size
         return seen & ~is_text[0] & ~is_text[1]
 
-    def block_states(self, block_q: int, block_kv: int, device: torch.device) -> torch.Tensor:
-        states = super().block_states(block_q, block_kv, device)
+    def block_states(
+        self,
+        block_q: int,
+        block_kv: int,
+        device: torch.device,
+        order: TileOrder | None = None,
+    ) -> torch.Tensor:
+        states = super().block_states(block_q, block_kv, device, order)
+        if order is not None:
+            return states
         rows, columns = states.shape
         query, key = cut(self.grid, block_q, device), cut(self.grid, block_kv, device)
         width = self.half_widths.to(device)[(query.frame[:, None] - key.frame[None, :]).abs()]
@@ -308,10 +317,15 @@ class FrameBandMask(AttentionMask):
         return states
 
     def block_signatures(
-        self, row: torch.Tensor, column: torch.Tensor, block_q: int, block_kv: int
+        self,
+        row: torch.Tensor,
+        column: torch.Tensor,
+        block_q: int,
+        block_kv: int,
+        order: TileOrder | None = None,
     ) -> torch.Tensor | None:
         size = self.grid.frame_tokens
-        if size < max(block_q, block_kv):
+        if order is not None or size < max(block_q, block_kv):
             return None
         # A block of at most two frames is known by where it changes frame, by how far its tokens
         # are apart in their frames, and by what the frames involved see of each other.

@@ -1,0 +1,185 @@
+"""TileOrder: the video tokens of a grid laid out tile by tile, so that blocks of them are compact.
+
+In raster order a block of 128 tokens is a thin strip of one frame, and most of the blocks that a
+window in space and time visits are partial. Where 128 tokens of the sequence are a box of, say,
+4 x 4 x 8 tokens, the same window visits fewer blocks, and more of them are full.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from diffattn.grid import TokenGrid
+
+
+@dataclass(frozen=True)
+class TileOrder:
+    """The tokens of `grid` with its video tokens in tiles, each a run of the sequence.
+
+    A tile of as many tokens as the kernels' blocks have is one block. The tokens that are left over
+    where the grid is no multiple of the tile follow after all whole tiles, in tiles that are cut to
+    fit and longer along their other axes. Text tokens keep their places; where text stands before
+    the video and is no multiple of a tile, the video's first tokens fill up the last block of text
+    (whose rows and columns text makes dense anyway), so that tiles and blocks stay aligned.
+
+    Attributes:
+        grid: the tokens of the sequence.
+        tile: frames, rows and columns of a tile; more than the grid has is allowed.
+
+    Raises:
+        ValueError: for a tile that is not three sizes of at least 1.
+    """
+
+    grid: TokenGrid
+    tile: tuple[int, int, int]
+    _permutations: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if len(self.tile) != 3 or any(side < 1 for side in self.tile):
+            raise ValueError(
+                f"tile is {self.tile}, but must be frames, rows and columns, each at least 1"
+            )
+
+    def positions(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """int64 `(tokens,)`: where in the model's sequence each token of this order is."""
+        return self._permutation(torch.device(device))[0]
+
+    def to_tiles(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """Bring the tokens along `dim` from the model's order into this one; differentiable.
+
+        Args:
+            x: has the whole sequence along `dim`, or its video tokens alone.
+
+        Raises:
+            ValueError: if it has neither.
+        """
+        return self._moved(x, dim, into=True)
+
+    def from_tiles(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """Inverse of `to_tiles`."""
+        return self._moved(x, dim, into=False)
+
+    def _moved(self, x: torch.Tensor, dim: int, *, into: bool) -> torch.Tensor:
+        there, back = self._permutation(x.device)
+        tokens, video = self.grid.tokens, self.grid.video
+        if x.shape[dim] == self.grid.video_tokens != tokens:
+            there, back = there[video] - video.start, back[video] - video.start
+        elif x.shape[dim] != tokens:
+            raise ValueError(
+                f"dimension {dim} of a tensor of shape {tuple(x.shape)} has neither the {tokens}"
+                f" tokens of {self.grid} nor its {self.grid.video_tokens} video tokens"
+            )
+        moved: torch.Tensor = _Permuted.apply(x, *((there, back) if into else (back, there)), dim)
+        return moved
+
+    def _permutation(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """`positions` and its inverse."""
+        if device not in self._permutations:
+            # A run in inference mode must leave tensors that training can use.
+            with torch.inference_mode(False):
+                order = self._sequence().to(device)
+                self._permutations[device] = order, order.argsort()
+        return self._permutations[device]
+
+    def _sequence(self) -> torch.Tensor:
+        grid = self.grid
+        sizes = (grid.frames, grid.height, grid.width)
+        whole = [size // side * side for size, side in zip(sizes, self.tile, strict=True)]
+        boxes = [[range(end) for end in whole]]
+        for axis in range(3):
+            # What is left over along this axis, beside what those before it have left.
+            box = [range(end) for end in (*whole[:axis], 0, *sizes[axis + 1 :])]
+            box[axis] = range(whole[axis], sizes[axis])
+            boxes.append(box)
+        video = torch.cat([self._tiled(box) for box in boxes])
+        video = video.roll(-grid.text_before % math.prod(self.tile)) + grid.text_before
+        token = torch.arange(grid.tokens)
+        return torch.cat([token[: grid.video.start], video, token[grid.video.stop :]])
+
+    def _tiled(self, box: Sequence[range]) -> torch.Tensor:
+        """The video tokens of a box, tile by tile and in raster order within a tile."""
+        sides = _fitted(self.tile, [len(axis) for axis in box])
+        places = torch.cartesian_prod(*(torch.arange(len(axis)) for axis in box)).view(-1, 3)
+        key = torch.zeros(len(places), dtype=torch.int64)
+        for axis, side in enumerate(sides):
+            key = key * -(-len(box[axis]) // side) + places[:, axis] // side
+        for axis, side in enumerate(sides):
+            key = key * side + places[:, axis] % side
+        frame, row, column = (places + torch.tensor([axis.start for axis in box])).unbind(1)
+        return ((frame * self.grid.height + row) * self.grid.width + column)[key.argsort()]
+
+
+def tile_for(
+    grid: TokenGrid, block_size: int = 128, window: tuple[int, int, int] | None = None
+) -> tuple[int, int, int]:
+    """The tile of `block_size` tokens at which a window over `grid` visits the fewest blocks.
+
+    Every way to write `block_size` as frames x rows x columns that fits into the grid is compared
+    by the token pairs in those pairs of tiles that windows touch. The wider the window along an
+    axis, the longer the tile: 128 tokens of a 21 x 30 x 52 grid are best in tiles of 2 x 8 x 8 for
+    a window of 7 x 15 x 15 and of 16 x 4 x 2 for one of 21 x 9 x 9.
+
+    Args:
+        grid: the tokens to be tiled.
+        block_size: tokens per tile, those of a kernel's block.
+        window: frames, rows and columns around a token that it attends to; a third of each axis
+            when None.
+    """
+    sizes = (grid.frames, grid.height, grid.width)
+    window = window or (-(-grid.frames // 3), -(-grid.height // 3), -(-grid.width // 3))
+    tiles = [
+        (frames, rows, block_size // (frames * rows))
+        for frames in _divisors(block_size)
+        for rows in _divisors(block_size // frames)
+    ]
+    fitting = [t for t in tiles if all(side <= n for side, n in zip(t, sizes, strict=True))]
+    # A grid smaller than a block is one block, however it is tiled.
+    return min(fitting or tiles, key=lambda tile: math.prod(map(_touched, sizes, tile, window)))
+
+
+class _Permuted(torch.autograd.Function):
+    """`index_select` by a permutation whose inverse is known, which makes the backward one too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, there: torch.Tensor, back: torch.Tensor, dim: int
+    ) -> torch.Tensor:
+        ctx.permutation = back, there, dim
+        return x.index_select(dim, there)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return _Permuted.apply(grads[0], *ctx.permutation), None, None, None
+
+
+def _fitted(tile: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """`tile` cut to fit a box, and lengthened along other axes as long as it has fewer tokens."""
+    sides = [max(1, min(side, size)) for side, size in zip(tile, sizes, strict=True)]
+    while 2 * math.prod(sides) <= math.prod(tile):
+        growing = [axis for axis in range(3) if 2 * sides[axis] <= sizes[axis]]
+        if not growing:
+            break
+        sides[min(growing, key=sides.__getitem__)] *= 2
+    return sides
+
+
+def _touched(size: int, side: int, window: int) -> int:
+    """Token pairs along an axis in the pairs of tiles that a window around the first touches."""
+    pairs = 0
+    for start in range(0, size, side):
+        stop = min(start + side, size)
+        low = max(0, start - window // 2) // side * side
+        high = min(size, -(-(stop + (window - 1) // 2) // side) * side)
+        pairs += (stop - start) * (high - low)
+    return pairs
+
+
+def _divisors(n: int) -> list[int]:
+    return [i for i in range(1, n + 1) if n % i == 0]
