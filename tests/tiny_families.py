@@ -175,6 +175,59 @@ CASES |= {
     "cogvideox-1.5": _cogvideox_case(6, rope=True, patch_t=2),
 }
 
+# --- ConsisID
+
+
+def consisid(**changes: Any) -> torch.nn.Module:
+    config: dict[str, Any] = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_layers": 2,
+        "time_embed_dim": 8,
+        "text_embed_dim": 16,
+        "max_text_seq_length": 7,
+        "use_rotary_positional_embeddings": True,
+        "is_train_face": True,
+        "cross_attn_interval": 1,
+        "cross_attn_dim_head": 8,
+        "cross_attn_num_heads": 2,
+        "LFE_id_dim": 6,
+        "LFE_vit_dim": 8,
+        "LFE_depth": 5,
+        "LFE_dim_head": 8,
+        "LFE_num_heads": 2,
+        "LFE_num_id_token": 2,
+        "LFE_num_querie": 3,
+        "LFE_output_dim": 21,
+        "LFE_ff_mult": 1,
+        "LFE_num_scale": 5,
+    }
+    return make("ConsisIDTransformer3DModel", **(config | changes))
+
+
+def face(batch: int) -> dict[str, Any]:
+    """What ConsisID is told of a person."""
+    return {
+        "id_cond": noise(batch, 6, seed=4),
+        "id_vit_hidden": [noise(batch, 5, 8, seed=5 + i) for i in range(5)],
+    }
+
+
+def _consisid_inputs() -> dict[str, Any]:
+    return _cogvideox_inputs(3, rope_tokens=72) | face(BATCH)
+
+
+CASES["consisid"] = Case(
+    build=consisid,
+    inputs=_consisid_inputs,
+    grids=(TokenGrid(3, 4, 6),),
+    sites=_names(("transformer_blocks.{}.attn1", 2)),
+    text=("before", 7),
+    pixel=lambda t, h, w: (0, t, 1, 2 * h, 2 * w + 1),
+)
+
 # --- LTX-Video and LTX-2
 
 
@@ -748,4 +801,77 @@ CASES["animatediff"] = Case(
     ),
     pixel=lambda t, h, w: (0, slice(None, 3), h, w),
     entry="down_blocks.0.attentions.0",
+)
+
+# --- Kandinsky 5
+
+
+def kandinsky5(**changes: Any) -> torch.nn.Module:
+    config: dict[str, Any] = {
+        "in_visual_dim": 4,
+        "out_visual_dim": 4,
+        "in_text_dim": 16,
+        "in_text_dim2": 8,
+        "time_dim": 8,
+        "model_dim": 32,
+        "ff_dim": 32,
+        "num_text_blocks": 1,
+        "num_visual_blocks": 2,
+        "axes_dims": (4, 6, 6),
+    }
+    return make("Kandinsky5Transformer3DModel", **(config | changes))
+
+
+def _kandinsky5_inputs() -> dict[str, Any]:
+    return {
+        "hidden_states": noise(BATCH, 3, 8, 12, 4),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        "timestep": torch.tensor([900.0, 400.0]),
+        "pooled_projections": noise(BATCH, 8, seed=2),
+        "visual_rope_pos": [torch.arange(size) for size in (3, 4, 6)],
+        "text_rope_pos": torch.arange(7),
+    }
+
+
+CASES["kandinsky-5"] = Case(
+    build=kandinsky5,
+    inputs=_kandinsky5_inputs,
+    grids=(TokenGrid(3, 4, 6),),
+    sites=_names(("visual_transformer_blocks.{}.self_attention", 2)),
+    pixel=lambda t, h, w: (0, t, 2 * h + 1, 2 * w, 1),
+)
+
+# --- EasyAnimate
+
+
+def easyanimate() -> torch.nn.Module:
+    return make(
+        "EasyAnimateTransformer3DModel",
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        mmdit_layers=1,
+        time_embed_dim=8,
+        text_embed_dim=16,
+    )
+
+
+def _easyanimate_inputs() -> dict[str, Any]:
+    return {
+        "hidden_states": noise(BATCH, 4, 3, 8, 12),
+        "timestep": torch.tensor([900, 400]),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+    }
+
+
+CASES["easyanimate"] = Case(
+    build=easyanimate,
+    inputs=_easyanimate_inputs,
+    grids=(TokenGrid(3, 4, 6),),
+    sites=_names(("transformer_blocks.{}.attn1", 2)),
+    text=("before", 7),
+    pixel=lambda t, h, w: (0, 1, t, 2 * h + 1, 2 * w),
 )

@@ -195,6 +195,49 @@ def _chronoedit() -> Any:
     )
 
 
+def _consisid() -> Any:
+    transformer = tiny.consisid(in_channels=8)
+    vae = tiny.make(
+        "AutoencoderKLCogVideoX",
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    return _pipeline(
+        "ConsisIDPipeline",
+        transformer=transformer,
+        vae=vae,
+        scheduler=diffusers.CogVideoXDPMScheduler(),
+    )
+
+
+def _easyanimate() -> Any:
+    transformer = tiny.easyanimate()
+    blocks = ("Spatial{}Block3D", *("SpatialTemporal{}Block3D",) * 3)
+    vae = tiny.make(
+        "AutoencoderKLMagvit",
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=[block.format("Down") for block in blocks],
+        up_block_types=[block.format("Up") for block in blocks],
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    return _pipeline("EasyAnimatePipeline", transformer=transformer, vae=vae)
+
+
+def _kandinsky5_prompts() -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for prefix, length in (("", 5), ("negative_", 3)):
+        out[f"{prefix}prompt_embeds_qwen"] = tiny.noise(1, length, WIDTH, seed=length)
+        out[f"{prefix}prompt_embeds_clip"] = tiny.noise(1, 8, seed=length)
+        out[f"{prefix}prompt_cu_seqlens"] = torch.tensor([0, length], dtype=torch.int32)
+    return out
+
+
 def _anyflow() -> Any:
     transformer = tiny.wan_shaped("AnyFlowTransformer3DModel")
     return _pipeline(
@@ -399,6 +442,22 @@ PIPELINES: dict[str, PipelineCase] = {
     "anyflow": PipelineCase(
         _anyflow,
         lambda: _prompts(TEXT, TEXT, mask=None) | {"guidance_scale": 3.0},
+        size=(64, 96, 9),
+    ),
+    "consisid": PipelineCase(
+        _consisid,
+        lambda: _prompts(TEXT, TEXT, mask=None) | {"image": picture()} | tiny.face(1),
+        size=(64, 96, 9),
+    ),
+    "kandinsky-5": PipelineCase(
+        lambda: _pipeline("Kandinsky5T2VPipeline", transformer=tiny.kandinsky5(), absent=_SECOND),
+        _kandinsky5_prompts,
+        size=(64, 96, 9),
+        forwards=2,
+    ),
+    "easyanimate": PipelineCase(
+        _easyanimate,
+        lambda: _prompts(5, 3),
         size=(64, 96, 9),
     ),
 }

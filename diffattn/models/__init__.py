@@ -10,8 +10,10 @@ from diffattn.grid import TokenGrid
 from diffattn.models.allegro import ALLEGRO
 from diffattn.models.base import Family, SizeRules
 from diffattn.models.cogvideox import COGVIDEOX
+from diffattn.models.easyanimate import EASYANIMATE
 from diffattn.models.flux import FLUX, FLUX2
 from diffattn.models.hunyuanvideo import HUNYUANVIDEO, HUNYUANVIDEO15
+from diffattn.models.kandinsky import KANDINSKY5
 from diffattn.models.ltx import LTX, LTX2
 from diffattn.models.mochi import MOCHI
 from diffattn.models.qwen import QWEN_IMAGE
@@ -37,6 +39,8 @@ FAMILIES: tuple[Family, ...] = (
     UNET,
     QWEN_IMAGE,
     ALLEGRO,
+    KANDINSKY5,
+    EASYANIMATE,
 )
 
 # Models of diffusers whose attention has no rectangular grid, and what it has instead.
@@ -46,7 +50,6 @@ _WITHOUT_GRID = {
     "Flux3Transformer2DModel": "tokens of several modes share a sequence",
     "HeliosTransformer3DModel": "history of three lengths stands before the video",
     "HunyuanVideoFramepackTransformer3DModel": "history in three sizes stands before the video",
-    "Kandinsky5Transformer3DModel": "NABLA, its own sparse attention, has tokens in another order",
     "Kandinsky6SRTransformer3DModel": "its own sparse attention puts tokens in another order",
     "Kandinsky6Transformer3DModel": "video and audio share a sequence",
     "MiniMaxH3Transformer3DModel": "text, images, audio and video share a packed sequence",

@@ -1,4 +1,4 @@
-"""CogVideoX: 2b, 5b and 1.5, text, image and video to video."""
+"""CogVideoX: 2b, 5b and 1.5, text, image and video to video; ConsisID."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from diffattn.models.base import Family, SizeRules, first_input
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
     # (batch, frames, channels, height, width), unlike all others
     _, frames, _, height, width = first_input(args, kwargs).shape
-    patch, patch_t = model.config.patch_size, model.config.patch_size_t or 1
+    patch, patch_t = model.config.patch_size, _frames_per_token(model)
     return TokenGrid(frames // patch_t, height // patch, width // patch)
+
+
+def _frames_per_token(model: Any) -> int:
+    # ConsisID's model has no such setting.
+    return getattr(model.config, "patch_size_t", None) or 1
 
 
 def _sizes(pipe: Any) -> SizeRules:
@@ -23,14 +28,14 @@ def _sizes(pipe: Any) -> SizeRules:
         spatial_multiple=pipe.vae_scale_factor_spatial * config.patch_size,
         frame_stride=pipe.vae_scale_factor_temporal,
         frame_offset=1,
-        frames_per_token=config.patch_size_t or 1,
+        frames_per_token=_frames_per_token(pipe.transformer),
     )
 
 
 COGVIDEOX = Family(
     name="cogvideox",
-    title="CogVideoX 2b, 5b and 1.5",
-    model_classes=("CogVideoXTransformer3DModel",),
+    title="CogVideoX 2b, 5b and 1.5, ConsisID",
+    model_classes=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
     sites=re.compile(r"transformer_blocks\.(?P<layer>\d+)\.attn1"),
     grid=_grid,
     sizes=_sizes,

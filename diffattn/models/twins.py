@@ -111,17 +111,36 @@ class CogVideoXTwin(Twin):
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         query, key, value = _heads(attn, "to_q to_k to_v", tokens, tokens, tokens)
         query, key = _normalised(attn.norm_q, query), _normalised(attn.norm_k, key)
-        if image_rotary_emb is not None:
-            query, key = (
-                torch.cat(
-                    [x[:, :text], apply_rotary_emb(x[:, text:], image_rotary_emb, sequence_dim=1)],
-                    dim=1,
-                )
-                for x in (query, key)
-            )
+        query, key = (_rotated_after(text, x, image_rotary_emb) for x in (query, key))
         out = self._attend(query, key, value, _bias(attn, attention_mask, key))
         out = _project_out(attn, out)
         return out[:, text:], out[:, :text]
+
+
+class EasyAnimateTwin(Twin):
+    """EasyAnimateAttnProcessor2_0: text before video, projected apart or, in later blocks, alike."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        text = encoder_hidden_states.shape[1]
+        if attn.add_q_proj is None:
+            tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+            queries, keys, values = _joint_heads(attn, tokens, None)
+        else:
+            queries, keys, values = _joint_heads(attn, hidden_states, encoder_hidden_states)
+        query, key, value = (torch.cat(parts[::-1], dim=1) for parts in (queries, keys, values))
+        query, key = (_rotated_after(text, x, image_rotary_emb) for x in (query, key))
+        out = self._attend(query, key, value, attention_mask)
+        text_out = out[:, :text]
+        if attn.to_add_out is not None:
+            text_out = attn.to_add_out(text_out)
+        return _project_out(attn, out[:, text:]), text_out
 
 
 class JointTwin(Twin):
@@ -178,6 +197,7 @@ _TWINS: dict[str, type[Twin]] = {
     "AllegroAttnProcessor2_0": AllegroTwin,
     "AttnProcessor2_0": AttentionTwin,
     "CogVideoXAttnProcessor2_0": CogVideoXTwin,
+    "EasyAnimateAttnProcessor2_0": EasyAnimateTwin,
     "JointAttnProcessor2_0": JointTwin,
     "MochiAttnProcessor2_0": MochiTwin,
 }
@@ -238,6 +258,13 @@ def _bias(attn: Any, mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tens
     batch, tokens = key.shape[:2]
     mask = attn.prepare_attention_mask(mask, tokens, batch)
     return mask.view(batch, attn.heads, -1, tokens)
+
+
+def _rotated_after(text: int, x: torch.Tensor, rotary: Any) -> torch.Tensor:
+    """Rotate the tokens that come after the text, if `rotary` is not None."""
+    if rotary is None:
+        return x
+    return torch.cat([x[:, :text], apply_rotary_emb(x[:, text:], rotary, sequence_dim=1)], dim=1)
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

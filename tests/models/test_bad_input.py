@@ -91,12 +91,17 @@ def test_frame_causal_masks_are_refused() -> None:
         model(**(inputs | {"hidden_states": tiny.noise(2, 4, 4, 8, 12)}))
 
 
+def test_nabla_is_refused() -> None:
+    with pytest.raises(ValueError, match="uses NABLA, the model's own sparse attention"):
+        call("kandinsky-5", sparse_params={"to_fractal": True})
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
         ("HunyuanVideoFramepackTransformer3DModel", "history in three sizes"),
         ("WanAnimate2Transformer3DModel", "come from a cache"),
-        ("Kandinsky5Transformer3DModel", "NABLA"),
+        ("Kandinsky6SRTransformer3DModel", "its own sparse attention"),
         ("CosmosTransformer3DModel", "cannot be given a backend"),
         ("HeliosTransformer3DModel", "history of three lengths"),
     ],
