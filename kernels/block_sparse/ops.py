@@ -15,6 +15,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 BLOCKS = (16, 32, 64, 128, 256)
 
+_INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
+
 
 def block_sparse_attention(
     q: torch.Tensor,
@@ -87,8 +89,15 @@ def block_sparse_attention_gradients(
     Args:
         grad_out: gradient of the output, `(batch, tokens, heads, head_dim)`.
         out, lse: what `block_sparse_attention` returned for the other arguments.
+
+    Raises:
+        ValueError: if dtypes, devices or shapes do not fit together or are not supported.
     """
     layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
+    check_inputs(q, k, v, key_mask, dtypes=DTYPES)
+    _check_supported(q, k, v, key_mask, block_q, block_kv)
+    check_layout(q, layout, block_q, block_kv)
+    _check_results(q, grad_out, out, lse)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     return _backward_op(
@@ -201,8 +210,24 @@ def _check_supported(
     for name, x in (("k", k), ("v", v), ("key_mask", key_mask)):
         if x is not None and x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, but q on {q.device}")
-    if q.device.type == "cpu" and isinstance(forward_kernel, triton.JITFunction):
+    if q.device.type == "cpu" and not _INTERPRETED:
         raise ValueError(
             "the Triton kernels run on a GPU, but q is on cpu; use diffattn.kernels.cpu, or set"
             " TRITON_INTERPRET=1 before Triton is imported to run them in its interpreter"
         )
+
+
+def _check_results(
+    q: torch.Tensor, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> None:
+    batch, tokens, heads, _ = q.shape
+    for name, x, shape, dtype in (
+        ("grad_out", grad_out, tuple(q.shape), q.dtype),
+        ("out", out, tuple(q.shape), q.dtype),
+        ("lse", lse, (batch, heads, tokens), torch.float32),
+    ):
+        if x.shape != shape or x.dtype != dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} must be {dtype} {shape} on {q.device};"
+                f" got {x.dtype} {tuple(x.shape)} on {x.device}"
+            )

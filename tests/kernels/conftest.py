@@ -1,5 +1,6 @@
 """Makes the oracles beside this file importable: the suite runs in pytest's importlib mode."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,3 +23,16 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where Triton kernels run: a GPU, or the CPU in Triton's interpreter."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        accelerator = torch.accelerator.current_accelerator()
+        assert accelerator is not None
+        return accelerator.type
+    from interpreter import patch_bfloat16
+
+    patch_bfloat16(monkeypatch)
+    return "cpu"
