@@ -325,17 +325,35 @@ class AttachedModel:
         """What has disconnected a site since it was attached; empty while it is connected."""
         site = self.sites[name]
         module: Any = site.module
-        try:
-            in_place = self._model.get_submodule(name) is module
-        except AttributeError:
-            in_place = False
-        if not in_place:
-            return "its block was exchanged, as enable_free_noise does"
+        if not self._is_in_place(name, module):
+            return "its block was exchanged"
         if module.processor is not site.processor:
-            return f"it was given a {type(module.processor).__name__}{_culprit(module.processor)}"
+            return f"it was given a {type(module.processor).__name__}{self._culprit(module.processor)}"
         if _compat.processor_backend(site.processor) is not site.member:
             return "set_attention_backend gave it another backend"
         return ""
+
+    def _is_in_place(self, name: str, module: torch.nn.Module) -> bool:
+        """Is a site still part of the model? FreeNoise's split inference wraps what it is in."""
+        try:
+            if self._model.get_submodule(name) is module:
+                return True
+        except AttributeError:
+            pass
+        return any(part is module for part in self._model.modules())
+
+    def _culprit(self, processor: Any) -> str:
+        """Which call of diffusers has put a processor of this kind in place, if it can be told."""
+        name = type(processor).__name__
+        if name.startswith("Fused"):
+            return " by fuse_qkv_projections"
+        if "XFormers" in name:
+            return " by enable_xformers_memory_efficient_attention"
+        if "Sliced" in name:
+            return " by enable_attention_slicing"
+        # Self-attention gets a new processor of the class it had.
+        others = [type(getattr(module, "processor", None)) for module in self._model.modules()]
+        return " by load_ip_adapter" if any("IPAdapter" in o.__name__ for o in others) else ""
 
     def _after_forward(self, model: torch.nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or self._reported:
@@ -349,7 +367,8 @@ class AttachedModel:
                 f"{len(lost)} of {len(self.sites)} attention sites of {type(model).__name__} are no"
                 f" longer attached: {why} ({name})"
             )
-        elif self._first_forward and calls != len(self.sites) and not _has_compiled(model):
+        # Several calls of each site are right: FreeNoise's split inference makes them in parts.
+        elif self._first_forward and _uneven(calls, len(self.sites)) and not _has_compiled(model):
             what = (
                 f"{type(model).__name__} made {calls} attention calls through diffattn where it has"
                 f" {len(self.sites)} attached sites"
@@ -458,23 +477,14 @@ def _attend_dense(
     )
 
 
+def _uneven(calls: int, sites: int) -> bool:
+    """Have some sites not been called, or fewer times than others?"""
+    return calls == 0 or calls % sites != 0
+
+
 def _has_compiled(model: torch.nn.Module) -> bool:
     """Is a part of the model compiled? Its calls are not counted."""
     return any(module._compiled_call_impl is not None for module in model.modules())
-
-
-def _culprit(processor: Any) -> str:
-    """Which call of diffusers puts a processor of this kind in place."""
-    name = type(processor).__name__
-    if name.startswith("Fused"):
-        return " by fuse_qkv_projections"
-    if "IPAdapter" in name:
-        return " by load_ip_adapter"
-    if "XFormers" in name:
-        return " by enable_xformers_memory_efficient_attention"
-    if "Sliced" in name:
-        return " by enable_attention_slicing"
-    return ""
 
 
 def _unregister_retired() -> None:

@@ -373,6 +373,10 @@ class FusedProcessor(WanAttnProcessor):
     """Stands for what `fuse_qkv_projections` puts in place on some models."""
 
 
+class XFormersProcessor(WanAttnProcessor):
+    """Stands for what `enable_xformers_memory_efficient_attention` puts in place."""
+
+
 def exchange_blocks(model: Any) -> None:
     model.blocks = copy.deepcopy(model.blocks)
 
@@ -392,9 +396,13 @@ def exchange_blocks(model: Any) -> None:
             lambda model: model.set_attn_processor(FusedProcessor()),
             "it was given a FusedProcessor by fuse_qkv_projections",
         ),
-        (exchange_blocks, "its block was exchanged, as enable_free_noise does"),
+        (
+            lambda model: model.set_attn_processor(XFormersProcessor()),
+            "it was given a XFormersProcessor by enable_xformers_memory_efficient_attention",
+        ),
+        (exchange_blocks, "its block was exchanged"),
     ],
-    ids=["set_attention_backend", "set_attn_processor", "fuse_qkv_projections", "free noise"],
+    ids=["backend", "processor", "fuse_qkv_projections", "xformers", "blocks"],
 )
 def test_being_disconnected_is_reported_once(disconnect: Any, why: str) -> None:
     model = tiny_wan.transformer()

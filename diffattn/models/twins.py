@@ -118,7 +118,7 @@ class CogVideoXTwin(Twin):
 
 
 class EasyAnimateTwin(Twin):
-    """EasyAnimateAttnProcessor2_0: text before video, projected apart or, in later blocks, alike."""
+    """EasyAnimateAttnProcessor2_0: text before video, projected apart or (later blocks) alike."""
 
     def __call__(
         self,

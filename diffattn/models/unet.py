@@ -9,8 +9,9 @@ from typing import Any
 from diffattn.grid import TokenGrid
 from diffattn.models.base import Family, SizeRules, first_input
 
-# Motion modules attend across frames, at one place each: they are none of these.
-_TRANSFORMER = r"(?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+"
+# Motion modules attend across frames, at one place each: they are none of these. FreeNoise's split
+# inference wraps a transformer: it is a `module` then.
+_TRANSFORMER = r"(?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+(?:\.module)?"
 
 
 def _grid(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:

@@ -1,6 +1,7 @@
 """Calls and models without a rectangular grid, and processors that cannot be attached to."""
 
 import copy
+import warnings
 from typing import Any
 
 import diffusers
@@ -137,6 +138,41 @@ def test_fused_projections_say_what_to_do(name: str) -> None:
     got = model(**case.inputs(), return_dict=False)[0]
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
     assert attachment.sparse_calls == len(case.sites)
+
+
+@pytest.mark.parametrize("name", ["cogvideox-5b", "sd3", "sd1.5"])
+def test_projections_fused_later_are_reported(name: str) -> None:
+    case = tiny.CASES[name]
+    model = case.build()
+    diffattn.set_attn_processor(model, stock.NEARBY)
+    model.fuse_qkv_projections()
+    count = len(case.sites)
+    message = rf"{count} of {count} .* given a Fused\w+ by fuse_qkv_projections"
+    with pytest.warns(UserWarning, match=message):
+        model(**case.inputs())
+
+
+@pytest.mark.parametrize("name", ["flux", "ltx", "skyreels-v2"])
+def test_projections_fused_later_where_the_processor_knows_both(name: str) -> None:
+    case = tiny.CASES[name]
+    model = case.build()
+    attachment = diffattn.set_attn_processor(model, stock.NEARBY)
+    want = model(**case.inputs(), return_dict=False)[0]
+    model.fuse_qkv_projections()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        got = model(**case.inputs(), return_dict=False)[0]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    assert attachment.sparse_calls == 2 * len(case.sites)
+
+
+def test_attention_slicing_enabled_later_is_reported() -> None:
+    case = tiny.CASES["sd1.5"]
+    model = case.build()
+    diffattn.set_attn_processor(model, stock.NEARBY)
+    model.set_attention_slice(1)
+    with pytest.warns(UserWarning, match="given a SlicedAttnProcessor by enable_attention_slicing"):
+        model(**case.inputs())
 
 
 def test_a_processor_that_cannot_be_attached_leaves_the_model_as_it_was() -> None:

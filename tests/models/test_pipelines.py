@@ -1,5 +1,6 @@
 """Every family in a whole pipeline: exact, complete, restored, and on the grid foretold."""
 
+import warnings
 from typing import Any
 
 import diffusers
@@ -204,3 +205,101 @@ def test_the_last_steps_of_a_run_that_leaves_out_the_first(build: Any) -> None:
     # Of six steps three are made: the first, the last (a third of them), and one between.
     assert attachment.dense_calls == 2 * attachment.sparse_calls > 0
     assert next(iter(attachment.models.values())).owner.clock.num_steps == 3
+
+
+def _ip_adapter(unet: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights of an IP-Adapter for an embedding of 8 channels."""
+    image_proj = {
+        "proj.weight": tiny_families.noise(4 * 16, 8),
+        "proj.bias": torch.zeros(4 * 16),
+        "norm.weight": torch.ones(16),
+        "norm.bias": torch.zeros(16),
+    }
+    cross = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    layers = {}
+    for i, name in enumerate(cross):
+        channels = unet.get_submodule(name.removesuffix(".processor")).inner_dim
+        for part in ("k", "v"):
+            # Numbers of self-attention are left out.
+            key = f"{2 * i + 1}.to_{part}_ip.weight"
+            layers[key] = 0.1 * tiny_families.noise(channels, 16, seed=i)
+    return {"image_proj": image_proj, "ip_adapter": layers}
+
+
+def test_an_ip_adapter_loaded_later_is_reported_and_works() -> None:
+    case = PIPELINES["sd1.5"]
+    image = {"ip_adapter_image_embeds": [tiny_families.noise(2, 1, 8)]}
+    pipe = case.build()
+    pipe.set_attn_processor(stock.NEARBY)
+
+    def load(pipe: Any) -> None:
+        pipe.load_ip_adapter(
+            _ip_adapter(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None
+        )
+
+    load(pipe)
+    with pytest.warns(UserWarning, match=r"7 of 7 .* given a \w+ by load_ip_adapter .*attn1\)"):
+        case.run(pipe, **image)
+
+    stock_pipe = case.build()
+    load(stock_pipe)
+    attachment = pipe.set_attn_processor(DenseAttn())
+    want = case.run(stock_pipe, **image)
+    torch.testing.assert_close(case.run(pipe, **image), want, atol=1e-4, rtol=1e-3)
+    assert attachment.sparse_calls == STEPS * 7
+
+
+def test_xformers_that_is_not_installed_leaves_the_attachment() -> None:
+    if diffusers.utils.is_xformers_available():
+        pytest.skip("xformers is installed")
+    case = PIPELINES["sd1.5"]
+    pipe = case.build()
+    attachment = pipe.set_attn_processor(stock.NEARBY)
+    with pytest.raises(ModuleNotFoundError, match="xformers"):
+        pipe.enable_xformers_memory_efficient_attention()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        case.run(pipe)
+    assert attachment.sparse_calls == STEPS * 7
+
+
+def test_free_noise_leaves_the_attachment() -> None:
+    """It exchanges motion modules, and wraps what spatial attention is in."""
+    case = PIPELINES["animatediff"]
+
+    def build() -> Any:
+        pipe = case.build()
+        pipe.register_modules(
+            motion_adapter=diffusers.MotionAdapter(
+                block_out_channels=(8, 16),
+                motion_layers_per_block=1,
+                motion_norm_num_groups=4,
+                motion_num_attention_heads=2,
+            )
+        )
+        # FreeNoise has each frame's prompt encoded.
+        prompts = [tiny_families.noise(2, 7, 16, seed=seed) for seed in (0, 9)]
+        pipe.encode_prompt = lambda *args, **kwargs: prompts
+        return pipe
+
+    def run(pipe: Any) -> torch.Tensor:
+        no_prompts = dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"))
+        size = (96, 128, 4)
+        return case.run(pipe, size=size, prompt="", negative_prompt="", **no_prompts)
+
+    plain, split = build(), build()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for pipe in (plain, split):
+            before = pipe.set_attn_processor(stock.NEARBY)
+            pipe.enable_free_noise(context_length=2, context_stride=1)
+            run(pipe)
+            assert before.sparse_calls == STEPS * 4
+        split.enable_free_noise_split_inference(spatial_split_size=2, temporal_split_size=2)
+        want = run(plain)
+        torch.testing.assert_close(run(split), want, atol=1e-4, rtol=1e-3)
+        # Two prompts of four frames, two at a time.
+        assert before.sparse_calls == STEPS * 4 * (1 + 4)
+        again = split.set_attn_processor(stock.NEARBY)
+        torch.testing.assert_close(run(split), want, atol=1e-4, rtol=1e-3)
+        assert again.sparse_calls == STEPS * 4 * 4
