@@ -9,7 +9,8 @@ import triton
 
 from ..checks import check_inputs, check_layout
 from .backward import backward
-from .forward import forward, forward_kernel
+from .forward import forward_kernel
+from .variants import forward
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
