@@ -212,15 +212,13 @@ def keys_kernel(
     p_partial_mask += i_layout.to(tl.int64) * partial_entries
 
     m_n = start_n + o_n < tokens_kv
-    if HAS_KEY_MASK:
-        m_n = tl.load(p_key_mask + i_b * s_mb + (start_n + o_n) * s_mt, mask=m_n, other=0) != 0
     b_k = load_tile(p_k, s_kt, s_kd, o_n, m_n, True, D, BLOCK_D)
     b_v = load_tile(p_v, s_vt, s_vd, o_n, m_n, True, D, BLOCK_D)
     b_dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     b_dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
 
-    # A key's gradients come from its own scores only: hidden keys need no mask until the end, and
-    # queries past the end have weights of exp2(0 - inf) = 0.
+    # A key's gradients come from its own scores only: hidden keys, and NaN in them, need no mask
+    # until the end. Queries past the end have weights of exp2(0 - inf) = 0.
     i_list = i_layout * (columns + 1) + i_column
     i_entry = tl.load(p_full_start + i_list)
     i_stop = tl.load(p_full_start + i_list + 1)
@@ -264,13 +262,16 @@ def keys_kernel(
             True, PRECISION,
         )  # fmt: skip
 
+    b_dk *= scale
+    if HAS_KEY_MASK:
+        p_key_mask += i_b * s_mb
+        m_seen = tl.load(p_key_mask + (start_n + o_n) * s_mt, mask=m_n, other=0)[:, None] != 0
+        b_dk = tl.where(m_seen, b_dk, 0.0)
+        b_dv = tl.where(m_seen, b_dv, 0.0)
     first = (i_b * tokens_kv + start_n) * heads * D + i_h * D
     o_n = tl.arange(0, BLOCK_N)
-    m_in = start_n + o_n < tokens_kv
-    b_dk = tl.where(m_n[:, None], b_dk * scale, 0.0)
-    b_dv = tl.where(m_n[:, None], b_dv, 0.0)
-    store_tile(p_dk + first, heads * D, o_n, m_in, b_dk, D, BLOCK_D)
-    store_tile(p_dv + first, heads * D, o_n, m_in, b_dv, D, BLOCK_D)
+    store_tile(p_dk + first, heads * D, o_n, m_n, b_dk, D, BLOCK_D)
+    store_tile(p_dv + first, heads * D, o_n, m_n, b_dv, D, BLOCK_D)
 
 
 def backward(
