@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal, overload
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from diffattn.block_forms import to_block_mask
 from diffattn.blocks import BlockLayout
 from diffattn.kernels import cpu as cpu_kernel
 from diffattn.kernels.reference import reference_attention
@@ -17,13 +23,49 @@ from diffattn.mask import AttentionMask
 
 logger = logging.getLogger(__name__)
 
-# (query, key, value, layout, scale, key_mask) -> (output, log-sum-exp), differentiable
-Backend = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, BlockLayout, float | None, torch.Tensor | None],
-    tuple[torch.Tensor, torch.Tensor],
+BACKEND_VARIABLE = "DIFFATTN_BACKEND"
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Forward = Callable[
+    [
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor,
+        BlockLayout,
+        float | None,
+        torch.Tensor | None,
+        bool,
+    ],
+    tuple[torch.Tensor, torch.Tensor | None],
 ]
 
-BACKEND_VARIABLE = "DIFFATTN_BACKEND"
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute attention over a layout.
+
+    Attributes:
+        forward: (query, key, value, layout, scale, key_mask, return_lse) -> (output, log-sum-exp),
+            differentiable; without `return_lse` the latter may be None.
+        gradients: (grad_out, query, key, value, out, lse, layout, scale, key_mask) -> gradients
+            with respect to query, key and value.
+    """
+
+    forward: Forward
+    gradients: Callable[
+        [
+            torch.Tensor,
+            torch.Tensor,
+            torch.Tensor,
+            torch.Tensor,
+            torch.Tensor,
+            torch.Tensor,
+            BlockLayout,
+            float | None,
+            torch.Tensor | None,
+        ],
+        Gradients,
+    ]
 
 
 @overload
@@ -76,10 +118,12 @@ def attention(
             block size; None is dense attention.
         key_mask: bool (batch, tokens): False hides a key from every query, as padding does.
         scale: factor of the scores; 1 / sqrt(head_dim) when None.
-        return_lse: also return the natural log-sum-exp of the scores, float32
-            (batch, heads, tokens), which merges two attentions over disjoint keys.
-        backend: "cpu" or "reference" (dense float64, for checks); by default the environment
-            variable DIFFATTN_BACKEND, or else the one for the tensors' device.
+        return_lse: also return the natural log-sum-exp of the scores, (batch, heads, tokens), which
+            merges two attentions over disjoint keys: float32, or float64 for float64 tensors.
+        backend: by default the environment variable DIFFATTN_BACKEND, or else the one for the
+            tensors' device: "triton" on CUDA, ROCm and XPU, "cpu" on the CPU. "flex" is torch's
+            compiled flex_attention (on the CPU without gradients and log-sum-exp), "reference"
+            dense float64; both are for checks.
 
     Returns:
         (batch, tokens, heads, head_dim) in the dtype of `query`; with `return_lse` also the lse.
@@ -87,17 +131,20 @@ def attention(
     Raises:
         ValueError: if shapes, dtypes or devices do not fit together or the mask, or the backend is
             unknown.
-        NotImplementedError: if there is no sparse kernel for the tensors' device.
+        NotImplementedError: if there is no sparse kernel for the tensors' device, or none that does
+            what is asked.
+        ImportError: if the backend is "triton" and Triton cannot be imported.
     """
     _check_inputs(query, key, value, key_mask)
     if mask is None and not return_lse:
         return _dense_attention(query, key, value, key_mask, scale)
-    name = backend or os.environ.get(BACKEND_VARIABLE) or _default_backend(query.device)
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
+    chosen = BACKENDS[choose_backend(query.device, backend)]
     layout = _layout_of(mask, query, key)
-    out, lse = BACKENDS[name](query, key, value, layout, scale, key_mask)
-    return (out, lse) if return_lse else out
+    out, lse = chosen.forward(query, key, value, layout, scale, key_mask, return_lse)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
 
 
 def attention_gradients(
@@ -111,79 +158,240 @@ def attention_gradients(
     *,
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    backend: str | None = None,
+) -> Gradients:
     """Gradients of `attention` with respect to query, key and value, for those without autograd.
 
     Args:
         grad_out: gradient of the output, (batch, tokens, heads, head_dim).
-        query, key, value, layout, scale, key_mask: what `attention` was given.
+        query, key, value, layout, scale, key_mask, backend: what `attention` was given.
         out, lse: what it returned.
     """
-    if query.device.type != "cpu":
-        raise _no_kernel_for(query.device)
-    return cpu_kernel.block_sparse_attention_gradients(
-        grad_out,
-        query,
-        key,
-        value,
-        out,
-        lse,
-        *layout.tensors,
-        block_q=layout.block_q,
-        block_kv=layout.block_kv,
-        scale=scale,
-        key_mask=key_mask,
-    )
+    chosen = BACKENDS[choose_backend(query.device, backend)]
+    return chosen.gradients(grad_out, query, key, value, out, lse, layout, scale, key_mask)
 
 
-def _cpu_backend(
+def choose_backend(device: torch.device, backend: str | None = None) -> str:
+    """The name of the backend for tensors on `device`, which `backend` overrides.
+
+    Raises:
+        ValueError: if there is no such backend.
+        NotImplementedError: if there is no sparse kernel for the device.
+    """
+    name = backend or os.environ.get(BACKEND_VARIABLE) or DEFAULT_BACKENDS.get(device.type)
+    if name is None:
+        raise NotImplementedError(
+            f"the tensors are on {device}, and there are sparse kernels for"
+            f" {', '.join(DEFAULT_BACKENDS)} only; move the pipeline to one of these, or pass"
+            f" backend='flex' or, to check results, backend='reference'"
+        )
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
+    if not torch.compiler.is_compiling():
+        _log_choice(name, device.type)
+    return name
+
+
+@functools.cache  # once each
+def _log_choice(name: str, device_type: str) -> None:
+    logger.debug("attention on %s is computed by backend %r", device_type, name)
+
+
+def _kernel_backend(load: Callable[[], ModuleType]) -> Backend:
+    """The backend of a module of kernels that take a layout as it is."""
+
+    def forward(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: BlockLayout,
+        scale: float | None,
+        key_mask: torch.Tensor | None,
+        return_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = load().block_sparse_attention(
+            query,
+            key,
+            value,
+            *layout.tensors,
+            block_q=layout.block_q,
+            block_kv=layout.block_kv,
+            scale=scale,
+            key_mask=key_mask,
+        )
+        return out, lse
+
+    def gradients(
+        grad_out: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        layout: BlockLayout,
+        scale: float | None,
+        key_mask: torch.Tensor | None,
+    ) -> Gradients:
+        dq, dk, dv = load().block_sparse_attention_gradients(
+            grad_out,
+            query,
+            key,
+            value,
+            out,
+            lse,
+            *layout.tensors,
+            block_q=layout.block_q,
+            block_kv=layout.block_kv,
+            scale=scale,
+            key_mask=key_mask,
+        )
+        return dq, dk, dv
+
+    return Backend(forward, gradients)
+
+
+def _triton_kernel() -> ModuleType:
+    # Imported late: there are platforms without Triton, and the CPU path is for them, too.
+    try:
+        from diffattn.kernels import block_sparse
+    except ImportError as error:
+        raise ImportError(
+            f"backend 'triton' needs Triton, which cannot be imported ({error}); install it with"
+            f" 'pip install triton', or pass backend='flex', or run the pipeline on the CPU"
+        ) from error
+    return block_sparse
+
+
+def _by_autograd(forward: Forward) -> Backend:
+    """The backend of a forward whose gradients autograd works out, by computing it once more."""
+
+    def gradients(
+        grad_out: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        layout: BlockLayout,
+        scale: float | None,
+        key_mask: torch.Tensor | None,
+    ) -> Gradients:
+        # Inside of an operator autograd is switched off as it is in inference mode.
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+            found, _ = forward(leaves[0], leaves[1], leaves[2], layout, scale, key_mask, False)
+            dq, dk, dv = torch.autograd.grad(found, leaves, grad_out)
+        return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+    return Backend(forward, gradients)
+
+
+def _reference_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     layout: BlockLayout,
     scale: float | None,
     key_mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return cpu_kernel.block_sparse_attention(
-        query,
-        key,
-        value,
-        *layout.tensors,
-        block_q=layout.block_q,
-        block_kv=layout.block_kv,
-        scale=scale,
-        key_mask=key_mask,
-    )
-
-
-def _reference_backend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: BlockLayout,
-    scale: float | None,
-    key_mask: torch.Tensor | None,
+    return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = reference_attention(
         query, key, value, layout.dense(), scale=scale, key_mask=key_mask
     )
-    return out.to(query.dtype), lse.float()
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    return out.to(query.dtype).contiguous(), lse.to(lse_dtype)
 
 
-BACKENDS: dict[str, Backend] = {"cpu": _cpu_backend, "reference": _reference_backend}
+def _flex_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: BlockLayout,
+    scale: float | None,
+    key_mask: torch.Tensor | None,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if query.dtype not in FLEX_DTYPES:
+        raise ValueError(
+            f"backend 'flex' computes in {', '.join(map(str, FLEX_DTYPES))}, not {query.dtype}"
+        )
+    if query.device.type == "cpu":
+        needs_grad = any(x.requires_grad for x in (query, key, value))
+        for wanted, what in (
+            (return_lse, "log-sum-exp"),
+            (needs_grad and torch.is_grad_enabled(), "gradients"),
+        ):
+            if wanted:
+                raise NotImplementedError(
+                    f"backend 'flex' has no {what} on the CPU; leave the backend out, or pass"
+                    f" backend='cpu'"
+                )
+        # It refuses tensors that require gradients even where none are recorded.
+        query, key, value = query.detach(), key.detach(), value.detach()
+    if key_mask is not None:
+        block_mask = to_block_mask(layout, key_mask=key_mask)
+    elif layout in _block_masks:
+        block_mask = _block_masks[layout]
+    else:
+        block_mask = _block_masks[layout] = to_block_mask(layout)
+    with torch._dynamo.config.patch(recompile_limit=FLEX_VARIANTS):
+        out, lse = _compiled_flex()(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            block_mask,
+            scale,
+            return_lse,
+        )
+    return out.transpose(1, 2).contiguous(), lse
 
 
-def _default_backend(device: torch.device) -> str:
-    if device.type != "cpu":
-        raise _no_kernel_for(device)
-    return "cpu"
+_block_masks: WeakKeyDictionary[BlockLayout, BlockMask] = WeakKeyDictionary()
 
 
-def _no_kernel_for(device: torch.device) -> NotImplementedError:
-    return NotImplementedError(
-        f"this version of diffattn has a sparse kernel for the CPU only, and the tensors are on"
-        f" {device}; move the pipeline to the CPU, or pass backend='reference' to check results"
+@functools.cache
+def _compiled_flex() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    # In one graph or not at all: eager flex_attention works out every token pair. Once for every
+    # shape: Inductor's C++ of tables whose shapes vary does not compile.
+    return torch.compile(_flex, fullgraph=True, dynamic=False)
+
+
+def _flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_mask: BlockMask,
+    scale: float | None,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "backend 'flex' needs torch.compile, which is switched off here (TORCHDYNAMO_DISABLE or"
+            " torch.compiler.set_stance); switch it on, or choose another backend"
+        )
+    out, aux = flex_attention(
+        query,
+        key,
+        value,
+        block_mask=block_mask,
+        scale=scale,
+        return_aux=AuxRequest(lse=return_lse),
     )
+    return out, aux.lse
+
+
+FLEX_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLEX_VARIANTS = 64  # shapes of layouts and tensors that it is compiled for in one process
+
+BACKENDS: dict[str, Backend] = {
+    "triton": _kernel_backend(_triton_kernel),
+    "cpu": _kernel_backend(lambda: cpu_kernel),
+    "flex": _by_autograd(_flex_forward),
+    "reference": _by_autograd(_reference_forward),
+}
+
+# By type of device; ROCm's is "cuda", too.
+DEFAULT_BACKENDS = {"cuda": "triton", "xpu": "triton", "cpu": "cpu"}
 
 
 def _dense_attention(
@@ -221,6 +429,14 @@ def _layout_of(
             f"the mask is over {layout.tokens_q} x {layout.tokens_kv} tokens, but query and key"
             f" have {query.shape[1]} and {key.shape[1]}; build it for this grid"
         )
+    for what, of_layout, of_query in zip(
+        ("samples", "heads"), layout.full_count.shape, query.shape[::2], strict=False
+    ):
+        if of_layout not in (1, of_query):
+            raise ValueError(
+                f"the mask is one of {of_layout} {what}, but the query has {of_query}; it must have"
+                f" as many, or 1 that all share"
+            )
     if layout.device != query.device:
         raise ValueError(
             f"the mask's blocks are on {layout.device} and the query on {query.device};"
@@ -242,6 +458,16 @@ def _check_inputs(
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do"
             f" not fit: batch and heads must be equal, key and value of one shape"
+        )
+    for name, other in (("key", key), ("value", value), ("key_mask", key_mask)):
+        if other is not None and other.device != query.device:
+            raise ValueError(
+                f"{name} is on {other.device} and the query on {query.device}; move it there"
+            )
+    if not query.is_floating_point() or not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            f"query is {query.dtype}, key {key.dtype} and value {value.dtype}, but all three must"
+            f" be of one floating-point dtype"
         )
     if query.shape[3] != key.shape[3]:
         raise ValueError(f"head_dim is {query.shape[3]} in query and {key.shape[3]} in key")

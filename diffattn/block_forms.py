@@ -198,13 +198,9 @@ def to_block_mask(layout: BlockLayout, *, key_mask: torch.Tensor | None = None) 
     partial, full = rule.blocks >= _FIRST_BIT_MASK, rule.blocks == _EVERYTHING
     if key_mask is not None:
         partial, full = partial | full, torch.zeros_like(full)
-    lists = []
-    for visited in (partial, full):
-        count, index = _lists(visited)
-        # BlockMask takes the number of columns from the width of the lists.
-        lists += [count, torch.nn.functional.pad(index, (0, layout.columns - index.shape[-1]))]
     return BlockMask.from_kv_blocks(
-        *lists,
+        *_wide_lists(partial),
+        *_wide_lists(full),
         BLOCK_SIZE=(layout.block_q, layout.block_kv),
         mask_mod=_mask_mod(rule, layout.block_q, layout.block_kv, key_mask),
         seq_lengths=(layout.tokens_q, layout.tokens_kv),
@@ -420,6 +416,12 @@ def _lists(visited: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Bool `(batch, heads, rows, columns)` to counts and compact ascending indices, int32."""
     count, index = index_lists(visited.flatten(0, 2))
     return count.view(visited.shape[:3]), index.view(*visited.shape[:3], -1)
+
+
+def _wide_lists(visited: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_lists` as wide as there are columns, from which BlockMask takes their number."""
+    count, index = _lists(visited)
+    return count, torch.nn.functional.pad(index, (0, visited.shape[3] - index.shape[3]))
 
 
 def _stack(layouts: list[BlockLayout], batch: int, heads: int) -> BlockLayout:

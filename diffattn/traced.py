@@ -12,18 +12,23 @@ from typing import Any, Protocol
 
 import torch
 
-from diffattn.attention import attention, attention_gradients
+from diffattn.attention import attention, attention_gradients, choose_backend
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
+from diffattn.orders import TileOrder
 
 _serials = itertools.count()
 _sources: weakref.WeakValueDictionary[int, LayoutSource] = weakref.WeakValueDictionary()
 
 
 class LayoutSource(Protocol):
-    """Whoever knows the layout of a call."""
+    """Whoever knows the layout of a call, and the order of tokens that it is best built in."""
 
-    def layout(self, grid: TokenGrid, device: torch.device) -> BlockLayout: ...
+    def order(self, grid: TokenGrid) -> TileOrder | None: ...
+
+    def layout(
+        self, grid: TokenGrid, device: torch.device, order: TileOrder | None
+    ) -> BlockLayout: ...
 
 
 def remember(source: LayoutSource) -> int:
@@ -42,23 +47,40 @@ def traced_attention(
     *,
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
+    order: TileOrder | None = None,
 ) -> torch.Tensor:
     """`attention` over the layout that source number `serial` has for `grid`.
+
+    The backend is chosen when the call is traced, for the output and its gradients alike: compiled
+    code keeps to it.
 
     Args:
         query, key, value: (batch, tokens, heads, head_dim).
         grid: the tokens of the call.
         serial: what `remember` gave.
         scale, key_mask: as for `attention`.
+        order: the order that the tokens come in; the grid's own when None.
     """
     size = [grid.frames, grid.height, grid.width, grid.text_before, grid.text_after]
+    if order is not None:
+        size += order.tile
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out, _ = _forward(query, key, value, key_mask, size, serial, scale)
+    backend = choose_backend(query.device)
+    out, _ = _forward(query, key, value, key_mask, size, serial, scale, backend)
     return out
 
 
-def _layout(size: list[int], serial: int, device: torch.device) -> BlockLayout:
-    return _sources[serial].layout(TokenGrid(*size), device)
+def _layout(
+    size: list[int], serial: int, device: torch.device
+) -> tuple[BlockLayout, TileOrder | None]:
+    """The layout of a call, and the order that its tokens are still to be put in.
+
+    Args:
+        size: of the grid, and of the tile where the tokens come in tiles.
+    """
+    source, grid, tile = _sources[serial], TokenGrid(*size[:5]), size[5:]
+    order = TileOrder(grid, (tile[0], tile[1], tile[2])) if tile else source.order(grid)
+    return source.layout(grid, device, order), None if tile else order
 
 
 @torch.library.custom_op("diffattn::static_mask_attention", mutates_args=())
@@ -70,15 +92,28 @@ def _forward(
     size: list[int],
     serial: int,
     scale: float,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    layout = _layout(size, serial, query.device)
-    out, lse = attention(query, key, value, layout, scale=scale, key_mask=key_mask, return_lse=True)
-    return out, lse
+    layout, order = _layout(size, serial, query.device)
+    if order is not None:
+        query, key, value = (order.to_tiles(x) for x in (query, key, value))
+        key_mask = None if key_mask is None else order.to_tiles(key_mask)
+    out, lse = attention(
+        query,
+        key,
+        value,
+        layout,
+        scale=scale,
+        key_mask=key_mask,
+        return_lse=True,
+        backend=backend,
+    )
+    return (out, lse) if order is None else (order.from_tiles(out), order.from_tiles(lse, 2))
 
 
 @_forward.register_fake
 def _(
-    query: torch.Tensor, *rest: torch.Tensor | list[int] | float | None
+    query: torch.Tensor, *rest: torch.Tensor | list[int] | float | str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, tokens, heads, _ = query.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -97,11 +132,31 @@ def _backward(
     size: list[int],
     serial: int,
     scale: float,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    layout = _layout(size, serial, query.device)
-    return attention_gradients(
-        grad_out, query, key, value, out, lse, layout, scale=scale, key_mask=key_mask
+    layout, order = _layout(size, serial, query.device)
+    if order is not None:
+        grad_out, query, key, value, out = (
+            order.to_tiles(x) for x in (grad_out, query, key, value, out)
+        )
+        lse = order.to_tiles(lse, 2)
+        key_mask = None if key_mask is None else order.to_tiles(key_mask)
+    grads = attention_gradients(
+        grad_out,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        layout,
+        scale=scale,
+        key_mask=key_mask,
+        backend=backend,
     )
+    if order is None:
+        return grads
+    grad_query, grad_key, grad_value = (order.from_tiles(grad) for grad in grads)
+    return grad_query, grad_key, grad_value
 
 
 @_backward.register_fake
@@ -110,7 +165,7 @@ def _(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    *rest: torch.Tensor | list[int] | float | None,
+    *rest: torch.Tensor | list[int] | float | str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         query.new_empty(query.shape),
@@ -129,7 +184,7 @@ def _autograd(
 ) -> tuple[torch.Tensor | None, ...]:
     # Nothing that is traced uses the lse: only the output has a gradient.
     grads = _backward(grad_out, *ctx.saved_tensors, *ctx.options)
-    return (*grads, None, None, None, None)
+    return (*grads, None, None, None, None, None)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,11 +1,34 @@
 """attention(): masks and layouts in, the right backend, clear errors."""
 
+import logging
+import shutil
+import sys
+
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
-from diffattn import BlockLayout, FullMask, PredicateMask, RadialAttn, TokenGrid, attention
-from diffattn.attention import BACKEND_VARIABLE
+from diffattn import (
+    BlockLayout,
+    FullMask,
+    PredicateMask,
+    RadialAttn,
+    TokenGrid,
+    attention,
+    from_block_mask,
+)
+from diffattn.attention import (
+    BACKEND_VARIABLE,
+    BACKENDS,
+    Backend,
+    _log_choice,
+    attention_gradients,
+    choose_backend,
+)
 from diffattn.kernels.reference import reference_attention
+
+# Where there is no GPU, the Triton kernels run in the interpreter, see conftest.py.
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 GRID = TokenGrid(5, 4, 7, text_after=3)
 
@@ -77,10 +100,136 @@ def test_a_sample_whose_keys_are_all_padding_gives_zeros() -> None:
         assert out[0].any()
 
 
+def layout_by_head() -> BlockLayout:
+    """Another mask for each sample and head, with empty, partial and full blocks and empty rows."""
+    reach = torch.tensor([[9, 70, 150], [0, 30, 2]])
+    block_mask = create_block_mask(
+        lambda b, h, q, k: ((q - k).abs() < reach[b, h]) & (k < 120),
+        *(2, 3, GRID.tokens, GRID.tokens),
+        device="cpu",
+        BLOCK_SIZE=32,
+    )
+    return from_block_mask(block_mask)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles with g++ on the CPU")
+def test_flex_is_the_same_attention() -> None:
+    # One layout only: compiling takes 20 seconds where Inductor's cache does not know it.
+    q, k, v = inputs()
+    layout = layout_by_head()
+    assert layout.full_blocks
+    assert layout.partial_blocks
+    want, _ = reference_attention(q, k, v, layout.dense())
+    # Parameters may require gradients where none are recorded.
+    with torch.no_grad():
+        out = attention(q.requires_grad_(), k, v, layout, backend="flex")
+    torch.testing.assert_close(out.double(), want.detach(), atol=1e-6, rtol=1e-5)
+    assert out.is_contiguous()
+
+
+def test_flex_never_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = inputs()
+    with (
+        torch.compiler.set_stance("force_eager"),
+        pytest.raises(RuntimeError, match=r"'flex' needs torch.compile, which is switched off"),
+    ):
+        attention(q, k, v, MASKS["radial"], backend="flex")
+
+
+def test_flex_says_what_it_cannot_do_on_the_cpu() -> None:
+    q, k, v = inputs()
+    with pytest.raises(NotImplementedError, match="'flex' has no log-sum-exp on the CPU; leave"):
+        attention(q, k, v, MASKS["radial"], backend="flex", return_lse=True)
+    with pytest.raises(NotImplementedError, match="'flex' has no gradients on the CPU; leave"):
+        attention(q, k, v.requires_grad_(), MASKS["radial"], backend="flex")
+    with pytest.raises(
+        ValueError, match=r"'flex' computes in torch.float32, .*, not torch.float64"
+    ):
+        attention(q.double(), k.double(), v.double(), MASKS["radial"], backend="flex")
+
+
+def test_triton_is_the_same_attention() -> None:
+    q, k, v = (x.to(TRITON_DEVICE).requires_grad_() for x in inputs())
+    layout = layout_by_head().to(TRITON_DEVICE)
+    key_mask = torch.ones(2, GRID.tokens, dtype=torch.bool, device=TRITON_DEVICE)
+    key_mask[1, 30:60] = False
+    how = {"key_mask": key_mask, "scale": 0.2}
+    out, lse = attention(q, k, v, layout, return_lse=True, backend="triton", **how)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want, want_lse = reference_attention(*exact, layout.dense(), **how)
+    torch.testing.assert_close(out.double(), want, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device)
+    wanted = torch.autograd.grad(want, exact, weight.double())
+    by_autograd = torch.autograd.grad(out, (q, k, v), weight)
+    named = attention_gradients(weight, q, k, v, out, lse, layout, backend="triton", **how)
+    for truth, one, other in zip(wanted, by_autograd, named, strict=True):
+        torch.testing.assert_close(one.double(), truth, atol=1e-5, rtol=1e-4)
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradients_by_name(backend: str) -> None:
+    q, k, v = (x.requires_grad_() for x in inputs())
+    layout = layout_by_head()
+    out, lse = attention(q, k, v, layout, return_lse=True, backend=backend)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    wanted = torch.autograd.grad(out, (q, k, v), weight)
+    found = attention_gradients(weight, q, k, v, out, lse, layout, backend=backend)
+    for one, other in zip(wanted, found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_each_device_has_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
+    chosen = {device: choose_backend(torch.device(device)) for device in ("cpu", "cuda:1", "xpu")}
+    assert chosen == {"cpu": "cpu", "cuda:1": "triton", "xpu": "triton"}  # ROCm is "cuda", too
+    assert choose_backend(torch.device("cuda"), "flex") == "flex"
+    monkeypatch.setenv(BACKEND_VARIABLE, "reference")
+    assert choose_backend(torch.device("cuda")) == "reference"
+    assert choose_backend(torch.device("cpu"), "cpu") == "cpu"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_output_and_gradients_come_from_the_backend_that_was_chosen(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ChosenError(Exception):
+        pass
+
+    def chosen(*arguments: object) -> None:
+        raise ChosenError
+
+    q, k, v = inputs()
+    layout = MASKS["full"].blocks()
+    monkeypatch.setitem(BACKENDS, backend, Backend(forward=chosen, gradients=chosen))
+    monkeypatch.setenv(BACKEND_VARIABLE, backend)
+    with pytest.raises(ChosenError):
+        attention(q, k, v, layout)
+    with pytest.raises(ChosenError):
+        attention_gradients(q, q, k, v, q, q, layout)
+
+
+def test_the_choice_is_logged_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
+    _log_choice.cache_clear()
+    q, k, v = inputs()
+    with caplog.at_level(logging.DEBUG, "diffattn.attention"):
+        for backend in (None, "cpu", "reference"):
+            attention(q, k, v, MASKS["full"], backend=backend)
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention on cpu is computed by backend 'cpu'",
+        "attention on cpu is computed by backend 'reference'",
+    ]
+
+
 def test_the_environment_chooses_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = inputs()
     monkeypatch.setenv(BACKEND_VARIABLE, "nonsense")
-    with pytest.raises(ValueError, match="unknown backend 'nonsense'; choose from cpu, reference"):
+    message = "unknown backend 'nonsense'; choose from triton, cpu, flex, reference"
+    with pytest.raises(ValueError, match=message):
         attention(q, k, v, MASKS["full"])
     monkeypatch.setenv(BACKEND_VARIABLE, "reference")
     out = attention(q, k, v, MASKS["full"])
@@ -90,8 +239,30 @@ def test_the_environment_chooses_a_backend(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_other_devices_say_what_is_missing() -> None:
     q, k, v = (x.to("meta") for x in inputs())
-    with pytest.raises(NotImplementedError, match=r"sparse kernel for the CPU only.* are on meta"):
+    message = r"are on meta, and there are sparse kernels for cuda, xpu, cpu only; .*backend='flex'"
+    with pytest.raises(NotImplementedError, match=message):
         attention(q, k, v, MASKS["full"])
+
+
+def test_a_missing_triton_is_an_error_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffattn.kernels
+
+    monkeypatch.delattr(diffattn.kernels, "block_sparse", raising=False)
+    for name in list(sys.modules):
+        if name == "triton" or name.startswith(("triton.", "diffattn.kernels.block_sparse")):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    q, k, v = inputs()
+    with pytest.raises(ImportError, match=r"backend 'triton' needs Triton, which cannot be .*'pip"):
+        attention(q, k, v, MASKS["full"], backend="triton")
+    assert attention(q, k, v, MASKS["full"]).shape == q.shape
+
+
+def test_kernels_of_the_other_device_are_refused() -> None:
+    q, k, v = (x.to("meta") for x in inputs())
+    layout = MASKS["full"].blocks().to("meta")
+    with pytest.raises(ValueError, match="this is the CPU path, but q is on meta"):
+        attention(q, k, v, layout, backend="cpu")
 
 
 def test_errors_say_what_is_wrong() -> None:
@@ -104,11 +275,22 @@ def test_errors_say_what_is_wrong() -> None:
         ((q, k[..., :8], v[..., :8], layout), "head_dim is 16 in query and 8 in key"),
         ((q[:, 1:], k[:, 1:], v[:, 1:], layout), "over 143 x 143 tokens, but .* have 142 and 142"),
         ((q, k, v, layout.to("meta")), "blocks are on meta and the query on cpu"),
+        (
+            (q, k, v.half(), layout),
+            "query is torch.float32, key torch.float32 and value torch.float16",
+        ),
+        ((q.int(), k.int(), v.int(), layout), "query is torch.int32, .* one floating-point dtype"),
+        ((q, k.to("meta"), v, layout), "key is on meta and the query on cpu; move it there"),
+        ((q, k, v.to("meta"), None), "value is on meta and the query on cpu; move it there"),
+        ((q[:, :, :2], k[:, :, :2], v[:, :, :2], layout_by_head()), "of 3 heads, but .* has 2"),
+        ((q[:1], k[:1], v[:1], layout_by_head()), "the mask is one of 2 samples, but .* has 1"),
         ((q, k, v, "radial"), "mask is a str, but must be an AttentionMask or a BlockLayout"),
     ]:
         with pytest.raises(ValueError, match=message):
             attention(*arguments)
     with pytest.raises(ValueError, match=r"key_mask is torch.float32 \(2, 143\), but must be bool"):
         attention(q, k, v, layout, key_mask=torch.ones(2, 143))
+    with pytest.raises(ValueError, match="key_mask is on meta and the query on cpu; move it there"):
+        attention(q, k, v, layout, key_mask=torch.ones(2, 143, dtype=torch.bool, device="meta"))
     with pytest.raises(ValueError, match="return_lse needs a mask"):
         attention(q, k, v, return_lse=True)
