@@ -98,6 +98,8 @@ def attend_sharded(
     return _tokens_to_heads(_unsort_parts(out, parts[group]), tokens[group], heads, over)
 
 
+# Which rows a layout has depends on the mask: that cannot be traced, compiled code breaks here.
+@torch.compiler.disable
 def attend_queries(
     method: Method,
     query: torch.Tensor,

@@ -90,6 +90,8 @@ class TestSeveralProcesses:
             (2, "tokens", "AssertionError: Tensor size .* must be divisible by mesh size"),
             (2, "heads", r"ValueError: 3 attention heads cannot be divided among 2 processes: cho"),
             (4, "too few heads", "ValueError: 2 attention heads are too few for 4 processes"),
+            (2, "ltx ulysses, masked text", "RuntimeError: output with shape .* doesn't match the"),
+            (2, "ltx ulysses, masked text, detached", "RuntimeError: output with shape .*"),
             (2, "ring, more than a mask", "NotImplementedError: own attention .*; use Ulysses"),
         ],
     )
