@@ -7,7 +7,7 @@ PROMPT ?= a red circle moving right on a blue background
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint types benchmark
+.PHONY: demo test lint types benchmark gpu-test gpu-benchmark
 
 demo: $(INSTALLED)
 	mkdir -p $(dir $(OUTPUT))
@@ -29,6 +29,21 @@ types: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/cpu.py --output benchmarks
+
+# The next two are for machines with a GPU, which may have torch and Triton but not diffusers:
+# docs/gpu.md. Nothing is installed; -P keeps the checkout's diffattn/, which lacks the sub-packages
+# beside it, from hiding the installed one.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_TESTS = tests/kernels tests/benchmarks tests/test_attention.py tests/test_block_forms.py
+
+gpu-test:
+	$(GPU_PYTHON) -P -m pytest $(GPU_TESTS)
+	@if $(GPU_PYTHON) -P -c "import diffusers" 2>/dev/null; then \
+		$(GPU_PYTHON) -P -m pytest -m gpu $(addprefix --ignore=,$(GPU_TESTS)) || [ $$? -eq 5 ]; \
+	else echo "GPU tests of whole models are left out: they need diffusers"; fi
+
+gpu-benchmark:
+	$(GPU_PYTHON) benchmarks/gpu.py --output benchmarks
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,76 @@
+"""The attention calls that benchmarks/gpu.py measures: one layer of the models people run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from diffattn import TokenGrid
+
+DENSITIES = (1.0, 0.5, 0.2, 0.1)
+FORWARD, BACKWARD = "forward", "backward"
+BACKWARD_FLOPS = 2.5  # of a forward pass: five matrix products instead of two
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Self-attention of one sample in one layer of a model.
+
+    Attributes:
+        name: model and resolution.
+        grid: its tokens; where text is a large part of a small picture (Flux at 1024), a picture
+            with as many tokens, because dense text would leave no room for a density of 0.1.
+        heads, head_dim: of the model.
+    """
+
+    name: str
+    grid: TokenGrid
+    heads: int
+    head_dim: int
+
+    @property
+    def tokens(self) -> int:
+        return self.grid.tokens
+
+    def flops(self, pairs: int, direction: str) -> float:
+        """Floating-point operations for `pairs` token pairs a head that attend."""
+        forward = 4.0 * self.heads * pairs * self.head_dim
+        return forward if direction == FORWARD else BACKWARD_FLOPS * forward
+
+
+# In the order of what to measure first when time is short.
+SHAPES = (
+    Shape("wan-1.3b-480p", TokenGrid(21, 30, 52), heads=12, head_dim=128),
+    Shape("wan-14b-720p", TokenGrid(21, 45, 80), heads=40, head_dim=128),
+    Shape("hunyuan-720p", TokenGrid(33, 45, 80, text_after=256), heads=24, head_dim=128),
+    Shape("flux-4096", TokenGrid(1, 256, 256, text_before=512), heads=24, head_dim=128),
+    Shape("cogvideox-5b", TokenGrid(13, 30, 45, text_before=226), heads=48, head_dim=64),
+    Shape("flux-1024", TokenGrid(1, 72, 64), heads=24, head_dim=128),
+)
+
+# The same program on the CPU in seconds: ragged blocks and tiles, text, both directions.
+TINY_SHAPES = (
+    Shape("tiny-video", TokenGrid(9, 20, 21, text_after=7), heads=2, head_dim=64),
+    Shape("tiny-picture", TokenGrid(1, 50, 51), heads=2, head_dim=32),
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is measured together, call after call, so that its ratios come from the same minute."""
+
+    shape: Shape
+    direction: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape.name} {self.direction}"
+
+
+def groups(shapes: Iterable[Shape]) -> list[Group]:
+    """All groups, the most important first.
+
+    The shapes in their order, each forward and then backward: what is built for a shape serves
+    both.
+    """
+    return [Group(shape, direction) for shape in shapes for direction in (FORWARD, BACKWARD)]

@@ -1,0 +1,162 @@
+"""How benchmarks/gpu.py measures time: interleaved rounds on a cold L2, by the device's clock."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+HEAD_START_MS = 1.0  # of the host over the device: launching a backward pass takes less
+
+Clock = Callable[[], float]
+Call = Callable[[], object]
+Prepare = Callable[[int], Call]  # number of the round -> what to time
+
+
+class Timer(Protocol):
+    def milliseconds(self, call: Call) -> float: ...
+
+
+class DeviceTimer:
+    """Times by CUDA events.
+
+    Before every call a buffer several times the L2 cache is written: nothing of the inputs is left
+    in the cache, and the host has the time to launch the call before the device comes to it, so
+    that what is timed has no gaps from launching.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        size = max(256 << 20, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
+        self._scratch = torch.empty(size, dtype=torch.uint8, device=device)
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        fill_ms = min(self._elapsed(self._scratch.zero_) for _ in range(5))
+        self._fills = max(1, math.ceil(HEAD_START_MS / fill_ms))
+
+    def milliseconds(self, call: Call) -> float:
+        for _ in range(self._fills):
+            self._scratch.zero_()
+        return self._elapsed(call)
+
+    def _elapsed(self, call: Call) -> float:
+        self._start.record()
+        call()
+        self._end.record()
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end)
+
+
+class HostTimer:
+    """Times by the host's clock, for the CPU."""
+
+    def milliseconds(self, call: Call) -> float:
+        start = time.perf_counter()
+        call()
+        return 1000 * (time.perf_counter() - start)
+
+
+def host_microseconds(call: Call, device: torch.device, calls: int = 50) -> float:
+    """How long the host is busy with one call, on average, while the device lags behind."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    busy = time.perf_counter() - start
+    synchronize(device)
+    return 1e6 * busy / calls
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@dataclass
+class Budget:
+    """The minutes that a run may take; `clock` is in seconds."""
+
+    minutes: float
+    clock: Clock = time.monotonic
+    started: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.started = self.clock()
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the run began."""
+        return self.clock() - self.started
+
+    @property
+    def left(self) -> float:
+        """Seconds until it should end."""
+        return 60 * self.minutes - self.spent
+
+
+def interleave(
+    prepared: dict[str, Prepare],
+    timer: Timer,
+    *,
+    least: int,
+    most: int,
+    seconds: float,
+    clock: Clock = time.monotonic,
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Time all calls one after another, round after round.
+
+    Every other round goes backwards, so that nothing is always behind the same neighbour.
+
+    Args:
+        prepared: makes the call of a round; what it does itself is not timed.
+        least, most: number of rounds.
+        seconds: no round is begun after these, once there are `least`.
+
+    Returns:
+        Milliseconds of every round, and what went wrong with calls that raised; those have none.
+    """
+    times: dict[str, list[float]] = {name: [] for name in prepared}
+    failed: dict[str, str] = {}
+    start = clock()
+    for number in range(most):
+        if number >= least and clock() - start > seconds:
+            break
+        names = list(times) if number % 2 == 0 else list(reversed(times))
+        for name in names:
+            try:
+                times[name].append(timer.milliseconds(prepared[name](number)))
+            except Exception as error:
+                failed[name] = describe(error)
+                del times[name]
+    return times, failed
+
+
+def describe(error: Exception) -> str:
+    """An exception in one line, with the notes on it."""
+    texts = [str(error), *getattr(error, "__notes__", [])]
+    lines = [text.strip().splitlines()[0] for text in texts if text.strip()]
+    return f"{type(error).__name__}: {'; '.join(lines)}" if lines else type(error).__name__
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and the range from the 10th to the 90th percentile of some times."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: list[float]) -> Spread:
+        if len(values) == 1:
+            return Spread(values[0], values[0], values[0])
+        tenths = statistics.quantiles(values, n=10, method="inclusive")
+        return Spread(statistics.median(values), tenths[0], tenths[-1])
+
+
+def median_ratio(above: list[float], below: list[float]) -> float:
+    """Median of the ratios round by round, which the drift of clocks does not enter."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=False))
