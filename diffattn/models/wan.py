@@ -59,13 +59,14 @@ def _animate_sizes(pipe: Any) -> SizeRules:
 
 
 _wan_shaped = partial(
-    Family, sites=re.compile(r"(?:vace_)?blocks\.(?P<layer>\d+)\.attn1"), grid=_grid, sizes=_sizes
+    Family, sites=re.compile(r"blocks\.(?P<layer>\d+)\.attn1"), grid=_grid, sizes=_sizes
 )
 
 WAN = _wan_shaped(
     name="wan",
     title="Wan 2.1 and 2.2 (T2V, I2V, TI2V-5B, VACE)",
     model_classes=("WanTransformer3DModel", "WanVACETransformer3DModel"),
+    sites=re.compile(r"(?:vace_)?blocks\.(?P<layer>\d+)\.attn1"),
     variants=_variant,
 )
 
