@@ -28,6 +28,9 @@ BackendFunction = Callable[..., torch.Tensor]
 
 _serial = itertools.count()
 
+# Where diffusers has the hooks that move or cast weights.
+_BLIND_HOOKS = ("diffusers.hooks.group_offloading", "diffusers.hooks.layerwise_casting")
+
 # Backends that take part in context parallelism, but cannot merge attention over parts of the keys.
 _WITHOUT_LSE = ("native", "_native_npu")
 
@@ -144,8 +147,24 @@ def context_parallel(config: Any) -> ContextParallel | None:
     )
 
 
+def is_watched(module: torch.nn.Module) -> bool:
+    """Has diffusers hooked something into a module that sees or keeps what passes through it?
+
+    Step caches and guiders do; offloading and casting do not look at it.
+    """
+    registry = module.__dict__.get("_diffusers_hook")
+    return registry is not None and any(
+        type(hook).__module__ not in _BLIND_HOOKS for hook in registry.hooks.values()
+    )
+
+
+def processor_parallelism(processor: object) -> Any:
+    """The parallelism enabled on a processor, as `context_parallel` takes it."""
+    return getattr(processor, "_parallel_config", None)
+
+
 def share_parallelism(source: object, target: object) -> None:
     """Give a processor the parallelism that was enabled on another."""
-    config = getattr(source, "_parallel_config", None)
+    config = processor_parallelism(source)
     if getattr(target, "_parallel_config", config) is not config:
         target._parallel_config = config  # type: ignore[attr-defined]

@@ -11,18 +11,20 @@ import copy
 import warnings
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.hooks import RemovableHandle
 
 from diffattn import _compat
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
-from diffattn.methods.base import Method, Site, StaticMaskMethod
+from diffattn.methods.base import Method, Site, StaticMaskMethod, is_mask_alone
 from diffattn.models import Family
+from diffattn.models.base import argument
 from diffattn.models.twins import dispatching
 from diffattn.orders import TileOrder
 from diffattn.parallel import attend_queries, attend_sharded
@@ -61,6 +63,7 @@ class Group:
         member: our backend.
         method: `chosen` with its parameters resolved, for the current grid once there is one.
         video: the video tokens of the current call, without text; None before a call.
+        reordered: the order that the tokens of the current forward are in; None is the model's own.
         sparse: whether calls go to `method` now, or to `previous`.
         serial: by which number code being compiled finds this group.
         sparse_calls, dense_calls: calls counted since attaching, except in compiled code.
@@ -75,6 +78,7 @@ class Group:
     member: Any = None
     method: Method = field(init=False)
     video: TokenGrid | None = None
+    reordered: TileOrder | None = None
     sparse: bool = True
     serial: int = field(init=False)
     sparse_calls: int = 0
@@ -142,7 +146,13 @@ class Group:
         if text:
             before = text if self.family.text == "before" else 0
             grid = TokenGrid(grid.frames, grid.height, grid.width, before, text - before)
-        return Site(self.family.name, self.layer, self.layers, grid)
+        order = self.reordered
+        if order is not None and order.grid != grid:
+            raise RuntimeError(
+                f"the attention call is over {grid}, but this forward has put tokens of"
+                f" {order.grid} in another order"
+            )
+        return Site(self.family.name, self.layer, self.layers, grid, order)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         """A group of the same kind for the same sites of a copied model."""
@@ -212,6 +222,7 @@ class AttachedModel:
         self._calls_before = 0
         self._first_forward = True
         self._reported = False
+        self._flow_hooks: list[RemovableHandle] = []
         layers = family.layers(model)
         self.layers = max(layers.values()) + 1
         modules: dict[str, Any] = {name: model.get_submodule(name) for name in chosen}
@@ -225,6 +236,7 @@ class AttachedModel:
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward),
+            model.register_forward_hook(self._end_flow, always_call=True),
         ]
         if family.grid_modules is not None:
             for name, module in model.named_modules():
@@ -250,6 +262,7 @@ class AttachedModel:
                 # Parallelism may have been enabled since: the model stays parallel.
                 _compat.share_parallelism(site.processor, site.original)
                 set_processor(site.module, site.original)
+        self._end_flow()
         self._retire()
         _unregister_retired()
         for hook in self._hooks:
@@ -278,12 +291,88 @@ class AttachedModel:
         self.groups.append(group)
         return group
 
-    def _before_forward(self, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
+    def _before_forward(self, model: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             self.owner.follow_scheduler()
             self._calls_before = self.sparse_calls + self.dense_calls
         if self.family.grid_modules is None:
             self._use(self.family.grid(model, args, kwargs))
+        return None if torch.compiler.is_compiling() else self._begin_flow(args, kwargs)
+
+    def _begin_flow(self, args: Any, kwargs: Any) -> Any:
+        """Put the tokens of a forward in the order that its blocks are cut in, if there is one.
+
+        Returns:
+            The arguments of the forward with their tokens in that order, None to leave them.
+        """
+        self._end_flow()  # that of a forward that was interrupted
+        order = self._order_throughout(args, kwargs)
+        flow = self.family.flow
+        if order is None or flow is None:
+            return None
+        for group in self.groups:
+            group.reordered = order
+        self._flow_hooks = flow.follow(order, self._model)
+        return flow.enter(order, args, kwargs)
+
+    def _end_flow(self, *_: Any) -> None:
+        """Leave no trace of `_begin_flow`, also where a forward fails."""
+        if torch.compiler.is_compiling():
+            return
+        for hook in self._flow_hooks:
+            hook.remove()
+        self._flow_hooks = []
+        for group in self.groups:
+            group.reordered = None
+
+    def _order_throughout(self, args: Any, kwargs: Any) -> TileOrder | None:
+        """The order that a whole forward may be in; None where each call has to see to its own."""
+        flow, grid = self.family.flow, self.grid
+        if (
+            flow is None
+            or grid is None
+            or type(self._model).__name__ != flow.model_class
+            # What is run again for the backward pass, by whatever kind of checkpointing, would not
+            # know which order its tokens were in.
+            or torch.is_grad_enabled()
+            or not any(group.sparse for group in self.groups)
+            or (flow.interrupted is not None and flow.interrupted(self._model, args, kwargs))
+        ):
+            return None
+        if flow.text is not None:
+            text = argument(args, kwargs, *flow.text).shape[1]
+            before = text if self.family.text == "before" else 0
+            grid = replace(grid, text_before=before, text_after=text - before)
+        order = self._common_order(grid)
+        return None if order is None or self._is_watched() or self._is_parallel() else order
+
+    def _common_order(self, grid: TokenGrid) -> TileOrder | None:
+        """The order that all attached methods want the tokens of `grid` in, if it is the same."""
+        orders = set()
+        for group in self.groups:
+            if not is_mask_alone(group.method):
+                return None
+            if not group.method.any_order:
+                orders.add(group.method.order(grid))
+        return orders.pop() if len(orders) == 1 else None
+
+    def _is_watched(self) -> bool:
+        """Does code that counts on the model's own order see what passes between its modules?"""
+        inside = (module for module in self._model.modules() if module is not self._model)
+        return (
+            len(self._model._forward_pre_hooks) > 1  # besides ours
+            or _compat.is_watched(self._model)
+            or any(
+                module._forward_pre_hooks or module._forward_hooks or _compat.is_watched(module)
+                for module in inside
+            )
+        )
+
+    def _is_parallel(self) -> bool:
+        """Is the sequence spread over processes?"""
+        processor = next(iter(self.sites.values())).processor
+        config = _compat.processor_parallelism(processor)
+        return _compat.context_parallel(config) is not None
 
     def _follow(self, name: str, module: torch.nn.Module) -> None:
         """Give the sites inside of a module the grid of its calls."""
@@ -302,7 +391,7 @@ class AttachedModel:
         copied = copy.copy(self)
         memo[id(self)] = copied
         # The groups first: the copied processors must find their new backends in the memo.
-        for name in ("groups", "owner", "_model", "sites", "_hooks"):
+        for name in ("groups", "owner", "_model", "sites", "_hooks", "_flow_hooks"):
             setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
         copied._retire_with(copied._model)
         return copied
@@ -328,7 +417,9 @@ class AttachedModel:
         if not self._is_in_place(name, module):
             return "its block was exchanged"
         if module.processor is not site.processor:
-            return f"it was given a {type(module.processor).__name__}{self._culprit(module.processor)}"
+            return (
+                f"it was given a {type(module.processor).__name__}{self._culprit(module.processor)}"
+            )
         if _compat.processor_backend(site.processor) is not site.member:
             return "set_attention_backend gave it another backend"
         return ""
@@ -403,6 +494,8 @@ def _backend(group: Group) -> _compat.BackendFunction:
             and not isinstance(attn_mask, BlockMask)
         )
         sparse = ordinary and group.sparse
+        if group.reordered is not None and not sparse and query.shape[1] == key.shape[1]:
+            _check_any_order(attn_mask, is_causal, key, group.family.padding)
         group.count(sparse=sparse)
         masked = attn_mask is not None
         if not sparse and not (ordinary and over and over.exceeds(group.previous, masked)):
@@ -439,6 +532,16 @@ def _backend(group: Group) -> _compat.BackendFunction:
     return diffattn_backend
 
 
+def _check_any_order(attn_mask: Any, is_causal: bool, key: torch.Tensor, padding: str) -> None:
+    """Raise unless dense attention under this mask is the same for tokens in another order."""
+    if is_causal or isinstance(attn_mask, BlockMask):
+        raise RuntimeError(
+            "this attention call is causal or has a BlockMask, which is about tokens in the model's"
+            " own order, but the forward has put them in another"
+        )
+    _key_mask(attn_mask, key, padding)
+
+
 def _attend_sparse(
     group: Group,
     scale: float | None,
@@ -456,7 +559,14 @@ def _attend_sparse(
         )
     if torch.compiler.is_compiling() and isinstance(group.method, StaticMaskMethod):
         return traced_attention(
-            query, key, value, site.grid, group.serial, scale=scale, key_mask=key_mask
+            query,
+            key,
+            value,
+            site.grid,
+            group.serial,
+            scale=scale,
+            key_mask=key_mask,
+            order=site.order,
         )
     return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
 

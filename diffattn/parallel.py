@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from diffattn._compat import ContextParallel
 from diffattn.attention import attention
 from diffattn.blocks import BlockLayout
-from diffattn.methods.base import Method, Site, StaticMaskMethod
+from diffattn.methods.base import Method, Site, is_mask_alone
 
 # torch 2.13 has renamed it.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -126,10 +126,7 @@ def attend_queries(
     Raises:
         NotImplementedError: if the method is more than a mask.
     """
-    if (
-        not isinstance(method, StaticMaskMethod)
-        or type(method).attend is not StaticMaskMethod.attend
-    ):
+    if not is_mask_alone(method):
         raise NotImplementedError(
             f"{method.type} attention cannot be computed for a part of the queries, as ring"
             f" attention does; use Ulysses: ContextParallelConfig(ulysses_degree=...)"

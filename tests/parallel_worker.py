@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig, WanTransformer3DModel
 from diffusers.hooks import context_parallel
-from stock import NEARBY, Nearby
+from stock import IN_TILES, NEARBY, Nearby
 
 import diffattn
 from diffattn import RadialAttn, TokenGrid
@@ -196,6 +196,7 @@ _LONGER_WAN = partial(wan_inputs, 6, 5, 8)
 RADIAL = RadialAttn(rule="paper", sink=False, dense_layers=1, dense_steps=0)
 _QWEN = (tiny_families.qwen_image, partial(qwen_inputs, 8, 8))
 _PADDED_QWEN = (tiny_families.qwen_image, partial(qwen_inputs, 8, 3))
+_TILES = {"method": IN_TILES}
 _ONE_DENSE_LAYER = {"method": Nearby(dense_layers=1, dense_steps=0)}
 
 # Runs that must give the same in several processes (parallel=True) and in one.
@@ -219,6 +220,14 @@ RUNS: dict[int, dict[str, Callable[[bool], Result]]] = {
         "wan ring, dense method": partial(run, wan, wan_inputs, RING, method=DenseAttn()),
         "wan ring, radial": partial(run, wan, _LONGER_WAN, RING, method=RADIAL),
         "wan any ring": partial(run, partial(wan, 3), _UNEVEN_WAN, ANY_RING, gradients=True),
+        "wan ulysses, in tiles": partial(run, wan, wan_inputs, ULYSSES, **_TILES),
+        "wan any ulysses, in tiles": partial(
+            run, partial(wan, 3), _UNEVEN_WAN, ANY_ULYSSES, gradients=True, **_TILES
+        ),
+        "wan ring, in tiles": partial(run, wan, wan_inputs, RING, **_TILES),
+        "wan ulysses, compiled, in tiles": partial(
+            run, wan, wan_inputs, ULYSSES, compiled=True, **_TILES
+        ),
         "wan pipeline": run_pipeline,
         "flux ulysses": partial(run, tiny_families.flux, flux_inputs, ULYSSES),
         "flux ulysses, dense layer": partial(
@@ -227,6 +236,8 @@ RUNS: dict[int, dict[str, Callable[[bool], Result]]] = {
         "flux any ulysses": partial(
             run, tiny_families.flux, partial(flux_inputs, 5, 5, 7), ANY_ULYSSES
         ),
+        "flux ulysses, in tiles": partial(run, tiny_families.flux, flux_inputs, ULYSSES, **_TILES),
+        "flux ring, in tiles": partial(run, tiny_families.flux, flux_inputs, RING, **_TILES),
         "flux ring": partial(run, tiny_families.flux, flux_inputs, RING, gradients=True),
         "flux ring, dense layer": partial(
             run, tiny_families.flux, flux_inputs, RING, **_ONE_DENSE_LAYER
@@ -250,6 +261,7 @@ RUNS: dict[int, dict[str, Callable[[bool], Result]]] = {
     },
     4: {
         "wan unified": partial(run, wan, wan_inputs, UNIFIED, gradients=True),
+        "flux unified, in tiles": partial(run, tiny_families.flux, flux_inputs, UNIFIED, **_TILES),
         "wan unified, dense layer": partial(run, wan, wan_inputs, UNIFIED, **_ONE_DENSE_LAYER),
         "flux unified": partial(run, tiny_families.flux, flux_inputs, UNIFIED, gradients=True),
         "qwen unified, padded": partial(run, *_PADDED_QWEN, UNIFIED),

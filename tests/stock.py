@@ -10,6 +10,7 @@ import torch
 
 from diffattn import AttentionMask, Method, PredicateMask, TokenGrid
 from diffattn.methods import DenseAttn, Site, StaticMaskMethod
+from diffattn.orders import TileOrder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,20 @@ class Nearby(StaticMaskMethod):
 
 
 NEARBY = Nearby(dense_layers=0, dense_steps=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearbyInTiles(Nearby):
+    """The same token pairs, in blocks that are boxes of tokens."""
+
+    type: ClassVar[str] = "nearby-in-tiles"
+    tile: tuple[int, int, int] = (2, 2, 4)
+
+    def order_on(self, grid: TokenGrid) -> TileOrder:
+        return TileOrder(grid, self.tile)
+
+
+IN_TILES = NearbyInTiles(dense_layers=0, dense_steps=0)
 
 
 @dataclass(frozen=True, kw_only=True)

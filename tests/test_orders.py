@@ -1,8 +1,7 @@
 """Tile orders: exact permutations, compact blocks, and layouts and attention in them."""
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import stock
@@ -30,20 +29,6 @@ TILES = [(2, 4, 4), (1, 1, 1), (4, 4, 8), (1, 3, 5)]
 
 sizes = st.integers(1, 9)
 text = st.integers(0, 12)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NearbyInTiles(stock.Nearby):
-    """The nearby places, in blocks that are boxes of 2 x 2 x 4 tokens."""
-
-    type: ClassVar[str] = "nearby-in-tiles"
-    tile: tuple[int, int, int] = (2, 2, 4)
-
-    def order_on(self, grid: TokenGrid) -> TileOrder:
-        return TileOrder(grid, self.tile)
-
-
-TILED = NearbyInTiles(dense_layers=0, dense_steps=0)
 
 
 def window(grid: TokenGrid, *radius: int) -> AttentionMask:
@@ -308,8 +293,10 @@ class TestAttention:
         leaves = [x.requires_grad_() for x in qkv]
         doubles = [x.detach().double().requires_grad_() for x in qkv]
         options = {"scale": 0.3, "key_mask": key_mask if masked else None}
-        want, _ = reference_attention(*doubles, TILED.mask(grid).dense()[None, None], **options)
-        out = TILED.attend(*leaves, Site("wan", 0, 1, grid), **options)
+        want, _ = reference_attention(
+            *doubles, stock.IN_TILES.mask(grid).dense()[None, None], **options
+        )
+        out = stock.IN_TILES.attend(*leaves, Site("wan", 0, 1, grid), **options)
         torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
         weight = torch.randn_like(out)
         (out * weight).sum().backward()
@@ -322,7 +309,7 @@ class TestAttention:
         order = TileOrder(grid, (1, 4, 4))  # another than its own
         options = {"scale": 0.3, "key_mask": key_mask if masked else None}
         moved = options | {"key_mask": order.to_tiles(key_mask) if masked else None}
-        for method in (TILED, stock.NEARBY, DenseAttn()):
+        for method in (stock.IN_TILES, stock.NEARBY, DenseAttn()):
             want = method.attend(*qkv, Site("wan", 0, 1, grid), **options)
             site = Site("wan", 0, 1, grid, order)
             out = method.attend(*(order.to_tiles(x) for x in qkv), site, **moved)
@@ -333,7 +320,7 @@ class TestAttention:
         weight = torch.randn_like(qkv[0])
         site = Site("wan", 0, 1, grid)
         options = {"scale": 0.3, "key_mask": key_mask if masked else None}
-        serial = remember(TILED)
+        serial = remember(stock.IN_TILES)
         order = TileOrder(grid, (1, 4, 4))
         moved = options | {"key_mask": order.to_tiles(key_mask) if masked else None}
 
@@ -345,7 +332,7 @@ class TestAttention:
 
         results = []
         for function in (
-            lambda *qkv: TILED.attend(*qkv, site, **options),
+            lambda *qkv: stock.IN_TILES.attend(*qkv, site, **options),
             lambda *qkv: traced_attention(*qkv, grid, serial, **options),
             permuted,
         ):
@@ -364,15 +351,15 @@ class TestAttention:
         site = Site("wan", 0, 1, grid)
         options = {"scale": 0.3, "key_mask": key_mask if masked else None}
         part = range(grid.tokens // 3, grid.tokens)
-        want = TILED.attend(*qkv, site, **options)[:, part.start :]
+        want = stock.IN_TILES.attend(*qkv, site, **options)[:, part.start :]
         query = qkv[0][:, part.start :]
-        out = attend_queries(TILED, query, *qkv[1:], site, (part,), **options)
+        out = attend_queries(stock.IN_TILES, query, *qkv[1:], site, (part,), **options)
         torch.testing.assert_close(out, want, atol=1e-6, rtol=1e-5)
 
 
 def test_a_methods_order_is_kept_with_its_permutation() -> None:
     grid = GRIDS[0]
-    method = NearbyInTiles()
+    method = stock.NearbyInTiles()
     assert method.order(grid) is method.order(grid)
     assert method.order_on(grid) is not method.order_on(grid)
     assert stock.NEARBY.order(grid) is None

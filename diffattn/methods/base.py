@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
@@ -15,6 +15,9 @@ from diffattn.grid import TokenGrid
 from diffattn.mask import BLOCK, AttentionMask, TextMask
 from diffattn.orders import TileOrder
 from diffattn.schedule import check_steps
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,11 @@ class StaticMaskMethod(Method):
 
     def __setstate__(self, parameters: dict[str, Any]) -> None:
         self.__init__(**parameters)  # type: ignore[misc]
+
+
+def is_mask_alone(method: Method) -> TypeIs[StaticMaskMethod]:
+    """Is attention by this method attention under its mask, and nothing else?"""
+    return isinstance(method, StaticMaskMethod) and type(method).attend is StaticMaskMethod.attend
 
 
 def check_count(name: str, value: Any, *, at_least: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from diffattn.grid import TokenGrid
+from diffattn.models.token_flow import TokenFlow
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class Family:
             grid each, for the sites within them; without it the denoiser's call has one for all.
         padding: how the model's attention masks say which keys are padding: by key; by the outer
             product of what is valid, per pair; or as a bias that is 0 where a key counts.
+        flow: where its video tokens may be put in another order for a whole forward; None where
+            something between its blocks knows them by their place.
         tested: what the project's tests run of it: tiny models, and pipelines where those can be
             built offline.
     """
@@ -113,6 +116,7 @@ class Family:
     text: Literal["before", "after"] | None = None
     grid_modules: re.Pattern[str] | None = None
     padding: Literal["keys", "pairs", "bias"] = "keys"
+    flow: TokenFlow | None = None
     tested: Literal["model", "model, pipeline"] = "model, pipeline"
 
     def variant(self, pipe: Any, model: torch.nn.Module) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffattn.grid import TokenGrid
-from diffattn.models.base import Family, SizeRules, first_input
+from diffattn.models.base import Family, SizeRules, argument, first_input
+from diffattn.models.token_flow import TokenFlow
 
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
@@ -32,6 +33,11 @@ def _sizes(pipe: Any) -> SizeRules:
     )
 
 
+def _has_attention_arguments(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    # Attention processors are handed them: a mask among them would be in the model's order.
+    return bool(argument(args, kwargs, 6, "attention_kwargs"))
+
+
 COGVIDEOX = Family(
     name="cogvideox",
     title="CogVideoX 2b, 5b and 1.5, ConsisID",
@@ -40,4 +46,11 @@ COGVIDEOX = Family(
     grid=_grid,
     sizes=_sizes,
     text="before",
+    flow=TokenFlow(
+        model_class="CogVideoXTransformer3DModel",
+        arguments=((5, "image_rotary_emb", 0),),
+        outputs={"patch_embed": 1},
+        text=(1, "encoder_hidden_states"),
+        interrupted=_has_attention_arguments,
+    ),
 )

@@ -12,6 +12,7 @@ import torch
 
 from diffattn.grid import TokenGrid
 from diffattn.models.base import Family, SizeRules, argument, first_input
+from diffattn.models.token_flow import TokenFlow
 
 # The last position ids read, by their shape, and the grid they say. Reading waits for the device
 # and cannot be compiled, and a pipeline passes the same ids in all its steps.
@@ -68,6 +69,15 @@ def _sizes(pipe: Any) -> SizeRules:
     return SizeRules.images(pipe.vae_scale_factor * 2)
 
 
+def _has_residuals_or_masks(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    # Residuals of a ControlNet and what attention processors are handed, such as masks of an
+    # IP-Adapter, are in the model's order.
+    names = "joint_attention_kwargs controlnet_block_samples controlnet_single_block_samples"
+    positions = (7, 8, 9)
+    given = [argument(args, kwargs, *at) for at in zip(positions, names.split(), strict=True)]
+    return any(x is not None and len(x) > 0 for x in given)
+
+
 # Dual-stream blocks come first, in the model and in the numbering.
 _SITES = re.compile(r"(?P<layer>(?:single_)?transformer_blocks\.\d+)\.attn")
 
@@ -79,6 +89,12 @@ FLUX = Family(
     grid=partial(_grid, position=4),
     sizes=_sizes,
     text="before",
+    flow=TokenFlow(
+        model_class="FluxTransformer2DModel",
+        arguments=((0, "hidden_states", 1), (4, "img_ids", -2)),
+        text=(1, "encoder_hidden_states"),
+        interrupted=_has_residuals_or_masks,
+    ),
 )
 
 FLUX2 = Family(

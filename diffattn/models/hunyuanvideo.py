@@ -8,6 +8,7 @@ from typing import Any
 
 from diffattn.grid import TokenGrid
 from diffattn.models.base import Family, SizeRules, latent_grid
+from diffattn.models.token_flow import TokenFlow
 
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
@@ -24,6 +25,11 @@ def _sizes(pipe: Any) -> SizeRules:
     )
 
 
+def _replaces_tokens(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    # Blocks of this kind treat the tokens of the first frame, those that come first, on their own.
+    return bool(model.config.image_condition_type == "token_replace")
+
+
 HUNYUANVIDEO = Family(
     name="hunyuanvideo",
     title="HunyuanVideo (T2V, I2V)",
@@ -33,6 +39,12 @@ HUNYUANVIDEO = Family(
     grid=_grid,
     sizes=_sizes,
     text="after",
+    flow=TokenFlow(
+        model_class="HunyuanVideoTransformer3DModel",
+        outputs={"x_embedder": 1, "rope": 0},
+        text=(2, "encoder_hidden_states"),
+        interrupted=_replaces_tokens,
+    ),
 )
 
 HUNYUANVIDEO15 = Family(

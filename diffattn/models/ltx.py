@@ -9,6 +9,7 @@ from typing import Any
 
 from diffattn.grid import TokenGrid
 from diffattn.models.base import Family, SizeRules, argument, first_input
+from diffattn.models.token_flow import TokenFlow
 
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int) -> TokenGrid:
@@ -50,6 +51,12 @@ LTX = Family(
     sites=re.compile(r"transformer_blocks\.(?P<layer>\d+)\.attn1"),
     grid=partial(_grid, position=4),
     sizes=_sizes,
+    flow=TokenFlow(
+        model_class="LTXVideoTransformer3DModel",
+        # Image to video has a timestep per token.
+        arguments=((0, "hidden_states", 1), (2, "timestep", 1)),
+        outputs={"rope": 1},
+    ),
 )
 
 LTX2 = Family(

@@ -8,6 +8,7 @@ from typing import Any
 
 from diffattn.grid import TokenGrid
 from diffattn.models.base import Family, SizeRules, latent_grid
+from diffattn.models.token_flow import TokenFlow
 
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
@@ -31,4 +32,10 @@ MOCHI = Family(
     grid=_grid,
     sizes=_sizes,
     text="after",
+    flow=TokenFlow(
+        model_class="MochiTransformer3DModel",
+        # Patches come out by frame: (batch * frames, rows * columns, channels).
+        outputs={"patch_embed": 1, "rope": 0},
+        text=(1, "encoder_hidden_states"),
+    ),
 )

@@ -12,6 +12,7 @@ import torch
 
 from diffattn.grid import TokenGrid
 from diffattn.models.base import Family, SizeRules, first_input, latent_grid
+from diffattn.models.token_flow import TokenFlow
 
 _TI2V_5B_CHANNELS = 48
 
@@ -68,6 +69,12 @@ WAN = _wan_shaped(
     model_classes=("WanTransformer3DModel", "WanVACETransformer3DModel"),
     sites=re.compile(r"(?:vace_)?blocks\.(?P<layer>\d+)\.attn1"),
     variants=_variant,
+    flow=TokenFlow(
+        model_class="WanTransformer3DModel",
+        # TI2V-5B has a timestep per token.
+        arguments=((1, "timestep", 1),),
+        outputs={"patch_embedding": -1, "rope": 1},
+    ),
 )
 
 SKYREELS_V2 = _wan_shaped(
