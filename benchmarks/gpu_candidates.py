@@ -145,8 +145,8 @@ def chosen_variant(q: torch.Tensor, mask: Mask) -> str:
 
 def tiles(direction: str) -> list[Maker]:
     """The kernels with other tile sizes than those in their table."""
-    from diffattn.kernels.block_sparse import backward
     from diffattn.kernels.block_sparse.configs import TileConfig
+    from diffattn.kernels.block_sparse.launch import Problem
 
     def with_config(name: str, config: TileConfig) -> Maker:
         def make(shape: Shape, mask: Mask, dtype: torch.dtype) -> Candidate:
@@ -155,10 +155,15 @@ def tiles(direction: str) -> list[Maker]:
 
         return make
 
-    def with_table(table: str, config: TileConfig) -> Maker:
+    shipped = Problem.tiles
+
+    def in_backward(kernel: str, config: TileConfig) -> Maker:
+        def chosen(problem: Problem, name: str) -> TileConfig:
+            return config if name == kernel else shipped(problem, name)
+
         def make(shape: Shape, mask: Mask, dtype: torch.dtype) -> Candidate:
-            label = f"{OURS} {table.removesuffix('_config')} {_sizes(config)}"
-            context = partial(mock.patch.object, backward, table, lambda *sizes: config)
+            label = f"{OURS} {kernel} {_sizes(config)}"
+            context = partial(mock.patch.object, Problem, "tiles", chosen)
             return replace(raw(shape, mask, dtype), name=label, context=context)
 
         return make
@@ -179,10 +184,10 @@ def tiles(direction: str) -> list[Maker]:
             for c in configs(ms, ns, warps)
         ]
     return [
-        with_table(table, c)
-        for table, ms, ns in (
-            ("queries_config", (64, 128), (32, 64)),
-            ("keys_config", (32, 64), (64, 128)),
+        in_backward(kernel, c)
+        for kernel, ms, ns in (
+            ("queries", (64, 128), (32, 64)),
+            ("keys", (32, 64), (64, 128)),
         )
         for c in configs(ms, ns, (4, 8))
     ]
@@ -212,9 +217,10 @@ def flex_candidate(mask: Mask, attention: Callable[..., torch.Tensor]) -> Candid
 def _compiled_flex() -> Callable[..., torch.Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # A mask_mod reads its tables as tensors of any length after the second mask of a shape.
+    # One compilation serves all masks of a shape from the second on: what differs is the length of
+    # tables. In one graph or not at all: eager flex_attention would work out every token pair.
     torch._dynamo.config.recompile_limit = 64
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 def flashinfer(shape: Shape, mask: Mask, dtype: torch.dtype) -> Candidate:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 from dataclasses import replace
 from itertools import count, pairwise
@@ -50,7 +51,7 @@ from gpu_report import (
     write,
 )
 from gpu_shapes import BACKWARD, DENSITIES, FORWARD, SHAPES, TINY_SHAPES, Group, Shape, groups
-from gpu_timing import Budget, HostTimer, Spread, describe, interleave, median_ratio
+from gpu_timing import Budget, DeviceTimer, HostTimer, Spread, describe, interleave, median_ratio
 
 from diffattn import TokenGrid
 from diffattn.blocks import layout_from_states
@@ -423,23 +424,26 @@ def test_a_variant_that_does_not_take_a_mask_says_so() -> None:
         forward_kernel("tma_ws", PLAIN, exact, torch.bfloat16)
 
 
-def test_sweeping_the_backward_pass_replaces_the_table_of_tiles_and_puts_it_back() -> None:
-    from diffattn.kernels.block_sparse import backward
+def test_sweeping_the_backward_pass_replaces_the_tiles_of_one_kernel_and_puts_them_back() -> None:
+    from diffattn.kernels.block_sparse.launch import Problem
 
-    before = (backward.queries_config, backward.keys_config)
+    q = torch.zeros(1, PLAIN.tokens, PLAIN.heads, PLAIN.head_dim)
+    mask = two_masks(PLAIN)[0]
+    problem = Problem.of(q, q, q, mask.layout.tensors, None, 128, 128)
+    kernels = ("forward", "queries", "keys")
+    shipped = [problem.tiles(kernel) for kernel in kernels]
     for make in tiles(BACKWARD):
-        candidate = make(PLAIN, two_masks(PLAIN)[0], torch.float32)
+        candidate = make(PLAIN, mask, torch.float32)
+        kernel = candidate.name.split()[1]
         with candidate.context():
-            changed = [
-                table(128, torch.bfloat16, 128, 128)
-                for table, old in zip(
-                    (backward.queries_config, backward.keys_config), before, strict=True
-                )
-                if table is not old
-            ]
-        (config,) = changed
-        assert f"{config.block_m}x{config.block_n} w{config.num_warps}" in candidate.name
-        assert (backward.queries_config, backward.keys_config) == before
+            found = [problem.tiles(k) for k in kernels]
+        config = found[kernels.index(kernel)]
+        sizes = f"{config.block_m}x{config.block_n} w{config.num_warps} s{config.num_stages}"
+        assert candidate.name == f"diffattn {kernel} {sizes}"
+        assert [c for c, k in zip(found, kernels, strict=True) if k != kernel] == [
+            c for c, k in zip(shipped, kernels, strict=True) if k != kernel
+        ]
+        assert [problem.tiles(k) for k in kernels] == shipped
 
 
 # ---------------------------------------------------------------- time
@@ -460,6 +464,35 @@ class ScriptedTimer:
 
     def milliseconds(self, call: Any) -> float:
         return float(call())
+
+
+def test_the_cache_is_overwritten_before_a_call_and_outside_of_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = time.perf_counter()
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1000 * (end.at - self.at)
+
+    properties = types.SimpleNamespace(L2_cache_size=100 << 20)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    timer = DeviceTimer(CPU)
+    assert timer._scratch.nbytes == 400 << 20
+    timer._scratch[::4096] = 1
+    seen: list[int] = []
+    took = timer.milliseconds(lambda: seen.append(int(timer._scratch[::4096].max())))
+    assert seen == [0]
+    start = time.perf_counter()
+    timer._scratch.zero_()
+    assert took < 1000 * (time.perf_counter() - start)
 
 
 def test_rounds_are_interleaved_and_turn_around() -> None:
