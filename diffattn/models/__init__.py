@@ -46,6 +46,7 @@ FAMILIES: tuple[Family, ...] = (
 # Models of diffusers whose attention has no rectangular grid, and what it has instead.
 _WITHOUT_GRID = {
     "AnyFlowFARTransformer3DModel": "keys of earlier chunks come from a cache",
+    "Cosmos3OmniTransformer": "text and video share a packed sequence",
     "CosmosTransformer3DModel": "its attention calls cannot be given a backend",
     "Flux3Transformer2DModel": "tokens of several modes share a sequence",
     "HeliosTransformer3DModel": "history of three lengths stands before the video",
@@ -55,6 +56,8 @@ _WITHOUT_GRID = {
     "MiniMaxH3Transformer3DModel": "text, images, audio and video share a packed sequence",
     "QwenImage21Transformer2DModel": "segments of several images share a sequence",
     "SanaVideoTransformer3DModel": "its self-attention is linear: it has no token pairs",
+    "SanaWMLTX2RefinerTransformer3DModel": "keys of earlier chunks come from a cache",
+    "SanaWMTransformer3DModel": "its self-attention is linear: it has no token pairs",
     "WanAnimate2Transformer3DModel": "keys of earlier chunks come from a cache",
 }
 

@@ -105,6 +105,8 @@ def test_nabla_is_refused() -> None:
         ("Kandinsky6SRTransformer3DModel", "its own sparse attention"),
         ("CosmosTransformer3DModel", "cannot be given a backend"),
         ("HeliosTransformer3DModel", "history of three lengths"),
+        ("Cosmos3OmniTransformer", "text and video share a packed sequence"),
+        ("SanaWMTransformer3DModel", "self-attention is linear"),
     ],
 )
 def test_models_without_a_grid_say_why(name: str, reason: str) -> None:
