@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from ..checks import LayoutTensors
-from .configs import keys_config, queries_config
 from .launch import Problem
 from .plan import cached_row_order, cached_transpose
 from .primitives import (
@@ -317,13 +316,13 @@ def backward(
             D=head_dim, BLOCK_D=problem.block_d, BLOCK_M=_DELTA_TILE,
             HAS_GRAD_LSE=grad_lse is not None, WIDE=problem.wide,
         )  # fmt: skip
-        config = queries_config(head_dim, q.dtype, block_q, block_kv)
+        config = problem.tiles("queries")
         queries_kernel[(batch * heads * n_rows * (block_q // config.block_m),)](
             *tensors, dq, order, *problem.layout, *strides,
             tokens_q, tokens_kv, heads, n_rows, layout[1].shape[-1], layout[3].shape[-1], scale,
             **problem.constants(config),
         )  # fmt: skip
-        config = keys_config(head_dim, q.dtype, block_q, block_kv)
+        config = problem.tiles("keys")
         keys_kernel[(batch * heads * n_columns * (block_kv // config.block_n),)](
             *tensors, dk, dv,
             columns.order, columns.full_start, columns.full_row,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..checks import LayoutTensors
-from .configs import TileConfig, forward_config
+from .configs import TileConfig
 from .launch import Problem
 from .plan import cached_row_order
 from .primitives import (
@@ -159,7 +159,7 @@ def forward(
     """
     problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv)
     if config is None:
-        config = forward_config(problem.head_dim, q.dtype, block_q, block_kv)
+        config = problem.tiles("forward")
     batch, tokens_q, heads, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((batch, heads, tokens_q), dtype=torch.float32)

@@ -9,7 +9,7 @@ import torch
 import triton
 
 from ..checks import LayoutTensors
-from .configs import TileConfig
+from .configs import TileConfig, tile_config
 
 # Offsets inside a tile are 32 bits wide up to here.
 _MAX_OFFSET = 2**31 - 1
@@ -28,6 +28,7 @@ class Problem:
     """
 
     device: torch.device
+    dtype: torch.dtype
     head_dim: int
     block_q: int
     block_kv: int
@@ -55,6 +56,7 @@ class Problem:
         mask = q if key_mask is None else key_mask.view(torch.uint8)
         return Problem(
             device=q.device,
+            dtype=q.dtype,
             head_dim=q.shape[-1],
             block_q=block_q,
             block_kv=block_kv,
@@ -72,6 +74,14 @@ class Problem:
         """The head dimension, padded to what a matrix product takes."""
         return max(16, triton.next_power_of_2(self.head_dim))
 
+    def tiles(self, kernel: str) -> TileConfig:
+        """The shipped tiles of "forward", "queries" or "keys" on this device."""
+        masked = self.has_key_mask or self.head_dim != self.block_d
+        with self.on_device():
+            return tile_config(
+                kernel, self.block_d, self.dtype, self.block_q, self.block_kv, masked=masked
+            )
+
     def constants(self, config: TileConfig) -> dict[str, object]:
         """The compile-time arguments that all kernels share."""
         return {
@@ -86,6 +96,7 @@ class Problem:
             "PRECISION": self.precision,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
+            "enable_fp_fusion": True,  # Triton's own default for it is about to change
         }
 
     def on_device(self) -> AbstractContextManager[object]:
@@ -95,9 +106,11 @@ class Problem:
         return torch.accelerator.device_index(self.device.index)
 
 
-def _tile_span(x: torch.Tensor, tokens: int) -> int:
-    _, token, _, channel = x.stride()
-    return tokens * token + triton.next_power_of_2(x.shape[-1]) * channel
+def _tile_span(x: torch.Tensor, block: int) -> int:
+    """Elements from the first to the last one of a block of tokens of one head."""
+    _, tokens, _, head_dim = x.shape
+    _, s_t, _, s_d = x.stride()
+    return (min(block, tokens) - 1) * s_t + (head_dim - 1) * s_d
 
 
 def _precision() -> str:

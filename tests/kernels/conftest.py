@@ -32,7 +32,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
         accelerator = torch.accelerator.current_accelerator()
         assert accelerator is not None
         return accelerator.type
-    from interpreter import patch_bfloat16
+    from interpreter import repair
 
-    patch_bfloat16(monkeypatch)
+    repair(monkeypatch)
     return "cpu"

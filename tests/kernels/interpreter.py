@@ -1,8 +1,9 @@
-"""Triton's interpreter with a working bfloat16.
+"""Triton's interpreter with what is broken in it put right.
 
-The interpreter keeps bfloat16 as its bits in uint16, multiplies those bits as integers in `tl.dot`,
-and truncates where the hardware rounds to nearest even (Triton 3.6 and 3.9). Loads, stores and
-`where` are right as they are; the kernels do all other arithmetic in float32.
+It keeps bfloat16 as its bits in uint16, multiplies those bits as integers in `tl.dot`, and
+truncates where the hardware rounds to nearest even (Triton 3.6 and 3.9). Loads, stores and `where`
+are right as they are; the kernels do all other arithmetic in float32. And Triton 3.6 takes a number
+from an array of one element as numpy 2.5 no longer allows.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _NUMPY = {tl.float16: np.float16, tl.float32: np.float32, tl.float64: np.float64}
 
 
-def patch_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def repair(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make casts to and from bfloat16, and products of it, what a GPU makes of them."""
     cast, to_fp, dot = (
         getattr(InterpreterBuilder, name) for name in ("cast_impl", "create_fp_to_fp", "create_dot")
@@ -44,6 +46,13 @@ def patch_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
     monkeypatch.setattr(InterpreterBuilder, "create_fp_to_fp", create_fp_to_fp)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: type[tl.tensor], scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
 
 
 def _is_ours(src: TensorHandle, dst_type: tl.dtype) -> bool:
