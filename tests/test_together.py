@@ -144,6 +144,8 @@ def test_step_caches_skip_calls_and_nothing_else(config: Any) -> None:
 
 
 def test_group_offloading() -> None:
+    if diffusers.__version__ < "0.37" and torch.accelerator.current_accelerator() is None:
+        pytest.skip(f"diffusers {diffusers.__version__} has no group offloading on a CPU alone")
     want = tiny_wan.transformer()
     diffattn.set_attn_processor(want, SPARSE)
     for attach_first in (False, True):

@@ -483,17 +483,20 @@ def qwen_image() -> torch.nn.Module:
     )
 
 
-def _qwen_image_inputs(*lengths: int) -> dict[str, Any]:
+def qwen_takes_lengths() -> bool:
+    """Must the model be told how long texts are (older diffusers)? Newer reads the embeddings."""
     forward = diffusers.QwenImageTransformer2DModel.forward
-    # Older diffusers must be told the lengths; newer reads them off the embeddings.
-    takes_lengths = "txt_seq_lens" in inspect.signature(forward).parameters
+    return "txt_seq_lens" in inspect.signature(forward).parameters
+
+
+def _qwen_image_inputs(*lengths: int) -> dict[str, Any]:
     return {
         "hidden_states": noise(BATCH, 6 * 9, 16),
         "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
         "encoder_hidden_states_mask": valid_text(7, *lengths),
         "timestep": torch.tensor([0.9, 0.4]),
         "img_shapes": [[(1, 6, 9)]] * BATCH,
-    } | ({"txt_seq_lens": [7] * BATCH} if takes_lengths else {})
+    } | ({"txt_seq_lens": [7] * BATCH} if qwen_takes_lengths() else {})
 
 
 _QWEN_IMAGE: dict[str, Any] = {

@@ -134,6 +134,8 @@ def test_wan_animate_makes_a_run_of_every_segment(frames: int) -> None:
 
 @pytest.mark.parametrize("ar_step", [0, 2])
 def test_diffusion_forcing_steps_copies_of_the_scheduler(ar_step: int) -> None:
+    if diffusers.__version__ < "0.37":
+        pytest.importorskip("ftfy")  # imported by that release whether needed or not
     pipe = diffusers.SkyReelsV2DiffusionForcingPipeline(
         tokenizer=None,
         text_encoder=None,
