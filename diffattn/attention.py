@@ -253,12 +253,14 @@ def _kernel_backend(load: Callable[[], ModuleType]) -> Backend:
 def _triton_kernel() -> ModuleType:
     # Imported late: there are platforms without Triton, and the CPU path is for them, too.
     try:
-        from diffattn.kernels import block_sparse
+        import triton  # noqa: F401
     except ImportError as error:
         raise ImportError(
             f"backend 'triton' needs Triton, which cannot be imported ({error}); install it with"
             f" 'pip install triton', or pass backend='flex', or run the pipeline on the CPU"
         ) from error
+    from diffattn.kernels import block_sparse
+
     return block_sparse
 
 

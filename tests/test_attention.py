@@ -2,11 +2,13 @@
 
 import logging
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
+from triton_device import triton_device
 
 from diffattn import (
     BlockLayout,
@@ -26,9 +28,6 @@ from diffattn.attention import (
     choose_backend,
 )
 from diffattn.kernels.reference import reference_attention
-
-# Where there is no GPU, the Triton kernels run in the interpreter, see conftest.py.
-TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 GRID = TokenGrid(5, 4, 7, text_after=3)
 
@@ -127,7 +126,30 @@ def test_flex_is_the_same_attention() -> None:
     assert out.is_contiguous()
 
 
-def test_flex_never_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.gpu
+def test_flex_trains_on_a_gpu() -> None:
+    q, k, v = (x.to("cuda").requires_grad_() for x in inputs())
+    mask = PredicateMask(GRID, lambda q, k: ((q - k).abs() < 40) & (k < 120) & (q != 7))
+    layout = mask.blocks(128, device="cuda")
+    for key_mask in (None, torch.rand(2, GRID.tokens, device="cuda") < 0.6):
+        out, lse = attention(q, k, v, layout, key_mask=key_mask, return_lse=True, backend="flex")
+        exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        want, want_lse = reference_attention(*exact, layout.dense(), key_mask=key_mask)
+        # Its products may be in TF32.
+        torch.testing.assert_close(out.double(), want, atol=5e-3, rtol=5e-3)
+        torch.testing.assert_close(lse.double(), want_lse, atol=5e-3, rtol=5e-3)
+        weight = torch.randn_like(out)
+        wanted = torch.autograd.grad(want, exact, weight.double())
+        by_autograd = torch.autograd.grad(out, (q, k, v), weight)
+        named = attention_gradients(
+            weight, q, k, v, out, lse, layout, key_mask=key_mask, backend="flex"
+        )
+        for truth, one, other in zip(wanted, by_autograd, named, strict=True):
+            torch.testing.assert_close(one.double(), truth, atol=2e-2, rtol=2e-2)
+            torch.testing.assert_close(one, other, atol=2e-2, rtol=2e-2)
+
+
+def test_flex_never_runs_uncompiled() -> None:
     q, k, v = inputs()
     with (
         torch.compiler.set_stance("force_eager"),
@@ -148,10 +170,11 @@ def test_flex_says_what_it_cannot_do_on_the_cpu() -> None:
         attention(q.double(), k.double(), v.double(), MASKS["radial"], backend="flex")
 
 
-def test_triton_is_the_same_attention() -> None:
-    q, k, v = (x.to(TRITON_DEVICE).requires_grad_() for x in inputs())
-    layout = layout_by_head().to(TRITON_DEVICE)
-    key_mask = torch.ones(2, GRID.tokens, dtype=torch.bool, device=TRITON_DEVICE)
+def test_triton_is_the_same_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = triton_device(monkeypatch)
+    q, k, v = (x.to(device).requires_grad_() for x in inputs())
+    layout = layout_by_head().to(device)
+    key_mask = torch.ones(2, GRID.tokens, dtype=torch.bool, device=device)
     key_mask[1, 30:60] = False
     how = {"key_mask": key_mask, "scale": 0.2}
     out, lse = attention(q, k, v, layout, return_lse=True, backend="triton", **how)
@@ -244,18 +267,28 @@ def test_other_devices_say_what_is_missing() -> None:
         attention(q, k, v, MASKS["full"])
 
 
-def test_a_missing_triton_is_an_error_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import diffattn.kernels
-
-    monkeypatch.delattr(diffattn.kernels, "block_sparse", raising=False)
-    for name in list(sys.modules):
-        if name == "triton" or name.startswith(("triton.", "diffattn.kernels.block_sparse")):
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "triton", None)
-    q, k, v = inputs()
-    with pytest.raises(ImportError, match=r"backend 'triton' needs Triton, which cannot be .*'pip"):
-        attention(q, k, v, MASKS["full"], backend="triton")
-    assert attention(q, k, v, MASKS["full"]).shape == q.shape
+def test_a_missing_triton_is_an_error_only_where_it_is_needed() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import torch, diffattn
+mask = diffattn.FullMask(diffattn.TokenGrid(1, 4, 5))
+q = torch.randn(1, 20, 2, 8)
+print(tuple(diffattn.attention(q, q, q, mask).shape))
+try:
+    diffattn.attention(q, q, q, mask, backend="triton")
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    shape, message = done.stdout.splitlines()
+    assert shape == "(1, 20, 2, 8)"
+    assert message.startswith("backend 'triton' needs Triton, which cannot be imported (import of")
+    assert message.endswith(
+        "install it with 'pip install triton', or pass backend='flex', or run the pipeline on the"
+        " CPU"
+    )
 
 
 def test_kernels_of_the_other_device_are_refused() -> None:

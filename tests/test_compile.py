@@ -7,6 +7,7 @@ import pytest
 import tiny_wan
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from triton_device import triton_device
 
 import diffattn
 from diffattn import RadialAttn, TokenGrid, attention
@@ -93,12 +94,14 @@ def test_compiled_attention_trains() -> None:
             torch.testing.assert_close(got, want)
 
 
-def test_operator_is_a_good_citizen() -> None:
-    method = RadialAttn(decay_factor=0.0, split_threshold=8, block_size=4)
-    q, k, v = (torch.randn(1, 24, 2, 8, requires_grad=True) for _ in range(3))
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+def test_operator_is_a_good_citizen(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = triton_device(monkeypatch) if backend == "triton" else "cpu"
+    method = RadialAttn(decay_factor=0.0, split_threshold=8, block_size=16)
+    q, k, v = (torch.randn(1, 24, 2, 8, requires_grad=True, device=device) for _ in range(3))
     torch.library.opcheck(
         torch.ops.diffattn.static_mask_attention.default,
-        (q, k, v, None, [3, 2, 4, 0, 0], remember(method), 0.35, "cpu"),
+        (q, k, v, None, [3, 2, 4, 0, 0], remember(method), 0.35, backend),
     )
 
 
@@ -112,12 +115,13 @@ def test_compiled_gradients_come_from_the_backend_of_the_output(
     monkeypatch.setattr(cpu_kernel, "block_sparse_attention", wrong)
     monkeypatch.setattr(cpu_kernel, "block_sparse_attention_gradients", wrong)
     monkeypatch.setenv(BACKEND_VARIABLE, backend)
+    device = triton_device(monkeypatch) if backend == "triton" else "cpu"
     grid = TokenGrid(3, 4, 4)
     method = RadialAttn(decay_factor=0.0, split_threshold=8, block_size=16)
     serial = remember(method)
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(1, grid.tokens, 2, 8, generator=generator) for _ in range(3)]
-    leaves = [x.requires_grad_() for x in leaves]
+    leaves = [x.to(device).requires_grad_() for x in leaves]
     compiled = torch.compile(
         lambda q, k, v: traced_attention(q, k, v, grid, serial),
         fullgraph=True,
@@ -126,20 +130,21 @@ def test_compiled_gradients_come_from_the_backend_of_the_output(
     out = compiled(*leaves)
     # Compiled code keeps to its backend, so that gradients are those of the output.
     monkeypatch.delenv(BACKEND_VARIABLE)
-    weight = torch.randn(out.shape, generator=generator)
+    weight = torch.randn(out.shape, generator=generator).to(device)
     found = torch.autograd.grad(out, leaves, weight)
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    want, _ = reference_attention(*exact, method.mask(grid).dense())
+    want, _ = reference_attention(*exact, method.mask(grid).dense(device))
     torch.testing.assert_close(out.double(), want, atol=1e-6, rtol=1e-5)
     for got, truth in zip(found, torch.autograd.grad(want, exact, weight.double()), strict=True):
         torch.testing.assert_close(got.double(), truth, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
-def test_attention_compiles_in_one_graph(backend: str) -> None:
+def test_attention_compiles_in_one_graph(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = triton_device(monkeypatch) if backend == "triton" else "cpu"
     grid = TokenGrid(3, 4, 4)
-    layout = RadialAttn(decay_factor=0.0, split_threshold=8).mask(grid).blocks(16)
-    q, k, v = (torch.randn(1, grid.tokens, 2, 8) for _ in range(3))
+    layout = RadialAttn(decay_factor=0.0, split_threshold=8).mask(grid).blocks(16, device=device)
+    q, k, v = (torch.randn(1, grid.tokens, 2, 8, device=device) for _ in range(3))
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attention(q, k, v, layout, backend=backend) * 2
