@@ -2,11 +2,13 @@
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import diffusers
 import pytest
 import stock
 import tiny_families
@@ -17,12 +19,14 @@ from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
 from stock import IN_TILES
 from tiny_families import BATCH, noise, valid_text
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffattn
 from diffattn import DenseAttn, TokenGrid
 from diffattn.attached_model import Group, attached_to
 from diffattn.methods import Method
 from diffattn.models import FAMILIES, family_of
+from diffattn.models.token_flow import TokenFlow
 from diffattn.orders import TileOrder
 
 GRID = TokenGrid(3, 5, 7)  # no axis is a multiple of the tile's
@@ -239,7 +243,7 @@ class TestSixFamilies:
         model, inputs = case
         diffattn.set_attn_processor(model, IN_TILES)
         want = once(model, inputs)
-        names = list(type(model).forward.__wrapped__.__code__.co_varnames[1:])
+        names = list(inspect.signature(model.forward).parameters)
         last = max(names.index(name) for name in inputs)
         args = [inputs.get(name) for name in names[: last + 1]]
         with torch.no_grad():
@@ -462,6 +466,8 @@ class TestTogether:
     def test_offloading_and_casting_do_not_switch_it_off(
         self, attach_first: bool, wan_output: torch.Tensor
     ) -> None:
+        if diffusers.__version__ < "0.37" and torch.accelerator.current_accelerator() is None:
+            pytest.skip(f"diffusers {diffusers.__version__} has no offloading on a CPU alone")
         model = wan() if attach_first else tiny_wan.transformer()
         cpu = torch.device("cpu")
         apply_group_offloading(model, cpu, cpu, offload_type="leaf_level")
@@ -502,20 +508,24 @@ class TestTogether:
         assert_same(out.detach(), wan_output)
         assert not model.proj_out._forward_hooks
 
-    @pytest.mark.parametrize("how", ["whole", "repeated blocks"])
-    def test_compiled_models(self, how: str, wan_output: torch.Tensor) -> None:
+    @pytest.mark.parametrize(("how", "forwards_in_order"), [("whole", 0), ("repeated blocks", 2)])
+    def test_compiled_models_have_one_graph(
+        self, how: str, forwards_in_order: int, wan_output: torch.Tensor
+    ) -> None:
         torch._dynamo.reset()
         model = wan()
+        counter = CompileCounterWithBackend("aot_eager")
         if how == "whole":
-            call: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+            call: Any = torch.compile(model, fullgraph=True, backend=counter)
         else:
-            model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+            model.compile_repeated_blocks(fullgraph=True, backend=counter)
             call = model
-        with calls_in_order() as told:
+        follow = mock.patch.object(TokenFlow, "follow", autospec=True, side_effect=TokenFlow.follow)
+        with follow as followed:
             assert_same(forward(call, wan_inputs()), wan_output)
             assert_same(forward(call, wan_inputs()), wan_output)
-        if how == "whole":
-            assert not any(told)
+        assert followed.call_count == forwards_in_order
+        assert counter.frame_count == 1
 
     def test_low_precision(self, wan_output: torch.Tensor) -> None:
         model = wan().to(torch.bfloat16)
@@ -523,7 +533,7 @@ class TestTogether:
         cast = {k: x.bfloat16() if x.is_floating_point() else x for k, x in inputs.items()}
         out = once(model, cast)
         with watched(model):
-            assert torch.equal(per_call(model, cast), out)
+            torch.testing.assert_close(per_call(model, cast), out, atol=0.02, rtol=0.02)
         assert out.dtype == torch.bfloat16
         assert (out - wan_output).norm() < 0.05 * wan_output.norm()
 
