@@ -193,6 +193,7 @@ def _backward_op(
                 group.scatter_add(totals[1], part_dv)
         for x, total in zip((dk, dv), totals, strict=True):
             chunk.of(x).copy_(total.flatten(1, 2)[:, : x.shape[1]])
+        del totals, total  # before the next chunk's are made
     return dq, dk, dv
 
 
@@ -268,7 +269,11 @@ def _head_chunks(
 
     Two for one thread, because oneDNN multiplies batches of one more slowly.
     """
-    batch, _, heads, _ = k.shape
+    batch, tokens, heads, head_dim = k.shape
+    columns = -(-tokens // plan.block_kv)
+    step = 1 if len(plan.groups[0]) > 1 else min(max(2, torch.get_num_threads()), heads)
+    # One copy that all chunks use in turn: a new one would be made beside the last one.
+    copy = k.new_zeros(2, step, columns * plan.block_kv, head_dim)
     for sample in range(batch):
         hidden = bias = None
         if key_mask is not None and not key_mask[sample].all():
@@ -276,18 +281,19 @@ def _head_chunks(
             bias = torch.zeros(hidden.shape, dtype=k.dtype).masked_fill_(hidden, -torch.inf)
             bias = _in_blocks(bias[:, None], plan.block_kv)
         layouts = plan.groups[sample if len(plan.groups) > 1 else 0]
-        step = 1 if len(layouts) > 1 else max(2, torch.get_num_threads())
         for head in range(0, heads, step):
             chosen = slice(head, min(head + step, heads))
-            keys_values = torch.stack([x[sample, :, chosen].transpose(0, 1) for x in (k, v)])
+            keys_values = copy[:, : chosen.stop - head]
+            for x, place in zip((k, v), keys_values, strict=True):
+                place[:, :tokens] = x[sample, :, chosen].transpose(0, 1)
             if hidden is not None:
                 # Whatever a caller leaves in padding must not become a NaN.
-                keys_values.masked_fill_(hidden[:, None], 0)
+                keys_values[:, :, :tokens].masked_fill_(hidden[:, None], 0)
             yield _HeadChunk(
                 sample=sample,
                 heads=chosen,
                 groups=layouts[head if len(layouts) > 1 else 0],
-                keys_values=_in_blocks(keys_values, plan.block_kv),
+                keys_values=keys_values.unflatten(2, (columns, plan.block_kv)),
                 bias=bias,
             )
 
