@@ -363,7 +363,10 @@ class AttachedModel:
             len(self._model._forward_pre_hooks) > 1  # besides ours
             or _compat.is_watched(self._model)
             or any(
-                module._forward_pre_hooks or module._forward_hooks or _compat.is_watched(module)
+                module._forward_pre_hooks
+                or module._forward_hooks
+                or _compat.is_watched(module)
+                or _has_foreign_processor(module)
                 for module in inside
             )
         )
@@ -595,6 +598,13 @@ def _uneven(calls: int, sites: int) -> bool:
 def _has_compiled(model: torch.nn.Module) -> bool:
     """Is a part of the model compiled? Its calls are not counted."""
     return any(module._compiled_call_impl is not None for module in model.modules())
+
+
+def _has_foreign_processor(module: torch.nn.Module) -> bool:
+    """Does a module attend by code that is neither diffusers' nor ours?"""
+    processor = module.__dict__.get("processor") or module._modules.get("processor")
+    package = type(processor).__module__.partition(".")[0]
+    return processor is not None and package not in ("diffusers", "diffattn")
 
 
 def _unregister_retired() -> None:

@@ -16,6 +16,7 @@ import tiny_wan
 import torch
 from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from peft import LoraConfig
 from stock import IN_TILES
 from tiny_families import BATCH, noise, valid_text
@@ -339,6 +340,18 @@ class TestSwitchedOff:
         assert_same(per_call(model, wan_inputs()), wan_output)
         hook.remove()
         assert_same(once(model, wan_inputs()), wan_output)
+
+    def test_where_a_user_has_put_in_a_processor(self) -> None:
+        class Own(WanAttnProcessor):
+            pass
+
+        model = tiny_wan.transformer()
+        model.blocks[0].attn1.set_processor(Own())
+        last = {"blocks.1": IN_TILES, "blocks.2": IN_TILES}
+        diffattn.set_attn_processor(model, last)
+        out = per_call(model, wan_inputs())
+        model.blocks[0].attn1.set_processor(WanAttnProcessor())
+        assert_same(once(model, wan_inputs()), out)
 
     def test_under_step_caches(self, wan_output: torch.Tensor) -> None:
         model = wan()
