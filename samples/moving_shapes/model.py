@@ -9,6 +9,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .paths import PathGuide
 from .text import TEXT_DIM
 from .vae import LATENT_CHANNELS
 
@@ -95,8 +96,9 @@ class TrainingAttention:
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self) -> None:
+    def __init__(self, paths: PathGuide | None = None) -> None:
         self.text_bias: Tensor | None = None
+        self.paths = paths
 
     def __call__(
         self,
@@ -119,6 +121,7 @@ class TrainingAttention:
             key.transpose(1, 2),
             value.transpose(1, 2),
             self.text_bias if is_cross else None,
+            self.paths,
         )
         return attn.to_out[0](mixed.transpose(1, 2).flatten(2, 3))
 
@@ -130,14 +133,24 @@ def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, paths: PathGuide | None
+) -> Tensor:
     """Softmax attention on (batch, heads, tokens, head_dim)."""
-    if query.is_cuda:
+    guided = paths is not None and paths.motion is not None
+    if query.is_cuda and not guided:
         return F.scaled_dot_product_attention(query, key.to(query.dtype), value, attn_mask=bias)
     logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if bias is not None:
         logits = logits + bias
-    return torch.softmax(logits, dim=-1) @ value
+    weights = torch.softmax(logits, dim=-1)
+    if paths is not None and guided:
+        paths.observe(weights)
+    return weights @ value
+
+
+GUIDED_LAYERS = slice(1, 3)
+"""Blocks whose self-attention is guided along paths: the first has not yet seen the text."""
 
 
 class TrainingView:
@@ -151,10 +164,14 @@ class TrainingView:
         self._stock_rope = transformer.rope
         self._stock_processors = [attn.processor for attn in _attentions(transformer)]
         self._rope = FrameRope(transformer.rope)
-        self._attention = TrainingAttention()
+        self.paths = PathGuide()
+        plain, guided = TrainingAttention(), TrainingAttention(self.paths)
+        self._processors = (plain, guided)
         transformer.rope = self._rope
         for attn in _attentions(transformer):
-            attn.processor = self._attention
+            attn.processor = plain
+        for block in transformer.blocks[GUIDED_LAYERS]:
+            block.attn1.processor = guided
         self.forward = transformer.forward
 
     def restore(self) -> None:
@@ -165,7 +182,13 @@ class TrainingView:
             attn.processor = processor
 
     def velocity(
-        self, noisy: Tensor, sigma: Tensor, text: Tensor, frames: Tensor, padded_length: Tensor
+        self,
+        noisy: Tensor,
+        sigma: Tensor,
+        text: Tensor,
+        frames: Tensor,
+        padded_length: Tensor,
+        motion: Tensor | None = None,
     ) -> Tensor:
         """Predict the velocity of chosen frames.
 
@@ -175,13 +198,16 @@ class TrainingView:
             text: embeddings (batch, positions, dim), zero behind the sentence's end.
             frames: frame numbers (batch, frames).
             padded_length: the ``max_sequence_length`` to imitate, (batch,); above ``positions``.
+            motion: (batch, 2) what :attr:`paths` is to be told of the motion.
         """
         batch, positions, _ = text.shape
         text = torch.cat([text, text.new_zeros(batch, 1, text.shape[2])], dim=1)
         bias = torch.zeros(batch, 1, 1, positions + 1, device=text.device)
         bias[..., -1] = (padded_length - positions).float().log().view(-1, 1, 1)
         self._rope.frames = frames
-        self._attention.text_bias = bias
+        self.paths.follow(frames, motion, noisy.shape[-1] // 2)
+        for processor in self._processors:
+            processor.text_bias = bias
         return self.forward(noisy, sigma * 1000, text, return_dict=False)[0]
 
 

@@ -24,11 +24,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .captions import split_scenes
-from .clips import FRAMES, SIZE, draw_geometry, render
+from .captions import DIRECTIONS, split_scenes
+from .clips import FRAMES, SIZE, TRAVEL, draw_geometry, render
 from .model import ModelSize, TrainingView, draw_noise_levels, make_transformer
 from .text import make_text_encoder, make_tokenizer, tokenize
 from .vae import PATCH, clip_latents, make_vae, train_decoder
+
+MOTION = TRAVEL * (SIZE // PATCH // 2) / (FRAMES - 1)
+"""How far a shape moves from one frame to the next, in tokens."""
 
 SCHEDULER_SHIFT = 3.0
 """Time shift of the exported scheduler."""
@@ -83,6 +86,8 @@ class Settings:
     what only the caption can tell is learnt above a noise level of 0.9, which the usual shift of 3
     hardly visits.
     """
+    path_weight: float = 0.02
+    """Weight of the penalty on attention off the path of motion, see ``paths.py``."""
     precision: str = "bf16"
 
     @property
@@ -140,12 +145,15 @@ class Trainer:
         # The empty caption stands behind the others; padding makes all of them equally long.
         ids, mask = tokenize(self.tokenizer, [*captions, ""])
         self.ids, self.mask = ids.to(self.device), mask.to(self.device)
+        steps = [DIRECTIONS[scene.direction] for scene in self.scenes]
+        # Tokens per frame; the empty caption tells nothing.
+        self.motion = torch.tensor([*steps, (0, 0)], device=self.device) * MOTION
 
     def train_step(self) -> Tensor:
-        """Make one step and return its loss, a scalar tensor."""
+        """Make one step; return the flow-matching loss and the loss with its penalty, (2,)."""
         settings = self.settings
         self._set_rates(settings.rate_at(self.step))
-        loss = self._loss(settings.stage_at(self.step))
+        error, loss = self._loss(settings.stage_at(self.step))
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimiser in self.optimisers:
@@ -155,7 +163,7 @@ class Trainer:
         with torch.no_grad():
             torch._foreach_lerp_(self.averages, list(self.parameters), 1 - decay)
         self.step += 1
-        return loss.detach()
+        return torch.stack([error.detach(), loss.detach()])
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs."""
@@ -197,8 +205,8 @@ class Trainer:
             for group in optimiser.param_groups:
                 group["lr"] = base * factor
 
-    def _loss(self, stage: Stage) -> Tensor:
-        """Flow-matching loss on freshly rendered clips."""
+    def _loss(self, stage: Stage) -> tuple[Tensor, Tensor]:
+        """Flow-matching loss on freshly rendered clips, without and with the penalty."""
         settings, batch = self.settings, stage.batch
         picks = torch.randint(len(self.scenes), (batch,), generator=self.choices)
         frames = choose_frames(batch, stage.frames, self.choices).to(self.device)
@@ -218,9 +226,16 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             text = self.text_encoder(ids, mask).last_hidden_state * mask[..., None]
             predicted = self.view.velocity(
-                (1 - mix) * clean + mix * noise, sigma, text, frames, padded_length.to(self.device)
+                (1 - mix) * clean + mix * noise,
+                sigma,
+                text,
+                frames,
+                padded_length.to(self.device),
+                self.motion[rows] if settings.path_weight else None,
             )
-        return F.mse_loss(predicted.float(), noise - clean)
+        error = F.mse_loss(predicted.float(), noise - clean)
+        penalty = self.view.paths.penalty
+        return error, error if penalty is None else error + settings.path_weight * penalty
 
 
 def choose_frames(batch: int, count: int, generator: torch.Generator) -> Tensor:
@@ -258,11 +273,12 @@ def run(
         stage = trainer.settings.stage_at(trainer.step)
         losses.append(trainer.train_step())
         if trainer.step % report_every == 0 or trainer.step == until:
-            loss = torch.stack(losses).mean().item()
+            loss, penalised = torch.stack(losses).mean(dim=0).tolist()
             pace = len(losses) / (time.perf_counter() - started)
             report(
                 f"step {trainer.step}/{trainer.settings.steps} tokens {stage.tokens} "
-                f"loss {loss:.4f} {pace:.2f} it/s {pace * stage.batch:.1f} clips/s"
+                f"loss {loss:.4f} penalised {penalised:.4f} {pace:.2f} it/s "
+                f"{pace * stage.batch:.1f} clips/s"
             )
             losses, started = [], time.perf_counter()
             yield trainer.step
@@ -341,6 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--muon-rate", type=float, default=Settings.muon_rate)
     parser.add_argument("--shifts", type=float, nargs="+", default=Settings.shifts)
     parser.add_argument("--ema-decay", type=float, default=Settings.ema_decay)
+    parser.add_argument("--path-weight", type=float, default=Settings.path_weight)
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--vae-steps", type=int, default=600)
     parser.add_argument("--device", default="cpu")
@@ -357,6 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         adam_rate=options.adam_rate,
         decay_steps=options.decay_steps,
         ema_decay=options.ema_decay,
+        path_weight=options.path_weight,
         shifts=tuple(options.shifts),
         precision=options.precision,
     )

@@ -192,6 +192,21 @@ def test_training_forward_equals_the_stock_forward() -> None:
     assert torch.equal(restored, stock)
 
 
+def test_guidance_reaches_the_attention_that_it_is_for() -> None:
+    settings = replace(MICRO, size=ModelSize(heads=2, head_dim=24, layers=4, ffn_dim=32))
+    settings = replace(settings, stages=(Stage(frames=3, batch=2, steps=1),), caption_drop=0.0)
+    trainer = Trainer(settings)
+    error, penalised = trainer.train_step()
+    assert penalised > error
+    assert trainer.view.paths.penalty is not None
+    weight = settings.path_weight
+    assert penalised.item() == pytest.approx((error + weight * trainer.view.paths.penalty).item())
+    plain = Trainer(replace(settings, path_weight=0.0))
+    error, penalised = plain.train_step()
+    assert penalised == error
+    assert plain.view.paths.penalty is None
+
+
 def test_frames_keep_their_place_in_time() -> None:
     torch.manual_seed(0)
     view = TrainingView(make_transformer(MICRO.size))
