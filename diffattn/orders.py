@@ -134,14 +134,23 @@ def tile_for(
     """
     sizes = (grid.frames, grid.height, grid.width)
     window = window or (-(-grid.frames // 3), -(-grid.height // 3), -(-grid.width // 3))
+    return min(
+        tiles_that_fit(grid, block_size),
+        key=lambda tile: math.prod(map(_touched, sizes, tile, window)),
+    )
+
+
+def tiles_that_fit(grid: TokenGrid, block_size: int = 128) -> list[tuple[int, int, int]]:
+    """Every way to write `block_size` as frames x rows x columns that fits into the grid."""
     tiles = [
         (frames, rows, block_size // (frames * rows))
         for frames in _divisors(block_size)
         for rows in _divisors(block_size // frames)
     ]
+    sizes = (grid.frames, grid.height, grid.width)
     fitting = [t for t in tiles if all(side <= n for side, n in zip(t, sizes, strict=True))]
     # A grid smaller than a block is one block, however it is tiled.
-    return min(fitting or tiles, key=lambda tile: math.prod(map(_touched, sizes, tile, window)))
+    return fitting or tiles
 
 
 class _Permuted(torch.autograd.Function):

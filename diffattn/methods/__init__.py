@@ -8,9 +8,10 @@ from typing import Any
 
 from diffattn.methods.base import Method, Site, StaticMaskMethod, nearest
 from diffattn.methods.dense import DenseAttn
+from diffattn.methods.gna import GNAAttn
 from diffattn.methods.radial import RadialAttn
 
-METHODS: dict[str, type[Method]] = {m.type: m for m in (DenseAttn, RadialAttn)}
+METHODS: dict[str, type[Method]] = {m.type: m for m in (DenseAttn, RadialAttn, GNAAttn)}
 
 
 def from_dict(entry: Mapping[str, Any]) -> Method:
@@ -30,4 +31,13 @@ def from_dict(entry: Mapping[str, Any]) -> Method:
     return METHODS[name](**parameters)
 
 
-__all__ = ["METHODS", "DenseAttn", "Method", "RadialAttn", "Site", "StaticMaskMethod", "from_dict"]
+__all__ = [
+    "METHODS",
+    "DenseAttn",
+    "GNAAttn",
+    "Method",
+    "RadialAttn",
+    "Site",
+    "StaticMaskMethod",
+    "from_dict",
+]

@@ -1,0 +1,402 @@
+"""Generalized neighborhood attention: a window along each axis, shared by strides of queries.
+
+Hassani et al., "Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed
+of Light", arXiv 2504.16922. Its code is NATTEN, whose words for the parameters these are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self, TypeAlias
+
+import torch
+
+from diffattn.grid import TokenGrid
+from diffattn.mask import BLOCK, AttentionMask
+from diffattn.methods.base import StaticMaskMethod
+from diffattn.neighbourhood import AxisWindow, NeighbourhoodMask
+from diffattn.orders import TileOrder, tiles_that_fit
+
+Size: TypeAlias = int | float | str  # of a window along an axis
+Tile: TypeAlias = tuple[int, int, int]
+
+_AXES = ("frames", "height", "width")
+_SMALLEST_BLOCK = 16
+# What a pair of tokens in a block that is partly masked costs, beyond one in a block that is not.
+_COST_OF_MASKING = 0.5
+
+
+@dataclass(frozen=True)
+class _Recommended:
+    """A row of the paper's settings that it reports to keep the quality without training.
+
+    `grid` is the model's own there, `tile` the tile of keys that window and stride are made for.
+    """
+
+    grid: Tile
+    window: Tile
+    stride: Tile
+    tile: Tile
+    dense_steps: float
+
+
+# 15 of 50, 9 of 28 and 12 of 35 steps are dense.
+_HUNYUANVIDEO = _Recommended((30, 48, 80), (18, 24, 24), (16, 8, 8), (2, 8, 8), dense_steps=0.3)
+_FLUX = _Recommended((1, 256, 256), (1, 80, 80), (1, 16, 16), (1, 16, 8), dense_steps=0.325)
+_COSMOS = _Recommended((16, 44, 80), (16, 32, 48), (1, 8, 16), (4, 4, 8), dense_steps=0.345)
+_IMAGE_FAMILIES = ("flux", "flux.2", "sd3", "qwen-image", "unet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GNAAttn(StaticMaskMethod):
+    """Generalized neighborhood attention (arXiv 2504.16922).
+
+    A token sees a box of `window` tokens around itself. `stride` neighbouring queries along an axis
+    share the window of the middle one (the right one of two), `dilation` is the distance between
+    the keys of a window, and along a causal axis a token sees none after itself. At the ends of an
+    axis windows are moved inwards and not cut: every token sees equally many keys, except along
+    causal axes. Stride 1 is neighborhood attention, stride = window is blocked attention.
+
+    A parameter is one value for every axis, or a tuple of values for frames, height and width. What
+    it says of an axis of one token is ignored, so that a video setting also fits an image. A tuple
+    may leave out axes at its start where the grid has one token along them: (height, width) for
+    images. A window or stride of None is what `for_model` recommends, but with a window of your own
+    the stride is 1 where you give none.
+
+    Attributes:
+        window: tokens that a query sees along an axis: an integer of at least 2, a fraction of the
+            axis (a float up to 1.0, rounded to at least 2 tokens), or "full". A window longer than
+            the axis is all of it: one setting serves every size, and on small sizes is dense as it
+            would be if the larger grid were cut off there; nothing wraps around or is padded.
+        stride: queries that share a window, at most as many as it has tokens. Where the window is
+            shortened by a small grid, so is a stride that would no longer fit it.
+        dilation: distance between the keys of a window; at most the axis divided by the window.
+        is_causal: tokens see none after themselves along this axis.
+
+    Raises:
+        ValueError: for a parameter out of range. What depends on the grid is refused by `mask`: a
+            dilated window longer than its axis, and a tuple that leaves out axes the grid has.
+    """
+
+    type: ClassVar[str] = "gna"
+    paper: ClassVar[str] = "arXiv 2504.16922"
+
+    window: Size | tuple[Size, ...] | None = field(
+        default=None,
+        metadata={"help": "keys per axis: tokens, a fraction such as 0.5, or full"},
+    )
+    stride: int | tuple[int, ...] | None = field(
+        default=None, metadata={"help": "neighbouring queries that share a window, per axis"}
+    )
+    dilation: int | tuple[int, ...] = field(
+        default=1, metadata={"help": "distance between the keys of a window, per axis"}
+    )
+    is_causal: bool | tuple[bool, ...] = field(
+        default=False, metadata={"help": "per axis: no token sees one after itself"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, (allowed, words) in _CHECKS.items():
+            value = getattr(self, name)
+            if isinstance(value, list):  # as JSON has it
+                value = tuple(value)
+                object.__setattr__(self, name, value)
+            if value is not None:
+                _check_values(name, value, allowed, words)
+        for axis in range(3):
+            window, stride = _along(self.window, axis), _along(self.stride, axis)
+            if isinstance(window, int) and stride is not None and stride > window:
+                where = _where("stride", axis, self.stride, self.window)
+                raise ValueError(
+                    f"{where} is {stride}, but a window of {window} allows 1 to {window}"
+                )
+
+    def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
+        """The method with the paper's settings for a model, fitted to a grid.
+
+        HunyuanVideo and Flux have their own; other video models take those of Cosmos, the paper's
+        mildest (56 % sparse), and other image models those of Flux. On another grid than the
+        paper's a window keeps its share of each axis, rounded to whole tiles of keys, and the
+        stride is the shortest with which windows begin and end with a tile. The first 30 to 35 % of
+        the steps are dense, as the paper has it where it reports the quality kept.
+        """
+        if family in _IMAGE_FAMILIES or (grid is not None and grid.frames == 1):
+            best = _FLUX
+        else:
+            best = _HUNYUANVIDEO if family == "hunyuanvideo" else _COSMOS
+        window, stride = self.window, self.stride
+        if window is None:
+            window, recommended = _fitted(best, grid)
+            stride = recommended if stride is None else _limited(stride, window)
+        return replace(
+            self,
+            window=window,
+            stride=1 if stride is None else stride,
+            dense_layers=0 if self.dense_layers is None else self.dense_layers,
+            dense_steps=best.dense_steps if self.dense_steps is None else self.dense_steps,
+        )
+
+    def video_mask(self, grid: TokenGrid) -> AttentionMask:
+        """The token pairs that attend among the video tokens.
+
+        Parameters left at None take the values for a model without a recommendation of its own;
+        attached to a pipeline, they take that model's.
+        """
+        return NeighbourhoodMask(grid, self.axes(grid))
+
+    def axes(self, grid: TokenGrid) -> tuple[AxisWindow, AxisWindow, AxisWindow]:
+        """The windows along frames, height and width of `grid`, all parameters resolved.
+
+        Raises:
+            ValueError: if the parameters do not fit the grid; names the axis and what is allowed.
+        """
+        method = self.for_model("", grid)
+        sizes = (grid.frames, grid.height, grid.width)
+        for name in _CHECKS:
+            _check_tuple_fits(name, getattr(method, name), sizes)
+        frames, height, width = (method._axis(axis, size) for axis, size in enumerate(sizes))
+        return frames, height, width
+
+    def _axis(self, axis: int, size: int) -> AxisWindow:
+        if size == 1:
+            return AxisWindow(1, 1)
+        window = _tokens(_along(self.window, axis), size)
+        dilation = _along(self.dilation, axis)
+        if window * dilation > size:
+            most = size // window
+            raise ValueError(
+                f"dilation along {_AXES[axis]} is {dilation}, but a window of {window} on an axis"
+                f" of {size} tokens allows {f'1 to {most}' if most > 1 else 'only 1'}"
+            )
+        stride = min(_along(self.stride, axis), window)
+        return AxisWindow(size, window, stride, dilation, _along(self.is_causal, axis))
+
+    def block_size_on(self, grid: TokenGrid) -> int:
+        """128, or less on small grids: at least as many blocks as a block has tokens."""
+        size = BLOCK
+        while size > _SMALLEST_BLOCK and size * size > grid.video_tokens:
+            size //= 2
+        return size
+
+    def order_on(self, grid: TokenGrid) -> TileOrder | None:
+        """The tiles in which attention costs least, by the blocks visited and those full.
+
+        Where window and stride are multiples of a tile, that is one in which all blocks are full.
+        """
+        sizes = (grid.frames, grid.height, grid.width)
+        block_size = self.block_size_on(grid)
+        if grid.video_tokens <= block_size or sum(size > 1 for size in sizes) < 2:
+            return None
+        axes = self.axes(grid)
+        visited: dict[tuple[int, int], tuple[int, int]] = {}
+
+        def cost(tile: Tile) -> float:
+            for axis, side in enumerate(tile):
+                if (axis, side) not in visited:
+                    visited[axis, side] = _pairs_in_tiles(axes[axis], side)
+            some, full = zip(*(visited[axis, side] for axis, side in enumerate(tile)), strict=True)
+            masked = math.prod(some) - math.prod(full)
+            return math.prod(some) + _COST_OF_MASKING * masked
+
+        order = TileOrder(grid, min(tiles_that_fit(grid, block_size), key=cost))
+        in_place = torch.equal(order.positions(), torch.arange(grid.tokens))
+        return None if in_place else order
+
+
+def is_block_sparse(
+    method: GNAAttn,
+    grid: TokenGrid,
+    q_tile: Tile,
+    kv_tile: Tile | None = None,
+    *,
+    within_classes: bool = False,
+    but_for_ends: bool = False,
+) -> bool:
+    """Is attention in tiles perfectly block-sparse: is every tile of keys that is visited full?
+
+    Args:
+        method: window, stride and all else.
+        grid: the tokens.
+        q_tile: frames, rows and columns of a tile of queries; tiles at the ends may be short.
+        kv_tile: the same for keys; `q_tile` when None.
+        within_classes: cut each class of a dilated axis into tiles by itself, as NATTEN does.
+            Attention in this library tiles the axis as it is, where a dilated window fills no tile.
+        but_for_ends: along axes that are no multiple of the tile of keys, leave out the queries
+            that see the last few tokens. The last window, moved inwards, begins in the middle of a
+            tile there, so that without this only a window as long as such an axis qualifies.
+
+    Raises:
+        ValueError: if the method does not fit the grid.
+    """
+    tiles = zip(method.axes(grid), q_tile, kv_tile or q_tile, strict=True)
+    return all(_is_block_sparse(axis, q, kv, within_classes, but_for_ends) for axis, q, kv in tiles)
+
+
+def nearest_block_sparse(
+    method: GNAAttn,
+    grid: TokenGrid,
+    q_tile: Tile,
+    kv_tile: Tile | None = None,
+    *,
+    within_classes: bool = False,
+    but_for_ends: bool = False,
+) -> GNAAttn | None:
+    """The method with the window and stride nearest to its own that are perfectly block-sparse.
+
+    Each axis for itself keeps its window if any stride suits it, and otherwise takes the nearest
+    that one does (the longer of two, which leaves out less); of the strides it takes the nearest
+    (the shorter of two). Arguments are those of `is_block_sparse`.
+
+    Returns:
+        The method with windows and strides in tokens; None if there is no such setting, as along
+        causal and (unless `within_classes`) dilated axes with tiles of more than one token.
+
+    Raises:
+        ValueError: if the method does not fit the grid.
+    """
+    nearest = []
+    for axis, q, kv in zip(method.axes(grid), q_tile, kv_tile or q_tile, strict=True):
+        found = _nearest_along(axis, q, kv, within_classes, but_for_ends)
+        if found is None:
+            return None
+        nearest.append(found)
+    return replace(
+        method,
+        window=tuple("full" if a.window == a.size else a.window for a in nearest),
+        stride=tuple(axis.stride for axis in nearest),
+    )
+
+
+def _is_block_sparse(
+    axis: AxisWindow, q_tile: int, kv_tile: int, within_classes: bool, but_for_ends: bool
+) -> bool:
+    parts = axis.classes() if within_classes else (axis,)
+    return all(part.is_block_sparse(q_tile, kv_tile, but_for_ends=but_for_ends) for part in parts)
+
+
+def _nearest_along(
+    axis: AxisWindow, q_tile: int, kv_tile: int, within_classes: bool, but_for_ends: bool
+) -> AxisWindow | None:
+    if _is_block_sparse(axis, q_tile, kv_tile, within_classes, but_for_ends):
+        return axis
+    longest = axis.size // axis.dilation
+    # Unless it is as long as the axis, a window ends where a tile does: the first of all begins
+    # where the axis does.
+    windows = {*range(kv_tile, longest, kv_tile), longest} - {1}
+    for window in sorted(windows, key=lambda w: (abs(w - axis.window), -w)):
+        own = min(axis.stride, window)
+        for stride in sorted(range(1, window + 1), key=lambda s: (abs(s - own), s)):
+            candidate = replace(axis, window=window, stride=stride)
+            if _is_block_sparse(candidate, q_tile, kv_tile, within_classes, but_for_ends):
+                return candidate
+    return None
+
+
+def _pairs_in_tiles(axis: AxisWindow, side: int) -> tuple[int, int]:
+    """Pairs of tokens along an axis in the pairs of tiles that are visited, and that are full.
+
+    A short tile at the end does not count as full: what is left over is tiled in another shape.
+    """
+    tiles = axis.tiles(side)
+    size = tiles[:, 1] - tiles[:, 0]
+    attend, all_pairs = axis.pairs(tiles, tiles), size[:, None] * size
+    return int(all_pairs[attend > 0].sum()), int(all_pairs[attend == side * side].sum())
+
+
+def _fitted(best: _Recommended, grid: TokenGrid | None) -> tuple[tuple[Size, ...], Tile]:
+    """Window and stride of a recommendation on a grid."""
+    sizes = best.grid if grid is None else (grid.frames, grid.height, grid.width)
+    window: list[Size] = []
+    stride: list[int] = []
+    for axis, size in enumerate(sizes):
+        own, tokens, apart = best.grid[axis], best.window[axis], best.stride[axis]
+        if sizes != best.grid:
+            # Tiles that leave room for a window of several of them.
+            tile = min(best.tile[axis], 1 << (max(1, size // 8).bit_length() - 1))
+            tiles = max(1, int(size * tokens / own / tile + 0.5))
+            tokens = max(2, tiles * tile)
+            # Windows begin with a tile if both are odd numbers of tiles, or both are even.
+            apart = tile if tile == 1 or tiles % 2 else 2 * tile
+        window.append("full" if tokens >= size else tokens)
+        stride.append(1 if tokens >= size else min(apart, tokens))
+    return tuple(window), (stride[0], stride[1], stride[2])
+
+
+def _limited(stride: int | tuple[int, ...], window: tuple[Size, ...]) -> tuple[int, ...]:
+    """A stride that is nowhere longer than the window."""
+    strides = (_along(stride, axis) for axis in range(len(_AXES)))
+    return tuple(
+        min(s, w) if isinstance(w, int) else s
+        for s, w in zip(strides, window, strict=True)
+        if s is not None
+    )
+
+
+def _tokens(window: Size, size: int) -> int:
+    """Tokens of a window on an axis of so many."""
+    if isinstance(window, str):
+        return size
+    if isinstance(window, float):
+        return min(size, max(2, int(window * size + 0.5)))
+    return min(size, window)
+
+
+def _along(value: Any, axis: int) -> Any:
+    """What a parameter says of an axis; None where its tuple leaves the axis out."""
+    if not isinstance(value, tuple):
+        return value
+    index = axis - len(_AXES) + len(value)
+    return value[index] if index >= 0 else None
+
+
+def _where(name: str, axis: int, *values: Any) -> str:
+    """How messages name a parameter: with the axis, unless one value is for all axes."""
+    per_axis = any(isinstance(value, tuple) for value in values)
+    return f"{name} along {_AXES[axis]}" if per_axis else name
+
+
+def _check_values(name: str, value: Any, allowed: Callable[[Any], bool], words: str) -> None:
+    if isinstance(value, tuple) and not 1 <= len(value) <= len(_AXES):
+        raise ValueError(
+            f"{name} has {len(value)} values, but must have 1 to 3: for frames, height and width"
+        )
+    for axis in range(3 - len(value) if isinstance(value, tuple) else 2, 3):
+        entry = _along(value, axis)
+        if not allowed(entry):
+            raise ValueError(f"{_where(name, axis, value)} is {entry!r}, but must be {words}")
+
+
+def _check_tuple_fits(name: str, value: Any, sizes: Sequence[int]) -> None:
+    left_out = len(_AXES) - len(value) if isinstance(value, tuple) else 0
+    for axis in range(left_out):
+        if sizes[axis] > 1:
+            raise ValueError(
+                f"{name} is {value}, for {' and '.join(_AXES[left_out:])}, but the grid"
+                f" {'x'.join(map(str, sizes))} has {sizes[axis]} tokens along {_AXES[axis]}:"
+                f" give values for frames, height and width"
+            )
+
+
+def _is_window(value: Any) -> bool:
+    if isinstance(value, float):
+        return 0 < value <= 1
+    return value == "full" if isinstance(value, str) else _is_count(value) and value >= 2
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+# What each parameter may be along an axis, and the words for it.
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "window": (
+        _is_window,
+        "an integer of at least 2, a fraction of the axis above 0.0 and up to 1.0, or 'full'",
+    ),
+    "stride": (_is_count, "an integer of at least 1"),
+    "dilation": (_is_count, "an integer of at least 1"),
+    "is_causal": (lambda value: isinstance(value, bool), "true or false"),
+}

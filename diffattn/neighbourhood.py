@@ -1,0 +1,290 @@
+"""NeighbourhoodMask: a window along each axis of the grid, by the rule of GNA.
+
+The mask of a grid is the product of one mask per axis, so what a pair of blocks holds follows from
+tables over a single axis: a pair of boxes is visited where all of its axes are, and full where all
+of its axes are. No pair of tokens of the grid is looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from diffattn.blocks import EMPTY, FULL, PARTIAL
+from diffattn.boxes import boxes_of
+from diffattn.mask import AttentionMask
+from diffattn.orders import TileOrder
+
+_ENTRIES_PER_CHUNK = 1 << 20  # of a table that is summed up query by query
+
+
+@dataclass(frozen=True)
+class AxisWindow:
+    """Which tokens attend along one axis: the one-dimensional rule of GNA.
+
+    With a dilation the axis falls apart into that many interleaved classes of tokens, which do not
+    see each other and are sequences of their own for all that follows. `stride` neighbouring
+    queries form a group that shares the window of its middle query (the right one of two); at the
+    ends of the axis windows are moved inwards, not cut. A causal window ends at the query itself
+    and starts where that of its group's last query does.
+
+    Attributes:
+        size: tokens of the axis.
+        window: keys that a query sees (a causal one at most).
+        stride: queries that share a window, at most `window`.
+        dilation: distance between the keys of a window; `window * dilation` is at most `size`.
+        is_causal: no query sees a key after it.
+    """
+
+    size: int
+    window: int
+    stride: int = 1
+    dilation: int = 1
+    is_causal: bool = False
+
+    def bounds(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """First key and the one past the last that a query sees, counted within its class."""
+        place = query // self.dilation
+        length = (self.size - query % self.dilation + self.dilation - 1) // self.dilation
+        group = place // self.stride * self.stride
+        if self.is_causal:
+            leader = torch.minimum(group + self.stride - 1, length - 1)
+            return (leader - self.window + 1).clamp(min=0), place + 1
+        leader = torch.minimum(group + self.stride // 2, length - 1)
+        first = (leader - self.window // 2).clamp(min=0)
+        first = torch.minimum(first, length - self.window)
+        return first, first + self.window
+
+    def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Bool: may these places along the axis (broadcast together) attend?"""
+        first, end = self.bounds(query)
+        place = key // self.dilation
+        seen = (first <= place) & (place < end)
+        if self.dilation > 1:
+            seen &= query % self.dilation == key % self.dilation
+        return seen
+
+    def pairs(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Number of pairs that attend between ranges of places.
+
+        Args:
+            query: int64 `(n, 2)`, first place of each range and the one past its last.
+            key: int64 `(m, 2)`, the same.
+
+        Returns:
+            int64 `(n, m)`.
+        """
+        cuts, which_query = query.unique(return_inverse=True)
+        edges, which_key = key.unique(return_inverse=True)
+        # Pairs of the queries before each cut and the keys before each edge.
+        before = torch.zeros(len(cuts) + 1, len(edges), dtype=torch.int64, device=query.device)
+        step = max(1, _ENTRIES_PER_CHUNK // len(edges))
+        for start in range(0, self.size, step):
+            place = torch.arange(start, min(start + step, self.size), device=query.device)
+            passed = torch.searchsorted(cuts, place, right=True)
+            before.index_add_(0, passed, self._seen_before(place, edges))
+        before = before.cumsum(0)
+        in_range = before[which_query[:, 1]] - before[which_query[:, 0]]
+        return in_range[:, which_key[:, 1]] - in_range[:, which_key[:, 0]]
+
+    def _seen_before(self, query: torch.Tensor, edge: torch.Tensor) -> torch.Tensor:
+        """int64 `(queries, edges)`: keys before an edge that a query sees."""
+        first, end = (bound[:, None] for bound in self.bounds(query))
+        place = self._place_from(edge[None, :], query[:, None] % self.dilation)
+        return torch.minimum(torch.maximum(place, first), end) - first
+
+    def _place_from(self, position: torch.Tensor, of_class: torch.Tensor) -> torch.Tensor:
+        """Place within a class of its first token at or after a position of the axis."""
+        return (position - of_class + self.dilation - 1).div(self.dilation, rounding_mode="floor")
+
+    def kinds(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Tell pairs of ranges apart by the masks they hold.
+
+        Args:
+            query, key: int64 `(n, 2)`, as in `pairs`, but one key range for each query range.
+
+        Returns:
+            int64 `(n,)`: pairs of ranges that are equally long and of one kind hold equal masks.
+        """
+        length = int((query[:, 1] - query[:, 0]).max())
+        place = query[:, :1] + torch.arange(length, device=query.device)
+        exists = place < query[:, 1:]
+        place = place.clamp(max=self.size - 1)
+        of_class = place % self.dilation
+        first, end = self.bounds(place)
+        # A query sees every `dilation`-th key from the first to the last that are in the range.
+        first = torch.maximum(first, self._place_from(key[:, :1], of_class))
+        end = torch.minimum(end, self._place_from(key[:, 1:], of_class))
+        sees = exists & (first < end)
+        from_start = (first * self.dilation + of_class - key[:, :1]).where(sees, -1)
+        described = torch.cat([from_start, (end - first).where(sees, 0)], 1)
+        return described.unique(dim=0, return_inverse=True)[1]
+
+    def is_block_sparse(self, q_tile: int, kv_tile: int, *, but_for_ends: bool = False) -> bool:
+        """Are all pairs of tiles that attend full? The last tile of the axis may be short.
+
+        Args:
+            q_tile, kv_tile: neighbouring tokens of the axis in a tile of queries and of keys.
+            but_for_ends: leave out queries that see keys of a short tile.
+        """
+        if self.dilation > 1:
+            query, key = self.tiles(q_tile), self.tiles(kv_tile)
+            pairs = self.pairs(query, key)
+            size = (query[:, 1] - query[:, 0])[:, None] * (key[:, 1] - key[:, 0])
+            return bool(((pairs == 0) | (pairs == size)).all())
+        place = torch.arange(self.size)
+        first, end = self.bounds(place)
+        if but_for_ends:
+            inside = end <= self.size // kv_tile * kv_tile
+            place, first, end = place[inside], first[inside], end[inside]
+        whole = (first % kv_tile == 0) & ((end % kv_tile == 0) | (end == self.size))
+        same_tile = place[1:] // q_tile == place[:-1] // q_tile
+        changes = (first[1:] != first[:-1]) | (end[1:] != end[:-1])
+        return bool(whole.all()) and not bool((same_tile & changes).any())
+
+    def tiles(self, side: int) -> torch.Tensor:
+        """int64 `(tiles, 2)`: the axis cut into ranges of `side` tokens, for `pairs`."""
+        start = torch.arange(0, self.size, side)
+        return torch.stack([start, (start + side).clamp(max=self.size)], 1)
+
+    def classes(self) -> tuple[AxisWindow, ...]:
+        """The undilated axes that this one consists of, one of each length."""
+        lengths = {-(-(self.size - r) // self.dilation) for r in (0, self.dilation - 1)}
+        return tuple(
+            AxisWindow(length, self.window, self.stride, is_causal=self.is_causal)
+            for length in sorted(lengths)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class NeighbourhoodMask(AttentionMask):
+    """Video tokens see those within a window along every axis; text pairs never attend.
+
+    Attributes:
+        axes: the windows along frames, rows and columns.
+
+    Raises:
+        ValueError: if they are not as long as the grid's axes.
+    """
+
+    axes: tuple[AxisWindow, AxisWindow, AxisWindow]
+
+    def __post_init__(self) -> None:
+        sizes = tuple(axis.size for axis in self.axes)
+        if sizes != (self.grid.frames, self.grid.height, self.grid.width):
+            raise ValueError(f"the axes have {sizes} tokens, but the grid is {self.grid}")
+
+    def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        seen = ~self.grid.is_text(query) & ~self.grid.is_text(key)
+        # Text has no place in the grid: its positions are moved to a token that has one.
+        start, end = self.grid.video.start, self.grid.video.stop - 1
+        query, key = (self.grid.coordinates(x.clamp(start, end)) for x in (query, key))
+        for axis, of_query, of_key in zip(self.axes, query, key, strict=True):
+            if axis.window < axis.size or axis.is_causal:
+                seen = seen & axis.allowed(of_query, of_key)
+        return seen
+
+    @property
+    def density(self) -> float:
+        whole = [axis.tiles(axis.size) for axis in self.axes]
+        pairs = [int(a.pairs(x, x)) for a, x in zip(self.axes, whole, strict=True)]
+        return math.prod(pairs) / self.grid.tokens**2
+
+    def block_states(
+        self,
+        block_q: int,
+        block_kv: int,
+        device: torch.device,
+        order: TileOrder | None = None,
+    ) -> torch.Tensor:
+        query = boxes_of(self.grid, block_q, device, order)
+        key = query if block_kv == block_q else boxes_of(self.grid, block_kv, device, order)
+        # Pairs of two blocks that attend; int32 is half the time and memory where it is enough.
+        dtype = torch.int32 if block_q * block_kv < 1 << 31 else torch.int64
+        pairs = torch.ones(len(query.block), len(key.block), dtype=dtype, device=device)
+        for i, axis in enumerate(self.axes):
+            ranges_q, which_q = _ranges(query.first[:, i], query.end[:, i])
+            ranges_kv, which_kv = _ranges(key.first[:, i], key.end[:, i])
+            pairs *= axis.pairs(ranges_q, ranges_kv).to(dtype)[which_q][:, which_kv]
+        rows, columns = -(-self.grid.tokens // block_q), -(-self.grid.tokens // block_kv)
+        by_row = torch.zeros(rows, len(key.block), dtype=dtype, device=device)
+        by_row.index_add_(0, query.block, pairs)
+        by_block = torch.zeros(rows, columns, dtype=dtype, device=device)
+        by_block.index_add_(1, key.block, by_row)
+        sizes = [
+            (self.grid.tokens - torch.arange(n, device=device) * block).clamp(max=block)
+            for n, block in ((rows, block_q), (columns, block_kv))
+        ]
+        states = torch.full((rows, columns), PARTIAL, dtype=torch.uint8, device=device)
+        states[by_block == 0] = EMPTY
+        states[by_block == sizes[0][:, None] * sizes[1]] = FULL
+        return states
+
+    def block_signatures(
+        self,
+        row: torch.Tensor,
+        column: torch.Tensor,
+        block_q: int,
+        block_kv: int,
+        order: TileOrder | None = None,
+    ) -> torch.Tensor:
+        # A block's mask follows from where its tokens are relative to each other, the same of its
+        # keys, and the mask of each axis between the ranges that the tokens lie in.
+        shape_q, hull_q = self._outlines(block_q, row.device, order)
+        shape_kv, hull_kv = self._outlines(block_kv, row.device, order)
+        kinds = [shape_q[row], shape_kv[column]]
+        for i, axis in enumerate(self.axes):
+            ranges_q, which_q = _ranges(*hull_q[:, :, i].unbind(1))
+            ranges_kv, which_kv = _ranges(*hull_kv[:, :, i].unbind(1))
+            pair = which_q[row] * len(ranges_kv) + which_kv[column]
+            pair, which = pair.unique(return_inverse=True)
+            query, key = ranges_q[pair // len(ranges_kv)], ranges_kv[pair % len(ranges_kv)]
+            kinds.append(axis.kinds(query, key)[which] if len(pair) else which)
+        return _numbered(kinds)
+
+    def _outlines(
+        self, block: int, device: torch.device, order: TileOrder | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """How the tokens of each block lie to each other, and the box they lie in.
+
+        Returns:
+            int64 `(blocks,)`: blocks of equal number have their tokens in the same places, counted
+            from the first frame, row and column of any of them; and `(blocks, 2, 3)`, these firsts
+            and those past the last.
+        """
+        position = torch.arange(self.grid.tokens, device=device)
+        if order is not None:
+            position = order.positions(device)
+        place = torch.stack(self.grid.coordinates(position), 1)
+        is_text = self.grid.is_text(position)
+        padding = (0, -self.grid.tokens % block)
+        is_text = torch.nn.functional.pad(is_text, padding, value=True).view(-1, block, 1)
+        place = torch.nn.functional.pad(place, (0, 0, *padding)).view(-1, block, 3)
+        sizes = place.new_tensor([axis.size for axis in self.axes])
+        first = place.where(~is_text, sizes).amin(1)
+        last = place.where(~is_text, -1).amax(1)
+        inside = (place - first[:, None]).where(~is_text, -1)
+        numbered = (inside[..., 0] * sizes[1] + inside[..., 1]) * sizes[2] + inside[..., 2]
+        _, shape = numbered.unique(dim=0, return_inverse=True)
+        # A block of text alone lies nowhere; any range will do, its tokens are told to be text.
+        nowhere = is_text.all(1)
+        first, end = first.where(~nowhere, 0), (last + 1).where(~nowhere, 1)
+        return shape, torch.stack([first, end], 1)
+
+
+def _ranges(first: torch.Tensor, end: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distinct ranges `(n, 2)`, and which of them each pair of ends is."""
+    ranges, which = torch.stack([first, end], 1).unique(dim=0, return_inverse=True)
+    return ranges, which
+
+
+def _numbered(properties: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One number for each combination of several numbers."""
+    out = torch.zeros_like(properties[0])
+    for values in properties:
+        if len(values):
+            out = out * (int(values.max()) + 1) + values
+    return out
