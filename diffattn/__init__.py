@@ -13,7 +13,7 @@ from diffattn.block_forms import from_block_mask
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask, FullMask, PredicateMask
-from diffattn.methods import DenseAttn, GNAAttn, Method, RadialAttn
+from diffattn.methods import CLEARAttn, DenseAttn, GNAAttn, Method, RadialAttn
 
 if TYPE_CHECKING:
     from diffattn.attach import Attachment, set_attn_processor
@@ -24,6 +24,7 @@ __all__ = [
     "Attachment",
     "AttentionMask",
     "BlockLayout",
+    "CLEARAttn",
     "DenseAttn",
     "FullMask",
     "GNAAttn",

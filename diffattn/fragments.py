@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -44,14 +45,21 @@ def cut(grid: TokenGrid, block_size: int, device: torch.device) -> Fragments:
     return Fragments(start // block_size, frame, first, first + stop - start - 1)
 
 
+class InBlocks(Protocol):
+    """Pieces of a sequence that know the block they lie in, int64 `(pieces,)`."""
+
+    @property
+    def block(self) -> torch.Tensor: ...
+
+
 def any_in_block(
-    pairs: torch.Tensor, query: Fragments, key: Fragments, rows: int, columns: int
+    pairs: torch.Tensor, query: InBlocks, key: InBlocks, rows: int, columns: int
 ) -> torch.Tensor:
-    """Which blocks hold a pair of fragments that is marked.
+    """Which blocks hold a pair of pieces that is marked.
 
     Args:
-        pairs: bool `(query fragments, key fragments)`.
-        query, key: where those fragments lie.
+        pairs: bool `(query pieces, key pieces)`.
+        query, key: where those pieces lie.
         rows, columns: number of query and key blocks of the sequence.
 
     Returns:

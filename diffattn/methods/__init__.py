@@ -7,11 +7,12 @@ from dataclasses import fields
 from typing import Any
 
 from diffattn.methods.base import Method, Site, StaticMaskMethod, nearest
+from diffattn.methods.clear import CLEARAttn
 from diffattn.methods.dense import DenseAttn
 from diffattn.methods.gna import GNAAttn
 from diffattn.methods.radial import RadialAttn
 
-METHODS: dict[str, type[Method]] = {m.type: m for m in (DenseAttn, RadialAttn, GNAAttn)}
+METHODS: dict[str, type[Method]] = {m.type: m for m in (DenseAttn, RadialAttn, CLEARAttn, GNAAttn)}
 
 
 def from_dict(entry: Mapping[str, Any]) -> Method:
@@ -33,6 +34,7 @@ def from_dict(entry: Mapping[str, Any]) -> Method:
 
 __all__ = [
     "METHODS",
+    "CLEARAttn",
     "DenseAttn",
     "GNAAttn",
     "Method",

@@ -1,0 +1,339 @@
+"""CLEARAttn against the public code's masks and outputs, and its definition pair by pair."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import stock
+import tiny_families
+import tiny_wan
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_families import BATCH, noise
+
+import diffattn
+from diffattn import CLEARAttn, TokenGrid
+from diffattn.kernels.reference import reference_attention
+from diffattn.methods import Site, from_dict
+from diffattn.models import family_of
+
+GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "clear"
+needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")
+
+
+def golden_mask(golden: Any, name: str) -> np.ndarray:
+    """A mask of a golden file, (queries, keys); there are as many queries as keys, or more keys."""
+    rows, columns = golden[f"{name}_shape"].tolist()
+    bits = np.unpackbits(golden[f"{name}_bits"], count=rows * columns)
+    return bits.reshape(rows, columns).astype(bool)
+
+
+@needs_goldens
+@pytest.mark.parametrize("case", range(14))
+def test_mask_is_that_of_the_public_code(case: int) -> None:
+    golden = np.load(GOLDENS / "1_masks.npz")
+    height, width, text, radius, _ = golden["configs_H_W_T_r_d"][case].tolist()
+    grid = TokenGrid(1, height, width, text_before=text)
+    method = CLEARAttn(radius=radius)
+    # Pooled keys come after all others and are no matter of the mask.
+    want = golden_mask(golden, f"m{case}")[:, : grid.tokens]
+    mask = method.mask(grid)
+    np.testing.assert_array_equal(mask.dense().numpy(), want)
+    assert mask.density == pytest.approx(want.mean(), abs=1e-12)
+
+
+@needs_goldens
+@pytest.mark.parametrize("case", range(6))
+def test_blocks_are_those_of_the_public_code(case: int) -> None:
+    golden = np.load(GOLDENS / "2_block_masks.npz")
+    height, width, text, radius, _ = golden[f"b{case}_cfg_H_W_T_r_d"].tolist()
+    mask = CLEARAttn(radius=radius).mask(TokenGrid(1, height, width, text_before=text))
+    layout = mask.blocks(128)
+    if case != 4:  # with pooled keys, of which the mask knows nothing
+        assert layout.density == pytest.approx(golden[f"b{case}_density"].item(), abs=1e-12)
+    for count, index, name in (
+        (layout.full_count, layout.full_index, "full"),
+        (layout.partial_count, layout.partial_index, "partial"),
+    ):
+        ours = np.zeros((layout.rows, layout.columns), dtype=bool)
+        for row in range(layout.rows):
+            ours[row, index[0, 0, row, : count[0, 0, row]].numpy()] = True
+        theirs = golden[f"b{case}_{name}"].astype(bool)
+        # They ask a full mask of the short last block for tokens that it does not have.
+        whole = (height * width + text) // 128
+        np.testing.assert_array_equal(ours[:whole, :whole], theirs[:whole, :whole])
+
+
+@needs_goldens
+def test_token_counts_of_whole_disks() -> None:
+    golden = np.load(GOLDENS / "1_masks.npz")
+    for radius, count in zip(golden["disk_radii"], golden["disk_counts"], strict=True):
+        side = 2 * int(radius) - 1
+        middle = torch.tensor(side * side // 2)
+        mask = CLEARAttn(radius=int(radius)).mask(TokenGrid(1, side, side))
+        assert int(mask.allowed(middle, torch.arange(side * side)).sum()) == count
+
+
+@needs_goldens
+@pytest.mark.parametrize("case", range(6))
+def test_windows_of_videos_are_those_of_the_goldens(case: int) -> None:
+    golden = np.load(GOLDENS / "8_video_derived.npz")
+    frames, height, width, frame_radius, radius, window, text, side = golden[f"v{case}_cfg"]
+    before, after = (int(text), 0) if side == "first" else (0, int(text))
+    grid = TokenGrid(int(frames), int(height), int(width), before, after)
+    method = CLEARAttn(
+        radius=int(radius), frame_radius=int(frame_radius), window=str(window), first_frame=False
+    )
+    want = golden_mask(golden, f"v{case}")
+    np.testing.assert_array_equal(method.mask(grid).dense().numpy(), want)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "radius", "raster", "tiles"),
+    [(1024, 8, 0.417, 0.380), (2048, 16, 0.274, 0.153), (4096, 32, 0.2428, 0.0899)],
+)
+def test_tiles_visit_as_few_blocks_as_the_analysis_says(
+    pixels: int, radius: int, raster: float, tiles: float
+) -> None:
+    grid = TokenGrid(1, pixels // 16, pixels // 16, text_before=512)
+    method = CLEARAttn(radius=radius)
+    in_tiles = method.layout(grid, torch.device("cpu"), method.order(grid))
+    assert method.mask(grid).blocks(128).density == pytest.approx(raster, rel=2e-3)
+    assert in_tiles.density == pytest.approx(tiles, rel=2e-3)
+
+
+def test_flops_of_the_paper() -> None:
+    # Table 7: 3.92 TFLOPs of attention in a layer at 8192 x 8192, where dense attention is 847.73.
+    grid = TokenGrid(1, 512, 512, text_before=512)
+    flops = 4 * grid.tokens**2 * 3072
+    assert flops / 1e12 == pytest.approx(847.73, abs=0.005)
+    assert flops * CLEARAttn(radius=8).mask(grid).density / 1e12 == pytest.approx(3.915, abs=5e-4)
+
+
+def definition(grid: TokenGrid, method: CLEARAttn) -> torch.Tensor:
+    """The token mask, from the words of the paper and, for videos, their obvious extension."""
+    token = torch.arange(grid.tokens)
+    text = (token < grid.text_before) | (token >= grid.tokens - grid.text_after)
+    place = torch.cartesian_prod(
+        torch.arange(grid.frames), torch.arange(grid.height), torch.arange(grid.width)
+    ).view(-1, 3)
+    frames, rows, columns = (place[:, None] - place[None]).double().unbind(2)
+    plane, time = (rows**2 + columns**2) ** 0.5 / method.radius, frames.abs() / method.frame_radius
+    if method.window == "cylinder":
+        near = (plane < 1) & (time < 1)
+    else:
+        # What is exactly on the surface is outside, however its sum was rounded.
+        near = (plane**2 + time**2) < 1 - 1e-12
+    if method.first_frame and grid.frames > 1:
+        near |= (place[:, 0] == 0)[:, None] | (place[:, 0] == 0)[None]
+    out = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
+    out[torch.outer(~text, ~text)] = near.flatten()
+    return out
+
+
+any_grid = st.builds(
+    TokenGrid,
+    frames=st.integers(1, 6),
+    height=st.integers(1, 9),
+    width=st.integers(1, 11),
+    text_before=st.integers(0, 19),
+    text_after=st.integers(0, 9),
+)
+any_window = st.builds(
+    CLEARAttn,
+    radius=st.integers(1, 13),
+    frame_radius=st.integers(1, 8),
+    window=st.sampled_from(["ellipsoid", "cylinder"]),
+    first_frame=st.booleans(),
+)
+
+
+@given(
+    grid=any_grid, method=any_window, block_q=st.integers(1, 24), block_kv=st.sampled_from([1, 16])
+)
+@settings(max_examples=60, deadline=None)
+def test_mask_is_the_definition_in_any_blocks_and_order(
+    grid: TokenGrid, method: CLEARAttn, block_q: int, block_kv: int
+) -> None:
+    want = definition(grid, method)
+    mask = method.mask(grid)
+    assert torch.equal(mask.dense(), want)
+    assert torch.equal(mask.blocks(block_q, block_kv).dense()[0, 0], want)
+    assert mask.density == pytest.approx(want.double().mean().item(), abs=1e-12)
+    order = method.order(grid)
+    assert order is not None
+    moved = order.positions()
+    for size in (block_q, 128):
+        layout = mask.blocks(size, order=order)
+        assert torch.equal(layout.dense()[0, 0], want[moved][:, moved])
+
+
+@given(grid=any_grid, method=any_window, order=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_states_are_never_wrong(grid: TokenGrid, method: CLEARAttn, order: bool) -> None:
+    tiles = method.order(grid) if order else None
+    states = method.video_mask(grid).block_states(8, 16, torch.device("cpu"), tiles)
+    moved = torch.arange(grid.tokens) if tiles is None else tiles.positions()
+    text = grid.is_text(moved)
+    want = definition(grid, method)[moved][:, moved] & ~text[:, None] & ~text[None]
+    for row, column in torch.cartesian_prod(*map(torch.arange, states.shape)).tolist():
+        block = want[row * 8 : row * 8 + 8, column * 16 : column * 16 + 16]
+        assert states[row, column] != 0 or not block.any()
+        assert states[row, column] != 2 or block.all()
+
+
+def test_a_radius_beyond_the_grid_is_dense_attention() -> None:
+    grid = TokenGrid(1, 7, 13, text_before=3)
+    assert CLEARAttn(radius=10**9).mask(grid).dense().all()
+    assert CLEARAttn(radius=10**9).layout(grid, torch.device("cpu")).partial_blocks == 0
+
+
+def test_radius_1_without_text_gives_the_values() -> None:
+    grid = TokenGrid(1, 9, 17)
+    q, k, v = (noise(3, grid.tokens, 2, 16, seed=i) for i in range(3))
+    out = CLEARAttn(radius=1).attend(q, k, v, Site("flux", 0, 1, grid))
+    torch.testing.assert_close(out, v)
+
+
+def test_other_sizes_in_turn_change_nothing() -> None:
+    method, grids = CLEARAttn(radius=3), (TokenGrid(1, 5, 9), TokenGrid(1, 9, 5))
+    first, second = (method.mask(grid).dense() for grid in grids)
+    assert not torch.equal(first, second)
+    assert torch.equal(method.mask(grids[0]).dense(), first)
+
+
+def test_mask_of_an_8k_image_builds_without_looking_at_token_pairs() -> None:
+    # 262,656 tokens: their pairs would be 69 GB.
+    grid = TokenGrid(1, 512, 512, text_before=512)
+    method = CLEARAttn(radius=8)
+    layout = method.layout(grid, torch.device("cpu"), method.order(grid))
+    assert layout.nbytes < 64 << 20
+    assert len(layout.bit_masks) < 32
+    assert layout.density == pytest.approx(0.0081, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("grid", "method"),
+    [
+        (TokenGrid(1, 13, 23, text_before=7), CLEARAttn(radius=4)),
+        (TokenGrid(1, 16, 16, text_before=1), CLEARAttn(radius=5)),
+        (TokenGrid(5, 7, 11, text_after=1), CLEARAttn(radius=3, frame_radius=2)),
+        (TokenGrid(3, 8, 9), CLEARAttn(radius=3, frame_radius=2, window="cylinder")),
+        (TokenGrid(2, 8, 8, text_before=1), CLEARAttn(radius=3, frame_radius=1, first_frame=False)),
+    ],
+    ids=lambda x: str(x) if isinstance(x, TokenGrid) else "",
+)
+def test_output_and_gradients_are_those_of_dense_attention_under_the_mask(
+    grid: TokenGrid, method: CLEARAttn
+) -> None:
+    q, k, v = (noise(3, grid.tokens, 2, 32, seed=i).requires_grad_() for i in range(3))
+    mask = definition(grid, method.for_model("", grid))
+    key_mask = torch.rand(3, grid.tokens, generator=torch.Generator().manual_seed(3)) < 0.8
+    key_mask |= mask.all(0)  # every query sees something
+    for keys in (None, key_mask):
+        out = method.attend(q, k, v, Site("flux", 0, 1, grid), key_mask=keys)
+        seen = mask if keys is None else mask & keys[:, None, None, :]
+        seen = seen.expand(3, 1, -1, -1) if seen.ndim == 4 else seen
+        want, _ = reference_attention(*(x.double() for x in (q, k, v)), seen)
+        torch.testing.assert_close(out.double(), want, atol=2e-6, rtol=1e-5)
+        weights = noise(*out.shape, seed=9)
+        found = torch.autograd.grad(out, (q, k, v), weights)
+        true = torch.autograd.grad(want, (q, k, v), weights.double())
+        for ours, theirs in zip(found, true, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def forward(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs, return_dict=False)[0]
+
+
+def flux_inputs(height: int, width: int, text: int = 7) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(BATCH, height * width, 16),
+        "encoder_hidden_states": noise(BATCH, text, 16, seed=1),
+        "pooled_projections": noise(BATCH, 8, seed=2),
+        "timestep": torch.tensor([0.9, 0.4]),
+        "img_ids": tiny_families.image_ids(height, width),
+        "txt_ids": torch.zeros(text, 3),
+        "guidance": torch.tensor([3.5, 3.5]),
+    }
+
+
+@pytest.mark.parametrize(("height", "width", "text"), [(6, 9, 7), (11, 19, 1), (16, 16, 7)])
+def test_flux_is_the_stock_model_with_the_mask(height: int, width: int, text: int) -> None:
+    model, inputs = tiny_families.flux(), flux_inputs(height, width, text)
+    method = CLEARAttn(radius=3)
+    grid = TokenGrid(1, height, width, text_before=text)
+    dense = forward(model, inputs)
+    with stock.masked(model, list(family_of(model).layers(model)), lambda _: grid, method):
+        want = forward(model, inputs)
+    assert not torch.allclose(want, dense, atol=1e-3), "the mask should matter"
+    attachment = diffattn.set_attn_processor(model, method)
+    torch.testing.assert_close(forward(model, inputs), want, atol=1e-5, rtol=1e-4)
+    assert attachment.sparse_calls == 4
+    diffattn.set_attn_processor(model, None)
+    assert torch.equal(forward(model, inputs), dense)
+
+
+@pytest.mark.parametrize("window", ["ellipsoid", "cylinder"])
+def test_wan_is_the_stock_model_with_the_mask(window: str) -> None:
+    model = tiny_wan.transformer()
+    inputs = {
+        "hidden_states": noise(BATCH, 16, 5, 12, 14),
+        "timestep": torch.tensor([900, 400]),
+        "encoder_hidden_states": noise(BATCH, 5, tiny_wan.TEXT_DIM, seed=1),
+    }
+    method = CLEARAttn(radius=3, frame_radius=2, window=window)
+    grid = TokenGrid(5, 6, 7)
+    with stock.masked(model, list(family_of(model).layers(model)), lambda _: grid, method):
+        want = forward(model, inputs)
+    assert not torch.allclose(want, forward(model, inputs), atol=1e-3), "the mask should matter"
+    diffattn.set_attn_processor(model, method)
+    torch.testing.assert_close(forward(model, inputs), want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "grid"),
+    [("flux", TokenGrid(1, 64, 64)), ("wan2.1", TokenGrid(21, 30, 52)), ("something else", None)],
+)
+def test_recommended_settings(family: str, grid: TokenGrid | None) -> None:
+    method = CLEARAttn().for_model(family, grid)
+    assert (method.radius, method.window, method.frame_radius) == (16, "ellipsoid", 8)
+    assert method.first_frame is True
+    assert (method.dense_layers, method.dense_steps) == (0, 0)
+    given = CLEARAttn(
+        radius=8, window="cylinder", frame_radius=2, first_frame=False, dense_layers=1
+    )
+    assert given.for_model(family, grid) == CLEARAttn(
+        radius=8,
+        window="cylinder",
+        frame_radius=2,
+        first_frame=False,
+        dense_layers=1,
+        dense_steps=0,
+    )
+
+
+def test_a_method_writes_itself_out() -> None:
+    method = CLEARAttn(radius=8, window="cylinder")
+    assert from_dict(json.loads(json.dumps(method.to_dict()))) == method
+    assert eval(repr(method), {"CLEARAttn": CLEARAttn}) == method
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"radius": 0}, "radius is 0, but must be an integer of at least 1"),
+        ({"radius": 7.5}, "radius is 7.5, but must be an integer of at least 1"),
+        ({"frame_radius": -1}, "frame_radius is -1, but must be an integer of at least 1"),
+        ({"window": "box"}, "window is 'box', but must be one of ellipsoid, cylinder"),
+        ({"first_frame": 1}, "first_frame is 1, but must be true or false"),
+    ],
+)
+def test_bad_parameters(parameters: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        CLEARAttn(**parameters)
