@@ -133,7 +133,7 @@ class AttentionMask(ABC):
     def density(self) -> float:
         """Fraction of all token pairs that attend, exact."""
         layout = self.blocks()
-        return _allowed_pairs(layout) / (layout.tokens_q * layout.tokens_kv)
+        return allowed_pairs(layout) / (layout.tokens_q * layout.tokens_kv)
 
     def __and__(self, other: AttentionMask) -> AttentionMask:
         return _Combination(self._common_grid(other), (self, other), all_of=True)
@@ -380,7 +380,7 @@ def _overlapped(block_map: torch.Tensor, old: int, new: int, tokens: int, dim: i
     return running.index_select(dim, last + 1) > running.index_select(dim, first)
 
 
-def _allowed_pairs(layout: BlockLayout) -> int:
+def allowed_pairs(layout: BlockLayout) -> int:
     """Token pairs of a shared layout that attend."""
     column_size = torch.full((layout.columns,), layout.block_kv, device=layout.device)
     column_size[-1] = layout.tokens_kv - (layout.columns - 1) * layout.block_kv
