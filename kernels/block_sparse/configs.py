@@ -47,7 +47,7 @@ def _plain_masked(plain: tuple[int, ...], masked: tuple[int, ...]) -> _Row:
 _AMPERE: dict[str, _Table] = {
     "forward": {
         64: _both(128, 64, 4, 3),
-        128: _plain_masked((128, 64, 8, 3), (128, 32, 8, 3)),
+        128: _plain_masked((64, 64, 4, 2), (128, 32, 8, 3)),
         256: _both(64, 32, 8, 2),
     },
     "queries": {
@@ -57,7 +57,7 @@ _AMPERE: dict[str, _Table] = {
     },
     "keys": {
         64: _both(64, 128, 8, 2),
-        128: _plain_masked((64, 64, 8, 2), (32, 64, 8, 2)),
+        128: _both(32, 64, 8, 2),
         256: _both(32, 32, 8, 2),
     },
 }
@@ -110,7 +110,7 @@ _OTHER: dict[str, _Table] = {
 _FLOAT32: dict[str, _Table] = {
     "forward": {64: _both(32, 32, 8, 2), 128: _both(32, 16, 8, 2), 256: _both(32, 16, 8, 2)},
     "queries": {64: _both(32, 32, 4, 2), 128: _both(32, 16, 8, 2), 256: _both(16, 16, 8, 2)},
-    "keys": {64: _both(32, 32, 8, 2), 128: _both(16, 32, 8, 2), 256: _both(16, 16, 8, 1)},
+    "keys": {64: _both(16, 32, 8, 2), 128: _both(16, 32, 8, 2), 256: _both(16, 16, 8, 1)},
 }
 
 
