@@ -39,7 +39,8 @@ import torch.nn.functional as F
 
 import diffattn
 from diffattn.blocks import EMPTY, FULL, BlockLayout, layout_from_states
-from diffattn.methods.radial import RadialAttn
+from diffattn.methods import GNAAttn, RadialAttn
+from diffattn.orders import TileOrder
 
 BLOCK = 128
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -112,11 +113,19 @@ def radial(tokens: int) -> BlockLayout:
     return method.mask(diffattn.TokenGrid(tokens // 512, 16, 32)).blocks(BLOCK)
 
 
+def gna(tokens: int) -> BlockLayout:
+    """GNA on frames of 16 x 32 tokens, in tiles of 4 x 4 x 8 of which every visited one is full."""
+    method = GNAAttn(window=(4, 12, 24), stride=(4, 4, 8))
+    grid = diffattn.TokenGrid(tokens // 512, 16, 32)
+    return method.mask(grid).blocks(BLOCK, order=TileOrder(grid, (4, 4, 8)))
+
+
 PATTERNS: dict[str, Callable[[int], BlockLayout]] = {
     "tile3d": tile3d,
     "band": band,
     "ragged band": ragged_band,
     "radial": radial,
+    "gna": gna,
 }
 
 

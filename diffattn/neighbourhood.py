@@ -181,10 +181,10 @@ class NeighbourhoodMask(AttentionMask):
         seen = ~self.grid.is_text(query) & ~self.grid.is_text(key)
         # Text has no place in the grid: its positions are moved to a token that has one.
         start, end = self.grid.video.start, self.grid.video.stop - 1
-        query, key = (self.grid.coordinates(x.clamp(start, end)) for x in (query, key))
-        for axis, of_query, of_key in zip(self.axes, query, key, strict=True):
+        places = (self.grid.coordinates(x.clamp(start, end)) for x in (query, key))
+        for axis, *pair in zip(self.axes, *places, strict=True):
             if axis.window < axis.size or axis.is_causal:
-                seen = seen & axis.allowed(of_query, of_key)
+                seen = seen & axis.allowed(*pair)
         return seen
 
     @property

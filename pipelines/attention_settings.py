@@ -74,10 +74,10 @@ def _read_json(config: Path) -> Any:
 
 
 def _parse(text: str) -> Any:
-    """Read a value as JSON or Python writes it; anything else is a word."""
+    """Read a value as JSON or Python writes it; anything else is a word, or several with commas."""
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
         except (ValueError, SyntaxError):
             continue
-    return text
+    return tuple(_parse(part.strip()) for part in text.split(",")) if "," in text else text

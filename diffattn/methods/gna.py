@@ -104,7 +104,7 @@ class GNAAttn(StaticMaskMethod):
             if isinstance(value, list):  # as JSON has it
                 value = tuple(value)
                 object.__setattr__(self, name, value)
-            if value is not None:
+            if value is not None or name not in ("window", "stride"):
                 _check_values(name, value, allowed, words)
         for axis in range(3):
             window, stride = _along(self.window, axis), _along(self.stride, axis)
