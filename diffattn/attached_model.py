@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from diffattn import _compat
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
-from diffattn.methods.base import Method, Site, StaticMaskMethod, is_mask_alone
+from diffattn.methods.base import Adaptation, Method, Site, StaticMaskMethod, is_mask_alone
 from diffattn.models import Family
 from diffattn.models.base import argument
 from diffattn.models.twins import dispatching
@@ -64,6 +64,7 @@ class Group:
         method: `chosen` with its parameters resolved, for the current grid once there is one.
         video: the video tokens of the current call, without text; None before a call.
         reordered: the order that the tokens of the current forward are in; None is the model's own.
+        weights: the method's own at the site whose call is running.
         sparse: whether calls go to `method` now, or to `previous`.
         serial: by which number code being compiled finds this group.
         sparse_calls, dense_calls: calls counted since attaching, except in compiled code.
@@ -79,6 +80,7 @@ class Group:
     method: Method = field(init=False)
     video: TokenGrid | None = None
     reordered: TileOrder | None = None
+    weights: torch.nn.Module | None = None
     sparse: bool = True
     serial: int = field(init=False)
     sparse_calls: int = 0
@@ -152,7 +154,7 @@ class Group:
                 f"the attention call is over {grid}, but this forward has put tokens of"
                 f" {order.grid} in another order"
             )
-        return Site(self.family.name, self.layer, self.layers, grid, order)
+        return Site(self.family.name, self.layer, self.layers, grid, order, self.weights)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         """A group of the same kind for the same sites of a copied model."""
@@ -169,12 +171,16 @@ class Group:
 
 @dataclass(frozen=True)
 class AttachedSite:
-    """One attention module, the processor it had and the one it has now."""
+    """One attention module, the processor it had and the one it has now.
+
+    `weights` is the name of the submodule that its method has added, if it has.
+    """
 
     module: torch.nn.Module
     original: Any
     processor: Any
     member: Any
+    weights: str | None
 
 
 @dataclass
@@ -191,6 +197,20 @@ class _Inside:
     def use(self, *_: Any) -> None:
         if self.grid is not None:
             self.attached._use(self.grid)
+
+
+@dataclass(frozen=True)
+class _WeightsOfCall:
+    """Tells a group whose sites have weights of its method's which of them is being called."""
+
+    group: Group
+    name: str
+
+    def begin(self, module: torch.nn.Module, *_: Any) -> None:
+        self.group.weights = module.get_submodule(self.name)
+
+    def end(self, *_: Any) -> None:
+        self.group.weights = None
 
 
 class AttachedModel:
@@ -222,18 +242,22 @@ class AttachedModel:
         self._calls_before = 0
         self._first_forward = True
         self._reported = False
+        self._hooks: list[RemovableHandle] = []
         self._flow_hooks: list[RemovableHandle] = []
         layers = family.layers(model)
         self.layers = max(layers.values()) + 1
         modules: dict[str, Any] = {name: model.get_submodule(name) for name in chosen}
         # All are made before one is set: an error leaves the model as it was.
         processors = {name: dispatching(name, modules[name].processor) for name in chosen}
+        self._adaptations = _adaptations(model, chosen)
+        for adaptation in self._adaptations:
+            adaptation.apply()
         for name, method in chosen.items():
             self._attach(name, modules[name], processors[name], method, layers[name])
         # A model that is dropped while attached takes its backends with it, but not at once: that
         # may be in the middle of a compilation, which has looked at the registry.
         self._retire_with(model)
-        self._hooks = [
+        self._hooks += [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward),
             model.register_forward_hook(self._end_flow, always_call=True),
@@ -262,6 +286,10 @@ class AttachedModel:
                 # Parallelism may have been enabled since: the model stays parallel.
                 _compat.share_parallelism(site.processor, site.original)
                 set_processor(site.module, site.original)
+            if site.weights is not None:
+                site.module._modules.pop(site.weights, None)
+        for adaptation in self._adaptations:
+            adaptation.undo()
         self._end_flow()
         self._retire()
         _unregister_retired()
@@ -276,7 +304,16 @@ class AttachedModel:
         _compat.set_processor_backend(processor, group.member)
         original = module.processor
         set_processor(module, processor)
-        self.sites[name] = AttachedSite(module, original, processor, group.member)
+        weights = method.site_weights(module)
+        if weights is not None:
+            module.add_module(method.type, weights)
+            call = _WeightsOfCall(group, method.type)
+            self._hooks += [
+                module.register_forward_pre_hook(call.begin),
+                module.register_forward_hook(call.end, always_call=True),
+            ]
+        name_of_weights = None if weights is None else method.type
+        self.sites[name] = AttachedSite(module, original, processor, group.member, name_of_weights)
 
     def _group(self, method: Method, layer: int, previous: Any) -> Group:
         """The group of a site: layers that may be dense on their own have one each."""
@@ -394,7 +431,8 @@ class AttachedModel:
         copied = copy.copy(self)
         memo[id(self)] = copied
         # The groups first: the copied processors must find their new backends in the memo.
-        for name in ("groups", "owner", "_model", "sites", "_hooks", "_flow_hooks"):
+        parts = ("groups", "owner", "_model", "sites", "_adaptations", "_hooks", "_flow_hooks")
+        for name in parts:
             setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
         copied._retire_with(copied._model)
         return copied
@@ -474,6 +512,21 @@ class AttachedModel:
                 f"{what}. Call set_attn_processor with your method again, after such changes",
                 stacklevel=2,
             )
+
+
+def _adaptations(model: torch.nn.Module, chosen: Mapping[str, Method]) -> list[Adaptation]:
+    """What the methods of a denoiser's sites change in it besides; at most one thing."""
+    out: list[Adaptation] = []
+    for method in {id(method): method for method in chosen.values()}.values():
+        adaptation = method.adaptation(model)
+        if adaptation is not None and adaptation not in out:
+            out.append(adaptation)
+    if len(out) > 1:
+        raise ValueError(
+            f"the methods want {type(model).__name__} changed in different ways, but it can be in"
+            f" one only: {' and '.join(map(str, out))}"
+        )
+    return out
 
 
 def _backend(group: Group) -> _compat.BackendFunction:
@@ -560,14 +613,14 @@ def _attend_sparse(
         return attend_queries(
             group.method, query, key, value, site, queries, scale=scale, key_mask=key_mask
         )
-    if torch.compiler.is_compiling() and isinstance(group.method, StaticMaskMethod):
+    if torch.compiler.is_compiling() and is_mask_alone(group.method):
         return traced_attention(
             query,
             key,
             value,
             site.grid,
             group.serial,
-            scale=scale,
+            scale=group.method.score_scale(site.grid, query.shape[-1], scale),
             key_mask=key_mask,
             order=site.order,
         )

@@ -144,7 +144,7 @@ def attend_queries(
         key,
         value,
         _rows_of(whole, queries),
-        scale=scale,
+        scale=method.score_scale(site.grid, query.shape[-1], scale),
         key_mask=key_mask,
     )
     blocks = out.split([piece.shape[1] for piece in padded], dim=1)

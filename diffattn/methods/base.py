@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
 
@@ -31,6 +31,7 @@ class Site:
         grid: the tokens of this call.
         order: the order they come in where the model's forward has put them in another than the
             grid's; only methods that are no more than a mask meet it.
+        weights: what `Method.site_weights` has made for the module that calls.
     """
 
     family: str
@@ -38,6 +39,15 @@ class Site:
     layers: int
     grid: TokenGrid
     order: TileOrder | None = None
+    weights: torch.nn.Module | None = None
+
+
+class Adaptation(Protocol):
+    """A change of a denoiser outside of its attention sites, while a method is attached."""
+
+    def apply(self) -> None: ...
+
+    def undo(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +118,24 @@ class Method(ABC):
             key_mask: bool (batch, tokens): False for padded keys.
         """
 
+    def site_weights(self, module: torch.nn.Module) -> torch.nn.Module | None:
+        """Trainable weights of the method's own at an attention module; None if it has none.
+
+        As long as the method is attached they are a submodule of `module` with the method's `type`
+        for a name, where optimizers, `state_dict` and `to` find them, and come in `Site.weights`.
+        """
+        return None
+
+    def adaptation(self, model: torch.nn.Module) -> Adaptation | None:
+        """What is to be changed in a denoiser besides its attention; None if nothing is.
+
+        Those of several methods attached to one denoiser must be equal.
+
+        Raises:
+            ValueError: if this cannot be done to `model`.
+        """
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         """Parameters and `type`, ready for JSON; `diffattn.methods.from_dict` reads it back."""
         parameters = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
@@ -152,6 +180,18 @@ class StaticMaskMethod(Method):
         """The order in which the tokens of `grid` are cut into blocks; None is the grid's own."""
         return None
 
+    @property
+    def is_mask_alone(self) -> bool:
+        """Is attention by this method attention under its mask, and nothing else?"""
+        return type(self).attend is StaticMaskMethod.attend
+
+    def score_scale(self, grid: TokenGrid, head_dim: int, scale: float | None) -> float | None:
+        """The factor of the scores of a call over `grid` for which the model asks for `scale`.
+
+        None is 1 / sqrt(head_dim).
+        """
+        return scale
+
     def attend(
         self,
         query: torch.Tensor,
@@ -162,6 +202,7 @@ class StaticMaskMethod(Method):
         scale: float | None = None,
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        scale = self.score_scale(site.grid, query.shape[-1], scale)
         order = site.order or self.order(site.grid)
         layout = self.layout(site.grid, query.device, order)
         if order is None or site.order is not None:
@@ -194,7 +235,7 @@ class StaticMaskMethod(Method):
 
 def is_mask_alone(method: Method) -> TypeIs[StaticMaskMethod]:
     """Is attention by this method attention under its mask, and nothing else?"""
-    return isinstance(method, StaticMaskMethod) and type(method).attend is StaticMaskMethod.attend
+    return isinstance(method, StaticMaskMethod) and method.is_mask_alone
 
 
 def check_count(name: str, value: Any, *, at_least: int) -> None:

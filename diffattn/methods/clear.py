@@ -6,15 +6,19 @@ arXiv 2412.16112. The paper is about images; the windows for video are what it b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
+from diffattn.attention import attention
+from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import BLOCK, AttentionMask
-from diffattn.methods.base import StaticMaskMethod, check_choice, check_count
+from diffattn.methods.base import Site, StaticMaskMethod, check_choice, check_count
 from diffattn.methods.disk import DiskMask, best_tile, disk_limits
+from diffattn.methods.pooling import CellWeights, add_keys, every_pair, mean_weight, pooled
 from diffattn.orders import TileOrder
 
 # Of the radii with published weights (8, 16, 32) the smallest that does not repeat patterns in
@@ -22,6 +26,8 @@ from diffattn.orders import TileOrder
 _RADIUS = 16
 _FRAME_RADIUS = 8
 _IMAGE_TILE = (1, 8, 16)
+_TRAINED_TOKENS = 64 * 64 + 512  # of Flux: 1024 x 1024 pixels, and its text
+_STRAY_FACTOR = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +51,21 @@ class CLEARAttn(StaticMaskMethod):
             latent frames, or more, with "cylinder" is all of the video.
         first_frame: in a video, every token sees all of the first latent frame, which sees all of
             the video: there is the picture that image-to-video starts from.
+        down_factor: side of the cells of tokens that are keys besides, and that every token but
+            those of text sees, in the same softmax. What a cell's keys and values are summed up
+            with is trained in each layer; until then it is the mean. 1 is no such cells. They are
+            not counted in the mask and its density, and make attention quadratic again, by
+            1 / down_factor^2.
+        proportional_attention: sharpen attention for more tokens than the model was trained on, by
+            sqrt(ln(tokens) / ln(trained_tokens)), text included and cells not.
+        trained_tokens: tokens, text included, of the size that the model was trained on.
+        reference_scale: with `down_factor`, take ten times the tokens there, as the public code
+            does without saying why.
+        ntk_factor: what the base of the rotary position embedding of Flux is multiplied by, for
+            sizes beyond the trained one; 10 in the public code. It holds for the whole model.
 
     Raises:
-        ValueError: for a parameter out of range.
+        ValueError: for a parameter out of range, or one that has no effect without another.
     """
 
     type: ClassVar[str] = "clear"
@@ -65,6 +83,24 @@ class CLEARAttn(StaticMaskMethod):
     first_frame: bool | None = field(
         default=None, metadata={"help": "the first frame of a video sees all and is seen by all"}
     )
+    down_factor: int = field(
+        default=1, metadata={"help": "side of the cells that are keys besides; 1 for none"}
+    )
+    proportional_attention: bool = field(
+        default=False, metadata={"help": "sharpen attention for more tokens than trained on"}
+    )
+    trained_tokens: int = field(
+        default=_TRAINED_TOKENS, metadata={"help": "tokens that the model was trained on"}
+    )
+    reference_scale: bool = field(
+        default=False, metadata={"help": "the public code's scale for down_factor"}
+    )
+    ntk_factor: float = field(
+        default=1.0, metadata={"help": "factor of the rotary embedding's base (Flux)"}
+    )
+    _every_pair: dict[tuple[int, int, torch.device], BlockLayout] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,6 +111,23 @@ class CLEARAttn(StaticMaskMethod):
             check_choice("window", self.window, ("ellipsoid", "cylinder"))
         if self.first_frame is not None:
             check_flag("first_frame", self.first_frame)
+        check_count("down_factor", self.down_factor, at_least=1)
+        check_count("trained_tokens", self.trained_tokens, at_least=2)
+        check_flag("proportional_attention", self.proportional_attention)
+        check_flag("reference_scale", self.reference_scale)
+        if self.reference_scale and (self.down_factor == 1 or not self.proportional_attention):
+            raise ValueError(
+                "reference_scale is True, but the public code's scale differs only with"
+                " proportional_attention=True and a down_factor above 1; leave it out"
+            )
+        if (
+            isinstance(self.ntk_factor, bool)
+            or not isinstance(self.ntk_factor, int | float)
+            or not 1 <= self.ntk_factor < math.inf
+        ):
+            raise ValueError(
+                f"ntk_factor is {self.ntk_factor!r}, but must be a number of at least 1"
+            )
 
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
         """The method with every None replaced; the same for all models.
@@ -102,12 +155,110 @@ class CLEARAttn(StaticMaskMethod):
             return TileOrder(grid, _IMAGE_TILE)
         return TileOrder(grid, best_tile(grid, self._limits(grid), BLOCK))
 
+    @property
+    def is_mask_alone(self) -> bool:
+        return self.down_factor == 1
+
+    def score_scale(self, grid: TokenGrid, head_dim: int, scale: float | None) -> float | None:
+        if not self.proportional_attention:
+            return scale
+        tokens = grid.tokens * (_STRAY_FACTOR if self.reference_scale else 1)
+        sharper = math.sqrt(math.log(tokens) / math.log(self.trained_tokens))
+        return sharper * (head_dim**-0.5 if scale is None else scale)
+
+    def site_weights(self, module: torch.nn.Module) -> torch.nn.Module | None:
+        return None if self.down_factor == 1 else CellWeights(self.down_factor, module)
+
+    def adaptation(self, model: torch.nn.Module) -> RopeBase | None:
+        if self.ntk_factor == 1:
+            return None
+        embedding: Any = getattr(model, "pos_embed", None)
+        if type(embedding).__name__ != "FluxPosEmbed":
+            raise ValueError(
+                f"ntk_factor is {self.ntk_factor}, but {type(model).__name__} does not have the"
+                f" rotary position embedding of Flux that it is for; leave it out"
+            )
+        return RopeBase(embedding, embedding.theta, self.ntk_factor)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        site: Site,
+        *,
+        scale: float | None = None,
+        key_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        attend = super().attend if self.is_mask_alone else self._attend_with_cells
+        return attend(query, key, value, site, scale=scale, key_mask=key_mask)
+
+    # What a layout holds depends on the mask: that cannot be traced, compiled code breaks here.
+    @torch.compiler.disable
+    def _attend_with_cells(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        site: Site,
+        *,
+        scale: float | None = None,
+        key_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        grid, video = site.grid, site.grid.video
+        scale = self.score_scale(grid, query.shape[-1], scale)
+        order = self.order(grid)
+        layout = self.layout(grid, query.device, order)
+        tiles = query, key, value
+        if order is not None:
+            tiles = order.to_tiles(query), order.to_tiles(key), order.to_tiles(value)
+            key_mask = None if key_mask is None else order.to_tiles(key_mask)
+        out, lse = attention(*tiles, layout, scale=scale, key_mask=key_mask, return_lse=True)
+        if order is not None:
+            out, lse = order.from_tiles(out), order.from_tiles(lse, 2)
+        weights: Any = site.weights
+        weight = mean_weight(self.down_factor) if weights is None else weights.spatial_weight
+        key, value = pooled(key, grid, weight), pooled(value, grid, weight)
+        if not key.shape[1]:
+            return out
+        sizes = grid.video_tokens, key.shape[1], query.device
+        if sizes not in self._every_pair:
+            self._every_pair[sizes] = every_pair(*sizes)
+        seen = add_keys(
+            out[:, video],
+            lse[:, :, video],
+            query[:, video],
+            key,
+            value,
+            self._every_pair[sizes],
+            scale,
+        )
+        return torch.cat([out[:, : video.start], seen, out[:, video.stop :]], 1)
+
     def _limits(self, grid: TokenGrid) -> torch.Tensor:
         method = self.for_model("", grid)
         assert method.radius is not None
         assert method.frame_radius is not None
         assert method.window is not None
         return disk_limits(grid, method.radius, method.frame_radius, method.window)
+
+
+@dataclass(frozen=True)
+class RopeBase:
+    """The base of a rotary position embedding, multiplied by a factor."""
+
+    embedding: Any
+    theta: float
+    factor: float
+
+    def apply(self) -> None:
+        self.embedding.theta = self.theta * self.factor
+
+    def undo(self) -> None:
+        self.embedding.theta = self.theta
+
+    def __str__(self) -> str:
+        return f"ntk_factor={self.factor}"
 
 
 def check_flag(name: str, value: object) -> None:

@@ -337,3 +337,336 @@ def test_a_method_writes_itself_out() -> None:
 def test_bad_parameters(parameters: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         CLEARAttn(**parameters)
+
+
+def cells_by_definition(grid: TokenGrid, side: int) -> torch.Tensor:
+    """Bool (cells, video tokens): which tokens are in which cell, cell by cell."""
+    cells = []
+    for frame in range(grid.frames):
+        for top in range(0, grid.height - side + 1, side):
+            for left in range(0, grid.width - side + 1, side):
+                cell = torch.zeros(grid.frames, grid.height, grid.width, dtype=torch.bool)
+                cell[frame, top : top + side, left : left + side] = True
+                cells.append(cell.flatten())
+    return torch.stack(cells) if cells else torch.zeros(0, grid.video_tokens, dtype=torch.bool)
+
+
+def with_cells(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grid: TokenGrid,
+    method: CLEARAttn,
+    weight: torch.Tensor,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention of tensors (batch, tokens, heads, head_dim) with the cells among the keys."""
+    cells = cells_by_definition(grid, method.down_factor)
+    summing = torch.zeros(cells.shape, dtype=q.dtype)
+    for i, cell in enumerate(cells):
+        # Rows and columns of a cell are in raster order among its tokens, and so in the weights.
+        summing = summing.index_put(
+            (torch.tensor(i), cell.nonzero().flatten()), weight.flatten().to(q.dtype)
+        )
+    more = [torch.einsum("cn,bnhd->bchd", summing, x[:, grid.video]) for x in (k, v)]
+    video = ~grid.is_text(torch.arange(grid.tokens))
+    seen = torch.cat([definition(grid, method), video[:, None].expand(-1, len(cells))], 1)
+    k, v = torch.cat([k, more[0]], 1), torch.cat([v, more[1]], 1)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (scale or q.shape[-1] ** -0.5)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+class Weights(torch.nn.Module):
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.spatial_weight = torch.nn.Parameter(noise(side, side, seed=8))
+
+
+@pytest.mark.parametrize(
+    ("grid", "side"),
+    [
+        (TokenGrid(1, 12, 20, text_before=7), 4),
+        (TokenGrid(1, 13, 23, text_before=1), 4),  # cells do not cover the last row and columns
+        (TokenGrid(1, 11, 12, text_after=5), 2),
+        (TokenGrid(3, 7, 9, text_after=1), 3),
+        (TokenGrid(1, 3, 9), 4),  # no cell at all
+    ],
+    ids=str,
+)
+def test_cells_are_keys_in_the_same_softmax(grid: TokenGrid, side: int) -> None:
+    method = CLEARAttn(radius=3, down_factor=side).for_model("", grid)
+    weights = Weights(side)
+    q, k, v = (noise(3, grid.tokens, 2, 32, seed=i).double().requires_grad_() for i in range(3))
+    out = method.attend(q, k, v, Site("flux", 0, 1, grid, weights=weights))
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, weights.spatial_weight)]
+    want = with_cells(*leaves[:3], grid, method, leaves[3])
+    torch.testing.assert_close(out, want, atol=1e-9, rtol=1e-9)
+    up = noise(*out.shape, seed=9).double()
+    ours = [q, k, v, weights.spatial_weight]
+    found = torch.autograd.grad(out, ours, up, allow_unused=True)
+    true = torch.autograd.grad(want, leaves, up, allow_unused=True)
+    # Where there is no cell nothing depends on the weights.
+    assert (found[3] is None) == (grid.height < side)
+    for mine, theirs in zip(found, true, strict=True):
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_text_sees_what_it_sees_without_cells() -> None:
+    grid = TokenGrid(1, 8, 12, text_before=5)
+    q, k, v = (noise(2, grid.tokens, 2, 16, seed=i) for i in range(3))
+    site = Site("flux", 0, 1, grid)
+    dense, _ = reference_attention(q, k, v, torch.ones(grid.tokens, grid.tokens, dtype=torch.bool))
+    for side in (1, 2, 4, 100):
+        out = CLEARAttn(radius=3, down_factor=side).attend(q, k, v, site)
+        torch.testing.assert_close(out[:, :5], dense[:, :5].float(), atol=1e-6, rtol=1e-5)
+
+
+@needs_goldens
+def test_pooled_keys_are_those_of_the_public_code() -> None:
+    golden = np.load(GOLDENS / "1_masks.npz")
+    for case, config in enumerate(golden["configs_H_W_T_r_d"].tolist()):
+        height, width, text, _, side = config
+        if side > 1:
+            grid = TokenGrid(1, height, width, text_before=text)
+            want = golden_mask(golden, f"m{case}")[:, grid.tokens :]
+            assert want.shape[1] == len(cells_by_definition(grid, side))
+            assert want[text:].all()
+            assert not want[:text].any()
+
+
+@needs_goldens
+@pytest.mark.parametrize("scale", ["out", "out_proportional"])
+@pytest.mark.parametrize("name", ["3_local_double", "4_down_double"])
+def test_attention_modules_are_those_of_the_public_code(
+    name: str, scale: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers.models.transformers.transformer_flux import FluxAttention
+
+    golden = np.load(GOLDENS / f"{name}.npz")
+    config = next(golden[key] for key in golden.files if key.startswith("cfg")).tolist()
+    height, width, text, radius, heads, head_dim, *rest = config
+    side = rest[0] if rest else 1
+    proportional = scale == "out_proportional"
+    method = CLEARAttn(
+        radius=radius,
+        down_factor=side,
+        proportional_attention=proportional,
+        reference_scale=proportional and side > 1,
+    )
+    grid = TokenGrid(1, height, width, text_before=text)
+    weights = Weights(side)
+    if side > 1:
+        weights.spatial_weight.data = torch.from_numpy(golden["spatial_weight"]).view(side, side)
+    module = FluxAttention(
+        heads * head_dim,
+        heads=heads,
+        dim_head=head_dim,
+        added_kv_proj_dim=heads * head_dim,
+        added_proj_bias=True,
+        out_bias=True,
+        context_pre_only=False,
+        bias=True,
+        eps=1e-6,
+    )
+    state = {k[2:]: torch.from_numpy(golden[k]) for k in golden.files if k.startswith("w.")}
+    module.load_state_dict(state)
+
+    def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return method.attend(q, k, v, Site("flux", 0, 1, grid, weights=weights)).transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", sdpa)
+    image, words, cos, sin = (
+        torch.from_numpy(golden[key]) for key in ("image", "text", "rope_cos", "rope_sin")
+    )
+    with torch.no_grad():
+        image, words = module(image, words, image_rotary_emb=(cos, sin))
+    out = torch.cat([words, image], 1)
+    torch.testing.assert_close(out, torch.from_numpy(golden[scale]), atol=2e-5, rtol=0)
+
+
+@needs_goldens
+def test_scales_are_those_of_the_public_code() -> None:
+    golden = np.load(GOLDENS / "7_scalars.npz")
+    local = CLEARAttn(proportional_attention=True)
+    down = CLEARAttn(proportional_attention=True, down_factor=4, reference_scale=True)
+    for method, name in ((local, "local"), (down, "down")):
+        for tokens, factor in zip(
+            golden["seq_lens_text_plus_image"].tolist(),
+            golden[f"prop_scale_times_sqrt_d_{name}"].tolist(),
+            strict=True,
+        ):
+            grid = TokenGrid(1, 1, tokens - 512, text_before=512)
+            assert method.score_scale(grid, 64, None) == pytest.approx(factor / 8, rel=1e-12)
+            assert method.score_scale(grid, 64, 0.5) == pytest.approx(factor / 2, rel=1e-12)
+    assert CLEARAttn().score_scale(TokenGrid(1, 1, 9), 64, None) is None
+    # Our own scale counts the tokens of the sequence, with cells or without.
+    own = CLEARAttn(proportional_attention=True, down_factor=4)
+    assert own.score_scale(TokenGrid(1, 64, 64, 512), 64, None) == pytest.approx(1 / 8)
+
+
+def sdpa_with_cells(model: Any, grid: TokenGrid, method: CLEARAttn) -> Any:
+    """What PyTorch's attention is replaced by to get the stock model with cells."""
+    weights = iter(list(model.sites_weights))
+
+    def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        scale = method.score_scale(grid, q.shape[-1], None)
+        return with_cells(q, k, v, grid, method, next(weights), scale).transpose(1, 2)
+
+    return sdpa
+
+
+WITH_CELLS = CLEARAttn(radius=2, down_factor=2, proportional_attention=True)
+
+
+def trained(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Give the cells of each layer of an attached Flux weights of their own."""
+    out = []
+    for i, name in enumerate(family_of(model).layers(model)):
+        weight = model.get_submodule(name).clear.spatial_weight
+        weight.data.copy_(noise(2, 2, seed=20 + i))
+        out.append(weight.detach().clone())
+    return out
+
+
+@pytest.mark.parametrize(("height", "width"), [(6, 9), (8, 16)])
+def test_flux_with_cells_is_the_stock_model_with_them(
+    height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = tiny_families.flux(), flux_inputs(height, width)
+    grid, method = TokenGrid(1, height, width, text_before=7), WITH_CELLS.for_model("flux")
+    diffattn.set_attn_processor(model, method)
+    weights = trained(model)
+    out = forward(model, inputs)
+    diffattn.set_attn_processor(model, None)
+    model.sites_weights = weights
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", sdpa_with_cells(model, grid, method)
+    )
+    torch.testing.assert_close(out, forward(model, inputs), atol=1e-5, rtol=1e-4)
+
+
+class TestWeightsOfSites:
+    def test_state_dict_and_optimizers_see_them_while_attached(self) -> None:
+        model = tiny_families.flux()
+        before = list(model.state_dict())
+        diffattn.set_attn_processor(model, WITH_CELLS)
+        sites = list(family_of(model).layers(model))
+        added = {name for name, _ in model.named_parameters()} - set(before)
+        assert added == {f"{site}.clear.spatial_weight" for site in sites}
+        for name in added:
+            weight = model.get_parameter(name)
+            assert weight.requires_grad
+            assert torch.equal(weight, torch.full((2, 2), 0.25))
+        assert model.to(torch.bfloat16).get_parameter(min(added)).dtype == torch.bfloat16
+        diffattn.set_attn_processor(model, None)
+        assert list(model.state_dict()) == before
+
+    def test_none_leaves_no_trace(self) -> None:
+        model, inputs = tiny_families.flux(), flux_inputs(6, 9)
+        want = forward(model, inputs)
+        theta = model.pos_embed.theta
+        diffattn.set_attn_processor(model, CLEARAttn(radius=2, down_factor=2, ntk_factor=10))
+        assert not torch.allclose(forward(model, inputs), want, atol=1e-3)
+        diffattn.set_attn_processor(model, None)
+        assert model.pos_embed.theta == theta
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert not any("clear" in m._modules for m in model.modules())
+        assert torch.equal(forward(model, inputs), want)
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_gradients_reach_each_layers_own(self, checkpointing: bool) -> None:
+        model, inputs = tiny_families.flux(), flux_inputs(6, 9)
+        diffattn.set_attn_processor(model, WITH_CELLS)
+        trained(model)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model.train()
+        model(**inputs, return_dict=False)[0].square().mean().backward()
+        names = [name for name, _ in model.named_parameters() if "spatial_weight" in name]
+        assert len(names) == 4
+        for name in names:
+            weight, step = model.get_parameter(name), 1e-2
+            direction = weight.grad / weight.grad.norm()
+            losses = []
+            with torch.no_grad():
+                for sign in (1, -1):
+                    weight += sign * step * direction
+                    losses.append(model(**inputs, return_dict=False)[0].square().mean().item())
+                    weight -= sign * step * direction
+            slope = (losses[0] - losses[1]) / (2 * step)
+            assert slope == pytest.approx(weight.grad.norm().item(), rel=0.05), name
+
+    def test_a_copied_model_has_its_own(self) -> None:
+        import copy
+
+        model, inputs = tiny_families.flux(), flux_inputs(6, 9)
+        diffattn.set_attn_processor(model, CLEARAttn(radius=2, down_factor=2, ntk_factor=3))
+        trained(model)
+        want = forward(model, inputs)
+        copied = copy.deepcopy(model)
+        assert torch.equal(forward(copied, inputs), want)
+        for name, weight in copied.named_parameters():
+            if "spatial_weight" in name:
+                weight.data.zero_()
+        assert not torch.equal(forward(copied, inputs), want)
+        assert torch.equal(forward(model, inputs), want)
+        diffattn.set_attn_processor(copied, None)
+        assert copied.pos_embed.theta == 10000
+        assert model.pos_embed.theta == 30000
+        assert torch.equal(forward(model, inputs), want)
+
+    def test_compiled_blocks_use_their_own(self) -> None:
+        model, inputs = tiny_families.flux(), flux_inputs(6, 9)
+        diffattn.set_attn_processor(model, WITH_CELLS)
+        trained(model)
+        want = forward(model, inputs)
+        torch.compiler.reset()
+        for block in model.single_transformer_blocks:
+            block.compile(backend="eager")
+        torch.testing.assert_close(forward(model, inputs), want, atol=1e-5, rtol=1e-4)
+
+
+def test_ntk_factor_is_the_stock_model_with_another_base() -> None:
+    model, inputs = tiny_families.flux(), flux_inputs(6, 9)
+    model.pos_embed.theta = 100_000
+    method = CLEARAttn(radius=3)
+    diffattn.set_attn_processor(model, method)
+    want = forward(model, inputs)
+    diffattn.set_attn_processor(model, None)
+    model.pos_embed.theta = 10_000
+    diffattn.set_attn_processor(model, CLEARAttn(radius=3, ntk_factor=10))
+    torch.testing.assert_close(forward(model, inputs), want, atol=1e-6, rtol=1e-5)
+    parts = {"transformer_blocks.*": CLEARAttn(radius=3, ntk_factor=10), "*": method}
+    diffattn.set_attn_processor(model, parts)
+    assert model.pos_embed.theta == 100_000, "a factor that two share counts once"
+    parts = {"transformer_blocks.*": CLEARAttn(ntk_factor=10), "*": CLEARAttn(ntk_factor=2)}
+    with pytest.raises(ValueError, match=r"different ways.*ntk_factor=10 and ntk_factor=2"):
+        diffattn.set_attn_processor(model, parts)
+    assert model.pos_embed.theta == 10_000
+
+
+def test_ntk_factor_is_refused_where_there_is_no_such_embedding() -> None:
+    with pytest.raises(ValueError, match=r"ntk_factor is 10, but WanTransformer3DModel does not"):
+        diffattn.set_attn_processor(tiny_wan.transformer(), CLEARAttn(ntk_factor=10))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"down_factor": 0}, "down_factor is 0, but must be an integer of at least 1"),
+        ({"trained_tokens": 1}, "trained_tokens is 1, but must be an integer of at least 2"),
+        ({"proportional_attention": 1}, "proportional_attention is 1, but must be true or false"),
+        ({"reference_scale": "x"}, "reference_scale is 'x', but must be true or false"),
+        ({"reference_scale": True}, "reference_scale is True, but .* leave it out"),
+        ({"ntk_factor": 0.5}, "ntk_factor is 0.5, but must be a number of at least 1"),
+        ({"ntk_factor": True}, "ntk_factor is True, but must be a number of at least 1"),
+        ({"ntk_factor": float("inf")}, "ntk_factor is inf, but must be a number"),
+    ],
+)
+def test_bad_parameters_beyond_the_window(parameters: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        CLEARAttn(**parameters)

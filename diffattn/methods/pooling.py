@@ -1,0 +1,99 @@
+"""Pooled keys: each cell of an image as one more key and value, a trainable sum of its tokens'."""
+
+from __future__ import annotations
+
+import torch
+
+from diffattn.attention import attention
+from diffattn.blocks import FULL, BlockLayout, layout_from_states
+from diffattn.grid import TokenGrid
+from diffattn.mask import BLOCK
+
+# Others are storage formats, which nothing can be trained in.
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class CellWeights(torch.nn.Module):
+    """The weights of a layer's cells, for all its heads and channels, keys and values.
+
+    Attributes:
+        spatial_weight: `(down_factor, down_factor)`, of the rows and columns of a cell; the mean
+            until it is trained.
+    """
+
+    spatial_weight: torch.nn.Parameter
+
+    def __init__(self, down_factor: int, beside: torch.nn.Module) -> None:
+        """Make the weights on the device and in the dtype of those of `beside`."""
+        super().__init__()
+        weight = mean_weight(down_factor)
+        for other in beside.parameters():
+            if other.dtype in _DTYPES:
+                # Weights that offloading has moved elsewhere are "meta" where they were.
+                device = "cpu" if other.is_meta else other.device
+                weight = weight.to(device, other.dtype)
+                break
+        self.spatial_weight = torch.nn.Parameter(weight)
+
+
+def mean_weight(down_factor: int) -> torch.Tensor:
+    """Weights of a cell that make its sum the mean."""
+    return torch.full((down_factor, down_factor), down_factor**-2)
+
+
+def pooled(x: torch.Tensor, grid: TokenGrid, weight: torch.Tensor) -> torch.Tensor:
+    """The sums over cells of the video tokens of a sequence, frame by frame.
+
+    Rows and columns that do not fill a cell at the end of a frame are in none, as in the paper.
+
+    Args:
+        x: keys or values of a call over `grid`, (batch, tokens, heads, head_dim).
+        weight: `(side, side)`.
+
+    Returns:
+        (batch, cells, heads, head_dim).
+    """
+    side = weight.shape[0]
+    rows, columns = grid.height // side, grid.width // side
+    frames = x[:, grid.video].unflatten(1, (grid.frames, grid.height, grid.width))
+    whole = frames[:, :, : rows * side, : columns * side]
+    cells = whole.unflatten(3, (columns, side)).unflatten(2, (rows, side))
+    out = torch.einsum("bfyaxche,ac->bfyxhe", cells, weight.to(x.device, x.dtype))
+    return out.flatten(1, 3)
+
+
+def every_pair(tokens_q: int, tokens_kv: int, device: torch.device) -> BlockLayout:
+    """The layout of attention from each query to each of other keys."""
+    states = torch.full((-(-tokens_q // BLOCK), -(-tokens_kv // BLOCK)), FULL, dtype=torch.uint8)
+    return layout_from_states(
+        states.to(device),
+        None,
+        tokens_q=tokens_q,
+        tokens_kv=tokens_kv,
+        block_q=BLOCK,
+        block_kv=BLOCK,
+    )
+
+
+def add_keys(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: BlockLayout,
+    scale: float | None,
+) -> torch.Tensor:
+    """What an attention becomes with more keys in the same softmax.
+
+    Args:
+        out: its output, (batch, tokens, heads, head_dim).
+        lse: its log-sum-exp, (batch, heads, tokens).
+        query: its queries.
+        key, value: the keys and values that are to be added.
+        layout: which of them queries see.
+        scale: factor of the scores.
+    """
+    more, lse_of_more = attention(query, key, value, layout, scale=scale, return_lse=True)
+    share = (lse_of_more - lse).sigmoid().transpose(1, 2)[..., None]
+    return torch.lerp(out, more, share.to(out.dtype))
