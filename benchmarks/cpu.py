@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 import diffattn
 from diffattn.blocks import EMPTY, FULL, BlockLayout, layout_from_states
-from diffattn.methods import GNAAttn, RadialAttn
+from diffattn.methods import FreeSwimAttn, GNAAttn, RadialAttn
 from diffattn.orders import TileOrder
 
 BLOCK = 128
@@ -120,12 +120,20 @@ def gna(tokens: int) -> BlockLayout:
     return method.mask(grid).blocks(BLOCK, order=TileOrder(grid, (4, 4, 8)))
 
 
+def freeswim(tokens: int) -> BlockLayout:
+    """FreeSwim's window of 7 x 13 tokens on frames of 16 x 32, in patches through all frames."""
+    method = FreeSwimAttn(radius=(3, 6))
+    grid = diffattn.TokenGrid(tokens // 512, 16, 32)
+    return method.mask(grid).blocks(BLOCK, order=method.order(grid))
+
+
 PATTERNS: dict[str, Callable[[int], BlockLayout]] = {
     "tile3d": tile3d,
     "band": band,
     "ragged band": ragged_band,
     "radial": radial,
     "gna": gna,
+    "freeswim": freeswim,
 }
 
 

@@ -13,7 +13,7 @@ from diffattn.block_forms import from_block_mask
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask, FullMask, PredicateMask
-from diffattn.methods import CLEARAttn, DenseAttn, GNAAttn, Method, RadialAttn
+from diffattn.methods import CLEARAttn, DenseAttn, FreeSwimAttn, GNAAttn, Method, RadialAttn
 
 if TYPE_CHECKING:
     from diffattn.attach import Attachment, set_attn_processor
@@ -26,6 +26,7 @@ __all__ = [
     "BlockLayout",
     "CLEARAttn",
     "DenseAttn",
+    "FreeSwimAttn",
     "FullMask",
     "GNAAttn",
     "Method",

@@ -9,10 +9,13 @@ from typing import Any
 from diffattn.methods.base import Method, Site, StaticMaskMethod, nearest
 from diffattn.methods.clear import CLEARAttn
 from diffattn.methods.dense import DenseAttn
+from diffattn.methods.freeswim import FreeSwimAttn
 from diffattn.methods.gna import GNAAttn
 from diffattn.methods.radial import RadialAttn
 
-METHODS: dict[str, type[Method]] = {m.type: m for m in (DenseAttn, RadialAttn, CLEARAttn, GNAAttn)}
+METHODS: dict[str, type[Method]] = {
+    m.type: m for m in (DenseAttn, RadialAttn, CLEARAttn, GNAAttn, FreeSwimAttn)
+}
 
 
 def from_dict(entry: Mapping[str, Any]) -> Method:
@@ -36,6 +39,7 @@ __all__ = [
     "METHODS",
     "CLEARAttn",
     "DenseAttn",
+    "FreeSwimAttn",
     "GNAAttn",
     "Method",
     "RadialAttn",

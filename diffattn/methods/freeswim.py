@@ -1,0 +1,173 @@
+"""FreeSwim's window: every token sees as much around it as the model was trained on, of all frames.
+
+Wu et al., "FreeSwim: Revisiting Sliding-Window Attention Mechanisms for Training-Free
+Ultra-High-Resolution Video Generation", arXiv 2511.14712.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+from diffattn.grid import TokenGrid
+from diffattn.mask import BLOCK, AttentionMask
+from diffattn.methods.base import StaticMaskMethod
+from diffattn.neighbourhood import AxisWindow, NeighbourhoodMask
+from diffattn.orders import TileOrder
+
+# Rows and columns of tokens at the resolution that a model was trained on. Wan 2.1 is the 1.3B of
+# the paper, at 480 x 832 pixels; its 14B has (45, 80).
+_NATIVE = {
+    "wan2.1": (30, 52),
+    "wan2.2": (45, 80),
+    "wan2.2-5b": (22, 40),
+    "skyreels-v2": (45, 80),
+    "hunyuanvideo": (45, 80),
+    "cogvideox": (30, 45),
+    "mochi": (30, 53),
+    "ltx": (16, 22),
+    "allegro": (45, 80),
+    "flux": (64, 64),
+    "sd3": (64, 64),
+}
+_ANY_FAMILY = (30, 52)
+_SMALLEST_BLOCK = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeSwimAttn(StaticMaskMethod):
+    """The inward sliding window of FreeSwim (arXiv 2511.14712), for sizes beyond the native one.
+
+    A token sees the tokens of all frames that are at most `radius` rows and columns away. At the
+    borders the window is moved inwards and not cut, so that every token sees equally many; a window
+    that is longer than the grid is all of it. What it leaves out is the rest of larger grids: up to
+    the native resolution attention is dense, but for the temperature.
+
+    Attributes:
+        native: rows and columns of tokens at the resolution that the model was trained on; the
+            model family's when None.
+        radius: rows and columns to either side, or one number for both; half of `native` when None,
+            which makes a window of 31 x 53 tokens for the 30 x 52 of Wan 2.1 at 480 x 832 pixels.
+        temperature: sharpen attention by sqrt(log(2n) / log(n)), n being the native tokens of a
+            frame, as the public code does at every target size (1.046 for Wan 2.1). False leaves
+            the model's own scale.
+
+    Raises:
+        ValueError: for a parameter out of range.
+    """
+
+    type: ClassVar[str] = "freeswim"
+    paper: ClassVar[str] = "arXiv 2511.14712"
+
+    native: tuple[int, int] | None = field(
+        default=None, metadata={"help": "rows,columns of tokens that the model was trained on"}
+    )
+    radius: int | tuple[int, int] | None = field(
+        default=None, metadata={"help": "rows,columns seen to either side (default: native / 2)"}
+    )
+    temperature: bool = field(
+        default=True, metadata={"help": "sharpen attention as the public code does"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("native", "radius"):
+            if isinstance(getattr(self, name), list):  # as JSON has it
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        native, radius = self.native, self.radius
+        if native is not None and not (
+            _are_counts(native, at_least=1) and native[0] * native[1] > 1
+        ):
+            raise ValueError(
+                f"native is {native!r}, but must be rows and columns of tokens: two integers of at"
+                f" least 1, not both 1"
+            )
+        if radius is not None and not (
+            _is_count(radius, at_least=0) or _are_counts(radius, at_least=0)
+        ):
+            raise ValueError(
+                f"radius is {radius!r}, but must be an integer of at least 0, or two of them, for"
+                f" rows and columns"
+            )
+        if not isinstance(self.temperature, bool):
+            raise ValueError(f"temperature is {self.temperature!r}, but must be true or false")
+
+    def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
+        """The method with the native size of a model family, and the window that follows from it.
+
+        A family whose size is not known here takes Wan 2.1's, the paper's own. All layers and steps
+        are sparse.
+        """
+        native = self.native or _NATIVE.get(family, _ANY_FAMILY)
+        radius = (native[0] // 2, native[1] // 2) if self.radius is None else self.radius
+        return replace(
+            self,
+            native=native,
+            radius=(radius, radius) if isinstance(radius, int) else radius,
+            dense_layers=0 if self.dense_layers is None else self.dense_layers,
+            dense_steps=0 if self.dense_steps is None else self.dense_steps,
+        )
+
+    def axes(self, grid: TokenGrid) -> tuple[AxisWindow, AxisWindow, AxisWindow]:
+        """The windows along frames, height and width of `grid`."""
+        radius = self.for_model("", grid).radius
+        assert isinstance(radius, tuple)
+        rows, columns = (
+            AxisWindow(size, min(2 * reach + 1, size))
+            for size, reach in zip((grid.height, grid.width), radius, strict=True)
+        )
+        return AxisWindow(grid.frames, grid.frames), rows, columns
+
+    def is_full_on(self, grid: TokenGrid) -> bool:
+        """Does every video token of `grid` see all others?"""
+        return all(axis.window == axis.size for axis in self.axes(grid))
+
+    def video_mask(self, grid: TokenGrid) -> AttentionMask:
+        """The token pairs that attend among the video tokens.
+
+        Parameters left at None take the values for a model without a native size of its own;
+        attached to a pipeline, they take that model's.
+        """
+        return NeighbourhoodMask(grid, self.axes(grid))
+
+    def score_scale(self, grid: TokenGrid, head_dim: int, scale: float | None) -> float | None:
+        if not self.temperature:
+            return scale
+        native = self.for_model("", grid).native
+        assert native is not None
+        tokens = math.prod(native)
+        own = 1 / math.sqrt(head_dim) if scale is None else scale
+        return own * math.sqrt(math.log(2 * tokens) / math.log(tokens))
+
+    def block_size_on(self, grid: TokenGrid) -> int:
+        """128, or less on small grids: at least as many blocks as a block has tokens."""
+        size = BLOCK
+        while size > _SMALLEST_BLOCK and size * size > grid.video_tokens:
+            size //= 2
+        return size
+
+    def order_on(self, grid: TokenGrid) -> TileOrder | None:
+        """Patches of the picture through all frames, of about a block each.
+
+        In the model's own order a block is a strip as wide as the picture, which windows of any
+        width touch.
+        """
+        places = max(1, self.block_size_on(grid) // grid.frames)
+        rows = max(1, math.isqrt(places))
+        tile = (grid.frames, min(rows, grid.height), min(places // rows, grid.width))
+        if grid.video_tokens <= self.block_size_on(grid) or (grid.height == 1 == grid.frames):
+            return None
+        return TileOrder(grid, tile)
+
+
+def _is_count(value: Any, *, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def _are_counts(value: Any, *, at_least: int) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and all(_is_count(part, at_least=at_least) for part in value)
+    )
