@@ -65,7 +65,7 @@ _AMPERE: dict[str, _Table] = {
 # wgmma: tiles of 64 queries and more per group of four warps.
 _HOPPER: dict[str, _Table] = {
     "forward": {
-        64: _both(128, 128, 8, 2),
+        64: _plain_masked((128, 128, 8, 2), (128, 64, 8, 3)),
         128: _plain_masked((128, 64, 8, 3), (128, 64, 8, 2)),
         256: _both(64, 32, 8, 2),
     },
@@ -108,9 +108,13 @@ _OTHER: dict[str, _Table] = {
 
 # Twice the room; multiplied outside of the matrix units, unless TF32 is allowed.
 _FLOAT32: dict[str, _Table] = {
-    "forward": {64: _both(32, 32, 8, 2), 128: _both(32, 16, 8, 2), 256: _both(32, 16, 8, 2)},
-    "queries": {64: _both(32, 32, 4, 2), 128: _both(32, 16, 8, 2), 256: _both(16, 16, 8, 2)},
-    "keys": {64: _both(16, 32, 8, 2), 128: _both(16, 32, 8, 2), 256: _both(16, 16, 8, 1)},
+    "forward": {64: _both(32, 32, 8, 2), 128: _both(16, 16, 8, 2), 256: _both(16, 32, 8, 2)},
+    "queries": {64: _both(32, 32, 8, 2), 128: _both(32, 16, 8, 2), 256: _both(16, 16, 8, 2)},
+    "keys": {
+        64: _both(16, 32, 8, 2),
+        128: _both(16, 32, 8, 2),
+        256: _plain_masked((16, 16, 8, 1), (16, 16, 16, 1)),
+    },
 }
 
 
