@@ -17,6 +17,7 @@ from diffattn.methods import CLEARAttn, DenseAttn, FreeSwimAttn, GNAAttn, Method
 
 if TYPE_CHECKING:
     from diffattn.attach import Attachment, set_attn_processor
+    from diffattn.clear_checkpoint import load_clear_checkpoint
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "__version__",
     "attention",
     "from_block_mask",
+    "load_clear_checkpoint",
     "methods",
     "models",
     "set_attn_processor",
@@ -50,4 +52,8 @@ def __getattr__(name: str) -> Any:
         from diffattn import attach
 
         return getattr(attach, name)
+    if name == "load_clear_checkpoint":
+        from diffattn.clear_checkpoint import load_clear_checkpoint
+
+        return load_clear_checkpoint
     raise AttributeError(f"module 'diffattn' has no attribute {name!r}")

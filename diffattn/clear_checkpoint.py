@@ -1,0 +1,124 @@
+"""The published weights of CLEAR: the attention projections of a Flux model, and its cells'."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from diffattn.methods.clear import CLEARAttn
+from diffattn.models import denoisers, family_of
+
+# What is fine-tuned of an attention module. Those of the text's own stream are not.
+_PROJECTION = re.compile(r"to_(q|k|v|out\.\d+)\.(weight|bias)")
+_PUBLISHED_CELLS = ".processor.spatial_weight"
+_CELLS = f".{CLEARAttn.type}.spatial_weight"
+
+
+def load_clear_checkpoint(target: Any, path: str | PathLike[str]) -> None:
+    """Load a checkpoint of CLEAR, such as clear_local_16.safetensors, into a Flux model.
+
+    The weights replace the model's own and stay when a method is taken off. All keys are checked
+    before the first weight is changed. A checkpoint for pooled keys, such as
+    clear_local_8_down_4.safetensors, wants `CLEARAttn` attached with its `down_factor` before.
+
+    Args:
+        target: a diffusers pipeline, or its transformer.
+        path: a file of https://huggingface.co/Huage001/CLEAR, or one with the same keys: names of
+            the transformer's parameters, and `<module>.processor.spatial_weight` for pooled keys.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file's keys or shapes are not those of the model and the attached method.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no checkpoint {path}; download one from"
+            f" https://huggingface.co/Huage001/CLEAR first"
+        )
+    for model in _models(target):
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            goals = _goals(model, shapes, path)
+            for key, parameter in goals.items():
+                with torch.no_grad():
+                    parameter.copy_(file.get_tensor(key).view(parameter.shape))
+
+
+def _models(target: Any) -> Iterable[torch.nn.Module]:
+    return [target] if isinstance(target, torch.nn.Module) else denoisers(target).values()
+
+
+def _goals(
+    model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], path: Path
+) -> dict[str, torch.nn.Parameter]:
+    """Which parameter of the model each key of the checkpoint is for."""
+    # LoRA puts a layer's own weights aside.
+    parameters = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()}
+    sites = list(family_of(model).layers(model))
+    expected = {
+        name
+        for site in sites
+        for name in parameters
+        if name.startswith(site + ".") and _PROJECTION.fullmatch(name[len(site) + 1 :])
+    }
+    cells = {
+        site + _PUBLISHED_CELLS: parameters[site + _CELLS]
+        for site in sites
+        if site + _CELLS in parameters
+    }
+    _check_cells(shapes, cells, path)
+    what = f"{path.name} does not fit {type(model).__name__}"
+    wanted = expected | cells.keys()
+    for keys, problem in (
+        (shapes.keys() - wanted, "keys that the model has no attention parameter for"),
+        (wanted - shapes.keys(), "no key for parameters of the model's attention"),
+    ):
+        if keys:
+            raise ValueError(
+                f"{what}: it has {problem}, {len(keys)} in all, such as {min(keys)}; it must be a"
+                f" CLEAR checkpoint for this model, whose projections must not be fused"
+            )
+    goals = {key: cells[key] if key in cells else parameters[key] for key in sorted(wanted)}
+    for key, parameter in goals.items():
+        # Published cells have axes for batch, heads and channels, all of size 1.
+        same = shapes[key] == tuple(parameter.shape)
+        if not same and not (key in cells and math.prod(shapes[key]) == parameter.numel()):
+            raise ValueError(
+                f"{what}: {key} has shape {shapes[key]}, but the model's {tuple(parameter.shape)}"
+            )
+        if parameter.is_meta:
+            raise ValueError(
+                f"{key} of {type(model).__name__} has been moved away by offloading; load the"
+                f" checkpoint before enabling it"
+            )
+    return goals
+
+
+def _check_cells(
+    shapes: Mapping[str, tuple[int, ...]], cells: Mapping[str, torch.nn.Parameter], path: Path
+) -> None:
+    """Raise unless checkpoint and attached method agree on pooled keys."""
+    theirs = {math.isqrt(math.prod(shape)) for key, shape in shapes.items() if _is_cells(key)}
+    ours = {len(weight) for weight in cells.values()}
+    if theirs != ours:
+        has, wants = _down_factors(theirs), _down_factors(ours)
+        raise ValueError(
+            f"{path.name} is for CLEARAttn with down_factor={has}, but the model is attached with"
+            f" {wants}; attach CLEARAttn(down_factor={has}) first"
+        )
+
+
+def _is_cells(key: str) -> bool:
+    return key.endswith(_PUBLISHED_CELLS)
+
+
+def _down_factors(found: set[int]) -> str:
+    return " and ".join(map(str, sorted(found))) or "1"
