@@ -46,6 +46,7 @@ class _Recommended:
 _HUNYUANVIDEO = _Recommended((30, 48, 80), (18, 24, 24), (16, 8, 8), (2, 8, 8), dense_steps=0.3)
 _FLUX = _Recommended((1, 256, 256), (1, 80, 80), (1, 16, 16), (1, 16, 8), dense_steps=0.325)
 _COSMOS = _Recommended((16, 44, 80), (16, 32, 48), (1, 8, 16), (4, 4, 8), dense_steps=0.345)
+_LARGEST_SHARE = 5 / 8  # of an axis, where the paper's share of it would leave a narrow window
 _IMAGE_FAMILIES = ("flux", "flux.2", "sd3", "qwen-image", "unet")
 
 
@@ -68,8 +69,8 @@ class GNAAttn(StaticMaskMethod):
     Attributes:
         window: tokens that a query sees along an axis: an integer of at least 2, a fraction of the
             axis (a float up to 1.0, rounded to at least 2 tokens), or "full". A window longer than
-            the axis is all of it: one setting serves every size, and on small sizes is dense as it
-            would be if the larger grid were cut off there; nothing wraps around or is padded.
+            the axis is all of it, so that one setting serves every size: the tokens that such a
+            window reaches on a larger grid are all here (NATTEN refuses it).
         stride: queries that share a window, at most as many as it has tokens. Where the window is
             shortened by a small grid, so is a stride that would no longer fit it.
         dilation: distance between the keys of a window; at most the axis divided by the window.
@@ -119,9 +120,10 @@ class GNAAttn(StaticMaskMethod):
 
         HunyuanVideo and Flux have their own; other video models take those of Cosmos, the paper's
         mildest (56 % sparse), and other image models those of Flux. On another grid than the
-        paper's a window keeps its share of each axis, rounded to whole tiles of keys, and the
-        stride is the shortest with which windows begin and end with a tile. The first 30 to 35 % of
-        the steps are dense, as the paper has it where it reports the quality kept.
+        paper's a window keeps its share of each axis; where that is less than half of the paper's
+        tokens, it is that half, up to 5/8 of the axis. It is rounded to whole tiles of keys, and
+        the stride is the shortest with which windows begin and end with a tile. The first 30 to
+        35 % of the steps are dense, as the paper has it where it reports the quality kept.
         """
         if family in _IMAGE_FAMILIES or (grid is not None and grid.frames == 1):
             best = _FLUX
@@ -316,7 +318,8 @@ def _fitted(best: _Recommended, grid: TokenGrid | None) -> tuple[tuple[Size, ...
         if sizes != best.grid:
             # Tiles that leave room for a window of several of them.
             tile = min(best.tile[axis], 1 << (max(1, size // 8).bit_length() - 1))
-            tiles = max(1, int(size * tokens / own / tile + 0.5))
+            wanted = max(size * tokens / own, min(tokens / 2, _LARGEST_SHARE * size))
+            tiles = max(1, int(wanted / tile + 0.5))
             tokens = max(2, tiles * tile)
             # Windows begin with a tile if both are odd numbers of tiles, or both are even.
             apart = tile if tile == 1 or tiles % 2 else 2 * tile

@@ -374,8 +374,9 @@ class TestParameters:
             ("wan2.1", None, ("full", 32, 48), (1, 8, 16), 12 / 35),
             ("hunyuanvideo", TokenGrid(33, 45, 80), (20, 24, 24), (4, 8, 8), 15 / 50),
             ("wan2.1", TokenGrid(21, 30, 52), ("full", 22, 32), (1, 2, 8), 12 / 35),
-            ("flux", TokenGrid(1, 64, 64), ("full", 24, 24), (1, 8, 8), 9 / 28),
-            ("flux", TokenGrid(1, 1, 64), ("full", "full", 24), (1, 1, 8), 9 / 28),
+            ("flux", TokenGrid(1, 64, 64), ("full", 40, 40), (1, 8, 8), 9 / 28),
+            ("flux", TokenGrid(1, 1, 64), ("full", "full", 40), (1, 1, 8), 9 / 28),
+            ("flux", TokenGrid(1, 128, 96), ("full", 48, 40), (1, 16, 8), 9 / 28),
         ],
     )
     def test_recommended_settings(
@@ -727,4 +728,4 @@ class TestModels:
             model(**case.inputs(), return_dict=False)
         (group,) = attached_to(model).groups
         assert group.method == GNAAttn(dense_steps=0).for_model("hunyuanvideo", case.grids[0])
-        assert group.method.window == (2, 2, 2)
+        assert group.method.window == (2, 3, 4)
