@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 import diffattn
 from diffattn.blocks import EMPTY, FULL, BlockLayout, layout_from_states
-from diffattn.methods import FreeSwimAttn, GNAAttn, RadialAttn
+from diffattn.methods import CLEARAttn, FreeSwimAttn, GNAAttn, RadialAttn
 from diffattn.orders import TileOrder
 
 BLOCK = 128
@@ -127,6 +127,14 @@ def freeswim(tokens: int) -> BlockLayout:
     return method.mask(grid).blocks(BLOCK, order=method.order(grid))
 
 
+def clear(tokens: int) -> BlockLayout:
+    """CLEAR's circle of radius 8 on an image 64 tokens wide, or 128, in tiles of 8 x 16."""
+    method = CLEARAttn(radius=8)
+    width = 128 if tokens == 16384 else 64
+    grid = diffattn.TokenGrid(1, tokens // width, width)
+    return method.layout(grid, torch.device("cpu"), method.order(grid))
+
+
 PATTERNS: dict[str, Callable[[int], BlockLayout]] = {
     "tile3d": tile3d,
     "band": band,
@@ -134,6 +142,7 @@ PATTERNS: dict[str, Callable[[int], BlockLayout]] = {
     "radial": radial,
     "gna": gna,
     "freeswim": freeswim,
+    "clear": clear,
 }
 
 

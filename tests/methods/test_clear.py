@@ -670,3 +670,49 @@ def test_ntk_factor_is_refused_where_there_is_no_such_embedding() -> None:
 def test_bad_parameters_beyond_the_window(parameters: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         CLEARAttn(**parameters)
+
+
+def test_compiled_code_has_the_scale_and_no_graph_break() -> None:
+    model, inputs = tiny_families.flux(), flux_inputs(6, 9)
+    method = CLEARAttn(radius=3, proportional_attention=True)
+    diffattn.set_attn_processor(model, CLEARAttn(radius=3))
+    other = forward(model, inputs)
+    diffattn.set_attn_processor(model, method)
+    want = forward(model, inputs)
+    assert not torch.allclose(want, other, atol=1e-4), "the scale should matter"
+    torch.compiler.reset()
+    for block in model.single_transformer_blocks:
+        block.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(forward(model, inputs), want, atol=1e-5, rtol=1e-4)
+
+
+@needs_goldens
+def test_wan_with_a_window_is_that_of_the_goldens() -> None:
+    golden = np.load(GOLDENS / "8_video_derived.npz")
+    frames, height, width, frame_radius, radius = golden["wan_cfg_F_H_W_rt_rs"].tolist()
+    state = {k[6:]: torch.from_numpy(golden[k]) for k in golden.files if k.startswith("wan_w.")}
+    inputs = {k[7:]: torch.from_numpy(golden[k]) for k in golden.files if k.startswith("wan_in.")}
+    channels = inputs["hidden_states"].shape[1]
+    model = tiny_families.make(
+        "WanTransformer3DModel",
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=inputs["encoder_hidden_states"].shape[2],
+        freq_dim=state["condition_embedder.time_embedder.linear_1.weight"].shape[1],
+        ffn_dim=len(state["blocks.0.ffn.net.0.proj.weight"]),
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    model.load_state_dict(state)
+    torch.testing.assert_close(
+        forward(model, inputs), torch.from_numpy(golden["wan_out_full"]), atol=2e-5, rtol=0
+    )
+    method = CLEARAttn(radius=radius, frame_radius=frame_radius, first_frame=False)
+    attachment = diffattn.set_attn_processor(model, method)
+    torch.testing.assert_close(
+        forward(model, inputs), torch.from_numpy(golden["wan_out_window"]), atol=2e-5, rtol=0
+    )
+    assert next(iter(attachment.models.values())).grid == TokenGrid(frames, height, width)
