@@ -228,7 +228,9 @@ def tma_config(head_dim: int, block_q: int, block_kv: int) -> TileConfig:
         return TileConfig(64, 64 if head_dim <= 128 else 32, 4, 3 if head_dim <= 64 else 2)
     if head_dim <= 64:
         return TileConfig(128, 64, 4, 3)
-    return TileConfig(128, 64, 8, 3 if head_dim <= 128 else 2)
+    if head_dim <= 128:
+        return TileConfig(128, 64, 8, 3)
+    return TileConfig(128, 32, 8, 2)
 
 
 def warp_specialized_config(head_dim: int, block_kv: int) -> TileConfig:
