@@ -1,0 +1,241 @@
+"""FreeSwim's two paths through a denoiser: details from a window, what they show from everything.
+
+A guided call has twice the samples. Those of the first half attend to FreeSwim's window, the same
+samples in the second half to all tokens; what the second half finds in the text, the output of each
+block's cross-attention, takes the place of the first half's own. Kept, it guides later calls that
+have the first half alone.
+
+The blocks are the stock model's. Self-attention goes the way of every method, cross-attention gets
+a processor around its own, which computes neither what is replaced nor what is at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+
+from diffattn import _compat
+from diffattn.attach import set_attn_processor
+from diffattn.attached_model import set_processor, site_names
+from diffattn.methods.base import Site, check_choice
+from diffattn.methods.freeswim import FreeSwimAttn
+from diffattn.models import family_of
+
+# own: one path, the text as it sees it. override: two paths, the second's text for both. store:
+# the same, and kept. reuse: one path, the text as it was kept.
+Guidance: TypeAlias = Literal["own", "override", "store", "reuse"]
+StorePlace: TypeAlias = Literal["device", "cpu", "pinned"]
+
+STORE_PLACES: tuple[str, ...] = get_args(StorePlace)
+_TWO_PATHS = ("override", "store")
+_FAMILIES = ("wan", "ltx")
+
+
+class DualPath:
+    """A denoiser of the Wan or LTX family with FreeSwim attached, until `remove`.
+
+    Attributes:
+        store: what cross-attention gave in the last call with guidance "store".
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, method: FreeSwimAttn, place: StorePlace = "device"
+    ) -> None:
+        """Attach; whatever method was attached before is taken off.
+
+        Args:
+            model: the denoiser.
+            method: the window of the first path, and the temperature of both.
+            place: where outputs of cross-attention are kept: "device" is the model's own, "cpu"
+                main memory, "pinned" main memory that a GPU copies from faster.
+
+        Raises:
+            ValueError: if the model is of another family, or `place` is not possible here.
+        """
+        family = family_of(model)
+        if family.name not in _FAMILIES:
+            raise ValueError(
+                f"{type(model).__name__} cannot run FreeSwim's two paths, which are known for the"
+                f" families {' and '.join(_FAMILIES)}; FreeSwimAttn alone works on every family"
+            )
+        names = [f"{name.removesuffix('attn1')}attn2" for name in site_names(model, family)]
+        set_attn_processor(model, None)
+        self.store = CrossStore(place)
+        self._model = model
+        self._guidance: Guidance = "own"
+        self._set = []
+        first: Any = model.get_submodule(site_names(model, family)[0])
+        # Everything may be refused up to here, and nothing of the model is changed yet.
+        backend = _compat.processor_backend(first.processor)
+        parameters = {f.name: getattr(method, f.name) for f in fields(FreeSwimAttn) if f.init}
+        set_attn_processor(model, _TwoPaths(path=self, backend=backend, **parameters))
+        for layer, name in enumerate(names):
+            module: Any = model.get_submodule(name)
+            processor = _GuidedCross(self, layer, module.processor)
+            self._set.append((module, processor))
+            set_processor(module, processor)
+
+    @property
+    def guidance(self) -> Guidance:
+        """Where the text comes from in the calls to come."""
+        return self._guidance
+
+    @property
+    def has_two(self) -> bool:
+        """Are the calls to come made of two halves?"""
+        return self._guidance in _TWO_PATHS
+
+    @contextmanager
+    def guided(self, guidance: Guidance) -> Iterator[None]:
+        """Have calls in the block guided this way; if one fails, what was kept is given up.
+
+        Raises:
+            RuntimeError: for "reuse" when nothing is kept.
+        """
+        if guidance == "reuse" and not self.store:
+            raise RuntimeError("there is nothing to reuse: call with guidance 'store' first")
+        if guidance == "store":
+            self.store.clear()  # before the forward, whose activations need the memory
+        self._guidance = guidance
+        try:
+            yield
+        except BaseException:
+            self.store.clear()
+            raise
+        finally:
+            self._guidance = "own"
+
+    def store_bytes(self, tokens: int, batch: int = 1) -> int:
+        """Memory that a call over `tokens` tokens of `batch` videos will keep."""
+        width = sum(module.to_out[0].out_features for module, _ in self._set)
+        dtype: torch.dtype = next(self._model.parameters()).dtype
+        return batch * tokens * width * dtype.itemsize
+
+    def remove(self) -> None:
+        """Put back the processors that the model had, and give up what was kept."""
+        self.store.clear()
+        set_attn_processor(self._model, None)
+        for module, processor in self._set:
+            # A processor that somebody has put there since is theirs to keep.
+            if module.processor is processor:
+                set_processor(module, processor.inner)
+        self._set = []
+
+
+class CrossStore:
+    """Outputs of cross-attention, layer by layer, after their projection.
+
+    Raises:
+        ValueError: for an unknown place, or pinned memory where there is no accelerator.
+    """
+
+    def __init__(self, place: StorePlace) -> None:
+        check_choice("store", place, STORE_PLACES)
+        if place == "pinned" and not torch.accelerator.is_available():
+            raise ValueError(
+                "store is 'pinned', but pinned memory is for copies to an accelerator, and torch"
+                " sees none here; use 'device' or 'cpu'"
+            )
+        self.place = place
+        self._kept: dict[int, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(kept.nbytes for kept in self._kept.values())
+
+    def keep(self, layer: int, output: torch.Tensor) -> None:
+        if self.place == "cpu":
+            output = output.cpu()
+        elif self.place == "pinned":
+            pinned = torch.empty_like(output, device="cpu", pin_memory=True)
+            output = pinned.copy_(output, non_blocking=True)
+        self._kept[layer] = output
+
+    def fetch(self, layer: int, device: torch.device) -> torch.Tensor:
+        return self._kept[layer].to(device, non_blocking=True)
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TwoPaths(FreeSwimAttn):
+    """The window for the first half of the samples, dense attention for the second.
+
+    Attributes:
+        backend: diffusers' name for what computes dense attention; None is its active one.
+    """
+
+    path: DualPath = field(compare=False, repr=False)
+    backend: Any = None
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        site: Site,
+        *,
+        scale: float | None = None,
+        key_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if not self.path.has_two:
+            return super().attend(query, key, value, site, scale=scale, key_mask=key_mask)
+        half = query.shape[0] // 2
+        detail = super().attend(
+            query[:half],
+            key[:half],
+            value[:half],
+            site,
+            scale=scale,
+            key_mask=None if key_mask is None else key_mask[:half],
+        )
+        overall = _compat.dispatch(
+            query[half:],
+            key[half:],
+            value[half:],
+            backend=self.backend,
+            attn_mask=None if key_mask is None else key_mask[half:, None, None, :],
+            scale=self.score_scale(site.grid, query.shape[-1], scale),
+        )
+        return torch.cat([detail, overall])
+
+
+class _GuidedCross:
+    """The cross-attention of a block, by its own processor where it is computed at all."""
+
+    def __init__(self, path: DualPath, layer: int, inner: Any) -> None:
+        self.inner = inner
+        self._path = path
+        self._layer = layer
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        path = self._path
+        if path.guidance == "reuse":
+            return path.store.fetch(self._layer, hidden_states.device)
+        text, mask = encoder_hidden_states, attention_mask
+        if path.has_two:
+            batch = hidden_states.shape[0]
+            hidden_states = hidden_states[batch // 2 :]
+            text = text[batch // 2 :] if text.shape[0] == batch else text
+            if mask is not None and mask.shape[0] == batch:
+                mask = mask[batch // 2 :]
+        out: torch.Tensor = self.inner(attn, hidden_states, text, mask, *args, **kwargs)
+        if path.guidance == "store":
+            path.store.keep(self._layer, out)
+        return torch.cat([out, out]) if path.has_two else out
