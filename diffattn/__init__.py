@@ -14,6 +14,7 @@ from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask, FullMask, PredicateMask
 from diffattn.methods import CLEARAttn, DenseAttn, FreeSwimAttn, GNAAttn, Method, RadialAttn
+from diffattn.planning import Plan, plan
 
 if TYPE_CHECKING:
     from diffattn.attach import Attachment, set_attn_processor
@@ -31,6 +32,7 @@ __all__ = [
     "FullMask",
     "GNAAttn",
     "Method",
+    "Plan",
     "PredicateMask",
     "RadialAttn",
     "TokenGrid",
@@ -40,6 +42,7 @@ __all__ = [
     "load_clear_checkpoint",
     "methods",
     "models",
+    "plan",
     "set_attn_processor",
 ]
 

@@ -1,0 +1,117 @@
+"""What planning has to know of a model on this computer, from its configuration files alone."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffattn.models import denoisers, family_of
+from diffattn.models.published import PUBLISHED, LinearWork, ModelShape
+
+_INDEX = "model_index.json"
+_CONFIG = "config.json"
+# Components that say something of tokens; all others are left out.
+_PARTS = ("transformer", "transformer_2", "unet", "vae")
+# Families whose blocks are those of `LinearWork.joint`.
+_JOINT = ("flux", "hunyuanvideo", "mochi", "cogvideox", "sd3")
+_CONTEXT_OF_WAN = 512
+
+
+def folder_shape(folder: Path) -> ModelShape:
+    """The shape of the model in a diffusers pipeline's folder; its weights are not read.
+
+    Args:
+        folder: holds `model_index.json`; or the denoiser's folder within such a one.
+
+    Raises:
+        ValueError: if it is no such folder, a file in it cannot be read, or the pipeline's model
+            is of no known family or has attention on grids of several sizes.
+    """
+    if not (folder / _INDEX).is_file() and (folder / _CONFIG).is_file():
+        folder = folder.parent
+    if not (folder / _INDEX).is_file():
+        raise ValueError(
+            f"{folder} is no diffusers pipeline: there is no {_INDEX} in it, which planning needs"
+            f" beside the denoiser's own {_CONFIG}"
+        )
+    pipe = _without_weights(folder)
+    model = next(iter(denoisers(pipe).values()))
+    family = family_of(model)
+    if family.grid_modules is not None:
+        raise ValueError(
+            f"{family.title}: attention is on grids of several sizes, which one plan does not"
+            f" describe; plan each grid by itself"
+        )
+    heads, head_dim = _heads(model.config)
+    variant = family.variant(pipe, model)
+    # Prompts are padded to the same length in all published models of a family.
+    like = next((shape for shape in PUBLISHED.values() if shape.variant == family.name), None)
+    text: dict[str, int | None] = {}
+    if family.text is not None:
+        side = f"text_{family.text}"
+        text = {side: None if like is None else getattr(like, side)}
+    return ModelShape(
+        name=str(folder),
+        variant=variant,
+        heads=heads,
+        head_dim=head_dim,
+        block_of_site=tuple(family.layers(model).values()),
+        sizes=family.sizes(pipe),
+        linear=_linear(family.name, model.config, heads * head_dim),
+        **text,
+    )
+
+
+def _without_weights(folder: Path) -> Any:
+    """The folder's pipeline with its denoisers and VAE on torch's meta device, and no more."""
+    import diffusers
+
+    index = _read(folder / _INDEX)
+    pipeline = getattr(diffusers, str(index.get("_class_name")), None)
+    if pipeline is None:
+        raise ValueError(f"{folder}: diffusers has no pipeline {index.get('_class_name')!r}")
+    components: dict[str, Any] = {}
+    try:
+        for name, parameter in list(inspect.signature(pipeline.__init__).parameters.items())[1:]:
+            entry = index.get(name)
+            if name in _PARTS and isinstance(entry, list) and entry[0] == "diffusers":
+                config = _read(folder / name / _CONFIG)
+                with torch.device("meta"):
+                    components[name] = getattr(diffusers, entry[1]).from_config(config)
+            elif name in index or parameter.default is parameter.empty:
+                components[name] = None if isinstance(entry, list) else entry
+        return pipeline(**components)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: cannot make a {pipeline.__name__} of its configuration: {error}"
+        ) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    """Heads of a denoiser and their dimensions."""
+    if "axes_dims" in config and "model_dim" in config:  # Kandinsky
+        head_dim = sum(config.axes_dims)
+        return config.model_dim // head_dim, head_dim
+    return config.num_attention_heads, config.attention_head_dim
+
+
+def _linear(family: str, config: Any, channels: int) -> LinearWork | None:
+    if family in _JOINT:
+        return LinearWork.joint(channels)
+    if family == "wan":
+        return LinearWork.apart(channels, config.ffn_dim, _CONTEXT_OF_WAN)
+    return None

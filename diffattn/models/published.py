@@ -1,0 +1,261 @@
+"""Published models: what planning has to know of them, so that it needs neither files nor network.
+
+The figures are those of the models' own configuration files and pipelines.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import partial
+
+from diffattn.grid import TokenGrid
+from diffattn.models.base import SizeRules
+
+
+@dataclass(frozen=True)
+class LinearWork:
+    """FLOPs of one forward outside self-attention, per block: projections, feed-forward, context.
+
+    Attributes:
+        per_token: for each token of the sequence.
+        per_call: whatever the length of the sequence is: keys and values of a text apart.
+    """
+
+    per_token: int
+    per_call: int = 0
+
+    @classmethod
+    def joint(cls, channels: int) -> LinearWork:
+        """Blocks in which text is part of the sequence, with a feed-forward of 4 x channels."""
+        return cls(24 * channels**2)
+
+    @classmethod
+    def apart(cls, channels: int, feed_forward: int, context: int) -> LinearWork:
+        """Blocks with cross-attention to a text of `context` tokens, which counts as linear work.
+
+        Self-attention has four projections, cross-attention two for the video and two for the text.
+        """
+        attends = 4 * context * channels
+        return cls(12 * channels**2 + 4 * channels * feed_forward + attends, attends * channels)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """All that planning needs of a model.
+
+    Attributes:
+        name: what messages call it: a repository id, or a folder.
+        variant: its name in the methods' tables of recommended settings.
+        heads, head_dim: of its self-attention.
+        block_of_site: index of the transformer block that each attention site lies in.
+        sizes: pixels and frames it can make, and the tokens they become.
+        text_before, text_after: text tokens in its sequence; None where it is up to the prompt.
+        linear: work outside self-attention; None where it is not known.
+        height, width, num_frames, steps: what its pipeline makes unless told otherwise.
+    """
+
+    name: str
+    variant: str
+    heads: int
+    head_dim: int
+    block_of_site: tuple[int, ...]
+    sizes: SizeRules
+    text_before: int | None = 0
+    text_after: int | None = 0
+    linear: LinearWork | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    steps: int | None = None
+
+    def linear_flops(self, tokens: int) -> int | None:
+        """FLOPs of one forward outside self-attention; None where they are not known."""
+        if self.linear is None:
+            return None
+        blocks = len(set(self.block_of_site))
+        return (self.linear.per_token * tokens + self.linear.per_call) * blocks
+
+    def grid(
+        self, height: int | None, width: int | None, num_frames: int | None, text: int | None
+    ) -> TokenGrid:
+        """The tokens of a call.
+
+        Args:
+            height, width: pixels; the model's own when None.
+            num_frames: frames of the video; the model's own when None.
+            text: text tokens in the sequence; what pipelines pad prompts to when None.
+
+        Raises:
+            ValueError: if the model cannot make that size (names the nearest that it can), or a
+                size or number of text tokens is missing.
+        """
+        given = {"height": height, "width": width, "num_frames": num_frames}
+        sizes = {n: getattr(self, n) if value is None else value for n, value in given.items()}
+        if sizes["num_frames"] is None and self.sizes.frame_stride == 0:
+            sizes["num_frames"] = 1
+        missing = [name for name, value in sizes.items() if value is None]
+        if missing:
+            raise ValueError(f"the sizes {self.name} makes are not known: give {_and(missing)}")
+        return replace(self.sizes.grid(**sizes), **self._text(text))
+
+    def _text(self, text: int | None) -> dict[str, int]:
+        sides = {"text_before": self.text_before, "text_after": self.text_after}
+        holds_text = [side for side, tokens in sides.items() if tokens != 0]
+        if not holds_text:
+            if text:
+                raise ValueError(
+                    f"text is {text}, but the sequence of {self.name} holds video tokens only:"
+                    f" its text is apart"
+                )
+            return {}
+        side = holds_text[0]
+        tokens = sides[side] if text is None else text
+        if tokens is None:
+            raise ValueError(
+                f"the sequence of {self.name} holds text too, and how much depends on the prompt:"
+                f" give text, its number of tokens"
+            )
+        return {side: tokens}
+
+
+def _and(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _wan(
+    name: str,
+    size: tuple[int, int, int],
+    *,
+    heads: int,
+    layers: int,
+    feed_forward: int,
+    variant: str = "wan2.1",
+    token_pixels: int = 16,
+    context: int = 512,
+    steps: int = 50,
+) -> ModelShape:
+    height, width, num_frames = size
+    return ModelShape(
+        name,
+        variant,
+        heads,
+        128,
+        tuple(range(layers)),
+        SizeRules(token_pixels, frame_stride=4, frame_offset=1),
+        linear=LinearWork.apart(heads * 128, feed_forward, context),
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        steps=steps,
+    )
+
+
+_wan_14b = partial(_wan, heads=40, layers=40, feed_forward=13824)
+_wan_22_14b = partial(_wan_14b, variant="wan2.2", steps=40)
+
+
+def _joint(
+    name: str,
+    variant: str,
+    size: tuple[int, int, int],
+    sizes: SizeRules,
+    *,
+    heads: int,
+    head_dim: int,
+    layers: int,
+    steps: int,
+    text_before: int = 0,
+    text_after: int = 0,
+) -> ModelShape:
+    height, width, num_frames = size
+    return ModelShape(
+        name,
+        variant,
+        heads,
+        head_dim,
+        tuple(range(layers)),
+        sizes,
+        text_before,
+        text_after,
+        LinearWork.joint(heads * head_dim),
+        height,
+        width,
+        num_frames,
+        steps,
+    )
+
+
+_cogvideox = partial(_joint, variant="cogvideox", head_dim=64, text_before=226, steps=50)
+_flux = partial(
+    _joint, variant="flux", size=(1024, 1024, 1), sizes=SizeRules.images(16),
+    heads=24, head_dim=128, layers=57, text_before=512,
+)  # fmt: skip
+_hunyuanvideo = partial(
+    _joint, variant="hunyuanvideo", size=(720, 1280, 129),
+    sizes=SizeRules(16, frame_stride=4, frame_offset=1),
+    heads=24, head_dim=128, layers=60, text_after=256, steps=50,
+)  # fmt: skip
+_sd3 = partial(
+    _joint, variant="sd3", size=(1024, 1024, 1), sizes=SizeRules.images(16),
+    head_dim=64, text_after=333, steps=28,
+)  # fmt: skip
+
+_480P, _720P = (480, 832, 81), (720, 1280, 81)
+_WITH_IMAGE = 512 + 257  # the context of image-to-video: text, and CLIP's tokens of the image
+
+_SHAPES: tuple[ModelShape, ...] = (
+    _wan("Wan-AI/Wan2.1-T2V-1.3B", _480P, heads=12, layers=30, feed_forward=8960),
+    _wan_14b("Wan-AI/Wan2.1-T2V-14B", _720P),
+    _wan_14b("Wan-AI/Wan2.1-I2V-14B-480P", _480P, context=_WITH_IMAGE),
+    _wan_14b("Wan-AI/Wan2.1-I2V-14B-720P", _720P, context=_WITH_IMAGE),
+    _wan_22_14b("Wan-AI/Wan2.2-T2V-A14B", _720P),
+    _wan_22_14b("Wan-AI/Wan2.2-I2V-A14B", _720P),
+    _wan(
+        "Wan-AI/Wan2.2-TI2V-5B", (704, 1280, 121), variant="wan2.2-5b", token_pixels=32,
+        heads=24, layers=30, feed_forward=14336,
+    ),
+    _wan_14b("Skywork/SkyReels-V2-T2V-14B-720P", (720, 1280, 121), variant="skyreels-v2"),
+    _hunyuanvideo("hunyuanvideo-community/HunyuanVideo"),
+    _hunyuanvideo("tencent/HunyuanVideo"),
+    _joint(
+        "genmo/mochi-1-preview", "mochi", (480, 848, 163), SizeRules(16, 6, 1),
+        heads=24, head_dim=128, layers=48, text_after=256, steps=64,
+    ),
+    _cogvideox(
+        "zai-org/CogVideoX-2b", size=(480, 720, 49), sizes=SizeRules(16, 4, 1), heads=30, layers=30
+    ),
+    _cogvideox(
+        "zai-org/CogVideoX-5b", size=(480, 720, 49), sizes=SizeRules(16, 4, 1), heads=48, layers=42
+    ),
+    _cogvideox(
+        "zai-org/CogVideoX1.5-5B", size=(768, 1360, 81),
+        sizes=SizeRules(16, 4, 1, frames_per_token=2), heads=48, layers=42,
+    ),
+    ModelShape(
+        "Lightricks/LTX-Video", "ltx", 32, 64, tuple(range(28)), SizeRules(32, 8, 1),
+        linear=LinearWork.apart(2048, 4 * 2048, context=128),
+        height=512, width=704, num_frames=161, steps=50,
+    ),
+    ModelShape(
+        "rhymes-ai/Allegro", "allegro", 24, 96, tuple(range(32)), SizeRules(16, 4, 0),
+        linear=LinearWork.apart(2304, 4 * 2304, context=512),
+        height=720, width=1280, num_frames=88, steps=100,
+    ),
+    _flux("black-forest-labs/FLUX.1-dev", steps=28),
+    _flux("black-forest-labs/FLUX.1-schnell", steps=4, text_before=256),
+    _sd3("stabilityai/stable-diffusion-3-medium", heads=24, layers=24),
+    _sd3("stabilityai/stable-diffusion-3.5-large", heads=38, layers=38),
+)  # fmt: skip
+
+PUBLISHED: dict[str, ModelShape] = {shape.name: shape for shape in _SHAPES}
+
+
+def published_shape(name: str) -> ModelShape | None:
+    """The shape of a published model by its repository id; None where it is not known.
+
+    Repositories that hold the same weights for diffusers (`...-Diffusers`), and CogVideoX under its
+    owner's former name, are found too.
+    """
+    plain = re.sub("-diffusers$", "", name, flags=re.IGNORECASE)
+    return PUBLISHED.get(re.sub("^THUDM/", "zai-org/", plain))

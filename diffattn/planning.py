@@ -1,0 +1,369 @@
+"""plan(): what a method costs on a model and a size of video, before anything is run.
+
+The module is not called `plan` because `diffattn.plan` is the function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffattn.blocks import BlockLayout
+from diffattn.grid import TokenGrid
+from diffattn.mask import allowed_pairs
+from diffattn.methods.base import Method, StaticMaskMethod, nearest
+from diffattn.methods.gna import GNAAttn, Tile, nearest_block_sparse
+from diffattn.models.base import SizeRules
+from diffattn.models.published import PUBLISHED, ModelShape, published_shape
+from diffattn.orders import TileOrder, tiles_that_fit
+from diffattn.schedule import resolve_steps
+
+# TFLOP/s of an H200 in bfloat16, measured: large matrix products, and cuDNN's dense attention. Only
+# their ratio counts here: attention's share of the time is larger than its share of the FLOPs.
+_LINEAR_RATE, _ATTENTION_RATE = 790, 690
+
+# Blocks are counted in tables of blocks x blocks, which take gigabytes beyond this.
+_MOST_TOKENS = 1 << 21
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What attention by a method costs, against dense attention.
+
+    FLOPs are those of a forward on one sample: a multiplication and an addition are two, softmax is
+    not counted, and classifier-free guidance makes two forwards a step. Speed-ups are upper bounds:
+    they take blocks of a sparse attention to be as fast as those of a dense one, and everything
+    but attention and the linear layers to cost nothing.
+
+    Attributes:
+        model: what was planned for; None for a bare grid.
+        method: the method with its parameters as they are used here.
+        grid: the tokens of an attention call, text included.
+        heads, head_dim: of the attention.
+        layers: attention calls of a forward.
+        dense_layers: those of them that stay dense.
+        steps: denoising steps of a run; None where not given.
+        dense_steps: those of them that stay dense; 0 where `steps` is not given.
+        density: share of the token pairs that attend, exact; text included.
+        block_size: tokens of a block.
+        tile: frames, rows and columns that are a block; None where blocks are cut from the tokens
+            in their own order.
+        blocks: all blocks of a head's attention matrix.
+        full_blocks, partial_blocks: those that are visited, and those of them that need a mask.
+        worst_blocks: the most key blocks that a query block without text tokens visits.
+        columns: key blocks in a row.
+        layout_bytes: memory of the index lists and bit masks, which all heads and layers share.
+        is_block_sparse: whether all blocks that are visited are full, but for those that hold text
+            beside video tokens and those at the ragged end of the sequence.
+        nearest_block_sparse: for GNA, the nearest setting for which that is so: the method itself
+            if it is; None for other methods, and where the grid has whole tiles for none but dense
+            attention.
+        linear_flops: FLOPs of a forward outside self-attention; None where they are not known.
+    """
+
+    model: str | None
+    method: StaticMaskMethod
+    grid: TokenGrid
+    heads: int
+    head_dim: int
+    layers: int
+    dense_layers: int
+    steps: int | None
+    dense_steps: int
+    density: float
+    block_size: int
+    tile: Tile | None
+    blocks: int
+    full_blocks: int
+    partial_blocks: int
+    worst_blocks: int
+    columns: int
+    layout_bytes: int
+    is_block_sparse: bool
+    nearest_block_sparse: GNAAttn | None
+    linear_flops: int | None
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence, text included."""
+        return self.grid.tokens
+
+    @property
+    def visited_blocks(self) -> int:
+        return self.full_blocks + self.partial_blocks
+
+    @property
+    def block_density(self) -> float:
+        """Share of the blocks that are visited: the work done relative to dense attention."""
+        return self.visited_blocks / self.blocks
+
+    @property
+    def dense_flops(self) -> int:
+        """FLOPs of one layer's dense attention."""
+        return 4 * self.tokens**2 * self.heads * self.head_dim
+
+    @property
+    def sparse_flops(self) -> float:
+        """FLOPs of one layer's attention in the blocks that are visited."""
+        return self.dense_flops * self.block_density
+
+    @property
+    def dense_forward_flops(self) -> int:
+        """FLOPs of the dense attention of all layers."""
+        return self.dense_flops * self.layers
+
+    @property
+    def sparse_forward_flops(self) -> float:
+        """FLOPs of the attention of all layers in a sparse step, those that stay dense included."""
+        sparse_layers = self.layers - self.dense_layers
+        return self.dense_flops * self.dense_layers + self.sparse_flops * sparse_layers
+
+    @property
+    def run_density(self) -> float:
+        """Attention FLOPs of a run, dense layers and steps included, relative to a dense run."""
+        forward = self.sparse_forward_flops / self.dense_forward_flops
+        if self.steps is None:
+            return forward
+        return (self.dense_steps + (self.steps - self.dense_steps) * forward) / self.steps
+
+    @property
+    def flop_speedup(self) -> float:
+        """Bound of the speed-up of one sparse attention if blocks were no larger than a token."""
+        return 1 / self.density
+
+    @property
+    def attention_speedup(self) -> float:
+        """Bound of the speed-up of one sparse attention, by the blocks visited."""
+        return 1 / self.block_density
+
+    @property
+    def attention_share(self) -> float | None:
+        """Attention's share of the time of a dense forward, at the rates of an H200."""
+        if self.linear_flops is None:
+            return None
+        attention = self.dense_forward_flops / _ATTENTION_RATE
+        return attention / (attention + self.linear_flops / _LINEAR_RATE)
+
+    @property
+    def model_speedup(self) -> float | None:
+        """Bound of the speed-up of the whole denoiser over a run, by Amdahl's law.
+
+        Dense layers are counted, and dense steps where `steps` is given.
+        """
+        share = self.attention_share
+        return None if share is None else 1 / (1 - share * (1 - self.run_density))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, ready for JSON."""
+        best = self.nearest_block_sparse
+        stored = {name: getattr(self, name) for name in _STORED}
+        derived = {name: getattr(self, name) for name in _DERIVED}
+        grid = {
+            name: getattr(self.grid, name)
+            for name in ("frames", "height", "width", "text_before", "text_after")
+        }
+        return {
+            "model": self.model,
+            "method": self.method.to_dict(),
+            "grid": grid,
+            **stored,
+            "nearest_block_sparse": None if best is None else best.to_dict(),
+            **derived,
+        }
+
+
+_STORED = (
+    "heads", "head_dim", "layers", "dense_layers", "steps", "dense_steps", "density", "block_size",
+    "tile", "blocks", "full_blocks", "partial_blocks", "worst_blocks", "columns", "layout_bytes",
+    "is_block_sparse", "linear_flops",
+)  # fmt: skip
+_DERIVED = (
+    "tokens", "visited_blocks", "block_density", "dense_flops", "sparse_flops",
+    "dense_forward_flops", "sparse_forward_flops", "run_density", "flop_speedup",
+    "attention_speedup", "attention_share", "model_speedup",
+)  # fmt: skip
+
+
+def plan(
+    target: TokenGrid | str | Path,
+    method: Method,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    text: int | None = None,
+    heads: int | None = None,
+    head_dim: int | None = None,
+    layers: int | None = None,
+    steps: int | None = None,
+) -> Plan:
+    """Work out what `method` costs, without weights, network or accelerator.
+
+    Args:
+        target: a token grid, the repository id of a published model, or a pipeline's folder.
+        method: the method; parameters left at None take the values recommended for the model.
+        height, width: pixels, for a model; its own when None.
+        num_frames: frames of the video, for a model; its own when None.
+        text: text tokens in the model's sequence; what its pipeline pads prompts to when None.
+        heads, head_dim, layers: for a grid: 1 head of 128 in 1 layer when None.
+        steps: denoising steps of a run; the model's own when None.
+
+    Raises:
+        ValueError: if the model is not known, cannot make the size, or is described by a grid and
+            by sizes at once; if the method does not fit the grid, or its token pairs depend on more
+            than the grid.
+    """
+    attention = {"heads": heads, "head_dim": head_dim, "layers": layers}
+    size = {"height": height, "width": width, "num_frames": num_frames, "text": text}
+    for name, value in {**attention, "steps": steps}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}, but must be at least 1")
+    if isinstance(target, TokenGrid):
+        _refuse(size, "a token grid says it all; give them with a model")
+        shape = ModelShape(
+            name="", variant="", heads=heads or 1, head_dim=head_dim or 128,
+            block_of_site=tuple(range(layers or 1)), sizes=SizeRules.images(1), steps=steps,
+        )  # fmt: skip
+        return _plan(target, method, shape, None)
+    _refuse(attention, "the model says it; give them with a token grid")
+    shape = model_shape(target)
+    shape = replace(shape, steps=steps or shape.steps)
+    return _plan(shape.grid(**size), method, shape, shape.name)
+
+
+def model_shape(model: str | Path) -> ModelShape:
+    """What planning knows of a model, by its repository id or its folder.
+
+    Raises:
+        ValueError: if there is neither; names the models that are known.
+    """
+    published = published_shape(str(model))
+    if published is not None:
+        return published
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        from diffattn.models.folder import folder_shape  # which imports diffusers
+
+        return folder_shape(folder)
+    raise ValueError(
+        f"{str(model)!r} is neither a folder nor a model whose shape is known:"
+        f" {nearest(str(model), list(PUBLISHED))}"
+    )
+
+
+def check_tokens(grid: TokenGrid) -> None:
+    """Raise ValueError for a grid whose blocks would not fit into memory."""
+    if grid.tokens > _MOST_TOKENS:
+        raise ValueError(
+            f"the grid {grid} has {grid.tokens} tokens, but at most {_MOST_TOKENS} can be planned"
+        )
+
+
+def _refuse(given: dict[str, int | None], why: str) -> None:
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        raise ValueError(f"{', '.join(names)} cannot be given here: {why}")
+
+
+def _plan(grid: TokenGrid, method: Method, shape: ModelShape, model: str | None) -> Plan:
+    check_tokens(grid)
+    fitted = method.for_model(shape.variant, _video(grid))
+    if not isinstance(fitted, StaticMaskMethod):
+        raise ValueError(
+            f"{method.type} has no mask that the grid alone decides: its token pairs depend on what"
+            f" the tokens hold, and cannot be planned"
+        )
+    order = fitted.order(grid)
+    layout = fitted.layout(grid, torch.device("cpu"), order)
+    masked = _has_masked_blocks(layout, grid, order)
+    best = None
+    if isinstance(fitted, GNAAttn):
+        best = _nearest_block_sparse(fitted, grid) if masked else fitted
+    steps = shape.steps
+    dense_steps = 0 if steps is None else _dense_steps(fitted, steps)
+    dense_layers = sum(block < (fitted.dense_layers or 0) for block in shape.block_of_site)
+    has_text = _has_text(layout.block_q, grid)
+    visited = (layout.full_count + layout.partial_count)[0, 0]
+    video_rows = visited if bool(has_text.all()) else visited[~has_text]
+    return Plan(
+        model=model,
+        method=fitted,
+        grid=grid,
+        heads=shape.heads,
+        head_dim=shape.head_dim,
+        layers=len(shape.block_of_site),
+        dense_layers=dense_layers,
+        steps=steps,
+        dense_steps=dense_steps,
+        density=allowed_pairs(layout) / grid.tokens**2,
+        block_size=layout.block_q,
+        tile=None if order is None else order.tile,
+        blocks=layout.rows * layout.columns,
+        full_blocks=layout.full_blocks,
+        partial_blocks=layout.partial_blocks,
+        worst_blocks=int(video_rows.max()),
+        columns=layout.columns,
+        layout_bytes=layout.nbytes,
+        is_block_sparse=not masked,
+        nearest_block_sparse=best,
+        linear_flops=shape.linear_flops(grid.tokens),
+    )
+
+
+def _video(grid: TokenGrid) -> TokenGrid:
+    return replace(grid, text_before=0, text_after=0)
+
+
+def _dense_steps(method: Method, steps: int) -> int:
+    """Steps of a run that stay dense, at either end."""
+    ends = (method.dense_steps or 0, method.last_dense_steps)
+    return min(steps, sum(resolve_steps(end, steps) for end in ends))
+
+
+def _has_text(block: int, grid: TokenGrid) -> torch.Tensor:
+    """Bool `(blocks,)`: which blocks of the sequence hold text; it has its place in every order."""
+    start = torch.arange(0, grid.tokens, block)
+    end = (start + block).clamp(max=grid.tokens)
+    return (start < grid.video.start) | (end > grid.video.stop)
+
+
+def _has_masked_blocks(layout: BlockLayout, grid: TokenGrid, order: TileOrder | None) -> bool:
+    """Is a block partial that holds whole blocks of video tokens, of queries and of keys?"""
+    whole = ~_has_text(layout.block_q, grid)
+    if layout.tokens_q % layout.block_q and bool(whole.any()):
+        whole[-1] = False
+    slot = torch.arange(layout.partial_index.shape[-1])
+    listed = slot < layout.partial_count[0, 0, :, None]
+    return bool((listed & whole[:, None] & whole[layout.partial_index[0, 0].long()]).any())
+
+
+def _nearest_block_sparse(method: GNAAttn, grid: TokenGrid) -> GNAAttn | None:
+    """The nearest setting whose blocks on `grid` are all full, in whatever tiles."""
+    axes = method.axes(grid)
+    block_size = method.block_size_on(grid)
+    tiles = [
+        tile
+        for tile in tiles_that_fit(grid, block_size)
+        if all(
+            side == 1 or (axis.size % side == 0 and axis.dilation == 1 and not axis.is_causal)
+            for side, axis in zip(tile, axes, strict=True)
+        )
+    ]
+    candidates = (nearest_block_sparse(method, grid, tile) for tile in tiles)
+
+    def change(candidate: GNAAttn) -> float:
+        pairs = zip(axes, candidate.axes(grid), strict=True)
+        return sum(abs(a.window - b.window) + abs(a.stride - b.stride) / a.size for a, b in pairs)
+
+    for candidate in sorted(filter(None, candidates), key=change):
+        windows = candidate.axes(grid)
+        if all(axis.window == axis.size for axis in windows):
+            continue
+        order = candidate.order(grid)
+        layout = candidate.layout(grid, torch.device("cpu"), order)
+        if not _has_masked_blocks(layout, grid, order):
+            return candidate
+    return None
