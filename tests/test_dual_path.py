@@ -110,7 +110,8 @@ class TestPublicCode:
             check(block.attn2(x, text, None, None), "out.cross.override")
             check(block.attn2(x, text, None, None), "out.cross.cache_guide_cond")
         with torch.no_grad(), path.guided("own"):
-            check(block.attn2(x, text, None, None), "out.cross.cache_uncond")
+            out = block.attn2(x[:1], text, None, None)
+            check(out.repeat(2, 1, 1), "out.cross.cache_uncond")
             out = block.attn1(x[:1], None, None, rope)
             check(out.repeat(2, 1, 1), "out.self.cache_reuse_cond")
             check(out.repeat(2, 1, 1), "out.self.cache_uncond")
