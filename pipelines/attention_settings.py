@@ -2,7 +2,7 @@
 
 import ast
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,14 +44,27 @@ def attention_settings(options: MethodOptions, recorded: object) -> dict[str, An
     if not isinstance(settings, Mapping) or not isinstance(settings.get("type"), str):
         raise UserError(f'{source} must give the method as an object with a "type"')
     settings = dict(settings)
-    for argument in options.arguments:
+    settings |= read_arguments(options.arguments, "--attn-arg", "--attn")
+    return make_method(settings).to_dict()
+
+
+def read_arguments(arguments: Sequence[str], option: str, method_option: str) -> dict[str, Any]:
+    """Return the parameters of a method that were given as "name=value".
+
+    Args:
+        arguments: each as the user wrote it.
+        option: the option they were given with.
+        method_option: the one that names the method.
+    """
+    parameters: dict[str, Any] = {}
+    for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not key.strip():
-            raise UserError(f"--attn-arg takes name=value, not {argument!r}")
+            raise UserError(f"{option} takes name=value, not {argument!r}")
         if key.strip() == "type":
-            raise UserError("--attn-arg cannot change the method; use --attn")
-        settings[key.strip()] = _parse(value.strip())
-    return make_method(settings).to_dict()
+            raise UserError(f"{option} cannot change the method; use {method_option}")
+        parameters[key.strip()] = _parse(value.strip())
+    return parameters
 
 
 def make_method(settings: Mapping[str, Any]) -> "Method":

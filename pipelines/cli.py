@@ -189,6 +189,75 @@ def models() -> None:
         _say(line)
 
 
+_MethodName = Annotated[str, typer.Option("--method", help="See `diffattn methods`.")]
+_MethodArguments = Annotated[
+    list[str] | None,
+    typer.Option("--arg", metavar="NAME=VALUE", help="Parameter of the method."),
+]
+_GRID_HELP = "Latent frames x height x width in tokens; text tokens as 21x30x52+256 or 256+64x64."
+
+
+@app.command()
+def plan(
+    method: _MethodName = "radial",
+    arg: _MethodArguments = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hub id of a well-known model, or a pipeline's folder.")
+    ] = None,
+    grid: Annotated[str | None, typer.Option(help=_GRID_HELP)] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels (default: the model's).")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels (default: the model's).")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Default: the model's.")] = None,
+    text: Annotated[
+        int | None, typer.Option(help="Text tokens in the model's sequence (default: the model's).")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="With --grid (default: 1).")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="With --grid (default: 128).")] = None,
+    layers: Annotated[int | None, typer.Option(help="With --grid (default: 1).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of a run.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
+) -> None:
+    """Say what a method costs on a model or grid, without running or downloading anything."""
+    from .plan_table import PlanOptions, plan_lines
+
+    numbers = {
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "text": text,
+        "heads": heads,
+        "head_dim": head_dim,
+        "layers": layers,
+        "steps": steps,
+    }
+    options = PlanOptions(method, tuple(arg or ()), model, grid, numbers)
+    for line in plan_lines(options, as_json):
+        _say(line)
+
+
+@app.command()
+def mask(
+    grid: Annotated[str, typer.Option(help=_GRID_HELP)],
+    method: _MethodName = "radial",
+    arg: _MethodArguments = None,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="PNG file; it is overwritten."),
+    ] = Path("mask.png"),
+    query: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T,Y,X", help="Whose neighbourhood is shown (default: the middle token)."
+        ),
+    ] = None,
+) -> None:
+    """Draw which tokens of a grid attend to which under a method."""
+    from .mask_picture import draw_mask
+
+    for line in draw_mask(method, tuple(arg or ()), grid, query, output):
+        _say(line)
+
+
 def _say(line: str) -> None:
     typer.echo(line)
 

@@ -92,7 +92,7 @@ def load_model(request: Request) -> LoadedModel:
     if request.lora is not None:
         load_lora(pipe, request.lora)
     _place(pipe, device, request.offload)
-    return LoadedModel(pipe, _read_defaults(request.model, source), dtype, str(device))
+    return LoadedModel(pipe, read_defaults(request.model, source), dtype, str(device))
 
 
 def _check_folder(path: Path, shown: str) -> Path:
@@ -158,7 +158,8 @@ def _check_index(index: Path, shown: str) -> None:
         raise UserError(f"{shown} ({pipeline}) is of no known model family; there are: {titles}")
 
 
-def _read_defaults(model: str, source: Path | str) -> dict[str, Any]:
+def read_defaults(model: str, source: Path | str) -> dict[str, Any]:
+    """Return what a model that :func:`find_model` found recommends, as in :class:`LoadedModel`."""
     defaults = _bundled_defaults() if model == BUNDLED_MODEL else {}
     if isinstance(source, Path) and (source / DEFAULTS_FILE).is_file():
         defaults |= _read_json(source / DEFAULTS_FILE, model)

@@ -89,7 +89,7 @@ def check_outputs(
             if path.resolve() in protected:
                 raise UserError(f"-o {outputs.video} would overwrite {path}, which is read here")
             _check_target(path, outputs)
-        _check_writable(outputs.video.parent)
+        check_writable(outputs.video.parent)
 
 
 @contextmanager
@@ -159,7 +159,8 @@ def _is_frame(path: Path) -> bool:
     return re.fullmatch(r"frame_\d+\.png", path.name) is not None
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that no file can be made in; make it where there is none."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -1,0 +1,444 @@
+"""Pictures of masks and schedules, for people: numpy images, and PNG files of them.
+
+No picture looks at every pair of tokens: large masks are sampled query by query.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+
+from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout
+from diffattn.grid import TokenGrid
+from diffattn.mask import AttentionMask, allowed_pairs
+from diffattn.methods.base import Method, StaticMaskMethod
+from diffattn.schedule import resolve_steps
+
+if TYPE_CHECKING:
+    from diffattn.planning import Plan
+
+Image: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]  # (height, width, 3), red, green, blue
+Color: TypeAlias = tuple[int, int, int]
+Place: TypeAlias = tuple[int, int, int]
+
+# No pair attends, all do; a block that needs a mask; the query.
+NONE, ALL, SOME, QUERY = (232, 236, 241), (23, 64, 140), (242, 150, 40), (214, 30, 40)
+FRAME_LINE, TEXT_LINE = (120, 132, 150), (20, 140, 90)
+_PAPER, _INK, _FAINT = (255, 255, 255), (28, 32, 40), (96, 104, 118)
+
+_PANEL = 600  # pixels of the square pictures
+_GAP = 28
+_LINE = 22  # pixels of a line of text
+_SHEET = 640  # pixels that the frames of a neighbourhood may take in height
+_FRAME_GAP = 10
+_FRAME_LABEL = 70  # pixels that `frame 99` takes in width
+_LARGEST_TOKEN = 24  # pixels
+_PAIRS = 1 << 25  # token pairs looked at for one picture, where one query per pixel is fewer
+_PAIRS_AT_ONCE = 1 << 22
+
+
+def picture(method: StaticMaskMethod, grid: TokenGrid, query: Place | None = None) -> Image:
+    """Everything that is to be seen of a method on a grid: mask, blocks, and one neighbourhood.
+
+    Args:
+        method: parameters left at None take the values for a model without its own.
+        grid: the tokens, text included.
+        query: frame, row and column of the token whose neighbourhood is shown; the grid's middle
+            when None.
+
+    Raises:
+        ValueError: if `query` is outside of the grid, or the method does not fit it.
+    """
+    query = middle(grid) if query is None else query
+    check_query(grid, query)
+    fitted = method.for_model("", replace(grid, text_before=0, text_after=0))
+    mask, order = fitted.mask(grid), fitted.order(grid)
+    layout = fitted.layout(grid, torch.device("cpu"), order)
+    tiles = "" if order is None else f" ({_by(order.tile)} tiles)"
+    visited = layout.full_blocks + layout.partial_blocks
+    density = allowed_pairs(layout) / grid.tokens**2
+    width = 2 * _PANEL + _GAP
+    title = _stacked(
+        [
+            _text(method_words(fitted), width, scale=0.7),
+            _text(
+                f"grid {_ascii(grid)}: {grid.tokens:,} tokens. {density:.2%} of the token pairs"
+                f" attend.",
+                width,
+            ),
+            _text(
+                f"Blocks of {layout.block_q} tokens{tiles}: {visited:,} of"
+                f" {layout.rows * layout.columns:,} are visited ({layout.density:.2%}):"
+                f" {layout.full_blocks:,} full, {layout.partial_blocks:,} partial.",
+                width,
+            ),
+        ],
+        gap=4,
+    )
+    left = _stacked(
+        [
+            _text("All tokens: rows are queries, columns are keys", _PANEL, color=_INK),
+            mask_image(mask, _PANEL),
+            _ramp_legend(_PANEL, grid),
+        ]
+    )
+    right = _stacked(
+        [
+            _text("Blocks, in the order that they are computed in", _PANEL, color=_INK),
+            block_image(layout, _PANEL),
+            _legend([(NONE, "empty"), (SOME, "partial"), (ALL, "full")], _PANEL),
+        ]
+    )
+    return _framed(
+        _stacked(
+            [title, _beside(left, right), _neighbourhood(mask, query, width)],
+            gap=_GAP,
+        )
+    )
+
+
+def schedule_picture(plan: Plan) -> Image:
+    """Which layers attend dense in which steps of a run.
+
+    Raises:
+        ValueError: for a plan without a number of steps.
+    """
+    if plan.steps is None:
+        raise ValueError("a plan without a number of steps has no schedule: give plan() steps=")
+    width = 2 * _PANEL + _GAP
+    image = schedule_image(plan.method, plan.layers, plan.dense_layers, plan.steps)
+    scale = max(1, min(width // image.shape[1], _PANEL // image.shape[0]))
+    share = f"{plan.run_density:.1%}"
+    return _framed(
+        _stacked(
+            [
+                _text(method_words(plan.method), width, scale=0.7),
+                _text(
+                    f"{plan.steps} steps (across) of {plan.layers} attention layers (down):"
+                    f" {share} of a dense run's attention is computed.",
+                    width,
+                ),
+                _enlarged(image, scale),
+                _legend([(ALL, "dense"), (SOME, "sparse")], width),
+            ]
+        )
+    )
+
+
+def schedule_image(method: Method, layers: int, dense_layers: int, steps: int) -> Image:
+    """One pixel for each attention layer (down) and step (across): `ALL` if dense, else `SOME`."""
+    image = np.empty((layers, steps, 3), np.uint8)
+    image[:] = SOME
+    image[:dense_layers] = ALL
+    image[:, : resolve_steps(method.dense_steps or 0, steps)] = ALL
+    image[:, steps - resolve_steps(method.last_dense_steps, steps) :] = ALL
+    return image
+
+
+def mask_image(mask: AttentionMask, size: int = _PANEL) -> Image:
+    """The whole mask in at most `size` pixels a side: the darker, the more of the pairs attend.
+
+    Masks of more tokens than pixels are sampled: some queries of each row of pixels, and all keys.
+    Lines show where latent frames begin, and in `TEXT_LINE` where text and video meet.
+    """
+    grid = mask.grid
+    per_pixel = -(-grid.tokens // size)
+    image = _shaded(_sampled(mask, per_pixel))
+    scale = max(1, size // len(image))
+    image = _enlarged(image, scale)
+    frame_pixels = grid.frame_tokens / per_pixel * scale
+    lines = {}
+    if frame_pixels >= 6:
+        starts = range(grid.video.start + grid.frame_tokens, grid.video.stop, grid.frame_tokens)
+        lines = dict.fromkeys(starts, (FRAME_LINE, 0.45))
+    lines |= dict.fromkeys((grid.video.start, grid.video.stop), (TEXT_LINE, 1.0))
+    for token, (color, strength) in lines.items():
+        if 0 < token < grid.tokens:
+            _blend_cross(image, int(token / per_pixel * scale), color, strength)
+    return image
+
+
+def block_image(layout: BlockLayout, size: int = _PANEL) -> Image:
+    """The blocks of a layout in at most `size` pixels a side: `NONE`, `SOME` or `ALL`.
+
+    Where blocks are smaller than a pixel their colours are mixed.
+    """
+    import cv2
+
+    colors = np.array([NONE, SOME, ALL], np.uint8)
+    image: Image = colors[_states(layout)]
+    scale = size // max(image.shape[:2])
+    if scale:
+        return _enlarged(image, scale)
+    height, width = (max(1, n * size // max(image.shape[:2])) for n in image.shape[:2])
+    return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def frame_images(mask: AttentionMask, query: Place, scale: float = 1) -> list[Image]:
+    """What one token sees of each latent frame: `ALL` where it attends, `NONE` where not.
+
+    The token itself is marked in `QUERY`, with a ring around it where it is small.
+
+    Args:
+        query: frame, row and column of the token.
+        scale: pixels along each side of a token; below 1, colours of neighbours are mixed.
+
+    Raises:
+        ValueError: if `query` is outside of the grid.
+    """
+    import cv2
+
+    grid = mask.grid
+    check_query(grid, query)
+    seen = _seen_by(mask, query)[grid.video].view(grid.frames, grid.height, grid.width)
+    colors = np.array([NONE, ALL], np.uint8)
+    images: list[Image] = []
+    for frame in range(grid.frames):
+        image: Image = colors[seen[frame].long().numpy()]
+        if scale >= 1:
+            image = _enlarged(image, int(scale))
+        else:
+            shape = [max(1, round(n * scale)) for n in (grid.width, grid.height)]
+            image = np.asarray(cv2.resize(image, shape, interpolation=cv2.INTER_AREA), np.uint8)
+        if frame == query[0]:
+            top, left = (int(place * scale) for place in query[1:])
+            side = max(3, int(scale))
+            image[top : top + side, left : left + side] = QUERY
+            if side < 8:
+                center = (left + side // 2, top + side // 2)
+                cv2.circle(image, center, side + 5, QUERY, 2, cv2.LINE_AA)
+        images.append(image)
+    return images
+
+
+def png(image: Image) -> bytes:
+    """The image as a PNG file."""
+    import cv2
+
+    return bytes(cv2.imencode(".png", image[..., ::-1])[1])
+
+
+def middle(grid: TokenGrid) -> Place:
+    """Frame, row and column of the token in the middle of a grid."""
+    return grid.frames // 2, grid.height // 2, grid.width // 2
+
+
+def check_query(grid: TokenGrid, query: Place) -> None:
+    """Raise ValueError unless `query` is the frame, row and column of a token of `grid`."""
+    names = ("frame", "row", "column")
+    sizes = (grid.frames, grid.height, grid.width)
+    for name, place, size in zip(names, query, sizes, strict=True):
+        if not 0 <= place < size:
+            raise ValueError(
+                f"the query's {name} is {place}, but the grid {grid} has {name}s 0 to {size - 1}"
+            )
+
+
+def method_words(method: Method) -> str:
+    """The method and its own parameters, as a title."""
+    own = [f.name for f in fields(method) if f.init and f.name in type(method).__annotations__]
+    values = ((name, getattr(method, name)) for name in own)
+    return "  ".join(
+        [method.type, *(f"{name}={_word(value)}" for name, value in values if value is not None)]
+    )
+
+
+def _word(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _by(sides: Place) -> str:
+    return "x".join(map(str, sides))
+
+
+def _ascii(grid: TokenGrid) -> str:
+    before = f"{grid.text_before} text + " if grid.text_before else ""
+    after = f" + {grid.text_after} text" if grid.text_after else ""
+    return before + _by((grid.frames, grid.height, grid.width)) + after
+
+
+def _seen_by(mask: AttentionMask, query: Place) -> torch.Tensor:
+    """Bool `(tokens,)`: the keys that a token of the video sees."""
+    grid = mask.grid
+    frame, row, column = query
+    position = grid.video.start + (frame * grid.height + row) * grid.width + column
+    return mask.allowed(torch.tensor([position]), torch.arange(grid.tokens)).expand(grid.tokens)
+
+
+def _sampled(mask: AttentionMask, per_pixel: int) -> np.ndarray[Any, Any]:
+    """Share of the pairs that attend in each square of `per_pixel` tokens a side, 0 to 1.
+
+    All keys are looked at, and as many queries of each square, evenly spread, as time allows.
+    """
+    tokens = mask.grid.tokens
+    pixels = -(-tokens // per_pixel)
+    samples = max(1, min(per_pixel, _PAIRS // (pixels * tokens)))
+    start = torch.arange(0, tokens, per_pixel)
+    length = (tokens - start).clamp(max=per_pixel)
+    sample = 2 * torch.arange(samples) + 1
+    query = (start[:, None] + length[:, None] * sample // (2 * samples)).flatten()
+    key = torch.arange(tokens)
+    counts = []
+    for part in query.split(max(1, _PAIRS_AT_ONCE // tokens)):
+        seen = mask.allowed(part[:, None], key).expand(len(part), tokens)
+        seen = torch.nn.functional.pad(seen, (0, -tokens % per_pixel))
+        counts.append(seen.view(len(part), pixels, per_pixel).sum(2))
+    return (torch.cat(counts).view(pixels, samples, pixels).sum(1) / (samples * length)).numpy()
+
+
+def _shaded(density: np.ndarray[Any, Any]) -> Image:
+    """Colours from `NONE` to `ALL`; by the root, so that thin bands are seen."""
+    depth = np.sqrt(density)[..., None]
+    return np.asarray(np.rint(np.array(NONE) * (1 - depth) + np.array(ALL) * depth), np.uint8)
+
+
+def _states(layout: BlockLayout) -> np.ndarray[Any, Any]:
+    """(rows, columns): `EMPTY`, `PARTIAL` or `FULL`, of the first sample and head."""
+    # One column more takes the entries of the lists that mean nothing.
+    states = torch.full((layout.rows, layout.columns + 1), EMPTY, dtype=torch.uint8)
+    for name, state in (("full", FULL), ("partial", PARTIAL)):
+        count = getattr(layout, f"{name}_count")[0, 0].cpu()
+        index = getattr(layout, f"{name}_index")[0, 0].long().cpu()
+        meant = torch.arange(index.shape[1]) < count[:, None]
+        states.scatter_(1, index.where(meant, layout.columns), state)
+        states[:, layout.columns] = EMPTY
+    return states[:, : layout.columns].numpy()
+
+
+def _neighbourhood(mask: AttentionMask, query: Place, width: int) -> Image:
+    """The frames of a neighbourhood side by side, with what they show."""
+    grid = mask.grid
+    scale, columns = _sheet(grid, width)
+    cells = [
+        _stacked([_label(f"frame {number}", _FAINT, 0.4), image], gap=0)
+        for number, image in enumerate(frame_images(mask, query, scale))
+    ]
+    rows = [
+        _beside(*cells[start : start + columns], gap=_FRAME_GAP)
+        for start in range(0, grid.frames, columns)
+    ]
+    seen = _seen_by(mask, query)
+    caption = (
+        f"What the token at frame {query[0]}, row {query[1]}, column {query[2]} sees:"
+        f" {int(seen[grid.video].sum()):,} of {grid.video_tokens:,} tokens of the video"
+    )
+    text = grid.text_before + grid.text_after
+    if text:
+        seen_text = int(seen.sum() - seen[grid.video].sum())
+        caption += f", {seen_text:,} of {text:,} of the text"
+    legend = _legend([(QUERY, "the token"), (ALL, "seen"), (NONE, "not seen")], width)
+    return _stacked([_text(caption, width), *rows, legend])
+
+
+def _sheet(grid: TokenGrid, width: int) -> tuple[float, int]:
+    """Pixels per token, and frames in a row, at which all frames fit."""
+    sides = [*range(_LARGEST_TOKEN, 0, -1), *(1 / n for n in range(2, 65))]
+    for scale in sides:
+        frame_width = max(grid.width * scale, _FRAME_LABEL) + _FRAME_GAP
+        columns = int((width + _FRAME_GAP) // frame_width)
+        if columns:
+            rows = -(-grid.frames // columns)
+            if rows * (grid.height * scale + _LINE + _FRAME_GAP) <= _SHEET:
+                return scale, min(columns, grid.frames)
+    return scale, max(1, columns)
+
+
+def _enlarged(image: Image, scale: int) -> Image:
+    return image.repeat(scale, 0).repeat(scale, 1)
+
+
+def _blend_cross(image: Image, at: int, color: Color, strength: float) -> None:
+    """Draw a row and a column of pixels over an image."""
+    for line in (image[at], image[:, at]):
+        line[:] = np.rint(line * (1 - strength) + np.array(color) * strength)
+
+
+def _ramp_legend(width: int, grid: TokenGrid) -> Image:
+    """The shades of `mask_image`, and what its lines mean."""
+    ramp = _shaded(np.linspace(0, 1, 140)[None].repeat(12, 0))
+    entries = [_label("pairs that attend: none"), ramp, _label("all")]
+    if grid.frames > 1:
+        entries += [_swatch(FRAME_LINE), _label("latent frames")]
+    if grid.tokens > grid.video_tokens:
+        entries += [_swatch(TEXT_LINE), _label("text")]
+    return _row(entries, width)
+
+
+def _legend(entries: list[tuple[Color, str]], width: int) -> Image:
+    parts = [part for color, name in entries for part in (_swatch(color), _label(name))]
+    return _row(parts, width)
+
+
+def _swatch(color: Color) -> Image:
+    swatch = np.empty((12, 18, 3), np.uint8)
+    swatch[:] = color
+    return swatch
+
+
+def _row(parts: list[Image], width: int) -> Image:
+    """Parts side by side, centred in height."""
+    row = _blank(_LINE, width)
+    left = 0
+    for part in parts:
+        top = (_LINE - part.shape[0]) // 2
+        end = min(left + part.shape[1], width)
+        row[top : top + part.shape[0], left:end] = part[:, : end - left]
+        left = end + 8
+    return row
+
+
+def _label(words: str, color: Color = _INK, scale: float = 0.45) -> Image:
+    """One line of text, as wide as it is."""
+    import cv2
+
+    font = cv2.FONT_HERSHEY_SIMPLEX
+    label = _blank(_LINE, cv2.getTextSize(words, font, scale, 1)[0][0])
+    cv2.putText(label, words, (0, int(_LINE * 0.7)), font, scale, color, 1, cv2.LINE_AA)
+    return label
+
+
+def _text(words: str, width: int, color: Color = _INK, scale: float = 0.5) -> Image:
+    """Lines of text, broken to fit a width."""
+    import cv2
+
+    font = cv2.FONT_HERSHEY_SIMPLEX
+    letter = cv2.getTextSize("n" * 50, font, scale, 1)[0][0] / 50
+    lines = textwrap.wrap(words, max(8, int(width / letter)))
+    height = math.ceil(_LINE * max(1.0, scale / 0.5))
+    image = _blank(height * len(lines), width)
+    for number, line in enumerate(lines):
+        base = (0, number * height + int(height * 0.7))
+        cv2.putText(image, line, base, font, scale, color, 1, cv2.LINE_AA)
+    return image
+
+
+def _blank(height: int, width: int) -> Image:
+    image = np.empty((height, width, 3), np.uint8)
+    image[:] = _PAPER
+    return image
+
+
+def _stacked(parts: list[Image], gap: int = 6) -> Image:
+    width = max(part.shape[1] for part in parts)
+    image = _blank(sum(part.shape[0] + gap for part in parts) - gap, width)
+    top = 0
+    for part in parts:
+        image[top : top + part.shape[0], : part.shape[1]] = part
+        top += part.shape[0] + gap
+    return image
+
+
+def _beside(*parts: Image, gap: int = _GAP) -> Image:
+    """Parts side by side; each but the last takes the width of the widest."""
+    return _stacked([part.swapaxes(0, 1) for part in parts], gap).swapaxes(0, 1)
+
+
+def _framed(image: Image) -> Image:
+    framed = _blank(image.shape[0] + 2 * _GAP, image.shape[1] + 2 * _GAP)
+    framed[_GAP:-_GAP, _GAP:-_GAP] = image
+    return framed

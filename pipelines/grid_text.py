@@ -1,0 +1,51 @@
+"""Grids and places in them as the command line writes them."""
+
+import re
+from typing import TYPE_CHECKING
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from diffattn import TokenGrid
+
+_NUMBER = r"\d{1,9}"
+_GRID = re.compile(
+    rf"(?:(?P<before>{_NUMBER})\+)?"
+    rf"(?:(?P<frames>{_NUMBER})x)?(?P<height>{_NUMBER})x(?P<width>{_NUMBER})"
+    rf"(?:\+(?P<after>{_NUMBER}))?"
+)
+_PLACE = re.compile(rf"({_NUMBER}),({_NUMBER}),({_NUMBER})")
+
+
+def read_grid(text: str) -> "TokenGrid":
+    """Read ``21x30x52``, ``64x64`` (one frame), ``21x30x52+256`` or ``512+64x64`` (with text)."""
+    from diffattn import TokenGrid
+
+    match = _GRID.fullmatch(re.sub(r"\s", "", text).lower())
+    if match is None:
+        raise UserError(
+            f"--grid must be frames x height x width in tokens, such as 21x30x52, with text tokens "
+            f"before or after it as in 512+64x64 and 21x30x52+256, not {text!r}"
+        )
+    sizes = {name: int(value) for name, value in match.groupdict(default="0").items()}
+    try:
+        return TokenGrid(
+            frames=1 if match["frames"] is None else sizes["frames"],
+            height=sizes["height"],
+            width=sizes["width"],
+            text_before=sizes["before"],
+            text_after=sizes["after"],
+        )
+    except ValueError as error:
+        raise UserError(f"--grid {text}: {error}") from None
+
+
+def read_place(text: str) -> tuple[int, int, int]:
+    """Read the frame, row and column of a token, ``10,15,26``."""
+    match = _PLACE.fullmatch(re.sub(r"\s", "", text))
+    if match is None:
+        raise UserError(
+            f"--query must be a token's frame, row and column, such as 10,15,26, not {text!r}"
+        )
+    frame, row, column = (int(place) for place in match.groups())
+    return frame, row, column

@@ -1,0 +1,155 @@
+"""``diffattn plan``: what a method costs, as a table or as JSON."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .attention_settings import make_method, read_arguments
+from .errors import UserError
+from .grid_text import read_grid
+from .loading import find_model, read_defaults
+from .request import BUNDLED_MODEL, option
+
+if TYPE_CHECKING:
+    from diffattn import Plan
+
+_FROM_MODEL = ("height", "width", "num_frames", "steps")
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the command line says."""
+
+    method: str
+    arguments: tuple[str, ...]
+    """Each --arg, as "name=value"."""
+    model: str | None
+    grid: str | None
+    numbers: Mapping[str, int | None]
+    """Arguments of :func:`diffattn.plan`."""
+
+
+def plan_lines(options: PlanOptions, as_json: bool) -> Iterator[str]:
+    """Plan, and return the lines to print."""
+    result = make_plan(options)
+    if as_json:
+        yield json.dumps(result.to_dict(), indent=2)
+    else:
+        yield from _table(result)
+
+
+def make_plan(options: PlanOptions) -> "Plan":
+    """Return the plan of the options; bad ones are refused in the library's own words."""
+    import diffattn
+
+    if (options.model is None) == (options.grid is None):
+        raise UserError("give exactly one of --model and --grid")
+    arguments = read_arguments(options.arguments, "--arg", "--method")
+    method = make_method({"type": options.method} | arguments)
+    numbers = dict(options.numbers)
+    for name, value in numbers.items():
+        least = 0 if name == "text" else 1
+        if value is not None and value < least:
+            raise UserError(
+                f"{option(name)} must be a whole number of at least {least}, not {value}"
+            )
+    target: diffattn.TokenGrid | str | Path
+    if options.grid is not None:
+        target = read_grid(options.grid)
+    else:
+        assert options.model is not None
+        target = options.model
+        if target == BUNDLED_MODEL or Path(target).expanduser().is_dir():
+            target = Path(find_model(target) if target == BUNDLED_MODEL else target).expanduser()
+            _fill(numbers, options.model, target)
+    try:
+        return diffattn.plan(target, method, **numbers)
+    except ValueError as error:
+        raise UserError(error) from None
+
+
+def _fill(numbers: dict[str, int | None], model: str, folder: Path) -> None:
+    """Take what the user left out from what the folder's model recommends."""
+    defaults = read_defaults(model, folder)
+    defaults["steps"] = defaults.get("num_inference_steps")
+    for name in _FROM_MODEL:
+        if numbers[name] is None:
+            numbers[name] = defaults.get(name)
+
+
+def _table(plan: "Plan") -> Iterator[str]:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in _rows(plan):
+        table.add_row(name, value)
+    console = Console(markup=False, highlight=False, width=100)
+    with console.capture() as capture:
+        console.print(table)
+    yield from (line.rstrip() for line in capture.get().splitlines())
+
+
+def _rows(plan: "Plan") -> Iterator[tuple[str, str]]:
+    from diffattn.draw import method_words
+
+    yield "method", method_words(plan.method)
+    if plan.model is not None:
+        yield "model", plan.model
+    yield "grid", f"{plan.grid}, {plan.tokens:,} tokens"
+    yield "attention", f"{plan.layers} x {plan.heads} heads of {plan.head_dim}"
+    yield "token density", f"{plan.density:.2%}"
+    tiles = "" if plan.tile is None else f" ({'x'.join(map(str, plan.tile))} tiles)"
+    yield "blocks", f"{plan.blocks:,} of {plan.block_size} tokens{tiles}"
+    yield (
+        "visited blocks",
+        f"{plan.visited_blocks:,} ({plan.block_density:.2%}):"
+        f" {plan.full_blocks:,} full, {plan.partial_blocks:,} partial",
+    )
+    yield "worst query block", f"visits {plan.worst_blocks:,} of {plan.columns:,} key blocks"
+    yield "layout", f"{plan.layout_bytes / 2**10:,.0f} KiB"
+    yield "block-sparse", _block_sparse(plan)
+    yield (
+        "FLOPs of a layer",
+        f"{_flops(plan.dense_flops)} dense, {_flops(plan.sparse_flops)} sparse",
+    )
+    yield (
+        "FLOPs of a forward",
+        f"{_flops(plan.dense_forward_flops)} dense, {_flops(plan.sparse_forward_flops)} sparse"
+        f" ({plan.dense_layers} of {plan.layers} layers stay dense)",
+    )
+    if plan.linear_flops is not None and plan.attention_share is not None:
+        yield (
+            "other layers",
+            f"{_flops(plan.linear_flops)}; attention is {plan.attention_share:.1%} of the time",
+        )
+    if plan.steps is not None:
+        yield "dense steps", f"{plan.dense_steps} of {plan.steps}"
+        yield "attention of a run", f"{plan.run_density:.1%} of dense"
+    yield (
+        "speed-up at most",
+        f"{plan.attention_speedup:.2f}x of a sparse attention ({plan.flop_speedup:.2f}x by tokens)"
+        + ("" if plan.model_speedup is None else f", {plan.model_speedup:.2f}x of the whole model"),
+    )
+
+
+def _block_sparse(plan: "Plan") -> str:
+    if plan.is_block_sparse:
+        return "yes: no block needs a mask"
+    if plan.method.type != "gna":
+        return "no"
+    best = plan.nearest_block_sparse
+    if best is None:
+        return "no; in whole tiles of this grid only dense attention is"
+    nearest = (f"{name}={','.join(map(str, getattr(best, name)))}" for name in ("window", "stride"))
+    return f"no; the nearest setting that is: {' '.join(nearest)}"
+
+
+def _flops(count: float) -> str:
+    """FLOPs as people write them."""
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if count >= size:
+            return f"{count / size:.4g} {unit}FLOP"
+    return f"{count:.4g} FLOP"
