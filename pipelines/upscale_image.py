@@ -1,0 +1,104 @@
+"""A Flux picture at sizes beyond the trained one: enlarged, noised and denoised, size by size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from diffattn import Method
+
+# Of the public code of CLEAR (arXiv 2412.16112). It switches off the shift that grows with the
+# size; what remains is the one that Flux's scheduler comes with.
+SHIFT = 3.0
+STRENGTH = 0.7
+STEPS = 20
+GUIDANCE = 7.5
+NTK_FACTOR = 10
+RADIUS = 16
+
+
+def upscale_flux(
+    pipe: Any,
+    image: Image,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    method: Method | None = None,
+    strength: float = STRENGTH,
+    steps: int = STEPS,
+    guidance_scale: float = GUIDANCE,
+    **call: Any,
+) -> Image:
+    """Enlarge a picture in one or several steps, each of which draws its details anew (SDEdit).
+
+    The pipeline stays as it is: what is changed for the time of the call is put back.
+
+    Args:
+        pipe: a `FluxPipeline`.
+        image: the picture, made at a size that the model was trained on.
+        sizes: height and width of each step in pixels; doubling is recommended.
+        method: what its transformer attends by. By default what is attached to it, or, where
+            nothing is, CLEAR with the scale and the position embedding for large sizes.
+        strength: share of the denoising steps that is done, at the end of them.
+        steps: denoising steps that it is a share of.
+        guidance_scale: the distilled guidance.
+        call: more arguments of diffusers' `FluxImg2ImgPipeline`: `prompt`, `generator`, ...
+
+    Raises:
+        UserError: if the pipeline is no Flux, or a size none that it can make.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
+    from PIL.Image import Resampling
+
+    from diffattn import CLEARAttn, set_attn_processor
+    from diffattn.attached_model import attached_to
+    from diffattn.models import size_rules
+
+    if not isinstance(pipe, FluxPipeline):
+        raise UserError(f"only Flux can be upscaled like this, not {type(pipe).__name__}")
+    if not sizes:
+        raise UserError("sizes is empty: give the height and the width of at least one step")
+    for height, width in sizes:
+        try:
+            size_rules(pipe).check(height, width, 1)
+        except ValueError as error:
+            raise UserError(error) from None
+    keeps_method = attached_to(pipe.transformer) is not None
+    if keeps_method and method is not None:
+        raise UserError(
+            "method is given, but the pipeline's transformer has one attached already: leave it"
+            " out, or call set_attn_processor(None) before"
+        )
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+        pipe.scheduler.config, use_dynamic_shifting=False, shift=SHIFT
+    )
+    refining = FluxImg2ImgPipeline(**(pipe.components | {"scheduler": scheduler}))
+    refining.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    vae, was_tiling = pipe.vae, pipe.vae.use_tiling
+    if not keeps_method:
+        chosen = method or CLEARAttn(
+            radius=RADIUS, proportional_attention=True, ntk_factor=NTK_FACTOR
+        )
+        set_attn_processor(refining, chosen)
+    try:
+        # The picture is encoded and decoded at a size at which it would not fit into memory whole.
+        vae.enable_tiling()
+        for height, width in sizes:
+            image = refining(
+                image=image.resize((width, height), Resampling.LANCZOS),
+                height=height,
+                width=width,
+                strength=strength,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                **call,
+            ).images[0]
+    finally:
+        vae.use_tiling = was_tiling
+        if not keeps_method:
+            set_attn_processor(refining, None)
+    return image
