@@ -1,0 +1,290 @@
+"""``diffattn plan`` and ``diffattn mask``."""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+import cv2
+import numpy as np
+import pytest
+
+from diffattn import GNAAttn, Method, TokenGrid, draw, plan
+from diffattn.methods import METHODS, from_dict
+from diffattn.pipelines.grid_text import read_grid, read_place
+
+GNA = ["--method", "gna", "--arg", "window=2,5,5"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByContent(Method):
+    """A method whose token pairs depend on the tokens."""
+
+    type: ClassVar[str] = "by-content"
+
+    def for_model(self, family, grid=None):
+        return self
+
+    def attend(self, query, key, value, site, *, scale=None, key_mask=None):
+        raise AssertionError("nothing attends here")
+
+
+@pytest.fixture
+def by_content(monkeypatch):
+    monkeypatch.setitem(METHODS, "by-content", ByContent)
+
+
+@pytest.fixture
+def mask(diffattn, tmp_path, monkeypatch):
+    """Run ``diffattn mask`` inside ``tmp_path``; bad input leaves nothing there."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        before = set(tmp_path.rglob("*"))
+        result = diffattn("mask", *arguments)
+        if result.code:
+            assert set(tmp_path.rglob("*")) == before
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("text", "grid"),
+    [
+        ("21x30x52", TokenGrid(21, 30, 52)),
+        ("64x48", TokenGrid(1, 64, 48)),
+        ("21x30x52+256", TokenGrid(21, 30, 52, 0, 256)),
+        ("512+64x64", TokenGrid(1, 64, 64, 512, 0)),
+        (" 3 X 4 x 5 + 1 ", TokenGrid(3, 4, 5, 0, 1)),
+    ],
+)
+def test_grids_as_they_are_written(text, grid):
+    assert read_grid(text) == grid
+
+
+def test_places_as_they_are_written():
+    assert read_place("10, 0,26") == (10, 0, 26)
+
+
+class TestPlan:
+    def test_a_grid(self, diffattn):
+        result = diffattn("plan", *GNA, "--grid", "3x7x9+5", "--heads", 2, "--head-dim", 64,
+                          "--layers", 3, "--steps", 10)  # fmt: skip
+        assert result.code == 0
+        assert result.err == ""
+        wanted = plan(
+            TokenGrid(3, 7, 9, 0, 5), GNAAttn(window=(2, 5, 5)), heads=2, head_dim=64, layers=3,
+            steps=10,
+        )  # fmt: skip
+        rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in result.out.splitlines())
+        assert rows["method"] == draw.method_words(wanted.method)
+        assert rows["grid"] == "3x7x9+5 text, 194 tokens"
+        assert rows["attention"] == "3 x 2 heads of 64"
+        assert rows["token density"] == f"{wanted.density:.2%}"
+        assert rows["blocks"].startswith(f"{wanted.blocks} of 16 tokens (")
+        assert rows["visited blocks"] == (
+            f"{wanted.visited_blocks} ({wanted.block_density:.2%}):"
+            f" {wanted.full_blocks} full, {wanted.partial_blocks} partial"
+        )
+        assert rows["worst query block"] == f"visits {wanted.worst_blocks} of 13 key blocks"
+        assert rows["FLOPs of a layer"].startswith(f"{wanted.dense_flops / 1e6:.4g} MFLOP dense, ")
+        assert "0 of 3 layers stay dense" in rows["FLOPs of a forward"]
+        assert rows["dense steps"] == f"{wanted.dense_steps} of 10"
+        assert rows["speed-up at most"].startswith(f"{wanted.attention_speedup:.2f}x of a sparse")
+        assert rows["block-sparse"] == "no; in whole tiles of this grid only dense attention is"
+        assert "model" not in rows
+        assert "other layers" not in rows
+
+    def test_a_published_model(self, diffattn):
+        result = diffattn("plan", "--model", "Wan-AI/Wan2.1-T2V-1.3B")
+        assert result.code == 0
+        assert "Wan-AI/Wan2.1-T2V-1.3B\n" in result.out
+        assert re.search(r"FLOPs of a forward +197\.8 TFLOP dense, .* \(1 of 30 layers", result.out)
+        assert re.search(r"other layers +85\.16 TFLOP; attention is 72\.7% of the", result.out)
+        assert re.search(r"x of the whole model$", result.out, re.MULTILINE)
+
+    def test_the_nearest_block_sparse_setting(self, diffattn):
+        options = ["--grid", "4x16x16", "--method", "gna", "--arg"]
+        out = diffattn("plan", *options, "window=2,8,8").out
+        setting = re.search(r"nearest setting that is: (window=\S+) (stride=\S+)$", out, re.M)
+        again = diffattn("plan", *options, setting[1], "--arg", setting[2]).out
+        assert re.search(r"block-sparse +yes: no block needs a mask", again)
+
+    def test_other_methods_say_no_more_than_no(self, diffattn):
+        out = diffattn("plan", "--grid", "4x16x16", "--arg", "rule=paper").out
+        assert re.search(r"^block-sparse +no$", out, re.MULTILINE)
+
+    def test_json(self, diffattn):
+        result = diffattn("plan", *GNA, "--grid", "3x7x9", "--json")
+        read = json.loads(result.out)
+        assert from_dict(read["method"]).window == (2, 5, 5)
+        assert read == json.loads(
+            json.dumps(plan(TokenGrid(3, 7, 9), GNAAttn(window=(2, 5, 5))).to_dict())
+        )
+
+    def test_sizes_of_a_model(self, diffattn):
+        result = diffattn(
+            "plan", "--model", "genmo/mochi-1-preview", "--height", 480, "--width", 848,
+            "--num-frames", 7, "--text", 3, "--steps", 8, "--json",
+        )  # fmt: skip
+        read = json.loads(result.out)
+        assert TokenGrid(**read["grid"]) == TokenGrid(2, 30, 53, 0, 3)
+        assert read["steps"] == 8
+
+    def test_the_bundled_model_and_its_own_sizes(self, diffattn):
+        from diffattn.samples.moving_shapes.clips import FRAMES, SIZE
+        from diffattn.samples.moving_shapes.evaluate import Sampling
+
+        read = json.loads(diffattn("plan", "--model", "moving-shapes", "--json").out)
+        tokens = read["tokens"]
+        assert tokens == read["grid"]["frames"] * read["grid"]["height"] * read["grid"]["width"]
+        assert read["steps"] == Sampling.steps
+        assert FRAMES % read["grid"]["frames"] == SIZE % read["grid"]["height"] == 0
+        shorter = diffattn("plan", "--model", "moving-shapes", "--num-frames", 5, "--json")
+        assert json.loads(shorter.out)["grid"]["frames"] == 5
+
+    def test_a_folder(self, diffattn, tiny_wan):
+        result = diffattn("plan", "--model", tiny_wan, "--height", 32, "--width", 48,
+                          "--num-frames", 5, "--json")  # fmt: skip
+        read = json.loads(result.out)
+        assert TokenGrid(**read["grid"]) == TokenGrid(2, 2, 3)
+        assert (read["heads"], read["head_dim"], read["layers"]) == (2, 16, 2)
+        assert read["steps"] is None
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ([], "give exactly one of --model and --grid"),
+            (
+                ["--grid", "2x2x2", "--model", "moving-shapes"],
+                "give exactly one of --model and --grid",
+            ),
+            (["--grid", "2x2x2", "--method", "nothing"], "unknown method 'nothing': choose from"),
+            (["--grid", "2x2x2", "--arg", "sink"], "--arg takes name=value, not 'sink'"),
+            (
+                ["--grid", "2x2x2", "--arg", "type=gna"],
+                "--arg cannot change the method; use --method",
+            ),
+            (["--grid", "2x2x2", "--arg", "sunk=1"], "radial has no parameter 'sunk': did you"),
+            (["--grid", "2x2x2", "--height", "4"], "height cannot be given here: a token grid"),
+            (["--grid", "2x2x2", "--heads", "0"], "--heads must be a whole number of at least 1"),
+            (["--model", "moving-shapes", "--text", "-1"], "--text must be a whole number of at l"),
+            (["--model", "moving-shapes", "--heads", "3"], "heads cannot be given here: the model"),
+            (["--model", "no/such"], "'no/such' is neither a folder nor a model whose shape is"),
+            (
+                ["--model", "Wan-AI/Wan2.1-T2V-14B", "--height", "7"],
+                "height is 7, but this model needs a multiple of 16: try 16",
+            ),
+            (["--grid", "2x2x2", "--method", "by-content"], "by-content has no mask that the gri"),
+            (
+                ["--grid", "2x4x4", "--method", "gna", "--arg", "window=3", "--arg", "dilation=2"],
+                "dilation along frames is 2, but a window of 2 on an axis of 2 tokens",
+            ),
+        ],
+    )
+    def test_bad_input(self, diffattn, by_content, options, message):
+        assert diffattn("plan", *options).error.startswith(message)
+
+    def test_a_folder_of_no_pipeline(self, diffattn, tmp_path):
+        error = diffattn("plan", "--model", tmp_path).error
+        assert error.startswith(
+            f"{tmp_path} is no diffusers pipeline: there is no model_index.json"
+        )
+
+
+class TestMask:
+    def test_figures_and_picture(self, mask, tmp_path):
+        result = mask(*GNA, "--grid", "3x7x9+5", "-o", "there/small.png", "--query", "2,3,4")
+        assert result.code == 0
+        lines = result.out.splitlines()
+        method, grid = GNAAttn(window=(2, 5, 5)), TokenGrid(3, 7, 9, 0, 5)
+        wanted = plan(grid, method)
+        assert lines[0] == "3x7x9+5 text: 194 tokens"
+        assert lines[1] == f"density: {wanted.density:.4%} of the token pairs attend"
+        assert lines[2] == (
+            f"blocks: {wanted.visited_blocks} of {wanted.blocks} visited"
+            f" ({wanted.block_density:.2%}), {wanted.full_blocks} full and"
+            f" {wanted.partial_blocks} partial, of {wanted.block_size} tokens"
+        )
+        assert re.fullmatch(r"built in \d+\.\d\d s, \d+\.\d MiB", lines[3])
+        assert lines[4] == "there/small.png"
+        assert [path.name for path in (tmp_path / "there").iterdir()] == ["small.png"]
+        image = cv2.imread(str(tmp_path / "there" / "small.png"))[..., ::-1]
+        assert np.array_equal(image, draw.picture(method, grid, (2, 3, 4)))
+
+    def test_without_a_name_or_a_query(self, mask, tmp_path):
+        assert mask("--grid", "2x3x4", "--method", "dense").out.splitlines()[-1] == "mask.png"
+        image = cv2.imread(str(tmp_path / "mask.png"))[..., ::-1]
+        marked = draw.picture(METHODS["dense"](), TokenGrid(2, 3, 4), (1, 1, 2))
+        assert np.array_equal(image, marked)
+
+    def test_it_overwrites(self, mask, tmp_path):
+        (tmp_path / "mask.png").write_text("old")
+        assert mask("--grid", "2x3x4").code == 0
+        assert cv2.imread(str(tmp_path / "mask.png")) is not None
+
+    @pytest.mark.parametrize(
+        "grid", ["", "21", "21x30x52x3", "axbxc", "21x30x", "2.5x3x4", "-1x3x4", "1+2x3x4+x"]
+    )
+    def test_bad_grids(self, mask, grid):
+        error = mask(f"--grid={grid}").error
+        assert error.startswith(
+            "--grid must be frames x height x width in tokens, such as 21x30x52"
+        )
+        assert error.endswith(f"not {grid!r}")
+
+    def test_a_grid_of_nothing(self, mask):
+        message = "--grid 0x3x4: frames is 0, but a grid needs at least 1"
+        assert mask("--grid", "0x3x4").error == message
+
+    def test_a_grid_too_large(self, mask):
+        error = mask("--grid", "9999x999x999").error
+        assert error.startswith("the grid 9999x999x999 has 9979011999 tokens, but at most 2097152")
+
+    @pytest.mark.parametrize("query", ["1", "1,2", "a,b,c", "1,2,3,4", "-1,0,0", ""])
+    def test_bad_queries(self, mask, query):
+        error = mask("--grid", "2x3x4", f"--query={query}").error
+        assert error == (
+            f"--query must be a token's frame, row and column, such as 10,15,26, not {query!r}"
+        )
+
+    def test_a_query_outside_the_grid(self, mask):
+        error = mask("--grid", "2x3x4", "--query", "1,3,0").error
+        assert error == "the query's row is 3, but the grid 2x3x4 has rows 0 to 2"
+
+    def test_methods_without_a_mask(self, mask, by_content):
+        error = mask("--grid", "2x3x4", "--method", "by-content").error
+        assert error.startswith("by-content has no mask that the grid alone decides: its token pai")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--method", "gno"], "unknown method 'gno': did you mean gna?"),
+            (["--arg", "sink"], "--arg takes name=value, not 'sink'"),
+            (["--method", "gna", "--arg", "window=1"], "window is 1, but must be an integer of at"),
+            (
+                ["--method", "gna", "--arg", "window=3", "--arg", "dilation=2"],
+                "dilation along frames is 2, but a window of 2 on an axis of 2 tokens allows only",
+            ),
+        ],
+    )
+    def test_bad_methods(self, mask, options, message):
+        assert mask("--grid", "2x3x4", *options).error.startswith(message)
+
+    def test_a_grid_is_needed(self, mask):
+        assert "Missing option '--grid'" in mask().error
+
+    def test_outputs_that_cannot_be_written(self, mask, tmp_path):
+        (tmp_path / "folder.png").mkdir()
+        (tmp_path / "file").write_text("")
+        error = mask("--grid", "2x3x4", "-o", "mask.jpg").error
+        assert error == "-o mask.jpg: pictures of masks are PNG files; use a name that ends .png"
+        error = mask("--grid", "2x3x4", "-o", "folder.png").error
+        assert error == "cannot write folder.png: it is a folder"
+        assert mask("--grid", "2x3x4", "-o", "file/mask.png").error.startswith(
+            "cannot write to file: "
+        )
+        assert mask("--grid", "2x3x4", "-o", "/proc/nowhere/mask.png").error.startswith(
+            "cannot write to /proc/nowhere: "
+        )
