@@ -1,0 +1,17 @@
+"""The command line, and the pipelines that are more than a method in a stock pipeline."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .freeswim import FreeSwimPipeline
+
+__all__ = ["FreeSwimPipeline"]
+
+
+def __getattr__(name: str) -> Any:
+    # It imports torch, which the command line does not do before it must.
+    if name == "FreeSwimPipeline":
+        from .freeswim import FreeSwimPipeline
+
+        return FreeSwimPipeline
+    raise AttributeError(f"module 'diffattn.pipelines' has no attribute {name!r}")
