@@ -16,7 +16,7 @@ import torch
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask, allowed_pairs
-from diffattn.methods.base import Method, StaticMaskMethod
+from diffattn.methods.base import Method, StaticMaskMethod, is_mask_alone
 from diffattn.schedule import resolve_steps
 
 if TYPE_CHECKING:
@@ -62,13 +62,14 @@ def picture(method: StaticMaskMethod, grid: TokenGrid, query: Place | None = Non
     tiles = "" if order is None else f" ({_by(order.tile)} tiles)"
     visited = layout.full_blocks + layout.partial_blocks
     density = allowed_pairs(layout) / grid.tokens**2
+    beside = "" if is_mask_alone(fitted) else " Keys besides the tokens' own are not shown."
     width = 2 * _PANEL + _GAP
     title = _stacked(
         [
             _text(method_words(fitted), width, scale=0.7),
             _text(
                 f"grid {_ascii(grid)}: {grid.tokens:,} tokens. {density:.2%} of the token pairs"
-                f" attend.",
+                f" attend.{beside}",
                 width,
             ),
             _text(

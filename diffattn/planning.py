@@ -14,7 +14,7 @@ import torch
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import allowed_pairs
-from diffattn.methods.base import Method, StaticMaskMethod, nearest
+from diffattn.methods.base import Method, StaticMaskMethod, is_mask_alone, nearest
 from diffattn.methods.gna import GNAAttn, Tile, nearest_block_sparse
 from diffattn.models.base import SizeRules
 from diffattn.models.published import PUBLISHED, ModelShape, published_shape
@@ -213,8 +213,8 @@ def plan(
 
     Raises:
         ValueError: if the model is not known, cannot make the size, or is described by a grid and
-            by sizes at once; if the method does not fit the grid, or its token pairs depend on more
-            than the grid.
+            by sizes at once; if the method does not fit the grid, its token pairs depend on more
+            than the grid, or it does more than attend under its mask.
     """
     attention = {"heads": heads, "head_dim": head_dim, "layers": layers}
     size = {"height": height, "width": width, "num_frames": num_frames, "text": text}
@@ -275,6 +275,11 @@ def _plan(grid: TokenGrid, method: Method, shape: ModelShape, model: str | None)
         raise ValueError(
             f"{method.type} has no mask that the grid alone decides: its token pairs depend on what"
             f" the tokens hold, and cannot be planned"
+        )
+    if not is_mask_alone(fitted):
+        raise ValueError(
+            f"{method.type} with these parameters does more than attend under its mask, as with"
+            f" keys besides the tokens' own, and that is not counted here"
         )
     order = fitted.order(grid)
     layout = fitted.layout(grid, torch.device("cpu"), order)

@@ -64,6 +64,7 @@ def _figures(method: "StaticMaskMethod", grid: "TokenGrid") -> Iterator[str]:
     import torch
 
     from diffattn.mask import allowed_pairs
+    from diffattn.methods.base import is_mask_alone
 
     start = time.perf_counter()
     layout = method.layout(grid, torch.device("cpu"), method.order(grid))
@@ -71,11 +72,13 @@ def _figures(method: "StaticMaskMethod", grid: "TokenGrid") -> Iterator[str]:
     visited = layout.full_blocks + layout.partial_blocks
     yield f"{grid}: {grid.tokens} tokens"
     yield f"density: {allowed_pairs(layout) / grid.tokens**2:.4%} of the token pairs attend"
+    if not is_mask_alone(method):
+        yield "note: keys besides the tokens' own are neither counted nor drawn"
     yield (
         f"blocks: {visited} of {layout.rows * layout.columns} visited ({layout.density:.2%}), "
         f"{layout.full_blocks} full and {layout.partial_blocks} partial, of {layout.block_q} tokens"
     )
-    yield f"built in {seconds:.2f} s, {layout.nbytes / 2**20:.1f} MiB"
+    yield f"built in {seconds:.2f} s, {layout.nbytes / 2**10:,.0f} KiB"
 
 
 def _check_output(output: Path) -> None:

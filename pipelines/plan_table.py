@@ -137,7 +137,8 @@ def _rows(plan: "Plan") -> Iterator[tuple[str, str]]:
 
 def _block_sparse(plan: "Plan") -> str:
     if plan.is_block_sparse:
-        return "yes: no block needs a mask"
+        but = " but those with text or at the end" if plan.partial_blocks else ""
+        return f"yes: no block needs a mask{but}"
     if plan.method.type != "gna":
         return "no"
     best = plan.nearest_block_sparse

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffattn import AttentionMask, DenseAttn, GNAAttn, RadialAttn, TokenGrid, draw, plan
+from diffattn import AttentionMask, CLEARAttn, DenseAttn, GNAAttn, RadialAttn, TokenGrid, draw, plan
 
 SMALL = TokenGrid(3, 4, 5, 2, 3)
 METHOD = GNAAttn(window=(3, 3, 2))
@@ -213,6 +213,16 @@ class TestPicture:
         # What it says is right all the same: a query sees its own frame.
         assert color(image, 5, 3) == draw.ALL
         assert color(image, 5, 100) == draw.NONE
+
+    def test_keys_that_are_no_tokens_are_mentioned(self, monkeypatch):
+        grid = TokenGrid(1, 8, 8)
+        written, write = [], draw._text
+        monkeypatch.setattr(draw, "_text", lambda *a, **k: written.append(a[0]) or write(*a, **k))
+        alone, more = (CLEARAttn(radius=2, down_factor=factor) for factor in (1, 4))
+        draw.picture(alone, grid)
+        assert not any("besides" in words for words in written)
+        draw.picture(more, grid)
+        assert any("Keys besides the tokens' own are not shown." in words for words in written)
 
     def test_png(self):
         image = draw.picture(METHOD, SMALL)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import diffattn
-from diffattn import DenseAttn, GNAAttn, Method, RadialAttn, TokenGrid, plan
+from diffattn import CLEARAttn, DenseAttn, GNAAttn, Method, RadialAttn, TokenGrid, plan
 from diffattn.models.published import PUBLISHED
 from diffattn.simulator import count_tiles
 
@@ -509,6 +509,11 @@ class TestRefusals:
     def test_methods_without_a_mask_of_the_grids(self):
         with pytest.raises(ValueError, match="by-content has no mask that the grid alone decides"):
             plan(self.GRID, ByContent())
+
+    def test_methods_that_are_more_than_their_mask(self):
+        assert plan(TokenGrid(1, 8, 8), CLEARAttn(radius=2)).density < 1
+        with pytest.raises(ValueError, match="clear with these parameters does more than attend"):
+            plan(TokenGrid(1, 8, 8), CLEARAttn(radius=2, down_factor=4))
 
     def test_a_method_that_does_not_fit(self):
         with pytest.raises(ValueError, match="dilation along frames is 2, but a window of 2"):

@@ -111,6 +111,11 @@ class TestPlan:
         again = diffattn("plan", *options, setting[1], "--arg", setting[2]).out
         assert re.search(r"block-sparse +yes: no block needs a mask", again)
 
+    def test_text_and_ends_need_masks(self, diffattn):
+        options = ["--grid", "77+4x16x16", "--method", "gna", "--arg", "window=4,8,8"]
+        out = diffattn("plan", *options, "--arg", "stride=4,8,8").out
+        assert "yes: no block needs a mask but those with text or at the end\n" in out
+
     def test_other_methods_say_no_more_than_no(self, diffattn):
         out = diffattn("plan", "--grid", "4x16x16", "--arg", "rule=paper").out
         assert re.search(r"^block-sparse +no$", out, re.MULTILINE)
@@ -207,11 +212,17 @@ class TestMask:
             f" ({wanted.block_density:.2%}), {wanted.full_blocks} full and"
             f" {wanted.partial_blocks} partial, of {wanted.block_size} tokens"
         )
-        assert re.fullmatch(r"built in \d+\.\d\d s, \d+\.\d MiB", lines[3])
+        assert re.fullmatch(r"built in \d+\.\d\d s, [\d,]+ KiB", lines[3])
         assert lines[4] == "there/small.png"
         assert [path.name for path in (tmp_path / "there").iterdir()] == ["small.png"]
         image = cv2.imread(str(tmp_path / "there" / "small.png"))[..., ::-1]
         assert np.array_equal(image, draw.picture(method, grid, (2, 3, 4)))
+
+    def test_keys_that_are_no_tokens_are_mentioned(self, mask):
+        note = "note: keys besides the tokens' own are neither counted nor drawn"
+        options = ["--grid", "8x8", "--method", "clear", "--arg", "radius=2"]
+        assert note not in mask(*options).out
+        assert note in mask(*options, "--arg", "down_factor=4").out.splitlines()
 
     def test_without_a_name_or_a_query(self, mask, tmp_path):
         assert mask("--grid", "2x3x4", "--method", "dense").out.splitlines()[-1] == "mask.png"
