@@ -1,6 +1,6 @@
 """Compiles every shipped Triton kernel for GPUs that need not be there, and prints what came out.
 
-    python tests/kernels/compile_configurations.py [--arch 80 90 ...]
+    python tests/kernels/compile_configurations.py [--arch 80 90 ...] [--all]
 
 The launch code itself is run, on a driver that knows its target but cannot load a kernel: what is
 compiled is what a launch would compile, with its tiles, its constants and its alignments. Exits
@@ -40,8 +40,6 @@ SHARED_MEMORY = {
     120: 99 * 1024,
 }
 DEFAULT_ARCHITECTURES = (80, 90, 100)
-# float32 has one table of tiles and no matrix units: compiling it is slow, and alike on all chips.
-FLOAT32_ARCHITECTURE = 80
 HEADS = 2
 BLOCKS_PER_SIDE = 2
 
@@ -82,20 +80,32 @@ class Case:
         )  # fmt: skip
 
 
-# Every entry of the tables of tiles, with and without what needs a mask, and every constant that a
-# kernel is compiled for, once.
-CASES = (
+# Every entry of the tables of tiles for 16-bit inputs, with and without what needs a mask.
+ENTRIES = (
     *(Case(head_dim, torch.bfloat16) for head_dim in (64, 128, 256)),
     *(Case(head_dim, torch.float16, key_mask=True) for head_dim in (64, 128, 256)),
+)
+# Every other constant that a kernel is compiled for.
+CONSTANTS = (
     *(Case(head_dim, torch.bfloat16, 64, 64) for head_dim in (64, 128)),
     *(Case(head_dim, torch.bfloat16, partial=False) for head_dim in (64, 128, 256)),
     Case(80, torch.bfloat16),
     Case(128, torch.bfloat16, partial=False, ragged=False),
     Case(128, torch.bfloat16, 256, 64, partial=False),
     Case(32, torch.bfloat16, 16, 256),
+)
+# One table of tiles for all chips, and no matrix units: slow to compile.
+FLOAT32 = (
     *(Case(head_dim, torch.float32) for head_dim in (64, 128, 256)),
     *(Case(head_dim, torch.float32, key_mask=True) for head_dim in (64, 128, 256)),
 )
+
+
+def cases(arch: int, everything: bool) -> tuple[Case, ...]:
+    """What to compile for an architecture: by default nothing twice that is alike on another."""
+    if everything or arch == 80:
+        return ENTRIES + CONSTANTS + FLOAT32
+    return ENTRIES + CONSTANTS if arch == 90 else ENTRIES
 
 
 def launches(case: Case, arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -182,13 +192,11 @@ def resources(kernel: Any, arch: int) -> Resources:
     )
 
 
-def check(arch: int) -> tuple[int, list[str]]:
+def check(arch: int, everything: bool = False) -> tuple[int, list[str]]:
     """Compile everything for one architecture; how many kernels there were, and what is wrong."""
     problems: list[str] = []
     seen: set[str] = set()
-    for case in CASES:
-        if case.dtype == torch.float32 and arch != FLOAT32_ARCHITECTURE:
-            continue
+    for case in cases(arch, everything):
         for name, launch in launches(case, arch):
             label = f"sm_{arch} {name:<16} {case!s:<42}"
             try:
@@ -222,9 +230,11 @@ def main() -> int:
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=SHARED_MEMORY, default=DEFAULT_ARCHITECTURES
     )
+    parser.add_argument("--all", action="store_true", help="every case on every architecture")
+    arguments = parser.parse_args()
     problems = []
-    for arch in parser.parse_args().arch:
-        count, found = check(arch)
+    for arch in arguments.arch:
+        count, found = check(arch, arguments.all)
         problems += found
         print(f"sm_{arch}: {count} kernels with Triton {triton.__version__}")
     for problem in problems:
