@@ -7,12 +7,19 @@ PROMPT ?= a red circle moving right on a blue background
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint types benchmark gpu-test gpu-benchmark
+.PHONY: demo upscale test lint types benchmark gpu-test gpu-benchmark
 
 demo: $(INSTALLED)
 	mkdir -p $(dir $(OUTPUT))
 	HF_HUB_OFFLINE=1 $(BIN)/diffattn generate "$(PROMPT)" --attn radial --output $(OUTPUT)
 	@echo "The video is at $(abspath $(OUTPUT))"
+
+# Shorter than the defaults, for a CPU.
+upscale: $(INSTALLED)
+	mkdir -p outputs
+	HF_HUB_OFFLINE=1 $(BIN)/diffattn upscale "$(PROMPT)" --num-frames 8 --base-steps 8 \
+		--steps 6 --strength 0.6 --output outputs/upscale.mp4
+	@echo "The video is at $(abspath outputs/upscale.mp4)"
 
 test: $(INSTALLED)
 	$(BIN)/pytest

@@ -172,6 +172,84 @@ def generate(
 
 
 @app.command()
+def upscale(
+    prompt: Annotated[str, typer.Argument(help="What the video shows.")],
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="As in generate; it is overwritten."),
+    ] = None,
+    input: Annotated[
+        Path | None,
+        typer.Option(help="Video file to start from (default: one made at the model's own size)."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="Folder or hub id of a pipeline of Wan.")
+    ] = BUNDLED_MODEL,
+    preset: Annotated[str | None, typer.Option(metavar="1080p|1440p|2160p")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels (default: twice as many).")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels (default: twice as many).")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Default: the model's.")] = None,
+    base_height: Annotated[int | None, typer.Option(help="The model's own size.")] = None,
+    base_width: Annotated[int | None, typer.Option(help="The model's own size.")] = None,
+    base_steps: Annotated[int | None, typer.Option(help="Default: the model's.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="At the large size, before strength (default: the model's).")
+    ] = None,
+    strength: Annotated[float, typer.Option(help="How much is made anew, up to 1.")] = 0.7,
+    cache_steps: Annotated[
+        int, typer.Option(help="All tokens guide every so many steps; the others reuse it.")
+    ] = 2,
+    store: Annotated[
+        str, typer.Option(metavar="device|cpu|pinned", help="Where guidance waits to be reused.")
+    ] = "device",
+    interpolation: Annotated[
+        str, typer.Option(metavar="nearest|bilinear|bicubic|lanczos")
+    ] = "bilinear",
+    flow_shift: Annotated[float, typer.Option(help="Noise schedule at the large size.")] = 9.0,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    fps: Annotated[
+        float | None, typer.Option(help="Of the file (default: the input's or the model's).")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES))] = None,
+    device: Annotated[str | None, typer.Option(help="As in generate.")] = None,
+    offload: Annotated[str, typer.Option(metavar="|".join(OFFLOADS))] = "none",
+) -> None:
+    """Make a video beyond the model's own size by FreeSwim, from a prompt or a video."""
+    from .request import Request
+    from .upscale import UpscaleSettings
+    from .upscale import upscale as make_large
+
+    request = Request(
+        prompt,
+        model=model,
+        height=base_height,
+        width=base_width,
+        num_frames=num_frames,
+        steps=base_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        fps=fps,
+        dtype=dtype,
+        device=device,
+        offload=offload,
+    )
+    settings = UpscaleSettings(
+        input=input,
+        preset=preset,
+        height=height,
+        width=width,
+        steps=steps,
+        strength=strength,
+        cache_steps=cache_steps,
+        store=store,
+        interpolation=interpolation,
+        flow_shift=flow_shift,
+    )
+    make_large(request, settings, output, _say)
+
+
+@app.command()
 def methods() -> None:
     """List the attention methods with their parameters."""
     from .listing import method_lines

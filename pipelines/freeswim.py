@@ -300,11 +300,17 @@ class FreeSwimPipeline:
 
     def _encode(self, frames: np.ndarray) -> torch.Tensor:
         vae, device = self.pipe.vae, self.pipe._execution_device
+        stride = self.pipe.vae_scale_factor_temporal
+        wanted = (frames.shape[1] - 1) // stride + 1
+        # The encoder takes one frame and then fours, also where it keeps every frame, and leaves
+        # out what is no whole four. It is causal: what follows a frame does not change it.
+        missing = -(frames.shape[1] - 1) % 4
+        frames = np.pad(frames, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)), mode="edge")
         pixels = torch.from_numpy(frames).permute(0, 4, 1, 2, 3) * 2 - 1
         clips = [clip[None].to(device, vae.dtype) for clip in pixels]
         latents = torch.cat([vae.encode(clip).latent_dist.mode() for clip in clips]).float()
         mean, std = self._statistics(latents)
-        return (latents - mean) / std
+        return ((latents - mean) / std)[:, :, :wanted]
 
     def _decode(self, latents: torch.Tensor) -> np.ndarray:
         mean, std = self._statistics(latents)

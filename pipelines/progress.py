@@ -62,6 +62,7 @@ class _Loop:
         self._show = show
 
     def __enter__(self) -> "_Loop":
+        self._done = 0
         self._start = self._last = clock()
         self._show(0, self._total, 0.0)
         return self
@@ -70,7 +71,8 @@ class _Loop:
         now = clock()
         self._times.step_seconds.append((now - self._last) / steps)
         self._last = now
-        self._show(len(self._times.step_seconds), self._total, self._times.step_seconds[-1])
+        self._done += 1
+        self._show(self._done, self._total, self._times.step_seconds[-1])
 
     def __exit__(
         self,

@@ -1,0 +1,174 @@
+"""``diffattn upscale``: a video by FreeSwim beyond the model's own size, from start to file."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import RunInterruptedError, UserError, one_line
+from .loading import LoadedModel, load_model
+from .machine import describe_device, quiet_libraries
+from .outputs import Outputs, check_outputs, on_disk, plan_outputs, staged
+from .progress import clock, watched
+from .request import Request
+from .sidecar import versions
+from .sizing import complete
+from .video import write_video
+
+_FORMAT = 1
+_DEFAULT_STEPS = 50
+
+
+@dataclass(frozen=True)
+class UpscaleSettings:
+    """Every setting of a run beyond those of the base video; ``None`` leaves it to the model."""
+
+    input: Path | None
+    """A video to start from instead of the base generation."""
+    preset: str | None
+    height: int | None
+    width: int | None
+    steps: int | None
+    strength: float
+    cache_steps: int
+    store: str
+    interpolation: str
+    flow_shift: float
+
+
+def upscale(
+    request: Request, settings: UpscaleSettings, output: str | None, say: Callable[[str], None]
+) -> Path:
+    """Make one large video.
+
+    Args:
+        request: the prompt, the model, where it runs, and the base video.
+        settings: how it is made large.
+        output: the file or folder that the user named.
+        say: takes lines for the user.
+
+    Returns:
+        The video written.
+
+    Raises:
+        RunInterruptedError: on Ctrl-C; nothing is written then.
+    """
+    (outputs,) = plan_outputs(output, (request.prompt,), several=False)
+    inputs = [] if settings.input is None else [settings.input]
+    check_outputs([outputs], False, request.fps, inputs)
+    video, fps = (None, None) if settings.input is None else read_video(settings.input)
+    kept: list[Path] = []
+    try:
+        quiet_libraries()
+        loaded = load_model(request)
+        full = complete(request, loaded)
+        if request.fps is None and fps is not None:
+            full = dataclasses.replace(full, fps=fps)
+        _make(full, settings, video, loaded, outputs, kept, say)
+    except KeyboardInterrupt:
+        raise RunInterruptedError(kept) from None
+    return kept[0]
+
+
+def read_video(path: Path) -> tuple[np.ndarray, float | None]:
+    """Read a video file: frames (count, height, width, 3), uint8, and how many a second."""
+    import imageio.v3 as iio
+
+    if not path.is_file():
+        raise UserError(f"there is no video file {path}")
+    try:
+        frames = np.asarray(iio.imread(path, plugin="FFMPEG"))
+        fps = iio.immeta(path, plugin="FFMPEG").get("fps")
+    except Exception as error:  # whatever the plugin raises for what is no video
+        raise UserError(f"cannot read {path} as a video: {one_line(error)}") from None
+    if frames.ndim != 4 or not len(frames):
+        raise UserError(f"cannot read {path} as a video: it has no frames")
+    return frames, fps
+
+
+def _make(
+    request: Request,
+    settings: UpscaleSettings,
+    video: np.ndarray | None,
+    loaded: LoadedModel,
+    outputs: Outputs,
+    kept: list[Path],
+    say: Callable[[str], None],
+) -> None:
+    import torch
+
+    from .freeswim import FreeSwimPipeline
+
+    assert request.fps is not None
+    # A complete request has them all.
+    assert request.num_frames is not None
+    assert request.height is not None
+    assert request.width is not None
+    assert request.steps is not None
+    assert request.guidance_scale is not None
+    length = "max_sequence_length"
+    extra = {length: loaded.defaults[length]} if length in loaded.defaults else {}
+    # A generator on the CPU gives the same noise whatever the device.
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    choices: dict[str, Any] = dataclasses.asdict(settings)
+    del choices["input"]
+    steps = choices.pop("steps")
+    if steps is None:
+        steps = loaded.defaults.get("num_inference_steps", _DEFAULT_STEPS)
+    start = clock()
+    try:
+        with watched(loaded.pipe, "upscale") as times:
+            out = FreeSwimPipeline(loaded.pipe)(
+                request.prompt,
+                video=video,
+                num_frames=request.num_frames,
+                base_height=request.height,
+                base_width=request.width,
+                base_steps=request.steps,
+                num_inference_steps=steps,
+                guidance_scale=request.guidance_scale,
+                generator=generator,
+                say=say,
+                **choices,
+                **extra,
+            )
+    except ValueError as error:
+        raise UserError(error) from None
+    seconds = clock() - start
+    frames = out.frames[0]
+    if not np.isfinite(frames).all():
+        raise UserError(
+            f"the model gave NaN in {loaded.dtype}: try --dtype float32 or --dtype bfloat16"
+        )
+    pixels = (frames * 255).round().clip(0, 255).astype(np.uint8)
+    shown = dataclasses.asdict(settings) | {"steps": steps}
+    shown["input"] = None if settings.input is None else str(settings.input)
+    record = {
+        "diffattn_upscale_record": _FORMAT,
+        "base": request.to_dict() | {"attention": {"type": "dense"}},
+        "settings": shown,
+        "versions": versions(),
+        "files": {"video": outputs.video.name},
+        "device": describe_device(loaded.device),
+        "frames": list(pixels.shape[:3]),
+        "steps": out.steps,
+        "guide_steps": out.guide_steps,
+        "store_bytes": out.store_bytes,
+        "timings": {
+            "total_seconds": round(seconds, 4),
+            # Those of the base video come before.
+            "step_seconds": [
+                round(s, 4) for s in times.step_seconds[len(times.step_seconds) - out.steps :]
+            ],
+        },
+    }
+    with staged(outputs, kept) as folder:
+        write_video(folder / outputs.video.name, pixels, request.fps)
+        text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
+        (folder / outputs.sidecar.name).write_text(text + "\n", "utf-8")
+    count, height, width = pixels.shape[:3]
+    say(f"{on_disk(outputs.video)}: {count} frames {width}x{height}, {seconds:.1f} s")

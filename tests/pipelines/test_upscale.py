@@ -1,0 +1,77 @@
+"""Runs of ``diffattn upscale`` on a tiny pipeline."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+
+from diffattn.pipelines.video import write_video
+
+BASE = ["--base-height", "32", "--base-width", "48", "--num-frames", "5", "--base-steps", "1"]
+
+
+@pytest.fixture
+def upscale(diffattn, tiny_wan: Path, tmp_path: Path, monkeypatch) -> Callable:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object):
+        return diffattn("upscale", "a circle", "--model", tiny_wan, *BASE, "--steps", 3, *arguments)
+
+    return run
+
+
+def test_from_a_prompt(upscale, tmp_path, record):
+    result = upscale("-o", "out.mp4", "--height", 60)
+    assert result.code == 0, result.err
+    assert iio.imread(tmp_path / "out.mp4", plugin="FFMPEG").shape == (5, 64, 96, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.mp4"]
+    lines = result.out.splitlines()
+    assert lines[0] == "48x32 to 96x64 (asked for 90x60), 5 frames"
+    assert lines[1].startswith("2 steps, 1 of them guided by all tokens; 0.0 MiB (device)")
+    assert lines[-1].startswith("out.mp4: 5 frames 96x64, ")
+    written = record("out.json")
+    assert written["settings"]["height"] == 60
+    assert written["frames"] == [5, 64, 96]
+    assert (written["steps"], written["guide_steps"]) == (2, 1)
+    assert written["store_bytes"] == 2 * 48 * 32 * 4
+
+
+def test_from_a_video_with_its_rate(upscale, tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (7, 32, 48, 3), np.uint8)
+    write_video(tmp_path / "in.mp4", frames, 12)
+    result = upscale("--input", "in.mp4", "-o", "out.mp4")
+    assert result.code == 0, result.err
+    # Four frames a latent and one: two are left out.
+    assert iio.imread(tmp_path / "out.mp4", plugin="FFMPEG").shape == (5, 64, 96, 3)
+    assert iio.immeta(tmp_path / "out.mp4", plugin="FFMPEG")["fps"] == 12
+
+
+def test_the_seed_decides(upscale, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert upscale("-o", f"{name}.png", "--seed", seed).code == 0
+    a, b, c = (iio.imread(tmp_path / name / "frame_0002.png") for name in "abc")
+    assert (a == b).all()
+    assert (a != c).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "none.mp4"], "there is no video file none.mp4"),
+        (["--input", "text.mp4"], "cannot read text.mp4 as a video: "),
+        (["--input", "out.mp4"], "-o out.mp4 would overwrite out.mp4, which is read here"),
+        (["--preset", "8k"], "preset is '8k', but must be one of 1080p, 1440p, 2160p"),
+        (["--strength", "2"], "strength is 2.0, but must be above 0 and up to 1"),
+        (["--cache-steps", "0"], "cache_steps is 0, but must be at least 1"),
+        (["--store", "disk"], "store is 'disk', but must be one of device, cpu, pinned"),
+        (["--interpolation", "x"], "interpolation is 'x', but must be one of nearest, bilinear"),
+        (["--steps", "0"], "num_inference_steps is 0, but must be at least 1"),
+        (["--base-height", "30"], "height is 30, but this model needs a multiple of 16"),
+    ],
+)
+def test_bad_input_is_one_line(upscale, tmp_path, arguments, message):
+    (tmp_path / "text.mp4").write_text("no video")
+    assert message in upscale("-o", "out.mp4", *arguments).error
+    assert [path.name for path in tmp_path.iterdir()] == ["text.mp4"]
