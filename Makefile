@@ -14,11 +14,11 @@ demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/diffattn generate "$(PROMPT)" --attn radial --output $(OUTPUT)
 	@echo "The video is at $(abspath $(OUTPUT))"
 
-# Shorter than the defaults, for a CPU.
+# Shorter than the defaults, for a CPU, and milder: this small model loses its shapes otherwise.
 upscale: $(INSTALLED)
 	mkdir -p outputs
-	HF_HUB_OFFLINE=1 $(BIN)/diffattn upscale "$(PROMPT)" --num-frames 8 --base-steps 8 \
-		--steps 6 --strength 0.6 --output outputs/upscale.mp4
+	HF_HUB_OFFLINE=1 $(BIN)/diffattn upscale "$(PROMPT)" --num-frames 8 --base-steps 10 \
+		--steps 10 --strength 0.3 --flow-shift 3 --output outputs/upscale.mp4
 	@echo "The video is at $(abspath outputs/upscale.mp4)"
 
 test: $(INSTALLED)
