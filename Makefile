@@ -2,6 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 OUTPUT ?= outputs/demo.mp4
+TEST_PROCESSES ?= 2
 PROMPT ?= a red circle moving right on a blue background
 
 BIN = $(VENV)/bin
@@ -21,8 +22,10 @@ upscale: $(INSTALLED)
 		--steps 10 --strength 0.3 --flow-shift 3 --output outputs/upscale.mp4
 	@echo "The video is at $(abspath outputs/upscale.mp4)"
 
+# A process per core with a thread each: tests are small, and threads of two tests get in each
+# other's way.
 test: $(INSTALLED)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
