@@ -15,7 +15,8 @@ demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/diffattn generate "$(PROMPT)" --attn radial --output $(OUTPUT)
 	@echo "The video is at $(abspath $(OUTPUT))"
 
-# Shorter than the defaults, for a CPU, and milder: this small model loses its shapes otherwise.
+# Shorter than the defaults, for a CPU, and milder: at twice its size this small model loses its shapes,
+# under dense attention too.
 upscale: $(INSTALLED)
 	mkdir -p outputs
 	HF_HUB_OFFLINE=1 $(BIN)/diffattn upscale "$(PROMPT)" --num-frames 8 --base-steps 10 \

@@ -206,6 +206,9 @@ def upscale(
         str, typer.Option(metavar="nearest|bilinear|bicubic|lanczos")
     ] = "bilinear",
     flow_shift: Annotated[float, typer.Option(help="Noise schedule at the large size.")] = 9.0,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="At the large size (default: the model's, or the paper's).")
+    ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     fps: Annotated[
@@ -245,6 +248,7 @@ def upscale(
         store=store,
         interpolation=interpolation,
         flow_shift=flow_shift,
+        negative_prompt=negative_prompt,
     )
     make_large(request, settings, output, _say)
 

@@ -177,6 +177,8 @@ def _bundled_defaults() -> dict[str, Any]:
         "num_frames": FRAMES,
         "num_inference_steps": Sampling.steps,
         "guidance_scale": Sampling.guidance,
+        # It knows the words of its captions only.
+        "negative_prompt": "",
         "fps": 8,
     }
 

@@ -38,6 +38,7 @@ class UpscaleSettings:
     store: str
     interpolation: str
     flow_shift: float
+    negative_prompt: str | None
 
 
 def upscale(
@@ -101,7 +102,7 @@ def _make(
 ) -> None:
     import torch
 
-    from .freeswim import FreeSwimPipeline
+    from .freeswim import NEGATIVE_PROMPT, FreeSwimPipeline
 
     assert request.fps is not None
     # A complete request has them all.
@@ -119,6 +120,8 @@ def _make(
     steps = choices.pop("steps")
     if steps is None:
         steps = loaded.defaults.get("num_inference_steps", _DEFAULT_STEPS)
+    if choices["negative_prompt"] is None:
+        choices["negative_prompt"] = loaded.defaults.get("negative_prompt", NEGATIVE_PROMPT)
     start = clock()
     try:
         with watched(loaded.pipe, "upscale") as times:
@@ -145,7 +148,10 @@ def _make(
             f"the model gave NaN in {loaded.dtype}: try --dtype float32 or --dtype bfloat16"
         )
     pixels = (frames * 255).round().clip(0, 255).astype(np.uint8)
-    shown = dataclasses.asdict(settings) | {"steps": steps}
+    shown = dataclasses.asdict(settings) | {
+        "steps": steps,
+        "negative_prompt": choices["negative_prompt"],
+    }
     shown["input"] = None if settings.input is None else str(settings.input)
     record = {
         "diffattn_upscale_record": _FORMAT,

@@ -7,7 +7,11 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
+from diffattn.pipelines.freeswim import NEGATIVE_PROMPT
+from diffattn.pipelines.loading import read_defaults
+from diffattn.pipelines.request import BUNDLED_MODEL
 from diffattn.pipelines.video import write_video
+from diffattn.samples.moving_shapes import MODEL_DIR
 
 BASE = ["--base-height", "32", "--base-width", "48", "--num-frames", "5", "--base-steps", "1"]
 
@@ -46,6 +50,15 @@ def test_from_a_video_with_its_rate(upscale, tmp_path):
     # Four frames a latent and one: two are left out.
     assert iio.imread(tmp_path / "out.mp4", plugin="FFMPEG").shape == (5, 64, 96, 3)
     assert iio.immeta(tmp_path / "out.mp4", plugin="FFMPEG")["fps"] == 12
+
+
+def test_what_to_avoid_is_the_papers_the_models_or_ones_own(upscale, tmp_path, record):
+    small = ["--strength", "0.4", "--guidance-scale", "3"]
+    assert upscale("-o", "a.mp4", *small).code == 0
+    assert upscale("-o", "b.mp4", *small, "--negative-prompt", "a square").code == 0
+    assert record("a.json")["settings"]["negative_prompt"] == NEGATIVE_PROMPT
+    assert record("b.json")["settings"]["negative_prompt"] == "a square"
+    assert read_defaults(BUNDLED_MODEL, MODEL_DIR)["negative_prompt"] == ""
 
 
 def test_the_seed_decides(upscale, tmp_path):
