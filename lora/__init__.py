@@ -1,0 +1,1 @@
+"""Adapting a pipeline to the sparse attention it runs under, by LoRA."""
