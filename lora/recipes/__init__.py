@@ -1,1 +1,43 @@
-"""How each model family is trained."""
+"""How each model family is trained, one module each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from diffattn.lora.recipes.base import Recipe
+from diffattn.lora.recipes.wan import wan_recipe
+from diffattn.models import denoisers, family_of
+
+RECIPES: dict[str, Callable[[Any, str, int | None], Recipe]] = {
+    "wan": wan_recipe,
+}
+
+
+def recipe_for(pipe: Any, denoiser: str | None = None, text_length: int | None = None) -> Recipe:
+    """How a pipeline's denoiser is trained.
+
+    Args:
+        pipe: a text-to-video or text-to-image pipeline of diffusers.
+        denoiser: the name of the component to train; the first where there are two experts.
+        text_length: tokens that prompts are padded to; what the pipeline's call does when None.
+
+    Raises:
+        ValueError: if the pipeline's family has no recipe (names those that have), the model is
+            conditioned on more than text, the scheduler is missing or is none of the family's, or
+            there is no such denoiser.
+    """
+    models = denoisers(pipe)
+    name = next(iter(models)) if denoiser is None else denoiser
+    if name not in models:
+        raise ValueError(f"denoiser is {name!r}, but {type(pipe).__name__} has {', '.join(models)}")
+    family = family_of(models[name])
+    if family.name not in RECIPES:
+        raise ValueError(
+            f"there is no training recipe for {family.title}; there are recipes for"
+            f" {', '.join(RECIPES)}"
+        )
+    return RECIPES[family.name](pipe, name, text_length)
+
+
+__all__ = ["RECIPES", "Recipe", "recipe_for"]

@@ -1,0 +1,99 @@
+"""How noise is put on latents, how much of it, and what a model is to predict of the mixture."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+Prediction = Literal["flow", "epsilon", "v_prediction"]
+
+
+def prediction_of(scheduler: Any) -> Prediction:
+    """What a pipeline's scheduler takes a model's output for.
+
+    Raises:
+        ValueError: if there is no scheduler, or it takes another kind of output.
+    """
+    config = getattr(scheduler, "config", None)
+    if config is None:
+        raise ValueError(
+            "the model has no scheduler, whose configuration says what the model predicts: load the"
+            " whole pipeline, its scheduler folder included"
+        )
+    name = type(scheduler).__name__
+    if "FlowMatch" in name:
+        return "flow"
+    kind = config.get("prediction_type", "epsilon")
+    if kind == "flow_prediction":
+        return "flow"
+    if kind not in get_args(Prediction):
+        raise ValueError(
+            f"the prediction_type of {name} is {kind!r}, but training knows flow_prediction,"
+            f" epsilon and v_prediction"
+        )
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"{name} has no alphas_cumprod, which say how much noise a timestep of {kind} has"
+        )
+    return kind
+
+
+def default_shift(scheduler: Any) -> float:
+    """The time shift of a flow scheduler.
+
+    It is 1 where the shift depends on the number of tokens, as in the published trainers of Flux.
+    """
+    config = scheduler.config
+    if config.get("use_dynamic_shifting", False):
+        return 1.0
+    return float(config.get("shift", config.get("flow_shift", 1.0)))
+
+
+def sample_levels(
+    batch: int, generator: torch.Generator, shift: float, bounds: tuple[float, float]
+) -> Tensor:
+    """Draw noise levels from the shifted logit-normal distribution between two bounds.
+
+    A level is `shift * u / (1 + (shift - 1) * u)` where u is the sigmoid of a normal number, given
+    that it falls between the bounds.
+
+    Args:
+        batch: how many.
+        generator: on the device that the levels are to be on; one number of it is used for each.
+        shift: above 1 favours strong noise.
+        bounds: lowest and highest level, 0 <= low < high <= 1.
+
+    Returns:
+        float32 (batch,).
+    """
+    # The shift adds its logarithm to the logit of u, so that bounds on the level are bounds on the
+    # normal number. float64: near 1, steps of float32 are coarse.
+    edges = torch.tensor(bounds, dtype=torch.float64, device=generator.device)
+    low, high = torch.special.ndtr(edges.logit() - torch.tensor(shift).double().log()).unbind()
+    even = torch.rand(batch, generator=generator, device=generator.device, dtype=torch.float64)
+    # The ends themselves would be infinite.
+    place = (low + (high - low) * even).clamp(1e-12, 1 - 1e-12)
+    normal = torch.special.ndtri(place)
+    return torch.sigmoid(normal + torch.tensor(shift).double().log()).float()
+
+
+def mix(latents: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
+    """Latents at noise levels (batch,): 0 is clean, 1 is noise alone."""
+    level = _spread(levels, latents)
+    return (1 - level) * latents + level * noise
+
+
+def amplitudes(scheduler: Any, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Amplitude of the signal and of the noise at timesteps (batch,), to multiply `like` with.
+
+    Their squares add up to 1, whatever scaling the scheduler itself uses while sampling.
+    """
+    kept = scheduler.alphas_cumprod.to(times.device)[times]
+    return _spread(kept.sqrt(), like), _spread((1 - kept).sqrt(), like)
+
+
+def _spread(values: Tensor, like: Tensor) -> Tensor:
+    shape = (-1, *(1 for _ in like.shape[1:]))
+    return values.view(shape).to(like.device, like.dtype)
