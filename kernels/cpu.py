@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from .checks import LayoutTensors, check_inputs, check_layout
-from .row_attention import RowAttention, pick_row_attention
-from .row_plan import RowGroup, RowPlan, cached_row_plan
+from .row_attention import RowAttention, RowBias, pick_row_attention
+from .row_plan import RowGroup, RowPlan, cached_row_plan, find_blind
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -309,7 +309,7 @@ def _in_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
 def _parts(chunk: _HeadChunk, group: RowGroup, attention: RowAttention) -> Iterator[slice]:
     """A row in parts, where something of the size of its scores would be too large."""
     step = group.queries
-    if attention.keeps_scores or group.partial is not None:
+    if attention.keeps_scores or group.masks is not None:
         keys = chunk.keys_values.shape[1] * len(group.starts) * group.keys
         step = max(_SCORES_PER_CHUNK // keys, _MIN_ROWS)
     for start in range(0, group.queries, step):
@@ -333,15 +333,16 @@ def _fill(group: RowGroup, x: torch.Tensor, value: float) -> None:
         x[:, start : start + group.queries] = value
 
 
-def _bias(plan: RowPlan, chunk: _HeadChunk, group: RowGroup, part: slice) -> torch.Tensor | None:
-    """`(rows, queries | 1, keys)`: -inf where a key is hidden, 0 elsewhere; None where none is."""
+def _bias(plan: RowPlan, chunk: _HeadChunk, group: RowGroup, part: slice) -> RowBias | None:
+    """What the layout and the key mask hide from part of each row."""
     bias = plan.bias(group, part, chunk.keys_values.dtype)
     if chunk.bias is None:
         return bias
     by_key_mask = group.gather(chunk.bias).transpose(1, 2)
-    if bias is not None:
-        return bias + by_key_mask
-    return by_key_mask if by_key_mask.amin() < 0 else None
+    if bias is None and by_key_mask.amin() == 0:
+        return None
+    scores = by_key_mask if bias is None else bias.scores + by_key_mask
+    return RowBias(scores, find_blind(scores))
 
 
 def _plan(

@@ -2,12 +2,12 @@
 
 Two forms of the same thing, chosen by what the CPU is fast at. All tensors are `(heads, rows,
 queries or keys, head_dim)` of one sample, and each of `rows` is an attention of its own; the last
-dimension of k and v is contiguous. `bias` is `(rows, queries | 1, keys)` in the same dtype: -inf
-where a key is hidden, 0 elsewhere; None where nothing is.
+dimension of k and v is contiguous. `bias` is None where no key is hidden.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -20,6 +20,20 @@ _PROBES = 16
 _SMALLEST_WEIGHT = 1e-30  # of smaller ones too few bits may be left
 
 
+@dataclass(frozen=True)
+class RowBias:
+    """What hides keys from queries.
+
+    Attributes:
+        scores: `(rows, queries | 1, keys)` in the dtype of q: -inf where a key is hidden, 0
+            elsewhere; the last dimension is contiguous.
+        blind: bool `(rows, queries | 1)`: queries that all keys are hidden from; None if none is.
+    """
+
+    scores: torch.Tensor
+    blind: torch.Tensor | None
+
+
 class RowAttention(Protocol):
     """Forward and backward of one group of rows."""
 
@@ -30,7 +44,7 @@ class RowAttention(Protocol):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        bias: torch.Tensor | None,
+        bias: RowBias | None,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`out` like q, and `lse` `(heads, rows, queries)` in accumulation precision."""
@@ -43,7 +57,7 @@ class RowAttention(Protocol):
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
-        bias: torch.Tensor | None,
+        bias: RowBias | None,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of q, k, v from those of `out` and `lse`."""
@@ -65,12 +79,12 @@ class FlashRows:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        bias: torch.Tensor | None,
+        bias: RowBias | None,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = _flash(_unit_stride(q), k, v, attn_mask=_attn_mask(bias), scale=scale)
-        if bias is not None:
-            lse = lse.masked_fill(_sees_nothing(bias), -torch.inf)  # the fused op says 0
+        if bias is not None and bias.blind is not None:
+            lse = lse.masked_fill(bias.blind, -torch.inf)  # the fused op says 0
         return out, lse
 
     def backward(
@@ -81,7 +95,7 @@ class FlashRows:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
-        bias: torch.Tensor | None,
+        bias: RowBias | None,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         grad_out, grad_lse = grad
@@ -92,7 +106,7 @@ class FlashRows:
             q, k, v = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, v))
             grad_out = torch.nn.functional.pad(grad_out, (0, 1), value=1)
             out = torch.cat([out, -grad_lse[..., None].to(out.dtype)], -1)
-        if bias is not None:
+        if bias is not None and bias.blind is not None:
             # exp(-inf - 0) is the 0 that a row without keys needs.
             lse = lse.masked_fill(lse == -torch.inf, 0)
         grads = _flash_backward(
@@ -116,7 +130,7 @@ class MatmulRows:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        bias: torch.Tensor | None,
+        bias: RowBias | None,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scores = _scores(q.contiguous(), k, bias, scale)
@@ -131,7 +145,7 @@ class MatmulRows:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
-        bias: torch.Tensor | None,
+        bias: RowBias | None,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         grad_out, grad_lse = grad
@@ -154,14 +168,9 @@ def _unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _attn_mask(bias: torch.Tensor | None) -> torch.Tensor | None:
+def _attn_mask(bias: RowBias | None) -> torch.Tensor | None:
     """In four dimensions the fused op takes one for all heads, or for all queries."""
-    return None if bias is None else bias[None]
-
-
-def _sees_nothing(bias: torch.Tensor) -> torch.Tensor:
-    """Bool `(rows, queries | 1)`."""
-    return bias.amax(-1) == -torch.inf
+    return None if bias is None else bias.scores[None]
 
 
 def _matmul(a: torch.Tensor, b: torch.Tensor, scale: float = 1) -> torch.Tensor:
@@ -171,19 +180,15 @@ def _matmul(a: torch.Tensor, b: torch.Tensor, scale: float = 1) -> torch.Tensor:
     return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out).unflatten(0, batch)
 
 
-def _scores(
-    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, scale: float
-) -> torch.Tensor:
+def _scores(q: torch.Tensor, k: torch.Tensor, bias: RowBias | None, scale: float) -> torch.Tensor:
     scores = _matmul(q, k.mT, scale)
-    return scores if bias is None else scores.add_(bias)
+    return scores if bias is None else scores.add_(bias.scores)
 
 
-def _softmax(scores: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _softmax(scores: torch.Tensor, bias: RowBias | None) -> torch.Tensor:
     weights = torch.softmax(scores, -1)
-    if bias is not None:
-        sees_nothing = _sees_nothing(bias)
-        if sees_nothing.any():
-            weights.masked_fill_(sees_nothing[..., None], 0)
+    if bias is not None and bias.blind is not None:
+        weights.masked_fill_(bias.blind[..., None], 0)
     return weights
 
 

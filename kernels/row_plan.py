@@ -9,6 +9,7 @@ import torch
 
 from .checks import LayoutTensors
 from .layout_cache import LayoutCache
+from .row_attention import RowBias
 
 # Expanded bit masks are kept when they are small: a static local pattern has a few dozen distinct
 # ones, a random token mask may have one per block.
@@ -31,8 +32,9 @@ class RowGroup:
         keys: visited keys per row.
         blocks: int64 `(rows * blocks per row,)`, the visited key blocks, ascending in each row.
         run: the visited keys as (start, stop) if there is one row and they have no gap.
-        partial: int64 `(3, partial)`: row, position among the row's blocks, and row of the bit
-            masks of each partial block; None when there are none.
+        masks: int64, like `blocks`: which of the plan's bit masks each block has, the last one
+            where it is full; None when all are.
+        may_be_blind: whether there is a row without a full block.
     """
 
     starts: tuple[int, ...]
@@ -40,7 +42,8 @@ class RowGroup:
     keys: int
     blocks: torch.Tensor
     run: tuple[int, int] | None
-    partial: torch.Tensor | None
+    masks: torch.Tensor | None
+    may_be_blind: bool
 
     def gather(self, packed: torch.Tensor) -> torch.Tensor:
         """The visited keys of `(..., columns, block_kv, n)` as `(..., rows, keys, n)`."""
@@ -67,7 +70,7 @@ class RowPlan:
 
     Attributes:
         groups: `groups[b][h]` is a tuple of `RowGroup`, for batch|1 and heads|1.
-        bit_masks: int32 `(masks, block_q, words)` as in the layout.
+        bit_masks: int32 `(block_q, masks + 1, words)`: those of the layout, and one of all bits.
         block_kv: tokens per key block.
     """
 
@@ -76,29 +79,35 @@ class RowPlan:
     block_kv: int
     _tables: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, repr=False)
 
-    def bias(self, group: RowGroup, part: slice, dtype: torch.dtype) -> torch.Tensor | None:
-        """Additive mask of some of the queries of each row, by their place in it.
-
-        Returns:
-            `(rows, queries, keys)`, -inf where a key is hidden and 0 elsewhere; None if none is.
-        """
-        if group.partial is None:
+    def bias(self, group: RowGroup, part: slice, dtype: torch.dtype) -> RowBias | None:
+        """What bit masks hide from some of the queries of each row, by their place in it."""
+        if group.masks is None:
             return None
+        # Queries come first in the tables, so that one copy puts the blocks of a row side by side.
+        table = self._expanded(dtype)
+        if table is None:
+            words = self.bit_masks[part].index_select(1, group.masks)
+            bias = expand_bits(words, self.block_kv, dtype)
+        else:
+            bias = table[part].index_select(1, group.masks)
         rows = len(group.starts)
-        row, position, mask = group.partial
-        bias = torch.zeros(
-            rows, part.stop - part.start, group.blocks.numel() // rows, self.block_kv, dtype=dtype
-        )
-        bias[row, :, position] = self._bias_of_masks(mask, part, dtype)
-        return bias.flatten(2)[..., : group.keys]
+        bias = bias.unflatten(1, (rows, -1)).flatten(2)[..., : group.keys].transpose(0, 1)
+        return RowBias(bias, find_blind(bias) if group.may_be_blind else None)
 
-    def _bias_of_masks(self, mask: torch.Tensor, part: slice, dtype: torch.dtype) -> torch.Tensor:
+    def _expanded(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The bit masks as biases `(block_q, masks + 1, block_kv)`; None if they are too large."""
+        entries = self.bit_masks.shape[:2].numel() * self.block_kv
+        if entries * dtype.itemsize > _KEEP_EXPANDED_BYTES:
+            return None
         if dtype not in self._tables:
-            entries = self.bit_masks.shape[:2].numel() * self.block_kv
-            if entries * dtype.itemsize > _KEEP_EXPANDED_BYTES:
-                return expand_bits(self.bit_masks[mask, part], self.block_kv, dtype)
             self._tables[dtype] = expand_bits(self.bit_masks, self.block_kv, dtype)
-        return self._tables[dtype][mask, part]
+        return self._tables[dtype]
+
+
+def find_blind(bias: torch.Tensor) -> torch.Tensor | None:
+    """Bool `(rows, queries | 1)`, the queries that a bias hides all keys from; None if none is."""
+    blind = bias.amax(-1) == -torch.inf
+    return blind if blind.any() else None
 
 
 def expand_bits(words: torch.Tensor, n: int, dtype: torch.dtype) -> torch.Tensor:
@@ -120,17 +129,23 @@ def make_row_plan(
     *lists, bit_masks = layout
     _check_indices(layout, -(-tokens_kv // block_kv))
     batch, heads, _ = layout[0].shape
+    every_bit = bit_masks.new_full((1, *bit_masks.shape[1:]), -1)
     return RowPlan(
         groups=tuple(
             tuple(
                 tuple(
-                    _groups(_rows([x[b, h] for x in lists], tokens_q, block_q), tokens_kv, block_kv)
+                    _groups(
+                        _rows([x[b, h] for x in lists], tokens_q, block_q),
+                        tokens_kv,
+                        block_kv,
+                        full=bit_masks.shape[0],
+                    )
                 )
                 for h in range(heads)
             )
             for b in range(batch)
         ),
-        bit_masks=bit_masks,
+        bit_masks=torch.cat([bit_masks, every_bit]).transpose(0, 1).contiguous(),
         block_kv=block_kv,
     )
 
@@ -160,7 +175,7 @@ def _rows(lists: list[torch.Tensor], tokens_q: int, block_q: int) -> list[_Row]:
     return out
 
 
-def _groups(rows: list[_Row], tokens_kv: int, block_kv: int) -> Iterator[RowGroup]:
+def _groups(rows: list[_Row], tokens_kv: int, block_kv: int, *, full: int) -> Iterator[RowGroup]:
     """Batch rows of equal shape, so that a call has work for many threads."""
     waiting: dict[tuple[int, int, int, bool], list[_Row]] = {}
     for row in rows:
@@ -168,38 +183,34 @@ def _groups(rows: list[_Row], tokens_kv: int, block_kv: int) -> Iterator[RowGrou
         keys = len(row.blocks) * block_kv - ragged * (-tokens_kv % block_kv)
         shape = (row.stop - row.start, len(row.blocks), keys, bool(row.masks))
         if _no_gap(row.blocks):
-            yield _group([row], keys, tokens_kv, block_kv)  # read in place, so on its own
+            yield _group([row], keys, tokens_kv, block_kv, full)  # read in place, so on its own
             continue
         batch = waiting.setdefault(shape, [])
         batch.append(row)
         if (len(batch) + 1) * keys > _KEYS_PER_GROUP:
-            yield _group(waiting.pop(shape), keys, tokens_kv, block_kv)
+            yield _group(waiting.pop(shape), keys, tokens_kv, block_kv, full)
     for (_, _, keys, _), batch in waiting.items():
-        yield _group(batch, keys, tokens_kv, block_kv)
+        yield _group(batch, keys, tokens_kv, block_kv, full)
 
 
 def _no_gap(blocks: list[int]) -> bool:
     return not blocks or blocks[-1] - blocks[0] == len(blocks) - 1
 
 
-def _group(rows: list[_Row], keys: int, tokens_kv: int, block_kv: int) -> RowGroup:
+def _group(rows: list[_Row], keys: int, tokens_kv: int, block_kv: int, full: int) -> RowGroup:
     run = None
     blocks = rows[0].blocks
     if len(rows) == 1 and blocks and _no_gap(blocks):
         run = (blocks[0] * block_kv, min((blocks[-1] + 1) * block_kv, tokens_kv))
-    partial = [
-        (i, position, row.masks[block])
-        for i, row in enumerate(rows)
-        for position, block in enumerate(row.blocks)
-        if block in row.masks
-    ]
+    masks = [row.masks.get(block, full) for row in rows for block in row.blocks]
     return RowGroup(
         starts=tuple(row.start for row in rows),
         queries=rows[0].stop - rows[0].start,
         keys=keys,
         blocks=torch.tensor([block for row in rows for block in row.blocks], dtype=torch.int64),
         run=run,
-        partial=torch.tensor(partial, dtype=torch.int64).T if partial else None,
+        masks=torch.tensor(masks, dtype=torch.int64) if rows[0].masks else None,
+        may_be_blind=any(len(row.masks) == len(row.blocks) for row in rows),
     )
 
 
