@@ -56,19 +56,13 @@ class DualPath:
         Raises:
             ValueError: if the model is of another family, or `place` is not possible here.
         """
-        family = family_of(model)
-        if family.name not in _FAMILIES:
-            raise ValueError(
-                f"{type(model).__name__} cannot run FreeSwim's two paths, which are known for the"
-                f" families {' and '.join(_FAMILIES)}; FreeSwimAttn alone works on every family"
-            )
-        names = [f"{name.removesuffix('attn1')}attn2" for name in site_names(model, family)]
-        set_attn_processor(model, None)
+        names = _cross_attentions(model)
         self.store = CrossStore(place)
+        set_attn_processor(model, None)
         self._model = model
         self._guidance: Guidance = "own"
         self._set = []
-        first: Any = model.get_submodule(site_names(model, family)[0])
+        first: Any = model.get_submodule(site_names(model, family_of(model))[0])
         # Everything may be refused up to here, and nothing of the model is changed yet.
         backend = _compat.processor_backend(first.processor)
         parameters = {f.name: getattr(method, f.name) for f in fields(FreeSwimAttn) if f.init}
@@ -109,12 +103,6 @@ class DualPath:
         finally:
             self._guidance = "own"
 
-    def store_bytes(self, tokens: int, batch: int = 1) -> int:
-        """Memory that a call over `tokens` tokens of `batch` videos will keep."""
-        width = sum(module.to_out[0].out_features for module, _ in self._set)
-        dtype: torch.dtype = next(self._model.parameters()).dtype
-        return batch * tokens * width * dtype.itemsize
-
     def remove(self) -> None:
         """Put back the processors that the model had, and give up what was kept."""
         self.store.clear()
@@ -126,6 +114,41 @@ class DualPath:
         self._set = []
 
 
+def store_bytes(model: torch.nn.Module, tokens: int, batch: int = 1) -> int:
+    """Memory that a call with guidance "store" over `tokens` tokens of `batch` videos will keep.
+
+    Raises:
+        ValueError: if the model is of another family than `DualPath` takes.
+    """
+    projections: list[Any] = [
+        model.get_submodule(f"{name}.to_out.0") for name in _cross_attentions(model)
+    ]
+    width = sum(projection.out_features for projection in projections)
+    dtype: torch.dtype = next(model.parameters()).dtype
+    return batch * tokens * width * dtype.itemsize
+
+
+def check_place(place: StorePlace) -> None:
+    """Raise ValueError for an unknown place, or pinned memory where there is no accelerator."""
+    check_choice("store", place, STORE_PLACES)
+    if place == "pinned" and not torch.accelerator.is_available():
+        raise ValueError(
+            "store is 'pinned', but pinned memory is for copies to an accelerator, and torch sees"
+            " none here; use 'device' or 'cpu'"
+        )
+
+
+def _cross_attentions(model: torch.nn.Module) -> list[str]:
+    """The names of the cross-attention modules beside the sites."""
+    family = family_of(model)
+    if family.name not in _FAMILIES:
+        raise ValueError(
+            f"{type(model).__name__} cannot run FreeSwim's two paths, which are known for the"
+            f" families {' and '.join(_FAMILIES)}; FreeSwimAttn alone works on every family"
+        )
+    return [f"{name.removesuffix('attn1')}attn2" for name in site_names(model, family)]
+
+
 class CrossStore:
     """Outputs of cross-attention, layer by layer, after their projection.
 
@@ -134,12 +157,7 @@ class CrossStore:
     """
 
     def __init__(self, place: StorePlace) -> None:
-        check_choice("store", place, STORE_PLACES)
-        if place == "pinned" and not torch.accelerator.is_available():
-            raise ValueError(
-                "store is 'pinned', but pinned memory is for copies to an accelerator, and torch"
-                " sees none here; use 'device' or 'cpu'"
-            )
+        check_place(place)
         self.place = place
         self._kept: dict[int, torch.Tensor] = {}
 

@@ -183,7 +183,7 @@ def upscale(
         typer.Option(help="Video file to start from (default: one made at the model's own size)."),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="Folder or hub id of a pipeline of Wan.")
+        str, typer.Option(help="Folder or hub id of a pipeline of Wan or LTX-Video.")
     ] = BUNDLED_MODEL,
     preset: Annotated[str | None, typer.Option(metavar="1080p|1440p|2160p")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels (default: twice as many).")] = None,
@@ -197,8 +197,13 @@ def upscale(
     ] = None,
     strength: Annotated[float, typer.Option(help="How much is made anew, up to 1.")] = 0.7,
     cache_steps: Annotated[
-        int, typer.Option(help="All tokens guide every so many steps; the others reuse it.")
-    ] = 2,
+        str,
+        typer.Option(
+            metavar="N|none",
+            help="All tokens guide every so many steps, and the others reuse it; 1: they guide in "
+            "each; none: in each, and without the prompt too, as in the public code's slower mode.",
+        ),
+    ] = "2",
     store: Annotated[
         str, typer.Option(metavar="device|cpu|pinned", help="Where guidance waits to be reused.")
     ] = "device",
@@ -220,7 +225,7 @@ def upscale(
 ) -> None:
     """Make a video beyond the model's own size by FreeSwim, from a prompt or a video."""
     from .request import Request
-    from .upscale import UpscaleSettings
+    from .upscale import UpscaleSettings, read_cache_steps
     from .upscale import upscale as make_large
 
     request = Request(
@@ -244,7 +249,7 @@ def upscale(
         width=width,
         steps=steps,
         strength=strength,
-        cache_steps=cache_steps,
+        cache_steps=read_cache_steps(cache_steps),
         store=store,
         interpolation=interpolation,
         flow_shift=flow_shift,

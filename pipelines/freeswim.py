@@ -5,9 +5,7 @@ denoised at the large size under FreeSwim's window, guided by what all tokens to
 """
 
 import logging
-import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,9 +14,11 @@ import cv2
 import numpy as np
 import torch
 
-from diffattn.dual_path import DualPath, Guidance, StorePlace
+from diffattn.dual_path import DualPath, Guidance, StorePlace, check_place, store_bytes
 from diffattn.methods import FreeSwimAttn
 from diffattn.models import SizeRules, size_rules
+
+from .freeswim_models import FreeSwimModel, Text, check_pipeline, given_or_default, model_of
 
 PRESETS = {"1080p": (1088, 1920), "1440p": (1440, 2560), "2160p": (2160, 3840)}
 """Height and width in pixels."""
@@ -57,16 +57,18 @@ class FreeSwimOutput:
 
 
 class FreeSwimPipeline:
-    """Generation and upscaling by FreeSwim with a stock text-to-video pipeline of Wan."""
+    """Generation and upscaling by FreeSwim with a stock text-to-video pipeline."""
 
     def __init__(self, pipe: Any) -> None:
-        """Take a :class:`diffusers.WanPipeline`; it stays as it is between calls.
+        """Take a :class:`diffusers.WanPipeline` or :class:`diffusers.LTXPipeline`.
+
+        It stays as it is between calls, but for a method of attention that is attached to it: the
+        base video is made with that, and it is taken off before the large one.
 
         Raises:
             ValueError: if it is another pipeline.
         """
-        if type(pipe).__name__ != "WanPipeline":
-            raise ValueError(f"FreeSwim upscales with a WanPipeline, not a {type(pipe).__name__}")
+        check_pipeline(pipe)
         self.pipe = pipe
 
     @torch.no_grad()
@@ -78,13 +80,13 @@ class FreeSwimPipeline:
         preset: str | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_frames: int = 81,
-        base_height: int = 480,
-        base_width: int = 832,
+        num_frames: int | None = None,
+        base_height: int | None = None,
+        base_width: int | None = None,
         base_steps: int = 50,
         num_inference_steps: int = 50,
         strength: float = 0.7,
-        guidance_scale: float = 5.0,
+        guidance_scale: float | None = None,
         negative_prompt: str | None = NEGATIVE_PROMPT,
         flow_shift: float = 9.0,
         cache_steps: int | None = 2,
@@ -92,7 +94,8 @@ class FreeSwimPipeline:
         interpolation: str = "bilinear",
         method: FreeSwimAttn | None = None,
         generator: torch.Generator | None = None,
-        max_sequence_length: int = 512,
+        max_sequence_length: int | None = None,
+        frame_rate: float | None = None,
         say: Callable[[str], None] = _log.info,
     ) -> FreeSwimOutput:
         """Make a large video for each prompt.
@@ -105,38 +108,51 @@ class FreeSwimPipeline:
             preset: a key of :data:`PRESETS`, instead of ``height`` and ``width``.
             height, width: pixels, rounded to what the model can make; with one given the other
                 keeps the proportions, with none both are doubled.
-            num_frames: frames of the base video.
+            num_frames: frames of the base video; the pipeline's own number when None.
             base_height, base_width: the size that the model was trained on: of the base video, and
-                of the window.
+                of the window. The pipeline's own when None.
             base_steps: denoising steps of the base video.
             num_inference_steps: steps at the large size, of which the last ``strength`` are made;
                 where that is none, the enlarged video is returned.
             strength: how much is made anew, above 0 and up to 1.
-            guidance_scale: none for 1 and less.
+            guidance_scale: none for 1 and less; the pipeline's own when None.
             negative_prompt: for the large size; the base video has the model's own.
-            flow_shift: of the noise schedule at the large size.
+            flow_shift: of the noise schedule at the large size; 9 is the public code's for Wan,
+                whose own are 3 and 5.
             cache_steps: every so many steps all tokens guide; None for each step, and without the
                 prompt too, as in the public code's slower mode.
             store: where guidance waits for the steps that reuse it.
             interpolation: a key of :data:`INTERPOLATIONS`.
             method: another window or temperature.
             generator: for the noise of both sizes.
-            max_sequence_length: tokens of a prompt.
+            max_sequence_length: tokens of a prompt; the pipeline's own when None.
+            frame_rate: frames a second, which LTX is told; the pipeline's own when None.
             say: takes one line on the sizes and one on the memory, before the work starts.
 
         Raises:
             ValueError: for an argument out of range; it names what is allowed.
         """
-        _check(strength, num_inference_steps, base_steps, cache_steps, interpolation, flow_shift)
+        model = model_of(self.pipe, frame_rate)
+        counts = {"num_inference_steps": num_inference_steps, "base_steps": base_steps}
+        for name, count in counts.items():
+            if count < model.least_steps:
+                raise ValueError(f"{name} is {count}, but must be at least {model.least_steps}")
+        _check(strength, cache_steps, interpolation, flow_shift)
+        check_place(store)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise ValueError("there is no prompt: give at least one")
+        own = partial(given_or_default, self.pipe)
+        base_height, base_width = own("height", base_height), own("width", base_width)
+        scale = own("guidance_scale", guidance_scale)
+        length = own("max_sequence_length", max_sequence_length)
         rules = size_rules(self.pipe)
         native = rules.grid(base_height, base_width, rules.frame_offset)
         if video is not None:
             video = legal_frames(as_floats(video), rules)
             num_frames, from_size = len(video), (video.shape[1], video.shape[2])
         else:
+            num_frames = own("num_frames", num_frames)
             rules.check(base_height, base_width, num_frames)
             from_size = (base_height, base_width)
         asked = target_size(from_size, preset, height, width)
@@ -148,80 +164,47 @@ class FreeSwimPipeline:
         steps = min(int(num_inference_steps * strength + 1e-9), num_inference_steps)
         guides = 0 if method.is_full_on(grid) else _guide_steps(steps, cache_steps)
         kept = 0
-        with ExitStack() as cleanup:
-            path = DualPath(self._first_model, method, store)
-            cleanup.callback(path.remove)
-            if guides and cache_steps is not None and cache_steps > 1:
-                kept = path.store_bytes(grid.tokens, len(prompts))
+        if guides and cache_steps is not None and cache_steps > 1:
+            kept = store_bytes(model.model_at(None), grid.tokens, len(prompts))
         say(
             f"{steps} steps, {guides} of them guided by all tokens;"
             f" {kept / 2**20:.1f} MiB ({store}) keep the guidance in between"
         )
 
         if video is None:
-            base = self._generate(
-                prompts, base_height, base_width, num_frames, base_steps, guidance_scale,
-                generator, max_sequence_length,
-            )  # fmt: skip
+            out = self.pipe(
+                prompt=prompts,
+                height=base_height,
+                width=base_width,
+                num_inference_steps=base_steps,
+                guidance_scale=scale,
+                generator=generator,
+                max_sequence_length=length,
+                output_type="np",
+                **model.base_arguments(num_frames),
+            )
+            base = np.asarray(out.frames, np.float32)
         else:
             base = np.stack([video] * len(prompts))
         frames = np.stack([enlarge(clip, size, interpolation) for clip in base])
         if steps:
-            text = self.pipe.encode_prompt(
-                prompts,
-                [negative_prompt or ""] * len(prompts),
-                guidance_scale > 1,
-                max_sequence_length=max_sequence_length,
-                device=self.pipe._execution_device,
-            )
-            latents = self._encode(frames)
+            avoid = [negative_prompt or ""] * len(prompts)
+            text = model.encode_prompts(prompts, avoid, scale > 1, length)
+            latents = self._encode(model, frames)
             scheduler = with_shift(self.pipe.scheduler, flow_shift)
             latents = self._refine(
-                latents, text, scheduler, num_inference_steps, steps, guidance_scale,
+                model, latents, text, scheduler, num_inference_steps, steps, scale,
                 cache_steps if guides else 0, method, store, generator,
             )  # fmt: skip
-            frames = self._decode(latents)
+            frames = self._decode(model, latents)
         self.pipe.maybe_free_model_hooks()
         return FreeSwimOutput(frames, base, steps, guides, kept)
 
-    @property
-    def _first_model(self) -> torch.nn.Module:
-        pipe = self.pipe
-        model: torch.nn.Module = (
-            pipe.transformer if pipe.transformer is not None else pipe.transformer_2
-        )
-        return model
-
-    def _generate(
-        self,
-        prompts: list[str],
-        height: int,
-        width: int,
-        num_frames: int,
-        steps: int,
-        guidance_scale: float,
-        generator: torch.Generator | None,
-        max_sequence_length: int,
-    ) -> np.ndarray:
-        # WanPipeline takes every number of frames for one too few if its VAE keeps them all.
-        quirk = self.pipe.vae_scale_factor_temporal == 1
-        out = self.pipe(
-            prompt=prompts,
-            height=height,
-            width=width,
-            num_frames=num_frames - 1 if quirk else num_frames,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            generator=generator,
-            max_sequence_length=max_sequence_length,
-            output_type="np",
-        )
-        return np.asarray(out.frames, np.float32)
-
     def _refine(
         self,
+        model: FreeSwimModel,
         latents: torch.Tensor,
-        text: tuple[torch.Tensor, torch.Tensor | None],
+        text: tuple[Text, Text | None],
         scheduler: Any,
         num_inference_steps: int,
         steps: int,
@@ -234,24 +217,25 @@ class FreeSwimPipeline:
         """Noise latents and denoise them; ``cache_steps`` of 0 is without guidance."""
         from diffusers.utils.torch_utils import randn_tensor
 
-        scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        model.set_timesteps(scheduler, num_inference_steps, latents.device)
         start = num_inference_steps - steps
         scheduler.set_begin_index(start)
         noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
         sigma = scheduler.sigmas[start].to(latents)
         latents = (1 - sigma) * latents + sigma * noise
-        model, path = None, None
+        denoiser, path = None, None
         try:
             with self.pipe.progress_bar(total=steps) as bar:
                 for step, timestep in enumerate(scheduler.timesteps[start:]):
-                    if self._model_at(timestep) is not model:
+                    if model.model_at(timestep) is not denoiser:
                         # What one expert has kept is nothing to the other.
                         if path is not None:
                             path.remove()
-                        model = self._model_at(timestep)
-                        path = DualPath(model, method, store)
+                        denoiser = model.model_at(timestep)
+                        path = DualPath(denoiser, method, store)
                     assert path is not None
-                    call = partial(self._predict, path, model, latents, timestep)
+                    predict = partial(model.predict, denoiser)
+                    call = partial(_guided, predict, path, latents, timestep)
                     with_prompt, without = _guidance_of(step, cache_steps, bool(path.store))
                     out = call(text[0], with_prompt)
                     if guidance_scale > 1:
@@ -265,67 +249,33 @@ class FreeSwimPipeline:
                 path.remove()
         return latents
 
-    def _predict(
-        self,
-        path: DualPath,
-        model: Any,
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
-        text: torch.Tensor,
-        guidance: Guidance,
-    ) -> torch.Tensor:
-        """Call the model, and return what the path with the window gives."""
-        with path.guided(guidance):
-            rows = latents.to(text.dtype).repeat(2 if path.has_two else 1, 1, 1, 1, 1)
-            shape: tuple[int, ...] = (len(rows),)
-            if self.pipe.config.expand_timesteps:
-                patch = model.config.patch_size
-                sides = zip(rows.shape[2:], patch, strict=True)
-                shape = (len(rows), math.prod(size // side for size, side in sides))
-            out: torch.Tensor = model(
-                hidden_states=rows,
-                timestep=timestep.expand(shape),
-                encoder_hidden_states=text,
-                return_dict=False,
-            )[0]
-        return out[: len(latents)]
-
-    def _model_at(self, timestep: torch.Tensor) -> Any:
-        """The expert for a timestep, where there are two."""
-        ratio = self.pipe.config.boundary_ratio
-        if ratio is None or self.pipe.transformer is None:
-            return self._first_model
-        early = timestep >= ratio * self.pipe.scheduler.config.num_train_timesteps
-        return self.pipe.transformer if early else self.pipe.transformer_2
-
-    def _encode(self, frames: np.ndarray) -> torch.Tensor:
-        vae, device = self.pipe.vae, self.pipe._execution_device
-        stride = self.pipe.vae_scale_factor_temporal
-        wanted = (frames.shape[1] - 1) // stride + 1
-        # The encoder takes one frame and then fours, also where it keeps every frame, and leaves
-        # out what is no whole four. It is causal: what follows a frame does not change it.
-        missing = -(frames.shape[1] - 1) % 4
-        frames = np.pad(frames, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)), mode="edge")
+    def _encode(self, model: FreeSwimModel, frames: np.ndarray) -> torch.Tensor:
+        to = self.pipe._execution_device, self.pipe.vae.dtype
         pixels = torch.from_numpy(frames).permute(0, 4, 1, 2, 3) * 2 - 1
-        clips = [clip[None].to(device, vae.dtype) for clip in pixels]
-        latents = torch.cat([vae.encode(clip).latent_dist.mode() for clip in clips]).float()
-        mean, std = self._statistics(latents)
-        return ((latents - mean) / std)[:, :, :wanted]
+        latents = torch.cat([model.encode(clip[None].to(*to)) for clip in pixels]).float()
+        mean, std = (x.view(1, -1, 1, 1, 1).to(latents) for x in model.statistics())
+        return (latents - mean) / std
 
-    def _decode(self, latents: torch.Tensor) -> np.ndarray:
-        mean, std = self._statistics(latents)
+    def _decode(self, model: FreeSwimModel, latents: torch.Tensor) -> np.ndarray:
+        mean, std = (x.view(1, -1, 1, 1, 1).to(latents) for x in model.statistics())
         latents = (latents * std + mean).to(self.pipe.vae.dtype)
-        clips = [self.pipe.vae.decode(clip[None], return_dict=False)[0] for clip in latents]
+        clips = [model.decode(clip[None]) for clip in latents]
         pixels = self.pipe.video_processor.postprocess_video(torch.cat(clips), output_type="np")
         return np.asarray(pixels, np.float32)
 
-    def _statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        config = self.pipe.vae.config
-        mean, std = (
-            torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
-            for values in (config.latents_mean, config.latents_std)
-        )
-        return mean, std
+
+def _guided(
+    predict: Callable[[torch.Tensor, torch.Tensor, Text], torch.Tensor],
+    path: DualPath,
+    latents: torch.Tensor,
+    timestep: torch.Tensor,
+    text: Text,
+    guidance: Guidance,
+) -> torch.Tensor:
+    """Call the model, and return what the path with the window gives."""
+    with path.guided(guidance):
+        rows = latents.to(text[0].dtype).repeat(2 if path.has_two else 1, 1, 1, 1, 1)
+        return predict(rows, timestep, text)[: len(latents)]
 
 
 def as_floats(video: np.ndarray) -> np.ndarray:
@@ -385,9 +335,12 @@ def enlarge(clip: np.ndarray, size: tuple[int, int], interpolation: str) -> np.n
 
 def with_shift(scheduler: Any, flow_shift: float) -> Any:
     """Return a scheduler of the same kind whose noise schedule has another shift."""
+    # A shift that follows from the number of tokens, which grows without end, gives way to it.
+    dynamic = "use_dynamic_shifting"
+    fixed = {dynamic: False} if dynamic in scheduler.config else {}
     for name in ("flow_shift", "shift"):
         if name in scheduler.config:
-            return type(scheduler).from_config(scheduler.config, **{name: flow_shift})
+            return type(scheduler).from_config(scheduler.config, **{name: flow_shift}, **fixed)
     raise ValueError(f"{type(scheduler).__name__} has no flow_shift to set")
 
 
@@ -408,20 +361,17 @@ def _guide_steps(steps: int, cache_steps: int | None) -> int:
 
 def _check(
     strength: float,
-    num_inference_steps: int,
-    base_steps: int,
     cache_steps: int | None,
     interpolation: str,
     flow_shift: float,
 ) -> None:
     if not 0 < strength <= 1:
         raise ValueError(f"strength is {strength}, but must be above 0 and up to 1")
-    counts = {"num_inference_steps": num_inference_steps, "base_steps": base_steps}
-    if cache_steps is not None:
-        counts["cache_steps"] = cache_steps
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}, but must be at least 1")
+    if cache_steps is not None and cache_steps < 1:
+        raise ValueError(
+            f"cache_steps is {cache_steps}, but must be at least 1, or None for guidance in every"
+            f" step, without the prompt too"
+        )
     if interpolation not in INTERPOLATIONS:
         allowed = ", ".join(INTERPOLATIONS)
         raise ValueError(f"interpolation is {interpolation!r}, but must be one of {allowed}")

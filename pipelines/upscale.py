@@ -1,7 +1,9 @@
 """``diffattn upscale``: a video by FreeSwim beyond the model's own size, from start to file."""
 
 import dataclasses
+import inspect
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +36,7 @@ class UpscaleSettings:
     width: int | None
     steps: int | None
     strength: float
-    cache_steps: int
+    cache_steps: int | None
     store: str
     interpolation: str
     flow_shift: float
@@ -75,6 +77,18 @@ def upscale(
     return kept[0]
 
 
+def read_cache_steps(text: str) -> int | None:
+    """Read ``--cache-steps``, a number of steps or ``none``."""
+    if text.strip().lower() == "none":
+        return None
+    if re.fullmatch(r"\s*\d{1,9}\s*", text) is None or int(text) < 1:
+        raise UserError(
+            f"--cache-steps must be a whole number of at least 1, or none to guide in every step,"
+            f" not {text!r}"
+        )
+    return int(text)
+
+
 def read_video(path: Path) -> tuple[np.ndarray, float | None]:
     """Read a video file: frames (count, height, width, 3), uint8, and how many a second."""
     import imageio.v3 as iio
@@ -112,7 +126,9 @@ def _make(
     assert request.steps is not None
     assert request.guidance_scale is not None
     length = "max_sequence_length"
-    extra = {length: loaded.defaults[length]} if length in loaded.defaults else {}
+    extra: dict[str, Any] = {length: loaded.defaults[length]} if length in loaded.defaults else {}
+    if "frame_rate" in inspect.signature(type(loaded.pipe).__call__).parameters:
+        extra["frame_rate"] = request.fps
     # A generator on the CPU gives the same noise whatever the device.
     generator = torch.Generator("cpu").manual_seed(request.seed)
     choices: dict[str, Any] = dataclasses.asdict(settings)

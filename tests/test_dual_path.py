@@ -15,7 +15,7 @@ from tiny_families import CASES, noise
 
 from diffattn import FreeSwimAttn, TokenGrid
 from diffattn.attached_model import attached_to
-from diffattn.dual_path import DualPath
+from diffattn.dual_path import DualPath, store_bytes
 
 GOLDENS = Path(__file__).parents[2] / "shared" / "goldens" / "freeswim"
 needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")
@@ -215,7 +215,7 @@ class TestModels:
         path = DualPath(model, METHOD, "cpu")
         with torch.no_grad(), path.guided("store"):
             model(**doubled(inputs), return_dict=False)
-        assert path.store.nbytes == path.store_bytes(grid.tokens, batch=2) > 0
+        assert path.store.nbytes == store_bytes(model, grid.tokens, batch=2) > 0
         path.store.clear()
         assert path.store.nbytes == 0
 

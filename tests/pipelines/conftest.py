@@ -149,6 +149,64 @@ def tiny_wan_image(tmp_path_factory: pytest.TempPathFactory, tiny_wan: Path) -> 
 
 
 @pytest.fixture(scope="session")
+def tiny_ltx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An LTXPipeline of random weights: 32 pixels and 8 frames a token, as the published ones."""
+    from diffusers import (
+        AutoencoderKLLTXVideo,
+        FlowMatchEulerDiscreteScheduler,
+        LTXPipeline,
+        LTXVideoTransformer3DModel,
+    )
+    from transformers import ByT5Tokenizer
+
+    torch.manual_seed(4)
+    folder = tmp_path_factory.mktemp("models") / "tiny-ltx"
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(4, 4, 4),
+        down_block_types=("LTXVideoDownBlock3D",) * 3,
+        decoder_block_out_channels=(4, 4, 4),
+        layers_per_block=(1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, True),
+        decoder_spatio_temporal_scaling=(True, True, True),
+        decoder_inject_noise=(False, False, False, False),
+        upsample_residual=(False, False, False),
+        upsample_factor=(1, 1, 1),
+        timestep_conditioning=True,
+        scaling_factor=0.5,
+    )
+    vae.latents_mean.normal_()
+    vae.latents_std.uniform_(0.5, 2)
+    pipe = LTXPipeline(
+        tokenizer=ByT5Tokenizer(),
+        text_encoder=_text_encoder(),
+        vae=vae,
+        # As the published model's.
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_shift=0.95,
+            max_shift=2.05,
+            base_image_seq_len=1024,
+            max_image_seq_len=4096,
+            shift_terminal=0.1,
+        ),
+        transformer=LTXVideoTransformer3DModel(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            cross_attention_dim=32,
+            num_layers=2,
+            caption_channels=32,
+        ),
+    )
+    pipe.save_pretrained(folder)
+    (folder / "generation.json").write_text(json.dumps({"max_sequence_length": 16}))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA file for :func:`tiny_wan` that changes the picture."""
     return _save_lora(tmp_path_factory.mktemp("loras"), _transformer())

@@ -1,13 +1,17 @@
 """FreeSwimPipeline on tiny pipelines, against a loop written out and the public code's tables."""
 
+import inspect
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import CpuOffload
 
-from diffattn import FreeSwimAttn
+import diffattn
+from diffattn import FreeSwimAttn, GNAAttn
 from diffattn.attached_model import attached_to
 from diffattn.dual_path import DualPath
 from diffattn.models import SizeRules
@@ -19,6 +23,7 @@ from diffattn.pipelines.freeswim import (
     target_size,
     with_shift,
 )
+from diffattn.pipelines.freeswim_models import Wan
 
 GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "freeswim"
 needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")
@@ -229,5 +234,199 @@ def test_bad_arguments_are_named(pipe: Any, arguments: dict[str, Any], message: 
 
 
 def test_another_pipeline_is_refused() -> None:
-    with pytest.raises(ValueError, match="upscales with a WanPipeline, not a object"):
+    message = "upscales with a WanPipeline or an LTXPipeline, not with a object; as a mask alone"
+    with pytest.raises(ValueError, match=message):
         FreeSwimPipeline(object())
+
+
+@pytest.mark.parametrize("frames", [1, 5, 8])
+def test_no_frame_is_left_out_by_an_encoder_that_takes_fours(
+    tiny_wan_every_frame: Path, frames: int
+) -> None:
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(tiny_wan_every_frame)
+    pipe.set_progress_bar_config(disable=True)
+    pixels = torch.from_numpy(clip(9, 16, 16)).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    with torch.no_grad():
+        got = Wan(pipe).encode(pixels[:, :, :frames])
+        # The encoder is causal: whatever makes the fours complete leaves what is before as it is.
+        want = pipe.vae.encode(pixels).latent_dist.mode()[:, :, :frames]
+    assert got.shape[2] == frames
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    small = SMALL | {"num_frames": frames, "num_inference_steps": 2}
+    base = clip(frames)
+    out = FreeSwimPipeline(pipe)("a", video=base, generator=seeded(), **small)
+    assert out.frames.shape == (1, frames, 64, 96, 3)
+    base[-1] = 255 - base[-1]
+    other = FreeSwimPipeline(pipe)("a", video=base, generator=seeded(), **small)
+    assert not np.allclose(out.frames[0, -1], other.frames[0, -1], atol=1e-3)
+
+
+def test_guidance_waits_on_the_cpu_as_well_as_on_the_device(pipe: Any) -> None:
+    a, b = (
+        FreeSwimPipeline(pipe)("a", video=clip(), store=store, generator=seeded(), **SMALL).frames
+        for store in ("device", "cpu")
+    )
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="pinned memory is possible here")
+def test_pinned_memory_without_an_accelerator_is_refused_before_the_base_video(pipe: Any) -> None:
+    pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the base video was begun"))
+    with pytest.raises(ValueError, match="store is 'pinned', but pinned memory is for copies to"):
+        FreeSwimPipeline(pipe)("a", store="pinned", **SMALL)
+
+
+@pytest.mark.parametrize("name", ["pipe", "ltx"])
+def test_models_that_wait_in_main_memory_come_when_they_are_needed(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, options = request.getfixturevalue(name), {"pipe": SMALL, "ltx": LTX}[name]
+    want = FreeSwimPipeline(pipe)("a", generator=seeded(), **options).frames
+    pipe.enable_model_cpu_offload(device="cpu")
+    parts = {id(getattr(pipe, p)): p for p in ("text_encoder", "transformer", "vae")}
+    fetched: list[str] = []
+    fetch = CpuOffload.pre_forward
+
+    def noted(hook: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        fetched.append(parts[id(module)])
+        return fetch(hook, module, *args, **kwargs)
+
+    monkeypatch.setattr(CpuOffload, "pre_forward", noted)
+    got = FreeSwimPipeline(pipe)("a", generator=seeded(), **options).frames
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    stages = [part for part, _ in groupby(fetched)]
+    first = ["text_encoder", "transformer", "vae"]
+    assert stages == [*first, "text_encoder", "vae", "transformer", "vae"]
+
+
+def test_the_base_video_is_made_with_the_method_that_is_attached(pipe: Any) -> None:
+    attachment = diffattn.set_attn_processor(pipe, GNAAttn(window=2, dense_steps=0))
+    assert attachment is not None
+    out = FreeSwimPipeline(pipe)("a", generator=seeded(), **SMALL)
+    assert attachment.sparse_calls > 0
+    assert attached_to(pipe.transformer) is None
+    dense = FreeSwimPipeline(pipe)("a", generator=seeded(), **SMALL)
+    assert not np.allclose(out.base, dense.base, atol=1e-4)
+
+
+LTX: dict[str, Any] = {
+    "base_height": 64,
+    "base_width": 96,
+    "num_frames": 9,
+    "base_steps": 2,
+    "num_inference_steps": 5,
+    "max_sequence_length": 16,
+}
+
+
+@pytest.fixture
+def ltx(tiny_ltx: Path) -> Any:
+    from diffusers import LTXPipeline
+
+    pipe = LTXPipeline.from_pretrained(tiny_ltx)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("cache_steps", [None, 2])
+def test_ltx_with_several_prompts_on_a_users_video(ltx: Any, cache_steps: int | None) -> None:
+    # Prompts of unequal lengths, so that the mask of the text matters.
+    prompts, avoid = ["a red circle", "two", "a b"], "bad"
+    video = clip(12, 64, 96)
+    out = FreeSwimPipeline(ltx)(
+        prompts, video=video, strength=0.7, cache_steps=cache_steps, negative_prompt=avoid,
+        guidance_scale=4.0, frame_rate=12, generator=seeded(), **LTX,
+    )  # fmt: skip
+
+    with torch.no_grad():
+        frames = np.stack([enlarge(video[:9].astype(np.float32) / 255, (128, 192), "bilinear")] * 3)
+        pixels = torch.from_numpy(frames).permute(0, 4, 1, 2, 3) * 2 - 1
+        latents = torch.cat([ltx.vae.encode(p[None]).latent_dist.mode() for p in pixels])
+        statistics = ltx.vae.latents_mean, ltx.vae.latents_std, ltx.vae.config.scaling_factor
+        latents = ltx._normalize_latents(latents, *statistics)
+        # Shifted by 9 whatever the number of tokens, and stretched to the scheduler's end of 0.1.
+        sigmas = torch.linspace(1, 0.2, 5, dtype=torch.float64)
+        sigmas = 9 * sigmas / (1 + 8 * sigmas)
+        sigmas = 1 - (1 - sigmas) / (1 - sigmas[-1]) * 0.9
+        sigmas = torch.cat([sigmas, torch.zeros(1)]).float()[2:]
+        noise = torch.randn(latents.shape, generator=seeded())
+        latents = ltx._pack_latents((1 - sigmas[0]) * latents + sigmas[0] * noise)
+        text = ltx.encode_prompt(prompts, [avoid] * 3, True, max_sequence_length=16)
+        grid = {"num_frames": 2, "height": 4, "width": 6}
+
+        def call(rows: torch.Tensor, sigma: torch.Tensor, embeds: Any, mask: Any) -> torch.Tensor:
+            times = len(rows) // 3
+            return ltx.transformer(
+                rows, embeds.repeat(times, 1, 1), (1000 * sigma).expand(len(rows)),
+                mask.repeat(times, 1), **grid, rope_interpolation_scale=(8 / 12, 32, 32),
+            )[0][:3]  # fmt: skip
+
+        path = DualPath(ltx.transformer, FreeSwimAttn(native=(2, 3)))
+        for step, (sigma, after) in enumerate(pairwise(sigmas)):
+            guide = cache_steps is None or step % cache_steps == 0
+            with path.guided("store" if guide else "reuse"):
+                cond = call(latents.repeat(2, 1, 1) if guide else latents, sigma, *text[:2])
+            with path.guided("override" if cache_steps is None else "own"):
+                rows = latents.repeat(2, 1, 1) if cache_steps is None else latents
+                uncond = call(rows, sigma, *text[2:])
+            latents = latents + (after - sigma) * (uncond + 4 * (cond - uncond))
+        path.remove()
+        latents = ltx._denormalize_latents(ltx._unpack_latents(latents, 2, 4, 6), *statistics)
+        want = ltx.vae.decode(latents, torch.zeros(3))[0] / 2 + 0.5
+    want = want.clamp(0, 1).permute(0, 2, 3, 4, 1).numpy()
+    assert out.frames.shape == (3, 9, 128, 192, 3)
+    np.testing.assert_allclose(out.frames, want, atol=2e-5)
+    assert not np.allclose(out.frames[0], out.frames[1], atol=1e-3), "the prompt should matter"
+    # 2 layers x 3 prompts x 48 tokens x 32 channels of 4 bytes.
+    assert out.store_bytes == (0 if cache_steps is None else 2 * 3 * 48 * 32 * 4)
+    assert attached_to(ltx.transformer) is None
+
+
+def test_ltx_makes_the_base_video_itself(ltx: Any) -> None:
+    lines: list[str] = []
+    out = FreeSwimPipeline(ltx)(
+        "a", height=100, width=150, generator=seeded(), frame_rate=8, say=lines.append, **LTX
+    )
+    want = ltx(
+        "a", height=64, width=96, num_frames=9, num_inference_steps=2, generator=seeded(),
+        frame_rate=8, max_sequence_length=16, output_type="np",
+    ).frames  # fmt: skip
+    np.testing.assert_array_equal(out.base, want)
+    assert out.frames.shape == (1, 9, 96, 160, 3)
+    assert lines[0] == "96x64 to 160x96 (asked for 150x100), 9 frames"
+
+
+@pytest.mark.parametrize("name", ["pipe", "ltx"])
+def test_what_is_left_out_is_the_pipelines_own(name: str, request: pytest.FixtureRequest) -> None:
+    pipe, calls = request.getfixturevalue(name), []
+
+    class Told(type(pipe)):
+        def __call__(self, **arguments: Any) -> Any:
+            calls.append(arguments)
+            raise KeyboardInterrupt
+
+    Told.__name__ = type(pipe).__name__
+    Told.__call__.__signature__ = inspect.signature(type(pipe).__call__)
+    told = Told(**pipe.components)
+    with pytest.raises(KeyboardInterrupt):
+        FreeSwimPipeline(told)("a")
+    (arguments,) = calls
+    # From the model cards: Wan 2.1 at 480p, and LTX-Video.
+    want = {"pipe": (480, 832, 81, 5.0, 512), "ltx": (512, 704, 161, 3.0, 128)}[name]
+    names = ("height", "width", "num_frames", "guidance_scale", "max_sequence_length")
+    assert tuple(arguments[n] for n in names) == want
+    assert arguments.get("frame_rate") == (25 if name == "ltx" else None)
+
+
+def test_frame_rates_out_of_place(pipe: Any, ltx: Any) -> None:
+    with pytest.raises(ValueError, match="frame_rate is 12, but WanPipeline is not told how many"):
+        FreeSwimPipeline(pipe)("a", frame_rate=12, **SMALL)
+    with pytest.raises(ValueError, match="frame_rate is 0, but must be a number above 0"):
+        FreeSwimPipeline(ltx)("a", frame_rate=0, **LTX)
+
+
+def test_the_end_of_ltx_noise_needs_two_steps(ltx: Any) -> None:
+    with pytest.raises(ValueError, match="num_inference_steps is 1, but must be at least 2"):
+        FreeSwimPipeline(ltx)("a", **(LTX | {"num_inference_steps": 1}))

@@ -61,6 +61,50 @@ def test_what_to_avoid_is_the_papers_the_models_or_ones_own(upscale, tmp_path, r
     assert read_defaults(BUNDLED_MODEL, MODEL_DIR)["negative_prompt"] == ""
 
 
+@pytest.mark.parametrize(("cache_steps", "guided"), [("1", [4, 2]), ("none", [4, 4])])
+def test_guidance_in_every_step(upscale, monkeypatch, record, cache_steps, guided):
+    from diffusers import WanTransformer3DModel
+
+    rows: list[int] = []
+    forward = WanTransformer3DModel.forward
+
+    def counted(model, hidden_states, *args, **kwargs):
+        rows.append(2 * len(hidden_states))
+        return forward(model, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(WanTransformer3DModel, "forward", counted)
+    assert upscale("-o", "a.png", "--cache-steps", cache_steps).code == 0
+    # After the base video's one step with the prompt and without it.
+    assert rows == [2, 2, *guided, *guided]
+    written = record("a.json")
+    assert written["settings"]["cache_steps"] == {"1": 1, "none": None}[cache_steps]
+    assert (written["guide_steps"], written["store_bytes"]) == (2, 0)
+
+
+def test_ltx_is_told_the_rate_of_the_video(diffattn, tiny_ltx, tmp_path, monkeypatch, record):
+    from diffusers import LTXVideoTransformer3DModel
+
+    monkeypatch.chdir(tmp_path)
+    told = set()
+    forward = LTXVideoTransformer3DModel.forward
+
+    def noted(*args, **kwargs):
+        told.add(kwargs["rope_interpolation_scale"][0])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(LTXVideoTransformer3DModel, "forward", noted)
+    frames = np.random.default_rng(0).integers(0, 256, (9, 64, 96, 3), np.uint8)
+    write_video(tmp_path / "in.mp4", frames, 16)
+    options = ["--base-height", 64, "--base-width", 96, "--steps", 3, "--num-frames", 9]
+    result = diffattn(
+        "upscale", "a circle", "--model", tiny_ltx, "--input", "in.mp4", "-o", "out.mp4", *options
+    )
+    assert result.code == 0, result.err
+    assert told == {8 / 16}
+    assert iio.imread(tmp_path / "out.mp4", plugin="FFMPEG").shape == (9, 128, 192, 3)
+    assert record("out.json")["frames"] == [9, 128, 192]
+
+
 def test_the_seed_decides(upscale, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert upscale("-o", f"{name}.png", "--seed", seed).code == 0
@@ -77,7 +121,8 @@ def test_the_seed_decides(upscale, tmp_path):
         (["--input", "out.mp4"], "-o out.mp4 would overwrite out.mp4, which is read here"),
         (["--preset", "8k"], "preset is '8k', but must be one of 1080p, 1440p, 2160p"),
         (["--strength", "2"], "strength is 2.0, but must be above 0 and up to 1"),
-        (["--cache-steps", "0"], "cache_steps is 0, but must be at least 1"),
+        (["--cache-steps", "0"], "--cache-steps must be a whole number of at least 1, or none to"),
+        (["--cache-steps", "all"], "--cache-steps must be a whole number of at least 1, or none "),
         (["--store", "disk"], "store is 'disk', but must be one of device, cpu, pinned"),
         (["--interpolation", "x"], "interpolation is 'x', but must be one of nearest, bilinear"),
         (["--steps", "0"], "num_inference_steps is 0, but must be at least 1"),
