@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -163,6 +164,22 @@ class Attachment:
         for model in self.models.values():
             model.remove()
         self._leave_scheduler()
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Have every call dense for the while, as the teacher of a sparse model is."""
+        self.clock.always_dense = True
+        self.refresh()
+        try:
+            yield
+        finally:
+            self.clock.always_dense = False
+            self.refresh()
+
+    def leave_run(self) -> None:
+        """Forget the denoising run: calls outside of one, as in training, have no dense steps."""
+        self.clock.start(0)
+        self.refresh()
 
     def describe(self, grid: TokenGrid, num_steps: int) -> Description:
         """What happens in a run over `grid` of `num_steps` denoising steps.

@@ -40,10 +40,12 @@ class RunClock:
     Attributes:
         step: 0-based index of the denoising step that the next model call belongs to.
         num_steps: length of the run; 0 before the scheduler was given its timesteps.
+        always_dense: whether every step stays dense, whatever the methods say.
     """
 
     step: int = 0
     num_steps: int = 0
+    always_dense: bool = False
     _taken: weakref.WeakKeyDictionary[Any, int] = field(
         default_factory=weakref.WeakKeyDictionary, repr=False, compare=False
     )
@@ -71,6 +73,8 @@ class RunClock:
 
     def is_dense_step(self, dense_steps: int | float, last_dense_steps: int | float) -> bool:
         """Does the current step fall into the dense steps at either end of the run?"""
+        if self.always_dense:
+            return True
         if self.num_steps == 0:
             return False
         first = resolve_steps(dense_steps, self.num_steps)

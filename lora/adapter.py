@@ -1,0 +1,252 @@
+"""What is trained of a denoiser: the LoRA of its attention sites, and its method's own weights.
+
+They are saved as diffusers saves a LoRA, so that stock `pipe.load_lora_weights` reads it. Its file
+says in its header which method it was trained under; the method's own weights, where it has some,
+lie in a file beside it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from diffattn.attached_model import attached_to, site_names
+from diffattn.lora.errors import LoraError
+from diffattn.lora.settings import TrainSettings
+from diffattn.models import family_of
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+METHOD_FILE = "diffattn_method_weights.safetensors"
+
+_HEADER = "diffattn"
+# peft and diffusers both call the first adapter so.
+_ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class LoraRecord:
+    """What the header of a LoRA's file says of how it was made.
+
+    Attributes:
+        method: the method that it was trained under, as its `to_dict()` gives it.
+        denoiser: the pipeline's component that it is for.
+        steps: optimiser steps that it was trained for.
+        latents: shape of a sample, (channels, latent frames, height, width).
+        settings: all of the training's settings.
+    """
+
+    method: Mapping[str, Any]
+    denoiser: str
+    steps: int
+    latents: tuple[int, ...]
+    settings: Mapping[str, Any]
+
+
+def add_adapter(model: Any, settings: TrainSettings) -> dict[str, torch.nn.Parameter]:
+    """Give the attention sites of a denoiser a LoRA, and freeze everything else of it.
+
+    Weights of the attached method's own at its sites, see `Method.site_weights`, are trained too.
+    All that is trained is in float32, whatever the model is in.
+
+    Args:
+        model: the denoiser, with a method attached.
+        settings: of the training.
+
+    Returns:
+        The parameters to train, by name.
+
+    Raises:
+        LoraError: if a target is no layer of any site, or the model has a LoRA already.
+    """
+    from peft import LoraConfig
+
+    settings = settings.completed()
+    if getattr(model, "peft_config", None):
+        raise LoraError(
+            f"{type(model).__name__} has a LoRA already: fuse it (pipe.fuse_lora, then"
+            f" pipe.unload_lora_weights) or load the pipeline without it"
+        )
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=_target_names(model, settings.targets),
+        lora_dropout=settings.dropout,
+        use_dora=settings.dora,
+        use_rslora=settings.rslora,
+        init_lora_weights=True,
+    )
+    model.requires_grad_(False)
+    # The factors start from random numbers.
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        model.add_adapter(config)
+    for weights in _method_modules(model).values():
+        weights.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_adapter(
+    pipe: DiffusionPipeline,
+    record: LoraRecord,
+    folder: Path,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write the LoRA of a pipeline's denoiser, and its method's own weights, into a folder.
+
+    Args:
+        pipe: the pipeline.
+        record: for the LoRA's header.
+        folder: is made if there is none.
+        weights: the denoiser's, by name, where it is spread over processes.
+    """
+    from peft import get_peft_model_state_dict
+
+    model: Any = getattr(pipe, record.denoiser)
+    weights = model.state_dict() if weights is None else weights
+    factors = get_peft_model_state_dict(model, dict(weights), adapter_name=_ADAPTER)
+    part = "unet" if record.denoiser == "unet" else "transformer"
+    arguments: dict[str, Any] = {f"{part}_lora_layers": _compact(factors)}
+    known = inspect.signature(type(pipe).save_lora_weights).parameters  # type: ignore[attr-defined]
+    if f"{part}_lora_adapter_metadata" in known:
+        metadata = model.peft_config[_ADAPTER].to_dict()
+        arguments[f"{part}_lora_adapter_metadata"] = metadata
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe.save_lora_weights(folder, weight_name=LORA_FILE, **arguments)  # type: ignore[attr-defined]
+    _add_header(folder / LORA_FILE, record)
+    own = {
+        f"{name}.{key}": weights[f"{name}.{key}"]
+        for name, module in _method_modules(model).items()
+        for key in module.state_dict()
+    }
+    if own:
+        save_file(_compact(own), folder / METHOD_FILE, metadata={"format": "pt"})
+
+
+def read_record(path: Path) -> LoraRecord | None:
+    """What the LoRA at `path`, a file or a folder with one, says of how it was trained.
+
+    Returns:
+        None for a LoRA that was not made here.
+
+    Raises:
+        LoraError: if the file cannot be read, or was written by a later version.
+    """
+    file = path / LORA_FILE if path.is_dir() else path
+    if file.suffix != ".safetensors" or not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            text = (opened.metadata() or {}).get(_HEADER)
+    except (OSError, SafetensorError) as error:
+        raise LoraError(f"cannot read LoRA {path}: {error}") from None
+    if text is None:
+        return None
+    try:
+        entry = json.loads(text)
+        return LoraRecord(**{item.name: entry[item.name] for item in fields(LoraRecord)})
+    except (ValueError, KeyError, TypeError) as error:
+        raise LoraError(
+            f"LoRA {path} was written by another version of diffattn: its header lacks {error}"
+        ) from None
+
+
+def load_method_weights(pipe: DiffusionPipeline, path: Path, record: LoraRecord) -> int:
+    """Load the weights of a method's own that were trained with a LoRA.
+
+    Args:
+        pipe: with the method attached.
+        path: the LoRA's file, or the folder it is in.
+        record: what `read_record` said of it.
+
+    Returns:
+        How many sites have got theirs; 0 if there is nothing to load.
+
+    Raises:
+        LoraError: if they are not those of the method that is attached.
+    """
+    file = (path if path.is_dir() else path.parent) / METHOD_FILE
+    if not file.is_file():
+        return 0
+    model = getattr(pipe, record.denoiser)
+    modules = _method_modules(model)
+    own = {f"{name}.{key}" for name, module in modules.items() for key in module.state_dict()}
+    weights = load_file(file)
+    strange = weights.keys() ^ own
+    if strange:
+        raise LoraError(
+            f"{file} does not fit the attached method: {len(strange)} weights are on one side only,"
+            f" such as {min(strange)}; attach {record.method['type']} as the LoRA was trained with"
+        )
+    for name, module in modules.items():
+        prefix = f"{name}."
+        module.load_state_dict(
+            {k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)}
+        )
+    return len(modules)
+
+
+def _target_names(model: torch.nn.Module, targets: tuple[str, ...]) -> list[str]:
+    """Full names of the layers that `targets` means."""
+    sites = site_names(model, family_of(model))
+    found: list[str] = []
+    for target in targets:
+        matches = [
+            f"{site}.{target}"
+            for site in sites
+            if isinstance(_part(model.get_submodule(site), target), torch.nn.Linear)
+        ]
+        if not matches:
+            known = [
+                name
+                for name, part in model.get_submodule(sites[0]).named_modules()
+                if isinstance(part, torch.nn.Linear)
+            ]
+            raise LoraError(
+                f"target {target!r} matches no layer of the {len(sites)} attention sites of"
+                f" {type(model).__name__}: those of {sites[0]} are {', '.join(known)}"
+            )
+        found += matches
+    return found
+
+
+def _part(module: torch.nn.Module, name: str) -> torch.nn.Module | None:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _method_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The weights of the attached method's own, by the names of their modules."""
+    attached = attached_to(model)
+    if attached is None:
+        return {}
+    return {
+        f"{name}.{site.weights}": site.module.get_submodule(site.weights)
+        for name, site in attached.sites.items()
+        if site.weights is not None
+    }
+
+
+def _compact(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+
+
+def _add_header(file: Path, record: LoraRecord) -> None:
+    with safe_open(file, framework="pt") as opened:
+        metadata = dict(opened.metadata() or {})
+    save_file(load_file(file), file, metadata=metadata | {_HEADER: json.dumps(asdict(record))})

@@ -1,0 +1,223 @@
+"""Checkpoints that are whole or not there, and how a run goes on from one.
+
+A checkpoint is a folder, written under another name and renamed when all of it is on the disk. It
+holds what accelerate keeps of a run (optimiser, gradient scaler, generators), the trained weights
+by name, and the LoRA as it is at that step, ready for use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from diffattn.lora.errors import LoraError
+
+FOLDER = "checkpoints"
+
+_NAME = re.compile(r"step-(\d+)")
+_PROGRESS = "progress.json"
+_WEIGHTS = "trained.safetensors"
+# What the libraries raise when a disk is full: torch and safetensors have errors of their own.
+_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is, and what must be the same for it to go on.
+
+    Attributes:
+        step: optimiser steps made.
+        identity: what decides the steps to come: settings, data, processes.
+    """
+
+    step: int
+    identity: Mapping[str, Any]
+
+
+def keep_trained_only(accelerator: Accelerator, trained: Mapping[str, torch.nn.Parameter]) -> None:
+    """Have accelerate's checkpoints hold the trained weights, not the model they belong to.
+
+    FSDP and DeepSpeed save models in their own ways, which come before this.
+    """
+
+    def save(models: list[Any], weights: list[Any], folder: str) -> None:
+        if not weights:
+            return
+        weights.clear()
+        if accelerator.is_main_process:
+            tensors = {name: p.detach().cpu().contiguous() for name, p in trained.items()}
+            save_file(tensors, Path(folder, _WEIGHTS))
+
+    def load(models: list[Any], folder: str) -> None:
+        if not models:
+            return
+        models.clear()
+        saved = load_file(Path(folder, _WEIGHTS))
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(saved[name])
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    folder: Path,
+    progress: Progress,
+    add: Callable[[Path], None],
+    keep: int,
+) -> Path:
+    """Write a checkpoint of all processes, and remove the oldest.
+
+    Args:
+        accelerator: of the run.
+        folder: the run's.
+        progress: where the run is.
+        add: writes what else belongs into a checkpoint; called in every process, as reading a
+            model that is spread over them takes all.
+        keep: how many checkpoints stay.
+
+    Raises:
+        LoraError: if it cannot be written; those before are untouched.
+    """
+    place = folder / FOLDER
+    target = place / f"step-{progress.step:06d}"
+    temporary = place / f".{target.name}.tmp"
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(temporary))
+        add(temporary)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            text = json.dumps({"step": progress.step, "identity": progress.identity}, indent=1)
+            (temporary / _PROGRESS).write_text(text + "\n", "utf-8")
+            to_disk(temporary)
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+            _sync(place)
+            for old in checkpoints(folder)[:-keep]:
+                shutil.rmtree(old)
+    except _WRITE_ERRORS as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise LoraError(f"cannot write {target}: {error}; {_kept(folder)}") from None
+    accelerator.wait_for_everyone()
+    return target
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, the oldest first."""
+    place = folder / FOLDER
+    found = [path for path in place.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=_step)
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Where the run of a checkpoint was.
+
+    Raises:
+        LoraError: if it does not say.
+    """
+    try:
+        entry = json.loads((checkpoint / _PROGRESS).read_text("utf-8"))
+        return Progress(entry["step"], entry["identity"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LoraError(
+            f"cannot read checkpoint {checkpoint}: {error!r}; remove it to go on from the one before"
+        ) from None
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, identity: Mapping[str, Any]) -> int:
+    """Put a run where it was.
+
+    Args:
+        accelerator: of the run, with everything prepared.
+        checkpoint: the folder.
+        identity: what decides the steps of this run.
+
+    Returns:
+        Optimiser steps made.
+
+    Raises:
+        LoraError: if the checkpoint is of another run, or cannot be read.
+    """
+    progress = read_progress(checkpoint)
+    for name, value in identity.items():
+        if progress.identity.get(name) != value:
+            raise LoraError(
+                f"cannot go on from {checkpoint}: its {name} is {progress.identity.get(name)!r}, now"
+                f" it is {value!r}; give the same, or another output folder"
+            )
+    try:
+        accelerator.load_state(str(checkpoint))
+    except (*_WRITE_ERRORS, KeyError, ValueError) as error:
+        raise LoraError(
+            f"cannot read checkpoint {checkpoint}: {error}; remove it to go on from the one before"
+        ) from None
+    return progress.step
+
+
+def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write files into a folder so that each is whole or not there.
+
+    Args:
+        folder: where they go.
+        write: writes them into the folder that it is given.
+
+    Raises:
+        LoraError: if they cannot be written; those that were there are untouched.
+    """
+    temporary = folder / ".diffattn.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        to_disk(temporary)
+        for file in sorted(temporary.iterdir()):
+            file.replace(folder / file.name)
+        _sync(folder)
+    except _WRITE_ERRORS as error:
+        raise LoraError(f"cannot write to {folder}: {error}; {_kept(folder)}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def to_disk(folder: Path) -> None:
+    """Wait until everything in a folder is on the disk, so that a rename cannot overtake it."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _step(checkpoint: Path) -> int:
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _kept(folder: Path) -> str:
+    whole = checkpoints(folder)
+    return f"kept: {whole[-1]}" if whole else "there is no earlier checkpoint"

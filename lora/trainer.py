@@ -1,0 +1,344 @@
+"""The training loop, on accelerate: one process or many, by the same numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+
+from diffattn.attach import Attachment, set_attn_processor
+from diffattn.lora.adapter import LORA_FILE, LoraRecord, add_adapter, save_adapter
+from diffattn.lora.checkpoint import (
+    Progress,
+    checkpoints,
+    keep_trained_only,
+    load_checkpoint,
+    replace_files,
+    save_checkpoint,
+)
+from diffattn.lora.draws import Clips, draw_batch, sample_numbers, seed_dropout
+from diffattn.lora.errors import LoraError
+from diffattn.lora.losses import Batch, Student
+from diffattn.lora.recipes import Recipe, recipe_for
+from diffattn.lora.settings import TrainSettings
+from diffattn.methods import from_dict
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+LOG_FILE = "losses.jsonl"
+SETTINGS_FILE = "settings.json"
+
+# What may differ when a run goes on. The number of steps decides a learning rate that falls.
+_FREE = ("steps", "checkpoint_every", "keep_checkpoints", "trackers", "gradient_checkpointing")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step came to.
+
+    Attributes:
+        step: optimiser steps made, this one included.
+        steps: of the whole run.
+        losses: by name, without their weights; "loss" is the weighted sum.
+        learning_rate: of this step.
+        seconds: that it took.
+        memory: the most bytes in use so far, of the accelerator, or of the process on a CPU.
+    """
+
+    step: int
+    steps: int
+    losses: Mapping[str, float]
+    learning_rate: float
+    seconds: float
+    memory: int
+
+
+class Trainer:
+    """A pipeline whose LoRA is being trained.
+
+    Attributes:
+        pipe: with the method attached and the LoRA in place, ready to be called between steps.
+        step: optimiser steps made.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        clips: Clips,
+        empty: Mapping[str, torch.Tensor],
+        settings: TrainSettings,
+        output: Path,
+        *,
+        recipe: Recipe | None = None,
+        accelerator: Accelerator | None = None,
+        resume: bool = False,
+    ) -> None:
+        """Attach the method, add the LoRA, and go on from the last checkpoint if there is one.
+
+        Args:
+            pipe: a stock pipeline; the denoiser's device is chosen by accelerate.
+            clips: what is learnt from.
+            empty: conditions of the empty caption, without batch axis.
+            settings: of the training.
+            output: folder for the LoRA, the checkpoints and the log.
+            recipe: how this pipeline is trained, if not by `recipe_for`.
+            accelerator: if not one made from the settings.
+            resume: go on with what `output` holds, instead of refusing it.
+
+        Raises:
+            LoraError: if the pipeline cannot be trained like this, there are no clips, `output`
+                holds a run and `resume` is not set, or that run is another one.
+        """
+        self.pipe, self.settings, self.output = pipe, settings.completed(), output
+        self.step = 0
+        self._clips, self._empty = clips, empty
+        if getattr(pipe, "scheduler", None) is None:
+            raise LoraError(
+                f"{type(pipe).__name__} has no scheduler, which says how noise is added: load it"
+                f" with its scheduler/scheduler_config.json"
+            )
+        if not hasattr(pipe, "save_lora_weights"):
+            raise LoraError(f"{type(pipe).__name__} takes no LoRA in diffusers")
+        if not len(clips):
+            raise LoraError("there are no clips to learn from")
+        self._check_output(resume)
+        self.accelerator = accelerator or make_accelerator(settings, output)
+        try:
+            self.recipe = recipe or recipe_for(pipe, settings.denoiser)
+            self.attachment = self._attach()
+        except (ValueError, TypeError) as error:
+            raise LoraError(error) from None
+        self.model: Any = getattr(pipe, self.recipe.denoiser)
+        self._trained = add_adapter(self.model, self.settings)
+        if settings.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        student = Student(self.model, self.recipe, pipe.scheduler, self.attachment, self.settings)
+        optimizer = torch.optim.AdamW(
+            self._trained.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self._student, self._optimizer = self.accelerator.prepare(student.train(), optimizer)
+        keep_trained_only(self.accelerator, self._trained)
+        found = checkpoints(output)
+        if found:
+            self.step = load_checkpoint(self.accelerator, found[-1], self._identity())
+        if self.accelerator.is_main_process:
+            self._write_settings()
+
+    def train(
+        self,
+        until: int | None = None,
+        report: Callable[[StepReport], None] = lambda _: None,
+        between: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Make the steps that are left, with checkpoints, and write the LoRA.
+
+        Args:
+            until: stop after this many steps of the whole run; all of them when None.
+            report: called after every step in the main process.
+            between: called in the main process after every step, when checkpoints are written.
+
+        Raises:
+            LoraError: if the loss is no number, or something cannot be written.
+        """
+        last = self.settings.steps if until is None else min(until, self.settings.steps)
+        while self.step < last:
+            made = self._make_step()
+            if self.accelerator.is_main_process:
+                self._log(made)
+                report(made)
+            if self.step % self.settings.checkpoint_every == 0 or self.step == last:
+                self.save_checkpoint()
+            if self.accelerator.is_main_process:
+                between(self.step)
+            self.accelerator.wait_for_everyone()
+        self.save()
+        self.accelerator.end_training()
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of this step."""
+        save_checkpoint(
+            self.accelerator,
+            self.output,
+            Progress(self.step, self._identity()),
+            self._save_adapter,
+            self.settings.keep_checkpoints,
+        )
+
+    def save(self) -> Path:
+        """Write the LoRA into the output folder."""
+        weights = self._weights()
+        if self.accelerator.is_main_process:
+            replace_files(
+                self.output, lambda folder: save_adapter(self.pipe, self._record(), folder, weights)
+            )
+        self.accelerator.wait_for_everyone()
+        return self.output / LORA_FILE
+
+    def loss(self, numbers: Sequence[int]) -> dict[str, float]:
+        """The losses of a batch of samples, without learning from them."""
+        with torch.no_grad():
+            losses = self._student(self._draw(numbers))
+        return {name: float(loss) for name, loss in losses.items()}
+
+    def _make_step(self) -> StepReport:
+        start = time.perf_counter()
+        settings, accelerator = self.settings, self.accelerator
+        rate = settings.rate_at(self.step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        totals: dict[str, torch.Tensor] = {}
+        for part in range(settings.accumulation):
+            numbers = sample_numbers(
+                settings, self.step, part, accelerator.process_index, accelerator.num_processes
+            )
+            batch = self._draw(numbers)
+            seed_dropout(settings, numbers)
+            with accelerator.accumulate(self._student):
+                losses = self._student(batch)
+                accelerator.backward(losses["loss"])
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(self._trained.values(), settings.max_grad_norm)
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0) + loss.detach() / settings.accumulation
+        means = accelerator.reduce(torch.stack(list(totals.values())).float(), "mean").tolist()
+        self.step += 1
+        named = dict(zip(totals, means, strict=True))
+        if not math.isfinite(named["loss"]):
+            raise LoraError(
+                f"the loss is {named['loss']} at step {self.step}: try a smaller learning_rate than"
+                f" {settings.learning_rate:g}, or mixed_precision bf16 or no"
+            )
+        seconds = time.perf_counter() - start
+        return StepReport(self.step, settings.steps, named, rate, seconds, memory_in_use())
+
+    def _draw(self, numbers: Sequence[int]) -> Batch:
+        batch = draw_batch(
+            self._clips, self._empty, self.recipe, self.pipe.scheduler, self.settings, numbers
+        )
+        device = self.accelerator.device
+        return Batch(
+            batch.latents.to(device),
+            batch.noise.to(device),
+            batch.times.to(device),
+            {name: tensor.to(device) for name, tensor in batch.conditions.items()},
+        )
+
+    def _attach(self) -> Attachment:
+        attachment = set_attn_processor(self.pipe, from_dict(self.settings.attention))
+        assert attachment is not None
+        return attachment
+
+    def _weights(self) -> Mapping[str, torch.Tensor]:
+        """The denoiser's weights by name, gathered from all processes where they are spread."""
+        prefix = "model."
+        state = self.accelerator.get_state_dict(self._student)
+        return {name.removeprefix(prefix): weight for name, weight in state.items()}
+
+    def _save_adapter(self, folder: Path) -> None:
+        weights = self._weights()
+        if self.accelerator.is_main_process:
+            save_adapter(self.pipe, self._record(), folder, weights)
+
+    def _record(self) -> LoraRecord:
+        return LoraRecord(
+            method=from_dict(self.settings.attention).to_dict(),
+            denoiser=self.recipe.denoiser,
+            steps=self.step,
+            latents=tuple(self._clips[0]["latents"].shape),
+            settings=self.settings.to_dict(),
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        settings = self.settings.to_dict()
+        free = _FREE if settings["schedule"] == "constant" else _FREE[1:]
+        keys = [str(self._clips[index]["key"]) for index in range(len(self._clips))]
+        return {
+            **{name: value for name, value in settings.items() if name not in free},
+            "processes": self.accelerator.num_processes,
+            "clips": hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16],
+        }
+
+    def _check_output(self, resume: bool) -> None:
+        found = checkpoints(self.output)
+        if found and not resume:
+            raise LoraError(
+                f"{self.output} holds a run with a checkpoint, {found[-1].name}: resume it, or give"
+                f" another output folder"
+            )
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LoraError(f"cannot write to {self.output}: {error.strerror}") from None
+
+    def _write_settings(self) -> None:
+        """Write down what is run, and forget logged steps that are made again."""
+        log = self.output / LOG_FILE
+        lines = log.read_text("utf-8").splitlines(keepends=True) if log.is_file() else []
+        kept = lines[: self.step]
+        text = json.dumps(self.settings.to_dict(), indent=1) + "\n"
+
+        def write(folder: Path) -> None:
+            (folder / SETTINGS_FILE).write_text(text, "utf-8")
+            (folder / LOG_FILE).write_text("".join(kept), "utf-8")
+
+        replace_files(self.output, write)
+
+    def _log(self, made: StepReport) -> None:
+        entry = {"step": made.step, **made.losses, "learning_rate": made.learning_rate}
+        try:
+            with (self.output / LOG_FILE).open("a", encoding="utf-8") as log:
+                log.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise LoraError(f"cannot write to {self.output / LOG_FILE}: {error.strerror}") from None
+        if self.settings.trackers:
+            values = {name: value for name, value in entry.items() if name != "step"}
+            self.accelerator.log(values, step=made.step)
+
+
+def make_accelerator(settings: TrainSettings, output: Path) -> Accelerator:
+    """Make what runs the training, by the settings and what `accelerate launch` has said.
+
+    Raises:
+        LoraError: if a tracker is unknown or not installed.
+    """
+    available = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+    for name in settings.trackers:
+        if name not in available:
+            raise LoraError(
+                f"tracker {name!r} is not installed; available are: {', '.join(available) or 'none'}"
+                f" (pip install diffattn[tensorboard] or diffattn[wandb])"
+            )
+    accelerator = Accelerator(
+        gradient_accumulation_steps=settings.accumulation,
+        mixed_precision=settings.mixed_precision,
+        log_with=list(settings.trackers) or None,
+        project_dir=str(output),
+        # Weights of a method's own have no gradient in layers that stay dense.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if settings.trackers:
+        flat = {name: str(value) for name, value in dataclasses.asdict(settings).items()}
+        accelerator.init_trackers("diffattn-lora", config=flat)
+    return accelerator
+
+
+def memory_in_use() -> int:
+    """The most bytes in use so far: of the accelerator, or of this process on a CPU."""
+    if torch.accelerator.is_available():
+        return int(torch.accelerator.max_memory_allocated())
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
