@@ -183,13 +183,19 @@ def load_method_weights(pipe: DiffusionPipeline, path: Path, record: LoraRecord)
         return 0
     model = getattr(pipe, record.denoiser)
     modules = _method_modules(model)
-    own = {f"{name}.{key}" for name, module in modules.items() for key in module.state_dict()}
+    own = {
+        f"{name}.{key}": weight.shape
+        for name, module in modules.items()
+        for key, weight in module.state_dict().items()
+    }
     weights = load_file(file)
-    strange = weights.keys() ^ own
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    strange = dict(shapes.items() ^ own.items())
     if strange:
         raise LoraError(
-            f"{file} does not fit the attached method: {len(strange)} weights are on one side only,"
-            f" such as {min(strange)}; attach {record.method['type']} as the LoRA was trained with"
+            f"{file} does not fit the attached method: {len(strange)} weights differ in name or"
+            f" shape, such as {min(strange)}; attach it with the parameters that the LoRA was"
+            f" trained with: {dict(record.method)}"
         )
     for name, module in modules.items():
         prefix = f"{name}."

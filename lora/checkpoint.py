@@ -137,7 +137,8 @@ def read_progress(checkpoint: Path) -> Progress:
         return Progress(entry["step"], entry["identity"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LoraError(
-            f"cannot read checkpoint {checkpoint}: {error!r}; remove it to go on from the one before"
+            f"cannot read checkpoint {checkpoint}: {error!r}; remove it to go on from the one"
+            f" before"
         ) from None
 
 
@@ -159,8 +160,8 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, identity: Mappin
     for name, value in identity.items():
         if progress.identity.get(name) != value:
             raise LoraError(
-                f"cannot go on from {checkpoint}: its {name} is {progress.identity.get(name)!r}, now"
-                f" it is {value!r}; give the same, or another output folder"
+                f"cannot go on from {checkpoint}: its {name} is {progress.identity.get(name)!r},"
+                f" now it is {value!r}; give the same, or another output folder"
             )
     try:
         accelerator.load_state(str(checkpoint))

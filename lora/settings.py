@@ -64,7 +64,8 @@ class TrainSettings:
         batch_size: samples of one process in one forward.
         accumulation: forwards per optimiser step.
         learning_rate: its largest value.
-        schedule: what it does after the warm-up: "constant", or fall to zero along a line or cosine.
+        schedule: what it does after the warm-up: stay ("constant"), or fall to zero along a line
+            ("linear") or a cosine ("cosine").
         warmup_steps: steps in which it rises.
         weight_decay, max_grad_norm: of AdamW, and where gradients are clipped.
         shift: moves noise levels up for large videos; None for the scheduler's own.

@@ -318,8 +318,8 @@ def make_accelerator(settings: TrainSettings, output: Path) -> Accelerator:
     for name in settings.trackers:
         if name not in available:
             raise LoraError(
-                f"tracker {name!r} is not installed; available are: {', '.join(available) or 'none'}"
-                f" (pip install diffattn[tensorboard] or diffattn[wandb])"
+                f"tracker {name!r} is not installed (pip install diffattn[tensorboard] or"
+                f" diffattn[wandb]); installed are: {', '.join(available) or 'none'}"
             )
     accelerator = Accelerator(
         gradient_accumulation_steps=settings.accumulation,

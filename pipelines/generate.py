@@ -15,6 +15,7 @@ from .attention_settings import make_method
 from .compare import psnr, side_by_side, ssim
 from .errors import RunInterruptedError, UserError, one_line
 from .loading import LoadedModel, load_model
+from .lora import load_weights_of_method
 from .machine import describe_device, quiet_libraries
 from .outputs import Outputs, on_disk, staged
 from .processes import count, rank, spread, together
@@ -121,14 +122,14 @@ def _make(
 ) -> None:
     """Make the files of one video."""
     method = make_method(request.attention)
-    with _attached(loaded.pipe, method) as attachment:
+    with _attached(loaded.pipe, method, request.lora) as attachment:
         attention = _describe(attachment, request, loaded.pipe)
     say(f"attention: {attention.pop('summary')}")
     dense = None
     if request.compare:
         _warm_up(request, loaded, method)
         dense = _render(request, loaded, "dense")
-    with _attached(loaded.pipe, method):
+    with _attached(loaded.pipe, method, request.lora):
         sparse = _render(request, loaded, method.type)
     if rank():
         return  # The first process writes the same.
@@ -209,13 +210,17 @@ def _warm_up(request: Request, loaded: LoadedModel, method: "Method") -> None:
     step = dataclasses.replace(request, steps=1)
     _render(step, loaded, "warming up (dense)")
     # A schedule that keeps the first steps dense would leave the sparse kernels cold.
-    with _attached(loaded.pipe, dataclasses.replace(method, **_NO_SCHEDULE)):
+    sparse = dataclasses.replace(method, **_NO_SCHEDULE)
+    with _attached(loaded.pipe, sparse, request.lora):
         _render(step, loaded, f"warming up ({method.type})")
 
 
 @contextmanager
-def _attached(pipe: "DiffusionPipeline", method: "Method") -> Iterator[Any]:
-    """Have the method in the pipeline for the while; dense means the untouched model."""
+def _attached(pipe: "DiffusionPipeline", method: "Method", lora: str | None) -> Iterator[Any]:
+    """Have the method in the pipeline for the while; dense means the untouched model.
+
+    What a LoRA has trained of the method itself comes with it.
+    """
     import diffattn
 
     if method.type == "dense":
@@ -226,6 +231,8 @@ def _attached(pipe: "DiffusionPipeline", method: "Method") -> Iterator[Any]:
     except (ValueError, TypeError) as error:
         raise UserError(error) from None
     try:
+        if lora is not None:
+            load_weights_of_method(pipe, method, lora)
         yield attachment
     finally:
         diffattn.set_attn_processor(pipe, None)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .attention_settings import MethodOptions, attention_settings
+from .attention_settings import MethodOptions, attention_settings, make_method
 from .errors import UserError
+from .lora import read_lora_record
 from .outputs import Outputs, check_outputs, plan_outputs
 from .processes import check_processes
 from .prompts import read_prompts
@@ -62,7 +63,7 @@ def plan_job(
     for name in ("model", "lora"):
         if name in given:
             settings[name] = _absolute(given[name])
-    settings["attention"] = attention_settings(method, settings.get("attention"))
+    settings["attention"] = _attention(method, settings, given.get("lora"), say)
     prompts = _prompts(source, settings, say)
     requests = [Request.from_dict({**settings, "prompt": prompt}) for prompt in prompts]
 
@@ -73,6 +74,31 @@ def plan_job(
     outputs = plan_outputs(output, prompts, several=source.prompts_file is not None)
     check_outputs(outputs, first.compare, first.fps, inputs)
     return Job(requests, outputs)
+
+
+def _attention(
+    method: MethodOptions,
+    settings: Mapping[str, Any],
+    lora: str | None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Choose the method: what the options name, else what the LoRA given was trained under."""
+    record = None if lora is None else read_lora_record(lora)
+    if record is None:
+        return attention_settings(method, settings.get("attention"))
+    chosen = attention_settings(method, record.method)
+    if chosen != make_method(record.method).to_dict():
+        say(f"note: the LoRA was trained under {_words(record.method)}, not {_words(chosen)}")
+    else:
+        say(f"the LoRA was trained under {_words(chosen)}, which is attached (--attn overrides)")
+    return chosen
+
+
+def _words(method: Mapping[str, Any]) -> str:
+    """Return a method's name and what was set of it."""
+    plain = make_method({"type": method["type"]}).to_dict()
+    given = [f"{name}={value}" for name, value in method.items() if value != plain.get(name)]
+    return f"{method['type']} ({', '.join(given)})" if given else str(method["type"])
 
 
 def _prompts(

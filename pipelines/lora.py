@@ -1,4 +1,8 @@
-"""Loading a LoRA, after checking that every one of its layers has a place in the model."""
+"""Loading a LoRA, after checking that every one of its layers has a place in the model.
+
+One that was trained here, by ``diffattn lora train``, says under which method it was, and may have
+weights of the method's own beside it.
+"""
 
 import re
 from collections.abc import Mapping
@@ -10,6 +14,9 @@ from .errors import UserError, one_line
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
+
+    from diffattn.lora.adapter import LoraRecord
+    from diffattn.methods import Method
 
 _FACTOR = re.compile(r"transformer\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
 
@@ -29,7 +36,10 @@ def load_lora(pipe: "DiffusionPipeline", path: str) -> None:
     except Exception as error:
         # safetensors, torch and diffusers each have their own errors for files that are none.
         raise UserError(f"cannot read LoRA {path}: {one_line(error)}") from None
-    for name in _denoisers(pipe):
+    record = read_lora_record(path)
+    for name in _denoisers(pipe) if record is None else [record.denoiser]:
+        if getattr(pipe, name, None) is None:
+            raise UserError(f"LoRA {path} is for the {name}, which {type(pipe).__name__} lacks")
         _check_fit(getattr(pipe, name), factors, path)
         # Only pipelines with two experts know this argument.
         extra = {"load_into_transformer_2": True} if name == "transformer_2" else {}
@@ -37,6 +47,34 @@ def load_lora(pipe: "DiffusionPipeline", path: str) -> None:
             pipe.load_lora_weights(source, **extra)
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             raise UserError(f"LoRA {path} does not fit the model: {one_line(error)}") from None
+
+
+def read_lora_record(path: str) -> "LoraRecord | None":
+    """Return how the LoRA at ``path`` was trained; None if there is none, or not one from here."""
+    from diffattn.lora.adapter import read_record
+    from diffattn.lora.errors import LoraError
+
+    try:
+        return read_record(Path(path).expanduser())
+    except LoraError as error:
+        raise UserError(error) from None
+
+
+def load_weights_of_method(pipe: "DiffusionPipeline", method: "Method", path: str) -> None:
+    """Give an attached method the weights of its own that were trained with a LoRA.
+
+    Another method than the LoRA's, which the user has asked for, has nothing to take.
+    """
+    from diffattn.lora.adapter import load_method_weights
+    from diffattn.lora.errors import LoraError
+
+    record = read_lora_record(path)
+    if record is None or record.method["type"] != method.type:
+        return
+    try:
+        load_method_weights(pipe, Path(path).expanduser(), record)
+    except LoraError as error:
+        raise UserError(error) from None
 
 
 def _denoisers(pipe: "DiffusionPipeline") -> list[str]:
