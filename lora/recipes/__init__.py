@@ -5,12 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from diffattn.lora.errors import LoraError
 from diffattn.lora.recipes.base import Recipe
+from diffattn.lora.recipes.cogvideox import cogvideox_recipe
+from diffattn.lora.recipes.flux import flux_recipe
+from diffattn.lora.recipes.hunyuanvideo import hunyuanvideo_recipe
+from diffattn.lora.recipes.ltx import ltx_recipe
+from diffattn.lora.recipes.mochi import mochi_recipe
+from diffattn.lora.recipes.unet import unet_recipe
 from diffattn.lora.recipes.wan import wan_recipe
 from diffattn.models import denoisers, family_of
 
 RECIPES: dict[str, Callable[[Any, str, int | None], Recipe]] = {
     "wan": wan_recipe,
+    "hunyuanvideo": hunyuanvideo_recipe,
+    "cogvideox": cogvideox_recipe,
+    "ltx": ltx_recipe,
+    "mochi": mochi_recipe,
+    "flux": flux_recipe,
+    "unet": unet_recipe,
 }
 
 
@@ -23,17 +36,17 @@ def recipe_for(pipe: Any, denoiser: str | None = None, text_length: int | None =
         text_length: tokens that prompts are padded to; what the pipeline's call does when None.
 
     Raises:
-        ValueError: if the pipeline's family has no recipe (names those that have), the model is
+        LoraError: if the pipeline's family has no recipe (names those that have), the model is
             conditioned on more than text, the scheduler is missing or is none of the family's, or
             there is no such denoiser.
     """
     models = denoisers(pipe)
     name = next(iter(models)) if denoiser is None else denoiser
     if name not in models:
-        raise ValueError(f"denoiser is {name!r}, but {type(pipe).__name__} has {', '.join(models)}")
+        raise LoraError(f"denoiser is {name!r}, but {type(pipe).__name__} has {', '.join(models)}")
     family = family_of(models[name])
     if family.name not in RECIPES:
-        raise ValueError(
+        raise LoraError(
             f"there is no training recipe for {family.title}; there are recipes for"
             f" {', '.join(RECIPES)}"
         )

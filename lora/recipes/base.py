@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffattn.lora.errors import LoraError
 from diffattn.lora.recipes import noising
 from diffattn.lora.recipes.noising import Prediction
 
@@ -95,10 +96,10 @@ class Recipe(ABC):
         if self.prediction == "flow":
             shift = noising.default_shift(scheduler) if shift is None else shift
             if shift <= 0:
-                raise ValueError(f"shift is {shift}, but must be above 0 (1 shifts nothing)")
+                raise LoraError(f"shift is {shift}, but must be above 0 (1 shifts nothing)")
             return noising.sample_levels(batch, generator, shift, self.noise_range)
         if shift is not None:
-            raise ValueError(
+            raise LoraError(
                 f"shift is {shift}, but this model predicts {self.prediction}, whose timesteps are"
                 f" drawn equally often: leave it out"
             )
@@ -141,12 +142,12 @@ def common_settings(
         flow: whether models of this family are flows.
 
     Raises:
-        ValueError: if the scheduler is missing or is none for such models.
+        LoraError: if the scheduler is missing or is none for such models.
     """
     prediction = noising.prediction_of(pipe.scheduler)
     if (prediction == "flow") != flow:
         kind = "a flow" if flow else "epsilon or v"
-        raise ValueError(
+        raise LoraError(
             f"{type(pipe.scheduler).__name__} takes the model's output for {prediction}, but models"
             f" of {family} predict {kind}: give the pipeline the scheduler it was published with"
         )
@@ -169,11 +170,12 @@ def call_default(pipe: Any, name: str) -> Any:
     return inspect.signature(type(pipe).__call__).parameters[name].default
 
 
-def encode_pixels(vae: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
-    """What a VAE's encoder makes of pixels, float32, not normalised."""
-    device = next(vae.parameters()).device
+def encode_pixels(pipe: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
+    """What the VAE's encoder makes of pixels, float32, not normalised."""
+    # An offloaded VAE is elsewhere until it is called.
+    pixels = pixels.to(pipe._execution_device, pipe.vae.dtype)
     with torch.no_grad():
-        posterior = vae.encode(pixels.to(device, vae.dtype)).latent_dist
+        posterior = pipe.vae.encode(pixels).latent_dist
     drawn = posterior.mode() if generator is None else posterior.sample(generator)
     return drawn.float()
 
@@ -186,14 +188,15 @@ def per_channel(values: Any, latents: Tensor) -> Tensor:
 
 def one_by_one(prompts: list[str], encode: Callable[[str], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Encode each prompt alone, so that what comes out does not depend on the others."""
-    encoded = [encode(prompt) for prompt in prompts]
+    with torch.no_grad():
+        encoded = [encode(prompt) for prompt in prompts]
     return {name: torch.cat([each[name] for each in encoded]) for name in encoded[0]}
 
 
 def refuse_conditions(denoiser: Any, wanted: bool) -> None:
     """Refuse a denoiser that is conditioned on more than text."""
     if not wanted:
-        raise ValueError(
+        raise LoraError(
             f"this {type(denoiser).__name__} is conditioned on more than text (an image, a mask, a"
             f" control video): there are recipes for text-to-video and text-to-image models only"
         )

@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from diffattn.lora.errors import LoraError
+
 Prediction = Literal["flow", "epsilon", "v_prediction"]
 
 
@@ -14,11 +16,11 @@ def prediction_of(scheduler: Any) -> Prediction:
     """What a pipeline's scheduler takes a model's output for.
 
     Raises:
-        ValueError: if there is no scheduler, or it takes another kind of output.
+        LoraError: if there is no scheduler, or it takes another kind of output.
     """
     config = getattr(scheduler, "config", None)
     if config is None:
-        raise ValueError(
+        raise LoraError(
             "the model has no scheduler, whose configuration says what the model predicts: load the"
             " whole pipeline, its scheduler folder included"
         )
@@ -29,12 +31,12 @@ def prediction_of(scheduler: Any) -> Prediction:
     if kind == "flow_prediction":
         return "flow"
     if kind not in get_args(Prediction):
-        raise ValueError(
+        raise LoraError(
             f"the prediction_type of {name} is {kind!r}, but training knows flow_prediction,"
             f" epsilon and v_prediction"
         )
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(
+        raise LoraError(
             f"{name} has no alphas_cumprod, which say how much noise a timestep of {kind} has"
         )
     return kind

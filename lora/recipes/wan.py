@@ -31,7 +31,7 @@ class WanRecipe(Recipe):
 
     def encode_clip(self, pipe: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
         """See `Recipe.encode_clip`; the VAE has a mean and a deviation for each channel."""
-        latents = encode_pixels(pipe.vae, pixels, generator)
+        latents = encode_pixels(pipe, pixels, generator)
         config = pipe.vae.config
         mean, std = (per_channel(x, latents) for x in (config.latents_mean, config.latents_std))
         return (latents - mean) / std

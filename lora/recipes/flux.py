@@ -1,0 +1,111 @@
+"""Flux.1: text to image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffattn.lora.recipes.base import (
+    Recipe,
+    call_default,
+    common_settings,
+    encode_pixels,
+    one_by_one,
+    refuse_conditions,
+)
+
+_PATCH = 2
+"""Latent rows and columns of a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxRecipe(Recipe):
+    """Flux's recipe.
+
+    Attributes:
+        latent_pixels: rows and columns of pixels of a latent.
+        guidance: the scale that the denoiser is told, since guidance is distilled into it; None
+            where it takes none (schnell).
+    """
+
+    latent_pixels: int
+    guidance: float | None
+
+    def encode_clip(self, pipe: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
+        """See `Recipe.encode_clip`; images only. The VAE has a shift and a factor."""
+        latents = encode_pixels(pipe, pixels.squeeze(2), generator)
+        config = pipe.vae.config
+        return ((latents - config.shift_factor) * config.scaling_factor).unsqueeze(2)
+
+    def encode_prompt(self, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
+        """The padded text (there is no mask), and CLIP's summary of it."""
+
+        def encode(prompt: str) -> dict[str, Tensor]:
+            embeds, pooled, _ = pipe.encode_prompt(
+                prompt, None, max_sequence_length=self.text_length
+            )
+            return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+        return one_by_one(prompts, encode)
+
+    def predict(
+        self, model: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Tensor]
+    ) -> Tensor:
+        """See `Recipe.predict`; the denoiser takes a sequence of tokens, and times up to 1."""
+        height, width = noisy.shape[3:]
+        told = {name: value.to(self.dtype) for name, value in conditions.items()}
+        guidance = None if self.guidance is None else noisy.new_full((len(noisy),), self.guidance)
+        out: Tensor = model(
+            hidden_states=F.pixel_unshuffle(noisy.squeeze(2), _PATCH)
+            .flatten(2)
+            .transpose(1, 2)
+            .to(self.dtype),
+            timestep=self.model_times(times).to(self.dtype) / 1000,
+            guidance=guidance,
+            pooled_projections=told["pooled_prompt_embeds"],
+            encoder_hidden_states=told["prompt_embeds"],
+            txt_ids=_text_ids(told["prompt_embeds"].shape[1], self.dtype, noisy.device),
+            img_ids=_image_ids(height // _PATCH, width // _PATCH, self.dtype, noisy.device),
+            return_dict=False,
+        )[0]
+        return self._unpack(out, height, width)
+
+    def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """See `Recipe.from_pipeline`."""
+        return self._unpack(latents, height // self.latent_pixels, width // self.latent_pixels)
+
+    def _unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """Latents of so many rows and columns of (batch, tokens, channels of a token)."""
+        picture = tokens.transpose(1, 2).unflatten(2, (height // _PATCH, width // _PATCH))
+        return F.pixel_shuffle(picture, _PATCH).unsqueeze(2)
+
+
+# The same tensors for every call of a size: reading their values waits for the device, and sparse
+# attention, which must read them, does it once for each tensor.
+@lru_cache(maxsize=8)
+def _image_ids(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(tokens, 3): image, row, column."""
+    return torch.cartesian_prod(*map(torch.arange, (1, height, width))).to(device, dtype)
+
+
+@lru_cache(maxsize=8)
+def _text_ids(tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(tokens, 3, dtype=dtype, device=device)
+
+
+def flux_recipe(pipe: Any, denoiser: str, text_length: int | None) -> FluxRecipe:
+    """The recipe of a text-to-image pipeline."""
+    model = getattr(pipe, denoiser)
+    config = model.config
+    refuse_conditions(model, config.out_channels in (None, config.in_channels))
+    guidance = call_default(pipe, "guidance_scale") if config.guidance_embeds else None
+    return FluxRecipe(
+        **common_settings(pipe, "flux", denoiser, text_length, flow=True),
+        latent_pixels=pipe.vae_scale_factor,
+        guidance=guidance,
+    )
