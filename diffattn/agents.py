@@ -1,0 +1,153 @@
+"""Attention through agents: a few queries gather from all keys, and all queries ask the few.
+
+Tensors are (batch, tokens, heads, head_dim). All of it is PyTorch's own attention, whose memory is
+linear in the tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from diffattn.grid import TokenGrid
+
+
+@dataclass(frozen=True)
+class Agents:
+    """Mean queries that stand for many.
+
+    Attributes:
+        mean: float32 (batch, agents, heads, head_dim).
+        exists: bool (batch, agents), false for means over no query; None where all are over some.
+    """
+
+    mean: torch.Tensor
+    exists: torch.Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return self.mean.shape[1]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Keys that are asked directly, beside the agents.
+
+    Attributes:
+        key, value: (batch, tokens, heads, head_dim).
+        mask: bool (batch, tokens), false for padding; None where there is none.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+
+
+def dense_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """PyTorch's attention over all keys, but those where `key_mask`, (batch, keys), is false."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return out.transpose(1, 2)
+
+
+def gather_values(
+    agents: Agents,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What each agent finds as a query: (batch, agents, heads, head_dim)."""
+    return dense_attention(agents.mean.to(key.dtype), key, value, scale, key_mask)
+
+
+def ask_agents(
+    query: torch.Tensor,
+    agents: Agents,
+    gathered: torch.Tensor,
+    scale: float,
+    sharpness: float | torch.Tensor,
+    beside: Beside | None = None,
+) -> torch.Tensor:
+    """Attention of queries with agents for keys, and what these have gathered for values.
+
+    Args:
+        query: (batch, tokens, heads, head_dim).
+        gathered: what `gather_values` gives.
+        scale: factor of the scores.
+        sharpness: what scores of agents are multiplied by besides.
+        beside: more keys in the same softmax; their scores are the model's own.
+    """
+    # A tensor of one number would make SDPA's scale wait for the device; a factor of the keys not.
+    key, value, mask = (agents.mean * sharpness).to(query.dtype), gathered, agents.exists
+    if beside is not None:
+        if mask is not None or beside.mask is not None:
+            mask = torch.cat([_full(mask, key), _full(beside.mask, beside.key)], dim=1)
+        key, value = torch.cat([key, beside.key], dim=1), torch.cat([value, beside.value], dim=1)
+    return dense_attention(query, key, value, scale, mask)
+
+
+def cell_agents(
+    query: torch.Tensor,
+    grid: TokenGrid,
+    cell: tuple[int, int, int],
+    mask: torch.Tensor | None = None,
+) -> Agents:
+    """The mean queries of the cells of a grid; those at its end may be smaller.
+
+    Args:
+        query: the video tokens of `grid`, (batch, tokens, heads, head_dim).
+        cell: latent frames, rows and columns.
+        mask: bool (batch, tokens), false for tokens that do not count.
+    """
+    if mask is None:
+        return Agents(_cell_means(query, grid, cell))
+    share = _cell_means(mask[..., None, None].float(), grid, cell)
+    mean = _cell_means(query.masked_fill(~mask[..., None, None], 0), grid, cell)
+    # Of nothing, the mean is 0 and not 0 / 0.
+    return Agents(mean / share.clamp(min=torch.finfo(share.dtype).tiny), share[..., 0, 0] > 0)
+
+
+def cell_count(grid: TokenGrid, cell: tuple[int, int, int]) -> int:
+    """How many cells the video tokens of a grid make."""
+    frames, rows, columns = cell
+    return -(-grid.frames // frames) * -(-grid.height // rows) * -(-grid.width // columns)
+
+
+def _cell_means(x: torch.Tensor, grid: TokenGrid, cell: tuple[int, int, int]) -> torch.Tensor:
+    """float32 means over cells: (batch, tokens, ...) -> (batch, cells, ...).
+
+    A mean over a box is the mean along its axes one after another.
+    """
+    x = x.unflatten(1, (grid.frames, grid.height, grid.width))
+    for axis in (3, 2, 1):
+        x = _axis_means(x, axis, cell[axis - 1])
+    return x.flatten(1, 3)
+
+
+def _axis_means(x: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    """float32 means over `size` entries along an axis, fewer at its end."""
+    length = x.shape[axis]
+    whole = length - length % size
+    parts = []
+    if whole:
+        inner = x.narrow(axis, 0, whole).unflatten(axis, (-1, size))
+        parts.append(inner.mean(axis + 1, dtype=torch.float32))
+    if whole < length:
+        rest = x.narrow(axis, whole, length - whole)
+        parts.append(rest.mean(axis, keepdim=True, dtype=torch.float32))
+    return torch.cat(parts, dim=axis)
+
+
+def _full(mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
+    """A mask over keys, all true where there is none."""
+    return key.new_ones(key.shape[:2], dtype=torch.bool) if mask is None else mask
