@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import os
 from collections.abc import Callable
@@ -250,7 +251,12 @@ def _kernel_backend(load: Callable[[], ModuleType]) -> Backend:
     return Backend(forward, gradients)
 
 
-def _triton_kernel() -> ModuleType:
+def triton_kernels(name: str) -> ModuleType:
+    """A package of Triton kernels, `block_sparse` or `gather`.
+
+    Raises:
+        ImportError: if Triton cannot be imported.
+    """
     # Imported late: there are platforms without Triton, and the CPU path is for them, too.
     try:
         import triton  # noqa: F401
@@ -259,9 +265,7 @@ def _triton_kernel() -> ModuleType:
             f"backend 'triton' needs Triton, which cannot be imported ({error}); install it with"
             f" 'pip install triton', or pass backend='flex', or run the pipeline on the CPU"
         ) from error
-    from diffattn.kernels import block_sparse
-
-    return block_sparse
+    return importlib.import_module(f"diffattn.kernels.{name}")
 
 
 def _by_autograd(forward: Forward) -> Backend:
@@ -386,7 +390,7 @@ FLEX_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLEX_VARIANTS = 64  # shapes of layouts and tensors that it is compiled for in one process
 
 BACKENDS: dict[str, Backend] = {
-    "triton": _kernel_backend(_triton_kernel),
+    "triton": _kernel_backend(lambda: triton_kernels("block_sparse")),
     "cpu": _kernel_backend(lambda: cpu_kernel),
     "flex": _by_autograd(_flex_forward),
     "reference": _by_autograd(_reference_forward),

@@ -76,8 +76,7 @@ class TileOrder:
                 f"dimension {dim} of a tensor of shape {tuple(x.shape)} has neither the {tokens}"
                 f" tokens of {self.grid} nor its {self.grid.video_tokens} video tokens"
             )
-        moved: torch.Tensor = _Permuted.apply(x, *((there, back) if into else (back, there)), dim)
-        return moved
+        return permuted(x, *((there, back) if into else (back, there)), dim)
 
     def _permutation(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """`positions` and its inverse."""
@@ -151,6 +150,12 @@ def tiles_that_fit(grid: TokenGrid, block_size: int = 128) -> list[tuple[int, in
     fitting = [t for t in tiles if all(side <= n for side, n in zip(t, sizes, strict=True))]
     # A grid smaller than a block is one block, however it is tiled.
     return fitting or tiles
+
+
+def permuted(x: torch.Tensor, there: torch.Tensor, back: torch.Tensor, dim: int) -> torch.Tensor:
+    """The entries of `x` along `dim` in the order `there`, whose inverse is `back`."""
+    moved: torch.Tensor = _Permuted.apply(x, there, back, dim)
+    return moved
 
 
 class _Permuted(torch.autograd.Function):

@@ -18,7 +18,7 @@ from diffattn.grid import TokenGrid
 from diffattn.orders import TileOrder
 
 _serials = itertools.count()
-_sources: weakref.WeakValueDictionary[int, LayoutSource] = weakref.WeakValueDictionary()
+_sources: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 class LayoutSource(Protocol):
@@ -31,7 +31,7 @@ class LayoutSource(Protocol):
     ) -> BlockLayout: ...
 
 
-def remember(source: LayoutSource) -> int:
+def remember(source: LayoutSource | MethodSource) -> int:
     """Give `source` a number by which it is found, for as long as it lives."""
     serial = next(_serials)
     _sources[serial] = source
@@ -68,6 +68,107 @@ def traced_attention(
     backend = choose_backend(query.device)
     out, _ = _forward(query, key, value, key_mask, size, serial, scale, backend)
     return out
+
+
+class MethodSource(Protocol):
+    """Whoever attends by a method over the tokens of a grid, text included."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        grid: TokenGrid,
+        *,
+        scale: float | None,
+        key_mask: torch.Tensor | None,
+    ) -> torch.Tensor: ...
+
+
+def traced_method(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: TokenGrid,
+    serial: int,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention by the method that source number `serial` has for `grid`, whatever it does.
+
+    Its gradients come from computing it once more. Arguments are those of `traced_attention`.
+    """
+    size = [grid.frames, grid.height, grid.width, grid.text_before, grid.text_after]
+    return _attend(query, key, value, key_mask, size, serial, scale)
+
+
+@torch.library.custom_op("diffattn::method_attention", mutates_args=())
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    size: list[int],
+    serial: int,
+    scale: float | None,
+) -> torch.Tensor:
+    source: MethodSource = _sources[serial]
+    out = source.attend(query, key, value, TokenGrid(*size), scale=scale, key_mask=key_mask)
+    return out.contiguous()
+
+
+@_attend.register_fake
+def _(query: torch.Tensor, *rest: torch.Tensor | list[int] | float | None) -> torch.Tensor:
+    return query.new_empty(query.shape)
+
+
+@torch.library.custom_op("diffattn::method_attention_backward", mutates_args=())
+def _attend_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    size: list[int],
+    serial: int,
+    scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # Inside of an operator autograd is switched off as it is in inference mode.
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+        source: MethodSource = _sources[serial]
+        out = source.attend(*leaves, TokenGrid(*size), scale=scale, key_mask=key_mask)
+        dq, dk, dv = torch.autograd.grad(out, leaves, grad_out)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@_attend_backward.register_fake
+def _(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *rest: torch.Tensor | list[int] | float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        query.new_empty(query.shape),
+        key.new_empty(key.shape),
+        value.new_empty(value.shape),
+    )
+
+
+def _setup_attend(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    query, key, value, key_mask, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value, key_mask)
+
+
+def _attend_autograd(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    grads = _attend_backward(grad_out, *ctx.saved_tensors, *ctx.options)
+    return (*grads, None, None, None, None)
+
+
+_attend.register_autograd(_attend_autograd, setup_context=_setup_attend)
 
 
 def _layout(

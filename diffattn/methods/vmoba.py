@@ -1,0 +1,394 @@
+"""VMoBA: each query attends to the blocks whose mean key it fits best, and to its own block.
+
+Wu et al., "VMoBA: Mixture-of-Block Attention for Video Diffusion Models", arXiv 2506.23858.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from statistics import NormalDist
+from typing import Any, ClassVar, Self
+
+import torch
+
+from diffattn.chunks import Sides, recommended_chunk
+from diffattn.grid import TokenGrid
+from diffattn.methods.base import Method, Site, check_choice, check_count
+from diffattn.partition import Chunk, Partition
+from diffattn.selected import selected_attention
+from diffattn.selection import SCOPES, Rule, select_blocks
+
+PARTITIONS = ("1d", "2d", "3d")
+
+_TAU = 0.25
+_DENSE_STEPS = 0.25
+# Of the paper's settings without training: 3 of 7 blocks of frames, a quarter of the others.
+_SHARE = {"1d": 3 / 7, "2d": 1 / 4, "3d": 1 / 4}
+_TILE = 64
+
+
+@dataclass(frozen=True)
+class _Preset:
+    select: str
+    scope: str
+
+
+# The paper's names for the scopes are local and global.
+_PRESETS = {
+    "training-free": _Preset("topk", "query"),
+    "training": _Preset("threshold", "head"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VMoBAAttn(Method):
+    """VMoBA (arXiv 2506.23858): mixture of block attention, selected by content.
+
+    The video tokens are cut into blocks, by turns of the layers into runs of frames ("1d"), patches
+    of the picture through all frames ("2d") and boxes ("3d"). A query scores a block by its product
+    with the mean of the block's keys, and attends to its own block and to the blocks it selects.
+    Text sees all and is seen by all. Without training pictures change: quality is kept by the
+    paper's fine-tuning, or by more dense steps.
+
+    Attributes:
+        preset: what the parameters left at None become: "training-free", the paper's for models as
+            they are (the blocks that fit a query best), or "training", its setting for models that
+            are trained with it (a share of a head's similarity).
+        partitions: the kinds of blocks that the layers take in turn: some of "1d", "2d" and "3d",
+            in any order, repeated as wanted.
+        chunk_1d: latent frames of a block; may be a fraction, which cuts inside of a frame.
+        chunk_2d: rows and columns of a block.
+        chunk_3d: latent frames, rows and columns of a block. Chunks left at None are the paper's on
+            the grids it gives them for; on others they make about its default 8, 48 and 72 blocks.
+            A side longer than the grid is all of it; blocks at the ends may be shorter.
+        select: "topk" or "threshold".
+        scope: whose scores are ranked together: those of a "query" (the paper's local) or of all
+            queries of a "head" (its global). The public code has two more without a word in the
+            paper: all heads' queries for each block ("unpublished-block", with a threshold only),
+            and all there is of a sample ("unpublished-all").
+        topk: blocks per query, its own counted; with a scope beyond a query on average. One number,
+            or one each for "1d", "2d" and "3d". As many as there are, or more, is dense attention.
+        tau: share of the similarity that is kept, own blocks counted. 1 is dense attention.
+        centre_keys: leave out of the scores what all blocks have in common, which softmax does not
+            see either. It matters for scopes beyond a query. Not in the paper.
+        granularity: "query" for a selection by each query, or "tile" for one by each run of
+            `tile` queries, from their mean. Faster on a GPU, and another model than the paper's.
+        tile: queries that decide together with `granularity="tile"`.
+
+    Raises:
+        ValueError: for a parameter out of range, or one that has no effect beside another.
+    """
+
+    type: ClassVar[str] = "vmoba"
+    paper: ClassVar[str] = "arXiv 2506.23858"
+    traced_whole: ClassVar[bool] = True
+
+    preset: str = field(
+        default="training-free", metadata={"help": "training-free or training: the paper's"}
+    )
+    partitions: tuple[str, ...] = field(
+        default=PARTITIONS, metadata={"help": "kinds of blocks that layers take in turn"}
+    )
+    chunk_1d: int | float | None = field(
+        default=None, metadata={"help": "latent frames of a 1d block, may be a fraction"}
+    )
+    chunk_2d: tuple[int, int] | None = field(
+        default=None, metadata={"help": "rows,columns of a 2d block"}
+    )
+    chunk_3d: tuple[int, int, int] | None = field(
+        default=None, metadata={"help": "latent frames,rows,columns of a 3d block"}
+    )
+    select: str | None = field(default=None, metadata={"help": "topk or threshold"})
+    scope: str | None = field(
+        default=None, metadata={"help": "query or head: whose scores are ranked together"}
+    )
+    topk: int | tuple[int, int, int] | None = field(
+        default=None, metadata={"help": "blocks per query, its own counted; or 1d,2d,3d"}
+    )
+    tau: float | None = field(
+        default=None, metadata={"help": "share of the similarity to keep, at most 1"}
+    )
+    centre_keys: bool = field(
+        default=False, metadata={"help": "leave out what all blocks have in common"}
+    )
+    granularity: str = field(default="query", metadata={"help": "query or tile: who selects"})
+    tile: int | None = field(default=None, metadata={"help": "queries of a tile (default: 64)"})
+    _partitions_known: dict[tuple[TokenGrid, str], Partition] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("partitions", "chunk_2d", "chunk_3d", "topk"):
+            if isinstance(getattr(self, name), list):  # as JSON has it
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.partitions, str):
+            object.__setattr__(self, "partitions", (self.partitions,))
+        check_choice("preset", self.preset, tuple(_PRESETS))
+        check_choice("granularity", self.granularity, ("query", "tile"))
+        if self.select is not None:
+            check_choice("select", self.select, ("topk", "threshold"))
+        if self.scope is not None:
+            check_choice("scope", self.scope, SCOPES)
+        if not isinstance(self.centre_keys, bool):
+            raise ValueError(f"centre_keys is {self.centre_keys!r}, but must be true or false")
+        if not self.partitions or any(p not in PARTITIONS for p in self.partitions):
+            raise ValueError(
+                f"partitions is {self.partitions!r}, but must be some of {', '.join(PARTITIONS)}"
+            )
+        self._check_chunks()
+        self._check_selection()
+        if self.tile is not None:
+            check_count("tile", self.tile, at_least=1)
+            if self.granularity == "query":
+                raise ValueError(
+                    f"tile is {self.tile}, but has no effect with granularity='query'; leave it out"
+                    f" or use granularity='tile'"
+                )
+
+    def _check_chunks(self) -> None:
+        frames = self.chunk_1d
+        if frames is not None and (
+            isinstance(frames, bool)
+            or not isinstance(frames, int | float)
+            or not 0 < frames < math.inf
+        ):
+            raise ValueError(f"chunk_1d is {frames!r}, but must be a number of frames above 0")
+        for name, words in (
+            ("chunk_2d", ("rows", "columns")),
+            ("chunk_3d", ("frames", "rows", "columns")),
+        ):
+            chunk = getattr(self, name)
+            if chunk is not None and not _are_counts(chunk, len(words)):
+                raise ValueError(
+                    f"{name} is {chunk!r}, but must be {', '.join(words)}: {len(words)} integers of"
+                    f" at least 1"
+                )
+
+    def _check_selection(self) -> None:
+        preset = _PRESETS[self.preset]
+        select, scope = self.select or preset.select, self.scope or preset.scope
+        given = self.topk if isinstance(self.topk, tuple) else (self.topk,) * 3
+        if self.topk is not None and not _are_counts(given, 3):
+            raise ValueError(
+                f"topk is {self.topk!r}, but must be an integer of at least 1, or three of them,"
+                f" for {', '.join(PARTITIONS)}"
+            )
+        if self.tau is not None and (
+            isinstance(self.tau, bool)
+            or not isinstance(self.tau, int | float)
+            or not 0 < self.tau <= 1
+        ):
+            raise ValueError(
+                f"tau is {self.tau!r}, but must be a number above 0 and at most 1, which is dense"
+                f" attention"
+            )
+        useless = "tau" if select == "topk" else "topk"
+        if getattr(self, useless) is not None:
+            other = "threshold" if select == "topk" else "topk"
+            raise ValueError(
+                f"{useless} is {getattr(self, useless)!r}, but has no effect with select={select!r}"
+                f" (preset {self.preset!r}); leave it out or use select={other!r}"
+            )
+        if scope == "unpublished-block" and select == "topk":
+            raise ValueError(
+                "scope is 'unpublished-block', which is for thresholds only, but select is 'topk':"
+                " use select='threshold', or scope 'query', 'head' or 'unpublished-all'"
+            )
+
+    def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
+        """The method with the preset's values, and with chunks that fit the grid where it is given.
+
+        They are the same for all models. The first quarter of the steps stays dense, as in the
+        paper.
+        """
+        preset = _PRESETS[self.preset]
+        select = self.select or preset.select
+        out = replace(
+            self,
+            select=select,
+            scope=self.scope or preset.scope,
+            tau=_TAU if self.tau is None and select == "threshold" else self.tau,
+            tile=self.tile or (_TILE if self.granularity == "tile" else None),
+            dense_layers=0 if self.dense_layers is None else self.dense_layers,
+            dense_steps=_DENSE_STEPS if self.dense_steps is None else self.dense_steps,
+        )
+        if grid is None:
+            return out
+        video = replace(grid, text_before=0, text_after=0)
+        out = replace(
+            out,
+            **{
+                f"chunk_{kind}": recommended_chunk(kind, video)
+                for kind in PARTITIONS
+                if getattr(out, f"chunk_{kind}") is None
+            },
+        )
+        if select == "topk" and out.topk is None:
+            blocks = {kind: len(out._partition(kind, video).lengths()) for kind in PARTITIONS}
+            counts = {kind: max(2, round(_SHARE[kind] * n)) for kind, n in blocks.items()}
+            out = replace(out, topk=(counts["1d"], counts["2d"], counts["3d"]))
+        return out
+
+    def layer_kind(self, layer: int) -> int:
+        return layer % len(self.partitions)
+
+    @property
+    def heads_apart(self) -> bool:
+        return (self.scope or _PRESETS[self.preset].scope) in ("query", "head")
+
+    def partition(self, grid: TokenGrid, layer: int) -> Partition:
+        """How the tokens of `grid` are cut into blocks in a layer."""
+        kind = self.partitions[self.layer_kind(layer)]
+        return self.for_model("", grid)._partition(kind, grid)
+
+    def rule(self, grid: TokenGrid, layer: int) -> Rule:
+        """How blocks are chosen on `grid` in a layer."""
+        method = self.for_model("", grid)
+        kind = self.partitions[self.layer_kind(layer)]
+        topk = method.topk
+        if isinstance(topk, tuple):
+            topk = topk[PARTITIONS.index(kind)]
+        assert method.scope is not None
+        return Rule(
+            method.scope,
+            topk=topk,
+            tau=method.tau,
+            centre_keys=method.centre_keys,
+            tile=method.tile or 1,
+        )
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        site: Site,
+        *,
+        scale: float | None = None,
+        key_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        query, key, value, key_mask, bits = self._selected(query, key, value, site, key_mask)
+        partition = self._known_partition(site.grid, site.layer)
+        out = selected_attention(
+            query,
+            key,
+            value,
+            partition.key_blocks(query.device),
+            bits,
+            scale=scale,
+            key_mask=key_mask,
+        )
+        return partition.from_blocks(out)
+
+    def selection(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        site: Site,
+        *,
+        key_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The blocks that `attend` would attend to: bits as `select_blocks` returns them.
+
+        Queries are in the order of the partition.
+        """
+        return self._selected(query, key, key, site, key_mask)[-1]
+
+    def _selected(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        site: Site,
+        key_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Everything in the partition's order, and the selected blocks."""
+        groups, left = divmod(query.shape[2], key.shape[2])
+        if left:
+            raise ValueError(
+                f"query has {query.shape[2]} heads and key {key.shape[2]}: with grouped queries the"
+                f" former must be a multiple of the latter"
+            )
+        if groups > 1:
+            key, value = (x.repeat_interleave(groups, 2) for x in (key, value))
+        partition = self._known_partition(site.grid, site.layer)
+        query, key, value = (partition.to_blocks(x) for x in (query, key, value))
+        key_mask = None if key_mask is None else partition.to_blocks(key_mask)
+        bits = select_blocks(
+            query,
+            key,
+            partition.key_blocks(query.device),
+            self.rule(site.grid, site.layer),
+            key_mask=key_mask,
+        )
+        return query, key, value, key_mask, bits
+
+    def _known_partition(self, grid: TokenGrid, layer: int) -> Partition:
+        """`partition`, kept for the next call."""
+        known = grid, self.partitions[self.layer_kind(layer)]
+        if known not in self._partitions_known:
+            self._partitions_known[known] = self.partition(grid, layer)
+        return self._partitions_known[known]
+
+    def _partition(self, kind: str, grid: TokenGrid) -> Partition:
+        chunk = getattr(self, f"chunk_{kind}")
+        return Partition(grid, _chunk_of(kind, chunk, grid))
+
+    def expected_density(self, grid: TokenGrid, layer: int) -> float:
+        """About which share of the token pairs of `grid` attend in a layer, text included.
+
+        For "topk" it is what is selected if blocks are of one length. For "threshold" it is an
+        estimate that takes scores for normally distributed; by the paper, real ones are close.
+        """
+        rule = self.rule(grid, layer)
+        blocks = len(self._known_partition(grid, layer).lengths())
+        if rule.topk is not None:
+            share = min(rule.topk, blocks) / blocks
+        else:
+            assert rule.tau is not None
+            share = max(_share_by_threshold(rule.tau, self._pool(rule, grid, blocks)), 1 / blocks)
+        return 1 - (1 - share) * (grid.video_tokens / grid.tokens) ** 2
+
+    def _pool(self, rule: Rule, grid: TokenGrid, blocks: int) -> int:
+        """Pairs of query and block that are ranked together, of one head."""
+        queries = -(-grid.video_tokens // rule.tile)
+        return {"query": blocks, "unpublished-block": queries}.get(rule.scope, queries * blocks)
+
+
+def _chunk_of(kind: str, chunk: Sides | float, grid: TokenGrid) -> Chunk:
+    """The sides of a block on a grid, or the length of a run of frames."""
+    if kind == "1d":
+        assert not isinstance(chunk, tuple)
+        return (min(max(1, int(chunk * grid.frame_tokens)), grid.video_tokens),)
+    assert isinstance(chunk, tuple)
+    sides = (grid.frames, *chunk) if kind == "2d" else chunk
+    sizes = (grid.frames, grid.height, grid.width)
+    return tuple(min(side, size) for side, size in zip(sides, sizes, strict=True))
+
+
+def _share_by_threshold(tau: float, pool: int) -> float:
+    """The share of normally distributed scores, the highest ones, that holds `tau` of their sum.
+
+    Scores count from the lowest of the pool, which lies as far below their mean as is expected of
+    so many.
+    """
+    normal = NormalDist()
+    if tau == 1 or pool < 2:
+        return 1.0
+    spread = 1 / normal.inv_cdf((pool - 0.375) / (pool + 0.25))
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        share = (low + high) / 2
+        sum_ = share + spread * normal.pdf(normal.inv_cdf(1 - share))
+        low, high = (share, high) if sum_ < tau else (low, share)
+    return high
+
+
+def _are_counts(value: Any, count: int) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) == count
+        and all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in value)
+    )

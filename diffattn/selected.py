@@ -1,0 +1,69 @@
+"""selected_attention(): attention over key blocks that every query has selected for itself."""
+
+from __future__ import annotations
+
+import torch
+
+from diffattn.attention import choose_backend, triton_kernels
+from diffattn.blocks import unpack_bits
+from diffattn.kernels import gather_cpu
+from diffattn.kernels.reference import reference_attention
+from diffattn.partition import KeyBlocks
+
+
+def selected_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    blocks: KeyBlocks,
+    bits: torch.Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Softmax attention of every query over the blocks it has selected; differentiable.
+
+    A query that sees no key gives 0.
+
+    Args:
+        query, key, value: (batch, tokens, heads, head_dim), in the order of the blocks.
+        blocks: the blocks of the sequence.
+        bits: what `select_blocks` returns.
+        scale: factor of the scores; 1 / sqrt(head_dim) when None.
+        key_mask: bool (batch, tokens): False hides a key from every query, as padding does.
+        backend: as for `diffattn.attention`; there is no "flex".
+
+    Returns:
+        (batch, tokens, heads, head_dim) in the dtype of `query`.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not fit together, or the backend is unknown.
+        NotImplementedError: if there is no kernel for the tensors' device or the backend.
+        ImportError: if the backend is "triton" and Triton cannot be imported.
+    """
+    name = choose_backend(query.device, backend)
+    if name == "flex":
+        raise NotImplementedError(
+            "backend 'flex' has no attention over selected blocks; leave the backend out, or pass"
+            " backend='reference' to check results"
+        )
+    if name == "reference":
+        mask = dense_mask(blocks, bits)
+        out, _ = reference_attention(query, key, value, mask, scale=scale, key_mask=key_mask)
+        return out.to(query.dtype)
+    kernel = gather_cpu if name == "cpu" else triton_kernels("gather")
+    out, _ = kernel.selected_attention(
+        query, key, value, blocks.starts, bits, scale=scale, key_mask=key_mask
+    )
+    return out
+
+
+def dense_mask(blocks: KeyBlocks, bits: torch.Tensor) -> torch.Tensor:
+    """The token mask of a selection: bool (batch, heads, tokens, tokens).
+
+    Needs memory for every token pair: for tests and pictures.
+    """
+    lengths = blocks.starts.diff().long()
+    block_of = torch.arange(blocks.blocks, device=bits.device).repeat_interleave(lengths)
+    return unpack_bits(bits, blocks.blocks)[..., block_of]

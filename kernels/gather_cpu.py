@@ -1,0 +1,325 @@
+"""Attention on the CPU in which every query names the key blocks that it sees.
+
+Block by block, the queries of a head that have selected it are gathered, attend to it, and what
+they had before is merged with it: no work for pairs of query and block that nobody selected.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .checks import check_inputs
+from .cpu import DTYPES
+from .row_attention import FlashRows, MatmulRows, RowAttention, pick_row_attention
+
+# Queries of a block are split where their scores would have more elements than this.
+_SCORES_PER_PART = 1 << 20
+
+
+def selected_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor,
+    bits: torch.Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of each query over the key blocks it has selected; differentiable.
+
+    One operator to `torch.compile`.
+
+    Args:
+        q, k, v: `(batch, tokens, heads, head_dim)` of one dtype, any strides; the key length may
+            differ from the query length.
+        starts: int32 `(blocks + 1,)`, where each key block begins: 0, ascending, and the number of
+            keys last.
+        bits: int32 `(batch, heads, tokens, ceil(blocks / 32))`: bit `c % 32` of word `c // 32` is
+            set when a query selects block `c`.
+        scale: factor of the scores; `head_dim ** -0.5` when None.
+        key_mask: bool `(batch, tokens_kv)`, false for keys that nobody sees.
+
+    Returns:
+        out: like q; 0 for a query that sees nothing.
+        lse: `(batch, heads, tokens)`, natural logarithm of the sum of the exponentials of a query's
+            scores, -inf for a query that sees nothing; float32, float64 for float64 inputs.
+
+    Raises:
+        ValueError: if dtypes, devices or shapes do not fit together, or blocks are not in order.
+    """
+    check_inputs(q, k, v, key_mask, dtypes=DTYPES)
+    _check_selection(q, k, starts, bits)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    return _forward_op(q, k, v, starts, bits, key_mask, scale)
+
+
+@torch.library.custom_op("diffattn::selected_cpu", mutates_args=(), device_types="cpu")
+def _forward_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor,
+    bits: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    attention = pick_row_attention(q.dtype)
+    out, lse = _empty_outputs(q)
+    for head in _heads(k, v, starts, bits, key_mask, _working_dtype(q.dtype, attention)):
+        queries = head.of(q).to(head.keys.dtype)
+        total = queries.new_zeros(queries.shape, dtype=lse.dtype)
+        total_lse = lse[head.sample, head.head].fill_(-torch.inf)
+        for block, rows in head.visits(attention):
+            found, found_lse = attention.forward(
+                _rows(queries, rows), head.keys[block][None, None], head.values[block][None, None],
+                None, scale,
+            )  # fmt: skip
+            _merge(total, total_lse, rows, found[0, 0], found_lse[0, 0])
+        head.of(out).copy_(total)
+    return out, lse
+
+
+@_forward_op.register_fake
+def _(q: torch.Tensor, *rest: torch.Tensor | float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    return _empty_outputs(q)
+
+
+@torch.library.custom_op("diffattn::selected_cpu_backward", mutates_args=(), device_types="cpu")
+def _backward_op(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    starts: torch.Tensor,
+    bits: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # The other form makes its probabilities anew from one block's scores, which are not all here.
+    attention = FlashRows()
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for head in _heads(k, v, starts, bits, key_mask, lse.dtype):
+        queries, outs, grads = (head.of(x).to(lse.dtype) for x in (q, out, grad_out))
+        lses = lse[head.sample, head.head]
+        grad_lses = None if grad_lse is None else grad_lse[head.sample, head.head]
+        total, total_keys, total_values = (
+            torch.zeros_like(x) for x in (queries, head.keys, head.values)
+        )
+        for block, rows in head.visits(attention):
+            part_dq, part_dk, part_dv = attention.backward(
+                (_rows(grads, rows), None if grad_lses is None else _rows(grad_lses, rows)),
+                _rows(queries, rows), head.keys[block][None, None], head.values[block][None, None],
+                _rows(outs, rows), _rows(lses, rows), None, scale,
+            )  # fmt: skip
+            if rows is None:
+                total += part_dq[0, 0]
+            else:
+                total.index_add_(0, rows, part_dq[0, 0])
+            total_keys[block] += part_dk[0, 0]
+            total_values[block] += part_dv[0, 0]
+        head.of(dq).copy_(total)
+        for x, found in ((dk, total_keys), (dv, total_values)):
+            if head.seen is None:
+                head.of(x).copy_(found)
+            else:
+                head.of(x)[head.seen] = found.to(x.dtype)
+    return dq, dk, dv
+
+
+@_backward_op.register_fake
+def _(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *rest: torch.Tensor | float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(
+    ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    q, k, v, starts, bits, key_mask, out, lse = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = _backward_op(grad_out, grad_lse, q, k, v, out, lse, starts, bits, key_mask, ctx.scale)
+    return (*grads, None, None, None, None)
+
+
+_forward_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _empty_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, tokens, heads, _ = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((batch, heads, tokens), dtype=lse_dtype)
+
+
+def _working_dtype(dtype: torch.dtype, attention: RowAttention) -> torch.dtype:
+    """What blocks are computed in: parts are not rounded before they are merged, if that is free.
+
+    The fused form is as fast in float32 as in half precision.
+    """
+    return dtype if isinstance(attention, MatmulRows) else torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """One head of one sample.
+
+    Attributes:
+        sample, head: which.
+        tokens: number of queries.
+        keys, values: `(keys that are seen, head_dim)`, contiguous.
+        seen: int64, which tokens those are; None for all.
+        blocks: the block's keys among these, of the blocks that have any.
+        rows: the queries that have selected each of these blocks; None for all of them.
+    """
+
+    sample: int
+    head: int
+    tokens: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    seen: torch.Tensor | None
+    blocks: list[slice]
+    rows: list[torch.Tensor | None]
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """View `(tokens, head_dim)` of this head in `(batch, tokens, heads, head_dim)`."""
+        return x[self.sample, :, self.head]
+
+    def visits(self, attention: RowAttention) -> Iterator[tuple[slice, torch.Tensor | None]]:
+        """Each block with the queries that see it, in parts where their scores are kept."""
+        for block, rows in zip(self.blocks, self.rows, strict=True):
+            if rows is None and not attention.keeps_scores:
+                yield block, None
+                continue
+            if rows is None:
+                rows = torch.arange(self.tokens)
+            step = rows.numel()
+            if attention.keeps_scores:
+                step = max(1, _SCORES_PER_PART // (block.stop - block.start))
+            for part in rows.split(step):
+                yield block, part
+
+
+def _heads(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor,
+    bits: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> Iterator[_Head]:
+    """Every head of every sample in turn."""
+    batch, tokens, heads, _ = k.shape
+    bounds_of_all = _bounds(starts, tokens)
+    for sample in range(batch):
+        seen, bounds = None, bounds_of_all
+        if key_mask is not None and not key_mask[sample].all():
+            seen = key_mask[sample].nonzero().flatten()
+            counted = torch.nn.functional.pad(key_mask[sample].cumsum(0), (1, 0))
+            bounds = counted[starts.long()].tolist()
+        blocks = [slice(a, b) for a, b in itertools.pairwise(bounds)]
+        for head in range(heads):
+            keys, values = (x[sample, :, head] for x in (k, v))
+            if seen is not None:
+                keys, values = keys[seen], values[seen]
+            rows = _rows_of_blocks(bits[sample, head], len(blocks))
+            visited = [i for i, b in enumerate(blocks) if b.stop > b.start and _is_any(rows[i])]
+            yield _Head(
+                sample=sample,
+                head=head,
+                tokens=bits.shape[2],
+                keys=keys.to(dtype).contiguous(),
+                values=values.to(dtype).contiguous(),
+                seen=seen,
+                blocks=[blocks[i] for i in visited],
+                rows=[rows[i] for i in visited],
+            )
+
+
+def _bounds(starts: torch.Tensor, tokens: int) -> list[int]:
+    bounds: list[int] = starts.tolist()
+    if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
+        raise ValueError(
+            f"starts must ascend from 0 to the {tokens} keys;"
+            f" got {bounds[0]} .. {bounds[-1]}{'' if bounds == sorted(bounds) else ', unsorted'}"
+        )
+    return bounds
+
+
+def _rows_of_blocks(bits: torch.Tensor, blocks: int) -> list[torch.Tensor | None]:
+    """For each block the queries whose bit `(tokens, words)` is set for it; None for all."""
+    tokens = bits.shape[0]
+    shifts = torch.arange(32, dtype=torch.int32)[:, None]
+    selected = ((bits.T.contiguous()[:, None] >> shifts) & 1).flatten(0, 1)[:blocks]
+    block, row = selected.nonzero().unbind(1)
+    counts = torch.bincount(block, minlength=blocks).tolist()
+    return [None if len(rows) == tokens else rows for rows in row.contiguous().split(counts)]
+
+
+def _is_any(rows: torch.Tensor | None) -> bool:
+    return rows is None or rows.numel() > 0
+
+
+def _rows(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """Some rows of `(tokens, ...)`, as an attention of one head and one row group."""
+    return (x if rows is None else x[rows])[None, None]
+
+
+def _merge(
+    total: torch.Tensor,
+    total_lse: torch.Tensor,
+    rows: torch.Tensor | None,
+    found: torch.Tensor,
+    found_lse: torch.Tensor,
+) -> None:
+    """Add the attention of some rows over more keys to what they have."""
+    old = total_lse if rows is None else total_lse[rows]
+    new = torch.logaddexp(old, found_lse)
+    kept, added = (old - new).exp()[:, None], (found_lse - new).exp()[:, None]
+    if rows is None:
+        total.mul_(kept).addcmul_(found, added)
+        total_lse.copy_(new)
+    else:
+        total.index_copy_(0, rows, total[rows].mul_(kept).addcmul_(found, added))
+        total_lse.index_copy_(0, rows, new)
+
+
+def _check_selection(
+    q: torch.Tensor, k: torch.Tensor, starts: torch.Tensor, bits: torch.Tensor
+) -> None:
+    batch, tokens, heads, _ = q.shape
+    for name, x in (("q", q), ("k", k), ("starts", starts), ("bits", bits)):
+        if x.device.type != "cpu":
+            raise ValueError(f"this is the CPU path, but {name} is on {x.device}")
+    if starts.dtype != torch.int32 or starts.ndim != 1 or starts.numel() < 2:
+        raise ValueError(
+            f"starts must be torch.int32 (blocks + 1,); got {starts.dtype} {tuple(starts.shape)}"
+        )
+    shape = (batch, heads, tokens, (starts.numel() + 30) // 32)
+    if bits.dtype != torch.int32 or tuple(bits.shape) != shape:
+        raise ValueError(
+            f"bits must be torch.int32 (batch, heads, tokens, words) = {shape} for"
+            f" {starts.numel() - 1} blocks; got {bits.dtype} {tuple(bits.shape)}"
+        )
