@@ -13,7 +13,15 @@ from diffattn.block_forms import from_block_mask
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask, FullMask, PredicateMask
-from diffattn.methods import CLEARAttn, DenseAttn, FreeSwimAttn, GNAAttn, Method, RadialAttn
+from diffattn.methods import (
+    CLEARAttn,
+    DenseAttn,
+    FreeSwimAttn,
+    GNAAttn,
+    Method,
+    RadialAttn,
+    VMoBAAttn,
+)
 from diffattn.planning import Plan, plan
 
 if TYPE_CHECKING:
@@ -36,6 +44,7 @@ __all__ = [
     "PredicateMask",
     "RadialAttn",
     "TokenGrid",
+    "VMoBAAttn",
     "__version__",
     "attention",
     "from_block_mask",

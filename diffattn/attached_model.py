@@ -29,7 +29,7 @@ from diffattn.models.twins import dispatching
 from diffattn.orders import TileOrder
 from diffattn.parallel import attend_queries, attend_sharded
 from diffattn.schedule import RunClock
-from diffattn.traced import remember, traced_attention
+from diffattn.traced import remember, traced_attention, traced_method
 
 _ATTRIBUTE = "_diffattn_attached"
 
@@ -57,6 +57,7 @@ class Group:
         chosen: the method as the user gave it.
         family: the family of its model.
         variant: the model's name in the tables of recommended settings.
+        kind: by how many layers it starts, up to where all are sparse, and `Method.layer_kind`.
         layer: block index of the first of its sites.
         layers: number of blocks of its model.
         previous: the backend these sites had before, None for diffusers' active one.
@@ -73,6 +74,7 @@ class Group:
     chosen: Method
     family: Family
     variant: str
+    kind: tuple[int, int]
     layer: int
     layers: int
     previous: Any
@@ -107,6 +109,22 @@ class Group:
     ) -> BlockLayout:
         """The blocks of a call over `grid`, text included, under a method with a static mask."""
         return self._static_method().layout(grid, device, order)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        grid: TokenGrid,
+        *,
+        scale: float | None,
+        key_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention by a method that is traced as a whole, of a call over `grid`."""
+        assert self.video is not None
+        site = Site(self.family.name, self.layer, self.layers, grid)
+        method = self._method_on(self.video)
+        return method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
 
     def _static_method(self) -> StaticMaskMethod:
         assert self.video is not None
@@ -159,8 +177,9 @@ class Group:
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         """A group of the same kind for the same sites of a copied model."""
         copied = Group(
-            self.chosen, self.family, self.variant, self.layer, self.layers, self.previous
-        )
+            self.chosen, self.family, self.variant, self.kind, self.layer, self.layers,
+            self.previous,
+        )  # fmt: skip
         copied.member = _compat.register_backend(_backend(copied))
         memo[id(self.member)] = copied.member
         if self.video is not None:
@@ -318,11 +337,12 @@ class AttachedModel:
     def _group(self, method: Method, layer: int, previous: Any) -> Group:
         """The group of a site: layers that may be dense on their own have one each."""
         single = method.dense_layers
-        layer = min(layer, method.most_dense_layers if single is None else single)
+        dense = min(layer, method.most_dense_layers if single is None else single)
+        kind = dense, method.layer_kind(layer)
         for group in self.groups:
-            if group.chosen is method and group.layer == layer and group.previous is previous:
+            if group.chosen is method and group.kind == kind and group.previous is previous:
                 return group
-        group = Group(method, self.family, self.variant, layer, self.layers, previous)
+        group = Group(method, self.family, self.variant, kind, layer, self.layers, previous)
         _unregister_retired()
         group.member = _compat.register_backend(_backend(group))
         self.groups.append(group)
@@ -574,6 +594,12 @@ def _backend(group: Group) -> _compat.BackendFunction:
         if over is None:
             return attend(query, key, value, key_mask, None)
         assert group.video is not None
+        if sparse and over.ulysses_degree > 1 and not group.method.heads_apart:
+            raise NotImplementedError(
+                f"{group.method.type} attention with these parameters looks at all heads together,"
+                f" but Ulysses gives each process some of them; use a method or parameters that"
+                f" look at each head by itself"
+            )
         return attend_sharded(
             query,
             key,
@@ -623,6 +649,10 @@ def _attend_sparse(
             scale=group.method.score_scale(site.grid, query.shape[-1], scale),
             key_mask=key_mask,
             order=site.order,
+        )
+    if torch.compiler.is_compiling() and group.method.traced_whole:
+        return traced_method(
+            query, key, value, site.grid, group.serial, scale=scale, key_mask=key_mask
         )
     return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
 

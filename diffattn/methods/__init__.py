@@ -12,9 +12,10 @@ from diffattn.methods.dense import DenseAttn
 from diffattn.methods.freeswim import FreeSwimAttn
 from diffattn.methods.gna import GNAAttn
 from diffattn.methods.radial import RadialAttn
+from diffattn.methods.vmoba import VMoBAAttn
 
 METHODS: dict[str, type[Method]] = {
-    m.type: m for m in (DenseAttn, RadialAttn, CLEARAttn, GNAAttn, FreeSwimAttn)
+    m.type: m for m in (DenseAttn, RadialAttn, CLEARAttn, GNAAttn, FreeSwimAttn, VMoBAAttn)
 }
 
 
@@ -45,5 +46,6 @@ __all__ = [
     "RadialAttn",
     "Site",
     "StaticMaskMethod",
+    "VMoBAAttn",
     "from_dict",
 ]

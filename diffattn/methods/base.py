@@ -69,6 +69,9 @@ class Method(ABC):
     paper: ClassVar[str]
     # The largest number of dense layers that `for_model` recommends for any model or video size.
     most_dense_layers: ClassVar[int] = 0
+    # Whether `attend` needs nothing but its tensors and the grid, so that compiled code may call it
+    # as one operator; its own parts need not be traceable then.
+    traced_whole: ClassVar[bool] = False
 
     dense_layers: int | None = field(
         default=None, metadata={"help": "blocks at the start of the model that stay dense"}
@@ -136,10 +139,26 @@ class Method(ABC):
         """
         return None
 
+    @property
+    def heads_apart(self) -> bool:
+        """Is what a head attends to no matter of the other heads?"""
+        return True
+
+    def layer_kind(self, layer: int) -> int:
+        """Which of the things that layers do by turns this one does; 0 if all do the same."""
+        return 0
+
     def to_dict(self) -> dict[str, Any]:
         """Parameters and `type`, ready for JSON; `diffattn.methods.from_dict` reads it back."""
         parameters = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         return {"type": self.type} | parameters
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is derived is worked out again where they are needed: a copy or a pickle carries the parameters only.
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    def __setstate__(self, parameters: dict[str, Any]) -> None:
+        self.__init__(**parameters)  # type: ignore[misc]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,13 +243,6 @@ class StaticMaskMethod(Method):
     ) -> BlockLayout:
         """The blocks of a call over `grid` with its tokens in `order`; kept for the next call."""
         return self.mask(grid).blocks(self.block_size_on(grid), device=device, order=order)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Masks are rebuilt where they are needed: a copy or a pickle carries the parameters only.
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-
-    def __setstate__(self, parameters: dict[str, Any]) -> None:
-        self.__init__(**parameters)  # type: ignore[misc]
 
 
 def is_mask_alone(method: Method) -> TypeIs[StaticMaskMethod]:
