@@ -80,6 +80,10 @@ class Recipe(ABC):
         """
         return latents
 
+    def frames_to_ask_for(self, pipe: Any, num_frames: int) -> int:
+        """What the pipeline's call must be given for it to make so many frames."""
+        return num_frames
+
     def sample_times(
         self,
         scheduler: Any,

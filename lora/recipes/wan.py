@@ -65,6 +65,14 @@ class WanRecipe(Recipe):
         )[0]
         return out
 
+    def frames_to_ask_for(self, pipe: Any, num_frames: int) -> int:
+        """See `Recipe.frames_to_ask_for`.
+
+        Without temporal compression the pipeline makes one more than it is asked for: it rounds
+        every number up, since `num_frames % 1` is never 1.
+        """
+        return num_frames - 1 if pipe.vae_scale_factor_temporal == 1 else num_frames
+
 
 def wan_recipe(pipe: Any, denoiser: str, text_length: int | None) -> WanRecipe:
     """The recipe of one of a pipeline's experts, or of its only denoiser."""

@@ -1,0 +1,219 @@
+"""Encoded clips on the disk: each in a file of its own that is whole or not there.
+
+A file is named by a hash of all that it depends on, so that a run which was stopped goes on where
+it was, and a clip is encoded again only if it, its caption, the size or the model changes. The
+index, which is written last, lists the files of one data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from diffattn.lora.errors import LoraError
+
+INDEX = "index.json"
+
+_FORMAT = 1
+_LATENTS = "latents"
+_CONDITION = "conditions."
+_PARTIAL = ".partial-"
+
+# Values of each weight that a model's fingerprint looks at.
+_SAMPLES = 16
+
+
+class CachedClips(Dataset[dict[str, Any]]):
+    """A data set of latents of one shape, with what the denoiser is told of each.
+
+    Item i is {"latents": (channels, frames, height, width), "conditions": {name: tensor without
+    batch axis}, "key": str}.
+
+    Attributes:
+        folder: where it is.
+        keys: of the clips, in their order.
+        facts: what the index says beyond them, such as the family and the size.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open the data set in a folder.
+
+        Raises:
+            LoraError: if there is none, or a part of it is missing.
+        """
+        self.folder = folder
+        index = _read_index(folder)
+        self.keys: list[str] = index["keys"]
+        self._empty: str = index["empty"]
+        self.facts: dict[str, Any] = index["facts"]
+        missing = [key for key in (*self.keys, self._empty) if not _path(folder, key).is_file()]
+        if missing:
+            raise LoraError(
+                f"{len(missing)} of {len(self.keys)} clips are missing in {folder}, the first is"
+                f" {missing[0]}: prepare the data again, which makes only what is missing"
+            )
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        key = self.keys[index]
+        tensors = _load(_path(self.folder, key))
+        latents = tensors.pop(_LATENTS)
+        return {"latents": latents, "conditions": _conditions(tensors), "key": key}
+
+    @property
+    def empty(self) -> dict[str, Tensor]:
+        """What the denoiser is told of the empty caption, without batch axis."""
+        return _conditions(_load(_path(self.folder, self._empty)))
+
+
+def entry_key(depends_on: Mapping[str, Any]) -> str:
+    """The name of what depends on these things, which must be JSON types."""
+    text = json.dumps(depends_on, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def seed_of(key: str) -> int:
+    """A seed for what is random about an entry, whenever and wherever it is made."""
+    return int(key[:8], 16)
+
+
+def fingerprint(*parts: Any) -> str:
+    """A hash that tells models, and configurations of models or schedulers, apart.
+
+    It looks at every name, shape and type in a model's state, and at a few values of each tensor.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        config = getattr(part, "config", part)
+        settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        # Where it was loaded from, and by which version of what, is no part of it.
+        hidden = {k for k in settings if k.startswith("_") or k.endswith("_version")}
+        plain = {k: v for k, v in settings.items() if k not in hidden}
+        digest.update(json.dumps(plain, sort_keys=True, default=str).encode())
+        if not isinstance(part, torch.nn.Module):
+            continue
+        for name, value in part.state_dict().items():
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            flat = value.detach().flatten()
+            some = flat[:: max(1, len(flat) // _SAMPLES)]
+            digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def open_folder(folder: Path) -> None:
+    """Make a folder ready for entries; what a killed run left half written goes.
+
+    Raises:
+        LoraError: if it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(f"{_PARTIAL}*"):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise LoraError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def is_stored(folder: Path, key: str) -> bool:
+    """Whether an entry is there, and so is whole."""
+    return _path(folder, key).is_file()
+
+
+def store(
+    folder: Path,
+    key: str,
+    latents: Tensor | None,
+    conditions: Mapping[str, Tensor],
+    about: Mapping[str, str],
+) -> None:
+    """Write an entry.
+
+    Args:
+        folder, key: where.
+        latents: (1, channels, frames, height, width), if it has any.
+        conditions: what the denoiser is told, with a batch axis of 1.
+        about: for people who look into the file.
+
+    Raises:
+        LoraError: if it cannot be written; then nothing is there.
+    """
+    tensors = {_CONDITION + name: value[0] for name, value in conditions.items()}
+    if latents is not None:
+        tensors[_LATENTS] = latents[0]
+    # Parts of larger tensors would be refused.
+    tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+    _write(_path(folder, key), lambda path: save_file(tensors, path, metadata=dict(about)))
+
+
+def write_index(folder: Path, keys: list[str], empty: str, facts: Mapping[str, Any]) -> None:
+    """List the entries of a data set, in place of those that the folder held before.
+
+    Raises:
+        LoraError: if it cannot be written; then the former index stays.
+    """
+    index = {"diffattn_clips": _FORMAT, "keys": keys, "empty": empty, "facts": dict(facts)}
+    text = json.dumps(index, indent=1, ensure_ascii=False) + "\n"
+    _write(folder / INDEX, lambda path: path.write_text(text, "utf-8"))
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise LoraError(
+            f"there are no prepared clips in {folder}: it has no {INDEX}, which is written when all"
+            f" clips are"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise LoraError(f"cannot read {path}: {error}") from None
+    if not isinstance(index, dict) or index.get("diffattn_clips") != _FORMAT:
+        raise LoraError(f"{path} is not the index of clips prepared by this version of diffattn")
+    return index
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise LoraError(
+            f"cannot read {path}: {error}; remove it and prepare the data again"
+        ) from None
+
+
+def _conditions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(_CONDITION): value for name, value in tensors.items()}
+
+
+def _path(folder: Path, key: str) -> Path:
+    return folder / f"{key}.safetensors"
+
+
+def _write(target: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under another name, and give it its own when all of it is on the disk."""
+    partial = target.with_name(f"{_PARTIAL}{os.getpid()}-{target.name}")
+    try:
+        write(partial)
+        descriptor = os.open(partial, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        partial.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise LoraError(f"cannot write {target}: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,151 @@
+"""Clips and pictures from files: frames at a rate, resized and cropped to a size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffattn.lora.errors import LoraError
+
+VIDEOS = (".avi", ".mkv", ".mov", ".mp4", ".webm")
+IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+_GIF = ".gif"
+
+# A frame that is to be shown at the very moment when another ends is that other's successor,
+# however the two times were rounded.
+_INSTANT = 1e-6
+
+
+class ClipError(ValueError):
+    """A clip that cannot be used; the others can."""
+
+
+def find_clips(folder: Path) -> list[Path]:
+    """The clips and pictures in a folder and the folders in it, in the order of their names.
+
+    Raises:
+        LoraError: if there is no such folder, or nothing in it to train on.
+    """
+    if not folder.is_dir():
+        what = "a file" if folder.is_file() else "not there"
+        raise LoraError(f"{folder} is {what}; the data are a folder of clips")
+    known = (*VIDEOS, _GIF, *IMAGES)
+    found = [
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in known
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if not found:
+        raise LoraError(f"there are no clips in {folder}: none of its files ends in {_or(known)}")
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def read_clip(
+    path: Path, height: int, width: int, num_frames: int = 1, fps: float | None = None
+) -> Tensor:
+    """The first frames of a clip, or a picture as a clip of one frame.
+
+    Args:
+        path: the file.
+        height, width: pixels; what is shown is scaled to cover them and cropped at its middle.
+        num_frames: how many.
+        fps: how many a second: the frames that are shown at these times; every frame when None.
+
+    Returns:
+        float32 (3, frames, height, width) in [-1, 1].
+
+    Raises:
+        ClipError: if the file cannot be read, or is too short.
+    """
+    chosen: list[np.ndarray] = []
+    end = 0.0
+    try:
+        for frame, end in _frames(path):
+            while len(chosen) < num_frames and (fps is None or len(chosen) / fps < end - _INSTANT):
+                chosen.append(_fit(frame, height, width))
+                if fps is None:
+                    break
+            if len(chosen) == num_frames:
+                break
+    except Exception as error:  # whatever the decoder raises for what is none
+        raise ClipError(f"cannot read it: {_reason(error)}") from None
+    if len(chosen) < num_frames:
+        raise ClipError(_too_short(path, len(chosen), end, num_frames, fps))
+    video = torch.from_numpy(np.stack(chosen)).permute(3, 0, 1, 2)
+    return video.float() / 127.5 - 1
+
+
+def _frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
+    """Frames (height, width, 3), uint8, and the second in which each stops being shown."""
+    suffix = path.suffix.lower()
+    if suffix in VIDEOS:
+        return _video_frames(path)
+    return _gif_frames(path) if suffix == _GIF else _picture(path)
+
+
+def _video_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
+    import imageio.v2 as imageio
+
+    with imageio.get_reader(path, format="FFMPEG") as reader:
+        rate = reader.get_meta_data()["fps"]
+        for index, frame in enumerate(reader):
+            yield np.asarray(frame), (index + 1) / rate
+
+
+def _gif_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
+    from PIL import Image, ImageSequence
+
+    end = 0
+    with Image.open(path) as image:
+        for frame in ImageSequence.Iterator(image):
+            # Players show a frame whose delay is missing or 0 for a tenth of a second.
+            end += frame.info.get("duration") or 100
+            yield np.asarray(frame.convert("RGB")), end / 1000
+
+
+def _picture(path: Path) -> Iterator[tuple[np.ndarray, float]]:
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        # Cameras note how they were held instead of turning the picture.
+        yield np.asarray(ImageOps.exif_transpose(image).convert("RGB")), _INSTANT * 2
+
+
+def _fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scale a frame so that it covers the size, and crop it at its middle."""
+    rows, columns = frame.shape[:2]
+    scale = max(height / rows, width / columns)
+    rows, columns = max(height, round(rows * scale)), max(width, round(columns * scale))
+    # Averaging over areas is right for shrinking only.
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    scaled = cv2.resize(frame, (columns, rows), interpolation=how)
+    top, left = (rows - height) // 2, (columns - width) // 2
+    return scaled[top : top + height, left : left + width]
+
+
+def _reason(error: Exception) -> str:
+    # ffmpeg says at the end, after all that it was built with.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _too_short(path: Path, found: int, end: float, wanted: int, fps: float | None) -> str:
+    if path.suffix.lower() in IMAGES:
+        return f"it is a picture, but {wanted} frames are wanted"
+    if fps is None:
+        return f"it has {found} frames, but {wanted} are wanted"
+    return (
+        f"it is over after {end:.2f} s, but the last of {wanted} frames at {fps:g} a second is"
+        f" shown at {(wanted - 1) / fps:.2f} s"
+    )
+
+
+def _or(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"

@@ -1,0 +1,141 @@
+"""Encoding a folder of clips with captions, once for all trainings on them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffattn.lora.cache import (
+    CachedClips,
+    entry_key,
+    fingerprint,
+    is_stored,
+    open_folder,
+    seed_of,
+    store,
+    write_index,
+)
+from diffattn.lora.captions import CaptionedClip
+from diffattn.lora.clips import ClipError, read_clip
+from diffattn.lora.errors import LoraError
+from diffattn.lora.recipes import Recipe
+from diffattn.models import size_rules
+
+# In the keys of all that is encoded here; to be raised when what is encoded changes.
+_FORMAT = 1
+
+# The components that decide what a prompt becomes.
+_TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+def prepare(
+    pipe: Any,
+    recipe: Recipe,
+    clips: Sequence[CaptionedClip],
+    folder: Path,
+    height: int,
+    width: int,
+    num_frames: int = 1,
+    fps: float | None = None,
+    seed: int = 0,
+    report: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> CachedClips:
+    """Encode clips and captions, those that are not encoded yet.
+
+    Args:
+        pipe: the pipeline with its VAE and text encoders.
+        recipe: of the pipeline.
+        clips: what to encode.
+        folder: where to; may hold other clips and those of a run that was stopped.
+        height, width, num_frames: of what is encoded, in pixels; pictures have one frame.
+        fps: frames a second to take; every frame when None.
+        seed: of what is drawn from the VAE's posterior.
+        report: told of each clip that is skipped, and why: those that cannot be read or are too
+            short.
+        progress: told how many clips are done, of how many.
+
+    Returns:
+        The data set, of one shape.
+
+    Raises:
+        LoraError: if the model cannot make that size, no clip can be used, or `folder` cannot be
+            written to.
+    """
+    check_size(pipe, height, width, num_frames)
+    if fps is not None and not fps > 0:
+        raise LoraError(f"fps is {fps:g}, but must be above 0")
+    open_folder(folder)
+    text = text_identity(pipe, recipe)
+    settings = {
+        "format": _FORMAT,
+        "size": [height, width, num_frames],
+        "fps": fps,
+        "seed": seed,
+        "text": text,
+        "vae": fingerprint(pipe.vae),
+    }
+    keys: list[str] = []
+    for done, clip in enumerate(clips, start=1):
+        try:
+            content = _digest(clip.path)
+            key = entry_key(settings | {"content": content, "caption": clip.caption})
+            if not is_stored(folder, key):
+                pixels = read_clip(clip.path, height, width, num_frames, fps)[None]
+                generator = torch.Generator().manual_seed(seed_of(key))
+                latents = recipe.encode_clip(pipe, pixels, generator)
+                told = recipe.encode_prompt(pipe, [clip.caption])
+                about = {"caption": clip.caption, "source": clip.path.name}
+                store(folder, key, latents, told, about)
+            keys.append(key)
+        except ClipError as error:
+            report(f"skipped {clip.path}: {error}")
+        progress(done, len(clips))
+    if not keys:
+        raise LoraError(f"none of the {len(clips)} clips can be used for {num_frames} frames")
+    empty = store_empty(pipe, recipe, folder, text)
+    facts = {"family": recipe.family, "size": [height, width, num_frames], "fps": fps}
+    write_index(folder, keys, empty, facts)
+    return CachedClips(folder)
+
+
+def check_size(pipe: Any, height: int, width: int, num_frames: int) -> None:
+    """Refuse a size that the model cannot make; names the nearest that it can."""
+    try:
+        size_rules(pipe).check(height, width, num_frames)
+    except ValueError as error:
+        raise LoraError(error) from None
+
+
+def text_identity(pipe: Any, recipe: Recipe) -> str:
+    """What decides what a prompt becomes."""
+    encoders = [getattr(pipe, name, None) for name in _TEXT_PARTS]
+    parts = [part for part in encoders if isinstance(part, torch.nn.Module)]
+    vocabularies = [
+        {"tokenizer": entry_key(part.get_vocab())}
+        for part in encoders
+        if hasattr(part, "get_vocab")
+    ]
+    about = {"family": recipe.family, "length": recipe.text_length}
+    return fingerprint(*parts, *vocabularies, about)
+
+
+def store_empty(pipe: Any, recipe: Recipe, folder: Path, text: str) -> str:
+    """Encode the empty prompt, which stands for captions that are dropped; return its key."""
+    key = entry_key({"format": _FORMAT, "text": text, "caption": ""})
+    if not is_stored(folder, key):
+        store(folder, key, None, recipe.encode_prompt(pipe, [""]), {"caption": ""})
+    return key
+
+
+def _digest(path: Path) -> str:
+    """A hash of a file's content."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ClipError(f"cannot read it: {error.strerror}") from None
