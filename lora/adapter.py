@@ -122,7 +122,8 @@ def save_adapter(
     arguments: dict[str, Any] = {f"{part}_lora_layers": _compact(factors)}
     known = inspect.signature(type(pipe).save_lora_weights).parameters  # type: ignore[attr-defined]
     if f"{part}_lora_adapter_metadata" in known:
-        metadata = model.peft_config[_ADAPTER].to_dict()
+        # diffusers makes a loaded LoRA's layers in training mode, where they would drop inputs.
+        metadata = model.peft_config[_ADAPTER].to_dict() | {"lora_dropout": 0.0}
         arguments[f"{part}_lora_adapter_metadata"] = metadata
     folder.mkdir(parents=True, exist_ok=True)
     pipe.save_lora_weights(folder, weight_name=LORA_FILE, **arguments)  # type: ignore[attr-defined]

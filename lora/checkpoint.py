@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -165,7 +166,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, identity: Mappin
             )
     try:
         accelerator.load_state(str(checkpoint))
-    except (*_WRITE_ERRORS, KeyError, ValueError) as error:
+    except (*_WRITE_ERRORS, pickle.UnpicklingError, KeyError, ValueError) as error:
         raise LoraError(
             f"cannot read checkpoint {checkpoint}: {error}; remove it to go on from the one before"
         ) from None

@@ -127,7 +127,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             self._trained.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-        self._student, self._optimizer = self.accelerator.prepare(student.train(), optimizer)
+        self._student, self._optimizer = self.accelerator.prepare(student.eval(), optimizer)
         keep_trained_only(self.accelerator, self._trained)
         found = checkpoints(output)
         if found:
@@ -194,6 +194,9 @@ class Trainer:
     def _make_step(self) -> StepReport:
         start = time.perf_counter()
         settings, accelerator = self.settings, self.accelerator
+        # accelerate keeps it for all trainings of a process.
+        accelerator.gradient_accumulation_steps = settings.accumulation
+        self._student.train()
         rate = settings.rate_at(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -213,6 +216,8 @@ class Trainer:
                 self._optimizer.zero_grad()
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0) + loss.detach() / settings.accumulation
+        # Between steps the pipeline may be called, where nothing is dropped.
+        self._student.eval()
         means = accelerator.reduce(torch.stack(list(totals.values())).float(), "mean").tolist()
         self.step += 1
         named = dict(zip(totals, means, strict=True))
@@ -263,10 +268,11 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         settings = self.settings.to_dict()
-        free = _FREE if settings["schedule"] == "constant" else _FREE[1:]
+        shape = {} if settings["schedule"] == "constant" else {"steps": settings["steps"]}
         keys = [str(self._clips[index]["key"]) for index in range(len(self._clips))]
         return {
-            **{name: value for name, value in settings.items() if name not in free},
+            **{name: value for name, value in settings.items() if name not in _FREE},
+            **shape,
             "processes": self.accelerator.num_processes,
             "clips": hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16],
         }
