@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from diffattn.methods.agent import AgentAttn
 from diffattn.methods.base import Method, Site, StaticMaskMethod, nearest
 from diffattn.methods.clear import CLEARAttn
 from diffattn.methods.dense import DenseAttn
@@ -15,7 +16,8 @@ from diffattn.methods.radial import RadialAttn
 from diffattn.methods.vmoba import VMoBAAttn
 
 METHODS: dict[str, type[Method]] = {
-    m.type: m for m in (DenseAttn, RadialAttn, CLEARAttn, GNAAttn, FreeSwimAttn, VMoBAAttn)
+    m.type: m
+    for m in (DenseAttn, RadialAttn, CLEARAttn, GNAAttn, FreeSwimAttn, VMoBAAttn, AgentAttn)
 }
 
 
@@ -38,6 +40,7 @@ def from_dict(entry: Mapping[str, Any]) -> Method:
 
 __all__ = [
     "METHODS",
+    "AgentAttn",
     "CLEARAttn",
     "DenseAttn",
     "FreeSwimAttn",

@@ -15,6 +15,7 @@ from diffattn.grid import TokenGrid
 from diffattn.mask import BLOCK, AttentionMask, TextMask
 from diffattn.orders import TileOrder
 from diffattn.schedule import check_steps
+from diffattn.token_merging import Merging
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -32,6 +33,7 @@ class Site:
         order: the order they come in where the model's forward has put them in another than the
             grid's; only methods that are no more than a mask meet it.
         weights: what `Method.site_weights` has made for the module that calls.
+        merging: how the tokens of this call were merged; `grid` is a row of what is left then.
     """
 
     family: str
@@ -40,6 +42,26 @@ class Site:
     grid: TokenGrid
     order: TileOrder | None = None
     weights: torch.nn.Module | None = None
+    merging: Merging | None = field(default=None, compare=False)
+
+
+# Others are storage formats, which nothing can be trained in.
+_TRAINABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class SiteWeights(torch.nn.Module):
+    """Trainable weights of a method's own at an attention module."""
+
+    def place_beside(self, module: torch.nn.Module) -> None:
+        """Move to the device and the dtype of another module's weights."""
+        for other in module.parameters():
+            if other.dtype in _TRAINABLE:
+                # Weights that offloading has moved elsewhere are "meta" where they were.
+                self.to("cpu" if other.is_meta else other.device, other.dtype)
+                break
+
+    def leave(self, module: torch.nn.Module) -> None:
+        """Undo what was done to the module on their account: they are taken off."""
 
 
 class Adaptation(Protocol):
@@ -126,6 +148,14 @@ class Method(ABC):
 
         As long as the method is attached they are a submodule of `module` with the method's `type`
         for a name, where optimizers, `state_dict` and `to` find them, and come in `Site.weights`.
+        """
+        return None
+
+    def layer_weights(self, layer: int) -> SiteWeights | None:
+        """The same for what differs from block to block; only where there are no `site_weights`.
+
+        Args:
+            layer: index of the block, as `Site.layer` would be if each block had its own.
         """
         return None
 
