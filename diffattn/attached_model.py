@@ -22,14 +22,20 @@ from torch.utils.hooks import RemovableHandle
 from diffattn import _compat
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
-from diffattn.methods.base import Adaptation, Method, Site, StaticMaskMethod, is_mask_alone
+from diffattn.methods.base import (
+    Adaptation,
+    Method,
+    Site,
+    SiteWeights,
+    StaticMaskMethod,
+    is_mask_alone,
+)
 from diffattn.models import Family
 from diffattn.models.base import argument
 from diffattn.models.twins import dispatching
 from diffattn.orders import TileOrder
 from diffattn.parallel import attend_queries, attend_sharded
 from diffattn.schedule import RunClock
-from diffattn.token_merging import Merging
 from diffattn.traced import remember, traced_attention, traced_method
 
 _ATTRIBUTE = "_diffattn_attached"
@@ -66,8 +72,7 @@ class Group:
         method: `chosen` with its parameters resolved, for the current grid once there is one.
         video: the video tokens of the current call, without text; None before a call.
         reordered: the order that the tokens of the current forward are in; None is the model's own.
-        weights: the method's own at the site whose call is running.
-        merging: how the tokens of that call were merged; None where they were not.
+        weights, rotary: at the site whose call is running, see `Site`.
         sparse: whether calls go to `method` now, or to `previous`.
         serial: by which number code being compiled finds this group.
         sparse_calls, dense_calls: calls counted since attaching, except in compiled code.
@@ -84,8 +89,8 @@ class Group:
     method: Method = field(init=False)
     video: TokenGrid | None = None
     reordered: TileOrder | None = None
-    weights: torch.nn.Module | None = None
-    merging: Merging | None = None
+    weights: SiteWeights | None = None
+    rotary: Any = None
     sparse: bool = True
     serial: int = field(init=False)
     sparse_calls: int = 0
@@ -159,17 +164,6 @@ class Group:
                 "an attached attention module was called outside of its model's forward, so its"
                 " token grid is unknown; call the model, or set_attn_processor(None)"
             )
-        if self.merging is not None:
-            # What is left of merged tokens is no rectangle.
-            row = TokenGrid(1, 1, tokens)
-            return Site(
-                self.family.name,
-                self.layer,
-                self.layers,
-                row,
-                weights=self.weights,
-                merging=self.merging,
-            )
         text = tokens - self.video.tokens
         if text < 0 or (text > 0 and self.family.text is None):
             raise RuntimeError(
@@ -186,7 +180,9 @@ class Group:
                 f"the attention call is over {grid}, but this forward has put tokens of"
                 f" {order.grid} in another order"
             )
-        return Site(self.family.name, self.layer, self.layers, grid, order, self.weights)
+        return Site(
+            self.family.name, self.layer, self.layers, grid, order, self.weights, self.rotary
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         """A group of the same kind for the same sites of a copied model."""
@@ -239,11 +235,14 @@ class _WeightsOfCall:
     group: Group
     name: str
 
-    def begin(self, module: torch.nn.Module, *_: Any) -> None:
-        self.group.weights = module.get_submodule(self.name)
+    def begin(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        weights: Any = module.get_submodule(self.name)
+        self.group.weights = weights
+        rotary = self.group.family.rotary
+        self.group.rotary = None if rotary is None else argument(args, kwargs, *rotary)
 
     def end(self, *_: Any) -> None:
-        self.group.weights = None
+        self.group.weights = self.group.rotary = None
 
 
 class AttachedModel:
@@ -320,7 +319,9 @@ class AttachedModel:
                 _compat.share_parallelism(site.processor, site.original)
                 set_processor(site.module, site.original)
             if site.weights is not None:
-                site.module._modules.pop(site.weights, None)
+                weights = site.module._modules.pop(site.weights, None)
+                if isinstance(weights, SiteWeights):
+                    weights.leave(site.module)
         for adaptation in self._adaptations:
             adaptation.undo()
         self._end_flow()
@@ -335,16 +336,15 @@ class AttachedModel:
     ) -> None:
         group = self._group(method, layer, _compat.processor_backend(processor))
         _compat.set_processor_backend(processor, group.member)
+        processor = method.site_processor(processor, group)
         original = module.processor
         set_processor(module, processor)
-        weights = method.site_weights(module)
-        if weights is None:
-            weights = method.layer_weights(layer)
+        weights = method.site_weights(module, self.family.text is not None)
         if weights is not None:
             module.add_module(method.type, weights)
             call = _WeightsOfCall(group, method.type)
             self._hooks += [
-                module.register_forward_pre_hook(call.begin),
+                module.register_forward_pre_hook(call.begin, with_kwargs=True),
                 module.register_forward_hook(call.end, always_call=True),
             ]
         name_of_weights = None if weights is None else method.type
@@ -456,13 +456,7 @@ class AttachedModel:
         inside = _Inside(self)
         if sites:
             self._hooks.append(module.register_forward_pre_hook(inside.learn, with_kwargs=True))
-        # Others want to know the grid already.
-        self._hooks += [site.register_forward_pre_hook(inside.use, prepend=True) for site in sites]
-
-    def group_at(self, name: str) -> Group | None:
-        """The group of the site of a name; None where nothing is attached."""
-        member = self.sites[name].member if name in self.sites else None
-        return next((group for group in self.groups if group.member is member), None)
+        self._hooks += [site.register_forward_pre_hook(inside.use) for site in sites]
 
     def is_copied(self, memo: dict[int, Any]) -> bool:
         """Is the denoiser in the memo of a deep copy?"""

@@ -6,18 +6,26 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from diffattn.methods.agent import AgentAttn
 from diffattn.methods.base import Method, Site, StaticMaskMethod, nearest
 from diffattn.methods.clear import CLEARAttn
 from diffattn.methods.dense import DenseAttn
 from diffattn.methods.freeswim import FreeSwimAttn
 from diffattn.methods.gna import GNAAttn
+from diffattn.methods.linfusion import LinFusionAttn
 from diffattn.methods.radial import RadialAttn
 from diffattn.methods.vmoba import VMoBAAttn
 
 METHODS: dict[str, type[Method]] = {
     m.type: m
-    for m in (DenseAttn, RadialAttn, CLEARAttn, GNAAttn, FreeSwimAttn, VMoBAAttn, AgentAttn)
+    for m in (
+        DenseAttn,
+        RadialAttn,
+        CLEARAttn,
+        GNAAttn,
+        FreeSwimAttn,
+        VMoBAAttn,
+        LinFusionAttn,
+    )
 }
 
 
@@ -40,11 +48,11 @@ def from_dict(entry: Mapping[str, Any]) -> Method:
 
 __all__ = [
     "METHODS",
-    "AgentAttn",
     "CLEARAttn",
     "DenseAttn",
     "FreeSwimAttn",
     "GNAAttn",
+    "LinFusionAttn",
     "Method",
     "RadialAttn",
     "Site",

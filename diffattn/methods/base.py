@@ -15,7 +15,6 @@ from diffattn.grid import TokenGrid
 from diffattn.mask import BLOCK, AttentionMask, TextMask
 from diffattn.orders import TileOrder
 from diffattn.schedule import check_steps
-from diffattn.token_merging import Merging
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -33,7 +32,8 @@ class Site:
         order: the order they come in where the model's forward has put them in another than the
             grid's; only methods that are no more than a mask meet it.
         weights: what `Method.site_weights` has made for the module that calls.
-        merging: how the tokens of this call were merged; `grid` is a row of what is left then.
+        rotary: cosines and sines that the model has rotated queries and keys by, as it has them;
+            only where there are weights, and None where nothing was rotated.
     """
 
     family: str
@@ -41,8 +41,8 @@ class Site:
     layers: int
     grid: TokenGrid
     order: TileOrder | None = None
-    weights: torch.nn.Module | None = None
-    merging: Merging | None = field(default=None, compare=False)
+    weights: SiteWeights | None = None
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, compare=False)
 
 
 # Others are storage formats, which nothing can be trained in.
@@ -62,6 +62,16 @@ class SiteWeights(torch.nn.Module):
 
     def leave(self, module: torch.nn.Module) -> None:
         """Undo what was done to the module on their account: they are taken off."""
+
+
+class SiteState(Protocol):
+    """What may be asked of a site between its calls.
+
+    Attributes:
+        sparse: whether calls go to the method now; if not they are the model's own.
+    """
+
+    sparse: bool
 
 
 class Adaptation(Protocol):
@@ -143,21 +153,23 @@ class Method(ABC):
             key_mask: bool (batch, tokens): False for padded keys.
         """
 
-    def site_weights(self, module: torch.nn.Module) -> torch.nn.Module | None:
+    def site_weights(self, module: torch.nn.Module, joint: bool) -> SiteWeights | None:
         """Trainable weights of the method's own at an attention module; None if it has none.
 
         As long as the method is attached they are a submodule of `module` with the method's `type`
         for a name, where optimizers, `state_dict` and `to` find them, and come in `Site.weights`.
-        """
-        return None
-
-    def layer_weights(self, layer: int) -> SiteWeights | None:
-        """The same for what differs from block to block; only where there are no `site_weights`.
 
         Args:
-            layer: index of the block, as `Site.layer` would be if each block had its own.
+            joint: whether text tokens stand in the module's sequence.
         """
         return None
+
+    def site_processor(self, processor: Any, state: SiteState) -> Any:
+        """What is to do a site's calls: `processor`, a copy of its own, unless more is to change.
+
+        It must be of the class of `processor`, or derived from it.
+        """
+        return processor
 
     def adaptation(self, model: torch.nn.Module) -> Adaptation | None:
         """What is to be changed in a denoiser besides its attention; None if nothing is.

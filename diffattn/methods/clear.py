@@ -16,7 +16,7 @@ from diffattn.attention import attention
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import BLOCK, AttentionMask
-from diffattn.methods.base import Site, StaticMaskMethod, check_choice, check_count
+from diffattn.methods.base import Site, SiteWeights, StaticMaskMethod, check_choice, check_count
 from diffattn.methods.disk import DiskMask, best_tile, disk_limits
 from diffattn.methods.pooling import CellWeights, add_keys, every_pair, mean_weight, pooled
 from diffattn.orders import TileOrder
@@ -166,7 +166,7 @@ class CLEARAttn(StaticMaskMethod):
         sharper = math.sqrt(math.log(tokens) / math.log(self.trained_tokens))
         return sharper * (head_dim**-0.5 if scale is None else scale)
 
-    def site_weights(self, module: torch.nn.Module) -> torch.nn.Module | None:
+    def site_weights(self, module: torch.nn.Module, joint: bool) -> SiteWeights | None:
         return None if self.down_factor == 1 else CellWeights(self.down_factor, module)
 
     def adaptation(self, model: torch.nn.Module) -> RopeBase | None:

@@ -8,12 +8,10 @@ from diffattn.attention import attention
 from diffattn.blocks import FULL, BlockLayout, layout_from_states
 from diffattn.grid import TokenGrid
 from diffattn.mask import BLOCK
-
-# Others are storage formats, which nothing can be trained in.
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from diffattn.methods.base import SiteWeights
 
 
-class CellWeights(torch.nn.Module):
+class CellWeights(SiteWeights):
     """The weights of a layer's cells, for all its heads and channels, keys and values.
 
     Attributes:
@@ -26,14 +24,8 @@ class CellWeights(torch.nn.Module):
     def __init__(self, down_factor: int, beside: torch.nn.Module) -> None:
         """Make the weights on the device and in the dtype of those of `beside`."""
         super().__init__()
-        weight = mean_weight(down_factor)
-        for other in beside.parameters():
-            if other.dtype in _DTYPES:
-                # Weights that offloading has moved elsewhere are "meta" where they were.
-                device = "cpu" if other.is_meta else other.device
-                weight = weight.to(device, other.dtype)
-                break
-        self.spatial_weight = torch.nn.Parameter(weight)
+        self.spatial_weight = torch.nn.Parameter(mean_weight(down_factor))
+        self.place_beside(beside)
 
 
 def mean_weight(down_factor: int) -> torch.Tensor:
@@ -83,6 +75,7 @@ def add_keys(
     value: torch.Tensor,
     layout: BlockLayout,
     scale: float | None,
+    key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What an attention becomes with more keys in the same softmax.
 
@@ -93,7 +86,10 @@ def add_keys(
         key, value: the keys and values that are to be added.
         layout: which of them queries see.
         scale: factor of the scores.
+        key_mask: bool (batch, keys): False for those of them that are padding.
     """
-    more, lse_of_more = attention(query, key, value, layout, scale=scale, return_lse=True)
+    more, lse_of_more = attention(
+        query, key, value, layout, scale=scale, key_mask=key_mask, return_lse=True
+    )
     share = (lse_of_more - lse).sigmoid().transpose(1, 2)[..., None]
     return torch.lerp(out, more, share.to(out.dtype))

@@ -100,6 +100,8 @@ class Family:
             grid each, for the sites within them; without it the denoiser's call has one for all.
         padding: how the model's attention masks say which keys are padding: by key; by the outer
             product of what is valid, per pair; or as a bias that is 0 where a key counts.
+        rotary: position and name of the argument of its sites' calls that holds the tables of the
+            rotary position embedding, cosines and sines for neighbouring channels, the same twice.
         flow: where its video tokens may be put in another order for a whole forward; None where
             something between its blocks knows them by their place.
         tested: what the project's tests run of it: tiny models, and pipelines where those can be
@@ -116,6 +118,7 @@ class Family:
     text: Literal["before", "after"] | None = None
     grid_modules: re.Pattern[str] | None = None
     padding: Literal["keys", "pairs", "bias"] = "keys"
+    rotary: tuple[int, str] | None = None
     flow: TokenFlow | None = None
     tested: Literal["model", "model, pipeline"] = "model, pipeline"
 

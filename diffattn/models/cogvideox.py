@@ -46,6 +46,7 @@ COGVIDEOX = Family(
     grid=_grid,
     sizes=_sizes,
     text="before",
+    rotary=(3, "image_rotary_emb"),
     flow=TokenFlow(
         model_class="CogVideoXTransformer3DModel",
         arguments=((5, "image_rotary_emb", 0),),

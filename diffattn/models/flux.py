@@ -89,6 +89,7 @@ FLUX = Family(
     grid=partial(_grid, position=4),
     sizes=_sizes,
     text="before",
+    rotary=(3, "image_rotary_emb"),
     flow=TokenFlow(
         model_class="FluxTransformer2DModel",
         arguments=((0, "hidden_states", 1), (4, "img_ids", -2)),

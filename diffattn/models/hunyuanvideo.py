@@ -39,6 +39,7 @@ HUNYUANVIDEO = Family(
     grid=_grid,
     sizes=_sizes,
     text="after",
+    rotary=(3, "image_rotary_emb"),
     flow=TokenFlow(
         model_class="HunyuanVideoTransformer3DModel",
         outputs={"x_embedder": 1, "rope": 0},

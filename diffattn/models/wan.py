@@ -69,6 +69,7 @@ WAN = _wan_shaped(
     model_classes=("WanTransformer3DModel", "WanVACETransformer3DModel"),
     sites=re.compile(r"(?:vace_)?blocks\.(?P<layer>\d+)\.attn1"),
     variants=_variant,
+    rotary=(3, "rotary_emb"),
     flow=TokenFlow(
         model_class="WanTransformer3DModel",
         # TI2V-5B has a timestep per token.

@@ -1,0 +1,329 @@
+"""LinFusion: linear attention over features of queries and keys that a small network adapts.
+
+Liu et al., "LinFusion: 1 GPU, 1 Minute, 16K Image", arXiv 2409.02097. The paper is about the U-Nets
+of Stable Diffusion; what becomes of it in transformers, with their rotary position embedding and
+with text in the sequence, is this project's own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+
+from diffattn.attention import DEFAULT_BACKENDS, attention, choose_backend
+from diffattn.blocks import BlockLayout
+from diffattn.grid import TokenGrid
+from diffattn.kernels.linear import CHUNK, linear_attention
+from diffattn.methods.base import Method, Site, SiteState, SiteWeights, check_count
+from diffattn.methods.clear import check_flag
+from diffattn.methods.pooling import add_keys, every_pair
+from diffattn.models import FAMILIES, family_of
+from diffattn.models.projections import with_input_maps
+
+# Transformers where what their attention sites are handed of positions is known, see `Family`.
+FAMILIES_WITH_IT = ("unet", *(family.name for family in FAMILIES if family.rotary is not None))
+
+_IDENTITY = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinFusionAttn(Method):
+    """LinFusion (arXiv 2409.02097).
+
+    Its cost is linear in the number of tokens, and every token sees all others, through a state
+    whose size is that of a head. The weights of a model are not made for this: untrained, pictures
+    lose their composition. Weights that were distilled for Stable Diffusion 1.5, 2.1 and XL are
+    published, see `load_linfusion_checkpoint`; for other models there are none.
+
+    What each site adapts its queries and keys with is trained, and begins as nothing: attention is
+    then linear attention over the model's own projections. In transformers positions are rotated
+    into the numerator alone, text sees everything by softmax as before, and video tokens see
+    text by softmax, with a trained weight beside what they see of the video.
+
+    Attributes:
+        mid_dim: width of the network that adapts queries and keys. None is that of the layer, as in
+            the published weights for SD 1.5 and 2.1; those for XL have a sixteenth. -1 is none at
+            all, which doubles what is projected, as in the public code.
+        eps: added to the denominator. Published weights were trained with the default.
+        chunk: tokens whose features are in memory at a time, where no GPU kernel is used.
+        reference_arithmetic: compute as the public code does, in the dtype of the model, in
+            which float16 may overflow; for U-Nets. Otherwise features and state are float32.
+
+    Raises:
+        ValueError: for a parameter out of range.
+    """
+
+    type: ClassVar[str] = "linfusion"
+    paper: ClassVar[str] = "arXiv 2409.02097"
+
+    mid_dim: int | None = field(
+        default=None,
+        metadata={"help": "width of what adapts queries and keys; -1 for none (default: layer's)"},
+    )
+    eps: float = field(default=1e-4, metadata={"help": "added to the denominator"})
+    chunk: int = field(default=CHUNK, metadata={"help": "tokens per matrix product on the CPU"})
+    reference_arithmetic: bool = field(
+        default=False, metadata={"help": "the public code's arithmetic, which may overflow"}
+    )
+    _every_pair: dict[tuple[int, int, torch.device], BlockLayout] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mid_dim is not None and self.mid_dim != _IDENTITY:
+            if isinstance(self.mid_dim, bool) or not isinstance(self.mid_dim, int):
+                raise ValueError(f"mid_dim is {self.mid_dim!r}, but must be an integer or None")
+            if self.mid_dim < 1:
+                raise ValueError(
+                    f"mid_dim is {self.mid_dim}, but must be at least 1, or {_IDENTITY} for no"
+                    f" network"
+                )
+        if (
+            isinstance(self.eps, bool)
+            or not isinstance(self.eps, int | float)
+            or not 0 < self.eps < math.inf
+        ):
+            raise ValueError(f"eps is {self.eps!r}, but must be a number above 0")
+        check_count("chunk", self.chunk, at_least=1)
+        check_flag("reference_arithmetic", self.reference_arithmetic)
+
+    def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
+        """The method with every None but `mid_dim` replaced; the same for all models.
+
+        All layers and steps are linear, as in the paper, whose weights are distilled for that.
+        """
+        return replace(self, dense_layers=self.dense_layers or 0, dense_steps=self.dense_steps or 0)
+
+    def adaptation(self, model: torch.nn.Module) -> None:
+        """Nothing, where the model is one that the method can be computed in."""
+        family = family_of(model)
+        if family.name not in FAMILIES_WITH_IT:
+            raise ValueError(
+                f"linfusion cannot be attached to {type(model).__name__}: it needs to know the"
+                f" position embedding, which it does of {', '.join(FAMILIES_WITH_IT)}"
+            )
+        if self.reference_arithmetic and family.name != "unet":
+            raise ValueError(
+                f"reference_arithmetic is True, but the public code has none for"
+                f" {type(model).__name__}; leave it out"
+            )
+
+    def site_weights(self, module: torch.nn.Module, joint: bool) -> LinFusionWeights:
+        return LinFusionWeights(module, self.mid_dim, joint)
+
+    def site_processor(self, processor: Any, state: SiteState) -> Any:
+        return with_input_maps(processor, self.type, state)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        site: Site,
+        *,
+        scale: float | None = None,
+        key_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if self.reference_arithmetic:
+            return _in_reference_arithmetic(query, key, value, self.eps, key_mask)
+        joint = site.grid.text_before + site.grid.text_after > 0
+        rotation = _rotation(site, query)
+        if joint:
+            return self._attend_jointly(query, key, value, site, rotation, scale, key_mask)
+        return self._attend_linearly(query, key, value, rotation, key_mask)
+
+    def _attend_linearly(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rotation: torch.Tensor | None,
+        key_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        # Matrix products do for every device that has no kernel.
+        device = query.device
+        chosen = choose_backend(device) if device.type in DEFAULT_BACKENDS else "torch"
+        return linear_attention(
+            query,
+            key,
+            value,
+            eps=self.eps,
+            key_mask=key_mask,
+            rotation=rotation,
+            chunk=self.chunk,
+            backend="triton" if chosen == "triton" else "torch",
+        )
+
+    # What a layout holds depends on the mask: that cannot be traced, compiled code breaks here.
+    @torch.compiler.disable
+    def _attend_jointly(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        site: Site,
+        rotation: torch.Tensor | None,
+        scale: float | None,
+        key_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Linear among the tokens of the video, softmax where text is asked or asks."""
+        video = site.grid.video
+        of_text = attention(_without(query, video), key, value, scale=scale, key_mask=key_mask)
+        video_mask = text_mask = None
+        if key_mask is not None:
+            video_mask, text_mask = key_mask[:, video], _without(key_mask, video)
+        out = self._attend_linearly(
+            query[:, video], key[:, video], value[:, video], rotation, video_mask
+        )
+        sizes = out.shape[1], of_text.shape[1], query.device
+        if sizes not in self._every_pair:
+            self._every_pair[sizes] = every_pair(*sizes)
+        weights: Any = site.weights
+        seen = add_keys(
+            out,
+            _stand_in_lse(out, video_mask, weights.text_gate),
+            query[:, video],
+            _without(key, video),
+            _without(value, video),
+            self._every_pair[sizes],
+            scale,
+            text_mask,
+        )
+        return torch.cat([of_text[:, : video.start], seen, of_text[:, video.start :]], 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Layouts are rebuilt where they are needed: a copy carries the parameters only.
+        return self.to_dict()
+
+    def __setstate__(self, parameters: dict[str, Any]) -> None:
+        del parameters["type"]
+        self.__init__(**parameters)  # type: ignore[misc]
+
+
+class LinFusionWeights(SiteWeights):
+    """What a site adapts queries and keys with.
+
+    Attributes:
+        to_q_, to_k_: what is added to the inputs of `to_q` and `to_k`: made of them by a linear
+            layer, a normalisation, a leaky ReLU and another linear layer, which begins as 0.
+        text_gate: `(heads,)`, where text stands in the sequence, else None: video tokens weigh text
+            as if each of the other video tokens had this score.
+    """
+
+    text_gate: torch.nn.Parameter | None
+
+    def __init__(self, module: Any, mid_dim: int | None, joint: bool) -> None:
+        """Make the weights for an attention module, on its device and in its dtype."""
+        super().__init__()
+        # Attaching a method must not change what random numbers come next.
+        with torch.random.fork_rng(devices=[]):
+            self.to_q_ = _network(module.to_q, mid_dim)
+            self.to_k_ = _network(module.to_k, mid_dim)
+        gate = torch.nn.Parameter(torch.zeros(module.heads)) if joint else None
+        self.register_parameter("text_gate", gate)
+        self.teacher: dict[str, torch.Tensor] = {}
+        self.place_beside(module)
+
+    def map_q(self, x: torch.Tensor) -> torch.Tensor:
+        return x + _on(self.to_q_, x)(x)
+
+    def map_k(self, x: torch.Tensor) -> torch.Tensor:
+        return x + _on(self.to_k_, x)(x)
+
+
+def _network(projection: Any, mid_dim: int | None) -> torch.nn.Module:
+    if mid_dim == _IDENTITY:
+        return torch.nn.Identity()
+    width = projection.in_features
+    middle = width if mid_dim is None else mid_dim
+    last = torch.nn.Linear(middle, width)
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.zeros_(last.bias)
+    return torch.nn.Sequential(
+        torch.nn.Linear(width, middle), torch.nn.LayerNorm(middle), torch.nn.LeakyReLU(), last
+    )
+
+
+def _on(network: torch.nn.Module, x: torch.Tensor) -> torch.nn.Module:
+    """The network, where x is: offloading that was enabled before it was made does not know it."""
+    for weight in network.parameters():
+        if weight.device != x.device and not weight.is_meta:
+            network.to(x.device)
+        break
+    return network
+
+
+def _rotation(site: Site, query: torch.Tensor) -> torch.Tensor | None:
+    """How the video tokens of a call were rotated, as `linear_attention` takes it.
+
+    Queries and keys come rotated. A rotation has an inverse: from the tables that the model has
+    used the kernel gets back what went in, to the rounding that it came with. So the model's own
+    processors do all they do, and calls that stay dense need nothing. (Processors that leave the
+    rotation out would save that rounding, but would have to be sure of who attends next.)
+    """
+    if site.rotary is None:
+        return None
+    grid = site.grid
+    # Neighbouring channels are turned together: each table has every number twice.
+    cos, sin = (table.reshape(-1, table.shape[-1])[:, ::2] for table in site.rotary)
+    rotation = torch.stack([cos, sin]).to(query.device, torch.float32)
+    if rotation.shape[1] == grid.tokens:
+        rotation = rotation[:, grid.video]
+    if rotation.shape[1] != grid.video_tokens:
+        raise NotImplementedError(
+            f"the position embedding of this call is of {rotation.shape[1]} tokens, but it is over"
+            f" {grid.video_tokens}: with context parallelism each process knows a part alone, which"
+            f" linfusion cannot use yet; disable it, or use another method"
+        )
+    return rotation
+
+
+def _without(x: torch.Tensor, video: slice) -> torch.Tensor:
+    """The text tokens of a sequence."""
+    return torch.cat([x[:, : video.start], x[:, video.stop :]], 1)
+
+
+def _stand_in_lse(
+    out: torch.Tensor, video_mask: torch.Tensor | None, gate: torch.Tensor
+) -> torch.Tensor:
+    """The log-sum-exp that the video's scores would have if all were the gate's.
+
+    Returns:
+        (batch, heads, tokens).
+    """
+    batch, tokens, heads, _ = out.shape
+    if len(gate) != heads:
+        raise NotImplementedError(
+            f"this call has {heads} of {len(gate)} heads: linfusion cannot share heads among"
+            f" processes yet; disable context parallelism, or use another method"
+        )
+    count = torch.full((batch,), tokens, device=out.device)
+    if video_mask is not None:
+        count = video_mask.sum(1)
+    lse = count.log()[:, None] + gate.to(out.device, torch.float32)
+    return lse[..., None].expand(batch, heads, tokens)
+
+
+def _in_reference_arithmetic(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    eps: float,
+    key_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    if key_mask is not None:
+        raise ValueError(
+            "the model passes a mask over keys, which the public code ignores; leave"
+            " reference_arithmetic out"
+        )
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    query, key = F.elu(query) + 1, F.elu(key) + 1
+    root = key.shape[2] ** 0.5
+    state = (key / root).transpose(2, 3) @ (value / root)
+    denominator = query @ key.mean(2, keepdim=True).transpose(2, 3) + eps
+    return (query @ state / denominator).transpose(1, 2)
