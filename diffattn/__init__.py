@@ -14,6 +14,7 @@ from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask, FullMask, PredicateMask
 from diffattn.methods import (
+    AgentAttn,
     CLEARAttn,
     DenseAttn,
     FreeSwimAttn,
@@ -26,12 +27,14 @@ from diffattn.methods import (
 from diffattn.planning import Plan, plan
 
 if TYPE_CHECKING:
+    from diffattn.agent_calibration import calibrate_agent
     from diffattn.attach import Attachment, set_attn_processor
     from diffattn.clear_checkpoint import load_clear_checkpoint
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AgentAttn",
     "Attachment",
     "AttentionMask",
     "BlockLayout",
@@ -49,6 +52,7 @@ __all__ = [
     "VMoBAAttn",
     "__version__",
     "attention",
+    "calibrate_agent",
     "from_block_mask",
     "load_clear_checkpoint",
     "methods",
@@ -66,6 +70,10 @@ def __getattr__(name: str) -> Any:
         from diffattn import attach
 
         return getattr(attach, name)
+    if name == "calibrate_agent":
+        from diffattn.agent_calibration import calibrate_agent
+
+        return calibrate_agent
     if name == "load_clear_checkpoint":
         from diffattn.clear_checkpoint import load_clear_checkpoint
 

@@ -36,6 +36,7 @@ from diffattn.models.twins import dispatching
 from diffattn.orders import TileOrder
 from diffattn.parallel import attend_queries, attend_sharded
 from diffattn.schedule import RunClock
+from diffattn.token_merging import Merging
 from diffattn.traced import remember, traced_attention, traced_method
 
 _ATTRIBUTE = "_diffattn_attached"
@@ -72,7 +73,7 @@ class Group:
         method: `chosen` with its parameters resolved, for the current grid once there is one.
         video: the video tokens of the current call, without text; None before a call.
         reordered: the order that the tokens of the current forward are in; None is the model's own.
-        weights, rotary: at the site whose call is running, see `Site`.
+        weights, rotary, merging: at the site whose call is running, see `Site`.
         sparse: whether calls go to `method` now, or to `previous`.
         serial: by which number code being compiled finds this group.
         sparse_calls, dense_calls: calls counted since attaching, except in compiled code.
@@ -91,6 +92,7 @@ class Group:
     reordered: TileOrder | None = None
     weights: SiteWeights | None = None
     rotary: Any = None
+    merging: Merging | None = None
     sparse: bool = True
     serial: int = field(init=False)
     sparse_calls: int = 0
@@ -163,6 +165,17 @@ class Group:
             raise RuntimeError(
                 "an attached attention module was called outside of its model's forward, so its"
                 " token grid is unknown; call the model, or set_attn_processor(None)"
+            )
+        if self.merging is not None:
+            # What is left of merged tokens is no rectangle.
+            row = TokenGrid(1, 1, tokens)
+            return Site(
+                self.family.name,
+                self.layer,
+                self.layers,
+                row,
+                weights=self.weights,
+                merging=self.merging,
             )
         text = tokens - self.video.tokens
         if text < 0 or (text > 0 and self.family.text is None):
@@ -340,6 +353,8 @@ class AttachedModel:
         original = module.processor
         set_processor(module, processor)
         weights = method.site_weights(module, self.family.text is not None)
+        if weights is None:
+            weights = method.layer_weights(layer)
         if weights is not None:
             module.add_module(method.type, weights)
             call = _WeightsOfCall(group, method.type)
@@ -456,7 +471,13 @@ class AttachedModel:
         inside = _Inside(self)
         if sites:
             self._hooks.append(module.register_forward_pre_hook(inside.learn, with_kwargs=True))
-        self._hooks += [site.register_forward_pre_hook(inside.use) for site in sites]
+        # Others want to know the grid already.
+        self._hooks += [site.register_forward_pre_hook(inside.use, prepend=True) for site in sites]
+
+    def group_at(self, name: str) -> Group | None:
+        """The group of the site of a name; None where nothing is attached."""
+        member = self.sites[name].member if name in self.sites else None
+        return next((group for group in self.groups if group.member is member), None)
 
     def is_copied(self, memo: dict[int, Any]) -> bool:
         """Is the denoiser in the memo of a deep copy?"""

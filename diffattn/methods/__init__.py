@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from diffattn.methods.agent import AgentAttn
 from diffattn.methods.base import Method, Site, StaticMaskMethod, nearest
 from diffattn.methods.clear import CLEARAttn
 from diffattn.methods.dense import DenseAttn
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
         GNAAttn,
         FreeSwimAttn,
         VMoBAAttn,
+        AgentAttn,
         LinFusionAttn,
     )
 }
@@ -48,6 +50,7 @@ def from_dict(entry: Mapping[str, Any]) -> Method:
 
 __all__ = [
     "METHODS",
+    "AgentAttn",
     "CLEARAttn",
     "DenseAttn",
     "FreeSwimAttn",

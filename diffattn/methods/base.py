@@ -15,6 +15,7 @@ from diffattn.grid import TokenGrid
 from diffattn.mask import BLOCK, AttentionMask, TextMask
 from diffattn.orders import TileOrder
 from diffattn.schedule import check_steps
+from diffattn.token_merging import Merging
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -34,6 +35,7 @@ class Site:
         weights: what `Method.site_weights` has made for the module that calls.
         rotary: cosines and sines that the model has rotated queries and keys by, as it has them;
             only where there are weights, and None where nothing was rotated.
+        merging: how the tokens of this call were merged; `grid` is a row of what is left then.
     """
 
     family: str
@@ -43,6 +45,7 @@ class Site:
     order: TileOrder | None = None
     weights: SiteWeights | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, compare=False)
+    merging: Merging | None = field(default=None, compare=False)
 
 
 # Others are storage formats, which nothing can be trained in.
@@ -161,6 +164,14 @@ class Method(ABC):
 
         Args:
             joint: whether text tokens stand in the module's sequence.
+        """
+        return None
+
+    def layer_weights(self, layer: int) -> SiteWeights | None:
+        """The same for what differs from block to block; only where there are no `site_weights`.
+
+        Args:
+            layer: index of the block, as `Site.layer` would be if each block had its own.
         """
         return None
 
