@@ -29,8 +29,10 @@ _SMALLEST_SPREAD = 1e-5
 _LONGEST_SORTED = 1024
 # Histograms that threads of a GPU add to in turn, so that they wait less for each other.
 _COPIES = 32
-# Pairs of query and block that are worked on at once, at some 40 bytes each.
-_PAIRS_AT_ONCE = 1 << 23
+# Pairs of query and block that are worked on at once, at some 40 bytes each, if pools are no larger:
+# what the caches of a CPU hold, and enough for all of a GPU.
+_PAIRS_AT_ONCE = {"cpu": 1 << 18}
+_PAIRS_AT_ONCE_ELSEWHERE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def select_blocks(
             ranked = None
             if counted is not None:
                 ranked = _ranked(blocks, deciders, counted[sample], rule.tile)
-            for some in _head_parts(heads, query.shape[1] * blocks.video_blocks, rule.scope):
+            pairs = query.shape[1] * blocks.video_blocks
+            for some in _head_parts(heads, pairs, rule.scope, query.device):
                 scores = _scores(query[sample, :, some], means[sample, :, some])
                 chosen = _choose(scores, own, ranked, rule)
                 if rule.tile > 1:
@@ -130,6 +133,21 @@ def choose(
     Returns:
         bool (pools, entries).
     """
+    step = max(1, _pairs_at_once(scores.device) // scores.shape[1])
+    if len(scores) > step:
+        parts = [slice(start, start + step) for start in range(0, len(scores), step)]
+        return torch.cat(
+            [
+                choose(
+                    scores[part],
+                    own[part],
+                    ranked=None if ranked is None else ranked[part],
+                    tau=tau,
+                    budget=budget,
+                )
+                for part in parts
+            ]
+        )
     points = _fixed_point(scores, ranked)
     candidate = ~own if ranked is None else ranked & ~own
     if tau is None:
@@ -168,11 +186,15 @@ def _ranked(
     return queries[:, None] & _holds_any(blocks, counted[None])
 
 
-def _head_parts(heads: int, pairs: int, scope: str) -> list[slice]:
+def _pairs_at_once(device: torch.device) -> int:
+    return _PAIRS_AT_ONCE.get(device.type, _PAIRS_AT_ONCE_ELSEWHERE)
+
+
+def _head_parts(heads: int, pairs: int, scope: str, device: torch.device) -> list[slice]:
     """Heads that are worked on at once: as many as memory allows, or all that share a pool."""
     step = heads
     if scope in ("query", "head"):
-        step = min(heads, max(1, _PAIRS_AT_ONCE // pairs))
+        step = min(heads, max(1, _pairs_at_once(device) // pairs))
     return [slice(head, min(head + step, heads)) for head in range(0, heads, step)]
 
 

@@ -54,7 +54,7 @@ def selected_attention(
         ValueError: if dtypes, devices or shapes do not fit together, or blocks are not in order.
     """
     check_inputs(q, k, v, key_mask, dtypes=DTYPES)
-    _check_selection(q, k, starts, bits)
+    _check_selection(q, k, v, starts, bits)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     return _forward_op(q, k, v, starts, bits, key_mask, scale)
@@ -284,7 +284,7 @@ def _is_any(rows: torch.Tensor | None) -> bool:
 
 def _rows(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """Some rows of `(tokens, ...)`, as an attention of one head and one row group."""
-    return (x if rows is None else x[rows])[None, None]
+    return (x if rows is None else x.index_select(0, rows))[None, None]
 
 
 def _merge(
@@ -295,22 +295,27 @@ def _merge(
     found_lse: torch.Tensor,
 ) -> None:
     """Add the attention of some rows over more keys to what they have."""
-    old = total_lse if rows is None else total_lse[rows]
+    old = total_lse if rows is None else total_lse.index_select(0, rows)
     new = torch.logaddexp(old, found_lse)
     kept, added = (old - new).exp()[:, None], (found_lse - new).exp()[:, None]
     if rows is None:
         total.mul_(kept).addcmul_(found, added)
         total_lse.copy_(new)
     else:
-        total.index_copy_(0, rows, total[rows].mul_(kept).addcmul_(found, added))
+        kept_total = total.index_select(0, rows).mul_(kept)
+        total.index_copy_(0, rows, kept_total.addcmul_(found, added))
         total_lse.index_copy_(0, rows, new)
 
 
 def _check_selection(
-    q: torch.Tensor, k: torch.Tensor, starts: torch.Tensor, bits: torch.Tensor
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor,
+    bits: torch.Tensor,
 ) -> None:
     batch, tokens, heads, _ = q.shape
-    for name, x in (("q", q), ("k", k), ("starts", starts), ("bits", bits)):
+    for name, x in (("q", q), ("k", k), ("v", v), ("starts", starts), ("bits", bits)):
         if x.device.type != "cpu":
             raise ValueError(f"this is the CPU path, but {name} is on {x.device}")
     if starts.dtype != torch.int32 or starts.ndim != 1 or starts.numel() < 2:
