@@ -29,8 +29,8 @@ _SMALLEST_SPREAD = 1e-5
 _LONGEST_SORTED = 1024
 # Histograms that threads of a GPU add to in turn, so that they wait less for each other.
 _COPIES = 32
-# Pairs of query and block that are worked on at once, at some 40 bytes each, if pools are no larger:
-# what the caches of a CPU hold, and enough for all of a GPU.
+# Pairs of query and block that are worked on at once, at some 40 bytes each, where pools are no
+# larger: what the caches of a CPU hold, and enough for all of a GPU.
 _PAIRS_AT_ONCE = {"cpu": 1 << 18}
 _PAIRS_AT_ONCE_ELSEWHERE = 1 << 24
 
@@ -118,17 +118,18 @@ def choose(
     *,
     ranked: torch.Tensor | None = None,
     tau: float | None = None,
-    budget: int | None = None,
+    budget: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The best entries of each pool: as few as reach a share of the similarity, or a number.
 
     Args:
         scores: (pools, entries).
         own: bool, of the same shape: entries that are chosen in any case and count.
-        ranked: bool, of the same shape: others are neither chosen nor counted; all when None.
+        ranked: bool, of the same shape: others do not count, and are not chosen unless they are
+            own; all when None.
         tau: of the sum of scores, from 0 at the pool's lowest to 1 at its highest, the share to
             reach. A pool of equal scores has no similarity to be reached.
-        budget: number of entries to reach instead.
+        budget: number of entries to reach instead, the same in all pools.
 
     Returns:
         bool (pools, entries).
@@ -152,7 +153,7 @@ def choose(
     candidate = ~own if ranked is None else ranked & ~own
     if tau is None:
         assert budget is not None
-        need = budget - own.sum(1)
+        need = budget - (own if ranked is None else own & ranked).sum(1)
         weight = candidate.to(torch.int64)
     else:
         total = points.sum(1, dtype=torch.int64)
@@ -225,10 +226,13 @@ def _choose(
             return x.reshape(1, -1)
         return x.permute(2, 0, 1).reshape(count, heads * queries)
 
-    budget = None
+    budget: int | torch.Tensor | None = None
     if rule.topk is not None:
-        per_query = min(rule.topk, count)
-        budget = per_query * {"query": 1, "head": queries}.get(rule.scope, heads * queries)
+        budget = min(rule.topk, count)
+        if rule.scope != "query":
+            budget = budget * (queries if ranked is None else ranked.any(1).sum())
+        if rule.scope == "unpublished-all":
+            budget = budget * heads
     chosen = choose(
         pools(scores),
         pools(is_own),
