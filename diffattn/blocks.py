@@ -126,13 +126,17 @@ class BlockLayout:
 LAYOUT_TENSORS = tuple(f.name for f in fields(BlockLayout) if f.type == "torch.Tensor")
 
 
+_GATHER_BITS = sum(1 << (56 - 7 * j) for j in range(8))
+
+
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:
     """Pack bool `(..., n)` into int32 words `(..., ceil(n / 32))`, key 0 in the lowest bit."""
     padding = -mask.shape[-1] % WORD_BITS
-    words = torch.nn.functional.pad(mask, (0, padding)).unflatten(-1, (-1, WORD_BITS))
-    shifts = torch.arange(WORD_BITS, device=mask.device)
-    # The sum stays below 2**32 in int64; the cast to int32 keeps its low 32 bits.
-    return (words.long() << shifts).sum(-1).to(torch.int32)
+    if padding:
+        mask = torch.nn.functional.pad(mask, (0, padding))
+    # Eight bytes of 0 or 1 at once: the product has the j-th of them in bit 56 + j.
+    bytes_of_bits = (mask.contiguous().view(torch.int64) * _GATHER_BITS) >> 56
+    return bytes_of_bits.to(torch.uint8).view(torch.int32)
 
 
 def unpack_bits(words: torch.Tensor, n: int) -> torch.Tensor:
@@ -267,18 +271,17 @@ def _distinct_masks(
     for start in range(0, row.numel(), step):
         assert bits is not None
         r, c = row[start : start + step], column[start : start + step]
-        exists = (r[:, None] * block_q + in_block_q < tokens_q)[:, :, None] & (
-            c[:, None] * block_kv + in_block_kv < tokens_kv
-        )[:, None, :]
-        allowed = bits(r, c) & exists
+        query_exists = r[:, None] * block_q + in_block_q < tokens_q
+        key_exists = pack_bits(c[:, None] * block_kv + in_block_kv < tokens_kv)
+        exists = key_exists[:, None, :].where(query_exists[:, :, None], 0)
+        # A rule may say the same of all keys, or of all queries, once.
+        allowed = pack_bits(bits(r, c).expand(len(r), block_q, block_kv)) & exists
         empty = ~allowed.flatten(1).any(1)
         full = (allowed == exists).flatten(1).all(1)
         states[r[empty], c[empty]] = EMPTY
         states[r[full], c[full]] = FULL
         rest = ~(empty | full)
-        distinct, which = torch.unique(
-            pack_bits(allowed[rest]).flatten(1), dim=0, return_inverse=True
-        )
+        distinct, which = torch.unique(allowed[rest].flatten(1), dim=0, return_inverse=True)
         mask_of_block[start : start + len(r)][rest] = (found + which).to(torch.int32)
         chunks.append(distinct)
         found += len(distinct)

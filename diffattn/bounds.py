@@ -72,27 +72,30 @@ def furthest(query: Bounds, key: Bounds, axis: int) -> torch.Tensor:
 
 def shapes_of(
     grid: TokenGrid, block_size: int, device: torch.device, order: TileOrder | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Which blocks hold the same tokens but for a shift in time and space.
 
     Args:
         grid, block_size, order: as for `bounds_of`.
 
     Returns:
-        int64 `(blocks, 3)`, the first frame, row and column of each block's video tokens, and
-        int64 `(blocks,)`, its shape: the tokens of blocks of one shape are, one by one, as far from
-        these, and text has the same places in them.
+        int64 `(blocks, 3)`, the first frame, row and column of each block's video tokens; the same
+        of their last; and int64 `(blocks,)`, its shape: the tokens of blocks of one shape are, one
+        by one, as far from the first, and text has the same places in them.
     """
     blocks = -(-grid.tokens // block_size)
     index, places = _video_tokens(grid, device, order)
     block = index // block_size
     which = block[:, None].expand(-1, 3)
-    low = places.new_zeros(blocks, 3).scatter_reduce(0, which, places, "amin", **_ITS_OWN)
+    low, high = (
+        places.new_zeros(blocks, 3).scatter_reduce(0, which, places, how, **_ITS_OWN)
+        for how in ("amin", "amax")
+    )
     frame, row, column = (places - low[block]).long().unbind(1)
     inside = torch.full((blocks * block_size,), -1, device=device)
     inside[index] = (frame * grid.height + row) * grid.width + column
     _, shape = inside.view(blocks, block_size).unique(dim=0, return_inverse=True)
-    return low.long(), shape
+    return low.long(), high.long(), shape
 
 
 def _video_tokens(

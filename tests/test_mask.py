@@ -27,6 +27,8 @@ def every_mask(grid: TokenGrid) -> dict[str, AttentionMask]:
         "full": FullMask(grid),
         "text": TextMask(grid),
         "causal": causal(grid),
+        "some queries": PredicateMask(grid, lambda query, key: query % 3 == 1),
+        "some keys": PredicateMask(grid, lambda query, key: key < 20),
         "checkers": checkers(grid, 6),
         "band": RadialAttn(rule="paper").video_mask(grid),
     }
@@ -38,7 +40,7 @@ def test_blocks_hold_exactly_the_tokens_of_the_rule(name: str, blocks: tuple[int
     mask = every_mask(GRID)[name]
     layout = mask.blocks(*blocks)
     token = torch.arange(GRID.tokens)
-    want = mask.allowed(token[:, None], token[None, :])
+    want = mask.allowed(token[:, None], token[None, :]).expand(GRID.tokens, GRID.tokens)
     assert torch.equal(mask.dense(), want)
     assert torch.equal(layout.dense()[0, 0], want)
     states = mask.block_states(*blocks, torch.device("cpu"))

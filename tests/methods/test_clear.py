@@ -16,6 +16,7 @@ from tiny_families import BATCH, noise
 
 import diffattn
 from diffattn import CLEARAttn, TokenGrid
+from diffattn.blocks import PARTIAL
 from diffattn.kernels.reference import reference_attention
 from diffattn.methods import Site, from_dict
 from diffattn.models import family_of
@@ -161,6 +162,8 @@ def test_mask_is_the_definition_in_any_blocks_and_order(
     want = definition(grid, method)
     mask = method.mask(grid)
     assert torch.equal(mask.dense(), want)
+    query, key = torch.cartesian_prod(*[torch.arange(grid.tokens)] * 2).view(-1, 2).unbind(1)
+    assert torch.equal(mask.allowed(query, key), want.flatten())
     assert torch.equal(mask.blocks(block_q, block_kv).dense()[0, 0], want)
     assert mask.density == pytest.approx(want.double().mean().item(), abs=1e-12)
     order = method.order(grid)
@@ -213,6 +216,19 @@ def test_mask_of_an_8k_image_builds_without_looking_at_token_pairs() -> None:
     assert layout.nbytes < 64 << 20
     assert len(layout.bit_masks) < 32
     assert layout.density == pytest.approx(0.0081, rel=5e-3)
+
+
+@pytest.mark.parametrize("window", ["ellipsoid", "cylinder"])
+def test_few_of_a_videos_blocks_are_looked_at(window: str) -> None:
+    # Those that hold the same by being shifted alike, or by being out of reach of each other.
+    grid = TokenGrid(33, 45, 80, text_after=256)
+    method = CLEARAttn(window=window)
+    mask, order = method.mask(grid), method.order(grid)
+    states = mask.block_states(128, 128, torch.device("cpu"), order)
+    partial = (states == PARTIAL).nonzero(as_tuple=True)
+    kinds = mask.block_signatures(*partial, 128, 128, order)
+    assert kinds is not None
+    assert len(kinds.unique()) < len(kinds) / 12
 
 
 @pytest.mark.parametrize(
