@@ -30,6 +30,9 @@ def calibrate_agent(
     with it: of the values of `k_scale2` the one is chosen whose output, with the best `k_shortcut`
     for it, is nearest in the least squares. What was attached before is taken off.
 
+    Blocks with numbers of their own are compiled each for itself: compile the whole denoiser, not
+    its repeated blocks.
+
         method = calibrate_agent(pipe, lambda: pipe("a cat", num_inference_steps=10))
         pipe.set_attn_processor(method)
         Path("agent.json").write_text(json.dumps(method.to_dict()))  # for --attn-config

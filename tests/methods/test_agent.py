@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_families import CASES, noise
 from tiny_pipelines import PIPELINES
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffattn
 from diffattn import AgentAttn, TokenGrid
@@ -626,3 +627,26 @@ def test_merging_needs_no_table_of_all_pairs(monkeypatch: pytest.MonkeyPatch) ->
     assert whole.agent_of is not None
     assert split.agent_of is not None
     assert torch.equal(split.agent_of, whole.agent_of)
+
+
+def test_compiled_blocks_of_a_transformer_are_one_graph() -> None:
+    case = CASES["skyreels-v2"]
+    model, inputs = case.build(), case.inputs()
+    diffattn.set_attn_processor(model, AgentAttn(cell=(2, 3, 4), **ALWAYS))
+    want = forward(model, inputs)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    model.compile_repeated_blocks(backend=counter, fullgraph=True)
+    torch.testing.assert_close(forward(model, inputs), want, **EXACT)
+    assert counter.frame_count == 1
+
+
+def test_a_compiled_block_of_a_unet_merges_alike() -> None:
+    case = CASES["sd1.5"]
+    model, inputs = case.build(), case.inputs()
+    diffattn.set_attn_processor(model, AgentAttn(**ALWAYS))
+    want = forward(model, inputs)
+    torch._dynamo.reset()
+    model.down_blocks[0].attentions[0].transformer_blocks[0].compile(backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(forward(model, inputs), want, **EXACT)
