@@ -22,7 +22,13 @@ _ORDER, _SAMPLE, _DROPOUT = range(3)
 
 
 class Clips(Protocol):
-    """Encoded clips: item i has "latents" (channels, frames, height, width), and "conditions"."""
+    """Encoded clips: item i has "latents" (channels, frames, height, width), and "conditions".
+
+    Attributes:
+        keys: what tells the clips apart, in their order.
+    """
+
+    keys: Sequence[str]
 
     def __len__(self) -> int: ...
 

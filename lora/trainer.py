@@ -112,7 +112,7 @@ class Trainer:
             raise LoraError(f"{type(pipe).__name__} takes no LoRA in diffusers")
         if not len(clips):
             raise LoraError("there are no clips to learn from")
-        self._check_output(resume)
+        check_output(output, resume)
         self.accelerator = accelerator or make_accelerator(settings, output)
         try:
             self.recipe = recipe or recipe_for(pipe, settings.denoiser)
@@ -269,25 +269,12 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         settings = self.settings.to_dict()
         shape = {} if settings["schedule"] == "constant" else {"steps": settings["steps"]}
-        keys = [str(self._clips[index]["key"]) for index in range(len(self._clips))]
         return {
             **{name: value for name, value in settings.items() if name not in _FREE},
             **shape,
             "processes": self.accelerator.num_processes,
-            "clips": hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16],
+            "clips": hashlib.sha256("\n".join(self._clips.keys).encode()).hexdigest()[:16],
         }
-
-    def _check_output(self, resume: bool) -> None:
-        found = checkpoints(self.output)
-        if found and not resume:
-            raise LoraError(
-                f"{self.output} holds a run with a checkpoint, {found[-1].name}: resume it, or give"
-                f" another output folder"
-            )
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LoraError(f"cannot write to {self.output}: {error.strerror}") from None
 
     def _write_settings(self) -> None:
         """Write down what is run, and forget logged steps that are made again."""
@@ -314,8 +301,35 @@ class Trainer:
             self.accelerator.log(values, step=made.step)
 
 
-def make_accelerator(settings: TrainSettings, output: Path) -> Accelerator:
+def check_output(output: Path, resume: bool) -> None:
+    """Make the folder of a run.
+
+    Args:
+        output: the folder.
+        resume: whether a run that it holds is to go on.
+
+    Raises:
+        LoraError: if it holds a run that is not, or cannot be written to.
+    """
+    found = checkpoints(output)
+    if found and not resume:
+        raise LoraError(
+            f"{output} holds a run with a checkpoint, {found[-1].name}: resume it, or give another"
+            f" output folder"
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LoraError(f"cannot write to {output}: {error.strerror}") from None
+
+
+def make_accelerator(settings: TrainSettings, output: Path, *, on_cpu: bool = False) -> Accelerator:
     """Make what runs the training, by the settings and what `accelerate launch` has said.
+
+    Args:
+        settings: of the training.
+        output: where trackers write to.
+        on_cpu: leave an accelerator alone.
 
     Raises:
         LoraError: if a tracker is unknown or not installed.
@@ -330,6 +344,7 @@ def make_accelerator(settings: TrainSettings, output: Path) -> Accelerator:
     accelerator = Accelerator(
         gradient_accumulation_steps=settings.accumulation,
         mixed_precision=settings.mixed_precision,
+        cpu=on_cpu,
         log_with=list(settings.trackers) or None,
         project_dir=str(output),
         # Weights of a method's own have no gradient in layers that stay dense.

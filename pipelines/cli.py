@@ -9,6 +9,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from .errors import RunInterruptedError, UserError, one_line
+from .lora_cli import app as lora_app
 from .request import BUNDLED_MODEL, CONTEXT_PARALLEL, DTYPES, OFFLOADS
 
 app = typer.Typer(
@@ -16,6 +17,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(lora_app, name="lora")
 
 _BAD_INPUT = 2
 _INTERRUPTED = 130

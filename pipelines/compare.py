@@ -1,6 +1,7 @@
 """How close two renderings are, and a picture of both."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -39,20 +40,24 @@ def ssim(reference: np.ndarray, other: np.ndarray) -> float:
 def side_by_side(
     left: np.ndarray, right: np.ndarray, left_label: str, right_label: str
 ) -> np.ndarray:
-    """Return frames that show two clips (count, height, width, 3) beside each other, labelled.
+    """Return frames that show two clips (count, height, width, 3) beside each other, labelled."""
+    return in_columns([(left_label, left), (right_label, right)])
+
+
+def in_columns(clips: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
+    """Return frames that show clips of one size beside each other, each under its label.
 
     Small clips are enlarged by a whole factor so that the labels can be read.
     """
-    factor = max(1, math.ceil(_NARROWEST_HALF / left.shape[2]))
-    halves = [_enlarge(clip, factor) for clip in (left, right)]
-    width = halves[0].shape[2]
-    bars = [_bar(label, width) for label in (left_label, right_label)]
-    columns = [
-        np.concatenate([np.broadcast_to(bar, (len(half), *bar.shape)), half], axis=1)
-        for bar, half in zip(bars, halves, strict=True)
-    ]
-    gap = np.zeros((len(columns[0]), columns[0].shape[1], _GAP, 3), np.uint8)
-    return np.concatenate([columns[0], gap, columns[1]], axis=2)
+    factor = max(1, math.ceil(_NARROWEST_HALF / clips[0][1].shape[2]))
+    parts: list[np.ndarray] = []
+    for label, clip in clips:
+        large = _enlarge(clip, factor)
+        bar = _bar(label, large.shape[2])
+        column = np.concatenate([np.broadcast_to(bar, (len(large), *bar.shape)), large], axis=1)
+        gap = np.zeros((*column.shape[:2], _GAP, 3), np.uint8)
+        parts += [gap, column] if parts else [column]
+    return np.concatenate(parts, axis=2)
 
 
 def _frame_ssim(a: np.ndarray, b: np.ndarray) -> float:

@@ -128,9 +128,9 @@ def _make(
     dense = None
     if request.compare:
         _warm_up(request, loaded, method)
-        dense = _render(request, loaded, "dense")
+        dense = render(request, loaded, "dense")
     with _attached(loaded.pipe, method, request.lora):
-        sparse = _render(request, loaded, method.type)
+        sparse = render(request, loaded, method.type)
     if rank():
         return  # The first process writes the same.
     if len(sparse.frames) != request.num_frames:
@@ -165,7 +165,7 @@ def _make(
     say(_summary(outputs, sparse, facts))
 
 
-def _render(request: Request, loaded: LoadedModel, label: str) -> Rendering:
+def render(request: Request, loaded: LoadedModel, label: str) -> Rendering:
     """Call the pipeline, timed."""
     with watched(loaded.pipe, label) as times:
         start = clock()
@@ -208,11 +208,11 @@ def _warm_up(request: Request, loaded: LoadedModel, method: "Method") -> None:
     The first call at a size fills allocator and kernel caches, and compiles kernels on a GPU.
     """
     step = dataclasses.replace(request, steps=1)
-    _render(step, loaded, "warming up (dense)")
+    render(step, loaded, "warming up (dense)")
     # A schedule that keeps the first steps dense would leave the sparse kernels cold.
     sparse = dataclasses.replace(method, **_NO_SCHEDULE)
     with _attached(loaded.pipe, sparse, request.lora):
-        _render(step, loaded, f"warming up ({method.type})")
+        render(step, loaded, f"warming up ({method.type})")
 
 
 @contextmanager

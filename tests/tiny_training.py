@@ -23,17 +23,25 @@ EMPTY = {"prompt_embeds": torch.zeros(6, tiny_wan.TEXT_DIM)}
 STEPS = 5
 
 
-def clips(count: int = 5, latents: tuple[int, ...] = LATENTS) -> list[dict[str, Any]]:
+class Clips(list[dict[str, Any]]):
+    """Encoded clips in memory."""
+
+    @property
+    def keys(self) -> list[str]:
+        return [clip["key"] for clip in self]
+
+
+def clips(count: int = 5, latents: tuple[int, ...] = LATENTS) -> Clips:
     """Random latents with random text."""
     generator = torch.Generator().manual_seed(7)
-    return [
+    return Clips(
         {
             "latents": torch.randn(latents, generator=generator),
             "conditions": {"prompt_embeds": torch.randn(6, tiny_wan.TEXT_DIM, generator=generator)},
             "key": f"clip-{index}",
         }
         for index in range(count)
-    ]
+    )
 
 
 def settings(**changes: Any) -> TrainSettings:

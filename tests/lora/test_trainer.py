@@ -201,7 +201,7 @@ class TestRefusals:
     def test_no_clips(self, tmp_path: Path) -> None:
         pipe, settings = tiny_wan.PIPELINES["t2v"](), tiny_training.settings()
         with pytest.raises(LoraError, match=r"^there are no clips to learn from$"):
-            Trainer(pipe, [], tiny_training.EMPTY, settings, tmp_path)
+            Trainer(pipe, tiny_training.Clips(), tiny_training.EMPTY, settings, tmp_path)
 
     def test_a_pipeline_that_needs_a_picture(self, tmp_path: Path) -> None:
         with pytest.raises(LoraError, match="conditioned on more than text"):

@@ -1,0 +1,156 @@
+"""``diffattn lora``: arguments only; the work is in the other modules."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .request import BUNDLED_MODEL, DTYPES
+
+app = typer.Typer(no_args_is_help=True, help="Adapt a model to sparse attention by LoRA.")
+
+# What is not a setting of the training.
+_APART = ("output", "config", "resume", "attn", "attn_arg", "attn_config")
+# Options that may be given several times, and the settings they are gathered in.
+_PLURALS = {
+    "target": "targets",
+    "tracker": "trackers",
+    "validation_prompt": "validation_prompts",
+}
+
+_Number = Annotated[int | None, typer.Option()]
+_Weight = Annotated[float | None, typer.Option(help="Weight of this loss (default: the paper's).")]
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the LoRA, checkpoints and the log.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of clips and pictures, with captions in .txt files beside them."),
+    ] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="A .csv or .jsonl table of file names and captions instead.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of --data: prompts, one a line, of which the dense model makes "
+            "its own training set."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML or JSON file of these options by their names; options override."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help=f"Pipeline folder or hub id (default: the bundled {BUNDLED_MODEL})."),
+    ] = None,
+    attn: Annotated[
+        str | None,
+        typer.Option(help="Attention method, see `diffattn methods` (default: radial)."),
+    ] = None,
+    attn_arg: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Parameter of the method.")
+    ] = None,
+    attn_config: Annotated[
+        Path | None, typer.Option(help="JSON file with the method and its parameters.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels (default: the model's).")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels (default: the model's).")] = None,
+    num_frames: Annotated[
+        int | None, typer.Option(help="More than the model's adapt it to longer videos.")
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames a second to take of a clip (default: all).")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Videos of each of --prompts.")] = None,
+    teacher_steps: Annotated[
+        int | None, typer.Option(help="Denoising steps of each (default: the model's).")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of encoded clips (default: clips in --output).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps (default: 1000).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Of one process (default: 1).")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Forwards a step (default: 1).")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: 1e-4.")] = None,
+    schedule: Annotated[str | None, typer.Option(metavar="constant|linear|cosine")] = None,
+    warmup_steps: _Number = None,
+    rank: Annotated[int | None, typer.Option(help="Default: the method's paper's.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="The LoRA's factor is alpha / rank.")] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Layer of the attention sites (default: to_q, to_k, to_v, to_out.0)."),
+    ] = None,
+    dropout: Annotated[float | None, typer.Option(help="Of the LoRA's inputs.")] = None,
+    dora: Annotated[bool | None, typer.Option("--dora/--no-dora")] = None,
+    rslora: Annotated[bool | None, typer.Option("--rslora/--no-rslora")] = None,
+    denoiser: Annotated[
+        str | None, typer.Option(help="transformer_2 for the second expert of Wan 2.2.")
+    ] = None,
+    objective: _Weight = None,
+    prediction: _Weight = None,
+    attention_output: _Weight = None,
+    attention_every: Annotated[
+        int | None, typer.Option(help="Compare attention in every so many layers.")
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option()] = None,
+    max_grad_norm: Annotated[float | None, typer.Option()] = None,
+    shift: Annotated[
+        float | None, typer.Option(help="Of the noise levels (default: the scheduler's).")
+    ] = None,
+    caption_dropout: Annotated[float | None, typer.Option(help="Default: 0.1.")] = None,
+    seed: _Number = None,
+    mixed_precision: Annotated[str | None, typer.Option(metavar="no|bf16|fp16")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing")
+    ] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps (default: 500).")] = None,
+    keep_checkpoints: Annotated[int | None, typer.Option(help="Default: the last 3.")] = None,
+    tracker: Annotated[
+        list[str] | None, typer.Option(help="tensorboard or wandb, if installed.")
+    ] = None,
+    validate_every: Annotated[
+        int | None, typer.Option(help="Steps between validation videos (default: none).")
+    ] = None,
+    validation_prompt: Annotated[list[str] | None, typer.Option()] = None,
+    validation_steps: Annotated[
+        int | None, typer.Option(help="Denoising steps of them (default: the model's).")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="|".join(DTYPES), help="Of the frozen model; the LoRA is float32."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, or the accelerator (default).")] = None,
+) -> None:
+    """Train a LoRA under a method; several processes by `accelerate launch -m diffattn.pipelines`.
+
+    What it writes loads in stock diffusers by `pipe.load_lora_weights`, and `diffattn generate
+    --lora` attaches the same method by itself.
+    """
+    from .attention_settings import MethodOptions
+    from .lora_train import train_lora
+
+    given = {
+        _PLURALS.get(name, name): value
+        for name, value in context.params.items()
+        # Options that may be given several times are empty when they are not.
+        if name not in _APART and value is not None and value != ()
+    }
+    train_lora(
+        given,
+        MethodOptions(attn, tuple(attn_arg or ()), attn_config),
+        output,
+        config,
+        resume=resume,
+        say=typer.echo,
+        warn=lambda line: typer.echo(f"warning: {line}", err=True),
+    )

@@ -1,0 +1,301 @@
+"""The run of ``diffattn lora train``: settings, model, data, training."""
+
+import dataclasses
+import inspect
+import json
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .attention_settings import MethodOptions, attention_settings
+from .errors import RunInterruptedError, UserError, did_you_mean
+from .loading import LoadedModel, load_model
+from .machine import quiet_libraries
+from .processes import rank
+from .request import BUNDLED_MODEL, Request
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from diffattn.lora.cache import CachedClips
+    from diffattn.lora.recipes import Recipe
+    from diffattn.lora.settings import TrainSettings
+    from diffattn.lora.trainer import Trainer
+
+    from .lora_validation import Validation
+
+# Under this name in the output folder, unless --cache says where.
+_CLIPS = "clips"
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What a LoRA is trained on.  ``None`` leaves a setting to the model or the machine."""
+
+    model: str = BUNDLED_MODEL
+    data: str | None = None
+    captions: str | None = None
+    prompts: str | None = None
+    cache: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+    samples: int = 1
+    teacher_steps: int | None = None
+    validate_every: int | None = None
+    validation_prompts: tuple[str, ...] = ()
+    validation_steps: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if (self.data is None) == (self.prompts is None):
+            raise UserError(
+                "give either --data, a folder of clips, or --prompts, a file of prompts of which"
+                " the dense model makes them"
+            )
+        if self.captions is not None and self.data is None:
+            raise UserError("--captions are those of the clips of --data, which is not given")
+        if isinstance(self.validation_prompts, list):  # as a config file has it
+            object.__setattr__(self, "validation_prompts", tuple(self.validation_prompts))
+        if bool(self.validation_prompts) != (self.validate_every is not None):
+            raise UserError("--validate-every and --validation-prompt go together")
+        if self.validate_every is not None and self.validate_every < 1:
+            raise UserError(f"--validate-every must be at least 1, not {self.validate_every}")
+
+    def request(self, prompt: str = "a video") -> Request:
+        """The settings of one video of the model, as ``diffattn generate`` has them."""
+        return Request(
+            prompt,
+            model=self.model,
+            height=self.height,
+            width=self.width,
+            num_frames=self.num_frames,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+
+def train_lora(
+    given: Mapping[str, Any],
+    method: MethodOptions,
+    output: Path,
+    config: Path | None,
+    *,
+    resume: bool,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> None:
+    """Check the settings, prepare the data, train, and write the LoRA.
+
+    Args:
+        given: settings that the user gave, by the names of ``TrainJob`` and ``TrainSettings``.
+        method: the attention method.
+        output: folder of the run.
+        config: file with more settings, which ``given`` overrides.
+        resume: go on from the last checkpoint in ``output``.
+        say: takes lines for the user.
+        warn: takes one-line warnings.
+
+    Raises:
+        RunInterruptedError: on Ctrl-C; it names the checkpoints, which are kept.
+    """
+    settings = ({} if config is None else read_config(config)) | dict(given)
+    attention = attention_settings(method, settings.pop("attention", None))
+    names = [item.name for item in dataclasses.fields(TrainJob)]
+    job = TrainJob(**{name: settings.pop(name) for name in names if name in settings})
+
+    from diffattn.lora.checkpoint import checkpoints
+    from diffattn.lora.errors import LoraError
+    from diffattn.lora.settings import TrainSettings
+
+    def nowhere(line: str) -> None:
+        """Take what another process says already."""
+
+    try:
+        training = TrainSettings.from_dict({**settings, "attention": attention})
+        _run(job, training, output, resume, nowhere if rank() else say, nowhere if rank() else warn)
+    except LoraError as error:
+        raise UserError(error) from None
+    except KeyboardInterrupt:
+        raise RunInterruptedError(checkpoints(output)) from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a TOML or JSON file of settings; unknown names are refused."""
+    from diffattn.lora.settings import TrainSettings
+
+    try:
+        text = path.read_text("utf-8")
+        settings = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise UserError(f"cannot read --config {path}: {error.strerror}") from None
+    except ValueError as error:
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise UserError(f"--config {path} is not {kind}: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {path} must hold an object, not {type(settings).__name__}")
+    known = [item.name for cls in (TrainJob, TrainSettings) for item in dataclasses.fields(cls)]
+    for name in settings:
+        if name not in known:
+            raise UserError(f"--config {path}: unknown setting {name!r}{did_you_mean(name, known)}")
+    return settings
+
+
+def _run(
+    job: TrainJob,
+    settings: "TrainSettings",
+    output: Path,
+    resume: bool,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> None:
+    from diffattn.lora.errors import LoraError
+    from diffattn.lora.progress import shown
+    from diffattn.lora.recipes import recipe_for
+    from diffattn.lora.trainer import Trainer, check_output, make_accelerator
+
+    quiet_libraries()
+    check_output(output, resume)
+    accelerator = make_accelerator(settings, output, on_cpu=job.device == "cpu")
+    loaded = load_model(dataclasses.replace(job.request(), device=str(accelerator.device)))
+    job = _complete(job, loaded)
+    if getattr(loaded.pipe, "scheduler", None) is None:
+        raise UserError(f"{job.model} has no scheduler, which says how noise is added")
+    try:
+        text_length = loaded.defaults.get("max_sequence_length")
+        recipe = recipe_for(loaded.pipe, settings.denoiser, text_length)
+    except ValueError as error:
+        raise LoraError(error) from None
+    # One process encodes, the others find it done.
+    with accelerator.main_process_first():
+        clips = _prepare(job, loaded, recipe, output, say, warn)
+    say(f"{len(clips)} clips, {job.num_frames} frames {job.width}x{job.height}")
+    trainer = Trainer(
+        loaded.pipe,
+        clips,
+        clips.empty,
+        settings,
+        output,
+        recipe=recipe,
+        accelerator=accelerator,
+        resume=resume,
+    )
+    validation = _validation(job, loaded, trainer, say)
+    if validation is None:
+        _put_away(loaded, recipe)
+    count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    start = f"from step {trainer.step} on" if trainer.step else f"{settings.steps} steps"
+    say(f"training {count:,} weights under {settings.attention['type']} attention, {start}")
+    with shown(settings.steps, trainer.step) as show:
+        trainer.train(
+            report=show if accelerator.is_main_process else lambda _: None,
+            between=lambda _: None if validation is None else validation.look(trainer.step),
+        )
+    say(f"{output}: trained for {trainer.step} steps; use it by diffattn generate --lora {output}")
+
+
+def _complete(job: TrainJob, loaded: LoadedModel) -> TrainJob:
+    """Fill in the size, from what the model recommends or its pipeline's call has for a default."""
+    parameters = inspect.signature(type(loaded.pipe).__call__).parameters
+    filled: dict[str, int] = {}
+    for name in ("height", "width", "num_frames"):
+        if getattr(job, name) is not None:
+            continue
+        default = parameters[name].default if name in parameters else 1
+        value = loaded.defaults.get(name, default)
+        if value is None:
+            raise UserError(
+                f"{type(loaded.pipe).__name__} leaves it to its caller: give"
+                f" --{name.replace('_', '-')}"
+            )
+        filled[name] = value
+    return dataclasses.replace(job, **filled)
+
+
+def _prepare(
+    job: TrainJob,
+    loaded: LoadedModel,
+    recipe: "Recipe",
+    output: Path,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> "CachedClips":
+    """Encode the clips, or have the dense model make them; what is there already is kept."""
+    from diffattn.lora.captions import captioned_clips, read_prompts
+    from diffattn.lora.clips import find_clips
+    from diffattn.lora.prepare import prepare
+    from diffattn.lora.teacher import teach
+
+    assert job.height is not None
+    assert job.width is not None
+    assert job.num_frames is not None
+    size = job.height, job.width, job.num_frames
+    folder = output / _CLIPS if job.cache is None else Path(job.cache)
+    if job.data is not None:
+        data = Path(job.data).expanduser()
+        table = None if job.captions is None else Path(job.captions).expanduser()
+        clips, left_out = captioned_clips(data, find_clips(data), table)
+        if left_out:
+            warn(f"{len(left_out)} clips are not in {table}, such as {left_out[0].name}")
+        say(f"encoding {len(clips)} clips of {data} into {folder}")
+        return prepare(loaded.pipe, recipe, clips, folder, *size, fps=job.fps, report=warn)
+    assert job.prompts is not None
+    prompts = read_prompts(Path(job.prompts).expanduser())
+    say(f"the dense model makes {len(prompts) * job.samples} videos into {folder}")
+    extra: dict[str, Any] = {
+        name: value
+        for name, value in loaded.defaults.items()
+        if name in ("guidance_scale", "negative_prompt")
+    }
+    call = inspect.signature(type(loaded.pipe).__call__).parameters
+    steps = loaded.defaults.get("num_inference_steps", call["num_inference_steps"].default)
+    loaded.pipe.set_progress_bar_config(disable=True)
+    return teach(
+        loaded.pipe,
+        recipe,
+        prompts,
+        folder,
+        *size,
+        samples=job.samples,
+        steps=job.teacher_steps or steps,
+        **extra,
+    )
+
+
+def _put_away(loaded: LoadedModel, recipe: "Recipe") -> None:
+    """Leave the accelerator to the denoiser: nothing else is needed any more."""
+    import torch
+
+    for name, part in loaded.pipe.components.items():
+        if isinstance(part, torch.nn.Module) and name != recipe.denoiser:
+            part.to("cpu")
+
+
+def _validation(
+    job: TrainJob, loaded: LoadedModel, trainer: "Trainer", say: Callable[[str], None]
+) -> "Validation | None":
+    if job.validate_every is None:
+        return None
+    from .lora_validation import Validation
+
+    _check_whole(trainer.accelerator)
+    requests = [
+        dataclasses.replace(job.request(prompt), steps=job.validation_steps)
+        for prompt in job.validation_prompts
+    ]
+    return Validation(loaded, trainer, requests, job.validate_every, say)
+
+
+def _check_whole(accelerator: "Accelerator") -> None:
+    """Refuse to call a model of which every process has a part."""
+    kind = accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED"):
+        raise UserError(
+            f"--validate-every calls the model in one process, but {kind} spreads it over all:"
+            f" leave it out, and use the checkpoints with diffattn generate --lora"
+        )

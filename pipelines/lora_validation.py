@@ -1,0 +1,98 @@
+"""Videos of a LoRA in training: dense, sparse without it, sparse with it."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .compare import in_columns, psnr
+from .generate import render
+from .loading import LoadedModel
+from .outputs import slug
+from .processes import rank
+from .request import Request
+from .sizing import complete
+from .video import write_video
+
+if TYPE_CHECKING:
+    from diffattn.lora.trainer import Trainer
+
+_FOLDER = "validation"
+_LOG = "validation.jsonl"
+
+
+class Validation:
+    """Renders the same prompts every so many steps, side by side with what there was before.
+
+    The videos lie in the run's folder, and with them how close each is to the dense one.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        trainer: "Trainer",
+        requests: Sequence[Request],
+        every: int,
+        say: Callable[[str], None],
+    ) -> None:
+        """Render the prompts dense and sparse, unless a run that goes on has done so."""
+        self._loaded, self._trainer, self._every, self._say = loaded, trainer, every, say
+        self._requests = [complete(request, loaded) for request in requests]
+        self._folder = trainer.output / _FOLDER
+        if rank():
+            return
+        self._folder.mkdir(exist_ok=True)
+        for number, request in enumerate(self._requests):
+            if not self._untrained(number).is_file():
+                self._render_untrained(number, request)
+
+    def look(self, step: int) -> None:
+        """Render the prompts with the LoRA as it is, if it is time for that."""
+        if step % self._every and step != self._trainer.settings.steps:
+            return
+        folder = self._folder / f"step-{step:06d}"
+        folder.mkdir(exist_ok=True)
+        ratios = []
+        for number, request in enumerate(self._requests):
+            with np.load(self._untrained(number)) as file:
+                dense, sparse = file["dense"], file["sparse"]
+            trained = render(request, self._loaded, f"step {step}").frames
+            clips = [("dense", dense), ("sparse", sparse), (f"LoRA, step {step}", trained)]
+            assert request.fps is not None
+            name = f"{number:02d}-{slug(request.prompt)}.mp4"
+            write_video(folder / name, in_columns(clips), request.fps)
+            ratios.append((psnr(dense, sparse), psnr(dense, trained)))
+        before, now = (float(np.mean(column)) for column in zip(*ratios, strict=True))
+        entry = {"step": step, "psnr_untrained_db": _finite(before), "psnr_db": _finite(now)}
+        with (self._folder / _LOG).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(entry) + "\n")
+        self._say(
+            f"step {step}: PSNR to dense {now:.2f} dB, untrained {before:.2f} dB; videos in"
+            f" {folder}"
+        )
+
+    def _render_untrained(self, number: int, request: Request) -> None:
+        from diffattn.lora.losses import dense_teacher
+
+        model, attachment = self._trainer.model, self._trainer.attachment
+        with dense_teacher(model, attachment):
+            dense = render(request, self._loaded, "dense").frames
+        model.disable_adapters()
+        try:
+            sparse = render(request, self._loaded, "sparse").frames
+        finally:
+            model.enable_adapters()
+        partial = self._untrained(number).with_suffix(".tmp.npz")
+        np.savez_compressed(partial, dense=dense, sparse=sparse)
+        partial.rename(self._untrained(number))
+
+    def _untrained(self, number: int) -> Path:
+        return self._folder / f"{number:02d}-untrained.npz"
+
+
+def _finite(ratio: float) -> float | None:
+    # JSON has no infinity: null means that the frames are equal.
+    return round(ratio, 3) if math.isfinite(ratio) else None
