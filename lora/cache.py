@@ -152,9 +152,11 @@ def store(
     tensors = {_CONDITION + name: value[0] for name, value in conditions.items()}
     if latents is not None:
         tensors[_LATENTS] = latents[0]
-    # Parts of larger tensors would be refused.
-    tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
-    _write(_path(folder, key), lambda path: save_file(tensors, path, metadata=dict(about)))
+    # What is part of a larger tensor, or permuted, would be refused.
+    tensors = {name: _packed(value) for name, value in tensors.items()}
+    # One entry: the format writes several in any order, and files are to be the same every time.
+    header = {"clip": json.dumps(about, ensure_ascii=False)}
+    _write(_path(folder, key), lambda path: save_file(tensors, path, metadata=header))
 
 
 def write_index(folder: Path, keys: list[str], empty: str, facts: Mapping[str, Any]) -> None:
@@ -192,6 +194,10 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise LoraError(
             f"cannot read {path}: {error}; remove it and prepare the data again"
         ) from None
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _conditions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
