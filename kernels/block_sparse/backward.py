@@ -20,7 +20,7 @@ from .primitives import (
 )
 
 # Queries per program of the first kernel, which only streams through memory.
-_DELTA_TILE = 64
+DELTA_TILE = 64
 
 
 @triton.jit(do_not_specialize=["tokens_q"])
@@ -308,12 +308,12 @@ def backward(
         *problem.layout_strides,
     )  # fmt: skip
     with problem.on_device():
-        delta_kernel[(batch * heads * triton.cdiv(tokens_q, _DELTA_TILE),)](
+        delta_kernel[(batch * heads * triton.cdiv(tokens_q, DELTA_TILE),)](
             out, grad_out, lse, lse if grad_lse is None else grad_lse, delta, log2_lse,
             *out.stride(), *grad_out.stride(), *lse.stride(),
             *(lse if grad_lse is None else grad_lse).stride(),
             tokens_q, heads,
-            D=head_dim, BLOCK_D=problem.block_d, BLOCK_M=_DELTA_TILE,
+            D=head_dim, BLOCK_D=problem.block_d, BLOCK_M=DELTA_TILE,
             HAS_GRAD_LSE=grad_lse is not None, WIDE=problem.wide,
         )  # fmt: skip
         config = problem.tiles("queries")

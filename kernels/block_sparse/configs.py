@@ -32,90 +32,125 @@ class TileConfig:
 # By largest head_dim, for 16-bit inputs. A second entry is for calls with a key mask or a padded
 # head_dim, which need registers for what is hidden.
 _Row = tuple[TileConfig, TileConfig]
-_Table = dict[int, _Row]
+Table = dict[int, _Row]
 
 
-def _both(*config: int) -> _Row:
+def both(*config: int) -> _Row:
     return TileConfig(*config), TileConfig(*config)
 
 
-def _plain_masked(plain: tuple[int, ...], masked: tuple[int, ...]) -> _Row:
+def plain_masked(plain: tuple[int, ...], masked: tuple[int, ...]) -> _Row:
     return TileConfig(*plain), TileConfig(*masked)
 
 
+@dataclass(frozen=True)
+class Tables:
+    """The tiles of some kernels, by name.
+
+    Attributes:
+        ampere: for mma.sync (sm_80 to sm_89 and sm_120).
+        hopper: for wgmma.
+        blackwell: for tcgen05 (sm_100).
+        other: for other makers' GPUs, and NVIDIA's before sm_80.
+        float32: for float32 on any of them.
+    """
+
+    ampere: dict[str, Table]
+    hopper: dict[str, Table]
+    blackwell: dict[str, Table]
+    other: dict[str, Table]
+    float32: dict[str, Table]
+
+    def find(self, kernel: str, block_d: int, dtype: torch.dtype, *, masked: bool) -> TileConfig:
+        """The tiles of a kernel on the current device; arguments as `tile_config`."""
+        table = (self.float32 if dtype == torch.float32 else self._of_chip())[kernel]
+        return next(row for largest, row in table.items() if block_d <= largest)[masked]
+
+    def _of_chip(self) -> dict[str, Table]:
+        if triton.knobs.runtime.interpret:
+            return self.ampere
+        target = triton.runtime.driver.active.get_current_target()
+        if target.backend != "cuda" or target.arch < 80:
+            return self.other
+        return {9: self.hopper, 10: self.blackwell}.get(target.arch // 10, self.ampere)
+
+
 # mma.sync (sm_80 to sm_89 and sm_120): all within the 99 KiB of the consumer chips.
-_AMPERE: dict[str, _Table] = {
+_AMPERE: dict[str, Table] = {
     "forward": {
-        64: _both(128, 64, 4, 3),
-        128: _plain_masked((64, 64, 4, 2), (128, 32, 8, 3)),
-        256: _both(64, 32, 8, 2),
+        64: both(128, 64, 4, 3),
+        128: plain_masked((64, 64, 4, 2), (128, 32, 8, 3)),
+        256: both(64, 32, 8, 2),
     },
     "queries": {
-        64: _plain_masked((128, 64, 8, 2), (64, 64, 8, 2)),
-        128: _both(64, 64, 8, 2),
-        256: _both(32, 32, 4, 2),
+        64: plain_masked((128, 64, 8, 2), (64, 64, 8, 2)),
+        128: both(64, 64, 8, 2),
+        256: both(32, 32, 4, 2),
     },
     "keys": {
-        64: _both(64, 128, 8, 2),
-        128: _both(32, 64, 8, 2),
-        256: _both(32, 32, 8, 2),
+        64: both(64, 128, 8, 2),
+        128: both(32, 64, 8, 2),
+        256: both(32, 32, 8, 2),
     },
 }
 
 # wgmma: tiles of 64 queries and more per group of four warps.
-_HOPPER: dict[str, _Table] = {
+_HOPPER: dict[str, Table] = {
     "forward": {
-        64: _plain_masked((128, 128, 8, 2), (128, 64, 8, 3)),
-        128: _plain_masked((128, 64, 8, 3), (128, 64, 8, 2)),
-        256: _both(64, 32, 8, 2),
+        64: plain_masked((128, 128, 8, 2), (128, 64, 8, 3)),
+        128: plain_masked((128, 64, 8, 3), (128, 64, 8, 2)),
+        256: both(64, 32, 8, 2),
     },
     "queries": {
-        64: _both(128, 64, 8, 2),
-        128: _plain_masked((128, 64, 8, 2), (64, 64, 8, 2)),
-        256: _both(64, 16, 8, 2),
+        64: both(128, 64, 8, 2),
+        128: plain_masked((128, 64, 8, 2), (64, 64, 8, 2)),
+        256: both(64, 16, 8, 2),
     },
     "keys": {
-        64: _both(64, 128, 8, 2),
-        128: _both(32, 64, 8, 2),
-        256: _both(32, 32, 8, 2),
+        64: both(64, 128, 8, 2),
+        128: both(32, 64, 8, 2),
+        256: both(32, 32, 8, 2),
     },
 }
 
 # tcgen05: accumulators are in tensor memory.
-_BLACKWELL: dict[str, _Table] = {
+_BLACKWELL: dict[str, Table] = {
     "forward": {
-        64: _plain_masked((128, 128, 8, 2), (128, 64, 8, 3)),
-        128: _both(128, 64, 8, 3),
-        256: _plain_masked((128, 32, 8, 2), (64, 32, 8, 2)),
+        64: plain_masked((128, 128, 8, 2), (128, 64, 8, 3)),
+        128: both(128, 64, 8, 3),
+        256: plain_masked((128, 32, 8, 2), (64, 32, 8, 2)),
     },
     "queries": {
-        64: _plain_masked((128, 128, 8, 2), (64, 64, 8, 2)),
-        128: _both(128, 64, 8, 2),
-        256: _both(64, 16, 8, 2),
+        64: plain_masked((128, 128, 8, 2), (64, 64, 8, 2)),
+        128: both(128, 64, 8, 2),
+        256: both(64, 16, 8, 2),
     },
     "keys": {
-        64: _plain_masked((64, 128, 8, 2), (64, 64, 4, 2)),
-        128: _both(64, 64, 8, 2),
-        256: _both(32, 32, 8, 2),
+        64: plain_masked((64, 128, 8, 2), (64, 64, 4, 2)),
+        128: both(64, 64, 8, 2),
+        256: both(32, 32, 8, 2),
     },
 }
 
 # Other makers' GPUs, and NVIDIA's before sm_80: within 64 KiB of shared memory, and not tried.
-_OTHER: dict[str, _Table] = {
-    kernel: {64: _both(64, 32, 4, 1), 128: _both(64, 32, 4, 1), 256: _both(32, 16, 4, 1)}
+_OTHER: dict[str, Table] = {
+    kernel: {64: both(64, 32, 4, 1), 128: both(64, 32, 4, 1), 256: both(32, 16, 4, 1)}
     for kernel in ("forward", "queries", "keys")
 }
 
 # Twice the room; multiplied outside of the matrix units, unless TF32 is allowed.
-_FLOAT32: dict[str, _Table] = {
-    "forward": {64: _both(32, 32, 8, 2), 128: _both(16, 16, 8, 2), 256: _both(16, 32, 8, 2)},
-    "queries": {64: _both(32, 32, 8, 2), 128: _both(32, 16, 8, 2), 256: _both(16, 16, 8, 2)},
+_FLOAT32: dict[str, Table] = {
+    "forward": {64: both(32, 32, 8, 2), 128: both(16, 16, 8, 2), 256: both(16, 32, 8, 2)},
+    "queries": {64: both(32, 32, 8, 2), 128: both(32, 16, 8, 2), 256: both(16, 16, 8, 2)},
     "keys": {
-        64: _both(16, 32, 8, 2),
-        128: _both(16, 32, 8, 2),
-        256: _plain_masked((16, 16, 8, 1), (16, 16, 16, 1)),
+        64: both(16, 32, 8, 2),
+        128: both(16, 32, 8, 2),
+        256: plain_masked((16, 16, 8, 1), (16, 16, 16, 1)),
     },
 }
+
+
+_TABLES = Tables(_AMPERE, _HOPPER, _BLACKWELL, _OTHER, _FLOAT32)
 
 
 def tile_config(
@@ -129,20 +164,10 @@ def tile_config(
         block_q, block_kv: tokens per block; tiles are not larger.
         masked: whether there is a key mask or padding in the head dimension.
     """
-    table = (_FLOAT32 if dtype == torch.float32 else _chip_table())[kernel]
-    config = next(row for largest, row in table.items() if block_d <= largest)[masked]
+    config = _TABLES.find(kernel, block_d, dtype, masked=masked)
     return TileConfig(
         block_m=min(block_q, config.block_m),
         block_n=min(block_kv, config.block_n),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-
-
-def _chip_table() -> dict[str, _Table]:
-    if triton.knobs.runtime.interpret:
-        return _AMPERE
-    target = triton.runtime.driver.active.get_current_target()
-    if target.backend != "cuda" or target.arch < 80:
-        return _OTHER
-    return {9: _HOPPER, 10: _BLACKWELL}.get(target.arch // 10, _AMPERE)

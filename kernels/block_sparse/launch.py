@@ -66,13 +66,13 @@ class Problem:
             key_mask_strides=(0, 0) if key_mask is None else (mask.stride(0), mask.stride(1)),
             has_key_mask=key_mask is not None,
             wide=any(_tile_span(x, max(block_q, block_kv)) > _MAX_OFFSET for x in (q, k, v, *more)),
-            precision=_precision(),
+            precision=float32_precision(),
         )
 
     @property
     def block_d(self) -> int:
         """The head dimension, padded to what a matrix product takes."""
-        return max(16, triton.next_power_of_2(self.head_dim))
+        return padded_head_dim(self.head_dim)
 
     def tiles(self, kernel: str) -> TileConfig:
         """The shipped tiles of "forward", "queries" or "keys" on this device."""
@@ -100,10 +100,8 @@ class Problem:
         }
 
     def on_device(self) -> AbstractContextManager[object]:
-        """Triton launches on the current device, which need not be that of the tensors."""
-        if self.device.type == "cpu" or self.device.index is None:
-            return nullcontext()
-        return torch.accelerator.device_index(self.device.index)
+        """A context in which Triton launches on the device of the tensors."""
+        return on_device(self.device)
 
 
 def _tile_span(x: torch.Tensor, block: int) -> int:
@@ -113,6 +111,18 @@ def _tile_span(x: torch.Tensor, block: int) -> int:
     return (min(block, tokens) - 1) * s_t + (head_dim - 1) * s_d
 
 
-def _precision() -> str:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    if device.type == "cpu" or device.index is None:
+        return nullcontext()
+    return torch.accelerator.device_index(device.index)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The head dimension, padded to what a matrix product takes."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def float32_precision() -> str:
     """How float32 is multiplied: in full, unless torch was told that TF32 will do."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,38 +194,51 @@ def resources(kernel: Any, arch: int) -> Resources:
 
 def check(arch: int, everything: bool = False) -> tuple[int, list[str]]:
     """Compile everything for one architecture; how many kernels there were, and what is wrong."""
+    return examine(
+        arch,
+        (
+            (name, str(case), launch)
+            for case in cases(arch, everything)
+            for name, launch in launches(case, arch)
+        ),
+    )
+
+
+def examine(
+    arch: int, calls: Iterable[tuple[str, str, Callable[[], object]]]
+) -> tuple[int, list[str]]:
+    """`check` for other kernels: what is launched, with what, and what launches it."""
     problems: list[str] = []
     seen: set[str] = set()
-    for case in cases(arch, everything):
-        for name, launch in launches(case, arch):
-            label = f"sm_{arch} {name:<16} {case!s:<42}"
-            try:
-                kernels = compiled_by(launch, arch)
-            except Exception as error:
-                print(f"{label} {type(error).__name__}")
-                problems.append(f"{label}: {type(error).__name__}: {error}")
+    for name, case, launch in calls:
+        label = f"sm_{arch} {name:<16} {case:<42}"
+        try:
+            kernels = compiled_by(launch, arch)
+        except Exception as error:
+            print(f"{label} {type(error).__name__}")
+            problems.append(f"{label}: {type(error).__name__}: {error}")
+            continue
+        for kernel in kernels:
+            if kernel.hash in seen:
                 continue
-            for kernel in kernels:
-                if kernel.hash in seen:
-                    continue
-                seen.add(kernel.hash)
-                needs = resources(kernel, arch)
-                line = (
-                    f"{label} {kernel.metadata.name:<28} warps {needs.warps:>2}"
-                    f" regs {needs.registers:>3} stack {needs.stack:>4} B"
-                    f" smem {needs.shared / 1024:>5.1f} KiB"
-                )
-                print(line, flush=True)
-                if name.endswith("_ws") and needs.warps == 4:
-                    problems.append(f"{line}: the compiler did not specialize warps")
-                if needs.stack:
-                    problems.append(f"{line}: has a stack, of spilled registers")
-                if needs.shared > SHARED_MEMORY[arch]:
-                    problems.append(f"{line}: the chip has {SHARED_MEMORY[arch] // 1024} KiB")
+            seen.add(kernel.hash)
+            needs = resources(kernel, arch)
+            line = (
+                f"{label} {kernel.metadata.name:<28} warps {needs.warps:>2}"
+                f" regs {needs.registers:>3} stack {needs.stack:>4} B"
+                f" smem {needs.shared / 1024:>5.1f} KiB"
+            )
+            print(line, flush=True)
+            if name.endswith("_ws") and needs.warps == 4:
+                problems.append(f"{line}: the compiler did not specialize warps")
+            if needs.stack:
+                problems.append(f"{line}: has a stack, of spilled registers")
+            if needs.shared > SHARED_MEMORY[arch]:
+                problems.append(f"{line}: the chip has {SHARED_MEMORY[arch] // 1024} KiB")
     return len(seen), problems
 
 
-def main() -> int:
+def main(check: Callable[[int, bool], tuple[int, list[str]]] = check) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=SHARED_MEMORY, default=DEFAULT_ARCHITECTURES

@@ -1,0 +1,91 @@
+"""Tile sizes of the gather kernels: the largest that compile without spilled registers.
+
+As for the block-sparse kernels, from compiling for each architecture and not from timing. What a
+program reads and writes of running sums, once per tile of queries and key block, is paid for by
+many keys per block and many queries per tile.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..block_sparse.configs import Table, Tables, TileConfig, both, plain_masked
+
+_AMPERE: dict[str, Table] = {
+    "forward": {
+        64: both(128, 64, 8, 3),
+        128: both(128, 32, 8, 3),
+        256: both(64, 16, 8, 2),
+    },
+    "queries": {
+        64: plain_masked((64, 64, 8, 2), (64, 32, 4, 2)),
+        128: both(64, 64, 8, 2),
+        256: both(64, 16, 8, 2),
+    },
+    "keys": {
+        64: plain_masked((64, 128, 8, 2), (64, 64, 8, 2)),
+        128: both(64, 64, 8, 2),
+        256: both(32, 32, 8, 2),
+    },
+}
+
+_HOPPER: dict[str, Table] = {
+    "forward": {
+        64: plain_masked((128, 128, 8, 2), (128, 64, 8, 3)),
+        128: plain_masked((128, 64, 8, 3), (128, 32, 8, 3)),
+        256: both(64, 16, 8, 2),
+    },
+    "queries": {
+        64: both(128, 64, 8, 2),
+        128: plain_masked((128, 64, 8, 2), (64, 32, 8, 2)),
+        256: both(32, 32, 8, 2),
+    },
+    "keys": {
+        64: both(64, 128, 8, 2),
+        128: both(64, 64, 8, 2),
+        256: both(32, 32, 8, 2),
+    },
+}
+
+_BLACKWELL: dict[str, Table] = {
+    "forward": {
+        64: both(128, 64, 8, 3),
+        128: both(128, 64, 8, 2),
+        256: both(64, 32, 8, 2),
+    },
+    "queries": {
+        64: both(64, 64, 8, 2),
+        128: both(64, 64, 8, 2),
+        256: both(64, 16, 8, 2),
+    },
+    "keys": {
+        64: both(64, 64, 8, 2),
+        128: both(64, 64, 8, 2),
+        256: both(32, 32, 8, 2),
+    },
+}
+
+# Within 64 KiB of shared memory, and not tried.
+_OTHER: dict[str, Table] = {
+    kernel: {64: both(64, 32, 4, 1), 128: both(64, 32, 4, 1), 256: both(32, 16, 4, 1)}
+    for kernel in ("forward", "queries", "keys")
+}
+
+_FLOAT32: dict[str, Table] = {
+    "forward": {64: both(32, 32, 8, 2), 128: both(16, 16, 8, 2), 256: both(16, 16, 8, 1)},
+    "queries": {64: both(32, 32, 8, 2), 128: both(16, 16, 8, 2), 256: both(16, 16, 8, 1)},
+    "keys": {64: both(16, 32, 8, 2), 128: both(16, 16, 8, 2), 256: both(16, 16, 16, 1)},
+}
+
+_TABLES = Tables(_AMPERE, _HOPPER, _BLACKWELL, _OTHER, _FLOAT32)
+
+
+def tile_config(kernel: str, block_d: int, dtype: torch.dtype, *, masked: bool) -> TileConfig:
+    """The tiles of a kernel on the current device.
+
+    Args:
+        kernel: "forward", "queries" (dQ) or "keys" (dK and dV).
+        block_d: the padded head dimension.
+        masked: whether there is a key mask or padding in the head dimension.
+    """
+    return _TABLES.find(kernel, block_d, dtype, masked=masked)

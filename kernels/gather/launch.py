@@ -1,0 +1,124 @@
+"""What every launch of a gather kernel needs to know of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from ..block_sparse.configs import TileConfig
+from ..block_sparse.launch import float32_precision, on_device, padded_head_dim
+from . import plan
+from .configs import tile_config
+
+# Offsets from the first token of a head are 32 bits wide up to here.
+_MAX_OFFSET = 2**31 - 1
+
+# A program owns the rows of a group of queries. The more there are, the less of its last tile per
+# key block is padding; but there should be several programs for every multiprocessor.
+_MOST_QUERIES = 2048
+_MANY_PROGRAMS = 256
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of a call as its kernels take them.
+
+    Attributes:
+        key_mask: uint8, or any tensor if there is none.
+        key_mask_strides: of sample and token.
+        wide: whether a head is longer in memory than 32-bit offsets reach.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    tokens_q: int
+    tokens_kv: int
+    heads: int
+    head_dim: int
+    blocks: int
+    chunk: int
+    key_mask: torch.Tensor
+    key_mask_strides: tuple[int, int]
+    has_key_mask: bool
+    wide: bool
+
+    @staticmethod
+    def of(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        starts: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        *more: torch.Tensor,
+    ) -> Problem:
+        """Collect them; `more` are further `(batch, tokens, heads, head_dim)` that are read."""
+        mask = q if key_mask is None else key_mask.view(torch.uint8)
+        batch, tokens_q, heads, head_dim = q.shape
+        running = (tokens_q - 1) * head_dim  # of float32 sums, heads apart from one another
+        return Problem(
+            device=q.device,
+            dtype=q.dtype,
+            batch=batch,
+            tokens_q=tokens_q,
+            tokens_kv=k.shape[1],
+            heads=heads,
+            head_dim=head_dim,
+            blocks=starts.shape[0] - 1,
+            chunk=plan.CHUNK,
+            key_mask=mask,
+            key_mask_strides=(0, 0) if key_mask is None else (mask.stride(0), mask.stride(1)),
+            has_key_mask=key_mask is not None,
+            wide=max(running, *(_head_span(x) for x in (q, k, v, *more))) > _MAX_OFFSET,
+        )
+
+    @property
+    def block_d(self) -> int:
+        return padded_head_dim(self.head_dim)
+
+    @property
+    def chunks(self) -> int:
+        return triton.cdiv(self.tokens_q, self.chunk)
+
+    def turns(self, state_floats: int) -> Iterator[tuple[int, int]]:
+        """Heads that are worked on at once, where each also needs `state_floats` per query."""
+        each = plan.list_bytes(self.blocks, self.tokens_q) + 4 * state_floats * self.tokens_q
+        return plan.turns(self.batch * self.heads, each)
+
+    def chunks_per_group(self, pairs: int) -> int:
+        """Chunks of queries per program, where there is a program for every group of every head."""
+        chunks = _MOST_QUERIES // plan.CHUNK
+        while chunks > 1 and pairs * triton.cdiv(self.chunks, chunks) < _MANY_PROGRAMS:
+            chunks //= 2
+        return chunks
+
+    def tiles(self, kernel: str) -> TileConfig:
+        """The shipped tiles of "forward", "queries" or "keys" on this device."""
+        masked = self.has_key_mask or self.head_dim != self.block_d
+        with on_device(self.device):
+            return tile_config(kernel, self.block_d, self.dtype, masked=masked)
+
+    def constants(self, config: TileConfig) -> dict[str, object]:
+        """The compile-time arguments that all kernels share."""
+        return {
+            "D": self.head_dim,
+            "BLOCK_D": self.block_d,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "HAS_KEY_MASK": self.has_key_mask,
+            "WIDE": self.wide,
+            "PRECISION": float32_precision(),
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            "enable_fp_fusion": True,  # Triton's own default for it is about to change
+        }
+
+
+def _head_span(x: torch.Tensor) -> int:
+    """Elements from the first to the last one of a head."""
+    _, tokens, _, head_dim = x.shape
+    _, s_t, _, s_d = x.stride()
+    return (tokens - 1) * s_t + (head_dim - 1) * s_d

@@ -1,0 +1,170 @@
+"""Attention to selected key blocks in Triton as one differentiable operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from ..checks import check_inputs
+from .backward import backward
+from .forward import forward, forward_kernel
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+
+_INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
+
+
+def selected_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor,
+    bits: torch.Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of every query to the key blocks it has selected; differentiable.
+
+    Work is done for selected blocks only, padded to tiles: a key block to a multiple of 16 to 128
+    keys, and the queries of a group of at most 2048 neighbours that selected it likewise. Besides
+    the results, the forward pass takes up to 1 GiB of memory for lists and sums (more if one head
+    alone needs more: 4 bytes per query for each of `blocks` and `head_dim`); so does the backward
+    pass.
+
+    Args:
+        q, k, v: `(batch, tokens, heads, head_dim)` of one dtype, any strides; the key length may
+            differ from the query length. float32 is multiplied in full, unless
+            `torch.set_float32_matmul_precision` allows TF32.
+        starts: int32 `(blocks + 1,)`, the first key of every block, then the number of keys: from 0
+            ascending, blocks of any length. Its values are taken to be so: looking at them would
+            wait for the device.
+        bits: int32 `(batch, heads, tokens, words)` of any strides, with a word for 32 blocks: bit
+            `c % 32` of word `c // 32` is set where a query selects block c. Further bits mean
+            nothing.
+        scale: factor of the scores; `head_dim ** -0.5` when None.
+        key_mask: bool `(batch, tokens_kv)`, false for keys that nobody sees.
+
+    Returns:
+        out: like q; 0 for a query that sees nothing.
+        lse: float32 `(batch, heads, tokens)`, natural logarithm of the sum of the exponentials of a
+            query's scores, -inf for a query that sees nothing.
+
+    Raises:
+        ValueError: if dtypes, devices or shapes do not fit together or are not supported.
+    """
+    check_inputs(q, k, v, key_mask, dtypes=DTYPES)
+    _check_selection(q, starts, bits)
+    _check_supported(q, k, v, key_mask)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    return _forward_op(q, k, v, starts, bits, key_mask, scale)
+
+
+@torch.library.custom_op("diffattn::selected_triton", mutates_args=())
+def _forward_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor,
+    bits: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return forward(q, k, v, starts, bits, key_mask, scale=scale)
+
+
+@_forward_op.register_fake
+def _(q: torch.Tensor, *rest: torch.Tensor | float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, tokens, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, tokens), dtype=torch.float32)
+
+
+@torch.library.custom_op("diffattn::selected_triton_backward", mutates_args=())
+def _backward_op(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    starts: torch.Tensor,
+    bits: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return backward(grad_out, grad_lse, q, k, v, out, lse, starts, bits, key_mask, scale=scale)
+
+
+@_backward_op.register_fake
+def _(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *rest: torch.Tensor | float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *tensors, scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.scale = scale
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(
+    ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    q, k, v, starts, bits, key_mask, out, lse = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = _backward_op(
+        grad_out, grad_lse, q, k, v, out, lse, starts, bits, key_mask, ctx.scale
+    )  # fmt: skip
+    return (*grads, None, None, None, None)
+
+
+_forward_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _check_selection(q: torch.Tensor, starts: torch.Tensor, bits: torch.Tensor) -> None:
+    for name, x in (("starts", starts), ("bits", bits)):
+        if x.dtype != torch.int32 or x.device != q.device:
+            raise ValueError(
+                f"{name} must be torch.int32 on {q.device}; got {x.dtype} on {x.device}"
+            )
+    if starts.ndim != 1 or starts.shape[0] < 2:
+        raise ValueError(
+            "starts must be (blocks + 1,) for at least one key block; got shape"
+            f" {tuple(starts.shape)}"
+        )
+    batch, tokens, heads, _ = q.shape
+    blocks = starts.shape[0] - 1
+    expected = (batch, heads, tokens, -(-blocks // 32))
+    if bits.shape != expected:
+        raise ValueError(
+            f"bits must be (batch, heads, tokens, words) = {expected} for q {tuple(q.shape)} and"
+            f" the {blocks} key blocks of starts; got {tuple(bits.shape)}"
+        )
+
+
+def _check_supported(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None
+) -> None:
+    if q.shape[-1] > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim may be 1 to {MAX_HEAD_DIM}; got {q.shape[-1]}")
+    for name, x in (("k", k), ("v", v), ("key_mask", key_mask)):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, but q on {q.device}")
+    if q.device.type == "cpu" and not _INTERPRETED:
+        raise ValueError(
+            "the Triton kernels run on a GPU, but q is on cpu; use diffattn.kernels.gather_cpu, or"
+            " set TRITON_INTERPRET=1 before Triton is imported to run them in its interpreter"
+        )

@@ -1,0 +1,560 @@
+"""Attention to selected blocks in Triton, on a GPU or else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracles import assert_matches_eager
+
+from diffattn.kernels.block_sparse.configs import TileConfig
+from diffattn.kernels.gather import launch, plan, selected_attention
+from diffattn.kernels.gather.launch import Problem
+from diffattn.kernels.reference import reference_attention
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+Results = tuple[torch.Tensor, torch.Tensor]
+
+
+def inputs(
+    device: str, batch: int, tokens_q: int, tokens_kv: int, heads: int, head_dim: int,
+    dtype: torch.dtype = torch.float32,
+) -> list[torch.Tensor]:  # fmt: skip
+    return [
+        torch.randn(batch, tokens, heads, head_dim).to(device, dtype).requires_grad_()
+        for tokens in (tokens_q, tokens_kv, tokens_kv)
+    ]
+
+
+def starts_of(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)], dtype=torch.int32)
+
+
+def random_selection(*shape: int, share: float = 0.4) -> torch.Tensor:
+    """Bool `(batch, heads, tokens, blocks)`."""
+    return torch.rand(shape) < share
+
+
+def packed(selected: torch.Tensor) -> torch.Tensor:
+    """Bits of `(batch, heads, tokens, blocks)`: int32, a word for 32 blocks."""
+    words = torch.zeros(*selected.shape[:3], -(-selected.shape[3] // 32), dtype=torch.int64)
+    for c in range(selected.shape[3]):
+        words[..., c // 32] += selected[..., c].long() << (c % 32)
+    return words.to(torch.int32)  # wraps: bit 31 is the sign
+
+
+def token_mask(selected: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Bool `(batch, heads, tokens, keys)`: block by block, as the definition has it."""
+    return torch.cat(
+        [selected[..., c : c + 1].expand(-1, -1, -1, n) for c, n in enumerate(lengths)], -1
+    )
+
+
+def attend(
+    qkv: list[torch.Tensor], lengths: list[int], selected: torch.Tensor, **options: Any
+) -> Results:
+    device = qkv[0].device
+    starts, bits = starts_of(lengths).to(device), packed(selected).to(device)
+    return selected_attention(*qkv, starts, bits, **options)
+
+
+def check(
+    qkv: list[torch.Tensor], lengths: list[int], selected: torch.Tensor, **options: Any
+) -> Results:
+    """Compare the results and all gradients with float64 attention under the selection's mask."""
+    out, lse = attend(qkv, lengths, selected, **options)
+    mask = token_mask(selected, lengths).to(qkv[0].device)
+    assert_matches_eager(out, lse, *qkv, mask, backward=True, **options)
+    return out, lse
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles, chunks and groups of queries, as for long sequences."""
+    tile = TileConfig(block_m=16, block_n=16, num_warps=4, num_stages=2)
+    monkeypatch.setattr(launch, "tile_config", lambda *_, **__: tile)
+    monkeypatch.setattr(launch, "_MOST_QUERIES", 32)
+    monkeypatch.setattr(launch, "_MANY_PROGRAMS", 0)
+    monkeypatch.setattr(plan, "CHUNK", 16)
+
+
+@dtypes
+def test_equals_dense_attention_under_the_mask(dtype: torch.dtype, device: str) -> None:
+    qkv = inputs(device, 2, 47, 47, 2, 16, dtype)
+    check(qkv, [1, 37, 9], random_selection(2, 2, 47, 3, share=0.6))
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "lengths"),
+    [
+        pytest.param(3, 31, [31], id="one-block"),
+        pytest.param(1, 1, [1], id="one-token"),
+        pytest.param(1, 33, [0, 16, 0, 17, 0], id="empty-blocks"),
+    ],
+)
+def test_forms_of_blocks(batch: int, tokens: int, lengths: list[int], device: str) -> None:
+    qkv = inputs(device, batch, tokens, tokens, 1, 16)
+    check(qkv, lengths, random_selection(batch, 1, tokens, len(lengths), share=0.6))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "dtype"),
+    [(83, [7, 33, 43], torch.float32), (83, [83], torch.bfloat16), (65, [64, 1], torch.float16)],
+    ids=["ragged", "one-block", "one-over"],
+)
+def test_several_tiles_and_groups(
+    tokens: int, lengths: list[int], dtype: torch.dtype, device: str
+) -> None:
+    qkv = inputs(device, 1, tokens, tokens, 2, 16, dtype)
+    selected = random_selection(1, 2, tokens, len(lengths))
+    selected[:, 0, :, 0] = True  # a list longer than two groups
+    selected[:, 1, :40] = False  # a group of queries that select nothing
+    check(qkv, lengths, selected)
+
+
+def test_several_words_and_bits_beyond_the_last_block(device: str) -> None:
+    lengths = [1] * 36
+    qkv = inputs(device, 1, 36, 36, 1, 16)
+    selected = random_selection(1, 1, 36, 36, share=0.1)
+    selected[..., [0, *range(2, 29)]] = False  # to be quick
+    selected[..., 31] = True  # the sign
+    out, lse = check(qkv, lengths, selected)
+    bits = packed(selected)
+    bits[..., 1] |= -1 << 4
+    found = selected_attention(*qkv, starts_of(lengths).to(device), bits.to(device))
+    assert torch.equal(found[0], out)
+    assert torch.equal(found[1], lse)
+
+
+@pytest.mark.parametrize("head_dim", [1, 24, 80, 128, 256])
+def test_head_dims(head_dim: int, device: str) -> None:
+    dtype = torch.bfloat16 if head_dim > 64 else torch.float32
+    qkv = inputs(device, 1, 20, 20, 1, head_dim, dtype)
+    check(qkv, [13, 7], random_selection(1, 1, 20, 2))
+
+
+def test_more_keys_than_queries(device: str) -> None:
+    qkv = inputs(device, 2, 19, 70, 2, 16)
+    check(qkv, [40, 30], random_selection(2, 2, 19, 2))
+
+
+def test_queries_that_select_nothing(device: str) -> None:
+    selected = random_selection(1, 2, 40, 3)
+    selected[:, :, 5:20] = False
+    selected[:, 1] = False
+    qkv = inputs(device, 1, 40, 40, 2, 16)
+    out, lse = check(qkv, [10, 10, 20], selected)
+    nothing = ~selected.any(-1).to(device)
+    assert torch.equal(lse == -torch.inf, nothing)
+    assert (out.transpose(1, 2)[nothing] == 0).all()
+
+
+def test_queries_that_select_everything(device: str) -> None:
+    qkv = inputs(device, 2, 40, 40, 2, 16)
+    out, lse = attend(qkv, [13, 27], torch.ones(2, 2, 40, 2, dtype=torch.bool))
+    assert_matches_eager(out, lse, *qkv, None, backward=True)
+
+
+def test_key_mask(device: str) -> None:
+    qkv = inputs(device, 3, 55, 55, 1, 16)
+    key_mask = torch.rand(3, 55, device=device) < 0.7
+    key_mask[1] = False
+    key_mask[2, :20] = False  # a block of which nothing is left
+    out, lse = check(qkv, [20, 35], random_selection(3, 1, 55, 2, share=0.6), key_mask=key_mask)
+    assert (out[1] == 0).all()
+    assert (lse[1] == -torch.inf).all()
+
+
+def test_key_mask_of_any_strides(device: str) -> None:
+    key_mask = (torch.rand(40, 2, device=device) < 0.7).T
+    qkv = inputs(device, 2, 40, 40, 1, 16)
+    check(qkv, [7, 33], random_selection(2, 1, 40, 2), key_mask=key_mask)
+
+
+def test_any_strides(device: str) -> None:
+    q = torch.randn(2, 16, 40, 3).to(device).permute(0, 2, 3, 1)  # tokens inside
+    k = torch.randn(2, 3, 40, 16).to(device).transpose(1, 2)  # heads first
+    v = torch.randn(2, 40, 1, 16).to(device).expand(2, 40, 3, 16)  # stride 0
+    qkv = [x.requires_grad_() for x in (q, k, v)]
+    selected = random_selection(1, 40, 3, 2)
+    bits = packed(selected).to(device).transpose(1, 2).expand(2, 3, 40, 1)
+    out, lse = selected_attention(*qkv, starts_of([11, 29]).to(device), bits)
+    mask = token_mask(selected.transpose(1, 2).expand(2, 3, 40, 2), [11, 29]).to(device)
+    assert_matches_eager(out, lse, *qkv, mask, backward=True)
+
+
+def test_slices_of_fused_projections(device: str) -> None:
+    fused = torch.randn(2, 40, 3 * 2 * 24, device=device, requires_grad=True)
+    qkv = [x.unflatten(-1, (2, 24)) for x in fused.chunk(3, -1)]
+    check(qkv, [11, 29], random_selection(2, 2, 40, 2))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_heads_longer_than_32_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_MAX_OFFSET", 1)
+    qkv = inputs(device, 2, 40, 40, 1, 16)
+    key_mask = torch.rand(2, 40, device=device) < 0.7
+    check(qkv, [7, 33], random_selection(2, 1, 40, 2), key_mask=key_mask)
+
+
+@pytest.mark.parametrize(
+    ("stride", "wide"), [((0, 2**26, 16, 1), True), ((0, 2**25, 16, 1), False),
+                         ((2**40, 48, 2**40, 1), False), ((0, 48, 16, 2**28), True)],
+)  # fmt: skip
+def test_only_heads_need_64_bit_offsets(stride: tuple[int, ...], wide: bool) -> None:
+    """Where a head begins is always computed in 64 bits."""
+    x = torch.empty_strided((2, 40, 3, 16), stride, device="meta")
+    assert Problem.of(x, x, x, starts_of([40]), None).wide == wide
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [0, 1, 2, 3])
+def test_memory_beyond_32_bits(dim: int, device: str) -> None:
+    """The last element of q, k and v is more than 2**31 elements behind the first."""
+    shape = [2, 40, 2, 16]
+    stride = [1280, 32, 16, 1]
+    stride[dim] = 2**31 // (shape[dim] - 1) + 16
+    storage = torch.empty(2**31 + 2**17, dtype=torch.float16, device=device)
+    x = storage.as_strided(shape, stride).copy_(torch.randn(shape))
+    qkv = [x.detach().requires_grad_() for _ in range(3)]
+    check(qkv, [7, 33], random_selection(2, 2, 40, 2))
+
+
+@pytest.mark.parametrize("scale", [0.9, -0.4, 0.0])
+def test_scale(scale: float, device: str) -> None:
+    qkv = inputs(device, 1, 40, 40, 2, 16)
+    check(qkv, [7, 33], random_selection(1, 2, 40, 2), scale=scale)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["out", "lse"])
+def test_gradient_of_one_of_the_results(which: int, device: str) -> None:
+    qkv = inputs(device, 1, 40, 40, 2, 16)
+    selected = random_selection(1, 2, 40, 2)
+    truth = reference_attention(*qkv, token_mask(selected, [7, 33]).to(device))[which]
+    kept = truth.isfinite()
+    found = torch.autograd.grad(attend(qkv, [7, 33], selected)[which][kept].sum(), qkv)
+    expected = torch.autograd.grad(truth[kept].sum(), qkv, materialize_grads=True)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_queries_that_see_nothing_ignore_their_gradient(device: str) -> None:
+    """The gradient of an LSE of -inf is NaN in a merge of two attentions: it means nothing."""
+    qkv = inputs(device, 1, 32, 32, 1, 16)
+    selected = random_selection(1, 1, 32, 2)
+    selected[:, :, :16] = False
+    out, lse = attend(qkv, [16, 16], selected)
+    grad_lse = torch.ones_like(lse)
+    found = torch.autograd.grad((out, lse), qkv, (out, grad_lse), retain_graph=True)
+    grad_lse[..., :16] = torch.nan
+    for a, b in zip(found, torch.autograd.grad((out, lse), qkv, (out, grad_lse)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_nobody_selects_is_not_read(device: str) -> None:
+    lengths = [16, 7, 41]
+    selected = random_selection(1, 2, 64, 3)
+    selected[..., 1] = False
+    clean = inputs(device, 1, 64, 64, 2, 16)
+    poisoned = [x.detach().clone() for x in clean]
+    for x in poisoned[1:]:
+        x[:, 16:23] = torch.nan
+    poisoned = [x.requires_grad_() for x in poisoned]
+    results = []
+    for qkv in (clean, poisoned):
+        out, lse = attend(qkv, lengths, selected)
+        results.append((out, lse, *torch.autograd.grad(out.sum(), qkv)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    assert (results[1][3][:, 16:23] == 0).all()
+
+
+def test_nan_in_hidden_keys_stays_there(device: str) -> None:
+    selected = random_selection(2, 2, 50, 2)
+    qkv = inputs(device, 2, 50, 50, 2, 16)
+    key_mask = torch.ones(2, 50, dtype=torch.bool, device=device)
+    key_mask[0, 20:] = False
+    poisoned = [x.detach().clone() for x in qkv]
+    poisoned[1][0, 20:] = torch.nan
+    poisoned[2][0, 20:] = torch.inf
+    poisoned = [x.requires_grad_() for x in poisoned]
+    out, lse = attend(poisoned, [17, 33], selected, key_mask=key_mask)
+    mask = token_mask(selected, [17, 33]).to(device)
+    assert_matches_eager(out, lse, *qkv, mask, key_mask=key_mask)
+    gradients = torch.autograd.grad(out.sum(), poisoned)
+    assert all(g.isfinite().all() for g in gradients)
+    assert (gradients[1][0, 20:] == 0).all()
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["q", "k", "v"])
+def test_nan_that_is_visible_propagates(which: int, device: str) -> None:
+    qkv = [x.detach() for x in inputs(device, 1, 20, 20, 1, 16)]
+    selected = torch.zeros(1, 1, 20, 2, dtype=torch.bool)
+    selected[:, :, :9, 0] = True
+    selected[:, :, 9:, 1] = True
+    clean = attend(qkv, [9, 11], selected)[0]
+    qkv[which][0, 3, 0, 5] = torch.nan
+    out = attend(qkv, [9, 11], selected)[0]
+    expected = reference_attention(*(x[:, :9] for x in qkv), None)[0].float()
+    assert expected.isnan().any()
+    torch.testing.assert_close(out[:, :9], expected, equal_nan=True)
+    assert torch.equal(out[:, 9:], clean[:, 9:])
+
+
+@settings(
+    max_examples=8, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(data=st.data())
+def test_any_selection(data: st.DataObject, device: str, small_tiles: None) -> None:
+    lengths = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(any))
+    batch, heads, head_dim = (data.draw(st.integers(1, n)) for n in (2, 2, 20))
+    tokens_q = data.draw(st.integers(1, 35))
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    share = data.draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
+    selected = random_selection(batch, heads, tokens_q, len(lengths), share=share)
+    key_mask = None
+    if data.draw(st.booleans()):
+        key_mask = torch.rand(batch, sum(lengths), device=device) < 0.8
+    dtype = data.draw(st.sampled_from(DTYPES))
+    qkv = inputs(device, batch, tokens_q, sum(lengths), heads, head_dim, dtype)
+    check(qkv, lengths, selected, key_mask=key_mask)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_the_same_bits_every_time_and_in_any_number_of_turns(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qkv = inputs(device, 3, 40, 40, 1, 16, torch.float16)
+    selected = random_selection(3, 1, 40, 2)
+    runs = []
+    for scratch in (2**30, 2**30, 10000, 1):
+        monkeypatch.setattr(plan, "_SCRATCH_BYTES", scratch)
+        out, lse = attend(qkv, [17, 23], selected)
+        runs.append((out, lse, *torch.autograd.grad(out.float().square().sum(), qkv)))
+    for run in runs[1:]:
+        for a, b in zip(runs[0], run, strict=True):
+            assert torch.equal(a, b)
+
+
+@given(pairs=st.integers(1, 50), each=st.integers(1, 2**31))
+def test_turns_cover_all_heads_within_the_scratch_memory(pairs: int, each: int) -> None:
+    turns = list(plan.turns(pairs, each))
+    assert [i for first, count in turns for i in range(first, first + count)] == [*range(pairs)]
+    counts = [count for _, count in turns]
+    assert max(counts) - min(counts) <= 1
+    assert max(counts) == 1 or max(counts) * each <= plan._SCRATCH_BYTES
+    at_once = max(1, plan._SCRATCH_BYTES // each)
+    assert len(turns) == -(-pairs // at_once)
+
+
+def test_lists_are_the_selection_by_blocks(device: str) -> None:
+    selected = random_selection(2, 3, 70, 34)
+    lists = plan.selecting_queries(packed(selected).to(device), 34, first_pair=2, pairs=2, chunk=32)
+    assert lists.first.shape == (2, 34, 4)
+    by_pair = selected.flatten(0, 1)[2:4]
+    for pair in range(2):
+        for block in range(34):
+            expected = by_pair[pair, :, block].nonzero().flatten()
+            first = lists.first[pair, block].tolist()
+            assert first == [int((expected < n).sum()) for n in (0, 32, 64, 96)]
+            assert lists.query[pair, block, : first[-1]].tolist() == expected.tolist()
+
+
+@given(data=st.data())
+def test_key_tiles_cut_every_block(data: st.DataObject) -> None:
+    lengths = data.draw(st.lists(st.integers(0, 50), min_size=1, max_size=6).filter(any))
+    size = data.draw(st.sampled_from([16, 32]))
+    counts = [data.draw(st.lists(st.integers(0, 9), min_size=len(lengths), max_size=len(lengths)))
+              for _ in range(2)]  # fmt: skip
+    first = torch.tensor(counts, dtype=torch.int32)[..., None].expand(-1, -1, 3)
+    lists = plan.Lists(first, torch.empty(0))
+    tiles = plan.key_tiles(starts_of(lengths), sum(lengths), size, lists)
+    found = [
+        (block, start)
+        for block, start in zip(tiles.block.tolist(), tiles.start.tolist(), strict=True)
+        if block < len(lengths)
+    ]
+    starts = starts_of(lengths).tolist()
+    assert found == [
+        (c, t) for c, n in enumerate(lengths) for t in range(starts[c], starts[c] + n, size)
+    ]
+    for order, count in zip(tiles.order.tolist(), counts, strict=True):
+        assert sorted(order) == [*range(len(tiles.block))]
+        blocks = [tiles.block[i].item() for i in order]
+        lengths_of_lists = [count[c] if c < len(lengths) else -1 for c in blocks]
+        assert lengths_of_lists == sorted(lengths_of_lists, reverse=True)
+
+
+def test_plans_need_no_values() -> None:
+    """Tensors without values stand for those of a GPU: looking at one would raise."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        starts = mode.from_tensor(starts_of([10, 50, 20]))
+        first = mode.from_tensor(torch.zeros(4, 3, 2, dtype=torch.int32))
+        tiles = plan.key_tiles(starts, 80, 32, plan.Lists(first, first))
+        assert tiles.order.shape == (4, 5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(masked: bool, device: str) -> None:
+    key_mask = torch.rand(2, 20, device=device) < 0.8 if masked else None
+    torch.library.opcheck(
+        torch.ops.diffattn.selected_triton.default,
+        (*inputs(device, 2, 20, 20, 2, 8), starts_of([9, 11]).to(device),
+         packed(random_selection(2, 2, 20, 2)).to(device), key_mask, 0.3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(dynamic: bool, device: str) -> None:
+    torch._dynamo.reset()
+    starts, bits = starts_of([9, 11]).to(device), packed(random_selection(1, 2, 20, 2)).to(device)
+    qkv = inputs(device, 1, 20, 20, 2, 8)
+
+    def function(*qkv: torch.Tensor) -> torch.Tensor:
+        out, lse = selected_attention(*(x * 2 for x in qkv), starts, bits)
+        return out.sum() + torch.where(lse.isfinite(), lse, 0).sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    expected, got = function(*qkv), compiled(*qkv)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, qkv), torch.autograd.grad(expected, qkv))
+
+
+# Block lengths of the published settings, and a text of seven tokens.
+GPU_LENGTHS = [7, 455, 1365, 64, 1, 768, 129]
+
+
+@pytest.mark.gpu
+@dtypes
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("masked", [False, True])
+def test_shipped_tiles(head_dim: int, dtype: torch.dtype, masked: bool, device: str) -> None:
+    tokens = sum(GPU_LENGTHS)
+    qkv = inputs(device, 1, tokens, tokens, 2, head_dim, dtype)
+    selected = random_selection(1, 2, tokens, len(GPU_LENGTHS), share=0.3)
+    selected[..., 0] = True
+    selected[:, :, :7] = True
+    key_mask = torch.rand(1, tokens, device=device) < 0.9 if masked else None
+    check(qkv, GPU_LENGTHS, selected, key_mask=key_mask)
+
+
+@pytest.mark.gpu
+def test_the_same_bits_every_time_on_a_busy_gpu(device: str) -> None:
+    """Running sums pass from thread to thread through memory: a race would change some bit."""
+    tokens = sum(GPU_LENGTHS)
+    qkv = inputs(device, 2, tokens, tokens, 8, 128, torch.bfloat16)
+    selected = random_selection(2, 8, tokens, len(GPU_LENGTHS))
+    runs = []
+    for _ in range(20):
+        out, lse = attend(qkv, GPU_LENGTHS, selected)
+        runs.append((out, lse, *torch.autograd.grad(out.float().square().sum(), qkv)))
+    for run in runs[1:]:
+        for a, b in zip(runs[0], run, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_replays_in_a_cuda_graph(device: str) -> None:
+    qkv = [x.detach() for x in inputs(device, 1, 300, 300, 2, 64, torch.float16)]
+    selected = random_selection(1, 2, 300, 3)
+    starts, bits = starts_of([100, 7, 193]).to(device), packed(selected).to(device)
+    expected = selected_attention(*qkv, starts, bits)[0]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    static = [torch.zeros_like(x) for x in qkv]
+    with torch.cuda.graph(graph):
+        out = selected_attention(*static, starts, bits)[0]
+    for a, b in zip(static, qkv, strict=True):
+        a.copy_(b)
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+def test_never_waits_for_the_device(device: str) -> None:
+    qkv = inputs(device, 1, 300, 300, 2, 64, torch.float16)
+    starts = starts_of([100, 7, 193]).to(device)
+    bits = packed(random_selection(1, 2, 300, 3)).to(device)
+    selected_attention(*qkv, starts, bits)[0].sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        selected_attention(*qkv, starts, bits)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_compiles_with_inductor_and_cuda_graphs(device: str) -> None:
+    torch._dynamo.reset()
+    qkv = inputs(device, 1, 300, 300, 2, 64, torch.bfloat16)
+    starts = starts_of([100, 7, 193]).to(device)
+    bits = packed(random_selection(1, 2, 300, 3)).to(device)
+
+    def function(*qkv: torch.Tensor) -> torch.Tensor:
+        return selected_attention(*(x * 2 for x in qkv), starts, bits)[0] + 1
+
+    compiled = torch.compile(function, fullgraph=True, mode="reduce-overhead")
+    expected = function(*qkv)
+    wanted = torch.autograd.grad(expected.sum(), qkv)
+    for _ in range(3):
+        got = compiled(*qkv)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(torch.autograd.grad(got.sum(), qkv), wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": torch.randn(2, 50, 3, 8).half()}, r"share one dtype of .*torch.float16"),
+        ({x: torch.randn(2, 50, 3, 8).double() for x in "qkv"}, "bfloat16; got torch.float64"),
+        ({"q": torch.randn(2, 50, 24)}, r"\(batch, tokens, heads, head_dim\); got \(2, 50, 24\)"),
+        ({"v": torch.randn(2, 49, 3, 8)}, r"same number of tokens; got .* v \(2, 49, 3, 8\)"),
+        ({"k": torch.randn(2, 50, 1, 8)}, "have the batch, heads and head_dim of q"),
+        ({"key_mask": torch.ones(2, 40, dtype=torch.bool)}, r"tokens_kv\) = \(2, 50\); got .*40"),
+        ({"v": torch.randn(2, 50, 3, 8, device="meta")}, "v is on meta, but q on "),
+        ({x: torch.randn(2, 50, 3, 257) for x in "qkv"}, "head_dim may be 1 to 256; got 257"),
+        ({"starts": torch.tensor([0, 50])}, "starts must be torch.int32 on .*; got torch.int64"),
+        ({"starts": torch.zeros(1, dtype=torch.int32)}, r"at least one key block; got shape \(1,"),
+        ({"starts": torch.zeros(2, 2, dtype=torch.int32)}, r"\(blocks \+ 1,\) .* got .*\(2, 2\)"),
+        ({"bits": torch.zeros(2, 3, 50, 1)}, "bits must be torch.int32 on .*; got torch.float32"),
+        ({"bits": torch.zeros(2, 3, 50, 1, dtype=torch.int32, device="meta")}, "got .* on meta"),
+        ({"bits": torch.zeros(2, 3, 49, 1, dtype=torch.int32)},
+         r"\(2, 3, 50, 1\) for q \(2, 50, 3, 8\) and the 2 key blocks of starts; got .*49, 1\)"),
+        ({"bits": torch.zeros(2, 3, 50, 2, dtype=torch.int32)}, r"\(2, 3, 50, 1\).*3, 50, 2\)"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
+)  # fmt: skip
+def test_bad_input_is_named(changes: dict[str, torch.Tensor], message: str, device: str) -> None:
+    arguments = {x: torch.randn(2, 50, 3, 8) for x in "qkv"}
+    arguments |= {"starts": starts_of([20, 30]), "bits": torch.zeros(2, 3, 50, 1).int(), **changes}
+    arguments = {k: x if x.device.type == "meta" else x.to(device) for k, x in arguments.items()}
+    with pytest.raises(ValueError, match=message):
+        selected_attention(**arguments)
+
+
+def test_needs_a_gpu_or_the_interpreter() -> None:
+    code = """
+import torch
+from diffattn.kernels.gather import selected_attention
+x = torch.randn(1, 9, 1, 16)
+bits = torch.ones(1, 1, 9, 1, dtype=torch.int32)
+selected_attention(x, x, x, torch.tensor([0, 9], dtype=torch.int32), bits)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1
+    assert "ValueError: the Triton kernels run on a GPU, but q is on cpu" in run.stderr
+    assert "TRITON_INTERPRET=1" in run.stderr
