@@ -20,6 +20,7 @@ import torch
 from diffattn import _compat
 from diffattn.attached_model import AttachedModel, attached_to, set_processor, site_names
 from diffattn.grid import TokenGrid
+from diffattn.mask import allowed_pairs
 from diffattn.methods.base import Method, StaticMaskMethod, nearest
 from diffattn.models import denoisers, family_of
 from diffattn.schedule import CountedMethod, RunClock, resolve_steps, skipped_timesteps
@@ -88,6 +89,8 @@ class Description:
         density: fraction of the token pairs that attend in a sparse call, text included; None
             for a method whose pairs depend on the data.
         visited_density: fraction of the blocks that a sparse call computes.
+        extra_keys: keys that every video token sees besides, as CLEAR's pooled ones; they are in
+            neither fraction.
         sites: attention modules that are attached, over all denoisers.
         layers: blocks of one denoiser.
         dense_layers, dense_steps, last_dense_steps: how many stay dense.
@@ -97,6 +100,7 @@ class Description:
     method: Method
     density: float | None
     visited_density: float | None
+    extra_keys: int
     sites: int
     layers: int
     dense_layers: int
@@ -108,6 +112,8 @@ class Description:
         share = "" if self.density is None else f": {self.density:.1%} of the token pairs attend"
         if self.visited_density is not None:
             share += f", {self.visited_density:.1%} of the blocks are computed"
+        if self.extra_keys:
+            share += f", and {self.extra_keys:,} pooled keys for every token"
         return (
             f"{self.method.type} attention{share}; {self.dense_layers} of {self.layers} layers, the"
             f" first {self.dense_steps} and the last {self.last_dense_steps} of {self.num_steps}"
@@ -189,14 +195,16 @@ class Attachment:
         model = next(model for model in self.models.values() if model.groups)
         method = model.groups[0].chosen.for_model(model.variant, grid)
         density = visited = None
+        extra_keys = 0
         if isinstance(method, StaticMaskMethod):
-            mask = method.mask(grid)
-            density = mask.density
-            visited = method.layout(grid, torch.device("cpu"), method.order(grid)).density
+            layout = method.layout(grid, torch.device("cpu"), method.order(grid))
+            density = allowed_pairs(layout) / grid.tokens**2
+            visited, extra_keys = layout.density, method.extra_keys(grid) or 0
         return Description(
             method=method,
             density=density,
             visited_density=visited,
+            extra_keys=extra_keys,
             sites=self.sites,
             layers=model.layers,
             dense_layers=min(method.dense_layers or 0, model.layers),

@@ -16,7 +16,7 @@ import torch
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask, allowed_pairs
-from diffattn.methods.base import Method, StaticMaskMethod, is_mask_alone
+from diffattn.methods.base import Method, StaticMaskMethod
 from diffattn.schedule import resolve_steps
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def picture(method: StaticMaskMethod, grid: TokenGrid, query: Place | None = Non
     tiles = "" if order is None else f" ({_by(order.tile)} tiles)"
     visited = layout.full_blocks + layout.partial_blocks
     density = allowed_pairs(layout) / grid.tokens**2
-    beside = "" if is_mask_alone(fitted) else " Keys besides the tokens' own are not shown."
+    beside = _extra_words(fitted, grid)
     width = 2 * _PANEL + _GAP
     title = _stacked(
         [
@@ -241,12 +241,19 @@ def check_query(grid: TokenGrid, query: Place) -> None:
 
 
 def method_words(method: Method) -> str:
-    """The method and its own parameters, as a title."""
-    own = [f.name for f in fields(method) if f.init and f.name in type(method).__annotations__]
-    values = ((name, getattr(method, name)) for name in own)
-    return "  ".join(
-        [method.type, *(f"{name}={_word(value)}" for name, value in values if value is not None)]
-    )
+    """The method and those of its own parameters that are not what they always are, as a title."""
+    own = [f for f in fields(method) if f.init and f.name in type(method).__annotations__]
+    values = {f.name: getattr(method, f.name) for f in own}
+    told = (f for f in own if values[f.name] != f.default)
+    return "  ".join([method.type, *(f"{f.name}={_word(values[f.name])}" for f in told)])
+
+
+def _extra_words(method: StaticMaskMethod, grid: TokenGrid) -> str:
+    """What of a method's attention is in none of the pictures."""
+    extra = method.extra_keys(grid)
+    if extra is None:
+        return " The method does more than attend under this mask."
+    return f" Besides, every token sees {extra:,} pooled keys, not drawn." if extra else ""
 
 
 def _word(value: Any) -> str:
@@ -315,18 +322,20 @@ def _neighbourhood(mask: AttentionMask, query: Place, width: int) -> Image:
     """The frames of a neighbourhood side by side, with what they show."""
     grid = mask.grid
     scale, columns = _sheet(grid, width)
-    cells = [
-        _stacked([_label(f"frame {number}", _FAINT, 0.4), image], gap=0)
-        for number, image in enumerate(frame_images(mask, query, scale))
-    ]
+    cells = frame_images(mask, query, scale)
+    whole, place = "picture", f"row {query[1]}, column {query[2]}"
+    if grid.frames > 1:
+        whole, place = "video", f"frame {query[0]}, {place}"
+        labels = [_label(f"frame {number}", _FAINT, 0.4) for number in range(grid.frames)]
+        cells = [_stacked([*pair], gap=0) for pair in zip(labels, cells, strict=True)]
     rows = [
         _beside(*cells[start : start + columns], gap=_FRAME_GAP)
         for start in range(0, grid.frames, columns)
     ]
     seen = _seen_by(mask, query)
     caption = (
-        f"What the token at frame {query[0]}, row {query[1]}, column {query[2]} sees:"
-        f" {int(seen[grid.video].sum()):,} of {grid.video_tokens:,} tokens of the video"
+        f"What the token at {place} sees: {int(seen[grid.video].sum()):,} of"
+        f" {grid.video_tokens:,} tokens of the {whole}"
     )
     text = grid.text_before + grid.text_after
     if text:

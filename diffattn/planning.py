@@ -14,7 +14,7 @@ import torch
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import allowed_pairs
-from diffattn.methods.base import Method, StaticMaskMethod, is_mask_alone, nearest
+from diffattn.methods.base import Method, StaticMaskMethod, nearest
 from diffattn.methods.gna import GNAAttn, Tile, nearest_block_sparse
 from diffattn.models.base import SizeRules
 from diffattn.models.published import PUBLISHED, ModelShape, published_shape
@@ -48,6 +48,8 @@ class Plan:
         steps: denoising steps of a run; None where not given.
         dense_steps: those of them that stay dense; 0 where `steps` is not given.
         density: share of the token pairs that attend, exact; text included.
+        extra_keys: keys that every video token sees besides, as CLEAR's pooled ones. They are in
+            the FLOPs and speed-ups, but not in `density` and the blocks.
         block_size: tokens of a block.
         tile: frames, rows and columns that are a block; None where blocks are cut from the tokens
             in their own order.
@@ -74,6 +76,7 @@ class Plan:
     steps: int | None
     dense_steps: int
     density: float
+    extra_keys: int
     block_size: int
     tile: Tile | None
     blocks: int
@@ -106,9 +109,14 @@ class Plan:
         return 4 * self.tokens**2 * self.heads * self.head_dim
 
     @property
+    def extra_share(self) -> float:
+        """Pairs of a video token and an extra key, relative to all pairs of tokens."""
+        return self.grid.video_tokens * self.extra_keys / self.tokens**2
+
+    @property
     def sparse_flops(self) -> float:
-        """FLOPs of one layer's attention in the blocks that are visited."""
-        return self.dense_flops * self.block_density
+        """FLOPs of one layer's attention in the blocks that are visited, and to extra keys."""
+        return self.dense_flops * (self.block_density + self.extra_share)
 
     @property
     def dense_forward_flops(self) -> int:
@@ -132,12 +140,12 @@ class Plan:
     @property
     def flop_speedup(self) -> float:
         """Bound of the speed-up of one sparse attention if blocks were no larger than a token."""
-        return 1 / self.density
+        return 1 / (self.density + self.extra_share)
 
     @property
     def attention_speedup(self) -> float:
         """Bound of the speed-up of one sparse attention, by the blocks visited."""
-        return 1 / self.block_density
+        return self.dense_flops / self.sparse_flops
 
     @property
     def attention_share(self) -> float | None:
@@ -176,12 +184,12 @@ class Plan:
 
 
 _STORED = (
-    "heads", "head_dim", "layers", "dense_layers", "steps", "dense_steps", "density", "block_size",
-    "tile", "blocks", "full_blocks", "partial_blocks", "worst_blocks", "columns", "layout_bytes",
-    "is_block_sparse", "linear_flops",
+    "heads", "head_dim", "layers", "dense_layers", "steps", "dense_steps", "density",
+    "extra_keys", "block_size", "tile", "blocks", "full_blocks", "partial_blocks", "worst_blocks",
+    "columns", "layout_bytes", "is_block_sparse", "linear_flops",
 )  # fmt: skip
 _DERIVED = (
-    "tokens", "visited_blocks", "block_density", "dense_flops", "sparse_flops",
+    "tokens", "visited_blocks", "block_density", "extra_share", "dense_flops", "sparse_flops",
     "dense_forward_flops", "sparse_forward_flops", "run_density", "flop_speedup",
     "attention_speedup", "attention_share", "model_speedup",
 )  # fmt: skip
@@ -276,10 +284,11 @@ def _plan(grid: TokenGrid, method: Method, shape: ModelShape, model: str | None)
             f"{method.type} has no mask that the grid alone decides: its token pairs depend on what"
             f" the tokens hold, and cannot be planned"
         )
-    if not is_mask_alone(fitted):
+    extra_keys = fitted.extra_keys(grid)
+    if extra_keys is None:
         raise ValueError(
-            f"{method.type} with these parameters does more than attend under its mask, as with"
-            f" keys besides the tokens' own, and that is not counted here"
+            f"{method.type} with these parameters does more than attend under its mask, and that is"
+            f" not counted here"
         )
     order = fitted.order(grid)
     layout = fitted.layout(grid, torch.device("cpu"), order)
@@ -304,6 +313,7 @@ def _plan(grid: TokenGrid, method: Method, shape: ModelShape, model: str | None)
         steps=steps,
         dense_steps=dense_steps,
         density=allowed_pairs(layout) / grid.tokens**2,
+        extra_keys=extra_keys,
         block_size=layout.block_q,
         tile=None if order is None else order.tile,
         blocks=layout.rows * layout.columns,

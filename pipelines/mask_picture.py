@@ -64,7 +64,6 @@ def _figures(method: "StaticMaskMethod", grid: "TokenGrid") -> Iterator[str]:
     import torch
 
     from diffattn.mask import allowed_pairs
-    from diffattn.methods.base import is_mask_alone
 
     start = time.perf_counter()
     layout = method.layout(grid, torch.device("cpu"), method.order(grid))
@@ -72,8 +71,15 @@ def _figures(method: "StaticMaskMethod", grid: "TokenGrid") -> Iterator[str]:
     visited = layout.full_blocks + layout.partial_blocks
     yield f"{grid}: {grid.tokens} tokens"
     yield f"density: {allowed_pairs(layout) / grid.tokens**2:.4%} of the token pairs attend"
-    if not is_mask_alone(method):
-        yield "note: keys besides the tokens' own are neither counted nor drawn"
+    extra = method.extra_keys(grid)
+    if extra is None:
+        yield "note: the method does more than attend under this mask"
+    elif extra:
+        share = grid.video_tokens * extra / grid.tokens**2
+        yield (
+            f"pooled keys: {extra} that every token of the video sees besides, not drawn; they add"
+            f" {share:.4%} as many pairs"
+        )
     yield (
         f"blocks: {visited} of {layout.rows * layout.columns} visited ({layout.density:.2%}), "
         f"{layout.full_blocks} full and {layout.partial_blocks} partial, of {layout.block_q} tokens"

@@ -101,6 +101,12 @@ def _rows(plan: "Plan") -> Iterator[tuple[str, str]]:
     yield "grid", f"{plan.grid}, {plan.tokens:,} tokens"
     yield "attention", f"{plan.layers} x {plan.heads} heads of {plan.head_dim}"
     yield "token density", f"{plan.density:.2%}"
+    if plan.extra_keys:
+        yield (
+            "pooled keys",
+            f"{plan.extra_keys:,} besides, for every token of the video: as many pairs as"
+            f" {plan.extra_share:.2%}",
+        )
     tiles = "" if plan.tile is None else f" ({'x'.join(map(str, plan.tile))} tiles)"
     yield "blocks", f"{plan.blocks:,} of {plan.block_size} tokens{tiles}"
     yield (

@@ -15,7 +15,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import diffattn
-from diffattn import DenseAttn, RadialAttn, TokenGrid
+from diffattn import CLEARAttn, DenseAttn, RadialAttn, TokenGrid
 
 # Sparse everywhere, with blocks small enough that they matter on these grids.
 SPARSE = RadialAttn(
@@ -355,6 +355,14 @@ def test_description_of_a_run() -> None:
         "radial attention: 47.1% of the token pairs attend, 47.1% of the blocks are computed; 1 of"
         " 3 layers, the first 5 and the last 0 of 20 steps stay dense"
     )
+
+
+def test_description_counts_pooled_keys() -> None:
+    pipe = tiny_wan.PIPELINES["t2v"]()
+    attachment = pipe.set_attn_processor(CLEARAttn(radius=3, down_factor=4))
+    said = attachment.describe(TokenGrid(3, 9, 13), 20)
+    assert said.extra_keys == 18
+    assert "% of the blocks are computed, and 18 pooled keys for every token; 0 of 3" in str(said)
 
 
 def test_diffusers_own_processors_still_go_to_the_models() -> None:

@@ -220,9 +220,9 @@ class TestPicture:
         monkeypatch.setattr(draw, "_text", lambda *a, **k: written.append(a[0]) or write(*a, **k))
         alone, more = (CLEARAttn(radius=2, down_factor=factor) for factor in (1, 4))
         draw.picture(alone, grid)
-        assert not any("besides" in words for words in written)
+        assert not any("Besides" in words for words in written)
         draw.picture(more, grid)
-        assert any("Keys besides the tokens' own are not shown." in words for words in written)
+        assert any("Besides, every token sees 4 pooled keys, not drawn." in w for w in written)
 
     def test_png(self):
         image = draw.picture(METHOD, SMALL)
@@ -231,7 +231,9 @@ class TestPicture:
 
     def test_titles_name_the_methods_own_parameters(self):
         words = draw.method_words(GNAAttn(window=(7, "full", 0.5), stride=2))
-        assert words == "gna  window=7,full,0.5  stride=2  dilation=1  is_causal=False"
+        assert words == "gna  window=7,full,0.5  stride=2"
+        words = draw.method_words(GNAAttn(window=3, stride=2, dilation=(1, 2, 1), is_causal=True))
+        assert words == "gna  window=3  stride=2  dilation=1,2,1  is_causal=True"
         assert draw.method_words(DenseAttn()) == "dense"
 
 

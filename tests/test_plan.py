@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 from dataclasses import dataclass, replace
@@ -197,6 +198,40 @@ D1 = {
         17_776, 3.88, 163, 169, 52.5, (1.36, 1.65, 1.72, 1.89, 2.10),
     ),
 }  # fmt: skip
+
+
+# Section 7 of clear.md: GFLOPs of a layer of Flux with 512 text tokens, by the pairs of tokens.
+CLEAR_FLOPS = {
+    512: (28.99, 18.05, 22.27, 18.86, 23.07),
+    1024: (260.9, 63.5, 86.6, 76.4, 99.5),
+    2048: (3507.9, 246.2, 352.6, 452.4, 558.7),
+    4096: (53604, 979.3, 1433, 4278, 4732),
+}
+
+
+class TestPooledKeys:
+    @pytest.mark.parametrize("pixels", CLEAR_FLOPS)
+    def test_they_count_as_in_the_table_of_clear(self, pixels):
+        dense, *rest = CLEAR_FLOPS[pixels]
+        size = {"height": pixels, "width": pixels}
+        for (factor, radius), flops in zip(itertools.product((1, 4), (8, 16)), rest, strict=True):
+            method = CLEARAttn(radius=radius, down_factor=factor)
+            got = plan("black-forest-labs/FLUX.1-dev", method, **size)
+            assert got.dense_flops / 1e9 == pytest.approx(dense, rel=5e-4)
+            assert got.dense_flops / got.flop_speedup / 1e9 == pytest.approx(flops, rel=1e-3)
+            assert got.extra_keys == (0 if factor == 1 else (pixels // 64) ** 2)
+
+    def test_they_are_in_the_flops_of_blocks_too(self):
+        grid = TokenGrid(3, 9, 13, text_after=5)
+        alone, more = (plan(grid, CLEARAttn(radius=3, down_factor=n)) for n in (1, 4))
+        # Frame by frame, without the rows and columns that fill no cell.
+        assert more.extra_keys == 3 * 2 * 3
+        pairs = 3 * 9 * 13 * more.extra_keys
+        assert more.sparse_flops - alone.sparse_flops == pytest.approx(4 * pairs * 128)
+        assert (more.density, more.block_density) == (alone.density, alone.block_density)
+        assert more.attention_speedup == pytest.approx(more.dense_flops / more.sparse_flops)
+        assert more.to_dict()["extra_keys"] == 18
+        assert plan(grid, CLEARAttn(radius=3, down_factor=10)).extra_keys == 0
 
 
 class TestOfPublishedModels:
@@ -511,9 +546,12 @@ class TestRefusals:
             plan(self.GRID, ByContent())
 
     def test_methods_that_are_more_than_their_mask(self):
-        assert plan(TokenGrid(1, 8, 8), CLEARAttn(radius=2)).density < 1
+        class More(CLEARAttn):
+            def extra_keys(self, grid):
+                return None
+
         with pytest.raises(ValueError, match="clear with these parameters does more than attend"):
-            plan(TokenGrid(1, 8, 8), CLEARAttn(radius=2, down_factor=4))
+            plan(TokenGrid(1, 8, 8), More(radius=2))
 
     def test_a_method_that_does_not_fit(self):
         with pytest.raises(ValueError, match="dilation along frames is 2, but a window of 2"):

@@ -257,6 +257,13 @@ class StaticMaskMethod(Method):
         """Is attention by this method attention under its mask, and nothing else?"""
         return type(self).attend is StaticMaskMethod.attend
 
+    def extra_keys(self, grid: TokenGrid) -> int | None:
+        """Keys that every video token of `grid` sees besides those of the tokens.
+
+        None where the method does more than attend under its mask and to such keys.
+        """
+        return 0 if self.is_mask_alone else None
+
     def score_scale(self, grid: TokenGrid, head_dim: int, scale: float | None) -> float | None:
         """The factor of the scores of a call over `grid` for which the model asks for `scale`.
 

@@ -18,7 +18,7 @@ from diffattn.grid import TokenGrid
 from diffattn.mask import BLOCK, AttentionMask
 from diffattn.methods.base import Site, SiteWeights, StaticMaskMethod, check_choice, check_count
 from diffattn.methods.disk import DiskMask, best_tile, disk_limits
-from diffattn.methods.pooling import CellWeights, add_keys, every_pair, mean_weight, pooled
+from diffattn.methods.pooling import CellWeights, add_keys, cells, every_pair, mean_weight, pooled
 from diffattn.orders import TileOrder
 
 # Of the radii with published weights (8, 16, 32) the smallest that does not repeat patterns in
@@ -54,8 +54,8 @@ class CLEARAttn(StaticMaskMethod):
         down_factor: side of the cells of tokens that are keys besides, and that every token but
             those of text sees, in the same softmax. What a cell's keys and values are summed up
             with is trained in each layer; until then it is the mean. 1 is no such cells. They are
-            not counted in the mask and its density, and make attention quadratic again, by
-            1 / down_factor^2.
+            not counted in the mask and its density, but in `diffattn.plan`, and make attention
+            quadratic again, by 1 / down_factor^2.
         proportional_attention: sharpen attention for more tokens than the model was trained on, by
             sqrt(ln(tokens) / ln(trained_tokens)), text included and cells not.
         trained_tokens: tokens, text included, of the size that the model was trained on.
@@ -158,6 +158,9 @@ class CLEARAttn(StaticMaskMethod):
     @property
     def is_mask_alone(self) -> bool:
         return self.down_factor == 1
+
+    def extra_keys(self, grid: TokenGrid) -> int:
+        return 0 if self.down_factor == 1 else cells(grid, self.down_factor)
 
     def score_scale(self, grid: TokenGrid, head_dim: int, scale: float | None) -> float | None:
         if not self.proportional_attention:

@@ -33,6 +33,11 @@ def mean_weight(down_factor: int) -> torch.Tensor:
     return torch.full((down_factor, down_factor), down_factor**-2)
 
 
+def cells(grid: TokenGrid, side: int) -> int:
+    """How many cells `pooled` makes of the video tokens of `grid`."""
+    return grid.frames * (grid.height // side) * (grid.width // side)
+
+
 def pooled(x: torch.Tensor, grid: TokenGrid, weight: torch.Tensor) -> torch.Tensor:
     """The sums over cells of the video tokens of a sequence, frame by frame.
 

@@ -219,7 +219,10 @@ class TestMask:
         assert np.array_equal(image, draw.picture(method, grid, (2, 3, 4)))
 
     def test_keys_that_are_no_tokens_are_mentioned(self, mask):
-        note = "note: keys besides the tokens' own are neither counted nor drawn"
+        note = (
+            "pooled keys: 4 that every token of the video sees besides, not drawn; they add 6.2500%"
+            " as many pairs"
+        )
         options = ["--grid", "8x8", "--method", "clear", "--arg", "radius=2"]
         assert note not in mask(*options).out
         assert note in mask(*options, "--arg", "down_factor=4").out.splitlines()
