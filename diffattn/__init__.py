@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from diffattn.agent_calibration import calibrate_agent
     from diffattn.attach import Attachment, set_attn_processor
     from diffattn.clear_checkpoint import load_clear_checkpoint
+    from diffattn.linfusion_checkpoint import (
+        load_linfusion_checkpoint,
+        save_linfusion_checkpoint,
+    )
 
 __version__ = "0.1.0"
 
@@ -55,9 +59,11 @@ __all__ = [
     "calibrate_agent",
     "from_block_mask",
     "load_clear_checkpoint",
+    "load_linfusion_checkpoint",
     "methods",
     "models",
     "plan",
+    "save_linfusion_checkpoint",
     "set_attn_processor",
 ]
 
@@ -78,4 +84,8 @@ def __getattr__(name: str) -> Any:
         from diffattn.clear_checkpoint import load_clear_checkpoint
 
         return load_clear_checkpoint
+    if name in ("load_linfusion_checkpoint", "save_linfusion_checkpoint"):
+        from diffattn import linfusion_checkpoint
+
+        return getattr(linfusion_checkpoint, name)
     raise AttributeError(f"module 'diffattn' has no attribute {name!r}")

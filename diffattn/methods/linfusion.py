@@ -8,6 +8,8 @@ with text in the sequence, is this project's own.
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -226,7 +228,8 @@ class LinFusionWeights(SiteWeights):
             self.to_k_ = _network(module.to_k, mid_dim)
         gate = torch.nn.Parameter(torch.zeros(module.heads)) if joint else None
         self.register_parameter("text_gate", gate)
-        self.teacher: dict[str, torch.Tensor] = {}
+        # Parameters of the attention module, as they were before a checkpoint replaced them.
+        self._teacher: dict[str, torch.Tensor] = {}
         self.place_beside(module)
 
     def map_q(self, x: torch.Tensor) -> torch.Tensor:
@@ -234,6 +237,28 @@ class LinFusionWeights(SiteWeights):
 
     def map_k(self, x: torch.Tensor) -> torch.Tensor:
         return x + _on(self.to_k_, x)(x)
+
+    def keep_teacher(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Keep copies of the module's own projections, in main memory, unless some are kept."""
+        self._teacher = self._teacher or {
+            name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()
+        }
+
+    def leave(self, module: torch.nn.Module) -> None:
+        """Give the module its own projections back, where a checkpoint has replaced them."""
+        if not self._teacher:
+            return
+        parameters = {n.replace(".base_layer.", "."): p for n, p in module.named_parameters()}
+        if any(parameters[name].is_meta for name in self._teacher):
+            warnings.warn(
+                "the projections of a LinFusion checkpoint stay in the model: offloading has moved"
+                " them away. Take the method off before enabling it, or load the model again",
+                stacklevel=5,
+            )
+            return
+        with torch.no_grad():
+            for name, kept in self._teacher.items():
+                parameters[name].copy_(kept)
 
 
 def _network(projection: Any, mid_dim: int | None) -> torch.nn.Module:

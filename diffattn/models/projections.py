@@ -32,7 +32,8 @@ def with_input_maps(processor: Any, name: str, state: SiteState) -> Any:
         name: of the attention module's submodule that has the maps.
         state: tells which calls those are.
     """
-    processor.__class__ = _mapping_class(type(processor))
+    own: Any = type(processor)
+    processor.__class__ = _mapping_class(own)
     processor._diffattn_maps = name, state
     return processor
 

@@ -1,0 +1,230 @@
+"""The published weights of LinFusion: the attention projections of a U-Net, and what adapts them.
+
+A folder with two files, as diffusers saves a model. `config.json` lists the attention modules,
+`diffusion_pytorch_model.safetensors` has the weights of the one at place i under `{i}.to_q.weight`
+and so on. The projections are not the model's own, but distilled from them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from diffattn.methods.linfusion import LinFusionAttn, LinFusionWeights
+from diffattn.models import denoisers, family_of
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+_PROJECTION = re.compile(r"to_(q|k|v|out\.0)\.(weight|bias)")
+_IDENTITY = -1
+
+
+@dataclass(frozen=True)
+class ModuleEntry:
+    """What the configuration says of an attention module; the names are the published ones.
+
+    Attributes:
+        module_name: its name in the U-Net.
+        dim_n: its channels.
+        heads: its heads.
+        projection_mid_dim: as `LinFusionAttn.mid_dim`.
+    """
+
+    module_name: str
+    dim_n: int
+    heads: int
+    projection_mid_dim: int | None
+
+    @property
+    def mid_dim(self) -> int:
+        return self.dim_n if self.projection_mid_dim is None else self.projection_mid_dim
+
+
+def load_linfusion_checkpoint(target: Any, folder: str | PathLike[str]) -> None:
+    """Load a checkpoint of LinFusion into a U-Net that `LinFusionAttn` is attached to.
+
+    Its projections replace the model's own, which come back when the method is taken off. All is
+    checked before the first weight is changed.
+
+    Args:
+        target: a diffusers pipeline, or its U-Net.
+        folder: a download of https://huggingface.co/Yuanshi/LinFusion-1-5, LinFusion-2-1 or
+            LinFusion-XL, or what `save_linfusion_checkpoint` wrote.
+
+    Raises:
+        FileNotFoundError: if the folder lacks one of the two files.
+        ValueError: if the checkpoint is not for this model and the attached method.
+    """
+    folder = Path(folder)
+    entries = _read_config(folder)
+    for model in _models(target):
+        sites = _sites(model, f"{folder.name} is a checkpoint of LinFusion")
+        _check_modules(model, sites, entries, folder.name)
+        goals: dict[str, torch.nn.Parameter] = {}
+        for place, entry in enumerate(entries):
+            for name, parameter in _parameters(sites[entry.module_name]).items():
+                goals[f"{place}.{name}"] = parameter
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            _check_weights(model, goals, shapes, folder.name)
+            for module in sites.values():
+                module.linfusion.keep_teacher(_projections(module))
+            with torch.no_grad():
+                for key, parameter in goals.items():
+                    parameter.copy_(file.get_tensor(key))
+
+
+def save_linfusion_checkpoint(target: Any, folder: str | PathLike[str]) -> None:
+    """Write what `load_linfusion_checkpoint` reads, and the public code as well.
+
+    Args:
+        target: a diffusers pipeline with a U-Net that `LinFusionAttn` is attached to, or the U-Net.
+        folder: is made if it is not there.
+
+    Raises:
+        ValueError: if there is no such U-Net, or its weights are not at hand.
+    """
+    folder = Path(folder)
+    (model,) = _models(target)
+    entries, tensors = [], {}
+    sites = _sites(model, "cannot save weights of LinFusion")
+    for place, (name, module) in enumerate(sites.items()):
+        width, network = module.to_q.in_features, module.linfusion.to_q_
+        entries.append(ModuleEntry(name, width, module.heads, _mid_dim(network)))
+        for key, parameter in _parameters(module).items():
+            _check_at_hand(f"{name}.{key}", parameter, "save the checkpoint")
+            tensors[f"{place}.{key}"] = parameter.detach().cpu().contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"_class_name": "LinFusion", "modules_list": [asdict(entry) for entry in entries]}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    save_file(tensors, folder / WEIGHTS)
+
+
+def _models(target: Any) -> Iterable[torch.nn.Module]:
+    return [target] if isinstance(target, torch.nn.Module) else denoisers(target).values()
+
+
+def _read_config(folder: Path) -> list[ModuleEntry]:
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"there is no {name} in {folder}; download a checkpoint from"
+                f" https://huggingface.co/Yuanshi first"
+            )
+    try:
+        modules = json.loads((folder / CONFIG).read_text("utf-8"))["modules_list"]
+        return [ModuleEntry(**entry) for entry in modules]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / CONFIG} is not the configuration of a LinFusion checkpoint, which lists"
+            f" attention modules under modules_list: {error!r}"
+        ) from None
+
+
+def _sites(model: torch.nn.Module, what: str) -> dict[str, Any]:
+    """The attention modules that the method is attached to, by name."""
+    if family_of(model).name != "unet":
+        raise ValueError(
+            f"{what}: that is for the U-Nets of Stable Diffusion, and {type(model).__name__} is"
+            f" none; its own state_dict has the weights of an attached method"
+        )
+    modules = {name: model.get_submodule(name) for name in family_of(model).layers(model)}
+    sites = {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module._modules.get(LinFusionAttn.type), LinFusionWeights)
+    }
+    if not sites:
+        raise ValueError(
+            f"{what}: {type(model).__name__} is not attached to LinFusionAttn; call"
+            f" set_attn_processor(LinFusionAttn(mid_dim=...)) first"
+        )
+    return sites
+
+
+def _check_modules(
+    model: torch.nn.Module, sites: Mapping[str, Any], entries: list[ModuleEntry], name: str
+) -> None:
+    """Raise unless the configuration lists the attached modules, of their sizes."""
+    listed = {entry.module_name for entry in entries}
+    what = f"{name} does not fit {type(model).__name__}"
+    for names, problem in (
+        (listed - sites.keys(), "modules that the method is not attached to"),
+        (sites.keys() - listed, "no entry for modules that the method is attached to"),
+    ):
+        if names:
+            raise ValueError(
+                f"{what}: it has {problem}, {len(names)} in all, such as {min(names)}; it must be"
+                f" for this U-Net, and the method attached to all of it"
+            )
+    for entry in entries:
+        module = sites[entry.module_name]
+        found = module.to_q.in_features, module.heads
+        if found != (entry.dim_n, entry.heads):
+            raise ValueError(
+                f"{what}: {entry.module_name} has {entry.dim_n} channels and {entry.heads} heads in"
+                f" it, but {found[0]} and {found[1]} in the model"
+            )
+        ours = _mid_dim(module.linfusion.to_q_)
+        if ours != entry.mid_dim:
+            raise ValueError(
+                f"{name} is for LinFusionAttn(mid_dim={entry.projection_mid_dim}), but"
+                f" {entry.module_name} is attached with {ours}; attach that first"
+            )
+
+
+def _check_weights(
+    model: torch.nn.Module,
+    goals: Mapping[str, torch.nn.Parameter],
+    shapes: Mapping[str, tuple[int, ...]],
+    name: str,
+) -> None:
+    """Raise unless there is a weight for every parameter, of its shape, and no other."""
+    what = f"{name} does not fit {type(model).__name__}"
+    for keys, problem in (
+        (shapes.keys() - goals.keys(), "keys that the model has no parameter for"),
+        (goals.keys() - shapes.keys(), "no key for parameters of the model"),
+    ):
+        if keys:
+            raise ValueError(f"{what}: it has {problem}, {len(keys)} in all, such as {min(keys)}")
+    for key, parameter in goals.items():
+        if shapes[key] != tuple(parameter.shape):
+            raise ValueError(
+                f"{what}: {key} has shape {shapes[key]}, but the model's {tuple(parameter.shape)}"
+            )
+        _check_at_hand(key, parameter, "load the checkpoint")
+
+
+def _check_at_hand(name: str, parameter: torch.nn.Parameter, what: str) -> None:
+    if parameter.is_meta:
+        raise ValueError(f"{name} has been moved away by offloading; {what} before enabling it")
+
+
+def _parameters(module: Any) -> dict[str, torch.nn.Parameter]:
+    """What a checkpoint has of an attention module, by the names in it."""
+    own = {
+        f"{part}.{name}": parameter
+        for part in ("to_q_", "to_k_")
+        for name, parameter in getattr(module.linfusion, part).named_parameters()
+    }
+    return _projections(module) | own
+
+
+def _projections(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    # LoRA puts a layer's own weights aside.
+    parameters = {name.replace(".base_layer.", "."): p for name, p in module.named_parameters()}
+    return {name: p for name, p in parameters.items() if _PROJECTION.fullmatch(name)}
+
+
+def _mid_dim(network: Any) -> int:
+    return _IDENTITY if isinstance(network, torch.nn.Identity) else network[0].out_features
