@@ -1,8 +1,11 @@
 """Tile orders: exact permutations, compact blocks, and layouts and attention in them."""
 
+import itertools
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import stock
 import torch
@@ -13,6 +16,7 @@ from diffattn import AttentionMask, FullMask, PredicateMask, RadialAttn, TokenGr
 from diffattn.kernels.reference import reference_attention
 from diffattn.mask import BlockMapMask, TextMask
 from diffattn.methods import DenseAttn, Site
+from diffattn.neighbourhood import AxisWindow, NeighbourhoodMask
 from diffattn.orders import TileOrder, tile_for
 from diffattn.parallel import attend_queries
 from diffattn.traced import remember, traced_attention
@@ -42,6 +46,59 @@ def window(grid: TokenGrid, *radius: int) -> AttentionMask:
         return (apart[0] <= radius[0]) & (apart[1] <= radius[1]) & (apart[2] <= radius[2])
 
     return PredicateMask(grid, near)
+
+
+def golden_permutations() -> dict[str, dict[str, Any]]:
+    """NATTEN's permutations by name: grid, tile, dilation, and the tokens of each class."""
+    path = Path(__file__).parents[2] / "shared" / "goldens" / "gna" / "permutations.npz"
+    if not path.is_file():
+        return {}
+    golden = np.load(path)
+    names = [key.removesuffix("_flip0") for key in golden.files if key.endswith("_flip0")]
+    out = {}
+    for name in names:
+        shape, tile, dilation = (
+            (1,) * (3 - golden[f"{name}_{k}"].size) + tuple(golden[f"{name}_{k}"].tolist())
+            for k in ("shape", "tile", "dilation")
+        )
+        order = torch.from_numpy(golden[f"{name}_flip0"]).long()
+        out[name] = {"grid": TokenGrid(*shape), "tile": tile, "dilation": dilation, "order": order}
+    return out
+
+
+class TestGoldens:
+    # Tiles of interleaved tokens are NATTEN's alone.
+    @pytest.mark.parametrize(
+        "name", [name for name, case in golden_permutations().items() if max(case["dilation"]) == 1]
+    )
+    def test_whole_tiles_come_as_in_natten(self, name: str) -> None:
+        grid, tile, _, order = golden_permutations()[name].values()
+        # What is left over fills tiles with padding there, and comes last here.
+        tiles = order[0].view(-1, math.prod(tile))
+        whole = tiles[(tiles >= 0).all(1)].flatten()
+        ours = TileOrder(grid, tile).positions()
+        assert torch.equal(ours[: len(whole)], whole)
+        left_over = sorted(set(range(grid.tokens)) - set(whole.tolist()))
+        assert sorted(ours[len(whole) :].tolist()) == left_over
+
+    @pytest.mark.parametrize("name", golden_permutations())
+    def test_classes_of_a_dilation_are_nattens(self, name: str) -> None:
+        grid, _, dilation, order = golden_permutations()[name].values()
+        # As wide as it goes: every token of a class sees those that its windows reach.
+        sizes = (grid.frames, grid.height, grid.width)
+        axes = [
+            AxisWindow(size, size // step, dilation=step)
+            for size, step in zip(sizes, dilation, strict=True)
+        ]
+        mask = NeighbourhoodMask(grid, tuple(axes)).dense()
+        of_class = torch.empty(grid.tokens, dtype=torch.int64)
+        for number, tokens in enumerate(order):
+            of_class[tokens[tokens >= 0]] = number
+        assert not (mask & (of_class[:, None] != of_class)).any()
+        assert (mask.sum(1) == math.prod(axis.window for axis in axes)).all()
+        counts = {int(n) for n in of_class.bincount()}
+        lengths = [[c.size for c in axis.classes()] for axis in axes]
+        assert counts == {math.prod(combination) for combination in itertools.product(*lengths)}
 
 
 class TestPermutation:

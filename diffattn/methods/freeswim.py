@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 
 from diffattn.grid import TokenGrid
 from diffattn.mask import BLOCK, AttentionMask
-from diffattn.methods.base import StaticMaskMethod
+from diffattn.methods.base import StaticMaskMethod, check_count
 from diffattn.neighbourhood import AxisWindow, NeighbourhoodMask
 from diffattn.orders import TileOrder
 
@@ -75,21 +75,19 @@ class FreeSwimAttn(StaticMaskMethod):
         for name in ("native", "radius"):
             if isinstance(getattr(self, name), list):  # as JSON has it
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        native, radius = self.native, self.radius
-        if native is not None and not (
-            _are_counts(native, at_least=1) and native[0] * native[1] > 1
-        ):
-            raise ValueError(
-                f"native is {native!r}, but must be rows and columns of tokens: two integers of at"
-                f" least 1, not both 1"
-            )
-        if radius is not None and not (
-            _is_count(radius, at_least=0) or _are_counts(radius, at_least=0)
-        ):
-            raise ValueError(
-                f"radius is {radius!r}, but must be an integer of at least 0, or two of them, for"
-                f" rows and columns"
-            )
+        if self.native is not None:
+            if not isinstance(self.native, tuple):
+                raise ValueError(
+                    f"native is {self.native!r}, but must be two integers of at least 1: rows and"
+                    f" columns of tokens"
+                )
+            _check_pair("native", self.native, at_least=1)
+            if self.native == (1, 1):
+                raise ValueError("native is (1, 1), but must be more than one token")
+        if isinstance(self.radius, tuple):
+            _check_pair("radius", self.radius, at_least=0)
+        elif self.radius is not None:
+            check_count("radius", self.radius, at_least=0)
         if not isinstance(self.temperature, bool):
             raise ValueError(f"temperature is {self.temperature!r}, but must be true or false")
 
@@ -161,13 +159,8 @@ class FreeSwimAttn(StaticMaskMethod):
         return TileOrder(grid, tile)
 
 
-def _is_count(value: Any, *, at_least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
-
-
-def _are_counts(value: Any, *, at_least: int) -> bool:
-    return (
-        isinstance(value, tuple)
-        and len(value) == 2
-        and all(_is_count(part, at_least=at_least) for part in value)
-    )
+def _check_pair(name: str, value: tuple[Any, ...], *, at_least: int) -> None:
+    if len(value) != 2:
+        raise ValueError(f"{name} has {len(value)} values, but must have 2: for height and width")
+    for axis, part in zip(("height", "width"), value, strict=True):
+        check_count(f"{name} along {axis}", part, at_least=at_least)

@@ -19,6 +19,7 @@ from diffattn import CLEARAttn, TokenGrid
 from diffattn.blocks import PARTIAL
 from diffattn.kernels.reference import reference_attention
 from diffattn.methods import Site, from_dict
+from diffattn.methods.pooling import add_keys, every_pair
 from diffattn.models import family_of
 
 GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "clear"
@@ -437,6 +438,38 @@ def test_text_sees_what_it_sees_without_cells() -> None:
     for side in (1, 2, 4, 100):
         out = CLEARAttn(radius=3, down_factor=side).attend(q, k, v, site)
         torch.testing.assert_close(out[:, :5], dense[:, :5].float(), atol=1e-6, rtol=1e-5)
+
+
+@needs_goldens
+def test_bands_of_rows_with_their_halo_are_the_whole() -> None:
+    golden = np.load(GOLDENS / "6_halo_derived.npz")
+    height, width, text, radius, _, _ = golden["cfg_H_W_T_r_headdim_P"].tolist()
+    q, k, v = (torch.from_numpy(golden[name])[None, :, None] for name in "qkv")
+    grid = TokenGrid(1, height, width, text_before=text)
+    whole = CLEARAttn(radius=radius).attend(q, k, v, Site("flux", 0, 1, grid))[0, :, 0]
+    torch.testing.assert_close(whole, torch.from_numpy(golden["out_full"]), atol=1e-12, rtol=0)
+
+    # Text sees the bands one after the other: added to a softmax, they make that of all.
+    words, out, lse = q[:, :text], None, None
+    for first, end, halo_first, halo_end in golden["rank_rows_and_halo"].tolist():
+        assert (halo_first, halo_end) == (
+            max(0, first - radius + 1), min(height, end + radius - 1)
+        )  # fmt: skip
+        # Of the rows beyond its halo a band sees nothing.
+        mask = CLEARAttn(radius=radius).mask(TokenGrid(1, height, width)).dense()
+        seen = mask.view(height, width, height, width)[first:end].any(3).any(1).any(0)
+        assert seen.nonzero().flatten().tolist() == list(range(halo_first, halo_end))
+        band = slice(text + first * width if out is not None else 0, text + end * width)
+        key, value = k[:, band], v[:, band]
+        layout = every_pair(text, key.shape[1], torch.device("cpu"))
+        if out is None:
+            out, lse = diffattn.attention(words, key, value, layout, return_lse=True)
+        else:
+            out = add_keys(out, lse, words, key, value, layout, None)
+            _, more = diffattn.attention(words, key, value, layout, return_lse=True)
+            lse = torch.logaddexp(lse, more)
+    want = torch.from_numpy(golden["text_lse_merged"])
+    torch.testing.assert_close(out[0, :, 0], want, atol=1e-12, rtol=0)
 
 
 @needs_goldens

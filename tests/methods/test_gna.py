@@ -481,6 +481,67 @@ class TestParameters:
             GNAAttn(**parameters).mask(TokenGrid(21, 30, 52, text_after=3))
 
 
+# What NATTEN's calls become here, on 16 tokens of one axis.
+SAME_AS_NATTEN: dict[str, dict[str, Any]] = {
+    "na1d kernel_size=1": {"window": 1},
+    "na1d kernel_size*dilation=24 on 16 tokens": {"window": 12, "dilation": 2},
+    "na1d stride=5 > kernel_size=4": {"window": 4, "stride": 5},
+    "na1d stride=0": {"window": 4, "stride": 0},
+    "na1d dilation=0": {"window": 4, "dilation": 0},
+    "na1d kernel_size=4.0": {"window": 4.0},
+    "na1d kernel_size=[4] (list)": {"window": [4]},
+    "na1d kernel_size=np.int64(4)": {"window": np.int64(4)},
+    "na1d is_causal=1": {"window": 4, "is_causal": 1},
+}
+ALLOWED_HERE: dict[str, tuple[TokenGrid, dict[str, Any]]] = {
+    "na1d kernel_size=17 on 16 tokens": (TokenGrid(1, 1, 16), {"window": 17}),
+    # What a video setting says of axes that an image does not have.
+    "na1d kernel_size=(4,4) in 1-D": (TokenGrid(1, 1, 16), {"window": (4, 4)}),
+    "na1d is_causal=(True,False) in 1-D": (
+        TokenGrid(1, 1, 16), {"window": 4, "is_causal": (True, False)}
+    ),
+    "na2d dimension of size 1": (TokenGrid(1, 1, 16), {"window": (2, 4)}),
+    "na1d full causal window, 1-D (kernel_size=16)": (
+        TokenGrid(1, 1, 16), {"window": 16, "is_causal": True}
+    ),
+    "na1d float64": (TokenGrid(1, 1, 16), {"window": 4}),
+    "na1d head_dim 24": (TokenGrid(1, 1, 16), {"window": 4}),
+    "na1d requires_grad": (TokenGrid(1, 1, 16), {"window": 4}),
+}  # fmt: skip
+
+
+@needs_goldens
+class TestAnswersOfNatten:
+    @pytest.fixture
+    def answers(self) -> dict[str, str]:
+        rows = json.loads((GOLDENS / "errors.json").read_text())
+        return {row["case"]: row["result"] for row in rows}
+
+    @pytest.mark.parametrize("case", SAME_AS_NATTEN)
+    def test_the_same_is_refused(self, answers: dict[str, str], case: str) -> None:
+        parameters = SAME_AS_NATTEN[case]
+        if answers[case] == "ok":
+            assert GNAAttn(**parameters).mask(TokenGrid(1, 1, 16)).density == 4 / 16
+            return
+        assert answers[case] == "ValueError"
+        with pytest.raises(ValueError, match="but"):
+            GNAAttn(**parameters).mask(TokenGrid(1, 1, 16))
+
+    @pytest.mark.parametrize("case", ALLOWED_HERE)
+    def test_what_it_refuses_and_we_can_do(self, answers: dict[str, str], case: str) -> None:
+        assert answers[case] != "ok"
+        grid, parameters = ALLOWED_HERE[case]
+        q, k, v = (
+            torch.randn(1, 16, 1, 24, dtype=torch.float64, requires_grad=True) for _ in range(3)
+        )
+        method = GNAAttn(**parameters)
+        out = method.attend(q, k, v, site(grid))
+        want, _ = reference_attention(q, k, v, by_definition(grid, method.axes(grid)))
+        torch.testing.assert_close(out, want, atol=1e-12, rtol=0)
+        out.sum().backward()
+        assert q.grad is not None
+
+
 class TestBlocks:
     @pytest.mark.parametrize(
         ("method", "grid", "tiles", "visited"),
