@@ -81,7 +81,7 @@ def select_blocks(
     words = -(-blocks.blocks // 32)
     bits = torch.empty(batch, heads, tokens, words, dtype=torch.int32, device=query.device)
     bits[:] = pack_bits(torch.ones(blocks.blocks, dtype=torch.bool, device=query.device))
-    if rule.tau == 1:
+    if rule.tau == 1 or (rule.topk is not None and rule.topk >= blocks.video_blocks):
         return bits
     video = blocks.video
     counted = None if key_mask is None else key_mask[:, video]

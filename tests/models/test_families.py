@@ -10,7 +10,7 @@ import torch
 from tiny_families import CASES, Case
 
 import diffattn
-from diffattn import DenseAttn, TokenGrid
+from diffattn import DenseAttn, TokenGrid, VMoBAAttn
 
 EXACT = {"atol": 1e-5, "rtol": 1e-4}
 
@@ -38,6 +38,19 @@ def test_dense_method_gives_the_models_own_output(case: Case) -> None:
     torch.testing.assert_close(forward(model, inputs), want, **EXACT)
     assert sorted(attached_sites(model)) == sorted(case.sites)
     assert attachment.sparse_calls == len(case.sites)
+
+
+def test_content_method_that_selects_everything_gives_the_models_own_output(case: Case) -> None:
+    model, inputs = case.build(), case.inputs()
+    want = forward(model, inputs)
+    method = VMoBAAttn(topk=10**6, dense_steps=0)
+    attachment = diffattn.set_attn_processor(model, method)
+    torch.testing.assert_close(forward(model, inputs), want, **EXACT)
+    assert attachment.sparse_calls == len(case.sites)
+    diffattn.set_attn_processor(model, VMoBAAttn(topk=1, dense_steps=0))
+    out = forward(model, inputs)
+    assert out.isfinite().all()
+    assert not torch.allclose(out, want, atol=1e-3), "the selection should matter"
 
 
 def test_sparse_method_is_the_stock_model_with_that_mask(case: Case) -> None:
