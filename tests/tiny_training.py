@@ -83,7 +83,7 @@ def main() -> None:
         _die_in_checkpoint(f".step-{int(sys.argv[2]):06d}.tmp")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # With twice the processes, half the batch; dropout is seeded by forward.
-        changes |= {"batch_size": 1, "dropout": 0.0}
+        changes |= {"batch_size": 1, "dropout": 0.0, "learning_rate": 1e-3}
     trainer(folder, resume=True, **changes).train()
 
 
