@@ -59,12 +59,12 @@ class FluxRecipe(Recipe):
         """See `Recipe.predict`; the denoiser takes a sequence of tokens, and times up to 1."""
         height, width = noisy.shape[3:]
         told = {name: value.to(self.dtype) for name, value in conditions.items()}
-        guidance = None if self.guidance is None else noisy.new_full((len(noisy),), self.guidance)
+        guidance = None
+        if self.guidance is not None:
+            guidance = noisy.new_full((len(noisy),), self.guidance, dtype=torch.float32)
+        tokens = F.pixel_unshuffle(noisy.squeeze(2), _PATCH).flatten(2).transpose(1, 2)
         out: Tensor = model(
-            hidden_states=F.pixel_unshuffle(noisy.squeeze(2), _PATCH)
-            .flatten(2)
-            .transpose(1, 2)
-            .to(self.dtype),
+            hidden_states=tokens.to(self.dtype).contiguous(),
             timestep=self.model_times(times).to(self.dtype) / 1000,
             guidance=guidance,
             pooled_projections=told["pooled_prompt_embeds"],

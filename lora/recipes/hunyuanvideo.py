@@ -52,7 +52,7 @@ class HunyuanVideoRecipe(Recipe):
         told = {name: value.to(self.dtype) for name, value in conditions.items()}
         out: Tensor = model(
             hidden_states=noisy.to(self.dtype),
-            timestep=self.model_times(times),
+            timestep=self.model_times(times).to(self.dtype),
             encoder_hidden_states=told["prompt_embeds"],
             encoder_attention_mask=told["prompt_attention_mask"],
             pooled_projections=told["pooled_prompt_embeds"],

@@ -72,7 +72,10 @@ def case(request):
 
 @pytest.fixture(scope="module")
 def run(case) -> PipelineRun:
-    pipe = case.build()
+    return run_pipeline(case, case.build())
+
+
+def run_pipeline(case, pipe: Any) -> PipelineRun:
     calls: dict[str, list] = {name: [] for name in denoisers(pipe)}
     hooks = [recorded(model, calls[name]) for name, model in denoisers(pipe).items()]
     seen: list[torch.Tensor] = []
@@ -163,6 +166,17 @@ def test_encoded_pixels_have_the_shape_of_the_pipelines_latents(case, run):
 
 
 def test_the_denoiser_is_called_as_the_pipeline_calls_it(case, run):
+    check_calls(case, run)
+
+
+def test_so_it_is_in_half_precision(case, caplog):
+    # Wan's pipelines want parts in float32, which only from_pretrained knows.
+    caplog.set_level("ERROR", logger="diffusers")
+    pipe = case.build().to(torch.bfloat16)
+    check_calls(case, run_pipeline(case, pipe))
+
+
+def check_calls(case, run: PipelineRun) -> None:
     prompts = [NEGATIVE, PROMPT] if case.guided else [PROMPT]
     step = 0
     for name, calls in run.calls.items():
@@ -180,7 +194,10 @@ def test_the_denoiser_is_called_as_the_pipeline_calls_it(case, run):
             found = recipe.predict(model, noisy, time.expand(len(noisy)), conditions)
             hook.remove()
             ((told, _),) = mine
-            assert_same(told, {k: v for k, v in given.items() if k not in IDLE}, name)
+            given = {k: v for k, v in given.items() if k not in IDLE}
+            # In half precision HunyuanVideo's first timestep is not rounded, but the others are.
+            told["timestep"] = told["timestep"].to(given["timestep"].dtype)
+            assert_same(told, given, name)
             assert torch.equal(found, latents_of_pipeline(run.pipe, output, case))
             step += 1
 
@@ -369,7 +386,9 @@ class TestTimes:
 class TestRefused:
     def test_a_family_without_a_recipe_is_told_which_have_one(self):
         pipe = tiny_pipelines.PIPELINES["sd3"].build()
-        with pytest.raises(ValueError, match=r"no training recipe for .*3.5; there are recipes for"):
+        with pytest.raises(
+            ValueError, match=r"no training recipe for .*3.5; there are recipes for"
+        ):
             recipe_for(pipe)
         with pytest.raises(ValueError, match=", ".join(RECIPES)):
             recipe_for(pipe)
