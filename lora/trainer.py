@@ -269,12 +269,14 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         settings = self.settings.to_dict()
         shape = {} if settings["schedule"] == "constant" else {"steps": settings["steps"]}
-        return {
+        identity = {
             **{name: value for name, value in settings.items() if name not in _FREE},
             **shape,
             "processes": self.accelerator.num_processes,
             "clips": hashlib.sha256("\n".join(self._clips.keys).encode()).hexdigest()[:16],
         }
+        # As it is read back: JSON has no tuples.
+        return json.loads(json.dumps(identity))
 
     def _write_settings(self) -> None:
         """Write down what is run, and forget logged steps that are made again."""

@@ -164,8 +164,6 @@ def _run(
     accelerator = make_accelerator(settings, output, on_cpu=job.device == "cpu")
     loaded = load_model(dataclasses.replace(job.request(), device=str(accelerator.device)))
     job = _complete(job, loaded)
-    if getattr(loaded.pipe, "scheduler", None) is None:
-        raise UserError(f"{job.model} has no scheduler, which says how noise is added")
     try:
         text_length = loaded.defaults.get("max_sequence_length")
         recipe = recipe_for(loaded.pipe, settings.denoiser, text_length)

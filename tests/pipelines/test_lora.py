@@ -1,0 +1,244 @@
+"""``diffattn lora train``, and ``diffattn generate --lora`` with what it made."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+
+from .conftest import SIZE, Result
+
+PROMPTS = "a cat\na dog\n"
+# Felt on a grid of 2 x 2 x 3 tokens; its cells are trained too.
+CELLS = ["--attn", "clear", "--attn-arg", "radius=1", "--attn-arg", "frame_radius=1"]
+CELLS += ["--attn-arg", "down_factor=2", "--attn-arg", "first_frame=false"]
+QUICK = ["--steps", "2", "--rank", "2", "--learning-rate", "0.05", "--teacher-steps", "1"]
+OUT = "run"
+
+
+@pytest.fixture
+def train(
+    diffattn: Callable[..., Result], tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Result]:
+    """Run ``diffattn lora train`` on the tiny model, inside ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+
+    def run(*arguments: object) -> Result:
+        size = SIZE[: SIZE.index("--steps")]
+        given = ["--model", tiny_wan, *size, *QUICK, "-o", OUT, *arguments]
+        return diffattn("lora", "train", *given)
+
+    return run
+
+
+@pytest.fixture
+def trained(train: Callable[..., Result]) -> Path:
+    """A LoRA of cells, trained from the dense model's own videos."""
+    result = train("--prompts", "prompts.txt", *CELLS)
+    assert result.code == 0, result.err
+    return Path(OUT)
+
+
+def frames(folder: str) -> np.ndarray:
+    return np.stack([imageio.imread(path) for path in sorted(Path(folder).glob("*.png"))])
+
+
+class TestTrain:
+    def test_from_prompts_to_a_video_under_the_same_method(
+        self, trained: Path, generate: Callable[..., Result], record: Callable[[str], Any]
+    ) -> None:
+        result = generate("a cat", "-o", "own.png", "--lora", trained)
+        assert result.code == 0, result.err
+        assert "the LoRA was trained under clear (" in result.out
+        assert "), which is attached (--attn overrides)" in result.out
+        method = record("own.json")["attention"]["method"]
+        assert (method["type"], method["radius"], method["down_factor"]) == ("clear", 1, 2)
+        assert generate("a cat", "-o", "dense.png", "--lora", trained, "--attn", "dense").code == 0
+        assert (frames("own") != frames("dense")).any()
+        # The cells' weights are in it: without their file they are means.
+        (trained / "diffattn_method_weights.safetensors").unlink()
+        assert generate("a cat", "-o", "mean.png", "--lora", trained).code == 0
+        assert (frames("own") != frames("mean")).any()
+
+    def test_another_method_may_be_asked_for(
+        self, trained: Path, generate: Callable[..., Result], record: Callable[[str], Any]
+    ) -> None:
+        result = generate("a cat", "-o", "other.png", "--lora", trained, "--attn", "radial")
+        assert result.code == 0, result.err
+        assert "note: the LoRA was trained under clear (" in result.out
+        assert "), not radial\n" in result.out
+        assert record("other.json")["attention"]["method"]["type"] == "radial"
+        argument = ["--attn-arg", "radius=2"]
+        assert generate("a cat", "-o", "arg.png", "--lora", trained, *argument).code == 0
+        method = record("arg.json")["attention"]["method"]
+        assert (method["type"], method["radius"], method["down_factor"]) == ("clear", 2, 2)
+
+    def test_a_recorded_run_repeats_its_own_method(
+        self, trained: Path, generate: Callable[..., Result], diffattn: Callable[..., Result]
+    ) -> None:
+        assert generate("a cat", "-o", "own.png", "--lora", trained).code == 0
+        assert diffattn("generate", "--from", "own.json", "-o", "again.png").code == 0
+        assert (frames("own") == frames("again")).all()
+
+    def test_stock_diffusers_loads_it(self, trained: Path, tiny_wan: Path) -> None:
+        from diffusers import WanPipeline
+
+        pipe = WanPipeline.from_pretrained(tiny_wan)
+        pipe.load_lora_weights(trained)
+        loaded = [p for name, p in pipe.transformer.named_parameters() if "lora_B" in name]
+        assert len(loaded) == 2 * 4
+        assert all(p.abs().max() > 0 for p in loaded)
+
+    def test_clips_with_captions(self, train: Callable[..., Result], tmp_path: Path) -> None:
+        data = tmp_path / "data"
+        data.mkdir()
+        rng = np.random.default_rng(0)
+        for number in range(2):
+            video = rng.integers(0, 256, (6, 40, 50, 3), dtype=np.uint8)
+            imageio.imwrite(data / f"{number}.gif", video)
+            (data / f"{number}.txt").write_text(f"noise {number}")
+        (data / "broken.gif").write_bytes(b"GIF89a, or not")
+        (data / "broken.txt").write_text("a broken file")
+        result = train("--data", data, *CELLS)
+        assert result.code == 0, result.err
+        assert "2 clips, 5 frames 48x32" in result.out
+        assert "broken.gif" in result.err
+        lines = (tmp_path / OUT / "losses.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2]
+        assert "step 2/2  loss " in result.out
+        assert " it/s" in result.out
+        assert " GiB" in result.out
+
+    def test_a_config_file_and_going_on(self, train: Callable[..., Result], tmp_path: Path) -> None:
+        (tmp_path / "train.toml").write_text(
+            'prompts = "prompts.txt"\nrank = 3\ndora = true\ntargets = ["to_q"]\n'
+            '[attention]\ntype = "gna"\nwindow = [2, 2, 2]\n'
+        )
+        assert train("--config", "train.toml").code == 0
+        settings = json.loads((tmp_path / OUT / "settings.json").read_text())
+        assert (settings["rank"], settings["dora"], settings["targets"]) == (2, True, ["to_q"])
+        assert settings["attention"]["window"] == [2, 2, 2]
+        assert train("--config", "train.toml").error == (
+            "run holds a run with a checkpoint, step-000002: resume it, or give another output"
+            " folder"
+        )
+        result = train("--config", "train.toml", "--resume", "--steps", "3")
+        assert result.code == 0, result.err
+        assert "gna attention, from step 2 on" in result.out
+        assert "run: trained for 3 steps" in result.out
+
+    def test_validation_videos(self, train: Callable[..., Result], tmp_path: Path) -> None:
+        validation = ["--validate-every", 1, "--validation-prompt", "a cow"]
+        validation += ["--validation-steps", 2]
+        arguments = ["--prompts", "prompts.txt", *CELLS, "--learning-rate", 1]
+        result = train(*arguments, *validation)
+        assert result.code == 0, result.err
+        folder = tmp_path / OUT / "validation"
+        for step in (1, 2):
+            video = imageio.imread(folder / f"step-{step:06d}" / "00-a-cow.mp4")
+            assert video.shape[2] > 2.5 * video.shape[1]  # three of them
+        lines = [
+            json.loads(line)
+            for line in (folder / "validation.jsonl").read_text().split("\n")
+            if line
+        ]
+        assert [line["step"] for line in lines] == [1, 2]
+        # What is untrained is made once.
+        assert lines[0]["psnr_untrained_db"] == lines[1]["psnr_untrained_db"]
+        assert lines[0]["psnr_db"] != lines[1]["psnr_db"]
+        assert "step 2: PSNR to dense " in result.out
+        # And looking at it changes nothing.
+        alone = train(*arguments, "-o", "alone")
+        assert alone.code == 0, alone.err
+        logs = [(tmp_path / run / "losses.jsonl").read_text() for run in (OUT, "alone")]
+        assert logs[0] == logs[1]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (
+                [],
+                "give either --data, a folder of clips, or --prompts, a file of prompts of which"
+                " the dense model makes them",
+            ),
+            (
+                ["--prompts", "prompts.txt", "--captions", "a.csv"],
+                "--captions are those of the clips of --data, which is not given",
+            ),
+            (
+                ["--prompts", "prompts.txt", "--validate-every", "2"],
+                "--validate-every and --validation-prompt go together",
+            ),
+            (
+                ["--prompts", "prompts.txt", "--rank", "0"],
+                "rank is 0, but must be a whole number of at least 1",
+            ),
+            (
+                ["--prompts", "prompts.txt", "--target", "qkv"],
+                "target 'qkv' matches no layer of the 2 attention sites of WanTransformer3DModel:"
+                " those of blocks.0.attn1 are to_q, to_k, to_v, to_out.0",
+            ),
+            (
+                ["--prompts", "prompts.txt", "--attn", "dense"],
+                "the method is dense, which needs no adapting: choose a sparse one, such as radial",
+            ),
+            (["--data", "nothing"], "nothing is not there; the data are a folder of clips"),
+            (
+                ["--data", "empty"],
+                "there are no clips in empty: none of its files ends in",
+            ),
+            (
+                ["--prompts", "prompts.txt", "--denoiser", "transformer_2"],
+                "denoiser is 'transformer_2', but WanPipeline has transformer",
+            ),
+            (["--config", "none.toml"], "cannot read --config none.toml: No such file"),
+            (["--config", "prompts.txt"], "--config prompts.txt is not TOML: "),
+            (
+                ["--config", "wrong.json"],
+                "--config wrong.json: unknown setting 'lernrate'",
+            ),
+            (["--prompts", "prompts.txt", "--num-frames", "6"], "num_frames is 6, but this model"),
+        ],
+    )  # fmt: skip
+    def test_one_line(
+        self, arguments: list[str], message: str, train: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "wrong.json").write_text('{"lernrate": 1}')
+        assert train(*arguments).error.startswith(message)
+
+    def test_a_model_without_a_scheduler(
+        self, train: Callable[..., Result], tiny_wan: Path, tmp_path: Path
+    ) -> None:
+        from diffusers import WanPipeline
+
+        folder = tmp_path / "model"
+        WanPipeline.from_pretrained(tiny_wan).save_pretrained(folder)
+        (folder / "scheduler" / "scheduler_config.json").unlink()
+        error = train("--prompts", "prompts.txt", "--model", folder).error
+        assert error.startswith(f"cannot load {folder}: ")
+        assert "scheduler_config.json" in error
+
+    def test_an_earlier_checkpoint_outlives_a_loss_that_is_no_number(
+        self, train: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        arguments = ["--prompts", "prompts.txt", *CELLS]
+        assert train(*arguments, "--checkpoint-every", 1).code == 0
+        cache = tmp_path / OUT / "clips"
+        torch.manual_seed(0)
+        from safetensors.torch import load_file, save_file
+
+        for path in cache.glob("*.safetensors"):
+            tensors = load_file(path)
+            save_file({name: x * float("nan") for name, x in tensors.items()}, path)
+        error = train(*arguments, "--checkpoint-every", 1, "--resume", "--steps", 4).error
+        assert error.startswith("the loss is nan at step 3: try a smaller learning_rate than 0.05")
+        names = [path.name for path in sorted((tmp_path / OUT / "checkpoints").iterdir())]
+        assert names == ["step-000001", "step-000002"]
