@@ -176,17 +176,22 @@ def generate(
 
 @app.command()
 def upscale(
-    prompt: Annotated[str, typer.Argument(help="What the video shows.")],
+    context: typer.Context,
+    prompt: Annotated[str, typer.Argument(help="What the video or the picture shows.")],
     output: Annotated[
         str | None,
         typer.Option("--output", "-o", help="As in generate; it is overwritten."),
     ] = None,
     input: Annotated[
         Path | None,
-        typer.Option(help="Video file to start from (default: one made at the model's own size)."),
+        typer.Option(help="Video or picture to start from (default: one of the model's own size)."),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="Folder or hub id of a pipeline of Wan or LTX-Video.")
+        str,
+        typer.Option(
+            help="Folder or hub id of a pipeline of Wan or LTX-Video, or for pictures of Stable "
+            "Diffusion 1.5, 2.1, XL or Flux."
+        ),
     ] = BUNDLED_MODEL,
     preset: Annotated[str | None, typer.Option(metavar="1080p|1440p|2160p")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels (default: twice as many).")] = None,
@@ -199,6 +204,22 @@ def upscale(
         int | None, typer.Option(help="At the large size, before strength (default: the model's).")
     ] = None,
     strength: Annotated[float, typer.Option(help="How much is made anew, up to 1.")] = 0.7,
+    strengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="X,Y..",
+            help="Pictures: how much is made anew at each size (default: 0.4,0.3,0.2,0.1, or 0.7).",
+        ),
+    ] = None,
+    attn: Annotated[
+        str | None, typer.Option(help="Pictures: attention method (default: the untouched model).")
+    ] = None,
+    attn_arg: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Parameter of the method.")
+    ] = None,
+    attn_config: Annotated[
+        Path | None, typer.Option(help="JSON file with the method and its parameters.")
+    ] = None,
     cache_steps: Annotated[
         str,
         typer.Option(
@@ -226,10 +247,23 @@ def upscale(
     device: Annotated[str | None, typer.Option(help="As in generate.")] = None,
     offload: Annotated[str, typer.Option(metavar="|".join(OFFLOADS))] = "none",
 ) -> None:
-    """Make a video beyond the model's own size by FreeSwim, from a prompt or a video."""
+    """Make a video or a picture beyond the model's own size, from a prompt or from a smaller one.
+
+    Videos are made by FreeSwim, pictures by doubling them and making their details anew.
+    """
+    from .attention_settings import MethodOptions
     from .request import Request
     from .upscale import UpscaleSettings, read_cache_steps
     from .upscale import upscale as make_large
+    from .upscale_picture import (
+        PictureSettings,
+        makes_pictures,
+        picture_attention,
+        read_strengths,
+        refuse_for_pictures,
+        refuse_for_videos,
+        upscale_picture,
+    )
 
     request = Request(
         prompt,
@@ -245,6 +279,27 @@ def upscale(
         device=device,
         offload=offload,
     )
+    given = {
+        name
+        for name in context.params
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
+    if makes_pictures(model):
+        refuse_for_pictures(given)
+        method = MethodOptions(attn, tuple(attn_arg or ()), attn_config)
+        picture = PictureSettings(
+            input=input,
+            height=height,
+            width=width,
+            steps=steps,
+            strengths=read_strengths(strengths),
+            negative_prompt=negative_prompt,
+            attention=picture_attention(method),
+            attn_config=attn_config,
+        )
+        upscale_picture(request, picture, output, _say)
+        return
+    refuse_for_videos(given)
     settings = UpscaleSettings(
         input=input,
         preset=preset,

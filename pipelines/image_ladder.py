@@ -209,6 +209,8 @@ def _image_to_image(pipe: Any) -> Any:
             f" {type(pipe).__name__}"
         )
     out.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    if "progress_bar" in vars(pipe):  # somebody watches it
+        out.progress_bar = pipe.progress_bar
     return out
 
 

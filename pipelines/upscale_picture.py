@@ -1,0 +1,402 @@
+"""``diffattn upscale`` with a model that makes pictures, from start to file."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .attention_settings import MethodOptions, attention_settings, make_method
+from .errors import RunInterruptedError, UserError, did_you_mean, one_line
+from .image_ladder import (
+    STEPS,
+    STRENGTHS,
+    Rung,
+    Size,
+    first_size,
+    ladder_sizes,
+    native_pixels,
+    refine,
+    rungs,
+    step_bytes,
+)
+from .loading import LoadedModel, find_model, load_model
+from .machine import describe_device, quiet_libraries
+from .outputs import Outputs, check_writable, slug, staged
+from .progress import clock, watched
+from .request import Request, option
+from .sidecar import versions
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_FORMAT = 1
+_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
+_CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline")
+
+# Options of the command that are about videos.
+_FOR_VIDEOS = ("preset", "num_frames", "strength", "cache_steps", "store", "interpolation")
+_FOR_VIDEOS += ("flow_shift", "fps")
+
+
+@dataclass(frozen=True)
+class PictureSettings:
+    """Every setting of a run beyond those of the first picture; ``None`` leaves it to the model."""
+
+    input: Path | None
+    """A picture to start from instead of one that is made."""
+    height: int | None
+    width: int | None
+    steps: int | None
+    strengths: tuple[float, ...] | None
+    negative_prompt: str | None
+    attention: Mapping[str, Any] | None
+    """A method as its ``to_dict()`` gives it."""
+    attn_config: Path | None
+    """The file that it was read from, if it was."""
+
+
+def makes_pictures(model: str) -> bool:
+    """Is a model, by its folder or hub id, a pipeline of pictures that can be made larger?"""
+    source = find_model(model)
+    if isinstance(source, str):
+        from huggingface_hub import hf_hub_download
+
+        # It is in the cache: finding the model has looked into it.
+        index = Path(hf_hub_download(source, "model_index.json"))
+    else:
+        index = source / "model_index.json"
+    return json.loads(index.read_text("utf-8")).get("_class_name") in _CLASSES
+
+
+def refuse_for_pictures(given: Collection[str]) -> None:
+    """Refuse options of the command line that have no effect on pictures."""
+    names = [option(name) for name in _FOR_VIDEOS if name in given]
+    if names:
+        hint = "; for pictures it is --strengths" if "strength" in given else ""
+        raise UserError(f"{', '.join(names)} cannot be given with a model of pictures{hint}")
+
+
+def refuse_for_videos(given: Collection[str]) -> None:
+    """Refuse options of the command line that have no effect on videos."""
+    names = ("strengths", "attn", "attn_arg", "attn_config")
+    wrong = [option(name) for name in names if name in given]
+    if wrong:
+        raise UserError(
+            f"{', '.join(wrong)} cannot be given with a model of videos, whose two paths are"
+            f" FreeSwim's"
+        )
+
+
+def picture_attention(options: MethodOptions) -> Mapping[str, Any] | None:
+    """Return the settings of the method that the options describe, None for the untouched model."""
+    if options.name is None and options.config is None:
+        if options.arguments:
+            raise UserError("--attn-arg needs a method: give --attn too")
+        return None
+    return attention_settings(options, None)
+
+
+def read_strengths(text: str | None) -> tuple[float, ...] | None:
+    """Read what the user gave for --strengths: numbers with commas between."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"--strengths must be numbers with commas between, such as 0.4,0.3, not {text!r}"
+        ) from None
+
+
+def upscale_picture(
+    request: Request, settings: PictureSettings, output: str | None, say: Callable[[str], None]
+) -> Path:
+    """Make one large picture.
+
+    Args:
+        request: the prompt, the model, where it runs, and the first picture.
+        settings: how it is made large.
+        output: the file or folder that the user named.
+        say: takes lines for the user.
+
+    Returns:
+        The file written.
+
+    Raises:
+        RunInterruptedError: on Ctrl-C; nothing is written then.
+    """
+    read = [file for file in (settings.input, settings.attn_config) if file is not None]
+    path = _plan_output(output, request.prompt, read)
+    image = None if settings.input is None else read_picture(settings.input)
+    try:
+        quiet_libraries()
+        loaded = load_model(request)
+        _make(request, settings, image, loaded, path, say)
+    except KeyboardInterrupt:
+        raise RunInterruptedError([]) from None
+    return path
+
+
+def read_picture(path: Path) -> "Image":
+    """Read a picture file, without an alpha channel."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not path.is_file():
+        raise UserError(f"there is no picture file {path}")
+    try:
+        return Image.open(path).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"cannot read {path} as a picture: {one_line(error)}") from None
+
+
+def _plan_output(output: str | None, prompt: str, inputs: Collection[Path]) -> Path:
+    """Where the picture goes; refused now if it could not be written later."""
+    name = f"{slug(prompt)}.png"
+    if output is None:
+        path, number = Path(name), 1
+        while path.exists() or path.with_suffix(".json").exists():
+            number += 1
+            path = Path(f"{slug(prompt)}-{number}.png")
+    else:
+        path = Path(output).expanduser()
+        if path.is_dir() or output.endswith("/"):
+            path = path / name
+    suffix = path.suffix.lower()
+    if suffix not in _FORMATS:
+        hint = did_you_mean(suffix, _FORMATS)
+        raise UserError(f"cannot write {path}: the extension must be {', '.join(_FORMATS)}{hint}")
+    protected = {file.expanduser().resolve() for file in inputs}
+    for file in (path, path.with_suffix(".json")):
+        if file.resolve() in protected:
+            raise UserError(f"-o {path} would overwrite {file}, which is read here")
+        if file.is_dir():
+            raise UserError(f"cannot write {file}: it is a folder")
+    check_writable(path.parent)
+    return path
+
+
+def _make(
+    request: Request,
+    settings: PictureSettings,
+    image: "Image | None",
+    loaded: LoadedModel,
+    path: Path,
+    say: Callable[[str], None],
+) -> None:
+    import torch
+
+    import diffattn
+
+    pipe: Any = loaded.pipe
+    is_flux = type(pipe).__name__ == "FluxPipeline"
+    denoiser = pipe.transformer if is_flux else pipe.unet
+    # Where it is kept more precise, its pipelines do not convert what they give it.
+    pipe.vae.to(dtype=next(denoiser.parameters()).dtype)
+    request, settings = _complete(request, settings, loaded)
+    start, sizes = _plan_sizes(request, settings, image, pipe)
+    steps = settings.steps or (_flux_steps() if is_flux else STEPS)
+    ladder = _ladder(sizes, settings.strengths, steps, is_flux)
+    say(_headline(request, loaded, start, sizes, is_flux))
+    method = None if settings.attention is None else make_method(settings.attention)
+    begin = clock()
+    try:
+        if method is not None:
+            diffattn.set_attn_processor(pipe, method)
+        try:
+            with watched(pipe, "upscale"):
+                if image is None:
+                    say(f"{start[1]}x{start[0]}: made from the prompt")
+                    image = _first(request, settings, pipe, start)
+                climb = _climb_flux if is_flux else _climb
+                image = climb(request, settings, pipe, image, ladder, steps, say)
+        finally:
+            if method is not None:
+                diffattn.set_attn_processor(pipe, None)
+    except ValueError as error:
+        raise UserError(error) from None
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UserError(
+                "out of memory: try a smaller size, --dtype bfloat16 or --offload"
+            ) from None
+        raise
+    seconds = clock() - begin
+    record = {
+        "diffattn_picture_record": _FORMAT,
+        "base": request.to_dict() | {"height": start[0], "width": start[1]},
+        "settings": dataclasses.asdict(settings)
+        | {"steps": steps}
+        | {
+            name: None if file is None else str(file)
+            for name, file in (("input", settings.input), ("attn_config", settings.attn_config))
+        },
+        "sizes": [dataclasses.asdict(rung) for rung in ladder],
+        "versions": versions(),
+        "device": describe_device(loaded.device),
+        "files": {"picture": path.name},
+        "timings": {"total_seconds": round(seconds, 4)},
+    }
+    with staged(Outputs(path), []) as folder:
+        image.save(folder / path.name)
+        text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
+        (folder / f"{path.stem}.json").write_text(text + "\n", "utf-8")
+    say(f"{path}: {image.width}x{image.height}, {seconds:.1f} s")
+
+
+def _complete(
+    request: Request, settings: PictureSettings, loaded: LoadedModel
+) -> tuple[Request, PictureSettings]:
+    """Take from the model what the user left to it."""
+    defaults = loaded.defaults
+    if settings.negative_prompt is not None and type(loaded.pipe).__name__ == "FluxPipeline":
+        raise UserError("--negative-prompt has no effect on Flux, whose guidance is distilled")
+    if request.guidance_scale is None:
+        request = dataclasses.replace(request, guidance_scale=defaults.get("guidance_scale"))
+    if request.steps is None:
+        request = dataclasses.replace(request, steps=defaults.get("num_inference_steps"))
+    if settings.negative_prompt is None:
+        negative = defaults.get("negative_prompt")
+        settings = dataclasses.replace(settings, negative_prompt=negative)
+    return request, settings
+
+
+def _plan_sizes(
+    request: Request, settings: PictureSettings, image: "Image | None", pipe: Any
+) -> tuple[Size, list[Size]]:
+    """The size of the first picture, and those after it."""
+    from diffattn.models import size_rules
+
+    rules = size_rules(pipe)
+    multiple = rules.spatial_multiple
+    if type(pipe).__name__ == "FluxPipeline":
+        native = pipe.default_sample_size * pipe.vae_scale_factor
+    else:
+        native = native_pixels(pipe)
+    if image is not None:
+        base: Size | None = (image.height, image.width)
+    elif request.height is not None or request.width is not None:
+        base = (request.height or native, request.width or native)
+    else:
+        base = None
+    shape = base or (native, native)
+    goal = _goal(settings.height, settings.width, shape)
+    start = base or first_size(goal, native, multiple)
+    sizes = ladder_sizes(start, goal, multiple)
+    try:
+        for size in [*([] if image is not None else [start]), *sizes]:
+            rules.check(*size, 1)
+    except ValueError as error:
+        raise UserError(error) from None
+    return start, sizes
+
+
+def _goal(height: int | None, width: int | None, shape: Size) -> Size:
+    """What the user asked for: one side gives the other by the shape, none twice the size."""
+    for name, value in (("height", height), ("width", width)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be a whole number of at least 1, not {value}")
+    if height is None and width is None:
+        return 2 * shape[0], 2 * shape[1]
+    if height is None:
+        assert width is not None
+        return round(width * shape[0] / shape[1]), width
+    return height, width or round(height * shape[1] / shape[0])
+
+
+def _ladder(
+    sizes: list[Size], strengths: tuple[float, ...] | None, steps: int, is_flux: bool
+) -> list[Rung]:
+    if is_flux:
+        from .upscale_image import STRENGTH
+
+        strengths = strengths or (STRENGTH,)
+        if len(strengths) > 1:
+            raise UserError("--strengths must be one number for Flux, which has it at all sizes")
+    return rungs(sizes, strengths or STRENGTHS, steps)
+
+
+def _flux_steps() -> int:
+    from .upscale_image import STEPS as FLUX_STEPS
+
+    return FLUX_STEPS
+
+
+def _headline(
+    request: Request, loaded: LoadedModel, start: Size, sizes: list[Size], is_flux: bool
+) -> str:
+    """What is to come, and the memory it takes."""
+    way = " to ".join(f"{width}x{height}" for height, width in [start, *sizes])
+    line = (
+        f"{request.model}: {type(loaded.pipe).__name__}, {loaded.dtype} on {loaded.device}; {way}"
+    )
+    if is_flux:
+        return line
+    guided = request.guidance_scale is None or request.guidance_scale > 1
+    memory = step_bytes(loaded.pipe, *sizes[-1], samples=2 if guided else 1)
+    return f"{line}; the last takes about {memory / 2**30:.2f} GiB besides the weights"
+
+
+def _first(request: Request, settings: PictureSettings, pipe: Any, size: Size) -> "Image":
+    arguments = _arguments(request, settings, pipe)
+    if request.steps is not None:
+        arguments["num_inference_steps"] = request.steps
+    return pipe(
+        height=size[0], width=size[1], generator=_generator(request.seed), **arguments
+    ).images[0]
+
+
+def _climb(
+    request: Request,
+    settings: PictureSettings,
+    pipe: Any,
+    image: "Image",
+    ladder: list[Rung],
+    steps: int,
+    say: Callable[[str], None],
+) -> "Image":
+    arguments = _arguments(request, settings, pipe)
+    return refine(pipe, image, ladder, steps=steps, seed=request.seed, say=say, **arguments)
+
+
+def _climb_flux(
+    request: Request,
+    settings: PictureSettings,
+    pipe: Any,
+    image: "Image",
+    ladder: list[Rung],
+    steps: int,
+    say: Callable[[str], None],
+) -> "Image":
+    from .upscale_image import upscale_flux
+
+    for rung in ladder:
+        say(f"{rung.width}x{rung.height}: strength {rung.strength:g}")
+        image = upscale_flux(
+            pipe,
+            image,
+            [(rung.height, rung.width)],
+            strength=rung.strength,
+            steps=steps,
+            generator=_generator(request.seed),
+            **_arguments(request, settings, pipe),
+        )
+    return image
+
+
+def _arguments(request: Request, settings: PictureSettings, pipe: Any) -> dict[str, Any]:
+    """Arguments of every call of a pipeline: those that the user gave."""
+    given = {
+        "prompt": request.prompt,
+        "guidance_scale": request.guidance_scale,
+        "negative_prompt": settings.negative_prompt,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _generator(seed: int) -> Any:
+    import torch
+
+    # On the CPU it gives the same noise whatever the device.
+    return torch.Generator("cpu").manual_seed(seed)
