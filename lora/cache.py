@@ -162,12 +162,17 @@ def store(
 def write_index(folder: Path, keys: list[str], empty: str, facts: Mapping[str, Any]) -> None:
     """List the entries of a data set, in place of those that the folder held before.
 
+    An index that says the same already is left alone: other processes may be reading it.
+
     Raises:
         LoraError: if it cannot be written; then the former index stays.
     """
     index = {"diffattn_clips": _FORMAT, "keys": keys, "empty": empty, "facts": dict(facts)}
     text = json.dumps(index, indent=1, ensure_ascii=False) + "\n"
-    _write(folder / INDEX, lambda path: path.write_text(text, "utf-8"))
+    path = folder / INDEX
+    if path.is_file() and path.read_bytes() == text.encode():
+        return
+    _write(path, lambda partial: partial.write_text(text, "utf-8"))
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

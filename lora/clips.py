@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -93,7 +94,8 @@ def _frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
 def _video_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
     import imageio.v2 as imageio
 
-    with imageio.get_reader(path, format="FFMPEG") as reader:
+    reader: Any = imageio.get_reader(path, format="FFMPEG")
+    with reader:
         rate = reader.get_meta_data()["fps"]
         for index, frame in enumerate(reader):
             yield np.asarray(frame), (index + 1) / rate

@@ -47,6 +47,8 @@ def prepare(
 ) -> CachedClips:
     """Encode clips and captions, those that are not encoded yet.
 
+    For one process at a time: one that finds everything encoded writes nothing.
+
     Args:
         pipe: the pipeline with its VAE and text encoders.
         recipe: of the pipeline.
@@ -113,15 +115,11 @@ def check_size(pipe: Any, height: int, width: int, num_frames: int) -> None:
 
 def text_identity(pipe: Any, recipe: Recipe) -> str:
     """What decides what a prompt becomes."""
-    encoders = [getattr(pipe, name, None) for name in _TEXT_PARTS]
-    parts = [part for part in encoders if isinstance(part, torch.nn.Module)]
-    vocabularies = [
-        {"tokenizer": entry_key(part.get_vocab())}
-        for part in encoders
-        if hasattr(part, "get_vocab")
-    ]
+    parts: list[Any] = [getattr(pipe, name, None) for name in _TEXT_PARTS]
+    encoders = [part for part in parts if isinstance(part, torch.nn.Module)]
+    words = [{"words": entry_key(p.get_vocab())} for p in parts if hasattr(p, "get_vocab")]
     about = {"family": recipe.family, "length": recipe.text_length}
-    return fingerprint(*parts, *vocabularies, about)
+    return fingerprint(*encoders, *words, about)
 
 
 def store_empty(pipe: Any, recipe: Recipe, folder: Path, text: str) -> str:

@@ -45,7 +45,8 @@ def teach(
 ) -> CachedClips:
     """Generate latents with the pipeline as it is, those that are not there yet.
 
-    What the denoiser ends with is what is learnt from: nothing is decoded and encoded again.
+    What the denoiser ends with is what is learnt from: nothing is decoded and encoded again. For
+    one process at a time: one that finds everything there writes nothing.
 
     Args:
         pipe: the pipeline, dense.

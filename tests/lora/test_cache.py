@@ -132,6 +132,7 @@ class TestMadeAgain:
         pipe = tiny_complete.wan()
         first = prepared(clips, tmp_path / "cache", pipe)
         before = files(tmp_path / "cache")
+        times = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
         counted = Encodings(monkeypatch, pipe)
         (tmp_path / "moved").mkdir()
         moved = [
@@ -142,6 +143,7 @@ class TestMadeAgain:
         assert (counted.clips, counted.prompts) == (0, 0)
         assert again.keys == first.keys
         assert files(tmp_path / "cache") == before
+        assert {path: path.stat().st_mtime_ns for path in times} == times
 
     @pytest.mark.parametrize(
         "change", ["caption", "content", "size", "text length", "seed", "fps", "vae", "encoder"]
