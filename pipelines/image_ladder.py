@@ -59,10 +59,10 @@ def ladder_sizes(start: Size, goal: Size, multiple: int) -> list[Size]:
             f"a picture of {_text(start)} cannot become {_text(goal)}, which is of another shape;"
             f" {_text((goal[0], round(goal[0] * start[1] / start[0])))} would do"
         )
-    sizes = []
+    sizes: list[Size] = []
     factor = 2
     while factor < 0.999 * min(growth):
-        sizes.append(tuple(_round(factor * pixels, multiple) for pixels in start))
+        sizes.append((_round(factor * start[0], multiple), _round(factor * start[1], multiple)))
         factor *= 2
     return [*sizes, goal]
 

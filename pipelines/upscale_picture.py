@@ -36,8 +36,16 @@ _FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 _CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline")
 
 # Options of the command that are about videos.
-_FOR_VIDEOS = ("preset", "num_frames", "strength", "cache_steps", "store", "interpolation")
-_FOR_VIDEOS += ("flow_shift", "fps")
+_FOR_VIDEOS = (
+    "preset",
+    "num_frames",
+    "strength",
+    "cache_steps",
+    "store",
+    "interpolation",
+    "flow_shift",
+    "fps",
+)
 
 
 @dataclass(frozen=True)
