@@ -11,6 +11,7 @@ from diffattn._pipeline_method import add_pipeline_method
 from diffattn.attention import attention
 from diffattn.block_forms import from_block_mask
 from diffattn.blocks import BlockLayout
+from diffattn.costs import Estimate
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask, FullMask, PredicateMask
 from diffattn.methods import (
@@ -44,6 +45,7 @@ __all__ = [
     "BlockLayout",
     "CLEARAttn",
     "DenseAttn",
+    "Estimate",
     "FreeSwimAttn",
     "FullMask",
     "GNAAttn",

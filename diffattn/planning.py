@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from diffattn.blocks import BlockLayout
+from diffattn.costs import Cost, Estimate
 from diffattn.grid import TokenGrid
 from diffattn.mask import allowed_pairs
 from diffattn.methods.base import Method, StaticMaskMethod, nearest
@@ -21,32 +22,15 @@ from diffattn.models.published import PUBLISHED, ModelShape, published_shape
 from diffattn.orders import TileOrder, tiles_that_fit
 from diffattn.schedule import resolve_steps
 
-# TFLOP/s of an H200 in bfloat16, measured: large matrix products, and cuDNN's dense attention. Only
-# their ratio counts here: attention's share of the time is larger than its share of the FLOPs.
-_LINEAR_RATE, _ATTENTION_RATE = 790, 690
-
 # Blocks are counted in tables of blocks x blocks, which take gigabytes beyond this.
 _MOST_TOKENS = 1 << 21
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What attention by a method costs, against dense attention.
-
-    FLOPs are those of a forward on one sample: a multiplication and an addition are two, softmax is
-    not counted, and classifier-free guidance makes two forwards a step. Speed-ups are upper bounds:
-    they take blocks of a sparse attention to be as fast as those of a dense one, and everything
-    but attention and the linear layers to cost nothing.
+@dataclass(frozen=True, kw_only=True)
+class Plan(Cost):
+    """The cost of a method that is a mask, by the blocks that its mask visits.
 
     Attributes:
-        model: what was planned for; None for a bare grid.
-        method: the method with its parameters as they are used here.
-        grid: the tokens of an attention call, text included.
-        heads, head_dim: of the attention.
-        layers: attention calls of a forward.
-        dense_layers: those of them that stay dense.
-        steps: denoising steps of a run; None where not given.
-        dense_steps: those of them that stay dense; 0 where `steps` is not given.
         density: share of the token pairs that attend, exact; text included.
         extra_keys: keys that every video token sees besides, as CLEAR's pooled ones. They are in
             the FLOPs and speed-ups, but not in `density` and the blocks.
@@ -63,18 +47,9 @@ class Plan:
         nearest_block_sparse: for GNA, the nearest setting for which that is so: the method itself
             if it is; None for other methods, and where the grid has whole tiles for none but dense
             attention.
-        linear_flops: FLOPs of a forward outside self-attention; None where they are not known.
     """
 
-    model: str | None
     method: StaticMaskMethod
-    grid: TokenGrid
-    heads: int
-    head_dim: int
-    layers: int
-    dense_layers: int
-    steps: int | None
-    dense_steps: int
     density: float
     extra_keys: int
     block_size: int
@@ -87,12 +62,6 @@ class Plan:
     layout_bytes: int
     is_block_sparse: bool
     nearest_block_sparse: GNAAttn | None
-    linear_flops: int | None
-
-    @property
-    def tokens(self) -> int:
-        """Length of the sequence, text included."""
-        return self.grid.tokens
 
     @property
     def visited_blocks(self) -> int:
@@ -102,11 +71,6 @@ class Plan:
     def block_density(self) -> float:
         """Share of the blocks that are visited: the work done relative to dense attention."""
         return self.visited_blocks / self.blocks
-
-    @property
-    def dense_flops(self) -> int:
-        """FLOPs of one layer's dense attention."""
-        return 4 * self.tokens**2 * self.heads * self.head_dim
 
     @property
     def extra_share(self) -> float:
@@ -119,23 +83,10 @@ class Plan:
         return self.dense_flops * (self.block_density + self.extra_share)
 
     @property
-    def dense_forward_flops(self) -> int:
-        """FLOPs of the dense attention of all layers."""
-        return self.dense_flops * self.layers
-
-    @property
     def sparse_forward_flops(self) -> float:
         """FLOPs of the attention of all layers in a sparse step, those that stay dense included."""
         sparse_layers = self.layers - self.dense_layers
         return self.dense_flops * self.dense_layers + self.sparse_flops * sparse_layers
-
-    @property
-    def run_density(self) -> float:
-        """Attention FLOPs of a run, dense layers and steps included, relative to a dense run."""
-        forward = self.sparse_forward_flops / self.dense_forward_flops
-        if self.steps is None:
-            return forward
-        return (self.dense_steps + (self.steps - self.dense_steps) * forward) / self.steps
 
     @property
     def flop_speedup(self) -> float:
@@ -147,36 +98,15 @@ class Plan:
         """Bound of the speed-up of one sparse attention, by the blocks visited."""
         return self.dense_flops / self.sparse_flops
 
-    @property
-    def attention_share(self) -> float | None:
-        """Attention's share of the time of a dense forward, at the rates of an H200."""
-        if self.linear_flops is None:
-            return None
-        attention = self.dense_forward_flops / _ATTENTION_RATE
-        return attention / (attention + self.linear_flops / _LINEAR_RATE)
-
-    @property
-    def model_speedup(self) -> float | None:
-        """Bound of the speed-up of the whole denoiser over a run, by Amdahl's law.
-
-        Dense layers are counted, and dense steps where `steps` is given.
-        """
-        share = self.attention_share
-        return None if share is None else 1 / (1 - share * (1 - self.run_density))
-
     def to_dict(self) -> dict[str, Any]:
         """All figures, ready for JSON."""
         best = self.nearest_block_sparse
         stored = {name: getattr(self, name) for name in _STORED}
         derived = {name: getattr(self, name) for name in _DERIVED}
-        grid = {
-            name: getattr(self.grid, name)
-            for name in ("frames", "height", "width", "text_before", "text_after")
-        }
         return {
             "model": self.model,
             "method": self.method.to_dict(),
-            "grid": grid,
+            "grid": self.grid_sizes,
             **stored,
             "nearest_block_sparse": None if best is None else best.to_dict(),
             **derived,
@@ -207,8 +137,10 @@ def plan(
     head_dim: int | None = None,
     layers: int | None = None,
     steps: int | None = None,
-) -> Plan:
+) -> Plan | Estimate:
     """Work out what `method` costs, without weights, network or accelerator.
+
+    For a method that is a mask it is a `Plan` of its blocks, for others an `Estimate`.
 
     Args:
         target: a token grid, the repository id of a published model, or a pipeline's folder.
@@ -221,8 +153,7 @@ def plan(
 
     Raises:
         ValueError: if the model is not known, cannot make the size, or is described by a grid and
-            by sizes at once; if the method does not fit the grid, its token pairs depend on more
-            than the grid, or it does more than attend under its mask.
+            by sizes at once; if the method does not fit the grid, or does not know its cost.
     """
     attention = {"heads": heads, "head_dim": head_dim, "layers": layers}
     size = {"height": height, "width": width, "num_frames": num_frames, "text": text}
@@ -276,14 +207,11 @@ def _refuse(given: dict[str, int | None], why: str) -> None:
         raise ValueError(f"{', '.join(names)} cannot be given here: {why}")
 
 
-def _plan(grid: TokenGrid, method: Method, shape: ModelShape, model: str | None) -> Plan:
+def _plan(grid: TokenGrid, method: Method, shape: ModelShape, model: str | None) -> Plan | Estimate:
     check_tokens(grid)
     fitted = method.for_model(shape.variant, _video(grid))
     if not isinstance(fitted, StaticMaskMethod):
-        raise ValueError(
-            f"{method.type} has no mask that the grid alone decides: its token pairs depend on what"
-            f" the tokens hold, and cannot be planned"
-        )
+        return _estimate(grid, fitted, shape, model)
     extra_keys = fitted.extra_keys(grid)
     if extra_keys is None:
         raise ValueError(
@@ -296,22 +224,12 @@ def _plan(grid: TokenGrid, method: Method, shape: ModelShape, model: str | None)
     best = None
     if isinstance(fitted, GNAAttn):
         best = _nearest_block_sparse(fitted, grid) if masked else fitted
-    steps = shape.steps
-    dense_steps = 0 if steps is None else _dense_steps(fitted, steps)
-    dense_layers = sum(block < (fitted.dense_layers or 0) for block in shape.block_of_site)
     has_text = _has_text(layout.block_q, grid)
     visited = (layout.full_count + layout.partial_count)[0, 0]
     video_rows = visited if bool(has_text.all()) else visited[~has_text]
     return Plan(
-        model=model,
         method=fitted,
-        grid=grid,
-        heads=shape.heads,
-        head_dim=shape.head_dim,
-        layers=len(shape.block_of_site),
-        dense_layers=dense_layers,
-        steps=steps,
-        dense_steps=dense_steps,
+        **_of_any_method(grid, fitted, shape, model),
         density=allowed_pairs(layout) / grid.tokens**2,
         extra_keys=extra_keys,
         block_size=layout.block_q,
@@ -324,8 +242,45 @@ def _plan(grid: TokenGrid, method: Method, shape: ModelShape, model: str | None)
         layout_bytes=layout.nbytes,
         is_block_sparse=not masked,
         nearest_block_sparse=best,
-        linear_flops=shape.linear_flops(grid.tokens),
     )
+
+
+def _of_any_method(
+    grid: TokenGrid, method: Method, shape: ModelShape, model: str | None
+) -> dict[str, Any]:
+    """What costs have in common, but for the method."""
+    steps = shape.steps
+    return {
+        "model": model,
+        "grid": grid,
+        "heads": shape.heads,
+        "head_dim": shape.head_dim,
+        "layers": len(shape.block_of_site),
+        "dense_layers": sum(block < (method.dense_layers or 0) for block in shape.block_of_site),
+        "steps": steps,
+        "dense_steps": 0 if steps is None else _dense_steps(method, steps),
+        "linear_flops": shape.linear_flops(grid.tokens),
+    }
+
+
+def _estimate(grid: TokenGrid, method: Method, shape: ModelShape, model: str | None) -> Estimate:
+    sparse = [block for block in shape.block_of_site if block >= (method.dense_layers or 0)]
+    # Layers that do the same cost the same.
+    by_kind = {
+        method.layer_kind(block): method.work(grid, block, shape.heads * shape.head_dim)
+        for block in sparse
+    }
+    work = []
+    for block in sparse:
+        known = by_kind[method.layer_kind(block)]
+        if known is None:
+            raise ValueError(
+                f"{method.type} has no mask that the grid alone decides: its token pairs depend on"
+                f" what the tokens hold, and cannot be planned"
+            )
+        work.append(known)
+    common = _of_any_method(grid, method, shape, model)
+    return Estimate(method=method, **common, work=tuple(work))
 
 
 def _video(grid: TokenGrid) -> TokenGrid:

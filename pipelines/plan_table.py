@@ -14,6 +14,7 @@ from .request import BUNDLED_MODEL, option
 
 if TYPE_CHECKING:
     from diffattn import Plan
+    from diffattn.costs import Estimate
 
 _FROM_MODEL = ("height", "width", "num_frames", "steps")
 
@@ -40,7 +41,7 @@ def plan_lines(options: PlanOptions, as_json: bool) -> Iterator[str]:
         yield from _table(result)
 
 
-def make_plan(options: PlanOptions) -> "Plan":
+def make_plan(options: PlanOptions) -> "Plan | Estimate":
     """Return the plan of the options; bad ones are refused in the library's own words."""
     import diffattn
 
@@ -79,7 +80,7 @@ def _fill(numbers: dict[str, int | None], model: str, folder: Path) -> None:
             numbers[name] = defaults.get(name)
 
 
-def _table(plan: "Plan") -> Iterator[str]:
+def _table(plan: "Plan | Estimate") -> Iterator[str]:
     from rich.console import Console
     from rich.table import Table
 
@@ -92,7 +93,8 @@ def _table(plan: "Plan") -> Iterator[str]:
     yield from (line.rstrip() for line in capture.get().splitlines())
 
 
-def _rows(plan: "Plan") -> Iterator[tuple[str, str]]:
+def _rows(plan: "Plan | Estimate") -> Iterator[tuple[str, str]]:
+    from diffattn import Plan
     from diffattn.draw import method_words
 
     yield "method", method_words(plan.method)
@@ -100,23 +102,7 @@ def _rows(plan: "Plan") -> Iterator[tuple[str, str]]:
         yield "model", plan.model
     yield "grid", f"{plan.grid}, {plan.tokens:,} tokens"
     yield "attention", f"{plan.layers} x {plan.heads} heads of {plan.head_dim}"
-    yield "token density", f"{plan.density:.2%}"
-    if plan.extra_keys:
-        yield (
-            "pooled keys",
-            f"{plan.extra_keys:,} besides, for every token of the video: as many pairs as"
-            f" {plan.extra_share:.2%}",
-        )
-    tiles = "" if plan.tile is None else f" ({'x'.join(map(str, plan.tile))} tiles)"
-    yield "blocks", f"{plan.blocks:,} of {plan.block_size} tokens{tiles}"
-    yield (
-        "visited blocks",
-        f"{plan.visited_blocks:,} ({plan.block_density:.2%}):"
-        f" {plan.full_blocks:,} full, {plan.partial_blocks:,} partial",
-    )
-    yield "worst query block", f"visits {plan.worst_blocks:,} of {plan.columns:,} key blocks"
-    yield "layout", f"{plan.layout_bytes / 2**10:,.0f} KiB"
-    yield "block-sparse", _block_sparse(plan)
+    yield from _block_rows(plan) if isinstance(plan, Plan) else _estimated_rows(plan)
     yield (
         "FLOPs of a layer",
         f"{_flops(plan.dense_flops)} dense, {_flops(plan.sparse_flops)} sparse",
@@ -134,11 +120,45 @@ def _rows(plan: "Plan") -> Iterator[tuple[str, str]]:
     if plan.steps is not None:
         yield "dense steps", f"{plan.dense_steps} of {plan.steps}"
         yield "attention of a run", f"{plan.run_density:.1%} of dense"
+    by_tokens = f" ({plan.flop_speedup:.2f}x by tokens)" if isinstance(plan, Plan) else ""
     yield (
         "speed-up at most",
-        f"{plan.attention_speedup:.2f}x of a sparse attention ({plan.flop_speedup:.2f}x by tokens)"
+        f"{plan.attention_speedup:.2f}x of a sparse attention{by_tokens}"
         + ("" if plan.model_speedup is None else f", {plan.model_speedup:.2f}x of the whole model"),
     )
+
+
+def _estimated_rows(plan: "Estimate") -> Iterator[tuple[str, str]]:
+    """What there is to say of a method that is no mask."""
+    if plan.density is not None:
+        kind = "exact" if plan.is_exact else "an estimate: what attends depends on the data"
+        yield "token density", f"{plan.density:.2%} on average over the layers, {kind}"
+    if plan.selection_flops:
+        yield (
+            "selection",
+            f"{_flops(plan.selection_flops)} of a layer's FLOPs decide what attends",
+        )
+
+
+def _block_rows(plan: "Plan") -> Iterator[tuple[str, str]]:
+    """What there is to say of a mask and the blocks that it visits."""
+    yield "token density", f"{plan.density:.2%}"
+    if plan.extra_keys:
+        yield (
+            "pooled keys",
+            f"{plan.extra_keys:,} besides, for every token of the video: as many pairs as"
+            f" {plan.extra_share:.2%}",
+        )
+    tiles = "" if plan.tile is None else f" ({'x'.join(map(str, plan.tile))} tiles)"
+    yield "blocks", f"{plan.blocks:,} of {plan.block_size} tokens{tiles}"
+    yield (
+        "visited blocks",
+        f"{plan.visited_blocks:,} ({plan.block_density:.2%}):"
+        f" {plan.full_blocks:,} full, {plan.partial_blocks:,} partial",
+    )
+    yield "worst query block", f"visits {plan.worst_blocks:,} of {plan.columns:,} key blocks"
+    yield "layout", f"{plan.layout_bytes / 2**10:,.0f} KiB"
+    yield "block-sparse", _block_sparse(plan)
 
 
 def _block_sparse(plan: "Plan") -> str:

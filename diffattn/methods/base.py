@@ -85,6 +85,24 @@ class Adaptation(Protocol):
     def undo(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class Work:
+    """What one sparse attention call costs, of a method that is no mask.
+
+    Attributes:
+        flops: all of them; a multiplication and an addition are two.
+        density: share of the token pairs that attend, text included; None if that is not what the
+            method does.
+        selection_flops: those of `flops` that decide what attends.
+        is_exact: whether the data change nothing of it.
+    """
+
+    flops: float
+    density: float | None = None
+    selection_flops: float = 0
+    is_exact: bool = True
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """An attention method with its parameters.
@@ -197,6 +215,16 @@ class Method(ABC):
         """Is what a head attends to no matter of the other heads?"""
         return True
 
+    def work(self, grid: TokenGrid, layer: int, channels: int) -> Work | None:
+        """What a sparse call costs, of a method that is no mask; None if it cannot tell.
+
+        Args:
+            grid: the tokens of the call, text included.
+            layer: index of the block.
+            channels: of all heads together.
+        """
+        return None
+
     def layer_kind(self, layer: int) -> int:
         """Which of the things that layers do by turns this one does; 0 if all do the same."""
         return 0
@@ -207,7 +235,7 @@ class Method(ABC):
         return {"type": self.type} | parameters
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is derived is worked out again where they are needed: a copy or a pickle carries the parameters only.
+        # What is derived is worked out again: a copy or a pickle carries the parameters only.
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     def __setstate__(self, parameters: dict[str, Any]) -> None:

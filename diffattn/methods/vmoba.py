@@ -14,7 +14,7 @@ import torch
 
 from diffattn.chunks import Sides, recommended_chunk
 from diffattn.grid import TokenGrid
-from diffattn.methods.base import Method, Site, check_choice, check_count
+from diffattn.methods.base import Method, Site, Work, check_choice, check_count
 from diffattn.partition import Chunk, Partition
 from diffattn.selected import selected_attention
 from diffattn.selection import SCOPES, Rule, select_blocks
@@ -350,6 +350,20 @@ class VMoBAAttn(Method):
             assert rule.tau is not None
             share = max(_share_by_threshold(rule.tau, self._pool(rule, grid, blocks)), 1 / blocks)
         return 1 - (1 - share) * (grid.video_tokens / grid.tokens) ** 2
+
+    def work(self, grid: TokenGrid, layer: int, channels: int) -> Work:
+        rule = self.rule(grid, layer)
+        density = self.expected_density(grid, layer)
+        lengths = self._known_partition(grid, layer).lengths()
+        is_dense = rule.tau == 1 or (rule.topk is not None and rule.topk >= len(lengths))
+        queries = -(-grid.video_tokens // rule.tile)
+        selection = 0 if is_dense else 2 * queries * len(lengths) * channels
+        return Work(
+            flops=4 * density * grid.tokens**2 * channels + selection,
+            density=density,
+            selection_flops=selection,
+            is_exact=is_dense or (rule.topk is not None and len(set(lengths)) == 1),
+        )
 
     def _pool(self, rule: Rule, grid: TokenGrid, blocks: int) -> int:
         """Pairs of query and block that are ranked together, of one head."""

@@ -120,6 +120,25 @@ class TestPlan:
         out = diffattn("plan", "--grid", "4x16x16", "--arg", "rule=paper").out
         assert re.search(r"^block-sparse +no$", out, re.MULTILINE)
 
+    def test_a_method_that_selects_by_content(self, diffattn):
+        options = ["--grid", "4x8x8", "--method", "vmoba"]
+        out = diffattn("plan", *options).out
+        assert re.search(
+            r"^token density +\d+\.\d\d% on average over the layers, exact$", out, re.M
+        )
+        assert re.search(
+            r"^selection +\S+ \w*FLOP of a layer's FLOPs decide what attends$", out, re.M
+        )
+        assert "speed-up at most" in out
+        assert "visited blocks" not in out
+        out = diffattn("plan", *options, "--arg", "preset=training").out
+        assert (
+            "% on average over the layers, an estimate: what attends depends on the data\n" in out
+        )
+        read = json.loads(diffattn("plan", *options, "--json").out)
+        assert read["is_exact"]
+        assert from_dict(read["method"]).topk == tuple(read["method"]["topk"])
+
     def test_json(self, diffattn):
         result = diffattn("plan", *GNA, "--grid", "3x7x9", "--json")
         read = json.loads(result.out)
