@@ -1,4 +1,4 @@
-"""Boxes: the pieces of frames x rows x columns that the blocks of a token sequence consist of."""
+"""Boxes: which frames, rows and columns the blocks of a token sequence lie in."""
 
 from __future__ import annotations
 
@@ -27,6 +27,22 @@ class Boxes:
     end: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Outlines:
+    """How the video tokens of each block of a sequence lie, and where.
+
+    Attributes:
+        shape: int64 `(blocks,)`: blocks of equal number hold the same tokens but for a shift in
+            time and space, and text in the same places.
+        first, end: int64 `(blocks, 3)`: the first frame, row and column of any of them, and those
+            past the last; of a block of text alone, those of some token.
+    """
+
+    shape: torch.Tensor
+    first: torch.Tensor
+    end: torch.Tensor
+
+
 def boxes_of(
     grid: TokenGrid, block_size: int, device: torch.device, order: TileOrder | None = None
 ) -> Boxes:
@@ -37,9 +53,7 @@ def boxes_of(
         block_size: tokens per block.
         order: what the tokens are in when they are cut into blocks; None is the grid's own order.
     """
-    position = torch.arange(grid.tokens, device=device)
-    if order is not None:
-        position = order.positions(device)
+    position = _positions(grid, device, order)
     index = (~grid.is_text(position)).nonzero().flatten()
     block = index // block_size
     frame, row, column = grid.coordinates(position[index])
@@ -49,6 +63,30 @@ def boxes_of(
     for axis in (3, 2, 1):
         low, high = _joined(low, high, axis)
     return Boxes(low[:, 0], low[:, 1:], high[:, 1:])
+
+
+def outlines_of(
+    grid: TokenGrid, block_size: int, device: torch.device, order: TileOrder | None = None
+) -> Outlines:
+    """Tell the blocks of a sequence apart by their outlines; arguments as for `boxes_of`."""
+    position = _positions(grid, device, order)
+    place = torch.stack(grid.coordinates(position), 1)
+    is_text = grid.is_text(position)
+    padding = (0, -grid.tokens % block_size)
+    is_text = torch.nn.functional.pad(is_text, padding, value=True).view(-1, block_size, 1)
+    place = torch.nn.functional.pad(place, (0, 0, *padding)).view(-1, block_size, 3)
+    sizes = place.new_tensor([grid.frames, grid.height, grid.width])
+    first = place.where(~is_text, sizes).amin(1)
+    last = place.where(~is_text, -1).amax(1)
+    inside = (place - first[:, None]).where(~is_text, -1)
+    numbered = (inside[..., 0] * sizes[1] + inside[..., 1]) * sizes[2] + inside[..., 2]
+    _, shape = numbered.unique(dim=0, return_inverse=True)
+    nowhere = is_text.all(1)
+    return Outlines(shape, first.where(~nowhere, 0), (last + 1).where(~nowhere, 1))
+
+
+def _positions(grid: TokenGrid, device: torch.device, order: TileOrder | None) -> torch.Tensor:
+    return torch.arange(grid.tokens, device=device) if order is None else order.positions(device)
 
 
 def _joined(low: torch.Tensor, high: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:

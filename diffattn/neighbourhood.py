@@ -14,11 +14,13 @@ from dataclasses import dataclass
 import torch
 
 from diffattn.blocks import EMPTY, FULL, PARTIAL
-from diffattn.boxes import boxes_of
-from diffattn.mask import AttentionMask
+from diffattn.boxes import boxes_of, outlines_of
+from diffattn.grid import TokenGrid
+from diffattn.mask import BLOCK, AttentionMask
 from diffattn.orders import TileOrder
 
 _ENTRIES_PER_CHUNK = 1 << 20  # of a table that is summed up query by query
+_SMALLEST_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -233,46 +235,24 @@ class NeighbourhoodMask(AttentionMask):
     ) -> torch.Tensor:
         # A block's mask follows from where its tokens are relative to each other, the same of its
         # keys, and the mask of each axis between the ranges that the tokens lie in.
-        shape_q, hull_q = self._outlines(block_q, row.device, order)
-        shape_kv, hull_kv = self._outlines(block_kv, row.device, order)
-        kinds = [shape_q[row], shape_kv[column]]
+        query, key = (outlines_of(self.grid, n, row.device, order) for n in (block_q, block_kv))
+        kinds = [query.shape[row], key.shape[column]]
         for i, axis in enumerate(self.axes):
-            ranges_q, which_q = _ranges(*hull_q[:, :, i].unbind(1))
-            ranges_kv, which_kv = _ranges(*hull_kv[:, :, i].unbind(1))
+            ranges_q, which_q = _ranges(query.first[:, i], query.end[:, i])
+            ranges_kv, which_kv = _ranges(key.first[:, i], key.end[:, i])
             pair = which_q[row] * len(ranges_kv) + which_kv[column]
             pair, which = pair.unique(return_inverse=True)
-            query, key = ranges_q[pair // len(ranges_kv)], ranges_kv[pair % len(ranges_kv)]
-            kinds.append(axis.kinds(query, key)[which] if len(pair) else which)
+            ranges = ranges_q[pair // len(ranges_kv)], ranges_kv[pair % len(ranges_kv)]
+            kinds.append(axis.kinds(*ranges)[which] if len(pair) else which)
         return _numbered(kinds)
 
-    def _outlines(
-        self, block: int, device: torch.device, order: TileOrder | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """How the tokens of each block lie to each other, and the box they lie in.
 
-        Returns:
-            int64 `(blocks,)`: blocks of equal number have their tokens in the same places, counted
-            from the first frame, row and column of any of them; and `(blocks, 2, 3)`, these firsts
-            and those past the last.
-        """
-        position = torch.arange(self.grid.tokens, device=device)
-        if order is not None:
-            position = order.positions(device)
-        place = torch.stack(self.grid.coordinates(position), 1)
-        is_text = self.grid.is_text(position)
-        padding = (0, -self.grid.tokens % block)
-        is_text = torch.nn.functional.pad(is_text, padding, value=True).view(-1, block, 1)
-        place = torch.nn.functional.pad(place, (0, 0, *padding)).view(-1, block, 3)
-        sizes = place.new_tensor([axis.size for axis in self.axes])
-        first = place.where(~is_text, sizes).amin(1)
-        last = place.where(~is_text, -1).amax(1)
-        inside = (place - first[:, None]).where(~is_text, -1)
-        numbered = (inside[..., 0] * sizes[1] + inside[..., 1]) * sizes[2] + inside[..., 2]
-        _, shape = numbered.unique(dim=0, return_inverse=True)
-        # A block of text alone lies nowhere; any range will do, its tokens are told to be text.
-        nowhere = is_text.all(1)
-        first, end = first.where(~nowhere, 0), (last + 1).where(~nowhere, 1)
-        return shape, torch.stack([first, end], 1)
+def block_size_for(grid: TokenGrid) -> int:
+    """128, or less on small grids: at least as many blocks as a block has tokens."""
+    size = BLOCK
+    while size > _SMALLEST_BLOCK and size * size > grid.video_tokens:
+        size //= 2
+    return size
 
 
 def _ranges(first: torch.Tensor, end: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from diffattn.blocks import EMPTY, FULL
-from diffattn.bounds import bounds_of, furthest, nearest, shapes_of
+from diffattn.boxes import Boxes, boxes_of, outlines_of
 from diffattn.fragments import any_in_block
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask
-from diffattn.orders import TileOrder
+from diffattn.orders import TileOrder, tiles_that_fit
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,15 +84,14 @@ class DiskMask(AttentionMask):
         order: TileOrder | None = None,
     ) -> torch.Tensor:
         states = super().block_states(block_q, block_kv, device, order)
-        query, key = (bounds_of(self.grid, size, device, order) for size in (block_q, block_kv))
+        query, key = (boxes_of(self.grid, size, device, order) for size in (block_q, block_kv))
         limits = self.limits.to(device)
-        close = nearest(query, key, 1).square_().add_(nearest(query, key, 2).square_())
-        seen = close < limits[nearest(query, key, 0)]
-        far = furthest(query, key, 1).square_().add_(furthest(query, key, 2).square_())
-        unseen = far >= limits[furthest(query, key, 0)]
+        near, far = zip(*(_gaps(query, key, axis) for axis in range(3)), strict=True)
+        seen = near[1].square().add_(near[2].square()) < limits[near[0]]
+        unseen = far[1].square().add_(far[2].square()) >= limits[far[0]]
         if self.first_frame:
-            seen |= (query.low[:, None, 0] == 0) | (key.low[None, :, 0] == 0)
-            unseen &= (query.high[:, None, 0] > 0) & (key.high[None, :, 0] > 0)
+            seen |= (query.first[:, None, 0] == 0) | (key.first[None, :, 0] == 0)
+            unseen &= (query.end[:, None, 0] > 1) & (key.end[None, :, 0] > 1)
         some = any_in_block(seen, query, key, *states.shape)
         missing = any_in_block(unseen, query, key, *states.shape)
         # Text keeps its places in every order.
@@ -114,14 +113,14 @@ class DiskMask(AttentionMask):
         # Only how far a block is shifted counts, and which of its tokens are in the first frame;
         # and only the latter where it is shifted out of reach.
         grid = self.grid
-        (query, query_end, query_shape), (key, key_end, key_shape) = (
-            shapes_of(grid, size, row.device, order) for size in (block_q, block_kv)
+        outlines = [outlines_of(grid, size, row.device, order) for size in (block_q, block_kv)]
+        (query, query_end), (key, key_end) = (
+            (x.first[index], x.end[index]) for x, index in zip(outlines, (row, column), strict=True)
         )
-        query, query_end, key, key_end = query[row], query_end[row], key[column], key_end[column]
-        gap = torch.maximum(query - key_end, key - query_end).clamp(min=0)
+        gap = torch.maximum(query - key_end, key - query_end).add(1).clamp(min=0)
         close = gap[:, 1].square() + gap[:, 2].square()
         near = close < self.limits.to(row.device)[gap[:, 0]]
-        out = query_shape[row] * (len(key_shape) + 1) + key_shape[column]
+        out = outlines[0].shape[row] * (len(outlines[1].shape) + 1) + outlines[1].shape[column]
         sizes = (grid.frames, grid.height, grid.width)
         for apart, size in zip((query - key).unbind(1), sizes, strict=True):
             out = out * (2 * size) + (apart + size).where(near, 0)
@@ -163,14 +162,6 @@ def best_tile(grid: TokenGrid, limits: torch.Tensor, block_size: int) -> tuple[i
         limits: as for `DiskMask`.
     """
     sizes = (grid.frames, grid.height, grid.width)
-    divisors = [n for n in range(1, block_size + 1) if block_size % n == 0]
-    tiles = [
-        (frames, rows, block_size // frames // rows)
-        for frames in divisors
-        for rows in divisors
-        if block_size // frames % rows == 0
-    ]
-    fitting = [t for t in tiles if all(side <= n for side, n in zip(t, sizes, strict=True))]
 
     def visited(tile: tuple[int, int, int]) -> int:
         (frames, f), (rows, r), (columns, c) = map(_pairs_by_gap, sizes, tile)
@@ -178,8 +169,21 @@ def best_tile(grid: TokenGrid, limits: torch.Tensor, block_size: int) -> tuple[i
         near = apart < limits[frames][:, None, None]
         return int(torch.einsum("frc,f,r,c->", near.double(), f, r, c))
 
-    # A grid smaller than a block is one block, however it is tiled.
-    return min(fitting or tiles, key=visited)
+    return min(tiles_that_fit(grid, block_size), key=visited)
+
+
+def _gaps(query: Boxes, key: Boxes, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int32 `(query boxes, key boxes)`, along an axis.
+
+    Returns:
+        How far apart their closest tokens are, and how far apart tokens of theirs can be.
+    """
+    (first_q, end_q), (first_kv, end_kv) = (
+        (x.first[:, axis].to(torch.int32), x.end[:, axis].to(torch.int32)) for x in (query, key)
+    )
+    before, after = first_q[:, None] - end_kv + 1, first_kv - end_q[:, None] + 1
+    far = torch.maximum(end_q[:, None] - first_kv, end_kv - first_q[:, None]) - 1
+    return torch.maximum(before, after).clamp_(min=0), far
 
 
 def _pairs_by_gap(size: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from diffattn.grid import TokenGrid
-from diffattn.mask import BLOCK, AttentionMask
+from diffattn.mask import AttentionMask
 from diffattn.methods.base import StaticMaskMethod, check_count
-from diffattn.neighbourhood import AxisWindow, NeighbourhoodMask
+from diffattn.neighbourhood import AxisWindow, NeighbourhoodMask, block_size_for
 from diffattn.orders import TileOrder
 
 # Rows and columns of tokens at the resolution that a model was trained on. Wan 2.1 is the 1.3B of
@@ -32,7 +32,6 @@ _NATIVE = {
     "sd3": (64, 64),
 }
 _ANY_FAMILY = (30, 52)
-_SMALLEST_BLOCK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,11 +138,7 @@ class FreeSwimAttn(StaticMaskMethod):
         return own * math.sqrt(math.log(2 * tokens) / math.log(tokens))
 
     def block_size_on(self, grid: TokenGrid) -> int:
-        """128, or less on small grids: at least as many blocks as a block has tokens."""
-        size = BLOCK
-        while size > _SMALLEST_BLOCK and size * size > grid.video_tokens:
-            size //= 2
-        return size
+        return block_size_for(grid)
 
     def order_on(self, grid: TokenGrid) -> TileOrder | None:
         """Patches of the picture through all frames, of about a block each.

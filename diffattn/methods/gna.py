@@ -14,16 +14,15 @@ from typing import Any, ClassVar, Self, TypeAlias
 import torch
 
 from diffattn.grid import TokenGrid
-from diffattn.mask import BLOCK, AttentionMask
+from diffattn.mask import AttentionMask
 from diffattn.methods.base import StaticMaskMethod
-from diffattn.neighbourhood import AxisWindow, NeighbourhoodMask
+from diffattn.neighbourhood import AxisWindow, NeighbourhoodMask, block_size_for
 from diffattn.orders import TileOrder, tiles_that_fit
 
 Size: TypeAlias = int | float | str  # of a window along an axis
 Tile: TypeAlias = tuple[int, int, int]
 
 _AXES = ("frames", "height", "width")
-_SMALLEST_BLOCK = 16
 # What a pair of tokens in a block that is partly masked costs, beyond one in a block that is not.
 _COST_OF_MASKING = 0.5
 
@@ -177,11 +176,7 @@ class GNAAttn(StaticMaskMethod):
         return AxisWindow(size, window, stride, dilation, _along(self.is_causal, axis))
 
     def block_size_on(self, grid: TokenGrid) -> int:
-        """128, or less on small grids: at least as many blocks as a block has tokens."""
-        size = BLOCK
-        while size > _SMALLEST_BLOCK and size * size > grid.video_tokens:
-            size //= 2
-        return size
+        return block_size_for(grid)
 
     def order_on(self, grid: TokenGrid) -> TileOrder | None:
         """The tiles in which attention costs least, by the blocks visited and those full.
