@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -20,6 +20,9 @@ _GIF = ".gif"
 # A frame that is to be shown at the very moment when another ends is that other's successor,
 # however the two times were rounded.
 _INSTANT = 1e-6
+
+# Seconds between frames where a file does not say.
+_USUAL = 1 / 25
 
 
 class ClipError(ValueError):
@@ -92,13 +95,39 @@ def _frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
 
 
 def _video_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
-    import imageio.v2 as imageio
+    capture = _opened(path)
+    try:
+        if not capture.isOpened():
+            raise ValueError("it is not a video that OpenCV can decode")
+        rate = capture.get(cv2.CAP_PROP_FPS)
+        lasts = 1 / rate if rate > 0 else _USUAL
+        frame, start = None, 0.0
+        while True:
+            found, following = capture.read()
+            # Phones and screen recorders take frames at uneven times.
+            now = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 if found else start + lasts
+            if frame is not None:
+                # Some files have no times at all.
+                now = now if now > start else start + lasts
+                lasts = now - start
+                yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), now
+            if not found:
+                return
+            frame, start = following, now
+    finally:
+        capture.release()
 
-    reader: Any = imageio.get_reader(path, format="FFMPEG")
-    with reader:
-        rate = reader.get_meta_data()["fps"]
-        for index, frame in enumerate(reader):
-            yield np.asarray(frame), (index + 1) / rate
+
+def _opened(path: Path) -> cv2.VideoCapture:
+    """OpenCV and the ffmpeg inside it, without what they write to stderr about bad files."""
+    # Looked at when the first file is opened.
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    level = cv2.utils.logging.getLogLevel()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        return cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    finally:
+        cv2.utils.logging.setLogLevel(level)
 
 
 def _gif_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
@@ -133,9 +162,7 @@ def _fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _reason(error: Exception) -> str:
-    # ffmpeg says at the end, after all that it was built with.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _too_short(path: Path, found: int, end: float, wanted: int, fps: float | None) -> str:

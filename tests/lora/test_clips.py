@@ -1,9 +1,11 @@
 """Clips and pictures as the trainer sees them."""
 
 import math
+import subprocess
 from pathlib import Path
 
 import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,24 @@ class TestFrames:
         # Frame i is shown from i / source to (i + 1) / source.
         expected = [math.floor(round(k * source / fps, 9)) for k in range(count)]
         assert shown(clip) == expected
+
+    def test_a_video_with_frames_at_uneven_times_gives_those_shown(self, tmp_path):
+        # Ten frames of 0.12 s, then five of 0.24 s, as a phone may take them.
+        for index, frame in enumerate(grey_frames(15)):
+            Image.fromarray(frame).save(tmp_path / f"{index:02d}.png")
+        lasts = [0.12] * 10 + [0.24] * 5
+        lines = [f"file '{i:02d}.png'\nduration {seconds}" for i, seconds in enumerate(lasts)]
+        (tmp_path / "list.txt").write_text("\n".join(lines))
+        path = tmp_path / "a.mp4"
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-f", "concat", "-i", tmp_path / "list.txt"]
+        subprocess.run(
+            [*command, "-fps_mode", "vfr", "-c:v", "libx264", "-pix_fmt", "yuv420p", path],
+            check=True,
+            capture_output=True,
+        )
+        assert shown(read_clip(path, 16, 16, 15)) == list(range(15))
+        # At 0.22 s and so on; 1.1 s is before frame 10, which comes at 1.2 s.
+        assert shown(read_clip(path, 16, 16, 9, 1 / 0.22)) == [0, 1, 3, 5, 7, 9, 10, 11, 12]
 
     def test_without_a_rate_a_video_gives_every_frame(self, tmp_path):
         path = write_mp4(tmp_path / "a.mp4", grey_frames(11), 8)
@@ -119,13 +139,14 @@ class TestSize:
 class TestUnusable:
     @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.png", "a.webm"])
     @pytest.mark.parametrize("content", [b"", b"this is no clip"])
-    def test_files_that_are_none(self, tmp_path, name, content):
+    def test_files_that_are_none(self, tmp_path, capfd, name, content):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ClipError, match=r"^cannot read it: .+") as caught:
             read_clip(tmp_path / name, 16, 16)
-        # ffmpeg says much more than why.
+        # Decoders say much more than why.
         assert len(str(caught.value)) < 200
         assert "\n" not in str(caught.value)
+        assert capfd.readouterr().err == ""
 
     def test_files_that_were_cut_off(self, tmp_path):
         noise = np.random.default_rng(0).integers(0, 256, (12, 40, 60, 3), dtype=np.uint8)
