@@ -120,13 +120,13 @@ def save_adapter(
     factors = get_peft_model_state_dict(model, dict(weights), adapter_name=_ADAPTER)
     part = "unet" if record.denoiser == "unet" else "transformer"
     arguments: dict[str, Any] = {f"{part}_lora_layers": _compact(factors)}
-    known = inspect.signature(type(pipe).save_lora_weights).parameters  # type: ignore[attr-defined]
+    known = inspect.signature(type(pipe).save_lora_weights).parameters
     if f"{part}_lora_adapter_metadata" in known:
         # diffusers makes a loaded LoRA's layers in training mode, where they would drop inputs.
         metadata = model.peft_config[_ADAPTER].to_dict() | {"lora_dropout": 0.0}
         arguments[f"{part}_lora_adapter_metadata"] = metadata
     folder.mkdir(parents=True, exist_ok=True)
-    pipe.save_lora_weights(folder, weight_name=LORA_FILE, **arguments)  # type: ignore[attr-defined]
+    pipe.save_lora_weights(folder, weight_name=LORA_FILE, **arguments)
     _add_header(folder / LORA_FILE, record)
     own = {
         f"{name}.{key}": weights[f"{name}.{key}"]

@@ -28,7 +28,8 @@ class Clips(Protocol):
         keys: what tells the clips apart, in their order.
     """
 
-    keys: Sequence[str]
+    @property
+    def keys(self) -> Sequence[str]: ...
 
     def __len__(self) -> int: ...
 
@@ -76,12 +77,12 @@ def draw_batch(
         times = recipe.sample_times(scheduler, 1, generator, settings.shift)
         dropped = float(torch.rand((), generator=generator)) < settings.caption_dropout
         drawn.append((latents, noise, times[0], empty if dropped else item["conditions"]))
-    latents, noise, times, conditions = zip(*drawn, strict=True)
+    told = [conditions for *_, conditions in drawn]
     return Batch(
-        torch.stack(latents),
-        torch.stack(noise),
-        torch.stack(times),
-        {name: torch.stack([each[name] for each in conditions]) for name in conditions[0]},
+        torch.stack([latents for latents, *_ in drawn]),
+        torch.stack([noise for _, noise, *_ in drawn]),
+        torch.stack([time for *_, time, _ in drawn]),
+        {name: torch.stack([each[name] for each in told]) for name in told[0]},
     )
 
 

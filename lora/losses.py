@@ -66,9 +66,9 @@ class Student(torch.nn.Module):
         self.model = model
         settings = settings.completed()
         self.weights = {
-            "objective": settings.objective,
-            "prediction": settings.prediction,
-            "attention": settings.attention_output,
+            "objective": settings.objective or 0.0,
+            "prediction": settings.prediction or 0.0,
+            "attention": settings.attention_output or 0.0,
         }
         names = site_names(model, family_of(model))[:: settings.attention_every]
         self._sites = [model.get_submodule(name) for name in names]

@@ -200,7 +200,7 @@ def _run(
 def _complete(job: TrainJob, loaded: LoadedModel) -> TrainJob:
     """Fill in the size, from what the model recommends or its pipeline's call has for a default."""
     parameters = inspect.signature(type(loaded.pipe).__call__).parameters
-    filled: dict[str, int] = {}
+    filled: dict[str, Any] = {}
     for name in ("height", "width", "num_frames"):
         if getattr(job, name) is not None:
             continue
