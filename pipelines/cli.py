@@ -313,7 +313,7 @@ def upscale(
         flow_shift=flow_shift,
         negative_prompt=negative_prompt,
     )
-    make_large(request, settings, output, _say)
+    make_large(request, settings, output, _say, _warn)
 
 
 @app.command()
@@ -382,7 +382,7 @@ def plan(
 
 @app.command()
 def mask(
-    grid: Annotated[str, typer.Option(help=_GRID_HELP)],
+    grid: Annotated[str | None, typer.Option(help=_GRID_HELP)] = None,
     method: _MethodName = "radial",
     arg: _MethodArguments = None,
     output: Annotated[
@@ -395,11 +395,32 @@ def mask(
             metavar="T,Y,X", help="Whose neighbourhood is shown (default: the middle token)."
         ),
     ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="For a method that selects by content: the run to look into, no --grid."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help=f"Of the run (default: the bundled {BUNDLED_MODEL}).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the run (default: 0).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the run (default: the model's).")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Which one to look into, from 1 (default: the middle).")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="From 0 (default: 0).")] = None,
+    head: Annotated[int | None, typer.Option(help="From 0 (default: 0).")] = None,
 ) -> None:
-    """Draw which tokens of a grid attend to which under a method."""
-    from .mask_picture import draw_mask
+    """Draw which tokens attend to which under a method, on a grid or in a run."""
+    from .mask_picture import RunOptions, draw_mask
 
-    for line in draw_mask(method, tuple(arg or ()), grid, query, output):
+    settings = {"model": model, "seed": seed, "steps": steps}
+    call = {"step": step, "layer": layer, "head": head}
+    run = RunOptions(
+        prompt,
+        {name: value for name, value in settings.items() if value is not None},
+        {name: value for name, value in call.items() if value is not None},
+    )
+    for line in draw_mask(method, tuple(arg or ()), grid, query, output, run):
         _say(line)
 
 

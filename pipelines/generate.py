@@ -24,7 +24,7 @@ from .request import Request
 from .sidecar import write_record
 from .sizing import call_arguments, complete, token_grid
 from .video import write_video
-from .vocabulary import unknown_words
+from .vocabulary import warn_of_words
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -104,7 +104,7 @@ def _make_all(
     load_seconds = time.perf_counter() - start
     say(_headline(jobs[0], loaded))
     for request in jobs:
-        _warn_of_words(request, loaded, warn)
+        warn_of_words(loaded.pipe, request.prompt, warn)
     for number, (request, outputs) in enumerate(zip(jobs, planned, strict=True), start=1):
         if len(jobs) > 1:
             say(f"[{number}/{len(jobs)}] {request.prompt}")
@@ -294,12 +294,6 @@ def _headline(request: Request, loaded: LoadedModel) -> str:
         f"{request.num_frames} frames {request.width}x{request.height}, {request.steps} steps"
         f"{guidance}, seed {request.seed}"
     )
-
-
-def _warn_of_words(request: Request, loaded: LoadedModel, warn: Callable[[str], None]) -> None:
-    strange, known = unknown_words(loaded.pipe, request.prompt)
-    if strange:
-        warn(f"the model does not know {', '.join(strange)}; its words are: {' '.join(known)}")
 
 
 def _summary(outputs: Outputs, sparse: Rendering, facts: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from .request import Request
 from .sidecar import versions
 from .sizing import complete
 from .video import write_video
+from .vocabulary import warn_of_words
 
 _FORMAT = 1
 _DEFAULT_STEPS = 50
@@ -44,7 +45,11 @@ class UpscaleSettings:
 
 
 def upscale(
-    request: Request, settings: UpscaleSettings, output: str | None, say: Callable[[str], None]
+    request: Request,
+    settings: UpscaleSettings,
+    output: str | None,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> Path:
     """Make one large video.
 
@@ -53,6 +58,7 @@ def upscale(
         settings: how it is made large.
         output: the file or folder that the user named.
         say: takes lines for the user.
+        warn: takes lines that the user should not miss.
 
     Returns:
         The video written.
@@ -69,6 +75,7 @@ def upscale(
         quiet_libraries()
         loaded = load_model(request)
         full = complete(request, loaded)
+        warn_of_words(loaded.pipe, request.prompt, warn)
         if request.fps is None and fps is not None:
             full = dataclasses.replace(full, fps=fps)
         _make(full, settings, video, loaded, outputs, kept, say)

@@ -1,6 +1,7 @@
 """Words that a model with a small vocabulary has never seen."""
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -8,6 +9,13 @@ if TYPE_CHECKING:
 
 # Tokenizers of real models hold tens of thousands of pieces, or single bytes, and know every word.
 _LARGEST_LIST = 200
+
+
+def warn_of_words(pipe: "DiffusionPipeline", prompt: str, warn: Callable[[str], None]) -> None:
+    """Tell the user of words in the prompt that the model does not know, if there are any."""
+    strange, known = unknown_words(pipe, prompt)
+    if strange:
+        warn(f"the model does not know {', '.join(strange)}; its words are: {' '.join(known)}")
 
 
 def unknown_words(pipe: "DiffusionPipeline", prompt: str) -> tuple[list[str], list[str]]:

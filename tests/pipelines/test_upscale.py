@@ -61,6 +61,15 @@ def test_what_to_avoid_is_the_papers_the_models_or_ones_own(upscale, tmp_path, r
     assert read_defaults(BUNDLED_MODEL, MODEL_DIR)["negative_prompt"] == ""
 
 
+def test_words_that_the_model_does_not_know(diffattn, tiny_wan_few_words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", tiny_wan_few_words, *BASE, "--steps", 2, "-o", "out.png"]
+    result = diffattn("upscale", "a blue circle", *options)
+    assert result.code == 0, result.err
+    warning = "warning: the model does not know blue; its words are: a red circle"
+    assert warning in result.err.splitlines()
+
+
 @pytest.mark.parametrize(("cache_steps", "guided"), [("1", [4, 2]), ("none", [4, 4])])
 def test_guidance_in_every_step(upscale, monkeypatch, record, cache_steps, guided):
     from diffusers import WanTransformer3DModel
