@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("compile_configurations.py")
+GATHER_SCRIPT = Path(__file__).with_name("compile_gather.py")
+LINEAR_SCRIPT = Path(__file__).with_name("compile_linear.py")
 
 
-def compile_for(arch: int, cache: Path, *, code: str | None = None) -> tuple[int, str, str]:
+def compile_for(
+    arch: int, cache: Path, *, script: Path = SCRIPT, code: str | None = None
+) -> tuple[int, str, str]:
     """Exit status and output of the script, in a process that compiles and does not interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
-    command = [sys.executable, str(SCRIPT)] if code is None else [sys.executable, "-c", code]
+    command = [sys.executable, str(script)] if code is None else [sys.executable, "-c", code]
     run = subprocess.run(
         [*command, "--arch", str(arch)],
         env=environment, cwd=SCRIPT.parent, capture_output=True, text=True, check=False,
@@ -24,16 +28,40 @@ def compile_for(arch: int, cache: Path, *, code: str | None = None) -> tuple[int
     return run.returncode, run.stdout, run.stderr
 
 
+def kernels_of(table: str) -> set[str]:
+    """Names of the kernels in what the script printed."""
+    return {line.split(" warps")[0].split()[-1] for line in table.splitlines() if "regs" in line}
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_gather_configuration_compiles_without_spills(arch: int, tmp_path: Path) -> None:
+    status, table, problems = compile_for(arch, tmp_path, script=GATHER_SCRIPT)
+    print(table)
+    assert status == 0, problems
+    assert kernels_of(table) == {
+        "count_kernel", "fill_kernel", "forward_kernel", "delta_kernel", "queries_kernel",
+        "keys_kernel",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_linear_configuration_compiles_without_spills(arch: int, tmp_path: Path) -> None:
+    status, table, problems = compile_for(arch, tmp_path, script=LINEAR_SCRIPT)
+    print(table)
+    assert status == 0, problems
+    expected = {"collect_kernel", "apply_kernel", "pull_back_kernel", "denominator_kernel"}
+    assert kernels_of(table) == expected
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_every_configuration_compiles_without_spills(arch: int, tmp_path: Path) -> None:
     status, table, problems = compile_for(arch, tmp_path)
     print(table)
     assert status == 0, problems
-    kernels = {line.split(" warps")[0].split()[-1] for line in table.splitlines() if "regs" in line}
     expected = {"forward_kernel", "delta_kernel", "queries_kernel", "keys_kernel"}
     if arch == 90:
         expected |= {"tma_kernel", "warp_specialized_kernel"}
-    assert kernels == expected
+    assert kernels_of(table) == expected
 
 
 @pytest.mark.parametrize(
