@@ -21,6 +21,7 @@ from diffattn.schedule import resolve_steps
 
 if TYPE_CHECKING:
     from diffattn.planning import Plan
+    from diffattn.selected import SelectionMask
 
 Image: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]  # (height, width, 3), red, green, blue
 Color: TypeAlias = tuple[int, int, int]
@@ -38,6 +39,7 @@ _SHEET = 640  # pixels that the frames of a neighbourhood may take in height
 _FRAME_GAP = 10
 _FRAME_LABEL = 70  # pixels that `frame 99` takes in width
 _LARGEST_TOKEN = 24  # pixels
+_RAMP = np.linspace(0, 1, 140)[None].repeat(12, 0)  # of a legend
 _PAIRS = 1 << 25  # token pairs looked at for one picture, where one query per pixel is fewer
 _PAIRS_AT_ONCE = 1 << 22
 
@@ -98,6 +100,59 @@ def picture(method: StaticMaskMethod, grid: TokenGrid, query: Place | None = Non
     return _framed(
         _stacked(
             [title, _beside(left, right), _neighbourhood(mask, query, width)],
+            gap=_GAP,
+        )
+    )
+
+
+def selection_picture(mask: SelectionMask, words: list[str], query: Place | None = None) -> Image:
+    """What a head has selected in one call: token pairs, blocks, and one token's neighbourhood.
+
+    Args:
+        mask: the selection.
+        words: lines that say whose it is, the first one larger.
+        query: frame, row and column of the token whose neighbourhood is shown; the grid's middle
+            when None.
+
+    Raises:
+        ValueError: if `query` is outside of the grid.
+    """
+    grid = mask.grid
+    query = middle(grid) if query is None else query
+    check_query(grid, query)
+    blocks = mask.chosen.shape[1]
+    counts = mask.chosen[grid.video].sum(1)
+    width = 2 * _PANEL + _GAP
+    seen = mask.chosen.float() @ torch.bincount(mask.block_of, minlength=blocks).float()
+    density = float(seen.mean()) / grid.tokens
+    title = [_text(line, width, scale=0.5 if n else 0.7) for n, line in enumerate(words)]
+    title.append(
+        _text(
+            f"grid {_ascii(grid)}: {grid.tokens:,} tokens. {density:.2%} of the token pairs attend."
+            f" A query of the video attends to {int(counts.min())} to"
+            f" {int(counts.max())} of {blocks} blocks, {float(counts.float().mean()):.1f} on"
+            f" average.",
+            width,
+        )
+    )
+    shares = _shaded(mask.block_shares().numpy())
+    left = _stacked(
+        [
+            _text("All tokens, in the model's order: rows are queries, columns keys", _PANEL),
+            mask_image(mask, _PANEL),
+            _ramp_legend(_PANEL, grid),
+        ]
+    )
+    right = _stacked(
+        [
+            _text("Blocks: share of a row's queries that select the column", _PANEL),
+            _enlarged(shares, max(1, _PANEL // len(shares))),
+            _row([_label("none"), _shaded(_RAMP), _label("all of them")], _PANEL),
+        ]
+    )
+    return _framed(
+        _stacked(
+            [_stacked(title, gap=4), _beside(left, right), _neighbourhood(mask, query, width)],
             gap=_GAP,
         )
     )
@@ -370,8 +425,7 @@ def _blend_cross(image: Image, at: int, color: Color, strength: float) -> None:
 
 def _ramp_legend(width: int, grid: TokenGrid) -> Image:
     """The shades of `mask_image`, and what its lines mean."""
-    ramp = _shaded(np.linspace(0, 1, 140)[None].repeat(12, 0))
-    entries = [_label("pairs that attend: none"), ramp, _label("all")]
+    entries = [_label("pairs that attend: none"), _shaded(_RAMP), _label("all")]
     if grid.frames > 1:
         entries += [_swatch(FRAME_LINE), _label("latent frames")]
     if grid.tokens > grid.video_tokens:

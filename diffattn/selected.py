@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from diffattn.attention import choose_backend, triton_kernels
 from diffattn.blocks import unpack_bits
 from diffattn.kernels import gather_cpu
 from diffattn.kernels.reference import reference_attention
+from diffattn.mask import AttentionMask
 from diffattn.partition import KeyBlocks
 
 
@@ -57,6 +60,28 @@ def selected_attention(
         query, key, value, blocks.starts, bits, scale=scale, key_mask=key_mask
     )
     return out
+
+
+@dataclass(frozen=True, eq=False)
+class SelectionMask(AttentionMask):
+    """What the queries of one head have selected in one call.
+
+    Attributes:
+        chosen: bool `(tokens, blocks)`, for tokens in the model's order.
+        block_of: int64 `(tokens,)`, the block of each.
+    """
+
+    chosen: torch.Tensor
+    block_of: torch.Tensor
+
+    def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return self.chosen[query, self.block_of[key]]
+
+    def block_shares(self) -> torch.Tensor:
+        """float `(blocks, blocks)`: which share of a block's queries has selected a block."""
+        blocks = self.chosen.shape[1]
+        counts = torch.zeros(blocks, blocks).index_add_(0, self.block_of, self.chosen.float())
+        return counts / torch.bincount(self.block_of, minlength=blocks)[:, None]
 
 
 def dense_mask(blocks: KeyBlocks, bits: torch.Tensor) -> torch.Tensor:

@@ -136,10 +136,10 @@ def _attend_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     # Inside of an operator autograd is switched off as it is in inference mode.
     with torch.inference_mode(False), torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+        query, key, value = (x.detach().requires_grad_() for x in (query, key, value))
         source: MethodSource = _sources[serial]
-        out = source.attend(*leaves, TokenGrid(*size), scale=scale, key_mask=key_mask)
-        dq, dk, dv = torch.autograd.grad(out, leaves, grad_out)
+        out = source.attend(query, key, value, TokenGrid(*size), scale=scale, key_mask=key_mask)
+        dq, dk, dv = torch.autograd.grad(out, (query, key, value), grad_out)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 

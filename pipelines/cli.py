@@ -402,6 +402,9 @@ def mask(
     model: Annotated[
         str | None, typer.Option(help=f"Of the run (default: the bundled {BUNDLED_MODEL}).")
     ] = None,
+    height: Annotated[int | None, typer.Option(help="Of the run, pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Of the run, pixels.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Of the run.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the run (default: 0).")] = None,
     steps: Annotated[int | None, typer.Option(help="Of the run (default: the model's).")] = None,
     step: Annotated[
@@ -413,7 +416,14 @@ def mask(
     """Draw which tokens attend to which under a method, on a grid or in a run."""
     from .mask_picture import RunOptions, draw_mask
 
-    settings = {"model": model, "seed": seed, "steps": steps}
+    settings = {
+        "model": model,
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "seed": seed,
+        "steps": steps,
+    }
     call = {"step": step, "layer": layer, "head": head}
     run = RunOptions(
         prompt,

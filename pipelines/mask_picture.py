@@ -1,23 +1,42 @@
 """``diffattn mask``: the density of a mask, its blocks, and a picture of both."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .attention_settings import make_method, read_arguments
 from .errors import UserError
 from .grid_text import read_grid, read_place
 from .outputs import Outputs, check_writable, staged
+from .request import Request, option
 
 if TYPE_CHECKING:
     from diffattn import TokenGrid
-    from diffattn.methods import StaticMaskMethod
+    from diffattn.draw import Image
+    from diffattn.methods import Method, StaticMaskMethod, VMoBAAttn
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line says of the run that is drawn of a method that selects by content."""
+
+    prompt: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of the run: names of a :class:`Request`, as far as they are given."""
+    call: Mapping[str, int] = field(default_factory=dict)
+    """Of the call in it: ``step``, ``layer`` and ``head``, as far as they are given."""
 
 
 def draw_mask(
-    method: str, arguments: Sequence[str], grid: str, query: str | None, output: Path
+    method: str,
+    arguments: Sequence[str],
+    grid: str | None,
+    query: str | None,
+    output: Path,
+    run: RunOptions,
 ) -> Iterator[str]:
     """Write the picture, and say what the mask holds.
 
@@ -26,36 +45,76 @@ def draw_mask(
         arguments: its parameters, each as "name=value".
         grid, query: as the user wrote them; without a query the middle of the grid is shown.
         output: the PNG file.
+        run: for methods that select by content, in place of the grid.
     """
     from diffattn import draw
+    from diffattn.methods.vmoba import VMoBAAttn
     from diffattn.planning import check_tokens
 
+    made = make_method({"type": method} | read_arguments(arguments, "--arg", "--method"))
+    output = output.expanduser()
+    if isinstance(made, VMoBAAttn):
+        yield from _draw_run(made, grid, query, output, run)
+        return
+    given = [*([] if run.prompt is None else ["prompt"]), *run.settings, *run.call]
+    if given:
+        raise UserError(
+            f"{option(given[0])} is for methods that select by content, such as vmoba; {method} is "
+            "drawn on a --grid"
+        )
+    if grid is None:
+        raise UserError(f"Missing option '--grid': the tokens that {method} is drawn on")
     tokens = read_grid(grid)
     place = draw.middle(tokens) if query is None else read_place(query)
-    output = output.expanduser()
     _check_output(output)
     try:
         check_tokens(tokens)
         draw.check_query(tokens, place)
-        fitted = _static_method(method, arguments, tokens)
+        fitted = _static_method(made, tokens)
         yield from _figures(fitted, tokens)
         image = draw.picture(fitted, tokens, place)
     except ValueError as error:
         raise UserError(error) from None
+    yield str(_write(image, output))
+
+
+def _draw_run(
+    method: "VMoBAAttn", grid: str | None, query: str | None, output: Path, run: RunOptions
+) -> Iterator[str]:
+    from .selection_picture import Call, draw_selection
+
+    if grid is not None:
+        raise UserError(
+            f"--grid: what {method.type} attends to depends on the video; give --prompt, and "
+            "--model for another model than the bundled one"
+        )
+    if run.prompt is None:
+        raise UserError(
+            f"{method.type} selects by what the tokens hold: give --prompt for a run to look into"
+        )
+    place = None if query is None else read_place(query)
+    _check_output(output)
+    request = Request(run.prompt, **run.settings)
+    write = partial(_write, output=output)
+    yield from draw_selection(method, request, Call(**run.call), place, write)
+
+
+def _write(image: "Image", output: Path) -> Path:
+    from diffattn import draw
+
     with staged(Outputs(output), []) as folder:
         (folder / output.name).write_bytes(draw.png(image))
-    yield str(output)
+    return output
 
 
-def _static_method(method: str, arguments: Sequence[str], grid: "TokenGrid") -> "StaticMaskMethod":
+def _static_method(made: "Method", grid: "TokenGrid") -> "StaticMaskMethod":
     from diffattn.methods import StaticMaskMethod
 
-    made = make_method({"type": method} | read_arguments(arguments, "--arg", "--method"))
     fitted = made.for_model("", replace(grid, text_before=0, text_after=0))
     if not isinstance(fitted, StaticMaskMethod):
         raise UserError(
-            f"{method} has no mask that the grid alone decides: its token pairs depend on what the "
-            "tokens hold, and cannot be drawn"
+            f"{made.type} has no mask that the grid alone decides: its token pairs depend on what "
+            "the tokens hold, and cannot be drawn"
         )
     return fitted
 

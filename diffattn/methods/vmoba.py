@@ -12,11 +12,12 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from diffattn.blocks import unpack_bits
 from diffattn.chunks import Sides, recommended_chunk
 from diffattn.grid import TokenGrid
 from diffattn.methods.base import Method, Site, Work, check_choice, check_count
 from diffattn.partition import Chunk, Partition
-from diffattn.selected import selected_attention
+from diffattn.selected import SelectionMask, selected_attention
 from diffattn.selection import SCOPES, Rule, select_blocks
 
 PARTITIONS = ("1d", "2d", "3d")
@@ -217,14 +218,12 @@ class VMoBAAttn(Method):
         if grid is None:
             return out
         video = replace(grid, text_before=0, text_after=0)
-        out = replace(
-            out,
-            **{
-                f"chunk_{kind}": recommended_chunk(kind, video)
-                for kind in PARTITIONS
-                if getattr(out, f"chunk_{kind}") is None
-            },
-        )
+        chunks: dict[str, Any] = {
+            f"chunk_{kind}": recommended_chunk(kind, video)
+            for kind in PARTITIONS
+            if getattr(out, f"chunk_{kind}") is None
+        }
+        out = replace(out, **chunks)
         if select == "topk" and out.topk is None:
             blocks = {kind: len(out._partition(kind, video).lengths()) for kind in PARTITIONS}
             counts = {kind: max(2, round(_SHARE[kind] * n)) for kind, n in blocks.items()}
@@ -295,6 +294,21 @@ class VMoBAAttn(Method):
         Queries are in the order of the partition.
         """
         return self._selected(query, key, key, site, key_mask)[-1]
+
+    def selection_mask(self, bits: torch.Tensor, grid: TokenGrid, layer: int) -> SelectionMask:
+        """What one head has selected, as a mask.
+
+        Args:
+            bits: of one head and sample, `(tokens, words)`, as `selection` returns them.
+            grid, layer: of the call.
+        """
+        partition = self._known_partition(grid, layer)
+        blocks = partition.key_blocks(torch.device("cpu"))
+        chosen = unpack_bits(bits.cpu(), blocks.blocks)
+        block_of = torch.arange(blocks.blocks).repeat_interleave(blocks.starts.diff().long())
+        there = partition.positions()
+        back = there.argsort()
+        return SelectionMask(grid, chosen[back], block_of[back])
 
     def _selected(
         self,

@@ -133,6 +133,20 @@ def test_equals_dense_attention_under_the_selection(
             torch.testing.assert_close(got.double(), right, atol=3e-6, rtol=1e-5)
 
 
+def test_a_selection_as_a_mask() -> None:
+    grid = TokenGrid(3, 4, 5, text_before=2, text_after=1)
+    q, k = torch.randn(2, 2, grid.tokens, 2, 8)
+    for layer in range(3):
+        bits = BY_SHARE.selection(q, k, site(grid, layer))
+        mask = BY_SHARE.selection_mask(bits[1, 0], grid, layer)
+        assert torch.equal(mask.dense(), token_mask(BY_SHARE, q, k, site(grid, layer))[1, 0])
+        shares = mask.block_shares()
+        assert shares.shape == (mask.chosen.shape[1],) * 2
+        for block in range(len(shares)):
+            rows = mask.chosen[mask.block_of == block]
+            torch.testing.assert_close(shares[block], rows.float().mean(0))
+
+
 def test_layers_take_their_partitions_by_turns() -> None:
     grid = TokenGrid(4, 5, 6)
     method = VMoBAAttn(chunk_1d=2, chunk_2d=(3, 4), chunk_3d=(3, 4, 5))

@@ -306,7 +306,76 @@ class TestMask:
         assert mask("--grid", "2x3x4", *options).error.startswith(message)
 
     def test_a_grid_is_needed(self, mask):
-        assert "Missing option '--grid'" in mask().error
+        assert mask().error == "Missing option '--grid': the tokens that radial is drawn on"
+
+    def test_what_was_selected_in_a_run(self, mask, tmp_path, tiny_wan):
+        prompt = "a cat"
+        size = ["--model", tiny_wan, "--height", 32, "--width", 48, "--num-frames", 5]
+        options = ["--method", "vmoba", "--arg", "topk=2", "--prompt", prompt, *size]
+        result = mask(*options, "--steps", 4, "--step", 3, "--layer", 1, "--head", 1, "-o", "a.png",
+                      "--query", "1,0,2")  # fmt: skip
+        assert result.code == 0
+        lines = result.out.splitlines()
+        assert lines[0] == (
+            f'{tiny_wan}, "a cat", seed 0: step 3 of 4, layer 1 (2d blocks), head 1'
+        )
+        assert lines[1] == "2x2x3: 12 tokens in 1 blocks"
+        assert lines[2] == "density: 100.0000% of the token pairs attend"
+        assert lines[3] == "selected: 1 to 1 blocks by a query, 1.00 on average"
+        assert lines[4] == "a.png"
+        image = cv2.imread(str(tmp_path / "a.png"))
+        assert image.std() > 10
+        options += ["--arg", "chunk_2d=1,1", "--steps", 4]
+        lines = mask(*options, "--layer", 1, "-o", "b.png").out.splitlines()
+        assert "step 3 of 4, layer 1 (2d blocks), head 0" in lines[0]
+        assert lines[1] == "2x2x3: 12 tokens in 6 blocks"
+        assert lines[2] == f"density: {2 / 6:.4%} of the token pairs attend"
+        assert lines[3] == "selected: 2 to 2 blocks by a query, 2.00 on average"
+        assert cv2.imread(str(tmp_path / "b.png")).shape == image.shape
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--grid", "2x3x4"], "--grid: what vmoba attends to depends on the video; give --pro"),
+            ([], "vmoba selects by what the tokens hold: give --prompt for a run to look into"),
+            (["--prompt", " "], "the prompt must be text, not ' '"),
+            (["--prompt", "x", "--step", "0"], "--step counts denoising steps from 1, and is 0"),
+            (["--prompt", "x", "--layer", "-1"], "--layer counts from 0, and is -1"),
+            (["--prompt", "x", "--head", "-2"], "--head counts from 0, and is -2"),
+            (["--prompt", "x", "-o", "a.jpg"], "-o a.jpg: pictures of masks are PNG files"),
+            (["--prompt", "x", "--query", "1,2"], "--query must be a token's frame, row and colu"),
+            (["--prompt", "x", "--arg", "topk=0"], "topk is 0, but must be an integer of at least"),
+        ],
+    )
+    def test_bad_runs(self, mask, options, message):
+        assert mask("--method", "vmoba", *options).error.startswith(message)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--step", 5], "--step 5: the run has 4 steps"),
+            (["--layer", 2], "--layer 2: WanTransformer3DModel has layers 0 to 1"),
+            (["--head", 2], "--head 2: the model has heads 0 to 1"),
+            (
+                ["--step", 1],
+                "step 1 of layer 0 stays dense by the method's schedule (dense_steps=0.25, "
+                "last_dense_steps=0, dense_layers=0): choose another, or --arg dense_steps=0",
+            ),
+            (["--query", "2,0,0"], "the query's frame is 2, but the grid 2x2x3 has frames 0 to 1"),
+        ],
+    )
+    def test_calls_that_a_run_does_not_have(self, mask, tiny_wan, options, message):
+        size = ["--model", tiny_wan, "--height", 32, "--width", 48, "--num-frames", 5]
+        run = ["--method", "vmoba", "--prompt", "x", "--steps", 4]
+        assert mask(*run, *size, *options).error == message
+
+    def test_runs_are_for_methods_that_select_by_content(self, mask):
+        error = mask("--grid", "2x3x4", "--prompt", "x", "--layer", 1).error
+        assert error == (
+            "the prompt is for methods that select by content, such as vmoba; radial is drawn on a "
+            "--grid"
+        )
+        assert mask("--grid", "2x3x4", "--head", 1).error.startswith("--head is for methods that")
 
     def test_outputs_that_cannot_be_written(self, mask, tmp_path):
         (tmp_path / "folder.png").mkdir()
