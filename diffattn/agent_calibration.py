@@ -13,8 +13,8 @@ from diffattn.attach import Attachment, set_attn_processor
 from diffattn.methods.agent import AgentAttn, asking, sharpness
 from diffattn.methods.base import Site, SiteWeights
 
-# From the usual scale to none at all, which is the sharpest for queries of ordinary length.
-CANDIDATES = tuple(i / 10 for i in range(11))
+# From no scale at all, the sharpest, to one that is softer than the usual 1.
+CANDIDATES = tuple(i / 10 for i in range(16))
 
 
 def calibrate_agent(

@@ -23,7 +23,7 @@ from diffattn.agents import (
     gather_values,
 )
 from diffattn.grid import TokenGrid
-from diffattn.methods.base import Adaptation, Method, Site, SiteWeights, check_count
+from diffattn.methods.base import Adaptation, Method, Site, SiteWeights, Work, check_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -191,6 +191,15 @@ class AgentAttn(Method):
             return None
         return _Factors(_at(self.k_scale2, layer), _at(self.k_shortcut, layer))
 
+    def work(self, grid: TokenGrid, layer: int, channels: int) -> Work:
+        """What a call on a transformer costs; the means themselves are not counted."""
+        agents = self._cell_count(grid)
+        if agents is None:
+            return Work(flops=4 * grid.tokens**2 * channels, density=1)
+        text = grid.tokens - grid.video_tokens
+        pairs = agents * grid.tokens + grid.video_tokens * (agents + text) + text * grid.tokens
+        return Work(flops=4 * pairs * channels)
+
     def agents(
         self, query: torch.Tensor, site: Site, key_mask: torch.Tensor | None = None
     ) -> Agents | None:
@@ -200,12 +209,16 @@ class AgentAttn(Method):
             if merging is None or merging.agent_of is None:
                 return None
             return Agents(merging.agent_means(query))
-        grid, cell = site.grid, self.cell or _VIDEO_CELL
-        if 2 * cell_count(grid, cell) >= grid.video_tokens:
+        if self._cell_count(site.grid) is None:
             return None
-        video = grid.video
+        video = site.grid.video
         mask = None if key_mask is None else key_mask[:, video]
-        return cell_agents(query[:, video], grid, cell, mask)
+        return cell_agents(query[:, video], site.grid, self.cell or _VIDEO_CELL, mask)
+
+    def _cell_count(self, grid: TokenGrid) -> int | None:
+        """How many agents a call on a transformer has; None where they would save nothing."""
+        count = cell_count(grid, self.cell or _VIDEO_CELL)
+        return count if 2 * count < grid.video_tokens else None
 
     def attend(
         self,

@@ -650,3 +650,30 @@ def test_a_compiled_block_of_a_unet_merges_alike() -> None:
     model.down_blocks[0].attentions[0].transformer_blocks[0].compile(backend="eager")
     for _ in range(2):
         torch.testing.assert_close(forward(model, inputs), want, **EXACT)
+
+
+@given(grid=grids, cell=st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5)))
+@settings(max_examples=30, deadline=None)
+def test_planned_work_is_what_attention_multiplies(
+    grid: TokenGrid, cell: tuple[int, int, int]
+) -> None:
+    stock, flops = torch.nn.functional.scaled_dot_product_attention, []
+
+    def counted(query: Any, key: Any, value: Any, **kwargs: Any) -> Any:
+        flops.append(4 * query.shape[-2] * key.shape[-2] * query.shape[1] * query.shape[-1])
+        return stock(query, key, value, **kwargs)
+
+    q, k, v = (noise(1, grid.tokens, 2, 8, seed=i) for i in range(3))
+    method = AgentAttn(cell=cell)
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", counted):
+        method.attend(q, k, v, Site("wan", 0, 1, grid))
+    planned = diffattn.plan(grid, method, heads=2, head_dim=8)
+    assert planned.sparse_flops == sum(flops)
+
+
+def test_plan_of_wan() -> None:
+    """480p: 546 agents for 32,760 tokens, which makes attention 30 times cheaper."""
+    plan = diffattn.plan("Wan-AI/Wan2.1-T2V-14B", AgentAttn(), height=480, width=832, num_frames=81)
+    assert plan.density is None
+    assert plan.attention_speedup == pytest.approx(30, rel=1e-3)
+    assert plan.dense_steps == 0.6 * plan.steps
