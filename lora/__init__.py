@@ -1,1 +1,59 @@
-"""Adapting a pipeline to the sparse attention it runs under, by LoRA."""
+"""Adapting a pipeline to the sparse attention it runs under, by LoRA.
+
+    settings = TrainSettings(attention=RadialAttn().to_dict(), steps=500)
+    recipe = recipe_for(pipe)
+    clips = prepare(pipe, recipe, clips_with_captions, folder, height, width, num_frames)
+    Trainer(pipe, clips, clips.empty, settings, output).train()
+
+`diffattn lora train` does all of it. What is written loads by `pipe.load_lora_weights`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from diffattn.lora.errors import LoraError
+
+if TYPE_CHECKING:
+    from diffattn.lora.adapter import LoraRecord, load_method_weights, read_record
+    from diffattn.lora.cache import CachedClips
+    from diffattn.lora.prepare import prepare
+    from diffattn.lora.recipes import recipe_for
+    from diffattn.lora.settings import TrainSettings
+    from diffattn.lora.teacher import teach
+    from diffattn.lora.trainer import StepReport, Trainer
+
+# They import peft, accelerate and diffusers, which takes seconds: that waits until it must be.
+_HOMES = {
+    "CachedClips": "cache",
+    "LoraRecord": "adapter",
+    "StepReport": "trainer",
+    "TrainSettings": "settings",
+    "Trainer": "trainer",
+    "load_method_weights": "adapter",
+    "prepare": "prepare",
+    "read_record": "adapter",
+    "recipe_for": "recipes",
+    "teach": "teacher",
+}
+
+__all__ = [
+    "CachedClips",
+    "LoraError",
+    "LoraRecord",
+    "StepReport",
+    "TrainSettings",
+    "Trainer",
+    "load_method_weights",
+    "prepare",
+    "read_record",
+    "recipe_for",
+    "teach",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'diffattn.lora' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"diffattn.lora.{_HOMES[name]}"), name)

@@ -15,6 +15,8 @@ PUBLIC = [
     "diffattn",
     "diffattn.kernels.cpu",
     "diffattn.kernels.reference",
+    "diffattn.lora",
+    "diffattn.lora.trainer",
     "diffattn.methods",
     "diffattn.models",
     "diffattn.pipelines.cli",
