@@ -77,7 +77,11 @@ def teach(
     if samples < 1:
         raise LoraError(f"samples is {samples}, but must be at least 1")
     check_size(pipe, height, width, num_frames)
-    arguments = _arguments(pipe, recipe, num_frames, call)
+    known = inspect.signature(type(pipe).__call__).parameters
+    for name in call:
+        if name not in known:
+            raise LoraError(f"{type(pipe).__name__} does not take {name!r}")
+    arguments = recipe.call_arguments(pipe, num_frames) | call
     arguments |= {"height": height, "width": width, "num_inference_steps": steps}
     open_folder(folder)
     text = text_identity(pipe, recipe)
@@ -109,17 +113,3 @@ def teach(
     facts = {"family": recipe.family, "size": [height, width, num_frames]}
     write_index(folder, keys, empty, facts)
     return CachedClips(folder)
-
-
-def _arguments(pipe: Any, recipe: Recipe, num_frames: int, call: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the pipeline's call that are not the size's."""
-    known = inspect.signature(type(pipe).__call__).parameters
-    unknown = [name for name in call if name not in known]
-    if unknown:
-        raise LoraError(f"{type(pipe).__name__} does not take {unknown[0]!r}")
-    arguments = dict(call)
-    if "num_frames" in known:
-        arguments["num_frames"] = recipe.frames_to_ask_for(pipe, num_frames)
-    if "max_sequence_length" in known:
-        arguments["max_sequence_length"] = recipe.text_length
-    return arguments

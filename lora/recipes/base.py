@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -80,9 +80,15 @@ class Recipe(ABC):
         """
         return latents
 
-    def frames_to_ask_for(self, pipe: Any, num_frames: int) -> int:
-        """What the pipeline's call must be given for it to make so many frames."""
-        return num_frames
+    def at_rate(self, fps: float | None) -> Self:
+        """The recipe for clips of so many frames a second, where the denoiser is told; or None."""
+        return self
+
+    def call_arguments(self, pipe: Any, num_frames: int) -> dict[str, Any]:
+        """What the pipeline's call must be given to make so many frames, as the recipe has them."""
+        ours = {"num_frames": num_frames, "max_sequence_length": self.text_length}
+        known = inspect.signature(type(pipe).__call__).parameters
+        return {name: value for name, value in ours.items() if name in known}
 
     def sample_times(
         self,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -74,6 +74,14 @@ class LTXRecipe(Recipe):
         """See `Recipe.from_pipeline`."""
         _, rows, columns = self.compression
         return self._unpack(latents, height // rows, width // columns)
+
+    def at_rate(self, fps: float | None) -> Self:
+        """See `Recipe.at_rate`."""
+        return self if fps is None else replace(self, frame_rate=fps)
+
+    def call_arguments(self, pipe: Any, num_frames: int) -> dict[str, Any]:
+        """See `Recipe.call_arguments`."""
+        return super().call_arguments(pipe, num_frames) | {"frame_rate": self.frame_rate}
 
     def _pack(self, latents: Tensor) -> Tensor:
         """(batch, tokens, channels of a token) of latents."""

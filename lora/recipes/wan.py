@@ -65,13 +65,14 @@ class WanRecipe(Recipe):
         )[0]
         return out
 
-    def frames_to_ask_for(self, pipe: Any, num_frames: int) -> int:
-        """See `Recipe.frames_to_ask_for`.
+    def call_arguments(self, pipe: Any, num_frames: int) -> dict[str, Any]:
+        """See `Recipe.call_arguments`.
 
-        Without temporal compression the pipeline makes one more than it is asked for: it rounds
-        every number up, since `num_frames % 1` is never 1.
+        Without temporal compression the pipeline makes one frame more than it is asked for: it
+        rounds every number up, since `num_frames % 1` is never 1.
         """
-        return num_frames - 1 if pipe.vae_scale_factor_temporal == 1 else num_frames
+        asked = num_frames - 1 if pipe.vae_scale_factor_temporal == 1 else num_frames
+        return super().call_arguments(pipe, asked)
 
 
 def wan_recipe(pipe: Any, denoiser: str, text_length: int | None) -> WanRecipe:

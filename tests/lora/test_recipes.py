@@ -176,12 +176,12 @@ def test_so_it_is_in_half_precision(case, caplog):
     check_calls(case, run_pipeline(case, pipe))
 
 
-def check_calls(case, run: PipelineRun) -> None:
+def check_calls(case, run: PipelineRun, fps: float | None = None) -> None:
     prompts = [NEGATIVE, PROMPT] if case.guided else [PROMPT]
     step = 0
     for name, calls in run.calls.items():
         assert calls, f"{name} was not called"
-        recipe = recipe_for(run.pipe, name, text_length=case.text_length)
+        recipe = recipe_for(run.pipe, name, text_length=case.text_length).at_rate(fps)
         conditions = recipe.encode_prompt(run.pipe, prompts)
         assert not any(value.requires_grad for value in conditions.values())
         model = getattr(run.pipe, name)
@@ -243,6 +243,18 @@ def test_prompts_are_as_long_as_the_recipe_says():
     assert recipe_for(pipe).text_length == 512
     recipe = recipe_for(pipe, text_length=19)
     assert recipe.encode_prompt(pipe, [PROMPT, ""])["prompt_embeds"].shape == (2, 19, 16)
+
+
+def test_the_rate_of_clips_is_told_where_the_pipeline_tells_it():
+    case = replace(COMPLETE["ltx"], call={"frame_rate": 10})
+    run = run_pipeline(case, case.build())
+    recipe = recipe_for(run.pipe)
+    with pytest.raises(AssertionError, match="rope_interpolation_scale"):
+        check_calls(case, run)
+    check_calls(case, run, fps=10)
+    assert recipe.at_rate(None) is recipe
+    wan = recipe_for(tiny_complete.wan())
+    assert wan.at_rate(10) is wan
 
 
 class TestNoise:
