@@ -166,7 +166,7 @@ def _run(
     job = _complete(job, loaded)
     try:
         text_length = loaded.defaults.get("max_sequence_length")
-        recipe = recipe_for(loaded.pipe, settings.denoiser, text_length)
+        recipe = recipe_for(loaded.pipe, settings.denoiser, text_length).at_rate(job.fps)
     except ValueError as error:
         raise LoraError(error) from None
     # One process encodes, the others find it done.
