@@ -35,6 +35,8 @@ NEGATIVE_PROMPT = (
 )
 """What the public code asks to avoid."""
 
+_PROPORTIONS = 1.05  # a change of them that nobody sees: 832 x 480 is not quite 16 to 9
+
 _log = logging.getLogger(__name__)
 
 
@@ -105,7 +107,8 @@ class FreeSwimPipeline:
             video: frames to start from, (frames, height, width, 3), uint8 or float in [0, 1]; made
                 at the base size when None. Frames past the last that the model can take are left
                 out.
-            preset: a key of :data:`PRESETS`, instead of ``height`` and ``width``.
+            preset: a key of :data:`PRESETS`, instead of ``height`` and ``width``; turned for
+                videos that are higher than wide.
             height, width: pixels, rounded to what the model can make; with one given the other
                 keeps the proportions, with none both are doubled.
             num_frames: frames of the base video; the pipeline's own number when None.
@@ -148,9 +151,12 @@ class FreeSwimPipeline:
         length = own("max_sequence_length", max_sequence_length)
         rules = size_rules(self.pipe)
         native = rules.grid(base_height, base_width, rules.frame_offset)
+        left_out = ""
         if video is not None:
+            given = len(video)
             video = legal_frames(as_floats(video), rules)
             num_frames, from_size = len(video), (video.shape[1], video.shape[2])
+            left_out = "" if num_frames == given else f" of {given}"
         else:
             num_frames = own("num_frames", num_frames)
             rules.check(base_height, base_width, num_frames)
@@ -159,7 +165,10 @@ class FreeSwimPipeline:
         size = legal_size(asked, rules)
         grid = rules.grid(*size, num_frames)
         rounded = "" if size == asked else f" (asked for {asked[1]}x{asked[0]})"
-        say(f"{from_size[1]}x{from_size[0]} to {size[1]}x{size[0]}{rounded}, {num_frames} frames")
+        say(
+            f"{from_size[1]}x{from_size[0]} to {size[1]}x{size[0]}{rounded},"
+            f" {num_frames}{left_out} frames{_stretched(from_size, asked)}"
+        )
         method = method or FreeSwimAttn(native=(native.height, native.width))
         steps = min(int(num_inference_steps * strength + 1e-9), num_inference_steps)
         guides = 0 if method.is_full_on(grid) else _guide_steps(steps, cache_steps)
@@ -306,7 +315,8 @@ def target_size(
             raise ValueError("give a preset, or height and width, not both")
         if preset not in PRESETS:
             raise ValueError(f"preset is {preset!r}, but must be one of {', '.join(PRESETS)}")
-        return PRESETS[preset]
+        height, width = PRESETS[preset]
+        return (width, height) if from_size[0] > from_size[1] else (height, width)
     for name, pixels in (("height", height), ("width", width)):
         if pixels is not None and pixels < 1:
             raise ValueError(f"{name} is {pixels}, but must be at least 1")
@@ -316,6 +326,17 @@ def target_size(
         assert width is not None
         return max(1, round(from_size[0] * width / from_size[1])), width
     return height, width or max(1, round(from_size[1] * height / from_size[0]))
+
+
+def _stretched(from_size: tuple[int, int], size: tuple[int, int]) -> str:
+    """Words for a change of the proportions that is to be seen."""
+    before, after = (width / height for height, width in (from_size, size))
+    if 1 / _PROPORTIONS < after / before < _PROPORTIONS:
+        return ""
+    return (
+        f"; the picture is stretched, from {before:.2f} times as wide as high to {after:.2f}: give"
+        f" one of height and width to keep it"
+    )
 
 
 def legal_size(size: tuple[int, int], rules: SizeRules) -> tuple[int, int]:

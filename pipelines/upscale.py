@@ -66,6 +66,8 @@ def upscale(
     Raises:
         RunInterruptedError: on Ctrl-C; nothing is written then.
     """
+    if settings.input is not None:
+        _refuse_base(request)
     (outputs,) = plan_outputs(output, (request.prompt,), several=False)
     inputs = [] if settings.input is None else [settings.input]
     check_outputs([outputs], False, request.fps, inputs)
@@ -112,6 +114,15 @@ def read_video(path: Path) -> tuple[np.ndarray, float | None]:
     return frames, fps
 
 
+def _refuse_base(request: Request) -> None:
+    """Refuse what is said of a base video where there is none."""
+    for name, flag in (("num_frames", "--num-frames"), ("steps", "--base-steps")):
+        if getattr(request, name) is not None:
+            raise UserError(
+                f"{flag} is of a base video, but --input is there instead: leave it out"
+            )
+
+
 def _make(
     request: Request,
     settings: UpscaleSettings,
@@ -151,7 +162,7 @@ def _make(
             out = FreeSwimPipeline(loaded.pipe)(
                 request.prompt,
                 video=video,
-                num_frames=request.num_frames,
+                num_frames=None if video is not None else request.num_frames,
                 base_height=request.height,
                 base_width=request.width,
                 base_steps=request.steps,

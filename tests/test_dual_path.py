@@ -15,7 +15,7 @@ from tiny_families import CASES, noise
 
 from diffattn import FreeSwimAttn, TokenGrid
 from diffattn.attached_model import attached_to
-from diffattn.dual_path import DualPath, store_bytes
+from diffattn.dual_path import CrossStore, DualPath, store_bytes
 
 GOLDENS = Path(__file__).parents[2] / "shared" / "goldens" / "freeswim"
 needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")
@@ -248,6 +248,15 @@ class TestModels:
             after = model(**inputs, return_dict=False)[0]
         assert model.attn_processors == before
         assert torch.equal(plain, after)
+
+    @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+    def test_pinned_memory_keeps_what_it_is_given(self) -> None:
+        device = torch.accelerator.current_accelerator()
+        assert device is not None
+        store, output = CrossStore("pinned"), noise(2, 300, 64).to(device)
+        store.keep(3, output)
+        assert store.nbytes == output.nbytes
+        assert torch.equal(store.fetch(3, device), output)
 
     def test_a_failed_call_gives_up_what_was_kept(self) -> None:
         model, _, inputs = wan(1)

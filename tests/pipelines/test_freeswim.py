@@ -128,17 +128,30 @@ def test_the_loop_is_the_one_of_the_specification(pipe: Any, cache_steps: int | 
 def test_base_generation_is_the_pipelines_own(pipe: Any) -> None:
     lines: list[str] = []
     out = FreeSwimPipeline(pipe)(
-        "a", height=50, width=100, generator=seeded(), say=lines.append, **SMALL
+        "a", height=50, width=75, generator=seeded(), say=lines.append, **SMALL
     )
     want = pipe(
         "a", height=32, width=48, num_frames=5, num_inference_steps=1, generator=seeded(),
         max_sequence_length=16, output_type="np",
     ).frames  # fmt: skip
     np.testing.assert_array_equal(out.base, want)
-    assert out.frames.shape == (1, 5, 48, 96, 3)
+    assert out.frames.shape == (1, 5, 48, 80, 3)
     assert lines == [
-        "48x32 to 96x48 (asked for 100x50), 5 frames",
+        "48x32 to 80x48 (asked for 75x50), 5 frames",
         "3 steps, 2 of them guided by all tokens; 0.0 MiB (device) keep the guidance in between",
+    ]
+
+
+def test_other_proportions_are_told(pipe: Any) -> None:
+    lines: list[str] = []
+    small = SMALL | {"strength": 0.1, "say": lines.append}
+    for size in ({"width": 96}, {"height": 64, "width": 100}, {"height": 96, "width": 96}):
+        FreeSwimPipeline(pipe)("a", video=clip(), **size, **small)
+    assert [line.partition(";")[2] for line in lines[::2]] == [
+        "",
+        "",
+        " the picture is stretched, from 1.50 times as wide as high to 1.00: give one of height and"
+        " width to keep it",
     ]
 
 
@@ -200,6 +213,7 @@ def test_sizes() -> None:
     assert legal_size((3, 23), rules) == (16, 16)
     assert legal_size((2160, 3840), SizeRules(32, 4, 1)) == (2176, 3840)
     assert target_size((480, 832), "1440p", None, None) == (1440, 2560)
+    assert target_size((832, 480), "1440p", None, None) == (2560, 1440)
     assert target_size((480, 832), None, None, None) == (960, 1664)
     assert target_size((480, 832), None, 960, None) == (960, 1664)
     assert target_size((480, 832), None, None, 416) == (240, 416)

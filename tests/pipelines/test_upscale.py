@@ -13,7 +13,8 @@ from diffattn.pipelines.request import BUNDLED_MODEL
 from diffattn.pipelines.video import write_video
 from diffattn.samples.moving_shapes import MODEL_DIR
 
-BASE = ["--base-height", "32", "--base-width", "48", "--num-frames", "5", "--base-steps", "1"]
+SIZE = ["--base-height", "32", "--base-width", "48"]
+BASE = [*SIZE, "--num-frames", "5", "--base-steps", "1"]
 
 
 @pytest.fixture
@@ -21,7 +22,8 @@ def upscale(diffattn, tiny_wan: Path, tmp_path: Path, monkeypatch) -> Callable:
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object):
-        return diffattn("upscale", "a circle", "--model", tiny_wan, *BASE, "--steps", 3, *arguments)
+        base = SIZE if "--input" in arguments else BASE
+        return diffattn("upscale", "a circle", "--model", tiny_wan, *base, "--steps", 3, *arguments)
 
     return run
 
@@ -48,6 +50,7 @@ def test_from_a_video_with_its_rate(upscale, tmp_path):
     result = upscale("--input", "in.mp4", "-o", "out.mp4")
     assert result.code == 0, result.err
     # Four frames a latent and one: two are left out.
+    assert result.out.splitlines()[0] == "48x32 to 96x64, 5 of 7 frames"
     assert iio.imread(tmp_path / "out.mp4", plugin="FFMPEG").shape == (5, 64, 96, 3)
     assert iio.immeta(tmp_path / "out.mp4", plugin="FFMPEG")["fps"] == 12
 
@@ -104,7 +107,7 @@ def test_ltx_is_told_the_rate_of_the_video(diffattn, tiny_ltx, tmp_path, monkeyp
     monkeypatch.setattr(LTXVideoTransformer3DModel, "forward", noted)
     frames = np.random.default_rng(0).integers(0, 256, (9, 64, 96, 3), np.uint8)
     write_video(tmp_path / "in.mp4", frames, 16)
-    options = ["--base-height", 64, "--base-width", 96, "--steps", 3, "--num-frames", 9]
+    options = ["--base-height", 64, "--base-width", 96, "--steps", 3]
     result = diffattn(
         "upscale", "a circle", "--model", tiny_ltx, "--input", "in.mp4", "-o", "out.mp4", *options
     )
@@ -128,6 +131,14 @@ def test_the_seed_decides(upscale, tmp_path):
         (["--input", "none.mp4"], "there is no video file none.mp4"),
         (["--input", "text.mp4"], "cannot read text.mp4 as a video: "),
         (["--input", "out.mp4"], "-o out.mp4 would overwrite out.mp4, which is read here"),
+        (
+            ["--input", "in.mp4", "--num-frames", "5"],
+            "--num-frames is of a base video, but --input ",
+        ),
+        (
+            ["--input", "in.mp4", "--base-steps", "5"],
+            "--base-steps is of a base video, but --input ",
+        ),
         (["--preset", "8k"], "preset is '8k', but must be one of 1080p, 1440p, 2160p"),
         (["--strength", "2"], "strength is 2.0, but must be above 0 and up to 1"),
         (["--cache-steps", "0"], "--cache-steps must be a whole number of at least 1, or none to"),
