@@ -18,7 +18,7 @@ from diffattn.lora.errors import LoraError
 if TYPE_CHECKING:
     from diffattn.lora.adapter import LoraRecord, load_method_weights, read_record
     from diffattn.lora.cache import CachedClips
-    from diffattn.lora.prepare import prepare
+    from diffattn.lora.encoding import prepare
     from diffattn.lora.recipes import recipe_for
     from diffattn.lora.settings import TrainSettings
     from diffattn.lora.teacher import teach
@@ -32,7 +32,7 @@ _HOMES = {
     "TrainSettings": "settings",
     "Trainer": "trainer",
     "load_method_weights": "adapter",
-    "prepare": "prepare",
+    "prepare": "encoding",
     "read_record": "adapter",
     "recipe_for": "recipes",
     "teach": "teacher",

@@ -20,8 +20,8 @@ from diffattn.lora.cache import (
     store,
     write_index,
 )
+from diffattn.lora.encoding import check_size, store_empty, text_identity
 from diffattn.lora.errors import LoraError
-from diffattn.lora.prepare import check_size, store_empty, text_identity
 from diffattn.lora.recipes import Recipe
 from diffattn.models import denoisers
 

@@ -226,7 +226,7 @@ def _prepare(
     """Encode the clips, or have the dense model make them; what is there already is kept."""
     from diffattn.lora.captions import captioned_clips, read_prompts
     from diffattn.lora.clips import find_clips
-    from diffattn.lora.prepare import prepare
+    from diffattn.lora.encoding import prepare
     from diffattn.lora.teacher import teach
 
     assert job.height is not None

@@ -19,8 +19,8 @@ from diffattn.lora import cache
 from diffattn.lora.cache import CachedClips, fingerprint
 from diffattn.lora.captions import CaptionedClip
 from diffattn.lora.clips import read_clip
+from diffattn.lora.encoding import prepare
 from diffattn.lora.errors import LoraError
-from diffattn.lora.prepare import prepare
 from diffattn.lora.recipes import recipe_for
 
 HEIGHT, WIDTH, TEXT = 32, 48, 9
@@ -350,6 +350,16 @@ class TestOpening:
         (tmp_path / "index.json").write_text(content)
         with pytest.raises(LoraError, match=message):
             CachedClips(tmp_path)
+
+
+def test_the_package_gives_functions_whatever_was_imported_before():
+    import diffattn.lora
+
+    # A module of the same name would take a function's place once it is imported.
+    import diffattn.lora.teacher
+
+    for name in diffattn.lora.__all__:
+        assert callable(getattr(diffattn.lora, name)), name
 
 
 if __name__ == "__main__":

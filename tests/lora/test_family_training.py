@@ -10,7 +10,7 @@ from tiny_complete import COMPLETE
 
 from diffattn.lora.captions import captioned_clips
 from diffattn.lora.clips import find_clips
-from diffattn.lora.prepare import prepare
+from diffattn.lora.encoding import prepare
 from diffattn.lora.recipes import RECIPES, recipe_for
 from diffattn.lora.settings import TrainSettings
 from diffattn.lora.trainer import Trainer
