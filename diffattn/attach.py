@@ -283,12 +283,15 @@ class Attachment:
         for model in self.models.values():
             for group in model.groups:
                 method = group.chosen.for_model(model.variant)
-                if method.dense_steps or method.last_dense_steps:
+                settings = ("dense_steps", "last_dense_steps")
+                given = [name for name in settings if getattr(method, name)]
+                if given:
+                    zeros = ", ".join(f"{name}=0" for name in given)
                     warnings.warn(
                         f"{method.type} keeps {method.dense_steps} (first) and"
                         f" {method.last_dense_steps} (last) denoising steps dense, but without a"
                         f" pipeline there are no steps to count: every call is sparse. Attach it to"
-                        f" the pipeline, or pass dense_steps=0 to say so",
+                        f" the pipeline, or pass {zeros} to say so",
                         stacklevel=4,
                     )
                     return

@@ -248,8 +248,10 @@ def test_merging_is_that_of_the_public_code(name: str) -> None:
 
 
 @needs_goldens
-@pytest.mark.parametrize("name", ["phase1", "defaults"])
-def test_whole_block_is_that_of_the_public_code(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "late"), [("phase1", False), ("defaults", False), ("defaults", True)]
+)
+def test_whole_block_is_that_of_the_public_code(name: str, late: bool) -> None:
     golden = np.load(GOLDENS / f"block_{name}.npz")
     block = BasicTransformerBlock(
         32, 4, 8, cross_attention_dim=24, activation_fn="gelu", ff_inner_dim=32
@@ -277,7 +279,10 @@ def test_whole_block_is_that_of_the_public_code(name: str) -> None:
     method = AgentAttn(
         **{x: golden[f"arg.{x}"].item() for x in ("ratio", "agent_ratio")},
         **{x: golden[f"arg.{x}"].item() for x in ("k_scale2", "k_shortcut")},
-        stride=size,
+        **({"late_stride": size} if late else {"stride": size}),
+        dense_layers=99 if late else 0,
+        dense_steps=0,
+        last_dense_steps=0,
         seed=None,
     )
     inputs = {"timestep": 7, "encoder_hidden_states": noise(2, 7, 16)}
@@ -677,3 +682,9 @@ def test_plan_of_wan() -> None:
     assert plan.density is None
     assert plan.attention_speedup == pytest.approx(30, rel=1e-3)
     assert plan.dense_steps == 0.6 * plan.steps
+
+
+def test_a_bare_model_has_no_steps_to_be_without_agents_in() -> None:
+    model = CASES["skyreels-v2"].build()
+    with pytest.warns(UserWarning, match=r"every call is sparse. .* or pass last_dense_steps=0 to"):
+        diffattn.set_attn_processor(model, AgentAttn())
