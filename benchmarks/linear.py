@@ -7,6 +7,10 @@ writes linear.json and linear.md. How the figures are made:
 - One attention call of one image, as a U-Net's layer makes it: without the projections around it,
   which all have alike, but with what a method does besides at each call. What LinFusion adapts its
   queries and keys with is a cost of its own, "adapt ms": two networks as wide as the layer.
+- Agents are on an image of a transformer: "agent" are 256 of them whatever the size, each of which
+  stands for a larger part of a larger image; "agent 4x4" is one for 4 x 4 tokens, as by default,
+  8 times cheaper than softmax at every size. "agentsd" is what a U-Net has by default: one for 4 x
+  4 tokens too, with 40 % of the tokens merged before, and finding out which at each call.
 - One process. Every repetition times all methods one after another, so that other load on the
   machine falls on all of them; the times are the best of the repetitions. The first call of each is
   not counted.
@@ -29,9 +33,10 @@ from pathlib import Path
 import torch
 from cpu import CLOCKS, DTYPES, dense_attention, environment, milliseconds, peak_mib
 
-from diffattn import LinFusionAttn, TokenGrid
+from diffattn import AgentAttn, LinFusionAttn, Method, TokenGrid
 from diffattn.methods import Site
 from diffattn.methods.linfusion import LinFusionWeights
+from diffattn.token_merging import cell_offsets, match, partition
 
 SIZES = (4096, 8192, 16384, 32768, 65536)
 
@@ -61,14 +66,43 @@ def linfusion(grid: TokenGrid) -> Attention:
     return partial(_attend, LinFusionAttn().for_model("unet", grid), Site("unet", 0, 1, grid))
 
 
+def agent(grid: TokenGrid) -> Attention:
+    cell = (1, -(-grid.height // 16), -(-grid.width // 16))
+    return partial(_attend, AgentAttn(cell=cell), Site("flux", 0, 1, grid))
+
+
+def agent_cells(grid: TokenGrid) -> Attention:
+    return partial(_attend, AgentAttn().for_model("flux"), Site("flux", 0, 1, grid))
+
+
+def agentsd(grid: TokenGrid) -> Attention:
+    method = AgentAttn()
+    offsets = cell_offsets(grid.height, grid.width, method.stride, None)
+    parts = partition(grid.height, grid.width, method.stride, offsets)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        merging = match(v.flatten(2), *parts, method.ratio, method.agent_ratio)
+        site = Site("unet", 0, 1, TokenGrid(1, 1, merging.tokens), merging=merging)
+        merged = (merging.merge(x.flatten(2)).unflatten(2, x.shape[2:]) for x in (q, k, v))
+        return merging.unmerge(method.attend(*merged, site).flatten(2)).unflatten(2, q.shape[2:])
+
+    return attend
+
+
 def _attend(
-    method: LinFusionAttn, site: Site, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    method: Method, site: Site, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> torch.Tensor:
     return method.attend(q, k, v, site)
 
 
 # A method by name: what it computes over a grid.
-METHODS: dict[str, Callable[[TokenGrid], Attention]] = {"softmax": softmax, "linfusion": linfusion}
+METHODS: dict[str, Callable[[TokenGrid], Attention]] = {
+    "softmax": softmax,
+    "linfusion": linfusion,
+    "agent": agent,
+    "agent 4x4": agent_cells,
+    "agentsd": agentsd,
+}
 
 
 class Layer(torch.nn.Module):
