@@ -23,7 +23,7 @@ from diffusers.hooks import context_parallel
 from stock import IN_TILES, NEARBY, Nearby
 
 import diffattn
-from diffattn import RadialAttn, TokenGrid
+from diffattn import AgentAttn, RadialAttn, TokenGrid
 from diffattn.methods import DenseAttn, Method, Site
 
 SECONDS_TO_WAIT = 60
@@ -197,6 +197,7 @@ RADIAL = RadialAttn(rule="paper", sink=False, dense_layers=1, dense_steps=0)
 _QWEN = (tiny_families.qwen_image, partial(qwen_inputs, 8, 8))
 _PADDED_QWEN = (tiny_families.qwen_image, partial(qwen_inputs, 8, 3))
 _TILES = {"method": IN_TILES}
+_AGENTS = {"method": AgentAttn(cell=(1, 2, 2), last_dense_steps=0)}
 _ONE_DENSE_LAYER = {"method": Nearby(dense_layers=1, dense_steps=0)}
 
 # Runs that must give the same in several processes (parallel=True) and in one.
@@ -230,6 +231,7 @@ RUNS: dict[int, dict[str, Callable[[bool], Result]]] = {
         ),
         "wan pipeline": run_pipeline,
         "flux ulysses": partial(run, tiny_families.flux, flux_inputs, ULYSSES),
+        "flux ulysses, agents": partial(run, tiny_families.flux, flux_inputs, ULYSSES, **_AGENTS),
         "flux ulysses, dense layer": partial(
             run, tiny_families.flux, flux_inputs, ULYSSES, **_ONE_DENSE_LAYER
         ),
