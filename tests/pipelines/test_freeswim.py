@@ -207,6 +207,22 @@ def test_a_second_expert_has_guidance_of_its_own(tiny_wan: Path, pipe: Any) -> N
     assert calls == [(0, 2), (0, 1), (0, 1), (1, 2), (1, 2)]
 
 
+def test_a_timestep_per_token_is_the_same_as_one(pipe: Any) -> None:
+    # As Wan 2.2's 5B is called, whose model keeps tokens of an image clean.
+    from diffusers import WanPipeline
+
+    each = WanPipeline(**pipe.components, expand_timesteps=True)
+    each.set_progress_bar_config(disable=True)
+    shapes: set[tuple[int, ...]] = set()
+    want = FreeSwimPipeline(pipe)("a", video=clip(), generator=seeded(), **SMALL).frames
+    pipe.transformer.register_forward_pre_hook(
+        lambda m, a, k: shapes.add(tuple(k["timestep"].shape)), with_kwargs=True
+    )
+    got = FreeSwimPipeline(each)("a", video=clip(), generator=seeded(), **SMALL).frames
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert shapes == {(1, 48), (2, 48)}
+
+
 def test_sizes() -> None:
     rules = SizeRules(16, frame_stride=4, frame_offset=1)
     assert legal_size((1080, 1920), rules) == (1088, 1920)
