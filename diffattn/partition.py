@@ -36,6 +36,7 @@ class KeyBlocks:
     block_of: torch.Tensor
     lengths: tuple[int, ...]
     _tiles: dict[int, KeyBlocks] = field(default_factory=dict, repr=False)
+    _padded: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_lengths(
@@ -84,6 +85,28 @@ class KeyBlocks:
     def video(self) -> slice:
         """Where the video tokens are in the sequence."""
         return slice(self.text_before, self.text_before + self.block_of.numel())
+
+    def padded(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every block, text included, filled up to a multiple of `size` tokens.
+
+        Returns:
+            int64 `(padded tokens,)`, the token at each place, their number where there is none; and
+            int64 `(padded tokens / size,)`, the block of each run of `size`.
+        """
+        if size not in self._padded:
+            with torch.inference_mode(False):
+                before, after = ([n] if n else [] for n in (self.text_before, self.text_after))
+                lengths = torch.tensor([*before, *self.lengths, *after])
+                runs = (lengths + size - 1) // size
+                block = torch.arange(len(lengths)).repeat_interleave(runs)
+                of_place = block.repeat_interleave(size)
+                first = (runs.cumsum(0) - runs) * size
+                place = torch.arange(len(of_place)) - first[of_place]
+                token = place + (lengths.cumsum(0) - lengths)[of_place]
+                token[place >= lengths[of_place]] = int(lengths.sum())
+                device = self.starts.device
+                self._padded[size] = token.to(device), block.to(device)
+        return self._padded[size]
 
     def means(self, x: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
         """The mean of each block's tokens, in float32 at least.

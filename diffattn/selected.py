@@ -12,6 +12,7 @@ from diffattn.kernels import gather_cpu
 from diffattn.kernels.reference import reference_attention
 from diffattn.mask import AttentionMask
 from diffattn.partition import KeyBlocks
+from diffattn.unions import prefers_union, union_attention
 
 
 def selected_attention(
@@ -27,7 +28,9 @@ def selected_attention(
 ) -> torch.Tensor:
     """Softmax attention of every query over the blocks it has selected; differentiable.
 
-    A query that sees no key gives 0.
+    A query that sees no key gives 0. On the CPU the queries of each block are gathered. So they are
+    by the Triton kernel, but without gradients tiles of queries are computed as they are where
+    earlier calls over the same blocks have shown that neighbours select alike.
 
     Args:
         query, key, value: (batch, tokens, heads, head_dim), in the order of the blocks.
@@ -55,6 +58,11 @@ def selected_attention(
         mask = dense_mask(blocks, bits)
         out, _ = reference_attention(query, key, value, mask, scale=scale, key_mask=key_mask)
         return out.to(query.dtype)
+    is_trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if name == "triton" and not is_trained and prefers_union(blocks, bits):
+        return union_attention(
+            query, key, value, blocks, bits, scale=scale, key_mask=key_mask, backend=name
+        )
     kernel = gather_cpu if name == "cpu" else triton_kernels("gather")
     out, _ = kernel.selected_attention(
         query, key, value, blocks.starts, bits, scale=scale, key_mask=key_mask

@@ -26,7 +26,7 @@ _TAU = 0.25
 _DENSE_STEPS = 0.25
 # Of the paper's settings without training: 3 of 7 blocks of frames, a quarter of the others.
 _SHARE = {"1d": 3 / 7, "2d": 1 / 4, "3d": 1 / 4}
-_TILE = 64
+_TILE = 128  # a row of blocks of the block-sparse kernels
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class VMoBAAttn(Method):
         default=False, metadata={"help": "leave out what all blocks have in common"}
     )
     granularity: str = field(default="query", metadata={"help": "query or tile: who selects"})
-    tile: int | None = field(default=None, metadata={"help": "queries of a tile (default: 64)"})
+    tile: int | None = field(default=None, metadata={"help": "queries of a tile (default: 128)"})
     _partitions_known: dict[tuple[TokenGrid, str], Partition] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

@@ -1,0 +1,161 @@
+"""Selected blocks on the block-sparse kernels: what any query of a tile has selected, tile by tile.
+
+Where neighbouring queries select alike, whole tiles of queries and keys are computed with little
+waste, at the rate of dense attention; bits hide from each query what it has not selected. Blocks
+are filled up to whole tiles, so that no tile lies in two of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+
+from diffattn.attention import attention
+from diffattn.blocks import BlockLayout, unpack_bits
+from diffattn.mask import BLOCK
+from diffattn.partition import KeyBlocks
+
+_WORDS = BLOCK // 32
+# Bit masks that are made at once; heads take turns where all of them would need more.
+_MASK_BYTES = 1 << 28
+# The union is taken where it computes at most so many times the pairs that are selected: by the
+# model of the gather's traffic, not measured.
+_MOST_PAIRS = 1.5
+
+
+def union_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    blocks: KeyBlocks,
+    bits: torch.Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """What `diffattn.selected.selected_attention` computes, with the arguments it takes."""
+    batch, tokens, heads, _ = query.shape
+    token, block = blocks.padded(BLOCK)
+    there = token < tokens
+    counted = there.expand(batch, -1)
+    if key_mask is not None:
+        counted = counted & torch.nn.functional.pad(key_mask, (0, 1)).index_select(1, token)
+    per_head = batch * block.numel() * blocks.blocks * BLOCK * _WORDS * 4
+    step = max(1, _MASK_BYTES // per_head)
+    outs = []
+    for first in range(0, heads, step):
+        some = slice(first, first + step)
+        tensors = (_filled(x[:, :, some], token) for x in (query, key, value))
+        layout = _layout(blocks, bits[:, some], token, block)
+        outs.append(attention(*tensors, layout, scale=scale, key_mask=counted, backend=backend))
+    # Each token has one place: those that are filled up have none to go back to.
+    place = token.argsort(stable=True)[:tokens]
+    return torch.cat(outs, 2).index_select(1, place)
+
+
+def union_pairs(blocks: KeyBlocks, bits: torch.Tensor) -> torch.Tensor:
+    """Pairs that `union_attention` computes, of the pairs of dense attention: a number."""
+    token, block = blocks.padded(BLOCK)
+    some, _ = _tiles(blocks, bits, token)
+    dense = (bits.shape[2] / BLOCK) ** 2
+    return some[..., block].float().sum((2, 3)).mean() / dense
+
+
+def selected_pairs(blocks: KeyBlocks, bits: torch.Tensor) -> torch.Tensor:
+    """Pairs that are selected, of the pairs of dense attention: a number."""
+    shares = unpack_bits(bits, blocks.blocks).float().mean((0, 1, 2))
+    lengths = blocks.starts.diff()
+    return (shares * lengths).sum() / lengths.sum()
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """Numbers on their way from a device, `union_pairs` and `selected_pairs`."""
+
+    numbers: torch.Tensor
+    arrived: torch.Event
+
+
+_measured: WeakKeyDictionary[KeyBlocks, _Measurement] = WeakKeyDictionary()
+_chosen: WeakKeyDictionary[KeyBlocks, bool] = WeakKeyDictionary()
+
+
+def prefers_union(blocks: KeyBlocks, bits: torch.Tensor) -> bool:
+    """Did calls over the same blocks select so much alike that the union was the less work?
+
+    It is measured on the device and read in a later call, without waiting: the first calls say no.
+    """
+    if bits.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _chosen.get(blocks, False)
+    last = _measured.get(blocks)
+    if last is not None and not last.arrived.query():
+        return _chosen.get(blocks, False)
+    if last is not None:
+        union, selected = last.numbers.tolist()
+        _chosen[blocks] = union <= _MOST_PAIRS * selected
+    numbers = torch.stack([union_pairs(blocks, bits), selected_pairs(blocks, bits)])
+    numbers = numbers.to("cpu", non_blocking=True)
+    arrived = torch.Event(bits.device)
+    arrived.record()
+    _measured[blocks] = _Measurement(numbers, arrived)
+    return _chosen.get(blocks, False)
+
+
+def _filled(x: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """`(batch, tokens, ...)` with blocks filled up to whole tiles, by zeros."""
+    padding = (0, 0) * (x.ndim - 2) + (0, 1)
+    return torch.nn.functional.pad(x, padding).index_select(1, token)
+
+
+def _tiles(
+    blocks: KeyBlocks, bits: torch.Tensor, token: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bool `(batch, heads, query tiles, blocks)`: has some query selected a block; have all?"""
+    chosen = _by_tile(bits, token)
+    some = _any(chosen)
+    # A place without a query takes part in nothing.
+    missing = _any(_by_tile(~bits, token))
+    return unpack_bits(some, blocks.blocks), ~unpack_bits(missing, blocks.blocks)
+
+
+def _by_tile(bits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """`(batch, heads, query tiles, BLOCK, words)`, 0 where there is no query."""
+    padded = torch.nn.functional.pad(bits, (0, 0, 0, 1))
+    return padded.index_select(2, token).unflatten(2, (-1, BLOCK))
+
+
+def _any(bits: torch.Tensor) -> torch.Tensor:
+    while bits.shape[3] > 1:
+        bits = bits[:, :, :, 0::2] | bits[:, :, :, 1::2]
+    return bits[:, :, :, 0]
+
+
+def _layout(
+    blocks: KeyBlocks, bits: torch.Tensor, token: torch.Tensor, block: torch.Tensor
+) -> BlockLayout:
+    """The tiles that are computed, with a bit mask for every query tile and block."""
+    some, all_ = _tiles(blocks, bits, token)
+    batch, heads, rows, count = some.shape
+    full, partial = all_[..., block], (some & ~all_)[..., block]
+    chosen = unpack_bits(_by_tile(bits, token), count).transpose(3, 4)
+    masks = -chosen.to(torch.int32)[..., None].expand(*chosen.shape, _WORDS)
+    masks = masks.reshape(-1, BLOCK, _WORDS)
+    number = torch.arange(batch * heads * rows * count, device=bits.device)
+    number = number.view(batch, heads, rows, count)[..., block].to(torch.int32)
+    lists = {}
+    for name, visited in (("full", full), ("partial", partial)):
+        index = (~visited).to(torch.uint8).argsort(dim=-1, stable=True)
+        lists[f"{name}_count"] = visited.sum(-1, dtype=torch.int32)
+        lists[f"{name}_index"] = index.to(torch.int32)
+    return BlockLayout(
+        tokens_q=token.numel(),
+        tokens_kv=token.numel(),
+        block_q=BLOCK,
+        block_kv=BLOCK,
+        **lists,
+        partial_mask=number.gather(-1, lists["partial_index"].long()),
+        bit_masks=masks,
+    )
