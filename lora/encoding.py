@@ -65,14 +65,16 @@ def prepare(
         The data set, of one shape.
 
     Raises:
-        LoraError: if the model cannot make that size, no clip can be used, or `folder` cannot be
-            written to.
+        LoraError: if the pipeline has no VAE or text encoder, the model cannot make that size, no
+            clip can be used, or `folder` cannot be written to.
     """
+    if pipe.vae is None:
+        raise LoraError(f"{type(pipe).__name__} has no VAE to encode clips: load it with its vae")
     check_size(pipe, height, width, num_frames)
     if fps is not None and not fps > 0:
         raise LoraError(f"fps is {fps:g}, but must be above 0")
-    open_folder(folder)
     text = text_identity(pipe, recipe)
+    open_folder(folder)
     settings = {
         "format": _FORMAT,
         "size": [height, width, num_frames],
@@ -114,9 +116,18 @@ def check_size(pipe: Any, height: int, width: int, num_frames: int) -> None:
 
 
 def text_identity(pipe: Any, recipe: Recipe) -> str:
-    """What decides what a prompt becomes."""
+    """What decides what a prompt becomes.
+
+    Raises:
+        LoraError: if the pipeline has no text encoder.
+    """
     parts: list[Any] = [getattr(pipe, name, None) for name in _TEXT_PARTS]
     encoders = [part for part in parts if isinstance(part, torch.nn.Module)]
+    if not encoders:
+        raise LoraError(
+            f"{type(pipe).__name__} has no text encoder to encode captions: load it with its"
+            f" text_encoder and tokenizer"
+        )
     words = [{"words": entry_key(p.get_vocab())} for p in parts if hasattr(p, "get_vocab")]
     about = {"family": recipe.family, "length": recipe.text_length}
     return fingerprint(*encoders, *words, about)

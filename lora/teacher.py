@@ -64,8 +64,9 @@ def teach(
         The data set, of one shape: all samples of the first prompt come first.
 
     Raises:
-        LoraError: if sparse attention is attached, the model cannot make that size or does not
-            take an argument, there are no prompts, or `folder` cannot be written to.
+        LoraError: if sparse attention is attached, the pipeline has no text encoder, the model
+            cannot make that size or does not take an argument, there are no prompts, or `folder`
+            cannot be written to.
     """
     models = denoisers(pipe)
     if any(attached_to(model) is not None for model in models.values()):
@@ -83,8 +84,8 @@ def teach(
             raise LoraError(f"{type(pipe).__name__} does not take {name!r}")
     arguments = recipe.call_arguments(pipe, num_frames) | call
     arguments |= {"height": height, "width": width, "num_inference_steps": steps}
-    open_folder(folder)
     text = text_identity(pipe, recipe)
+    open_folder(folder)
     settings = {
         "format": _FORMAT,
         "call": arguments,

@@ -319,6 +319,15 @@ class TestUnusableClips:
             prepared(clips, tmp_path / "cache", **changes)
         assert not (tmp_path / "cache").exists()
 
+    @pytest.mark.parametrize("part", ["vae", "text encoder"])
+    def test_a_pipeline_without_what_encodes(self, clips, tmp_path, part):
+        pipe = tiny_complete.wan()
+        setattr(pipe, part.replace(" ", "_"), None)
+        what = "VAE" if part == "vae" else part
+        with pytest.raises(LoraError, match=f"WanPipeline has no {what} to encode .* load it with"):
+            prepared(clips, tmp_path / "cache", pipe)
+        assert not (tmp_path / "cache").exists()
+
 
 class TestOpening:
     def test_a_folder_without_a_data_set(self, tmp_path):
