@@ -308,7 +308,9 @@ def _extra_words(method: StaticMaskMethod, grid: TokenGrid) -> str:
     extra = method.extra_keys(grid)
     if extra is None:
         return " The method does more than attend under this mask."
-    return f" Besides, every token sees {extra:,} pooled keys, not drawn." if extra else ""
+    if not extra:
+        return ""
+    return f" Every token but those of text also sees {extra:,} pooled keys, not drawn."
 
 
 def _word(value: Any) -> str:

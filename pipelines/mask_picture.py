@@ -136,8 +136,8 @@ def _figures(method: "StaticMaskMethod", grid: "TokenGrid") -> Iterator[str]:
     elif extra:
         share = grid.video_tokens * extra / grid.tokens**2
         yield (
-            f"pooled keys: {extra} that every token of the video sees besides, not drawn; they add"
-            f" {share:.4%} as many pairs"
+            f"pooled keys: {extra} more for every token but those of text, {share:.4%} as many"
+            f" pairs; not drawn"
         )
     yield (
         f"blocks: {visited} of {layout.rows * layout.columns} visited ({layout.density:.2%}), "

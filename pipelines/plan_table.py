@@ -146,8 +146,8 @@ def _block_rows(plan: "Plan") -> Iterator[tuple[str, str]]:
     if plan.extra_keys:
         yield (
             "pooled keys",
-            f"{plan.extra_keys:,} besides, for every token of the video: as many pairs as"
-            f" {plan.extra_share:.2%}",
+            f"{plan.extra_keys:,} more for every token but those of text:"
+            f" {plan.extra_share:.2%} as many pairs",
         )
     tiles = "" if plan.tile is None else f" ({'x'.join(map(str, plan.tile))} tiles)"
     yield "blocks", f"{plan.blocks:,} of {plan.block_size} tokens{tiles}"

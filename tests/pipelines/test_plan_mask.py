@@ -96,6 +96,14 @@ class TestPlan:
         assert "model" not in rows
         assert "other layers" not in rows
 
+    def test_pooled_keys_have_a_row(self, diffattn):
+        options = ["--grid", "5+8x12", "--method", "clear", "--arg", "radius=2", "--arg"]
+        assert "pooled keys" not in diffattn("plan", *options, "down_factor=1").out
+        out = diffattn("plan", *options, "down_factor=4").out
+        # 96 tokens see 2 x 3 keys more, of 101 x 101 pairs.
+        row = r"pooled keys +6 more for every token but those of text: 5\.65% as many pairs$"
+        assert re.search(row, out, re.MULTILINE)
+
     def test_a_published_model(self, diffattn):
         result = diffattn("plan", "--model", "Wan-AI/Wan2.1-T2V-1.3B")
         assert result.code == 0
@@ -239,8 +247,8 @@ class TestMask:
 
     def test_keys_that_are_no_tokens_are_mentioned(self, mask):
         note = (
-            "pooled keys: 4 that every token of the video sees besides, not drawn; they add 6.2500%"
-            " as many pairs"
+            "pooled keys: 4 more for every token but those of text, 6.2500% as many pairs; not"
+            " drawn"
         )
         options = ["--grid", "8x8", "--method", "clear", "--arg", "radius=2"]
         assert note not in mask(*options).out
