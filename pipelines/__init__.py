@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .freeswim import FreeSwimPipeline
+    from .image_ladder import LadderPipeline
 
-__all__ = ["FreeSwimPipeline"]
+__all__ = ["FreeSwimPipeline", "LadderPipeline"]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,4 +15,8 @@ def __getattr__(name: str) -> Any:
         from .freeswim import FreeSwimPipeline
 
         return FreeSwimPipeline
+    if name == "LadderPipeline":
+        from .image_ladder import LadderPipeline
+
+        return LadderPipeline
     raise AttributeError(f"module 'diffattn.pipelines' has no attribute {name!r}")

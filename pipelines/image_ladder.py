@@ -37,6 +37,79 @@ class Rung:
     """Share of the denoising steps that is done, at the end of them."""
 
 
+class LadderPipeline:
+    """A Stable Diffusion pipeline that makes its pictures larger, size by size."""
+
+    def __init__(self, pipe: Any) -> None:
+        """Take over a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
+
+        It stays as it is, and what is attached to it works here, before or after.
+
+        Raises:
+            UserError: if it is another.
+        """
+        _image_to_image(pipe)
+        self.pipe = pipe
+
+    def __call__(
+        self,
+        prompt: str | None = None,
+        *,
+        height: int,
+        width: int,
+        image: Image | None = None,
+        start: Size | None = None,
+        start_steps: int = STEPS,
+        strengths: Sequence[float] = STRENGTHS,
+        steps: int = STEPS,
+        seed: int = 0,
+        say: Callable[[str], None] = lambda line: None,
+        **call: Any,
+    ) -> Image:
+        """Make a large picture.
+
+        Args:
+            prompt: what it shows; None if `call` has it encoded.
+            height, width: of the picture in pixels.
+            image: a picture to start from; one is made when None.
+            start: height and width of the one that is made; as long as the model's own on its
+                shorter side when None.
+            start_steps: its denoising steps.
+            strengths: share of the steps that is done at each larger size; the last holds for more.
+            steps: denoising steps that a strength is a share of.
+            seed: of the noise, the same at each size.
+            say: takes lines for the user: the memory needed, then each size.
+            call: more arguments of both of diffusers' pipelines, such as `guidance_scale`.
+
+        Raises:
+            UserError: if the model cannot make a size, or a strength or size is out of range.
+        """
+        from diffattn.models import size_rules
+
+        multiple = size_rules(self.pipe).spatial_multiple
+        if image is not None:
+            start = image.height, image.width
+        start = start or first_size((height, width), native_pixels(self.pipe), multiple)
+        ladder = rungs(ladder_sizes(start, (height, width), multiple), strengths, steps)
+        check_sizes(self.pipe, ladder)
+        samples = 2 if call.get("guidance_scale", 2) > 1 else 1
+        memory = step_bytes(self.pipe, height, width, samples) / 2**30
+        say(f"{_text((height, width))} will take about {memory:.2f} GiB besides the weights")
+        if prompt is not None:
+            call["prompt"] = prompt
+        if image is None:
+            say(f"{_text(start)}: made from the prompt, {start_steps} steps")
+            made = self.pipe(
+                height=start[0],
+                width=start[1],
+                num_inference_steps=start_steps,
+                generator=_generator(seed),
+                **call,
+            )
+            image = made.images[0]
+        return refine(self.pipe, image, ladder, steps=steps, seed=seed, say=say, **call)
+
+
 def ladder_sizes(start: Size, goal: Size, multiple: int) -> list[Size]:
     """Sizes from one to another: each twice the one before, but the last, which may be nearer.
 
@@ -152,17 +225,10 @@ def refine(
     Raises:
         UserError: if the pipeline is another, or a size none that it can make.
     """
-    import torch
     from PIL.Image import Resampling
 
-    from diffattn.models import size_rules
-
     refining = _image_to_image(pipe)
-    for rung in ladder:
-        try:
-            size_rules(pipe).check(rung.height, rung.width, 1)
-        except ValueError as error:
-            raise UserError(error) from None
+    check_sizes(pipe, ladder)
     vae, was_tiling = pipe.vae, pipe.vae.use_tiling
     try:
         vae.enable_tiling()
@@ -175,8 +241,7 @@ def refine(
                 image=image.resize((rung.width, rung.height), Resampling.BICUBIC),
                 strength=rung.strength,
                 num_inference_steps=steps,
-                # On the CPU it gives the same noise whatever the device.
-                generator=torch.Generator("cpu").manual_seed(seed),
+                generator=_generator(seed),
                 **call,
             ).images[0]
     finally:
@@ -212,6 +277,24 @@ def _image_to_image(pipe: Any) -> Any:
     if "progress_bar" in vars(pipe):  # somebody watches it
         out.progress_bar = pipe.progress_bar
     return out
+
+
+def check_sizes(pipe: Any, ladder: Sequence[Rung]) -> None:
+    """Raise UserError if a size is none that the model can make."""
+    from diffattn.models import size_rules
+
+    try:
+        for rung in ladder:
+            size_rules(pipe).check(rung.height, rung.width, 1)
+    except ValueError as error:
+        raise UserError(error) from None
+
+
+def _generator(seed: int) -> Any:
+    import torch
+
+    # On the CPU it gives the same noise whatever the device.
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def _round(pixels: float, multiple: int) -> int:

@@ -12,14 +12,13 @@ from .errors import RunInterruptedError, UserError, did_you_mean, one_line
 from .image_ladder import (
     STEPS,
     STRENGTHS,
+    LadderPipeline,
     Rung,
     Size,
     first_size,
     ladder_sizes,
     native_pixels,
-    refine,
     rungs,
-    step_bytes,
 )
 from .loading import LoadedModel, find_model, load_model
 from .machine import describe_device, quiet_libraries
@@ -206,7 +205,8 @@ def _make(
     start, sizes = _plan_sizes(request, settings, image, pipe)
     steps = settings.steps or (_flux_steps() if is_flux else STEPS)
     ladder = _ladder(sizes, settings.strengths, steps, is_flux)
-    say(_headline(request, loaded, start, sizes, is_flux))
+    way = " to ".join(f"{width}x{height}" for height, width in [start, *sizes])
+    say(f"{request.model}: {type(pipe).__name__}, {loaded.dtype} on {loaded.device}; {way}")
     method = None if settings.attention is None else make_method(settings.attention)
     begin = clock()
     try:
@@ -214,11 +214,21 @@ def _make(
             diffattn.set_attn_processor(pipe, method)
         try:
             with watched(pipe, "upscale"):
-                if image is None:
-                    say(f"{start[1]}x{start[0]}: made from the prompt")
-                    image = _first(request, settings, pipe, start)
-                climb = _climb_flux if is_flux else _climb
-                image = climb(request, settings, pipe, image, ladder, steps, say)
+                if is_flux:
+                    image = _make_flux(request, pipe, image, start, ladder, steps, say)
+                else:
+                    image = LadderPipeline(pipe)(
+                        height=sizes[-1][0],
+                        width=sizes[-1][1],
+                        image=image,
+                        start=start,
+                        start_steps=request.steps or STEPS,
+                        strengths=[rung.strength for rung in ladder],
+                        steps=steps,
+                        seed=request.seed,
+                        say=say,
+                        **_arguments(request, settings.negative_prompt),
+                    )
         finally:
             if method is not None:
                 diffattn.set_attn_processor(pipe, None)
@@ -331,54 +341,28 @@ def _flux_steps() -> int:
     return FLUX_STEPS
 
 
-def _headline(
-    request: Request, loaded: LoadedModel, start: Size, sizes: list[Size], is_flux: bool
-) -> str:
-    """What is to come, and the memory it takes."""
-    way = " to ".join(f"{width}x{height}" for height, width in [start, *sizes])
-    line = (
-        f"{request.model}: {type(loaded.pipe).__name__}, {loaded.dtype} on {loaded.device}; {way}"
-    )
-    if is_flux:
-        return line
-    guided = request.guidance_scale is None or request.guidance_scale > 1
-    memory = step_bytes(loaded.pipe, *sizes[-1], samples=2 if guided else 1)
-    return f"{line}; the last takes about {memory / 2**30:.2f} GiB besides the weights"
-
-
-def _first(request: Request, settings: PictureSettings, pipe: Any, size: Size) -> "Image":
-    arguments = _arguments(request, settings, pipe)
-    if request.steps is not None:
-        arguments["num_inference_steps"] = request.steps
-    return pipe(
-        height=size[0], width=size[1], generator=_generator(request.seed), **arguments
-    ).images[0]
-
-
-def _climb(
+def _make_flux(
     request: Request,
-    settings: PictureSettings,
     pipe: Any,
-    image: "Image",
-    ladder: list[Rung],
-    steps: int,
-    say: Callable[[str], None],
-) -> "Image":
-    arguments = _arguments(request, settings, pipe)
-    return refine(pipe, image, ladder, steps=steps, seed=request.seed, say=say, **arguments)
-
-
-def _climb_flux(
-    request: Request,
-    settings: PictureSettings,
-    pipe: Any,
-    image: "Image",
+    image: "Image | None",
+    start: Size,
     ladder: list[Rung],
     steps: int,
     say: Callable[[str], None],
 ) -> "Image":
     from .upscale_image import upscale_flux
 
+    arguments = _arguments(request, None)
+    if image is None:
+        say(f"{start[1]}x{start[0]}: made from the prompt")
+        own = {} if request.steps is None else {"num_inference_steps": request.steps}
+        image = pipe(
+            height=start[0],
+            width=start[1],
+            generator=_generator(request.seed),
+            **own,
+            **arguments,
+        ).images[0]
     for rung in ladder:
         say(f"{rung.width}x{rung.height}: strength {rung.strength:g}")
         image = upscale_flux(
@@ -388,17 +372,17 @@ def _climb_flux(
             strength=rung.strength,
             steps=steps,
             generator=_generator(request.seed),
-            **_arguments(request, settings, pipe),
+            **arguments,
         )
     return image
 
 
-def _arguments(request: Request, settings: PictureSettings, pipe: Any) -> dict[str, Any]:
+def _arguments(request: Request, negative_prompt: str | None) -> dict[str, Any]:
     """Arguments of every call of a pipeline: those that the user gave."""
     given = {
         "prompt": request.prompt,
         "guidance_scale": request.guidance_scale,
-        "negative_prompt": settings.negative_prompt,
+        "negative_prompt": negative_prompt,
     }
     return {name: value for name, value in given.items() if value is not None}
 

@@ -10,10 +10,11 @@ from PIL import Image
 from tiny_complete import COMPLETE
 
 import diffattn
-from diffattn import AgentAttn, DenseAttn
+from diffattn import AgentAttn, DenseAttn, LinFusionAttn
 from diffattn.pipelines.errors import UserError
 from diffattn.pipelines.image_ladder import (
     STRENGTHS,
+    LadderPipeline,
     Rung,
     first_size,
     ladder_sizes,
@@ -118,6 +119,38 @@ def test_each_size_is_what_diffusers_makes_of_the_one_before(pipe: Any) -> None:
     assert said == ["64x48: strength 0.5, 2 of 4 steps", "128x96: strength 0.25, 1 of 4 steps"]
 
 
+def test_the_pipeline_makes_its_first_picture_itself() -> None:
+    pipe = build("sdxl")
+    call: dict[str, Any] = {"guidance_scale": 3.0, "negative_prompt": "a dog"}
+    first = pipe(
+        "a cat",
+        height=24,
+        width=32,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(7),
+        **call,
+    ).images[0]
+    said: list[str] = []
+    out = LadderPipeline(pipe)(
+        "a cat",
+        height=48,
+        width=64,
+        start_steps=2,
+        strengths=(0.5,),
+        steps=4,
+        seed=7,
+        say=said.append,
+        **call,
+    )
+    want = refine(pipe, first, [Rung(48, 64, 0.5)], steps=4, seed=7, prompt="a cat", **call)
+    np.testing.assert_array_equal(np.asarray(out), np.asarray(want))
+    assert said[0].startswith("64x48 will take about 0.0")
+    assert said[1:] == [
+        "32x24: made from the prompt, 2 steps",
+        "64x48: strength 0.5, 2 of 4 steps",
+    ]
+
+
 def test_a_method_goes_through_its_phases_at_each_size() -> None:
     pipe = build("sd1.5")
     attachment = diffattn.set_attn_processor(pipe, AgentAttn())
@@ -137,6 +170,16 @@ def test_a_method_goes_through_its_phases_at_each_size() -> None:
     ]
     assert [sum(pair) for pair in made] == [11, 6]
     assert [pair[0] for pair in made] == [5, 3]
+    diffattn.set_attn_processor(pipe, None)
+
+
+def test_linfusion_goes_up_too() -> None:
+    pipe = build("sd1.5")
+    attachment = diffattn.set_attn_processor(pipe, LinFusionAttn())
+    out = refine(pipe, picture(24, 24), rungs([(48, 48)], (0.5,), 4), steps=4, prompt="a cat")
+    assert out.size == (48, 48)
+    assert attachment.sparse_calls > 0
+    assert attachment.dense_calls == 0
     diffattn.set_attn_processor(pipe, None)
 
 
@@ -189,3 +232,5 @@ def test_other_pipelines_are_refused() -> None:
         UserError, match=r"only Stable Diffusion 1.5, 2.1 and XL .* not WanPipeline"
     ):
         refine(pipe, picture(), [Rung(48, 64, 0.5)], prompt="a cat")
+    with pytest.raises(UserError, match="not WanPipeline"):
+        LadderPipeline(pipe)

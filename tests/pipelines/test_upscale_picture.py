@@ -43,8 +43,9 @@ def test_from_a_prompt(upscale, tmp_path, record, name):
     assert Image.open("out.png").size == (96, 96)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.png"]
     head, *lines = result.out.splitlines()
-    assert "; 24x24 to 48x48 to 96x96; the last takes about 0.0" in head
-    assert "24x24: made from the prompt" in lines
+    assert head.endswith("; 24x24 to 48x48 to 96x96")
+    assert lines[0].startswith("96x96 will take about 0.0")
+    assert lines[1] == "24x24: made from the prompt, 1 steps"
     assert "48x48: strength 0.5, 2 of 4 steps" in lines
     assert "96x96: strength 0.25, 1 of 4 steps" in lines
     assert lines[-1].startswith("out.png: 96x96, ")
