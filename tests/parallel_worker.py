@@ -7,7 +7,7 @@ leaves what came out in FOLDER/RANK.pt.
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from diffusers.hooks import context_parallel
 from stock import IN_TILES, NEARBY, Nearby
 
 import diffattn
-from diffattn import AgentAttn, RadialAttn, TokenGrid
+from diffattn import AgentAttn, RadialAttn, TokenGrid, VMoBAAttn
 from diffattn.methods import DenseAttn, Method, Site
 
 SECONDS_TO_WAIT = 60
@@ -185,6 +185,7 @@ def masked_ltx_inputs() -> dict[str, Any]:
     return ltx_inputs() | {"encoder_attention_mask": tiny_families.valid_text(8, 8, 4)}
 
 
+VMOBA = VMoBAAttn(topk=2, dense_steps=0)
 ULYSSES = {"ulysses_degree": 2}
 RING = {"ring_degree": 2}
 ANY_ULYSSES = {"ulysses_degree": 2, "ulysses_anything": True}
@@ -211,6 +212,8 @@ RUNS: dict[int, dict[str, Callable[[bool], Result]]] = {
         "wan ulysses, enabled first": partial(run, wan, wan_inputs, ULYSSES, enable_first=True),
         "wan ulysses, detached": partial(run, wan, wan_inputs, ULYSSES, detach=True),
         "wan ulysses, not a mask": partial(run, wan, wan_inputs, ULYSSES, method=Halves()),
+        "wan ulysses, vmoba": partial(run, wan, wan_inputs, ULYSSES, method=VMOBA, gradients=True),
+        "flux ulysses, vmoba": partial(run, tiny_families.flux, flux_inputs, ULYSSES, method=VMOBA),
         "wan ulysses, radial": partial(run, wan, _LONGER_WAN, ULYSSES, method=RADIAL),
         "wan any ulysses": partial(run, partial(wan, 3), _UNEVEN_WAN, ANY_ULYSSES, gradients=True),
         "wan ring": partial(run, wan, wan_inputs, RING),
@@ -283,6 +286,10 @@ REFUSED: dict[int, dict[str, Callable[[bool], Result]]] = {
         "ltx ulysses, masked text": partial(run, tiny_families.ltx, masked_ltx_inputs, ULYSSES),
         "ltx ulysses, masked text, detached": partial(
             run, tiny_families.ltx, masked_ltx_inputs, ULYSSES, detach=True
+        ),
+        "ring, vmoba": partial(run, wan, wan_inputs, RING, method=VMOBA),
+        "ulysses, heads together": partial(
+            run, wan, wan_inputs, ULYSSES, method=replace(VMOBA, scope="unpublished-all")
         ),
         "ring, more than a mask": partial(run, wan, wan_inputs, RING, method=MoreThanAMask()),
     },

@@ -92,6 +92,12 @@ class TestSeveralProcesses:
             (4, "too few heads", "ValueError: 2 attention heads are too few for 4 processes"),
             (2, "ltx ulysses, masked text", "RuntimeError: output with shape .* doesn't match the"),
             (2, "ltx ulysses, masked text, detached", "RuntimeError: output with shape .*"),
+            (2, "ring, vmoba", "NotImplementedError: vmoba attention .*; use Ulysses"),
+            (
+                2,
+                "ulysses, heads together",
+                "NotImplementedError: vmoba attention with these parameters looks at all heads tog",
+            ),
             (2, "ring, more than a mask", "NotImplementedError: own attention .*; use Ulysses"),
         ],
     )
