@@ -219,7 +219,8 @@ class LTX:
             rope_interpolation_scale=(temporal / self.frame_rate, spatial, spatial),
             return_dict=False,
         )[0]
-        return out.transpose(1, 2).unflatten(2, sizes)
+        # Guidance is taken in float32 here, as the pipeline does.
+        return out.float().transpose(1, 2).unflatten(2, sizes)
 
     def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         vae = self.pipe.vae

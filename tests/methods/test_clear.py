@@ -1,6 +1,7 @@
 """CLEARAttn against the public code's masks and outputs, and its definition pair by pair."""
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from tiny_families import BATCH, noise
 
 import diffattn
-from diffattn import CLEARAttn, TokenGrid
+from diffattn import CLEARAttn, DenseAttn, TokenGrid
 from diffattn.blocks import PARTIAL
 from diffattn.kernels.reference import reference_attention
 from diffattn.methods import Site, from_dict
@@ -376,6 +377,7 @@ def with_cells(
     method: CLEARAttn,
     weight: torch.Tensor,
     scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of tensors (batch, tokens, heads, head_dim) with the cells among the keys."""
     cells = cells_by_definition(grid, method.down_factor)
@@ -388,10 +390,48 @@ def with_cells(
     more = [torch.einsum("cn,bnhd->bchd", summing, x[:, grid.video]) for x in (k, v)]
     video = ~grid.is_text(torch.arange(grid.tokens))
     seen = torch.cat([definition(grid, method), video[:, None].expand(-1, len(cells))], 1)
+    if key_mask is not None:
+        counted = torch.nn.functional.pad(key_mask, (0, len(cells)), value=True)
+        seen = seen & counted[:, None, None, :]
     k, v = torch.cat([k, more[0]], 1), torch.cat([v, more[1]], 1)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (scale or q.shape[-1] ** -0.5)
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByDefinition(DenseAttn):
+    """CLEAR pair by pair, all of them, with cells that are means."""
+
+    clear: CLEARAttn
+
+    def for_model(self, family: str, grid: TokenGrid | None = None) -> "ByDefinition":
+        return self
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, site: Site, **rest: Any
+    ) -> torch.Tensor:
+        side = self.clear.down_factor
+        mean = torch.full((side, side), side**-2)
+        tensors = (x.double() for x in (query, key, value))
+        out = with_cells(*tensors, site.grid, self.clear, mean, **rest)
+        return out.to(query.dtype)
+
+
+@pytest.mark.parametrize("side", [2, 100])  # no grid here has a cell of 100 x 100 tokens
+@pytest.mark.parametrize("name", tiny_families.CASES)
+def test_every_family_attends_by_it(name: str, side: int) -> None:
+    case = tiny_families.CASES[name]
+    model, inputs = case.build(), case.inputs()
+    method = CLEARAttn(radius=2, frame_radius=2, down_factor=1 if side > 2 else side)
+    with_defaults = replace(method.for_model(""), down_factor=side)
+    dense = forward(model, inputs)
+    diffattn.set_attn_processor(model, ByDefinition(clear=with_defaults))
+    want = forward(model, inputs)
+    attachment = diffattn.set_attn_processor(model, method)
+    torch.testing.assert_close(forward(model, inputs), want, atol=2e-5, rtol=1e-4)
+    assert attachment.sparse_calls == len(case.sites)
+    assert not torch.allclose(want, dense, atol=1e-4), "the mask should matter"
 
 
 class Weights(torch.nn.Module):
