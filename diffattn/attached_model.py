@@ -355,6 +355,8 @@ class AttachedModel:
         weights = method.site_weights(module, self.family.text is not None)
         if weights is None:
             weights = method.layer_weights(layer)
+            if weights is not None:
+                weights.place_beside(module)
         if weights is not None:
             module.add_module(method.type, weights)
             call = _WeightsOfCall(group, method.type)

@@ -263,6 +263,12 @@ class _Factors(SiteWeights):
         self.register_buffer("k_scale2", torch.tensor(k_scale2), persistent=False)
         self.register_buffer("k_shortcut", torch.tensor(k_shortcut), persistent=False)
 
+    def place_beside(self, module: torch.nn.Module) -> None:
+        # Numbers for a whole block are worth their precision.
+        for other in module.parameters():
+            self.to("cpu" if other.is_meta else other.device)
+            break
+
 
 def sharpness(head_dim: int, k_scale2: float | torch.Tensor) -> Any:
     """What scores of agents are multiplied by, besides the usual `head_dim ** -0.5`."""

@@ -566,6 +566,9 @@ def test_numbers_for_each_block_are_those_of_methods_for_each_block() -> None:
     assert not any("agent" in name for name in model.state_dict())
     torch.testing.assert_close(forward(model, inputs), want, **EXACT)
     moved = copy.deepcopy(model).to(torch.bfloat16)
+    attached = diffattn.set_attn_processor(case.build().to(torch.bfloat16), method)
+    site = next(iter(attached.models["model"].sites.values()))
+    assert {x.dtype for x in site.module.agent.buffers()} == {torch.float32}
     half = {n: x.bfloat16() if x.is_floating_point() else x for n, x in inputs.items()}
     torch.testing.assert_close(forward(moved, half).float(), want, atol=0.1, rtol=0.1)
 
