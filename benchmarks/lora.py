@@ -12,6 +12,9 @@ How the figures are made:
   own schedules keep some dense, which hides what the mask costs.
 - "loss" is flow matching on held-out clips at fixed noise levels with fixed noise, the same for
   every column. "recovered" is the part of the gap between sparse and dense that the LoRA closes.
+- "distance" is the mean square of what it predicts for these clips less what the dense model does.
+  Unlike the loss it does not fall when the LoRA goes on with the model's own training, which was
+  short.
 - "PSNR" is the mean over generated clips to what the dense model makes of the same caption and
   noise. "right" is the part of the colours, backgrounds and directions that the checker reads as
   the caption says.
@@ -61,15 +64,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"radius": 3, "frame_radius": 3, "first_frame": False},
     ),
     "freeswim": ({"native": (6, 6)}, {"native": (4, 4)}),
-    "vmoba": ({}, {"topk": (2, 4, 6)}),
+    "vmoba": ({}, {"topk": (2, 3, 4)}),
     "agent": ({"cell": (2, 4, 4)}, {}),
     "linfusion": ({}, {"mid_dim": -1}),
 }
 CLIPS = 1024
 HEADER = (
-    "| method | density | loss dense | sparse | + LoRA | recovered | PSNR sparse | + LoRA"
-    " | right dense | sparse | + LoRA | steps | minutes |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "| method | density | loss dense | sparse | + LoRA | recovered | distance sparse | + LoRA"
+    " | PSNR sparse | + LoRA | right dense | sparse | + LoRA | steps | minutes |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -190,6 +193,7 @@ def line(row: Row) -> str:
         "-" if row.density is None else f"{row.density:.0%}",
         *(f"{figures.loss:.4f}" for figures in (row.dense, row.sparse, row.trained)),
         f"{row.recovered:.0%}",
+        *(f"{figures.distance:.4f}" for figures in (row.sparse, row.trained)),
         decibel(row.sparse),
         decibel(row.trained),
         *(right(figures) for figures in (row.dense, row.sparse, row.trained)),

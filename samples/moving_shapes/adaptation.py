@@ -65,11 +65,13 @@ class Figures:
 
     Attributes:
         loss: flow matching on held-out clips, the same noise every time.
+        distance: to what the dense model predicts for the same noisy clips, mean of the squares.
         psnr_db: mean distance of generated clips to the dense model's; None for the dense model.
         accuracy: part of the generated clips with each attribute right, as the checker reads them.
     """
 
     loss: float
+    distance: float
     psnr_db: float | None
     accuracy: dict[str, float]
 
@@ -82,7 +84,10 @@ class HeldOut:
     """
 
     def __init__(self, pipe: Any, recipe: Recipe, clips: int, prompts: int, sampling: Sampling):
-        """Prepare ``clips`` clips at as many noise levels, and choose ``prompts`` captions."""
+        """Prepare ``clips`` clips at as many noise levels, and choose ``prompts`` captions.
+
+        The pipeline is the dense model.
+        """
         _, held_out = split_scenes()
         shown = [held_out[index * len(held_out) // clips] for index in range(clips)]
         self.scenes: list[Scene] = held_out[:: max(1, len(held_out) // max(1, prompts))][:prompts]
@@ -97,19 +102,27 @@ class HeldOut:
             told = {name: x[None] for name, x in _told(pipe, recipe, scene.caption).items()}
             noise = torch.randn(latents.shape, generator=generator)
             self._batches.append(Batch(latents, noise, level, told))
+        self._taught = [self._predict(pipe, batch) for batch in self._batches]
 
-    @torch.no_grad()
-    def loss(self, pipe: Any, attachment: Any = None) -> float:
-        """Mean loss of the denoiser as it is; ``attachment`` is told that no run is going on."""
-        losses = []
-        for batch in self._batches:
+    def losses(self, pipe: Any, attachment: Any = None) -> tuple[float, float]:
+        """Mean loss of the denoiser as it is, and its mean distance to the dense model.
+
+        ``attachment``, of the method if one is attached, is told that no run is going on.
+        """
+        pairs = []
+        for batch, taught in zip(self._batches, self._taught, strict=True):
             if attachment is not None:
                 attachment.leave_run()
-            noisy = self._recipe.add_noise(pipe.scheduler, batch.latents, batch.noise, batch.times)
-            predicted = self._recipe.predict(pipe.transformer, noisy, batch.times, batch.conditions)
+            predicted = self._predict(pipe, batch)
             target = self._recipe.target(pipe.scheduler, batch.latents, batch.noise, batch.times)
-            losses.append(float(((predicted - target) ** 2).mean()))
-        return float(np.mean(losses))
+            pairs.append([float(((predicted - x) ** 2).mean()) for x in (target, taught)])
+        loss, distance = np.mean(pairs, axis=0).tolist()
+        return loss, distance
+
+    @torch.no_grad()
+    def _predict(self, pipe: Any, batch: Batch) -> Tensor:
+        noisy = self._recipe.add_noise(pipe.scheduler, batch.latents, batch.noise, batch.times)
+        return self._recipe.predict(pipe.transformer, noisy, batch.times, batch.conditions)
 
     def clips(self, pipe: Any) -> list[NDArray[np.uint8]]:
         """Generate each caption, (frames, height, width, 3), with a seed of its own."""
@@ -133,7 +146,7 @@ class HeldOut:
             attachment: of the method, if one is attached.
             dense: the dense model's clips, if there are any to compare with.
         """
-        loss = self.loss(pipe, attachment)
+        loss, distance = self.losses(pipe, attachment)
         made = self.clips(pipe)
         ratio = None
         if dense is not None and made:
@@ -145,7 +158,7 @@ class HeldOut:
             name: float(np.mean([agreement[name] for agreement in agreements]))
             for name in (ATTRIBUTES if agreements else ())
         }
-        return Figures(loss, ratio, accuracy), made
+        return Figures(loss, distance, ratio, accuracy), made
 
 
 def _told(pipe: Any, recipe: Recipe, caption: str) -> dict[str, Tensor]:
