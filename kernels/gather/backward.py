@@ -209,7 +209,7 @@ def backward(
             *(lse if grad_lse is None else grad_lse).stride(),
             tokens, heads,
             D=head_dim, BLOCK_D=problem.block_d, BLOCK_M=DELTA_TILE,
-            HAS_GRAD_LSE=grad_lse is not None, WIDE=problem.wide,
+            HAS_GRAD_LSE=grad_lse is not None, WIDE=problem.wide, num_warps=8,
         )  # fmt: skip
         for first_pair, pairs in problem.turns(head_dim):
             lists = selecting_queries(bits, problem.blocks, first_pair, pairs, problem.chunk)

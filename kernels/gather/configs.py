@@ -50,16 +50,16 @@ _HOPPER: dict[str, Table] = {
 _BLACKWELL: dict[str, Table] = {
     "forward": {
         64: both(128, 64, 8, 3),
-        128: both(128, 64, 8, 2),
-        256: both(64, 32, 8, 2),
+        128: both(128, 32, 8, 3),
+        256: both(32, 32, 8, 2),
     },
     "queries": {
-        64: both(64, 64, 8, 2),
+        64: both(128, 64, 8, 2),
         128: both(64, 64, 8, 2),
-        256: both(64, 16, 8, 2),
+        256: both(32, 32, 8, 2),
     },
     "keys": {
-        64: both(64, 64, 8, 2),
+        64: both(64, 128, 8, 2),
         128: both(64, 64, 8, 2),
         256: both(32, 32, 8, 2),
     },
@@ -72,9 +72,9 @@ _OTHER: dict[str, Table] = {
 }
 
 _FLOAT32: dict[str, Table] = {
-    "forward": {64: both(32, 32, 8, 2), 128: both(16, 16, 8, 2), 256: both(16, 16, 8, 1)},
-    "queries": {64: both(32, 32, 8, 2), 128: both(16, 16, 8, 2), 256: both(16, 16, 8, 1)},
-    "keys": {64: both(16, 32, 8, 2), 128: both(16, 16, 8, 2), 256: both(16, 16, 16, 1)},
+    "forward": {64: both(32, 32, 8, 2), 128: both(16, 32, 8, 2), 256: both(16, 32, 16, 2)},
+    "queries": {64: both(32, 32, 8, 2), 128: both(32, 16, 8, 2), 256: both(16, 32, 8, 2)},
+    "keys": {64: both(32, 32, 8, 2), 128: both(16, 32, 16, 2), 256: both(16, 16, 16, 1)},
 }
 
 _TABLES = Tables(_AMPERE, _HOPPER, _BLACKWELL, _OTHER, _FLOAT32)
