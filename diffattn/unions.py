@@ -48,9 +48,9 @@ def union_attention(
     outs = []
     for first in range(0, heads, step):
         some = slice(first, first + step)
-        tensors = (_filled(x[:, :, some], token) for x in (query, key, value))
+        q, k, v = (_filled(x[:, :, some], token) for x in (query, key, value))
         layout = _layout(blocks, bits[:, some], token, block)
-        outs.append(attention(*tensors, layout, scale=scale, key_mask=counted, backend=backend))
+        outs.append(attention(q, k, v, layout, scale=scale, key_mask=counted, backend=backend))
     # Each token has one place: those that are filled up have none to go back to.
     place = token.argsort(stable=True)[:tokens]
     return torch.cat(outs, 2).index_select(1, place)

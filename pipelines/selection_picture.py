@@ -120,7 +120,7 @@ def _seen(
     import diffattn
 
     found: list[tuple[VMoBAAttn, Site, torch.Tensor]] = []
-    here = []
+    here: list[bool] = []
 
     def watch(
         fitted: VMoBAAttn,
