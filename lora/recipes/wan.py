@@ -31,7 +31,12 @@ class WanRecipe(Recipe):
 
     def encode_clip(self, pipe: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
         """See `Recipe.encode_clip`; the VAE has a mean and a deviation for each channel."""
+        # The encoder takes one frame and then fours, also where it keeps every frame, and leaves
+        # out what is no whole four. It is causal: what follows a frame does not change it.
+        missing = -(pixels.shape[2] - 1) % 4
+        pixels = torch.cat([pixels, *[pixels[:, :, -1:]] * missing], 2)
         latents = encode_pixels(pipe, pixels, generator)
+        latents = latents[:, :, : latents.shape[2] - missing // pipe.vae_scale_factor_temporal]
         config = pipe.vae.config
         mean, std = (per_channel(x, latents) for x in (config.latents_mean, config.latents_std))
         return (latents - mean) / std
