@@ -134,8 +134,10 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
     padding = -mask.shape[-1] % WORD_BITS
     if padding:
         mask = torch.nn.functional.pad(mask, (0, padding))
-    # Eight bytes of 0 or 1 at once: the product has the j-th of them in bit 56 + j.
-    bytes_of_bits = (mask.contiguous().view(torch.int64) * _GATHER_BITS) >> 56
+    # Eight bytes of 0 or 1 at once: the product has the j-th of them in bit 56 + j. They are
+    # copied, as a view of a tensor may begin at any byte.
+    flags = mask.to(torch.uint8, memory_format=torch.contiguous_format)
+    bytes_of_bits = (flags.view(torch.int64) * _GATHER_BITS) >> 56
     return bytes_of_bits.to(torch.uint8).view(torch.int32)
 
 

@@ -1,5 +1,7 @@
 """Masks, their algebra, and the block layouts built from them."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -124,6 +126,16 @@ def test_layout_checks_its_states() -> None:
 def test_bits_survive_packing(n: int, seed: int) -> None:
     mask = torch.rand(3, n, generator=torch.Generator().manual_seed(seed)) < 0.5
     assert torch.equal(unpack_bits(pack_bits(mask), n), mask)
+    words = sum(mask[:, :32].long()[:, j] << j for j in range(min(n, 32)))
+    assert torch.equal(pack_bits(mask)[:, 0].long() & 0xFFFFFFFF, words)
+
+
+@pytest.mark.parametrize("view", [lambda m: m.T[:32], lambda m: m[5], lambda m: m[:1, 7:39]])
+def test_bits_of_views_are_packed(view: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    mask = view(torch.rand(64, 65, generator=torch.Generator().manual_seed(1)) < 0.5)
+    assert torch.equal(unpack_bits(pack_bits(mask), mask.shape[-1]), mask)
+    wide = mask[..., :1].expand(*mask.shape[:-1], 96)
+    assert torch.equal(unpack_bits(pack_bits(wide), 96), wide)
 
 
 def test_layout_moves_between_devices() -> None:
