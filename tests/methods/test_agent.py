@@ -649,13 +649,13 @@ def test_compiled_blocks_of_a_transformer_are_one_graph() -> None:
     assert counter.frame_count == 1
 
 
-def test_a_compiled_block_of_a_unet_merges_alike() -> None:
+def test_compiled_attention_of_a_unet_merges_alike() -> None:
     case = CASES["sd1.5"]
     model, inputs = case.build(), case.inputs()
     diffattn.set_attn_processor(model, AgentAttn(**ALWAYS))
     want = forward(model, inputs)
     torch._dynamo.reset()
-    model.down_blocks[0].attentions[0].transformer_blocks[0].compile(backend="eager")
+    model.down_blocks[0].attentions[0].transformer_blocks[0].attn1.compile(backend="eager")
     for _ in range(2):
         torch.testing.assert_close(forward(model, inputs), want, **EXACT)
 
