@@ -40,6 +40,15 @@ def turn(b_x, b_cos, b_sin, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def turn_columns(b_x, b_cos, b_sin, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`turn` of transposed tiles: the product that follows wants them so on Blackwell."""
+    b_pairs = tl.permute(tl.reshape(b_x, (BLOCK_D // 2, 2, BLOCK_T)), (0, 2, 1))
+    b_even, b_odd = tl.split(b_pairs)
+    b_both = tl.join(b_even * b_cos - b_odd * b_sin, b_even * b_sin + b_odd * b_cos)
+    return tl.reshape(tl.permute(b_both, (0, 2, 1)), (BLOCK_D, BLOCK_T))
+
+
+@triton.jit
 def load_angles(
     p_rotation, start, tokens, m_t, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):
@@ -102,9 +111,10 @@ def collect_kernel(
             b_total += tl.sum(b_features * b_x_factor[:, None], 0)
         else:
             b_total += tl.sum(b_features, 0)
+        b_left = tl.trans(b_features)
         if HAS_ROTATION:
-            b_features = turn(b_features, b_cos, b_sin, BLOCK_T, BLOCK_D)
-        b_state = tl.dot(tl.trans(b_features), b_y, b_state, input_precision=PRECISION)
+            b_left = turn_columns(b_left, tl.trans(b_cos), tl.trans(b_sin), BLOCK_T, BLOCK_D)
+        b_state = tl.dot(b_left, b_y, b_state, input_precision=PRECISION)
     i_out = i_split * tl.num_programs(1).to(tl.int64) + i_bh
     p_tile = p_state + i_out * D * D + o_d[:, None] * D + o_e[None, :]
     tl.store(p_tile, b_state, mask=(o_d < D)[:, None] & (o_e < D)[None, :])
@@ -250,16 +260,16 @@ _TILES: dict[str, _Table] = {
         256: LinearTile(16, 32, 8),
     },
     "apply": {
-        64: LinearTile(64, 64, 4),
+        64: LinearTile(64, 64, 8),
         128: LinearTile(32, 64, 8),
         256: LinearTile(32, 32, 8),
     },
     "pull_back": {
-        64: LinearTile(32, 32, 4),
+        64: LinearTile(32, 32, 8),
         128: LinearTile(32, 32, 8),
         256: LinearTile(16, 32, 8),
     },
-    "denominator": {256: LinearTile(16, 0, 4)},
+    "denominator": {256: LinearTile(16, 0, 8)},
 }
 
 # Multiplied outside of the matrix units.
