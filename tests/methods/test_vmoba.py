@@ -294,23 +294,17 @@ def test_checkpointed_training_has_the_gradients_of_eager() -> None:
         torch.testing.assert_close(gradients[1][name], want, msg=name)
 
 
-@pytest.mark.parametrize("how", ["whole", "repeated blocks"])
-def test_compiles_without_a_break(how: str) -> None:
+def test_compiles_without_a_break() -> None:
     torch._dynamo.reset()
     model = tiny_wan.transformer()
     diffattn.set_attn_processor(model, BY_SHARE)
     want = forward(model, wan_inputs())
     counter = CompileCounterWithBackend("aot_eager")
-    call: Any = model
-    if how == "whole":
-        call = torch.compile(model, fullgraph=True, backend=counter)
-    else:
-        model.compile_repeated_blocks(fullgraph=True, backend=counter)
+    model.compile_repeated_blocks(fullgraph=True, backend=counter)
     with torch.no_grad():
-        out = call(**wan_inputs(), return_dict=False)[0]
+        out = model(**wan_inputs(), return_dict=False)[0]
     torch.testing.assert_close(out, want, atol=1e-6, rtol=1e-5)
-    # Blocks of three kinds are three blocks to the compiler.
-    assert counter.frame_count == (1 if how == "whole" else 3)
+    assert counter.frame_count == 3, "blocks of three kinds are three blocks to the compiler"
 
 
 def test_compiled_attention_trains() -> None:
