@@ -23,7 +23,7 @@ from diffusers.hooks import context_parallel
 from stock import IN_TILES, NEARBY, Nearby
 
 import diffattn
-from diffattn import AgentAttn, RadialAttn, TokenGrid, VMoBAAttn
+from diffattn import AgentAttn, LinFusionAttn, RadialAttn, TokenGrid, VMoBAAttn
 from diffattn.methods import DenseAttn, Method, Site
 
 SECONDS_TO_WAIT = 60
@@ -292,6 +292,10 @@ REFUSED: dict[int, dict[str, Callable[[bool], Result]]] = {
             run, wan, wan_inputs, ULYSSES, method=replace(VMOBA, scope="unpublished-all")
         ),
         "ring, more than a mask": partial(run, wan, wan_inputs, RING, method=MoreThanAMask()),
+        "ulysses, linfusion": partial(run, wan, wan_inputs, ULYSSES, method=LinFusionAttn()),
+        "flux ulysses, linfusion": partial(
+            run, tiny_families.flux, flux_inputs, ULYSSES, method=LinFusionAttn()
+        ),
     },
     4: {
         "too few heads": partial(
