@@ -334,7 +334,7 @@ def make_accelerator(settings: TrainSettings, output: Path, *, on_cpu: bool = Fa
         on_cpu: leave an accelerator alone.
 
     Raises:
-        LoraError: if a tracker is unknown or not installed.
+        LoraError: if a tracker is unknown or not installed, or accelerate cannot do what is asked.
     """
     available = [str(getattr(name, "value", name)) for name in get_available_trackers()]
     for name in settings.trackers:
@@ -343,15 +343,18 @@ def make_accelerator(settings: TrainSettings, output: Path, *, on_cpu: bool = Fa
                 f"tracker {name!r} is not installed (pip install diffattn[tensorboard] or"
                 f" diffattn[wandb]); installed are: {', '.join(available) or 'none'}"
             )
-    accelerator = Accelerator(
-        gradient_accumulation_steps=settings.accumulation,
-        mixed_precision=settings.mixed_precision,
-        cpu=on_cpu,
-        log_with=list(settings.trackers) or None,
-        project_dir=str(output),
-        # Weights of a method's own have no gradient in layers that stay dense.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=settings.accumulation,
+            mixed_precision=settings.mixed_precision,
+            cpu=on_cpu,
+            log_with=list(settings.trackers) or None,
+            project_dir=str(output),
+            # Weights of a method's own have no gradient in layers that stay dense.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+    except ValueError as error:
+        raise LoraError(f"accelerate refuses: {error}") from None
     if settings.trackers:
         flat = {name: str(value) for name, value in dataclasses.asdict(settings).items()}
         accelerator.init_trackers("diffattn-lora", config=flat)

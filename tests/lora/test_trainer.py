@@ -228,6 +228,12 @@ class TestRefusals:
         with pytest.raises(LoraError, match=r"^tracker 'tensorbored' is not installed \(pip "):
             tiny_training.trainer(tmp_path, trackers=("tensorbored",))
 
+    def test_what_accelerate_cannot_do(self, tmp_path: Path) -> None:
+        """Its state is the process's: another precision than the first training's is refused."""
+        tiny_training.trainer(tmp_path / "one")
+        with pytest.raises(LoraError, match=r"^accelerate refuses: .*mixed_precision='bf16'"):
+            tiny_training.trainer(tmp_path / "two", mixed_precision="bf16")
+
     def test_an_output_that_is_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(LoraError, match=r"^cannot write to .*file: File exists$"):
