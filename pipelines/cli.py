@@ -127,7 +127,10 @@ def generate(
             help="How the processes that torchrun started share the work.",
         ),
     ] = None,
-    lora: Annotated[str | None, typer.Option(help="LoRA file or folder.")] = None,
+    lora: Annotated[
+        str | None,
+        typer.Option(help="LoRA file or folder; one of `lora train` brings its method."),
+    ] = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="UTF-8 file with one prompt a line; one video each.")
     ] = None,
