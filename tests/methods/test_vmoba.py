@@ -133,6 +133,33 @@ def test_equals_dense_attention_under_the_selection(
             torch.testing.assert_close(got.double(), right, atol=3e-6, rtol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="looks for waiting as CUDA reports it")
+@pytest.mark.parametrize("layer", range(3))
+@pytest.mark.parametrize("method", [VMoBAAttn(), VMoBAAttn(preset="training")], ids=str)
+def test_a_gpu_selects_as_the_cpu_and_is_not_waited_for(method: VMoBAAttn, layer: int) -> None:
+    grid = TokenGrid(5, 12, 13, text_after=7)
+    generator = torch.Generator().manual_seed(layer)
+    # Multiples of 1/64, as in the goldens: scores are nearly exact in any order of summation.
+    tensors = torch.randn(3, 2, grid.tokens, 2, 64, generator=generator).mul(64).round() / 64
+    q, k, v = tensors.cuda()
+    method = method.for_model("wan", TokenGrid(5, 12, 13))
+    want = method.selection(*tensors[:2], site(grid, layer))
+    assert torch.equal(method.selection(q, k, site(grid, layer)).cpu(), want)
+    mask = token_mask(method, q, k, site(grid, layer))
+    exact, _ = reference_attention(q, k, v, mask)
+    outs = [method.attend(q, k, v, site(grid, layer))]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        # The second call knows how alike neighbours select, and may go tile by tile.
+        outs += [method.attend(q, k, v, site(grid, layer)) for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for out in outs:
+        torch.testing.assert_close(out.double(), exact, atol=2e-5, rtol=1e-4)
+
+
 def test_a_selection_as_a_mask() -> None:
     grid = TokenGrid(3, 4, 5, text_before=2, text_after=1)
     q, k = torch.randn(2, 2, grid.tokens, 2, 8)
