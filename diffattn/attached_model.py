@@ -34,7 +34,7 @@ from diffattn.models import Family
 from diffattn.models.base import argument
 from diffattn.models.twins import dispatching
 from diffattn.orders import TileOrder
-from diffattn.parallel import attend_queries, attend_sharded
+from diffattn.parallel import attend_queries, attend_sharded, gather_tables
 from diffattn.schedule import RunClock
 from diffattn.token_merging import Merging
 from diffattn.traced import remember, traced_attention, traced_method
@@ -639,16 +639,14 @@ def _backend(group: Group) -> _compat.BackendFunction:
                 f" but Ulysses gives each process some of them; use a method or parameters that"
                 f" look at each head by itself"
             )
-        return attend_sharded(
-            query,
-            key,
-            value,
-            key_mask,
-            over=over,
-            video_tokens=group.video.tokens,
-            text_first=group.family.text == "before",
-            attend=attend,
-        )
+        sequence: Any = {
+            "over": over,
+            "video_tokens": group.video.tokens,
+            "text_first": group.family.text == "before",
+        }
+        if sparse and group.rotary is not None:
+            group.rotary = gather_tables(group.rotary, query, **sequence)
+        return attend_sharded(query, key, value, key_mask, attend=attend, **sequence)
 
     return diffattn_backend
 

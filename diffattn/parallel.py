@@ -98,6 +98,31 @@ def attend_sharded(
     return _tokens_to_heads(_unsort_parts(out, parts[group]), tokens[group], heads, over)
 
 
+def gather_tables(
+    tables: Sequence[torch.Tensor],
+    query: torch.Tensor,
+    *,
+    over: ContextParallel,
+    video_tokens: int,
+    text_first: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Tables with a row for each token, of a whole sequence: in the order that `attend` sees it.
+
+    Args:
+        tables: what this process has of them, (..., its tokens, ..., channels), no batch.
+        query: of a call of this process, for its number of tokens.
+        over, video_tokens, text_first: as for `attend_sharded`.
+
+    Returns:
+        (all tokens, channels) each.
+    """
+    tokens = _token_counts(query, over)
+    parts = _parts(tokens, video_tokens, text_first)
+    rows = [table.reshape(1, -1, 1, table.shape[-1]) for table in tables]
+    whole = [_sort_parts(_gather_tokens(x, tokens, over.group), parts) for x in rows]
+    return tuple(x[0, :, 0] for x in whole)
+
+
 # Which rows a layout has depends on the mask: that cannot be traced, compiled code breaks here.
 @torch.compiler.disable
 def attend_queries(

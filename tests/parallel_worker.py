@@ -214,6 +214,12 @@ RUNS: dict[int, dict[str, Callable[[bool], Result]]] = {
         "wan ulysses, not a mask": partial(run, wan, wan_inputs, ULYSSES, method=Halves()),
         "wan ulysses, vmoba": partial(run, wan, wan_inputs, ULYSSES, method=VMOBA, gradients=True),
         "flux ulysses, vmoba": partial(run, tiny_families.flux, flux_inputs, ULYSSES, method=VMOBA),
+        "wan ulysses, linfusion": partial(
+            run, wan, wan_inputs, ULYSSES, method=LinFusionAttn(), gradients=True
+        ),
+        "wan any ulysses, linfusion": partial(
+            run, partial(wan, 3), _UNEVEN_WAN, ANY_ULYSSES, method=LinFusionAttn()
+        ),
         "wan ulysses, radial": partial(run, wan, _LONGER_WAN, ULYSSES, method=RADIAL),
         "wan any ulysses": partial(run, partial(wan, 3), _UNEVEN_WAN, ANY_ULYSSES, gradients=True),
         "wan ring": partial(run, wan, wan_inputs, RING),
@@ -292,7 +298,6 @@ REFUSED: dict[int, dict[str, Callable[[bool], Result]]] = {
             run, wan, wan_inputs, ULYSSES, method=replace(VMOBA, scope="unpublished-all")
         ),
         "ring, more than a mask": partial(run, wan, wan_inputs, RING, method=MoreThanAMask()),
-        "ulysses, linfusion": partial(run, wan, wan_inputs, ULYSSES, method=LinFusionAttn()),
         "flux ulysses, linfusion": partial(
             run, tiny_families.flux, flux_inputs, ULYSSES, method=LinFusionAttn()
         ),

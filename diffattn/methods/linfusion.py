@@ -302,8 +302,7 @@ def _rotation(site: Site, query: torch.Tensor) -> torch.Tensor | None:
     if rotation.shape[1] != grid.video_tokens:
         raise NotImplementedError(
             f"the position embedding of this call is of {rotation.shape[1]} tokens, but it is over"
-            f" {grid.video_tokens}: with context parallelism each process knows a part alone, which"
-            f" linfusion cannot use yet; disable it, or use another method"
+            f" {grid.video_tokens}, of which linfusion needs each one's; use another method here"
         )
     return rotation
 
@@ -324,8 +323,9 @@ def _stand_in_lse(
     batch, tokens, heads, _ = out.shape
     if len(gate) != heads:
         raise NotImplementedError(
-            f"this call has {heads} of {len(gate)} heads: linfusion cannot share heads among"
-            f" processes yet; disable context parallelism, or use another method"
+            f"this call has {heads} of {len(gate)} heads: linfusion cannot share them among"
+            f" processes where text is in the sequence; disable context parallelism, or use another"
+            f" method"
         )
     count = torch.full((batch,), tokens, device=out.device)
     if video_mask is not None:
