@@ -31,7 +31,7 @@ from diffattn.lora.errors import LoraError
 from diffattn.lora.losses import Batch, Student
 from diffattn.lora.recipes import Recipe, recipe_for
 from diffattn.lora.settings import TrainSettings
-from diffattn.methods import from_dict
+from diffattn.methods import Method, from_dict
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -343,6 +343,9 @@ def make_accelerator(settings: TrainSettings, output: Path, *, on_cpu: bool = Fa
                 f"tracker {name!r} is not installed (pip install diffattn[tensorboard] or"
                 f" diffattn[wandb]); installed are: {', '.join(available) or 'none'}"
             )
+    method = from_dict(settings.attention)
+    # Weights of a method's own have no gradient in layers that stay dense.
+    unused = type(method).site_weights is not Method.site_weights and method.dense_layers != 0
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=settings.accumulation,
@@ -350,8 +353,7 @@ def make_accelerator(settings: TrainSettings, output: Path, *, on_cpu: bool = Fa
             cpu=on_cpu,
             log_with=list(settings.trackers) or None,
             project_dir=str(output),
-            # Weights of a method's own have no gradient in layers that stay dense.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
         )
     except ValueError as error:
         raise LoraError(f"accelerate refuses: {error}") from None

@@ -17,7 +17,7 @@ from diffattn.lora.adapter import LORA_FILE
 from diffattn.lora.draws import clip_of, sample_numbers
 from diffattn.lora.errors import LoraError
 from diffattn.lora.settings import ADVICE, TrainSettings
-from diffattn.lora.trainer import StepReport, Trainer
+from diffattn.lora.trainer import StepReport, Trainer, make_accelerator
 
 PROCESSES_AND_PARTS = [(1, 1), (2, 1), (1, 3), (3, 2)]
 
@@ -256,6 +256,22 @@ class TestRefusals:
         assert str(error.value).endswith(f"; kept: {first}")
         assert {path.name: path.read_bytes() for path in first.iterdir()} == before
         assert [path.name for path in first.parent.iterdir()] == ["step-000001"]
+
+
+@pytest.mark.parametrize(
+    ("attention", "unused"),
+    [
+        ({"type": "clear", "down_factor": 2, "dense_layers": 1}, True),
+        ({"type": "clear", "down_factor": 2, "dense_layers": 0}, False),
+        ({"type": "gna", "dense_layers": 1}, False),
+    ],
+)
+def test_processes_wait_for_gradients_that_come(
+    attention: dict[str, Any], unused: bool, tmp_path: Path
+) -> None:
+    """Cells in layers that stay dense have none; nothing else is without."""
+    accelerator = make_accelerator(tiny_training.settings(attention=attention), tmp_path)
+    assert accelerator.ddp_handler.find_unused_parameters is unused
 
 
 class TestSettings:
