@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 import os
 from collections.abc import Callable
@@ -251,12 +250,8 @@ def _kernel_backend(load: Callable[[], ModuleType]) -> Backend:
     return Backend(forward, gradients)
 
 
-def triton_kernels(name: str) -> ModuleType:
-    """A package of Triton kernels, `block_sparse` or `gather`.
-
-    Raises:
-        ImportError: if Triton cannot be imported.
-    """
+def check_triton() -> None:
+    """Raise ImportError if Triton cannot be imported."""
     # Imported late: there are platforms without Triton, and the CPU path is for them, too.
     try:
         import triton  # noqa: F401
@@ -265,7 +260,13 @@ def triton_kernels(name: str) -> ModuleType:
             f"backend 'triton' needs Triton, which cannot be imported ({error}); install it with"
             f" 'pip install triton', or pass backend='flex', or run the pipeline on the CPU"
         ) from error
-    return importlib.import_module(f"diffattn.kernels.{name}")
+
+
+def _triton_kernel() -> ModuleType:
+    check_triton()
+    from diffattn.kernels import block_sparse
+
+    return block_sparse
 
 
 def _by_autograd(forward: Forward) -> Backend:
@@ -390,7 +391,7 @@ FLEX_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLEX_VARIANTS = 64  # shapes of layouts and tensors that it is compiled for in one process
 
 BACKENDS: dict[str, Backend] = {
-    "triton": _kernel_backend(lambda: triton_kernels("block_sparse")),
+    "triton": _kernel_backend(_triton_kernel),
     "cpu": _kernel_backend(lambda: cpu_kernel),
     "flex": _by_autograd(_flex_forward),
     "reference": _by_autograd(_reference_forward),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from diffattn.attention import choose_backend, triton_kernels
+from diffattn.attention import check_triton, choose_backend
 from diffattn.blocks import unpack_bits
 from diffattn.kernels import gather_cpu
 from diffattn.kernels.reference import reference_attention
@@ -63,11 +64,16 @@ def selected_attention(
         return union_attention(
             query, key, value, blocks, bits, scale=scale, key_mask=key_mask, backend=name
         )
-    kernel = gather_cpu if name == "cpu" else triton_kernels("gather")
-    out, _ = kernel.selected_attention(
-        query, key, value, blocks.starts, bits, scale=scale, key_mask=key_mask
-    )
+    kernel = gather_cpu.selected_attention if name == "cpu" else _triton_gather()
+    out, _ = kernel(query, key, value, blocks.starts, bits, scale=scale, key_mask=key_mask)
     return out
+
+
+def _triton_gather() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    check_triton()
+    from diffattn.kernels.gather import selected_attention
+
+    return selected_attention
 
 
 @dataclass(frozen=True, eq=False)
