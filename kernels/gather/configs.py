@@ -50,7 +50,7 @@ _HOPPER: dict[str, Table] = {
 _BLACKWELL: dict[str, Table] = {
     "forward": {
         64: both(128, 64, 8, 3),
-        128: both(128, 32, 8, 3),
+        128: plain_masked((128, 32, 8, 3), (64, 32, 8, 2)),
         256: both(32, 32, 8, 2),
     },
     "queries": {
