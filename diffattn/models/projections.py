@@ -33,7 +33,8 @@ def with_input_maps(processor: Any, name: str, state: SiteState) -> Any:
         state: tells which calls those are.
     """
     own: Any = type(processor)
-    processor.__class__ = _mapping_class(own)
+    if not hasattr(own, "_diffattn_maps"):
+        processor.__class__ = _mapping_class(own)
     processor._diffattn_maps = name, state
     return processor
 
@@ -46,13 +47,14 @@ def _mapping_class(cls: type) -> type:
     # diffusers hands a processor the arguments that its signature names.
     @functools.wraps(own)
     def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
-        # diffusers makes new processors of a class without telling them anything.
-        name, state = getattr(self, "_diffattn_maps", ("", None))
+        name, state = self._diffattn_maps
         if state is None or not state.sparse:
             return own(self, attn, *args, **kwargs)
         return own(self, _Mapped(attn, attn.get_submodule(name)), *args, **kwargs)
 
-    return type(cls.__name__, (cls,), {"__call__": call, "__module__": __name__})
+    # diffusers makes new processors of a class, for IP-Adapters, without telling them anything.
+    untold = {"_diffattn_maps": ("", None)}
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": __name__} | untold)
 
 
 class _Mapped:

@@ -365,6 +365,23 @@ class TestTogether:
         assert {w.dtype for o in own_weights(later).values() for w in o.parameters()} == {dtype}
         assert torch.equal(forward(later, inputs), out)
 
+    def test_processors_made_anew_are_reported_and_attached_again(self) -> None:
+        """As load_ip_adapter makes them for self-attention: of the class that was there."""
+        case = tiny_families.CASES["sd1.5"]
+        model, inputs = case.build(), case.inputs()
+        dense = forward(model, inputs)
+        diffattn.set_attn_processor(model, LinFusionAttn(mid_dim=4))
+        trained(model)
+        want = forward(model, inputs)
+        for site in case.sites:
+            module: Any = model.get_submodule(site)
+            module.set_processor(type(module.processor)())
+        with pytest.warns(UserWarning, match=r"7 of 7 .* are no longer attached: it was given a"):
+            torch.testing.assert_close(forward(model, inputs), dense, atol=1e-6, rtol=0)
+        diffattn.set_attn_processor(model, LinFusionAttn(mid_dim=4))
+        trained(model)
+        torch.testing.assert_close(forward(model, inputs), want, atol=1e-6, rtol=0)
+
     def test_other_methods_in_other_layers(self) -> None:
         case = tiny_families.CASES["sd1.5"]
         model, inputs = case.build(), case.inputs()
@@ -388,7 +405,6 @@ class TestRefusals:
         case = tiny_families.CASES["sd1.5"]
         model, inputs = case.build(), case.inputs()
         diffattn.set_attn_processor(model, LinFusionAttn())
-        model.train()
         with pytest.raises(ValueError, match=r"attention mask of torch.float32 .* only padding"):
             forward(model, inputs | {"attention_mask": torch.ones(2, 192)})
 
