@@ -7,8 +7,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
-from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor
 
 from diffattn.lora.recipes.base import (
@@ -97,6 +95,10 @@ def _rotary_table(
     rotary: Rotary, frames: int, height: int, width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines, (tokens, head_dim) each, of latents of this size."""
+    # Imported late: pipelines import transformers, which looks for a top-level `kernels`.
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
     grid = height // rotary.patch, width // rotary.patch
     base_height, base_width = rotary.base
     if rotary.frames_per_token is None:
