@@ -107,15 +107,25 @@ def _taught(pipe: Any, recipe: Any, output: Path, videos: int) -> Any:
     training, _ = split_scenes()
     chosen = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))[:videos]
     prompts = [training[index].caption for index in chosen.tolist()]
-    size = {"height": SIZE, "width": SIZE, "num_frames": FRAMES}
-    sampling = {"steps": Sampling.steps, "guidance_scale": Sampling.guidance, "negative_prompt": ""}
-    return teach(pipe, recipe, prompts, output / "clips", **size, **sampling)
+    return teach(
+        pipe,
+        recipe,
+        prompts,
+        output / "clips",
+        SIZE,
+        SIZE,
+        FRAMES,
+        steps=Sampling.steps,
+        guidance_scale=Sampling.guidance,
+        negative_prompt="",
+    )
 
 
 def _print(name: str, figures: Figures) -> None:
     quality = "" if figures.psnr_db is None else f"   PSNR to dense {figures.psnr_db:.1f} dB"
-    right = ", ".join(f"{name} {part:.0%}" for name, part in figures.accuracy.items())
-    print(f"{name:<14} loss {figures.loss:.4f}{quality}   right: {right}")
+    parts = ", ".join(f"{name} {part:.0%}" for name, part in figures.accuracy.items())
+    right = f"   right: {parts}" if parts else ""
+    print(f"{name:<14} loss {figures.loss:.4f}{quality}{right}")
 
 
 if __name__ == "__main__":
