@@ -178,8 +178,8 @@ def _check_modules(
         ours = _mid_dim(module.linfusion.to_q_)
         if ours != entry.mid_dim:
             raise ValueError(
-                f"{name} is for LinFusionAttn(mid_dim={entry.projection_mid_dim}), but"
-                f" {entry.module_name} is attached with {ours}; attach that first"
+                f"{name} is for {_method_of(entries)}, but {entry.module_name} is attached with"
+                f" mid_dim={ours} where it has {entry.mid_dim}; attach that first"
             )
 
 
@@ -224,6 +224,16 @@ def _projections(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     # LoRA puts a layer's own weights aside.
     parameters = {name.replace(".base_layer.", "."): p for name, p in module.named_parameters()}
     return {name: p for name, p in parameters.items() if _PROJECTION.fullmatch(name)}
+
+
+def _method_of(entries: Iterable[ModuleEntry]) -> str:
+    """The method that a configuration is for, as one would write it."""
+    widths: set[float | None] = {entry.projection_mid_dim for entry in entries}
+    if len(widths) > 1:
+        widths = {entry.mid_dim / entry.dim_n for entry in entries}
+    if len(widths) > 1:
+        return "a mapping of patterns to LinFusionAttn of different mid_dim"
+    return f"LinFusionAttn(mid_dim={widths.pop()})"
 
 
 def _mid_dim(network: Any) -> int:

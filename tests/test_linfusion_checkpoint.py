@@ -53,7 +53,7 @@ def published(folder: Path, mid_dim: int | None = 5) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def attached(mid_dim: int | None = 5) -> torch.nn.Module:
+def attached(mid_dim: float | None = 5) -> torch.nn.Module:
     model = CASE.build()
     diffattn.set_attn_processor(model, LinFusionAttn(mid_dim=mid_dim))
     return model
@@ -206,10 +206,36 @@ def test_the_width_must_be_that_of_the_method(
     published(tmp_path, theirs)
     found = 8 if ours is None else ours
     message = (
-        rf"is for LinFusionAttn\(mid_dim={theirs}\), but down_blocks\.0.* with {found}; attach"
+        rf"is for LinFusionAttn\(mid_dim={theirs}\), but down_blocks\.0.* mid_dim={found} where"
     )
     with pytest.raises(ValueError, match=message):
         load_linfusion_checkpoint(attached(ours), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("widths", "method"),
+    [
+        (lambda width: width // 4, r"LinFusionAttn\(mid_dim=0\.25\)"),
+        (
+            lambda width: 3 if width == 8 else 4,
+            "a mapping of patterns to LinFusionAttn of different",
+        ),
+    ],
+)
+def test_widths_that_differ_from_layer_to_layer(
+    tmp_path: Path, widths: Callable[[int], int], method: str
+) -> None:
+    """As in the published weights for XL, which have a sixteenth of each layer's."""
+    published(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for entry in config["modules_list"]:
+        entry["projection_mid_dim"] = widths(entry["dim_n"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"is for {method}"):
+        load_linfusion_checkpoint(attached(1), tmp_path)
+    model = attached(0.25)
+    save_linfusion_checkpoint(model, tmp_path / "saved")
+    load_linfusion_checkpoint(model, tmp_path / "saved")
 
 
 def test_other_models_and_files(tmp_path: Path) -> None:

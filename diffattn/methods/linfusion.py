@@ -47,9 +47,9 @@ class LinFusionAttn(Method):
     text by softmax, with a trained weight beside what they see of the video.
 
     Attributes:
-        mid_dim: width of the network that adapts queries and keys. None is that of the layer, as in
-            the published weights for SD 1.5 and 2.1; those for XL have a sixteenth. -1 is none at
-            all, which doubles what is projected, as in the public code.
+        mid_dim: width of the network that adapts queries and keys: channels, or a fraction of the
+            layer's, such as the 1/16 of the public script for XL. None is as wide as the layer; -1
+            is no network at all, which doubles what is projected, as in the public code.
         eps: added to the denominator. Published weights were trained with the default.
         chunk: tokens whose features are in memory at a time, where no GPU kernel is used.
         reference_arithmetic: compute as the public code does, in the dtype of the model, in
@@ -62,9 +62,9 @@ class LinFusionAttn(Method):
     type: ClassVar[str] = "linfusion"
     paper: ClassVar[str] = "arXiv 2409.02097"
 
-    mid_dim: int | None = field(
+    mid_dim: int | float | None = field(
         default=None,
-        metadata={"help": "width of what adapts queries and keys; -1 for none (default: layer's)"},
+        metadata={"help": "width of what adapts queries and keys, or fraction of it; -1 for none"},
     )
     eps: float = field(default=1e-4, metadata={"help": "added to the denominator"})
     chunk: int = field(default=CHUNK, metadata={"help": "tokens per matrix product on the CPU"})
@@ -77,14 +77,11 @@ class LinFusionAttn(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mid_dim is not None and self.mid_dim != _IDENTITY:
-            if isinstance(self.mid_dim, bool) or not isinstance(self.mid_dim, int):
-                raise ValueError(f"mid_dim is {self.mid_dim!r}, but must be an integer or None")
-            if self.mid_dim < 1:
-                raise ValueError(
-                    f"mid_dim is {self.mid_dim}, but must be at least 1, or {_IDENTITY} for no"
-                    f" network"
-                )
+        if not _is_width(self.mid_dim):
+            raise ValueError(
+                f"mid_dim is {self.mid_dim!r}, but must be an integer of at least 1, a fraction of"
+                f" the layer's width between 0 and 1, {_IDENTITY} for no network, or None"
+            )
         if (
             isinstance(self.eps, bool)
             or not isinstance(self.eps, int | float)
@@ -219,7 +216,7 @@ class LinFusionWeights(SiteWeights):
 
     text_gate: torch.nn.Parameter | None
 
-    def __init__(self, module: Any, mid_dim: int | None, joint: bool) -> None:
+    def __init__(self, module: Any, mid_dim: int | float | None, joint: bool) -> None:
         """Make the weights for an attention module, on its device and in its dtype."""
         super().__init__()
         # Attaching a method must not change what random numbers come next.
@@ -261,11 +258,20 @@ class LinFusionWeights(SiteWeights):
                 parameters[name].copy_(kept)
 
 
-def _network(projection: Any, mid_dim: int | None) -> torch.nn.Module:
+def _is_width(mid_dim: Any) -> bool:
+    """Is this a `LinFusionAttn.mid_dim`?"""
+    if isinstance(mid_dim, float):
+        return 0 < mid_dim < 1
+    return mid_dim is None or (type(mid_dim) is int and (mid_dim >= 1 or mid_dim == _IDENTITY))
+
+
+def _network(projection: Any, mid_dim: int | float | None) -> torch.nn.Module:
     if mid_dim == _IDENTITY:
         return torch.nn.Identity()
     width = projection.in_features
     middle = width if mid_dim is None else mid_dim
+    if isinstance(middle, float):
+        middle = max(1, int(width * middle))
     last = torch.nn.Linear(middle, width)
     torch.nn.init.zeros_(last.weight)
     torch.nn.init.zeros_(last.bias)

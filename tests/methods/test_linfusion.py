@@ -160,7 +160,7 @@ class StockLinear:
 
 
 @pytest.mark.parametrize("name", UNETS)
-@pytest.mark.parametrize("mid_dim", [None, 3, -1])
+@pytest.mark.parametrize("mid_dim", [None, 3, 0.25, -1])
 def test_unets_do_what_a_processor_of_their_own_would(name: str, mid_dim: int | None) -> None:
     case = tiny_families.CASES[name]
     model, inputs = case.build(), case.inputs()
@@ -178,6 +178,15 @@ def test_unets_do_what_a_processor_of_their_own_would(name: str, mid_dim: int | 
         module: Any = model.get_submodule(site)
         module.set_processor(StockLinear(weights[f"{site}.linfusion"]))
     torch.testing.assert_close(out, forward(model, inputs), atol=2e-5, rtol=1e-4)
+
+
+def test_a_fraction_is_of_each_layers_width() -> None:
+    model = tiny_families.CASES["sd1.5"].build()
+    diffattn.set_attn_processor(model, LinFusionAttn(mid_dim=1 / 4))
+    widths = {
+        (w.to_k_[3].out_features, w.to_k_[0].out_features) for w in own_weights(model).values()
+    }
+    assert widths == {(8, 2), (16, 4)}
 
 
 def test_motion_modules_keep_their_attention() -> None:
@@ -434,10 +443,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("parameters", "message"),
         [
-            ({"mid_dim": 0}, "mid_dim is 0, but must be at least 1, or -1 for no network"),
-            ({"mid_dim": -2}, "mid_dim is -2, but must be at least 1, or -1 for no network"),
-            ({"mid_dim": 2.0}, "mid_dim is 2.0, but must be an integer or None"),
-            ({"mid_dim": True}, "mid_dim is True, but must be an integer or None"),
+            ({"mid_dim": 0}, "mid_dim is 0, but must be an integer of at least 1, a fraction of"),
+            ({"mid_dim": -2}, "mid_dim is -2, but must be .*, -1 for no network, or None"),
+            ({"mid_dim": 1.0}, "mid_dim is 1.0, but must be .* between 0 and 1"),
+            ({"mid_dim": True}, "mid_dim is True, but must be an integer"),
+            ({"mid_dim": "full"}, "mid_dim is 'full', but must be an integer"),
             ({"eps": 0}, "eps is 0, but must be a number above 0"),
             ({"eps": "x"}, "eps is 'x', but must be a number above 0"),
             ({"eps": float("inf")}, "eps is inf, but must be a number above 0"),
