@@ -230,7 +230,10 @@ def write(folder: Path, name: str, row: Row, facts: dict[str, Any]) -> None:
         f"# What a LoRA recovers\n\nWritten by benchmarks/lora.py; {facts['machine']},"
         f" {facts['date']}.\n\n{about}\n- Training: {training}, AdamW.\n\n{table}\n"
     )
-    (folder / "lora.md").write_text(text)
+    # Another process may be writing its own rows.
+    partial = rows / f".{name}.md.tmp"
+    partial.write_text(text)
+    partial.replace(folder / "lora.md")
 
 
 def environment() -> dict[str, Any]:
