@@ -356,8 +356,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _features(x: torch.Tensor) -> torch.Tensor:
-    # elu(x) + 1 would round what is left of exp(x) - 1 for very negative x.
-    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    # elu(x) + 1 would round what is left of exp(x) - 1 for very negative x. Of the two terms one
+    # is 0 or 1; `where` takes longer than both.
+    return x.clamp(max=0).exp_().add_(x.clamp(min=0))
 
 
 def _slope(x: torch.Tensor) -> torch.Tensor:
