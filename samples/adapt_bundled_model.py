@@ -70,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Adapt the bundled model to a sparse mask.")
     parser.add_argument("--output", type=Path, default=Path("outputs/adapted"))
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--prompts", type=int, default=4, help="held-out captions to generate")
     parser.add_argument(
         "--teacher", type=int, default=0, metavar="VIDEOS",
