@@ -18,6 +18,7 @@ from accelerate.tracking import get_available_trackers
 
 from diffattn.attach import Attachment, set_attn_processor
 from diffattn.lora.adapter import LORA_FILE, LoraRecord, add_adapter, save_adapter
+from diffattn.lora.cache import fingerprint
 from diffattn.lora.checkpoint import (
     Progress,
     checkpoints,
@@ -116,10 +117,12 @@ class Trainer:
         self.accelerator = accelerator or make_accelerator(settings, output)
         try:
             self.recipe = recipe or recipe_for(pipe, settings.denoiser)
+            self.model: Any = getattr(pipe, self.recipe.denoiser)
+            # Before a method adds weights of its own, which may start from random numbers.
+            self._base = fingerprint(self.model)
             self.attachment = self._attach()
         except (ValueError, TypeError) as error:
             raise LoraError(error) from None
-        self.model: Any = getattr(pipe, self.recipe.denoiser)
         self._trained = add_adapter(self.model, self.settings)
         if settings.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
@@ -272,6 +275,7 @@ class Trainer:
         identity = {
             **{name: value for name, value in settings.items() if name not in _FREE},
             **shape,
+            "model": self._base,
             "processes": self.accelerator.num_processes,
             "clips": hashlib.sha256("\n".join(self._clips.keys).encode()).hexdigest()[:16],
         }

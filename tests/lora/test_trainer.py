@@ -167,6 +167,14 @@ class TestResume:
         with pytest.raises(LoraError, match=r"its clips is '\w{16}', now it is '\w{16}'"):
             Trainer(pipe, clips, tiny_training.EMPTY, settings, tmp_path, resume=True)
 
+    def test_another_model_is_refused(self, tmp_path: Path) -> None:
+        tiny_training.trainer(tmp_path, steps=1).train()
+        pipe = tiny_wan.PIPELINES["t2v"]()
+        with torch.no_grad():
+            pipe.transformer.proj_out.bias.add_(1)
+        with pytest.raises(LoraError, match=r"its model is '\w{32}', now it is '\w{32}'; give the"):
+            tiny_training.trainer(tmp_path, resume=True, pipe=pipe)
+
     def test_a_folder_that_holds_a_run(self, tmp_path: Path) -> None:
         tiny_training.trainer(tmp_path, steps=1).train()
         with pytest.raises(LoraError) as error:
