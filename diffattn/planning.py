@@ -267,7 +267,7 @@ def _estimate(grid: TokenGrid, method: Method, shape: ModelShape, model: str | N
     sparse = [block for block in shape.block_of_site if block >= (method.dense_layers or 0)]
     # Layers that do the same cost the same.
     by_kind = {
-        method.layer_kind(block): method.work(grid, block, shape.heads * shape.head_dim)
+        method.layer_kind(block): method.work(grid, block, shape.heads, shape.head_dim)
         for block in sparse
     }
     work = []

@@ -18,6 +18,7 @@ from diffattn import (
     DenseAttn,
     Estimate,
     GNAAttn,
+    LinFusionAttn,
     Method,
     RadialAttn,
     TokenGrid,
@@ -638,3 +639,22 @@ def test_an_estimate_counts_dense_layers_and_steps():
     assert all_dense.run_density == all_dense.attention_speedup == 1
     everything = plan(grid, VMoBAAttn(preset="training", tau=1.0))
     assert (everything.density, everything.is_exact, everything.selection_flops) == (1, True, 0)
+
+
+@pytest.mark.parametrize(("mid_dim", "adapting"), [(None, 53.7), (1 / 16, 3.36), (-1, 0)])
+def test_flops_of_linfusion_are_those_of_a_layer_of_sdxl(mid_dim, adapting):
+    # 16,384 tokens of 640 channels: 2.7 GFLOP for the state, and two networks.
+    found = plan(
+        TokenGrid(1, 128, 128), LinFusionAttn(mid_dim=mid_dim), heads=10, head_dim=64, layers=1
+    )
+    assert found.sparse_flops / 1e9 == pytest.approx(2.684 + adapting, rel=2e-3)
+    assert found.dense_flops / 1e9 == pytest.approx(687, rel=2e-3)
+    assert found.density is None
+
+
+def test_linfusion_keeps_softmax_where_text_is_asked_or_asks():
+    alone, joint = (
+        plan(TokenGrid(2, 4, 8, text_after=text), LinFusionAttn(mid_dim=-1), heads=2, head_dim=4)
+        for text in (0, 3)
+    )
+    assert joint.sparse_flops - alone.sparse_flops == 4 * (3 * 67 + 64 * 3) * 8

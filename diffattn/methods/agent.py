@@ -191,8 +191,9 @@ class AgentAttn(Method):
             return None
         return _Factors(_at(self.k_scale2, layer), _at(self.k_shortcut, layer))
 
-    def work(self, grid: TokenGrid, layer: int, channels: int) -> Work:
+    def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work:
         """What a call on a transformer costs; the means themselves are not counted."""
+        channels = heads * head_dim
         agents = self._cell_count(grid)
         if agents is None:
             return Work(flops=4 * grid.tokens**2 * channels, density=1)

@@ -215,13 +215,13 @@ class Method(ABC):
         """Is what a head attends to no matter of the other heads?"""
         return True
 
-    def work(self, grid: TokenGrid, layer: int, channels: int) -> Work | None:
+    def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work | None:
         """What a sparse call costs, of a method that is no mask; None if it cannot tell.
 
         Args:
             grid: the tokens of the call, text included.
             layer: index of the block.
-            channels: of all heads together.
+            heads, head_dim: of the attention.
         """
         return None
 

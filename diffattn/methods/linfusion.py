@@ -20,7 +20,7 @@ from diffattn.attention import DEFAULT_BACKENDS, attention, choose_backend
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.kernels.linear import CHUNK, linear_attention
-from diffattn.methods.base import Method, Site, SiteState, SiteWeights, check_count
+from diffattn.methods.base import Method, Site, SiteState, SiteWeights, Work, check_count
 from diffattn.methods.clear import check_flag
 from diffattn.methods.pooling import add_keys, every_pair
 from diffattn.models import FAMILIES, family_of
@@ -117,6 +117,14 @@ class LinFusionAttn(Method):
 
     def site_processor(self, processor: Any, state: SiteState) -> Any:
         return with_input_maps(processor, self.type, state)
+
+    def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work:
+        """What a call costs, with what adapts queries and keys; features are not counted."""
+        channels = heads * head_dim
+        video, text = grid.video_tokens, grid.tokens - grid.video_tokens
+        width = 0 if self.mid_dim == _IDENTITY else _middle(channels, self.mid_dim)
+        linear = 4 * video * channels * head_dim + 8 * video * channels * width
+        return Work(flops=linear + 4 * (text * grid.tokens + video * text) * channels)
 
     def attend(
         self,
@@ -265,13 +273,18 @@ def _is_width(mid_dim: Any) -> bool:
     return mid_dim is None or (type(mid_dim) is int and (mid_dim >= 1 or mid_dim == _IDENTITY))
 
 
+def _middle(width: int, mid_dim: int | float | None) -> int:
+    """The inner width of what adapts queries and keys of a layer."""
+    if isinstance(mid_dim, float):
+        return max(1, int(width * mid_dim))
+    return width if mid_dim is None else mid_dim
+
+
 def _network(projection: Any, mid_dim: int | float | None) -> torch.nn.Module:
     if mid_dim == _IDENTITY:
         return torch.nn.Identity()
     width = projection.in_features
-    middle = width if mid_dim is None else mid_dim
-    if isinstance(middle, float):
-        middle = max(1, int(width * middle))
+    middle = _middle(width, mid_dim)
     last = torch.nn.Linear(middle, width)
     torch.nn.init.zeros_(last.weight)
     torch.nn.init.zeros_(last.bias)

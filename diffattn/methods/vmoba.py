@@ -365,7 +365,8 @@ class VMoBAAttn(Method):
             share = max(_share_by_threshold(rule.tau, self._pool(rule, grid, blocks)), 1 / blocks)
         return 1 - (1 - share) * (grid.video_tokens / grid.tokens) ** 2
 
-    def work(self, grid: TokenGrid, layer: int, channels: int) -> Work:
+    def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work:
+        channels = heads * head_dim
         rule = self.rule(grid, layer)
         density = self.expected_density(grid, layer)
         lengths = self._known_partition(grid, layer).lengths()
