@@ -39,8 +39,8 @@ import torch.nn.functional as F
 
 from diffattn import TokenGrid, VMoBAAttn
 from diffattn.methods import Site
+from diffattn.methods.vmoba.selection import select_blocks
 from diffattn.selected import selected_attention
-from diffattn.selection import select_blocks
 from diffattn.unions import selected_pairs, union_pairs
 
 SHAPES = {

@@ -4,6 +4,7 @@ pipe = WanPipeline.from_pretrained(...)
 pipe.set_attn_processor(RadialAttn())
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from diffattn import methods, models
@@ -28,10 +29,10 @@ from diffattn.methods import (
 from diffattn.planning import Plan, plan
 
 if TYPE_CHECKING:
-    from diffattn.agent_calibration import calibrate_agent
     from diffattn.attach import Attachment, set_attn_processor
-    from diffattn.clear_checkpoint import load_clear_checkpoint
-    from diffattn.linfusion_checkpoint import (
+    from diffattn.methods.agent.calibration import calibrate_agent
+    from diffattn.methods.clear.checkpoint import load_clear_checkpoint
+    from diffattn.methods.linfusion.checkpoint import (
         load_linfusion_checkpoint,
         save_linfusion_checkpoint,
     )
@@ -72,22 +73,18 @@ __all__ = [
 add_pipeline_method()
 
 
+# Attaching imports diffusers, which takes seconds: it waits until it is asked for.
+_HOMES = {
+    "Attachment": "attach",
+    "calibrate_agent": "methods.agent.calibration",
+    "load_clear_checkpoint": "methods.clear.checkpoint",
+    "load_linfusion_checkpoint": "methods.linfusion.checkpoint",
+    "save_linfusion_checkpoint": "methods.linfusion.checkpoint",
+    "set_attn_processor": "attach",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # Attaching imports diffusers, which takes seconds: it waits until it is asked for.
-    if name in ("Attachment", "set_attn_processor"):
-        from diffattn import attach
-
-        return getattr(attach, name)
-    if name == "calibrate_agent":
-        from diffattn.agent_calibration import calibrate_agent
-
-        return calibrate_agent
-    if name == "load_clear_checkpoint":
-        from diffattn.clear_checkpoint import load_clear_checkpoint
-
-        return load_clear_checkpoint
-    if name in ("load_linfusion_checkpoint", "save_linfusion_checkpoint"):
-        from diffattn import linfusion_checkpoint
-
-        return getattr(linfusion_checkpoint, name)
-    raise AttributeError(f"module 'diffattn' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'diffattn' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"diffattn.{_HOMES[name]}"), name)

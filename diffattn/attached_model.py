@@ -30,13 +30,13 @@ from diffattn.methods.base import (
     StaticMaskMethod,
     is_mask_alone,
 )
+from diffattn.methods.token_merging import Merging
 from diffattn.models import Family
 from diffattn.models.base import argument
 from diffattn.models.twins import dispatching
 from diffattn.orders import TileOrder
 from diffattn.parallel import attend_queries, attend_sharded, gather_tables
 from diffattn.schedule import RunClock
-from diffattn.token_merging import Merging
 from diffattn.traced import remember, traced_attention, traced_method
 
 _ATTRIBUTE = "_diffattn_attached"

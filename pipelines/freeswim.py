@@ -14,8 +14,14 @@ import cv2
 import numpy as np
 import torch
 
-from diffattn.dual_path import DualPath, Guidance, StorePlace, check_place, store_bytes
 from diffattn.methods import FreeSwimAttn
+from diffattn.methods.freeswim.dual_path import (
+    DualPath,
+    Guidance,
+    StorePlace,
+    check_place,
+    store_bytes,
+)
 from diffattn.models import SizeRules, size_rules
 
 from .freeswim_models import FreeSwimModel, Text, check_pipeline, given_or_default, model_of

@@ -48,7 +48,7 @@ def draw_mask(
         run: for methods that select by content, in place of the grid.
     """
     from diffattn import draw
-    from diffattn.methods.vmoba import VMoBAAttn
+    from diffattn.methods.vmoba.method import VMoBAAttn
     from diffattn.planning import check_tokens
 
     made = make_method({"type": method} | read_arguments(arguments, "--arg", "--method"))

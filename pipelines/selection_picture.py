@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffattn.methods.base import Site
-from diffattn.methods.vmoba import VMoBAAttn
+from diffattn.methods.vmoba.method import VMoBAAttn
 
 from .errors import UserError
 from .loading import load_model

@@ -16,7 +16,7 @@ from diffattn import AttentionMask, FullMask, PredicateMask, RadialAttn, TokenGr
 from diffattn.kernels.reference import reference_attention
 from diffattn.mask import BlockMapMask, TextMask
 from diffattn.methods import DenseAttn, Site
-from diffattn.neighbourhood import AxisWindow, NeighbourhoodMask
+from diffattn.methods.neighbourhood import AxisWindow, NeighbourhoodMask
 from diffattn.orders import TileOrder, tile_for
 from diffattn.parallel import attend_queries
 from diffattn.traced import remember, traced_attention

@@ -13,9 +13,9 @@ from diffattn.attention import attention
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import BLOCK, AttentionMask, TextMask
+from diffattn.methods.token_merging import Merging
 from diffattn.orders import TileOrder
 from diffattn.schedule import check_steps
-from diffattn.token_merging import Merging
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -342,6 +342,12 @@ def check_count(name: str, value: Any, *, at_least: int) -> None:
     """Raise ValueError unless `value` is an integer of at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ValueError(f"{name} is {value!r}, but must be an integer of at least {at_least}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, but must be true or false")
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

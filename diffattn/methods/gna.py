@@ -16,7 +16,7 @@ import torch
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask
 from diffattn.methods.base import StaticMaskMethod
-from diffattn.neighbourhood import AxisWindow, NeighbourhoodMask, block_size_for
+from diffattn.methods.neighbourhood import AxisWindow, NeighbourhoodMask, block_size_for
 from diffattn.orders import TileOrder, tiles_that_fit
 
 Size: TypeAlias = int | float | str  # of a window along an axis

@@ -12,10 +12,10 @@ from typing import ClassVar, Self, TypeVar
 import torch
 
 from diffattn.blocks import EMPTY, FULL
-from diffattn.fragments import any_in_block, cut
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask, BlockMapMask
 from diffattn.methods.base import StaticMaskMethod, check_choice, check_count
+from diffattn.methods.fragments import any_in_block, cut
 from diffattn.orders import TileOrder
 
 _T = TypeVar("_T")

@@ -22,7 +22,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import diffattn
 from diffattn import AgentAttn, TokenGrid
 from diffattn.methods import Site, from_dict
-from diffattn.token_merging import cell_offsets, match, partition
+from diffattn.methods.token_merging import cell_offsets, match, partition
 
 GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "agent"
 needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")
@@ -132,7 +132,7 @@ def test_as_many_agents_as_tokens_are_dense_attention() -> None:
 
 
 def test_agents_that_are_the_queries_give_dense_attention_when_asked_sharply() -> None:
-    from diffattn.agents import Agents, ask_agents, gather_values
+    from diffattn.methods.agent.agents import Agents, ask_agents, gather_values
 
     q, k, v = (noise(2, 37, 2, 16, seed=i) for i in range(3))
     q = 4 * torch.nn.functional.normalize(q, dim=-1)
@@ -201,8 +201,8 @@ def split_heads(x: np.ndarray, heads: int) -> torch.Tensor:
     "name", ["default_d8", "fp32_flag", "k0_short", "no_agent", "too_many_agents_fallback"]
 )
 def test_core_is_that_of_the_public_code(name: str) -> None:
-    from diffattn.agents import Agents
-    from diffattn.methods.agent import asking, sharpness
+    from diffattn.methods.agent.agents import Agents
+    from diffattn.methods.agent.method import asking, sharpness
 
     golden = np.load(GOLDENS / f"core_{name}.npz")
     q, k, v = (split_heads(golden[x], int(golden["heads"])) for x in "qkv")
@@ -629,7 +629,7 @@ def test_merging_needs_no_table_of_all_pairs(monkeypatch: pytest.MonkeyPatch) ->
     x = noise(3, 11 * 13, 8)
     parts = partition(11, 13, (2, 3), cell_offsets(11, 13, (2, 3), (5,)))
     whole = match(x, *parts, 0.3, 0.8)
-    monkeypatch.setattr("diffattn.token_merging._SCORES", 7 * len(parts[1]))
+    monkeypatch.setattr("diffattn.methods.token_merging._SCORES", 7 * len(parts[1]))
     split = match(x, *parts, 0.3, 0.8)
     assert torch.equal(split.owner, whole.owner)
     assert whole.agent_of is not None

@@ -21,11 +21,11 @@ import diffattn
 from diffattn import GNAAttn, TokenGrid
 from diffattn.attached_model import attached_to
 from diffattn.blocks import FULL
-from diffattn.boxes import boxes_of
 from diffattn.kernels.reference import reference_attention
 from diffattn.methods import Site, from_dict
+from diffattn.methods.boxes import boxes_of
 from diffattn.methods.gna import is_block_sparse, nearest_block_sparse
-from diffattn.neighbourhood import AxisWindow, NeighbourhoodMask
+from diffattn.methods.neighbourhood import AxisWindow, NeighbourhoodMask
 from diffattn.orders import TileOrder
 
 GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "gna"

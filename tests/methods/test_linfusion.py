@@ -16,7 +16,7 @@ import diffattn
 from diffattn import DenseAttn, LinFusionAttn
 from diffattn.kernels.linear import linear_attention
 from diffattn.methods import from_dict
-from diffattn.methods.linfusion import LinFusionWeights
+from diffattn.methods.linfusion.method import LinFusionWeights
 
 GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "linfusion"
 needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")

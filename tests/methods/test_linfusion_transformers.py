@@ -14,7 +14,7 @@ import diffattn
 from diffattn import LinFusionAttn, TokenGrid
 from diffattn.kernels.reference import reference_attention
 from diffattn.methods import Site
-from diffattn.methods.linfusion import LinFusionWeights, _rotation
+from diffattn.methods.linfusion.method import LinFusionWeights, _rotation
 
 EXACT = {"atol": 1e-5, "rtol": 1e-4}
 NAMES = ["hunyuanvideo", "hunyuanvideo-i2v", "cogvideox-2b", "cogvideox-5b", "cogvideox-1.5"]

@@ -23,7 +23,7 @@ from diffattn import TokenGrid, VMoBAAttn
 from diffattn.attention import BACKEND_VARIABLE
 from diffattn.kernels.reference import reference_attention
 from diffattn.methods import Site, from_dict
-from diffattn.methods.vmoba import PARTITIONS
+from diffattn.methods.vmoba.method import PARTITIONS
 from diffattn.selected import dense_mask, selected_attention
 from diffattn.traced import traced_method
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from diffattn.blocks import EMPTY, FULL
-from diffattn.boxes import Boxes, boxes_of, outlines_of
-from diffattn.fragments import any_in_block
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask
+from diffattn.methods.boxes import Boxes, boxes_of, outlines_of
+from diffattn.methods.fragments import any_in_block
 from diffattn.orders import TileOrder, tiles_that_fit
 
 

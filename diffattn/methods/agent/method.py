@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
-from diffattn.agents import (
+from diffattn.grid import TokenGrid
+from diffattn.methods.agent.agents import (
     Agents,
     Beside,
     ask_agents,
@@ -22,7 +23,6 @@ from diffattn.agents import (
     dense_attention,
     gather_values,
 )
-from diffattn.grid import TokenGrid
 from diffattn.methods.base import Adaptation, Method, Site, SiteWeights, Work, check_count
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class AgentAttn(Method):
         if family.name != _UNET:
             return None
         # It imports diffusers.
-        from diffattn.merged_blocks import MergedBlocks
+        from diffattn.methods.agent.merged_blocks import MergedBlocks
 
         return MergedBlocks(model)
 

@@ -15,7 +15,7 @@ from tiny_families import CASES, noise
 
 from diffattn import FreeSwimAttn, TokenGrid
 from diffattn.attached_model import attached_to
-from diffattn.dual_path import CrossStore, DualPath, store_bytes
+from diffattn.methods.freeswim.dual_path import CrossStore, DualPath, store_bytes
 
 GOLDENS = Path(__file__).parents[2] / "shared" / "goldens" / "freeswim"
 needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")

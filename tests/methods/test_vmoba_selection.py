@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffattn import TokenGrid, selection
+from diffattn import TokenGrid
 from diffattn.blocks import unpack_bits
+from diffattn.methods.vmoba import selection
+from diffattn.methods.vmoba.selection import Rule, choose, select_blocks
 from diffattn.partition import Chunk, KeyBlocks, Partition
-from diffattn.selection import Rule, choose, select_blocks
 
 GOLDENS = Path(__file__).parents[2] / "shared" / "goldens" / "vmoba"
 needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")

@@ -13,12 +13,12 @@ from typing import Any, ClassVar, Self
 import torch
 
 from diffattn.blocks import unpack_bits
-from diffattn.chunks import Sides, recommended_chunk
 from diffattn.grid import TokenGrid
 from diffattn.methods.base import Method, Site, Work, check_choice, check_count
+from diffattn.methods.vmoba.chunks import Sides, recommended_chunk
+from diffattn.methods.vmoba.selection import SCOPES, Rule, select_blocks
 from diffattn.partition import Chunk, Partition
 from diffattn.selected import SelectionMask, selected_attention
-from diffattn.selection import SCOPES, Rule, select_blocks
 
 PARTITIONS = ("1d", "2d", "3d")
 

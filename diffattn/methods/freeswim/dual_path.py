@@ -22,7 +22,7 @@ from diffattn import _compat
 from diffattn.attach import set_attn_processor
 from diffattn.attached_model import set_processor, site_names
 from diffattn.methods.base import Site, check_choice
-from diffattn.methods.freeswim import FreeSwimAttn
+from diffattn.methods.freeswim.method import FreeSwimAttn
 from diffattn.models import family_of
 
 # own: one path, the text as it sees it. override: two paths, the second's text for both. store:

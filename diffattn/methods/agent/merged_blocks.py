@@ -14,10 +14,10 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from diffattn.attached_model import Group, attached_to
-from diffattn.methods.agent import AgentAttn
+from diffattn.methods.agent.method import AgentAttn
+from diffattn.methods.token_merging import Merging, cell_offsets, match, partition
 from diffattn.models import family_of
 from diffattn.models.base import argument, first_input
-from diffattn.token_merging import Merging, cell_offsets, match, partition
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask
 from diffattn.methods.base import StaticMaskMethod, check_count
-from diffattn.neighbourhood import AxisWindow, NeighbourhoodMask, block_size_for
+from diffattn.methods.neighbourhood import AxisWindow, NeighbourhoodMask, block_size_for
 from diffattn.orders import TileOrder
 
 # Rows and columns of tokens at the resolution that a model was trained on. Wan 2.1 is the 1.3B of

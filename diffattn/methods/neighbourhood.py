@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from diffattn.blocks import EMPTY, FULL, PARTIAL
-from diffattn.boxes import boxes_of, outlines_of
 from diffattn.grid import TokenGrid
 from diffattn.mask import BLOCK, AttentionMask
+from diffattn.methods.boxes import boxes_of, outlines_of
 from diffattn.orders import TileOrder
 
 _ENTRIES_PER_CHUNK = 1 << 20  # of a table that is summed up query by query

@@ -16,8 +16,15 @@ from diffattn.attention import attention
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import BLOCK, AttentionMask
-from diffattn.methods.base import Site, SiteWeights, StaticMaskMethod, check_choice, check_count
-from diffattn.methods.disk import DiskMask, best_tile, disk_limits
+from diffattn.methods.base import (
+    Site,
+    SiteWeights,
+    StaticMaskMethod,
+    check_choice,
+    check_count,
+    check_flag,
+)
+from diffattn.methods.clear.disk import DiskMask, best_tile, disk_limits
 from diffattn.methods.pooling import CellWeights, add_keys, cells, every_pair, mean_weight, pooled
 from diffattn.orders import TileOrder
 
@@ -262,9 +269,3 @@ class RopeBase:
 
     def __str__(self) -> str:
         return f"ntk_factor={self.factor}"
-
-
-def check_flag(name: str, value: object) -> None:
-    """Raise ValueError unless `value` is true or false."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}, but must be true or false")

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from diffattn.methods.linfusion import LinFusionAttn, LinFusionWeights
+from diffattn.methods.linfusion.method import LinFusionAttn, LinFusionWeights
 from diffattn.models import denoisers, family_of
 
 CONFIG = "config.json"

@@ -20,8 +20,15 @@ from diffattn.attention import DEFAULT_BACKENDS, attention, choose_backend
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.kernels.linear import CHUNK, linear_attention
-from diffattn.methods.base import Method, Site, SiteState, SiteWeights, Work, check_count
-from diffattn.methods.clear import check_flag
+from diffattn.methods.base import (
+    Method,
+    Site,
+    SiteState,
+    SiteWeights,
+    Work,
+    check_count,
+    check_flag,
+)
 from diffattn.methods.pooling import add_keys, every_pair
 from diffattn.models import FAMILIES, family_of
 from diffattn.models.projections import with_input_maps

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from diffattn.methods.clear import CLEARAttn
+from diffattn.methods.clear.method import CLEARAttn
 from diffattn.models import denoisers, family_of
 
 # What is fine-tuned of an attention module. Those of the text's own stream are not.

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from diffattn.agents import dense_attention
 from diffattn.attach import Attachment, set_attn_processor
-from diffattn.methods.agent import AgentAttn, asking, sharpness
+from diffattn.methods.agent.agents import dense_attention
+from diffattn.methods.agent.method import AgentAttn, asking, sharpness
 from diffattn.methods.base import Site, SiteWeights
 
 # From no scale at all, the sharpest, to one that is softer than the usual 1.
