@@ -5,6 +5,7 @@ denoised at the large size under FreeSwim's window, guided by what all tokens to
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -146,8 +147,7 @@ class FreeSwimPipeline:
         for name, count in counts.items():
             if count < model.least_steps:
                 raise ValueError(f"{name} is {count}, but must be at least {model.least_steps}")
-        _check(strength, cache_steps, interpolation, flow_shift)
-        check_place(store)
+        check_refinement(strength, cache_steps, interpolation, flow_shift, store)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise ValueError("there is no prompt: give at least one")
@@ -316,22 +316,28 @@ def target_size(
     from_size: tuple[int, int], preset: str | None, height: int | None, width: int | None
 ) -> tuple[int, int]:
     """Return the height and width that are asked for."""
+    check_target(preset, height, width)
     if preset is not None:
-        if height is not None or width is not None:
-            raise ValueError("give a preset, or height and width, not both")
-        if preset not in PRESETS:
-            raise ValueError(f"preset is {preset!r}, but must be one of {', '.join(PRESETS)}")
         height, width = PRESETS[preset]
         return (width, height) if from_size[0] > from_size[1] else (height, width)
-    for name, pixels in (("height", height), ("width", width)):
-        if pixels is not None and pixels < 1:
-            raise ValueError(f"{name} is {pixels}, but must be at least 1")
     if height is None and width is None:
         return 2 * from_size[0], 2 * from_size[1]
     if height is None:
         assert width is not None
         return max(1, round(from_size[0] * width / from_size[1])), width
     return height, width or max(1, round(from_size[1] * height / from_size[0]))
+
+
+def check_target(preset: str | None, height: int | None, width: int | None) -> None:
+    """Raise ValueError for a size to be made that is none, or two at once."""
+    if preset is not None:
+        if height is not None or width is not None:
+            raise ValueError("give a preset, or height and width, not both")
+        if preset not in PRESETS:
+            raise ValueError(f"preset is {preset!r}, but must be one of {', '.join(PRESETS)}")
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels is not None and pixels < 1:
+            raise ValueError(f"{name} is {pixels}, but must be at least 1")
 
 
 def _stretched(from_size: tuple[int, int], size: tuple[int, int]) -> str:
@@ -386,12 +392,14 @@ def _guide_steps(steps: int, cache_steps: int | None) -> int:
     return steps if cache_steps is None else -(-steps // cache_steps)
 
 
-def _check(
+def check_refinement(
     strength: float,
     cache_steps: int | None,
     interpolation: str,
     flow_shift: float,
+    store: str,
 ) -> None:
+    """Raise ValueError for a setting of the second stage that is wrong for every model."""
     if not 0 < strength <= 1:
         raise ValueError(f"strength is {strength}, but must be above 0 and up to 1")
     if cache_steps is not None and cache_steps < 1:
@@ -402,5 +410,6 @@ def _check(
     if interpolation not in INTERPOLATIONS:
         allowed = ", ".join(INTERPOLATIONS)
         raise ValueError(f"interpolation is {interpolation!r}, but must be one of {allowed}")
-    if not flow_shift > 0:
-        raise ValueError(f"flow_shift is {flow_shift}, but must be above 0")
+    if not 0 < flow_shift < math.inf:
+        raise ValueError(f"flow_shift is {flow_shift}, but must be a number above 0")
+    check_place(store)

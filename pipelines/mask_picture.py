@@ -113,8 +113,8 @@ def _static_method(made: "Method", grid: "TokenGrid") -> "StaticMaskMethod":
     fitted = made.for_model("", replace(grid, text_before=0, text_after=0))
     if not isinstance(fitted, StaticMaskMethod):
         raise UserError(
-            f"{made.type} has no mask that the grid alone decides: its token pairs depend on what "
-            "the tokens hold, and cannot be drawn"
+            f"{made.type} has no mask that the grid alone decides, and cannot be drawn; a method "
+            "that has one is gna"
         )
     return fitted
 

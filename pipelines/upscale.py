@@ -75,6 +75,7 @@ def upscale(
     kept: list[Path] = []
     try:
         quiet_libraries()
+        _check_settings(settings)
         loaded = load_model(request)
         full = complete(request, loaded)
         warn_of_words(loaded.pipe, request.prompt, warn)
@@ -121,6 +122,23 @@ def _refuse_base(request: Request) -> None:
             raise UserError(
                 f"{flag} is of a base video, but --input is there instead: leave it out"
             )
+
+
+def _check_settings(settings: UpscaleSettings) -> None:
+    """Refuse what is wrong for every model, before the time that loading one takes."""
+    from .freeswim import check_refinement, check_target
+
+    try:
+        check_target(settings.preset, settings.height, settings.width)
+        check_refinement(
+            settings.strength,
+            settings.cache_steps,
+            settings.interpolation,
+            settings.flow_shift,
+            settings.store,
+        )
+    except ValueError as error:
+        raise UserError(error) from None
 
 
 def _make(

@@ -1,6 +1,7 @@
 """FreeSwimPipeline on tiny pipelines, against a loop written out and the public code's tables."""
 
 import inspect
+import math
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -245,7 +246,8 @@ def test_sizes() -> None:
         ({"cache_steps": 0}, "cache_steps is 0, but must be at least 1"),
         ({"base_steps": 0}, "base_steps is 0, but must be at least 1"),
         ({"interpolation": "x"}, "interpolation is 'x', but must be one of nearest, bilinear, bi"),
-        ({"flow_shift": -1}, "flow_shift is -1, but must be above 0"),
+        ({"flow_shift": -1}, "flow_shift is -1, but must be a number above 0"),
+        ({"flow_shift": math.inf}, "flow_shift is inf, but must be a number above 0"),
         ({"preset": "8k"}, "preset is '8k', but must be one of 1080p, 1440p, 2160p"),
         ({"preset": "1080p", "height": 4}, "give a preset, or height and width, not both"),
         ({"height": 0}, "height is 0, but must be at least 1"),

@@ -294,9 +294,13 @@ class TestMask:
         error = mask("--grid", "2x3x4", "--query", "1,3,0").error
         assert error == "the query's row is 3, but the grid 2x3x4 has rows 0 to 2"
 
-    def test_methods_without_a_mask(self, mask, by_content):
-        error = mask("--grid", "2x3x4", "--method", "by-content").error
-        assert error.startswith("by-content has no mask that the grid alone decides: its token pai")
+    @pytest.mark.parametrize("method", ["by-content", "linfusion", "agent"])
+    def test_methods_without_a_mask(self, mask, by_content, method):
+        error = mask("--grid", "2x3x4", "--method", method).error
+        assert error == (
+            f"{method} has no mask that the grid alone decides, and cannot be drawn; a method that"
+            f" has one is gna"
+        )
 
     @pytest.mark.parametrize(
         ("options", "message"),

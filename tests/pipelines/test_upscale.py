@@ -7,6 +7,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
+from diffattn.pipelines import upscale as upscale_module
 from diffattn.pipelines.freeswim import NEGATIVE_PROMPT
 from diffattn.pipelines.loading import read_defaults
 from diffattn.pipelines.request import BUNDLED_MODEL
@@ -139,12 +140,8 @@ def test_the_seed_decides(upscale, tmp_path):
             ["--input", "in.mp4", "--base-steps", "5"],
             "--base-steps is of a base video, but --input ",
         ),
-        (["--preset", "8k"], "preset is '8k', but must be one of 1080p, 1440p, 2160p"),
-        (["--strength", "2"], "strength is 2.0, but must be above 0 and up to 1"),
         (["--cache-steps", "0"], "--cache-steps must be a whole number of at least 1, or none to"),
         (["--cache-steps", "all"], "--cache-steps must be a whole number of at least 1, or none "),
-        (["--store", "disk"], "store is 'disk', but must be one of device, cpu, pinned"),
-        (["--interpolation", "x"], "interpolation is 'x', but must be one of nearest, bilinear"),
         (["--steps", "0"], "num_inference_steps is 0, but must be at least 1"),
         (["--base-height", "30"], "height is 30, but this model needs a multiple of 16"),
     ],
@@ -153,3 +150,25 @@ def test_bad_input_is_one_line(upscale, tmp_path, arguments, message):
     (tmp_path / "text.mp4").write_text("no video")
     assert message in upscale("-o", "out.mp4", *arguments).error
     assert [path.name for path in tmp_path.iterdir()] == ["text.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "8k"], "preset is '8k', but must be one of 1080p, 1440p, 2160p"),
+        (["--preset", "1080p", "--width", "64"], "give a preset, or height and width, not both"),
+        (["--height", "0"], "height is 0, but must be at least 1"),
+        (["--strength", "2"], "strength is 2.0, but must be above 0 and up to 1"),
+        (["--store", "disk"], "store is 'disk', but must be one of device, cpu, pinned"),
+        (["--interpolation", "x"], "interpolation is 'x', but must be one of nearest, bilinear"),
+        (["--flow-shift", "inf"], "flow_shift is inf, but must be a number above 0"),
+    ],
+)
+def test_what_is_wrong_for_every_model_is_refused_before_one_is_loaded(
+    upscale, monkeypatch, arguments, message
+):
+    def load(request):
+        pytest.fail("loaded a model first")
+
+    monkeypatch.setattr(upscale_module, "load_model", load)
+    assert message in upscale("-o", "out.mp4", *arguments).error

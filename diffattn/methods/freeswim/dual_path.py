@@ -128,7 +128,7 @@ def store_bytes(model: torch.nn.Module, tokens: int, batch: int = 1) -> int:
     return batch * tokens * width * dtype.itemsize
 
 
-def check_place(place: StorePlace) -> None:
+def check_place(place: str) -> None:
     """Raise ValueError for an unknown place, or pinned memory where there is no accelerator."""
     check_choice("store", place, STORE_PLACES)
     if place == "pinned" and not torch.accelerator.is_available():
