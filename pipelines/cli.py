@@ -256,7 +256,7 @@ def upscale(
     """
     from .attention_settings import MethodOptions
     from .request import Request
-    from .upscale import UpscaleSettings, read_cache_steps
+    from .upscale import UpscaleSettings, check_counts, read_cache_steps
     from .upscale import upscale as make_large
     from .upscale_picture import (
         PictureSettings,
@@ -268,6 +268,7 @@ def upscale(
         upscale_picture,
     )
 
+    check_counts(base_height=base_height, base_width=base_width, base_steps=base_steps, steps=steps)
     request = Request(
         prompt,
         model=model,

@@ -93,6 +93,11 @@ def draw_selection(
     fitted, site, bits = _seen(method, request, loaded, step, call)
     if call.head >= len(bits):
         raise UserError(f"--head {call.head}: the model has heads 0 to {len(bits) - 1}")
+    place = draw.middle(site.grid) if place is None else place
+    try:
+        draw.check_query(site.grid, place)
+    except ValueError as error:
+        raise UserError(error) from None
     mask = fitted.selection_mask(bits[call.head], site.grid, call.layer)
     kind = fitted.partitions[fitted.layer_kind(call.layer)]
     share = float((mask.chosen.float() @ mask.block_of.bincount().float()).mean())
@@ -106,11 +111,7 @@ def draw_selection(
         f"{float(counts.float().mean()):.2f} on average"
     )
     words = [draw.method_words(fitted), f'{request.model}: "{request.prompt}". {where}.']
-    try:
-        image = draw.selection_picture(mask, words, place)
-    except ValueError as error:
-        raise UserError(error) from None
-    yield str(write(image))
+    yield str(write(draw.selection_picture(mask, words, place)))
 
 
 def _seen(

@@ -16,7 +16,7 @@ from .loading import LoadedModel, load_model
 from .machine import describe_device, quiet_libraries
 from .outputs import Outputs, check_outputs, on_disk, plan_outputs, staged
 from .progress import clock, watched
-from .request import Request
+from .request import Request, option
 from .sidecar import versions
 from .sizing import complete
 from .video import write_video
@@ -85,6 +85,13 @@ def upscale(
     except KeyboardInterrupt:
         raise RunInterruptedError(kept) from None
     return kept[0]
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuse counts below 1 by the names that ``upscale`` has for them, where they are given."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UserError(f"{option(name)} must be a whole number of at least 1, not {count}")
 
 
 def read_cache_steps(text: str) -> int | None:

@@ -142,7 +142,9 @@ def test_the_seed_decides(upscale, tmp_path):
         ),
         (["--cache-steps", "0"], "--cache-steps must be a whole number of at least 1, or none to"),
         (["--cache-steps", "all"], "--cache-steps must be a whole number of at least 1, or none "),
-        (["--steps", "0"], "num_inference_steps is 0, but must be at least 1"),
+        (["--steps", "0"], "--steps must be a whole number of at least 1, not 0"),
+        (["--base-steps", "0"], "--base-steps must be a whole number of at least 1, not 0"),
+        (["--base-width", "-16"], "--base-width must be a whole number of at least 1, not -16"),
         (["--base-height", "30"], "height is 30, but this model needs a multiple of 16"),
     ],
 )
