@@ -214,7 +214,9 @@ class Trainer:
                 losses = self._student(batch)
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(self._trained.values(), settings.max_grad_norm)
+                    # All parameters, frozen ones too: by these accelerate knows a model that FSDP
+                    # has spread, whose parameters are no longer those that were made.
+                    accelerator.clip_grad_norm_(self._student.parameters(), settings.max_grad_norm)
                 self._optimizer.step()
                 self._optimizer.zero_grad()
             for name, loss in losses.items():
@@ -359,7 +361,7 @@ def make_accelerator(settings: TrainSettings, output: Path, *, on_cpu: bool = Fa
             project_dir=str(output),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise LoraError(f"accelerate refuses: {error}") from None
     if settings.trackers:
         flat = {name: str(value) for name, value in dataclasses.asdict(settings).items()}

@@ -12,7 +12,7 @@ import tiny_wan
 import torch
 from safetensors.torch import load_file
 
-from diffattn.lora import checkpoint
+from diffattn.lora import checkpoint, trainer
 from diffattn.lora.adapter import LORA_FILE
 from diffattn.lora.draws import clip_of, sample_numbers
 from diffattn.lora.errors import LoraError
@@ -68,6 +68,21 @@ class TestSteps:
         parts.train()
         for one, other in zip(log(tmp_path / "whole"), log(tmp_path / "parts"), strict=True):
             assert one == pytest.approx(other, rel=1e-5)
+
+    def test_accelerate_clips_what_it_knows_a_model_by(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """FSDP puts other parameters in their place, and looks for a model with just these."""
+        made = tiny_training.trainer(tmp_path)
+        layer = made.model.get_submodule("blocks.0.attn1.to_q.lora_A.default")
+        layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+        clipped: list[torch.Tensor] = []
+        monkeypatch.setattr(
+            made.accelerator, "clip_grad_norm_", lambda given, _: clipped.extend(given)
+        )
+        made.train(until=1)
+        wanted = list(made.model.parameters())
+        assert [id(p) for p in clipped] == [id(p) for p in wanted]
 
     def test_longer_videos_than_the_base_s(self, tmp_path: Path) -> None:
         pipe = tiny_wan.PIPELINES["t2v"]()
@@ -241,6 +256,16 @@ class TestRefusals:
         tiny_training.trainer(tmp_path / "one")
         with pytest.raises(LoraError, match=r"^accelerate refuses: .*mixed_precision='bf16'"):
             tiny_training.trainer(tmp_path / "two", mixed_precision="bf16")
+
+    def test_a_kind_of_training_that_the_machine_lacks(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(**_: object) -> None:
+            raise RuntimeError("There are currently no available devices found")
+
+        monkeypatch.setattr(trainer, "Accelerator", refuse)
+        with pytest.raises(LoraError, match=r"^accelerate refuses: There are currently no "):
+            make_accelerator(tiny_training.settings(), tmp_path)
 
     def test_an_output_that_is_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
