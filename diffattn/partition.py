@@ -173,7 +173,12 @@ class Partition:
         return self._known(device)[0]
 
     def to_blocks(self, x: torch.Tensor) -> torch.Tensor:
-        """Bring the tokens `(batch, tokens, ...)` into the partition's order; differentiable."""
+        """Bring the tokens `(batch, tokens, ...)` into the partition's order; differentiable.
+
+        Raises:
+            ValueError: if there are not as many tokens as in the grid.
+        """
+        self._check_tokens(x)
         if self._keeps_order:
             return x
         _, there, back = self._known(x.device)
@@ -181,6 +186,7 @@ class Partition:
 
     def from_blocks(self, x: torch.Tensor) -> torch.Tensor:
         """Inverse of `to_blocks`."""
+        self._check_tokens(x)
         if self._keeps_order:
             return x
         _, there, back = self._known(x.device)
@@ -189,6 +195,13 @@ class Partition:
     def positions(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """int64 `(tokens,)`: where in the model's sequence each token of this order is."""
         return self._known(torch.device(device))[1]
+
+    def _check_tokens(self, x: torch.Tensor) -> None:
+        if x.shape[1] != self.grid.tokens:
+            raise ValueError(
+                f"dimension 1 of a tensor of shape {tuple(x.shape)} has not the {self.grid.tokens}"
+                f" tokens of {self.grid}"
+            )
 
     @property
     def _keeps_order(self) -> bool:

@@ -197,6 +197,16 @@ def test_grouped_queries_share_their_keys() -> None:
         SPARSE.attend(q, *torch.randn(2, 2, 24, 4, 8), site(grid))
 
 
+@pytest.mark.parametrize("layer", range(3))
+@pytest.mark.parametrize("tokens", [17, 19])
+def test_tokens_that_are_not_the_grids_are_refused(layer: int, tokens: int) -> None:
+    grid = TokenGrid(2, 2, 4, text_after=2)
+    q = torch.randn(1, tokens, 2, 4)
+    message = rf"of shape \(1, {tokens}, 2, 4\) has not the 18 tokens of 2x2x4\+2 text"
+    with pytest.raises(ValueError, match=message):
+        VMoBAAttn(topk=1).attend(q, q, q, site(grid, layer))
+
+
 def test_there_is_no_flex(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BACKEND_VARIABLE, "flex")
     x = torch.randn(1, 24, 1, 8)
@@ -450,6 +460,8 @@ def test_chunks_larger_than_the_grid_are_all_of_it() -> None:
         ({"preset": "fast"}, "preset is 'fast', but must be one of training-free, training"),
         ({"partitions": ()}, r"partitions is \(\), but must be some of 1d, 2d, 3d"),
         ({"partitions": ("1d", "4d")}, r"partitions is \('1d', '4d'\), but must be some of 1d, 2d"),
+        ({"partitions": 3}, "partitions is 3, but must be some of 1d, 2d, 3d"),
+        ({"partitions": {"1d"}}, r"partitions is {'1d'}, but must be some of 1d, 2d, 3d"),
         ({"chunk_1d": 0}, "chunk_1d is 0, but must be a number of frames above 0"),
         ({"chunk_1d": float("inf")}, "chunk_1d is inf, but must be a number of frames"),
         ({"chunk_1d": True}, "chunk_1d is True, but must be a number of frames"),

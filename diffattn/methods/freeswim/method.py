@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask
-from diffattn.methods.base import StaticMaskMethod, check_count
+from diffattn.methods.base import StaticMaskMethod, check_count, check_flag
 from diffattn.methods.neighbourhood import AxisWindow, NeighbourhoodMask, block_size_for
 from diffattn.orders import TileOrder
 
@@ -87,8 +87,7 @@ class FreeSwimAttn(StaticMaskMethod):
             _check_pair("radius", self.radius, at_least=0)
         elif self.radius is not None:
             check_count("radius", self.radius, at_least=0)
-        if not isinstance(self.temperature, bool):
-            raise ValueError(f"temperature is {self.temperature!r}, but must be true or false")
+        check_flag("temperature", self.temperature)
 
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
         """The method with the native size of a model family, and the window that follows from it.

@@ -14,7 +14,7 @@ import torch
 
 from diffattn.blocks import unpack_bits
 from diffattn.grid import TokenGrid
-from diffattn.methods.base import Method, Site, Work, check_choice, check_count
+from diffattn.methods.base import Method, Site, Work, check_choice, check_count, check_flag
 from diffattn.methods.vmoba.chunks import Sides, recommended_chunk
 from diffattn.methods.vmoba.selection import SCOPES, Rule, select_blocks
 from diffattn.partition import Chunk, Partition
@@ -132,9 +132,9 @@ class VMoBAAttn(Method):
             check_choice("select", self.select, ("topk", "threshold"))
         if self.scope is not None:
             check_choice("scope", self.scope, SCOPES)
-        if not isinstance(self.centre_keys, bool):
-            raise ValueError(f"centre_keys is {self.centre_keys!r}, but must be true or false")
-        if not self.partitions or any(p not in PARTITIONS for p in self.partitions):
+        check_flag("centre_keys", self.centre_keys)
+        kinds = self.partitions
+        if not isinstance(kinds, tuple) or not kinds or any(k not in PARTITIONS for k in kinds):
             raise ValueError(
                 f"partitions is {self.partitions!r}, but must be some of {', '.join(PARTITIONS)}"
             )
