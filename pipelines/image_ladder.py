@@ -103,7 +103,7 @@ class LadderPipeline:
                 height=start[0],
                 width=start[1],
                 num_inference_steps=start_steps,
-                generator=_generator(seed),
+                generator=noise_generator(seed),
                 **call,
             )
             image = made.images[0]
@@ -241,7 +241,7 @@ def refine(
                 image=image.resize((rung.width, rung.height), Resampling.BICUBIC),
                 strength=rung.strength,
                 num_inference_steps=steps,
-                generator=_generator(seed),
+                generator=noise_generator(seed),
                 **call,
             ).images[0]
     finally:
@@ -273,10 +273,15 @@ def _image_to_image(pipe: Any) -> Any:
             f"only Stable Diffusion 1.5, 2.1 and XL can go up this ladder, not"
             f" {type(pipe).__name__}"
         )
-    out.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
-    if "progress_bar" in vars(pipe):  # somebody watches it
-        out.progress_bar = pipe.progress_bar
+    show_progress_alike(pipe, out)
     return out
+
+
+def show_progress_alike(pipe: Any, other: Any) -> None:
+    """Show the progress of another pipeline as that of `pipe` is shown."""
+    other.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    if "progress_bar" in vars(pipe):  # somebody watches it
+        other.progress_bar = pipe.progress_bar
 
 
 def check_sizes(pipe: Any, ladder: Sequence[Rung]) -> None:
@@ -290,7 +295,8 @@ def check_sizes(pipe: Any, ladder: Sequence[Rung]) -> None:
         raise UserError(error) from None
 
 
-def _generator(seed: int) -> Any:
+def noise_generator(seed: int) -> Any:
+    """What noise is drawn from, the same for every size."""
     import torch
 
     # On the CPU it gives the same noise whatever the device.

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from .attention_settings import MethodOptions, attention_settings, make_method
 from .errors import RunInterruptedError, UserError, did_you_mean, one_line
+from .flux_ladder import STEPS as FLUX_STEPS
+from .flux_ladder import STRENGTH as FLUX_STRENGTH
+from .flux_ladder import upscale_flux
 from .image_ladder import (
     STEPS,
     STRENGTHS,
@@ -18,6 +21,7 @@ from .image_ladder import (
     first_size,
     ladder_sizes,
     native_pixels,
+    noise_generator,
     rungs,
 )
 from .loading import LoadedModel, find_model, load_model
@@ -134,6 +138,7 @@ def upscale_picture(
     Raises:
         RunInterruptedError: on Ctrl-C; nothing is written then.
     """
+    _check_settings(request, settings)
     read = [file for file in (settings.input, settings.attn_config) if file is not None]
     path = _plan_output(output, request.prompt, read)
     image = None if settings.input is None else read_picture(settings.input)
@@ -156,6 +161,19 @@ def read_picture(path: Path) -> "Image":
         return Image.open(path).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f"cannot read {path} as a picture: {one_line(error)}") from None
+
+
+def _check_settings(request: Request, settings: PictureSettings) -> None:
+    """Refuse what is wrong for every model, before the time that loading one takes."""
+    if settings.steps is not None and settings.steps < 1:
+        raise UserError(f"--steps must be a whole number of at least 1, not {settings.steps}")
+    if settings.input is not None:
+        for name in ("height", "width", "steps"):
+            if getattr(request, name) is not None:
+                raise UserError(
+                    f"--base-{name} is of a first picture, but --input is there instead: leave it"
+                    f" out"
+                )
 
 
 def _plan_output(output: str | None, prompt: str, inputs: Collection[Path]) -> Path:
@@ -203,7 +221,7 @@ def _make(
     pipe.vae.to(dtype=next(denoiser.parameters()).dtype)
     request, settings = _complete(request, settings, loaded)
     start, sizes = _plan_sizes(request, settings, image, pipe)
-    steps = settings.steps or (_flux_steps() if is_flux else STEPS)
+    steps = settings.steps or (FLUX_STEPS if is_flux else STEPS)
     ladder = _ladder(sizes, settings.strengths, steps, is_flux)
     way = " to ".join(f"{width}x{height}" for height, width in [start, *sizes])
     say(f"{request.model}: {type(pipe).__name__}, {loaded.dtype} on {loaded.device}; {way}")
@@ -241,7 +259,26 @@ def _make(
             ) from None
         raise
     seconds = clock() - begin
-    record = {
+    record = _record(request, settings, start, ladder, steps, loaded, path, seconds)
+    with staged(Outputs(path), []) as folder:
+        image.save(folder / path.name)
+        text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
+        (folder / f"{path.stem}.json").write_text(text + "\n", "utf-8")
+    say(f"{path}: {image.width}x{image.height}, {seconds:.1f} s")
+
+
+def _record(
+    request: Request,
+    settings: PictureSettings,
+    start: Size,
+    ladder: list[Rung],
+    steps: int,
+    loaded: LoadedModel,
+    path: Path,
+    seconds: float,
+) -> dict[str, Any]:
+    """What the JSON file beside the picture says of its run."""
+    return {
         "diffattn_picture_record": _FORMAT,
         "base": request.to_dict() | {"height": start[0], "width": start[1]},
         "settings": dataclasses.asdict(settings)
@@ -256,11 +293,6 @@ def _make(
         "files": {"picture": path.name},
         "timings": {"total_seconds": round(seconds, 4)},
     }
-    with staged(Outputs(path), []) as folder:
-        image.save(folder / path.name)
-        text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
-        (folder / f"{path.stem}.json").write_text(text + "\n", "utf-8")
-    say(f"{path}: {image.width}x{image.height}, {seconds:.1f} s")
 
 
 def _complete(
@@ -327,18 +359,10 @@ def _ladder(
     sizes: list[Size], strengths: tuple[float, ...] | None, steps: int, is_flux: bool
 ) -> list[Rung]:
     if is_flux:
-        from .upscale_image import STRENGTH
-
-        strengths = strengths or (STRENGTH,)
+        strengths = strengths or (FLUX_STRENGTH,)
         if len(strengths) > 1:
             raise UserError("--strengths must be one number for Flux, which has it at all sizes")
     return rungs(sizes, strengths or STRENGTHS, steps)
-
-
-def _flux_steps() -> int:
-    from .upscale_image import STEPS as FLUX_STEPS
-
-    return FLUX_STEPS
 
 
 def _make_flux(
@@ -350,8 +374,6 @@ def _make_flux(
     steps: int,
     say: Callable[[str], None],
 ) -> "Image":
-    from .upscale_image import upscale_flux
-
     arguments = _arguments(request, None)
     if image is None:
         say(f"{start[1]}x{start[0]}: made from the prompt")
@@ -359,7 +381,7 @@ def _make_flux(
         image = pipe(
             height=start[0],
             width=start[1],
-            generator=_generator(request.seed),
+            generator=noise_generator(request.seed),
             **own,
             **arguments,
         ).images[0]
@@ -371,7 +393,7 @@ def _make_flux(
             [(rung.height, rung.width)],
             strength=rung.strength,
             steps=steps,
-            generator=_generator(request.seed),
+            generator=noise_generator(request.seed),
             **arguments,
         )
     return image
@@ -385,10 +407,3 @@ def _arguments(request: Request, negative_prompt: str | None) -> dict[str, Any]:
         "negative_prompt": negative_prompt,
     }
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _generator(seed: int) -> Any:
-    import torch
-
-    # On the CPU it gives the same noise whatever the device.
-    return torch.Generator("cpu").manual_seed(seed)

@@ -29,9 +29,8 @@ def upscale(diffattn, pictures, tmp_path: Path, monkeypatch) -> Callable:
 
     def run(name: str, *arguments: object):
         model = pictures(name)
-        return diffattn(
-            "upscale", "a cat", "--model", model, "--base-steps", 1, "--steps", 4, *arguments
-        )
+        base = [] if "--input" in arguments else ["--base-steps", 1]
+        return diffattn("upscale", "a cat", "--model", model, *base, "--steps", 4, *arguments)
 
     return run
 
@@ -93,6 +92,8 @@ def test_flux(upscale):
     assert result.code == 0, result.err
     assert Image.open("out/a-cat.png").size == (48, 32)
     assert "48x32: strength 0.7" in result.out
+    # Its steps are lines of this command, not a bar of diffusers'.
+    assert "upscale: step 3/3" in result.out
 
 
 @pytest.mark.parametrize(
@@ -105,6 +106,8 @@ def test_flux(upscale):
         ("sd1.5", ["--height", "24"], "the picture is to be 24x24, but it starts from 24x24"),
         ("sd1.5", ["--height", "97"], "height is 97, but this model needs a multiple of 2"),
         ("sd1.5", ["--height", "0"], "--height must be a whole number of at least 1, not 0"),
+        ("sd1.5", ["--steps", "0"], "--steps must be a whole number of at least 1, not 0"),
+        ("sd1.5", ["--input", __file__, "--base-width", "8"], "--base-width is of a first picture"),
         ("sd1.5", ["-o", "a.mp4"], "cannot write a.mp4: the extension must be .png, .jpg"),
         ("sd1.5", ["--input", "none.png"], "there is no picture file none.png"),
         ("sd1.5", ["--input", __file__], "cannot read .* as a picture: cannot identify image file"),

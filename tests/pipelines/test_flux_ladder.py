@@ -14,7 +14,7 @@ import diffattn
 from diffattn import CLEARAttn, TokenGrid
 from diffattn.attached_model import attached_to
 from diffattn.pipelines.errors import UserError
-from diffattn.pipelines.upscale_image import upscale_flux
+from diffattn.pipelines.flux_ladder import upscale_flux
 
 GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "clear"
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+from .image_ladder import show_progress_alike
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,7 +78,7 @@ def upscale_flux(
         pipe.scheduler.config, use_dynamic_shifting=False, shift=SHIFT
     )
     refining = FluxImg2ImgPipeline(**(pipe.components | {"scheduler": scheduler}))
-    refining.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    show_progress_alike(pipe, refining)
     vae, was_tiling = pipe.vae, pipe.vae.use_tiling
     if not keeps_method:
         chosen = method or CLEARAttn(
