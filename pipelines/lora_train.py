@@ -53,6 +53,10 @@ class TrainJob:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
+        for name in ("model", "data", "captions", "prompts", "cache"):  # a config file's
+            value = getattr(self, name)
+            if not isinstance(value, str | Path | None):
+                raise UserError(f"{name} is {value!r}, but must be a path")
         if (self.data is None) == (self.prompts is None):
             raise UserError(
                 "give either --data, a folder of clips, or --prompts, a file of prompts of which"
@@ -162,6 +166,9 @@ def _run(
     quiet_libraries()
     check_output(output, resume)
     accelerator = make_accelerator(settings, output, on_cpu=job.device == "cpu")
+    kind = accelerator.device.type
+    if job.device not in (None, "cpu", kind):
+        raise UserError(f"--device is {job.device!r}, but here it must be cpu or left out ({kind})")
     loaded = load_model(dataclasses.replace(job.request(), device=str(accelerator.device)))
     job = _complete(job, loaded)
     try:

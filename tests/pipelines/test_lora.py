@@ -205,6 +205,11 @@ class TestRefusals:
                 "--config wrong.json: unknown setting 'lernrate'",
             ),
             (["--prompts", "prompts.txt", "--num-frames", "6"], "num_frames is 6, but this model"),
+            (["--config", "path.json"], "data is 3, but must be a path"),
+            (
+                ["--prompts", "prompts.txt", "--device", "tpu"],
+                "--device is 'tpu', but here it must be cpu or left out (",
+            ),
         ],
     )  # fmt: skip
     def test_one_line(
@@ -212,6 +217,7 @@ class TestRefusals:
     ) -> None:
         (tmp_path / "empty").mkdir()
         (tmp_path / "wrong.json").write_text('{"lernrate": 1}')
+        (tmp_path / "path.json").write_text('{"data": 3}')
         assert train(*arguments).error.startswith(message)
 
     def test_a_model_without_a_scheduler(
