@@ -95,7 +95,8 @@ def smooth_inputs(
     for _ in range(3):
         coarse = torch.randn(1, heads * head_dim, *(max(2, size // 4) for size in sizes))
         field = F.interpolate(coarse.to(device), size=sizes, mode="trilinear", align_corners=True)
-        field = field.flatten(2).transpose(1, 2).unflatten(2, (heads, head_dim))
+        # Contiguous, or dense attention would not run in torch's fused kernel.
+        field = field.flatten(2).transpose(1, 2).contiguous().unflatten(2, (heads, head_dim))
         fields.append(field / field.std())
     fields[0] = fields[0] + noise * torch.randn_like(fields[0])
     return fields
