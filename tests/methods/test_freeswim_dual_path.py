@@ -17,7 +17,7 @@ from diffattn import FreeSwimAttn, TokenGrid
 from diffattn.attached_model import attached_to
 from diffattn.methods.freeswim.dual_path import CrossStore, DualPath, store_bytes
 
-GOLDENS = Path(__file__).parents[2] / "shared" / "goldens" / "freeswim"
+GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "freeswim"
 needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")
 METHOD = FreeSwimAttn(radius=1, native=(3, 5))
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import diffattn
 from diffattn import LinFusionAttn, load_linfusion_checkpoint, save_linfusion_checkpoint
 
-GOLDENS = Path(__file__).parents[2] / "shared" / "goldens" / "linfusion"
+GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "linfusion"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CASE = tiny_families.CASES["sd1.5"]
 

@@ -17,7 +17,7 @@ from diffattn.methods.vmoba import selection
 from diffattn.methods.vmoba.selection import Rule, choose, select_blocks
 from diffattn.partition import Chunk, KeyBlocks, Partition
 
-GOLDENS = Path(__file__).parents[2] / "shared" / "goldens" / "vmoba"
+GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "vmoba"
 needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")
 
 SCOPES = {
