@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from .checks import LayoutTensors, check_inputs, check_layout
+from .operators import empty_outputs, register_gradients
 from .row_attention import RowAttention, RowBias, pick_row_attention
 from .row_plan import RowGroup, RowPlan, cached_row_plan, find_blind
 
@@ -116,7 +116,7 @@ def _forward_op(
     layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
     plan = _plan(q, k, layout, block_q, block_kv)
     attention = pick_row_attention(q.dtype)
-    out, lse = _empty_outputs(q)
+    out, lse = empty_outputs(q)
     for chunk in _head_chunks(plan, k, v, key_mask):
         queries, out_rows = chunk.of(q), chunk.of(out)
         lse_rows = lse[chunk.sample, chunk.heads]
@@ -140,7 +140,7 @@ def _forward_op(
 def _(
     q: torch.Tensor, *rest: torch.Tensor | int | float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty_outputs(q)
+    return empty_outputs(q)
 
 
 @torch.library.custom_op("diffattn::block_sparse_cpu_backward", mutates_args=(), device_types="cpu")
@@ -166,7 +166,7 @@ def _backward_op(
     layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
     plan = _plan(q, k, layout, block_q, block_kv)
     attention = pick_row_attention(q.dtype)
-    dq, dk, dv = _empty_gradients(q, k, v)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     for chunk in _head_chunks(plan, k, v, key_mask):
         queries, out_rows, grad_rows = chunk.of(q), chunk.of(out), chunk.of(grad_out)
         lse_rows, dq_rows = lse[chunk.sample, chunk.heads], chunk.of(dq)
@@ -197,47 +197,7 @@ def _backward_op(
     return dq, dk, dv
 
 
-@_backward_op.register_fake
-def _(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *rest: torch.Tensor | int | float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _empty_gradients(q, k, v)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    *tensors, key_mask, block_q, block_kv, scale = inputs
-    ctx.save_for_backward(*tensors, key_mask, *output)
-    ctx.options = block_q, block_kv, scale
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(
-    ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
-) -> tuple[torch.Tensor | None, ...]:
-    q, k, v, *layout, key_mask, out, lse = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = _backward_op(grad_out, grad_lse, q, k, v, out, lse, *layout, key_mask, *ctx.options)
-    return (*grads, *[None] * 10)
-
-
-_forward_op.register_autograd(_autograd, setup_context=_setup_context)
-
-
-def _empty_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, tokens, heads, _ = q.shape
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty((batch, heads, tokens), dtype=lse_dtype)
-
-
-def _empty_gradients(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq, dk, dv = (x.new_empty(x.shape) for x in tensors)
-    return dq, dk, dv
+register_gradients(_forward_op, _backward_op)
 
 
 @dataclass(frozen=True)

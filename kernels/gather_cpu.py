@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from .checks import check_inputs
 from .cpu import DTYPES
+from .operators import empty_outputs, register_gradients
 from .row_attention import FlashRows, MatmulRows, RowAttention, pick_row_attention
 
 # Queries of a block are split where their scores would have more elements than this.
@@ -71,7 +71,7 @@ def _forward_op(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     attention = pick_row_attention(q.dtype)
-    out, lse = _empty_outputs(q)
+    out, lse = empty_outputs(q)
     for head in _heads(k, v, starts, bits, key_mask, _working_dtype(q.dtype, attention)):
         queries = head.of(q).to(head.keys.dtype)
         total = queries.new_zeros(queries.shape, dtype=lse.dtype)
@@ -88,7 +88,7 @@ def _forward_op(
 
 @_forward_op.register_fake
 def _(q: torch.Tensor, *rest: torch.Tensor | float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty_outputs(q)
+    return empty_outputs(q)
 
 
 @torch.library.custom_op("diffattn::selected_cpu_backward", mutates_args=(), device_types="cpu")
@@ -136,41 +136,7 @@ def _backward_op(
     return dq, dk, dv
 
 
-@_backward_op.register_fake
-def _(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *rest: torch.Tensor | float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(
-    ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
-) -> tuple[torch.Tensor | None, ...]:
-    q, k, v, starts, bits, key_mask, out, lse = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = _backward_op(grad_out, grad_lse, q, k, v, out, lse, starts, bits, key_mask, ctx.scale)
-    return (*grads, None, None, None, None)
-
-
-_forward_op.register_autograd(_autograd, setup_context=_setup_context)
-
-
-def _empty_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, tokens, heads, _ = q.shape
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty((batch, heads, tokens), dtype=lse_dtype)
+register_gradients(_forward_op, _backward_op)
 
 
 def _working_dtype(dtype: torch.dtype, attention: RowAttention) -> torch.dtype:

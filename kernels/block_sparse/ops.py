@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 
 from ..checks import check_inputs, check_layout
+from ..operators import empty_outputs, register_gradients
 from .backward import backward
 from .forward import forward_kernel
 from .variants import forward
@@ -130,8 +129,7 @@ def _forward_op(
 def _(
     q: torch.Tensor, *rest: torch.Tensor | int | float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, tokens, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, tokens), dtype=torch.float32)
+    return empty_outputs(q)
 
 
 @torch.library.custom_op("diffattn::block_sparse_triton_backward", mutates_args=())
@@ -161,36 +159,7 @@ def _backward_op(
     )  # fmt: skip
 
 
-@_backward_op.register_fake
-def _(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *rest: torch.Tensor | int | float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    *tensors, key_mask, block_q, block_kv, scale = inputs
-    ctx.save_for_backward(*tensors, key_mask, *output)
-    ctx.options = block_q, block_kv, scale
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(
-    ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
-) -> tuple[torch.Tensor | None, ...]:
-    q, k, v, *layout, key_mask, out, lse = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = _backward_op(grad_out, grad_lse, q, k, v, out, lse, *layout, key_mask, *ctx.options)
-    return (*grads, *[None] * 10)
-
-
-_forward_op.register_autograd(_autograd, setup_context=_setup_context)
+register_gradients(_forward_op, _backward_op)
 
 
 def _check_supported(

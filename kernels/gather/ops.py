@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 
 from ..checks import check_inputs
+from ..operators import empty_outputs, register_gradients
 from .backward import backward
 from .forward import forward, forward_kernel
 
@@ -79,8 +78,7 @@ def _forward_op(
 
 @_forward_op.register_fake
 def _(q: torch.Tensor, *rest: torch.Tensor | float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, tokens, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, tokens), dtype=torch.float32)
+    return empty_outputs(q)
 
 
 @torch.library.custom_op("diffattn::selected_triton_backward", mutates_args=())
@@ -100,38 +98,7 @@ def _backward_op(
     return backward(grad_out, grad_lse, q, k, v, out, lse, starts, bits, key_mask, scale=scale)
 
 
-@_backward_op.register_fake
-def _(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *rest: torch.Tensor | float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    *tensors, scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.scale = scale
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(
-    ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
-) -> tuple[torch.Tensor | None, ...]:
-    q, k, v, starts, bits, key_mask, out, lse = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = _backward_op(
-        grad_out, grad_lse, q, k, v, out, lse, starts, bits, key_mask, ctx.scale
-    )  # fmt: skip
-    return (*grads, None, None, None, None)
-
-
-_forward_op.register_autograd(_autograd, setup_context=_setup_context)
+register_gradients(_forward_op, _backward_op)
 
 
 def _check_selection(q: torch.Tensor, starts: torch.Tensor, bits: torch.Tensor) -> None:
