@@ -56,6 +56,10 @@ class TokenGrid:
         """Where the video tokens are in the sequence."""
         return slice(self.text_before, self.text_before + self.video_tokens)
 
+    def text_of(self, x: torch.Tensor) -> torch.Tensor:
+        """The text tokens of a sequence `(batch, tokens, ...)`."""
+        return torch.cat([x[:, : self.video.start], x[:, self.video.stop :]], 1)
+
     def is_text(self, token: torch.Tensor) -> torch.Tensor:
         """Bool: which sequence positions hold text."""
         return (token < self.text_before) | (token >= self.text_before + self.video_tokens)

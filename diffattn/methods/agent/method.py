@@ -290,8 +290,8 @@ def asking(
     video = grid.video
     beside = None
     if grid.text_before or grid.text_after:
-        mask = None if key_mask is None else text_of(key_mask, grid)
-        beside = Beside(text_of(key, grid), text_of(value, grid), mask)
+        mask = None if key_mask is None else grid.text_of(key_mask)
+        beside = Beside(grid.text_of(key), grid.text_of(value), mask)
 
     def ask(sharpness: float | torch.Tensor) -> torch.Tensor:
         return ask_agents(query[:, video], agents, gathered, scale, sharpness, beside)
@@ -311,13 +311,8 @@ def with_dense_text(
     """Put the dense attention of the text's queries around the video's output."""
     if not grid.text_before and not grid.text_after:
         return out
-    text = dense_attention(text_of(query, grid), key, value, scale, key_mask)
+    text = dense_attention(grid.text_of(query), key, value, scale, key_mask)
     return torch.cat([text[:, : grid.text_before], out, text[:, grid.text_before :]], dim=1)
-
-
-def text_of(x: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
-    """The text tokens of a sequence, (batch, tokens, ...)."""
-    return torch.cat([x[:, : grid.video.start], x[:, grid.video.stop :]], dim=1)
 
 
 def _at(value: float | tuple[float, ...], layer: int) -> float:

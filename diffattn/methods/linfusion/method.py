@@ -187,10 +187,10 @@ class LinFusionAttn(Method):
     ) -> torch.Tensor:
         """Linear among the tokens of the video, softmax where text is asked or asks."""
         video = site.grid.video
-        of_text = attention(_without(query, video), key, value, scale=scale, key_mask=key_mask)
+        of_text = attention(site.grid.text_of(query), key, value, scale=scale, key_mask=key_mask)
         video_mask = text_mask = None
         if key_mask is not None:
-            video_mask, text_mask = key_mask[:, video], _without(key_mask, video)
+            video_mask, text_mask = key_mask[:, video], site.grid.text_of(key_mask)
         out = self._attend_linearly(
             query[:, video], key[:, video], value[:, video], rotation, video_mask
         )
@@ -202,8 +202,8 @@ class LinFusionAttn(Method):
             out,
             _stand_in_lse(out, video_mask, weights.text_gate),
             query[:, video],
-            _without(key, video),
-            _without(value, video),
+            site.grid.text_of(key),
+            site.grid.text_of(value),
             self._every_pair[sizes],
             scale,
             text_mask,
@@ -331,11 +331,6 @@ def _rotation(site: Site, query: torch.Tensor) -> torch.Tensor | None:
             f" {grid.video_tokens}, of which linfusion needs each one's; use another method here"
         )
     return rotation
-
-
-def _without(x: torch.Tensor, video: slice) -> torch.Tensor:
-    """The text tokens of a sequence."""
-    return torch.cat([x[:, : video.start], x[:, video.stop :]], 1)
 
 
 def _stand_in_lse(
