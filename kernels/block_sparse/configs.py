@@ -19,14 +19,25 @@ class TileConfig:
     """How a kernel cuts a block into tiles.
 
     Attributes:
-        block_m, block_n: queries and keys per tile; at most those of a block.
+        block_m, block_n: queries and keys per tile in full blocks; at most those of a block.
         num_warps, num_stages: as Triton takes them.
+        partial: tokens of the walked side per tile in partial blocks (queries for dK and dV, keys
+            for the others); None: as in full ones.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    partial: int | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A form of a kernel, and how it is cut into tiles."""
+
+    variant: str
+    tiles: TileConfig
 
 
 # By largest head_dim, for 16-bit inputs. A second entry is for calls with a key mask or a padded
