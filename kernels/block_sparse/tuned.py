@@ -141,7 +141,8 @@ def _table(record: Any) -> TunedTable:
         for name, allowed in _TILES.items():
             _check(where, name, entry[name], allowed)
         _check(where, "partial", entry["partial"], (None, *_PARTIAL))
-        _check(where, "ahead", entry["ahead"], (False, True))
+        if not isinstance(entry["ahead"], bool):
+            raise ValueError(f"{where}: ahead is {entry['ahead']!r}; may be true or false")
         key = entry["kernel"], entry["head_dim"]
         if key in choices:
             raise ValueError(f"{where} is a second one for {key[0]}, head_dim {key[1]}")

@@ -26,7 +26,7 @@ TABLE: dict[str, Any] = {
     "gpu": GPU, "triton": triton.__version__, "torch": "2.11.0", "revision": "abc",
     "date": "2026-12-01", "choices": [FORWARD, KEYS],
 }  # fmt: skip
-FASTEST = Choice("tma", TileConfig(128, 64, 8, 3, 64))
+FASTEST = Choice("tma", TileConfig(128, 64, 8, 3, 64, True))
 
 Write = Callable[[object], Path]
 
@@ -116,7 +116,7 @@ def test_a_named_table_that_is_not_there(tmp_path: Path, monkeypatch: pytest.Mon
         (TABLE | {"gpu": 7}, "gpu must be text; got 7"),
         (TABLE | {"choices": {}}, "choices must be a list; got {}"),
         (TABLE | {"choices": [1]}, "choice 0 must be an object; got 1"),
-        (TABLE | {"choices": [{}]}, "choice 0 lacks 'block_m', 'block_n', 'head_dim', 'kernel'"),
+        (TABLE | {"choices": [{}]}, "choice 0 lacks 'ahead', 'block_m', 'block_n', 'head_dim'"),
         (changed(kernel="sideways"), "choice 0: kernel is 'sideways'; may be 'forward', 'queries'"),
         (changed(variant="one_pass"), "variant is 'one_pass'; may be 'plain', 'tma', 'tma_ws', 'g"),
         (changed(head_dim=80), "head_dim is 80; may be 16, 32, 64, 128, 256"),
@@ -126,6 +126,7 @@ def test_a_named_table_that_is_not_there(tmp_path: Path, monkeypatch: pytest.Mon
         (changed(num_stages=True), "num_stages is True; may be 1, 2"),
         (changed(num_stages=9), "num_stages is 9; may be 1, 2"),
         (changed(partial=0), "partial is 0; may be None, 16"),
+        (changed(ahead=1), "ahead is 1; may be true or false"),
         (changed(block_m=[128]), r"block_m is \[128\]; may be 16"),
         (changed(blocks=1), "choice 0 has an unknown key 'blocks'"),
         (TABLE | {"choices": [FORWARD] * 2}, "choice 1 is a second one for forward, head_dim 128"),
