@@ -21,7 +21,7 @@ SMOKE = (
 # Tests that need a GPU and are no other stage's business.
 KERNEL_TESTS = tuple(
     f"tests/kernels/{name}.py"
-    for name in ("test_triton", "test_triton_hopper", "test_gather", "test_linear_triton")
+    for name in ("test_forms", "test_triton", "test_gather", "test_linear_triton")
 )
 
 
