@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from types import FrameType
 
+from gpu_run.import_folder import ROOT
 from gpu_run.journal import Journal, Row, that_count
 from gpu_run.stages import Stage
 
@@ -166,6 +167,7 @@ def _start(stage: Stage, run: Run) -> _Running:
         # A session of its own, so that all it starts can be killed with it.
         process = subprocess.Popen(
             stage.command,
+            cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
