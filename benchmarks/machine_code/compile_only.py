@@ -8,9 +8,8 @@ compiled has the tiles, the constants and the alignments of a real launch. Works
 from __future__ import annotations
 
 import io
+import re
 import struct
-import subprocess
-import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -21,7 +20,6 @@ from typing import Any
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 
 _ELF_SECTIONS_AT = 0x28
 _ELF_COUNTS_AT = 0x3C
@@ -41,7 +39,9 @@ class Compiled:
         registers: per thread.
         shared: bytes per program.
         code: machine instructions.
-        warnings: what the assembler complained about.
+        serialized: codes of the assembler's remarks that it runs wgmma products one after the
+            other: C7511 and C7512 for want of registers, C7514 and C7515 for other instructions
+            that write an accumulator while a product does.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Compiled:
     registers: int
     shared: int
     code: bytes
-    warnings: tuple[str, ...]
+    serialized: tuple[str, ...]
 
 
 class _Driver:
@@ -90,21 +90,21 @@ def compiled_by(launch: Callable[[], object], arch: int) -> list[Compiled]:
     try:
         with knobs.cache.scope(), knobs.runtime.scope(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION is unset")
-            knobs.cache.dir = str(Path(knobs.cache.dir) / "machine_code")
-            knobs.runtime.add_stages_inspection_hook = _keep_warnings
+            knobs.cache.dir = str(Path(knobs.cache.dir) / "with_ptxas_log")
+            knobs.runtime.add_stages_inspection_hook = _keep_log
             launch()
     finally:
         triton.JITFunction.run = run
     return [_read(kernel, arguments, arch) for kernel, arguments in started]
 
 
-def _keep_warnings(*arguments: Any) -> tuple[str, str] | None:
+def _keep_log(*arguments: Any) -> tuple[str, str] | None:
     """Triton's hook into its stages: the assembler's log goes into a kernel's metadata.
 
     Without arguments Triton asks what tells the hook's kernels from other ones.
     """
     if not arguments:
-        return "machine_code", "machine_code"
+        return "with_ptxas_log", "with_ptxas_log"
     _, stages, *_ = arguments
     assemble = stages["cubin"]
 
@@ -112,8 +112,7 @@ def _keep_warnings(*arguments: Any) -> tuple[str, str] | None:
         with knobs.nvidia.scope(), redirect_stdout(io.StringIO()) as log:
             knobs.nvidia.dump_ptxas_log = True
             binary = assemble(source, metadata)
-        lines = log.getvalue().splitlines()
-        metadata["ptxas_warnings"] = [line.strip() for line in lines if "warning" in line.lower()]
+        metadata["ptxas_log"] = log.getvalue()
         return binary
 
     stages["cubin"] = assemble_and_keep
@@ -121,24 +120,17 @@ def _keep_warnings(*arguments: Any) -> tuple[str, str] | None:
 
 
 def _read(kernel: Any, arguments: dict[str, Any], arch: int) -> Compiled:
-    cubin = kernel.asm["cubin"]
-    cuobjdump = Path(get_ptxas(arch).path).with_name("cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run(
-            [cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    log = kernel.metadata.ptxas_log
     return Compiled(
         name=kernel.metadata.name,
         arch=arch,
         constants={name: value for name, value in arguments.items() if name.isupper()},
         warps=kernel.metadata.num_warps,
         launched_warps=arguments.get("num_warps", _DEFAULT_WARPS),
-        registers=int(usage.split("REG:")[1].split()[0]),
+        registers=int(re.findall(r"Used (\d+) registers", log)[0]),
         shared=kernel.metadata.shared,
-        code=_instructions(cubin, kernel.metadata.name),
-        warnings=tuple(kernel.metadata.ptxas_warnings),
+        code=_instructions(kernel.asm["cubin"], kernel.metadata.name),
+        serialized=tuple(re.findall(r"\((C\d+)\)[^\n]*wgmma[^\n]* serialized", log)),
     )
 
 

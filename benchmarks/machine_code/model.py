@@ -13,12 +13,11 @@ added. For mma.sync and tcgen05 the share is an upper bound: all pipes are taken
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .products import MMA_SYNC, WGMMA, Product, is_product, product_of
+from .products import MMA_SYNC, WGMMA, Product, product_of
 from .sass import Instruction, Loop
 
 QUARTERS = 4
@@ -60,10 +59,11 @@ CHIPS = {
 
 _FLOAT32 = ("FFMA", "FMUL", "FADD", "FFMA2", "FMUL2", "FADD2")
 # Integer and logic, comparisons, selections and conversions: half a warp per cycle.
-_HALF_RATE = frozenset(
-    "FMNMX FMNMX3 FSEL FSETP FSET F2FP IMAD IADD3 IADD LOP3 SHF LEA SEL ISETP PRMT MOV IMNMX"
-    " VIADD VIMNMX VIADDMNMX LOP PLOP3 IABS SGXT POPC FLO BMSK CS2R P2R R2P".split()
-)
+_HALF_RATE = frozenset({
+    "FMNMX", "FMNMX3", "FSEL", "FSETP", "FSET", "F2FP", "IMAD", "IADD3", "IADD", "LOP3", "SHF",
+    "LEA", "SEL", "ISETP", "PRMT", "MOV", "IMNMX", "VIADD", "VIMNMX", "VIADDMNMX", "LOP", "PLOP3",
+    "IABS", "SGXT", "POPC", "FLO", "BMSK", "CS2R", "P2R", "R2P",
+})  # fmt: skip
 _ARITHMETIC = (*_FLOAT32, "FMNMX", "FMNMX3", "FSEL", "FSETP", "F2FP", "HADD2", "HMUL2", "HFMA2")
 
 

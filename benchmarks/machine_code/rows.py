@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from .products import product_loops, products_of, shapes
 from .sass import Instruction, Loop, disassemble
 
 _WARPS_OF_GROUP = 4
-# ptxas C7510 to C7520: products that cannot be under way together, and why.
-_SERIALIZED = re.compile(r"wgmma.*serializ", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class KernelRow:
         shared: bytes per program.
         programs: that fit on a multiprocessor.
         spilled: words outside of the loops.
-        serialized: the assembler's warnings that it runs products one after the other.
+        serialized: codes of the assembler's remarks that it runs products one after the other.
         specialized: whether it has warps besides those that it was launched with.
     """
 
@@ -72,7 +69,7 @@ class KernelRow:
     shared: int
     programs: int
     spilled: int
-    serialized: int
+    serialized: tuple[str, ...]
     specialized: bool
     loops: tuple[LoopRow, ...]
 
@@ -119,7 +116,7 @@ def _row(launch: Launch, kernel: Compiled, listing: Sequence[Instruction]) -> Ke
         shared=kernel.shared,
         programs=programs,
         spilled=spilled_words(listing) - sum(map(spilled_words, found)),
-        serialized=sum(bool(_SERIALIZED.search(line)) for line in kernel.warnings),
+        serialized=kernel.serialized,
         specialized=kernel.warps != kernel.launched_warps,
         loops=rows,
     )

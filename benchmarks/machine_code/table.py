@@ -28,7 +28,7 @@ def _cells(row: KernelRow) -> Iterator[tuple[str, ...]]:
     for loop in row.loops:
         yield (
             name, row.case, loop.name, loop.tile, *needs, f"{loop.spilled} / {row.spilled}", *room,
-            loop.products + (f" SERIALIZED {row.serialized}" if row.serialized else ""),
+            loop.products + "".join(f" SERIALIZED {code}" for code in row.serialized),
             f"{loop.duplicated:.2f}", *_exposed(loop), f"{loop.cycles:.0f}", f"{loop.share:.2f}",
         )  # fmt: skip
 
