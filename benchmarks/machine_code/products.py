@@ -12,6 +12,8 @@ from .sass import Instruction, Loop, innermost, loops
 WGMMA, MMA_SYNC, TCGEN05 = "HGMMA", "HMMA", "UTCHMMA"
 _KINDS = (WGMMA, MMA_SYNC, TCGEN05)
 _WARPS_OF_WGMMA = 4
+_FLOAT32 = ("FFMA", "FFMA2")
+_MANY = 64
 # Of 16-bit inputs; the instruction does not say.
 _TCGEN05_K = 16
 
@@ -75,9 +77,17 @@ def product_of(instruction: Instruction, before: Sequence[Instruction] = ()) -> 
     )
 
 
-def product_loops(instructions: Sequence[Instruction]) -> list[Loop]:
-    """Innermost loops with matrix products, in the order of the code."""
-    return innermost([x for x in loops(instructions) if any(map(is_product, x))])
+def hot_loops(instructions: Sequence[Instruction]) -> list[Loop]:
+    """Innermost loops with matrix products, in the order of the code.
+
+    The whole kernel if its products are in no loop; where it has none, as in float32, innermost
+    loops that multiply otherwise.
+    """
+    every = loops(instructions)
+    if any(map(is_product, instructions)):
+        found = innermost([x for x in every if any(map(is_product, x))])
+        return found or [tuple(instructions)]
+    return innermost([x for x in every if sum(y.kind in _FLOAT32 for y in x) >= _MANY])
 
 
 def products_of(loop: Loop, kernel: Sequence[Instruction]) -> list[Product]:

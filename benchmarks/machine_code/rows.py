@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
-from .cases import Launch, Work
 from .compile_only import Compiled, compiled_by
+from .launches import Launch, Tile
 from .model import CHIPS, arithmetic, estimate, programs_per_multiprocessor
-from .products import product_loops, products_of, shapes
+from .products import hot_loops, products_of, shapes
 from .sass import Instruction, Loop, disassemble
 
 _WARPS_OF_GROUP = 4
@@ -20,13 +20,14 @@ class LoopRow:
     """A loop with matrix products, per iteration and warp.
 
     Attributes:
-        name: "full" or "partial", by the blocks that it walks.
+        name: of the loop, by what it walks: "full" or "partial" blocks.
         tile: queries and keys.
-        products: matrix instructions by shape.
-        duplicated: multiplications / those that the tile needs.
         spilled: words of registers that are stored to memory and loaded again.
-        exps, arithmetic: instructions of the softmax; the exposed ones run while no product does
-            (None: not known of this kind of product).
+        exps, arithmetic: instructions of the softmax.
+        products: matrix instructions by shape; empty where there are none, as in float32.
+        duplicated: multiplications / those that the tile needs.
+        exposed_exps, exposed_arithmetic: those that run while no product does; None where the kind
+            of product does not tell.
         cycles: of a quarter of a multiprocessor.
         share: estimate of the useful part of the tensor cores' cycles.
     """
@@ -34,15 +35,15 @@ class LoopRow:
     name: str
     tile: str
     instructions: int
-    products: str
-    duplicated: float
     spilled: int
     exps: int
-    exposed_exps: int | None
     arithmetic: int
-    exposed_arithmetic: int | None
-    cycles: float
-    share: float
+    products: str = ""
+    duplicated: float | None = None
+    exposed_exps: int | None = None
+    exposed_arithmetic: int | None = None
+    cycles: float | None = None
+    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,102 +51,114 @@ class KernelRow:
     """A compiled kernel.
 
     Attributes:
-        kernel, variant, case: what was launched.
-        function: the Triton function.
+        family, variant, case: of the launch.
+        kernel: "forward", "queries", "keys"; the Triton function's name for one without products.
         shared: bytes per program.
         programs: that fit on a multiprocessor.
         spilled: words outside of the loops.
         serialized: codes of the assembler's remarks that it runs products one after the other.
-        specialized: whether it has warps besides those that it was launched with.
+        missing_warps: whether warps were to be added, and were not.
+        missing_loops: how many fewer loops with products there are than expected.
     """
 
     arch: int
+    family: str
     kernel: str
     variant: str
     case: str
-    function: str
     warps: int
     registers: int
     shared: int
     programs: int
     spilled: int
     serialized: tuple[str, ...]
-    specialized: bool
+    missing_warps: bool
+    missing_loops: int
     loops: tuple[LoopRow, ...]
 
 
-def rows_of(launches: Sequence[Launch], arch: int) -> list[KernelRow]:
-    """Compile launches for an architecture and read each kernel of theirs once.
+def rows_of(launches: Iterable[Launch], arch: int) -> tuple[list[KernelRow], list[str]]:
+    """Compile launches for an architecture and read their kernels.
 
-    Raises:
-        Exception: what the compiler raises.
+    Returns:
+        The kernels, each once, and a line for each launch that does not compile.
     """
-    return read(
-        [(launch, kernel) for launch in launches for kernel in compiled_by(launch.run, arch)]
-    )
+    kernels: dict[bytes, tuple[Launch, Compiled]] = {}
+    failed: list[str] = []
+    for launch in launches:
+        try:
+            for kernel in compiled_by(launch.run, arch):
+                kernels.setdefault(kernel.code, (launch, kernel))
+        except Exception as error:  # the compiler raises whatever its passes raise
+            label = f"sm_{arch} {launch.family} {launch.variant} {launch.case}"
+            failed.append(f"{label}: {type(error).__name__}: {error}")
+    return read(list(kernels.values())), failed
 
 
 def read(kernels: Sequence[tuple[Launch, Compiled]]) -> list[KernelRow]:
-    """The rows of kernels for one architecture."""
+    """The rows of kernels, all for one architecture."""
     if not kernels:
         return []
     arch = kernels[0][1].arch
     listings = disassemble([kernel.code for _, kernel in kernels], arch)
-    rows = [_row(*pair, listing) for pair, listing in zip(kernels, listings, strict=True)]
-    return list(dict.fromkeys(rows))  # a kernel that a call starts twice is one of its kernels
+    return [_row(*pair, listing) for pair, listing in zip(kernels, listings, strict=True)]
 
 
 def _row(launch: Launch, kernel: Compiled, listing: Sequence[Instruction]) -> KernelRow:
-    chip = CHIPS[kernel.arch]
-    programs = programs_per_multiprocessor(chip, kernel.registers, kernel.warps, kernel.shared)
-    work = launch.work(kernel.name, kernel.constants)
-    found = product_loops(listing) if work else []
-    rows = tuple(
-        _loop_row(index, loop, listing, kernel, work, max(1, programs), len(found))
-        for index, loop in enumerate(found)
-        if work
+    programs = programs_per_multiprocessor(
+        CHIPS[kernel.arch], kernel.registers, kernel.warps, kernel.shared
     )
+    work = launch.work(kernel.name, kernel.constants)
+    found = hot_loops(listing) if work else []
     return KernelRow(
         arch=kernel.arch,
-        kernel=launch.kernel,
+        family=launch.family,
+        kernel=work.kernel if work else kernel.name.removesuffix("_kernel"),
         variant=launch.variant,
         case=launch.case,
-        function=kernel.name,
         warps=kernel.warps,
         registers=kernel.registers,
         shared=kernel.shared,
         programs=programs,
         spilled=spilled_words(listing) - sum(map(spilled_words, found)),
         serialized=kernel.serialized,
-        specialized=kernel.warps != kernel.launched_warps,
-        loops=rows,
+        missing_warps=bool(work and work.groups > 1 and kernel.warps == kernel.launched_warps),
+        missing_loops=len(work.tiles) * work.groups - len(found) if work else 0,
+        loops=tuple(
+            _loop_row(loop, work.tiles[i % len(work.tiles)], work.groups, listing, kernel, programs)
+            for i, loop in enumerate(found)
+            if work
+        ),
     )
 
 
 def _loop_row(
-    index: int, loop: Loop, listing: Sequence[Instruction], kernel: Compiled, work: Work,
-    programs: int, count: int,
+    loop: Loop, tile: Tile, groups: int, listing: Sequence[Instruction], kernel: Compiled,
+    programs: int,
 ) -> LoopRow:  # fmt: skip
-    tile = work.tiles[index % len(work.tiles)]
-    products = products_of(loop, listing)
-    groups = work.groups
-    warps = _WARPS_OF_GROUP if groups > 1 else kernel.warps
-    needed = tile.macs // groups
     kinds = Counter(x.kind for x in loop)
-    estimated = estimate(
-        loop, products, needed, CHIPS[kernel.arch], warps=warps, copies=programs * groups
-    )
-    exposed = estimated.exposed
-    return LoopRow(
-        name=tile.name,
+    row = LoopRow(
+        name=tile.loop,
         tile=tile.shape,
         instructions=len(loop),
-        products=shapes(products),
-        duplicated=sum(product.macs(warps) for product in products) / needed,
         spilled=spilled_words(loop),
         exps=kinds["MUFU"],
-        exposed_exps=None if exposed is None else exposed["MUFU"],
         arithmetic=arithmetic(kinds),
+    )
+    products = products_of(loop, listing)
+    if not products:
+        return row
+    warps = _WARPS_OF_GROUP if groups > 1 else kernel.warps
+    needed = tile.macs // groups
+    estimated = estimate(
+        loop, products, needed, CHIPS[kernel.arch], warps=warps, copies=max(1, programs) * groups
+    )
+    exposed = estimated.exposed
+    return replace(
+        row,
+        products=shapes(products),
+        duplicated=sum(product.macs(warps) for product in products) / needed,
+        exposed_exps=None if exposed is None else exposed["MUFU"],
         exposed_arithmetic=None if exposed is None else arithmetic(exposed),
         cycles=estimated.cycles,
         share=estimated.share,
