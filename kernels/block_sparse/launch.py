@@ -1,4 +1,4 @@
-"""What every launch of a plain kernel needs to know of its tensors."""
+"""What every launch of a block-sparse kernel needs to know of its tensors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..checks import LayoutTensors
-from .configs import TileConfig, tile_config
+from .configs import TileConfig
+from .descriptors import describable, tile_descriptor
+from .plan import Rows
 
 # Offsets inside a tile are 32 bits wide up to here.
 _MAX_OFFSET = 2**31 - 1
+
+# Hidden scores are -inf before they are scaled, and 0 * -inf is NaN. Scores times this are as good
+# as 0.
+_SMALLEST_SCALE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,7 @@ class Problem:
 
     Attributes:
         layout: contiguous index lists and bit masks.
+        scale: factor of the scores, not 0.
         layout_strides: how many layouts apart two samples and two heads are; 0 where they share.
         key_mask: uint8, or any tensor if there is none.
         key_mask_strides: of sample and token.
@@ -32,6 +40,7 @@ class Problem:
     head_dim: int
     block_q: int
     block_kv: int
+    scale: float
     layout: tuple[torch.Tensor, ...]
     layout_strides: tuple[int, int]
     key_mask: torch.Tensor
@@ -49,7 +58,9 @@ class Problem:
         key_mask: torch.Tensor | None,
         block_q: int,
         block_kv: int,
-        *more: torch.Tensor,
+        scale: float,
+        *,
+        more: tuple[torch.Tensor, ...] = (),
     ) -> Problem:
         """Collect them; `more` are further `(batch, tokens, heads, head_dim)` that are read."""
         samples, layout_heads, _ = layout[0].shape
@@ -60,6 +71,7 @@ class Problem:
             head_dim=q.shape[-1],
             block_q=block_q,
             block_kv=block_kv,
+            scale=scale or _SMALLEST_SCALE,
             layout=tuple(x.contiguous() for x in layout),
             layout_strides=(layout_heads if samples > 1 else 0, 1 if layout_heads > 1 else 0),
             key_mask=mask,
@@ -74,15 +86,40 @@ class Problem:
         """The head dimension, padded to what a matrix product takes."""
         return padded_head_dim(self.head_dim)
 
-    def tiles(self, kernel: str) -> TileConfig:
-        """The shipped tiles of "forward", "queries" or "keys" on this device."""
-        masked = self.has_key_mask or self.head_dim != self.block_d
-        with self.on_device():
-            return tile_config(
-                kernel, self.block_d, self.dtype, self.block_q, self.block_kv, masked=masked
-            )
+    @property
+    def masked(self) -> bool:
+        """Whether there is a key mask or padding in the head dimension: both take registers."""
+        return self.has_key_mask or self.head_dim != self.block_d
 
-    def constants(self, config: TileConfig) -> dict[str, object]:
+    def rows_layout(self, rows: Rows) -> tuple[torch.Tensor, ...]:
+        """The layout's tensors for a kernel that walks query rows."""
+        if rows.full_index is None:
+            return self.layout
+        return (self.layout[0], rows.full_index, *self.layout[2:])
+
+    def rows_have_masks(self, tokens_kv: int) -> bool:
+        """Whether some block of a row may need a mask: partial ones, or a short one at the end."""
+        return self.has_partial or tokens_kv % self.block_kv != 0
+
+    @property
+    def has_partial(self) -> bool:
+        """Whether there may be partial blocks. Without bit masks there are none."""
+        return self.layout[5].shape[0] > 0
+
+    def sources(
+        self, *tiles: tuple[torch.Tensor, int], tma: bool
+    ) -> list[torch.Tensor | TensorDescriptor]:
+        """What the kernels are given to read tensors by: see `primitives.py`.
+
+        Args:
+            tiles: tensors `(batch, tokens, heads, head_dim)` and the tokens per tile of each.
+            tma: whether the copy engine fetches the tiles.
+        """
+        if not tma:
+            return [x for x, _ in tiles]
+        return [tile_descriptor(x, tokens, self.block_d) for x, tokens in tiles]
+
+    def constants(self, config: TileConfig, *, tma: bool) -> dict[str, object]:
         """The compile-time arguments that all kernels share."""
         return {
             "D": self.head_dim,
@@ -92,7 +129,8 @@ class Problem:
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "HAS_KEY_MASK": self.has_key_mask,
-            "WIDE": self.wide,
+            "WIDE": self.wide and not tma,  # the copy engine counts in tokens
+            "TMA": tma,
             "PRECISION": self.precision,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
@@ -102,6 +140,11 @@ class Problem:
     def on_device(self) -> AbstractContextManager[object]:
         """A context in which Triton launches on the device of the tensors."""
         return on_device(self.device)
+
+
+def tma_takes(*tensors: torch.Tensor, block_q: int, block_kv: int) -> bool:
+    """Whether the copy engine can fetch these tensors for tiles as large as wgmma wants them."""
+    return min(block_q, block_kv) >= 64 and all(map(describable, tensors))
 
 
 def _tile_span(x: torch.Tensor, block: int) -> int:

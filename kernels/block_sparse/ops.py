@@ -9,7 +9,7 @@ from ..checks import check_inputs, check_layout
 from ..operators import empty_outputs, register_gradients
 from .backward import backward
 from .forward import forward_kernel
-from .variants import forward
+from .forward_pass import forward
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256

@@ -72,12 +72,12 @@ def layout_of(states: list[list[int]], **sizes: int) -> BlockLayout:
     return layout_from_states(torch.tensor(states, dtype=torch.uint8), bits, **sizes)
 
 
-@pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[{}, {"ahead": True, "partial": 32}], ids=["plain", "ahead"])
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles to a block in both directions, as for large blocks in the shipped table."""
     monkeypatch.setattr(
-        "diffattn.kernels.block_sparse.launch.tile_config",
-        lambda *_, **__: TileConfig(block_m=16, block_n=16, num_warps=4, num_stages=2),
+        "diffattn.kernels.block_sparse.variants.tile_config",
+        lambda *_, **__: TileConfig(16, 16, num_warps=4, num_stages=2, **request.param),
     )
 
 
