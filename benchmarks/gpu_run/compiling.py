@@ -44,11 +44,15 @@ def run(what: str, setting: Setting) -> None:
                 launch()
             except Exception as error:  # a form that does not compile: later stages say so too
                 failed[name] = describe(error)
+    loaded = {kernel.hash: kernel for kernel in kernels}
     if not setting.dry:
-        for kernel in kernels:
-            _ = kernel.run  # builds the launcher, too
+        for kernel in loaded.values():
+            try:
+                _ = kernel.run  # loads it, and builds its launcher
+            except Exception as error:  # it wants more than the GPU has
+                failed[kernel.metadata.name] = describe(error)
     setting.journal.add(
-        "compile", launches=len(mine), kernels=len({kernel.hash for kernel in kernels}),
+        "compile", launches=len(mine), kernels=len(loaded),
         failed=failed, seconds=round(time.perf_counter() - start, 1),
     )  # fmt: skip
 
