@@ -26,6 +26,7 @@ _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 GROUPS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # queries of a group: what one matrix product of Hopper's takes
+MINUS_INFINITY = gl.constexpr(-0x800000)  # the bits of it, as int32
 
 
 @gluon.jit
@@ -64,9 +65,10 @@ def _words(p_words, listed, left, BLOCK_N: gl.constexpr, WORDS: gl.constexpr, S:
 def _hide(b_s, b_words, BLOCK_N: gl.constexpr, S: gl.constexpr):
     """Scores, -inf where their bits are 0."""
     o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, S))
-    # A thread's columns differ in the other bits only: it shifts once, then looks at fixed places.
-    b_bits = (b_words >> (o_n & 6)[None, :]) >> (o_n & 25)[None, :]
-    return gl.where((b_bits & 1) != 0, b_s, float("-inf"))
+    # In integers: Triton 3.6 makes three times the instructions of a `where` on bits.
+    b_seen = (b_words << (31 - (o_n & 31))[None, :]) >> 31  # all ones, or zeros
+    b_hidden = ~b_seen & MINUS_INFINITY
+    return ((b_s.to(gl.int32, bitcast=True) & b_seen) | b_hidden).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
@@ -233,7 +235,12 @@ def _place_of(p_index, n, wanted, CHUNK: gl.constexpr):
     return place
 
 
-@gluon.jit(do_not_specialize=["tokens_q", "tokens_kv", "rows", "full_cap", "partial_cap"])
+@gluon.jit(
+    do_not_specialize=[
+        "s_layout_b", "s_layout_h", "tokens_q", "tokens_kv", "heads", "rows", "full_cap",
+        "partial_cap",
+    ]
+)  # fmt: skip
 def forward_kernel(
     queries, keys, values, outs, p_lse,
     p_order, p_full_count, p_full_index, p_partial_count, p_partial_index, p_partial_mask,
@@ -294,6 +301,7 @@ def forward_kernel(
         mbarrier.init(k_empty.index(s), count=GROUPS)
         mbarrier.init(v_full.index(s), count=1)
         mbarrier.init(v_empty.index(s), count=GROUPS)
+    fence_async_shared()  # the copy engine must see the barriers
 
     p_lse += (i_b * heads + i_h).to(gl.int64) * tokens_q
     # Values only: what is known at compile time would be forgotten in a tuple that has a name.
