@@ -31,6 +31,7 @@ _QUERIES = 128  # of a program: two groups of 64
 _TMA_ALIGNMENT = 16  # bytes: of addresses and of every stride but the last
 _MAX_TMA_STRIDE = 2**40  # bytes
 _SHARED_MEMORY = 227 * 1024  # bytes that a program on a Hopper GPU can have
+_SMALL_BUFFERS = 1024  # bytes: row sums and barriers, and some to spare
 
 
 @cache
@@ -145,22 +146,22 @@ def _on_hopper(device: torch.device) -> bool:
 
 
 def _check_config(config: TileConfig, head_dim: int, block_kv: int) -> None:
-    block_n = config.block_n
-    if (config.block_m, config.num_warps) != (_QUERIES, 4) or config.num_stages < 2:
+    block_n, stages = config.block_n, config.num_stages
+    if config != TileConfig(_QUERIES, block_n, 4, stages) or stages < 2:
         raise ValueError(
-            f"tiles of the Gluon kernel have {_QUERIES} queries, 4 warps and 2 or more stages,"
-            f" got {config}"
+            f"tiles of the Gluon kernel have {_QUERIES} queries, 4 warps, 2 or more stages and"
+            f" no size of their own in partial blocks, got {config}"
         )
     if block_n not in (64, 128) or block_kv % block_n:
         raise ValueError(
-            "tiles of the Gluon kernel have 64 or 128 keys and divide a block's, got"
+            "tiles of the Gluon kernel have 64 or 128 keys, a divisor of a block's, got"
             f" {block_n} for blocks of {block_kv} keys"
         )
-    needed = (_QUERIES + 2 * config.num_stages * block_n) * head_dim * 2 + 1024
+    needed = (_QUERIES + 2 * stages * block_n) * head_dim * 2 + _SMALL_BUFFERS
     if needed > _SHARED_MEMORY:
         raise ValueError(
-            f"{config.num_stages} stages of {block_n} keys at head_dim {head_dim} take {needed}"
-            f" bytes of shared memory, a program has {_SHARED_MEMORY}: use fewer stages"
+            f"{stages} stages of {block_n} keys at head_dim {head_dim} take {needed} bytes of"
+            f" shared memory, a program has {_SHARED_MEMORY}: use fewer stages"
         )
 
 

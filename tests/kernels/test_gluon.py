@@ -1,0 +1,461 @@
+"""The Gluon forward: numbers and protocol on a stand-in machine, and what the compiler makes of it.
+
+On a Hopper GPU the numbers are those of the kernel itself.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracles import assert_matches_eager, random_layout, stack_layouts
+
+from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states
+from diffattn.kernels.block_sparse import gluon_forward
+from diffattn.kernels.block_sparse.configs import TileConfig
+
+if not gluon_forward.available():
+    pytest.skip("Triton without what the Gluon kernel needs", allow_module_level=True)
+
+from gluon_machine import Deadlock, Misuse, Race, stand_in
+
+from diffattn.kernels.block_sparse import gluon_kernel
+
+KERNEL = gluon_kernel.forward_kernel
+SCALE = 0.3
+Use = Callable[..., None]
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Use:
+    """Puts the stand-in machine in the kernel's place; options as `stand_in`."""
+
+    def put(**options: Any) -> None:
+        monkeypatch.setattr(gluon_forward, "_on_hopper", lambda device: True)
+        monkeypatch.setattr(gluon_kernel, "forward_kernel", stand_in(KERNEL, **options))
+
+    return put
+
+
+@pytest.fixture
+def place(device: str, use: Use) -> str:
+    """Where the kernel runs: a Hopper GPU, or the machine on the CPU."""
+    if device == "cpu":
+        use()
+    elif torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("not a Hopper GPU")
+    return device
+
+
+def inputs(
+    place: str, batch: int, tokens_q: int, tokens_kv: int, heads: int, head_dim: int,
+    dtype: torch.dtype = torch.float16,
+) -> list[torch.Tensor]:  # fmt: skip
+    return [
+        torch.randn(batch, tokens, heads, head_dim).to(place, dtype)
+        for tokens in (tokens_q, tokens_kv, tokens_kv)
+    ]
+
+
+def check(
+    qkv: list[torch.Tensor], layout: BlockLayout, config: TileConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    layout = layout.to(qkv[0].device)
+    out, lse = gluon_forward.forward(
+        *qkv, layout.tensors, None,
+        block_q=layout.block_q, block_kv=layout.block_kv, scale=SCALE, config=config,
+    )  # fmt: skip
+    assert_matches_eager(out, lse, *qkv, layout.dense(), scale=SCALE)
+    return out, lse
+
+
+def layout_of(
+    rows: list[list[int]], tokens_q: int, tokens_kv: int, density: float = 0.5
+) -> BlockLayout:
+    """Blocks of 128 x 128 in the given states, partial ones with random bits."""
+    return layout_from_states(
+        torch.tensor(rows, dtype=torch.uint8),
+        lambda row, column: torch.rand(row.numel(), 128, 128) < density,
+        tokens_q=tokens_q, tokens_kv=tokens_kv, block_q=128, block_kv=128,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("batch", "tokens_q", "tokens_kv", "head_dim"),
+    [
+        pytest.param(1, 131, 453, 64, id="prime"),
+        pytest.param(2, 129, 513, 128, id="one-over"),
+        pytest.param(1, 1, 130, 64, id="one-query"),
+        pytest.param(1, 200, 1, 64, id="one-key"),
+        pytest.param(1, 256, 384, 128, id="whole-blocks"),
+    ],
+)
+def test_matches_float64(
+    batch: int, tokens_q: int, tokens_kv: int, head_dim: int, dtype: torch.dtype, place: str
+) -> None:
+    qkv = inputs(place, batch, tokens_q, tokens_kv, 2, head_dim, dtype)
+    check(qkv, random_layout(tokens_q, tokens_kv, 128, 128))
+    check(qkv, random_layout(tokens_q, tokens_kv, 128, 128, partial=False))
+
+
+@pytest.mark.parametrize(("block_q", "block_kv"), [(128, 64), (128, 256), (256, 192), (384, 128)])
+@pytest.mark.parametrize("tokens", [100, 460])
+def test_blocks(block_q: int, block_kv: int, tokens: int, place: str) -> None:
+    qkv = inputs(place, 1, tokens, tokens + 1, 1, 64)
+    check(qkv, random_layout(tokens, tokens + 1, block_q, block_kv))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [TileConfig(128, 64, 4, 2), TileConfig(128, 64, 4, 5), TileConfig(128, 128, 4, 4)],
+    ids=str,
+)
+def test_tiles(config: TileConfig, place: str) -> None:
+    check(inputs(place, 1, 250, 700, 1, 64), random_layout(250, 700, 128, 128), config)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param([EMPTY] * 4, id="empty"),
+        pytest.param([FULL, EMPTY, EMPTY, EMPTY], id="one-full"),
+        pytest.param([EMPTY, PARTIAL, EMPTY, EMPTY], id="one-partial"),
+        pytest.param([EMPTY, EMPTY, EMPTY, FULL], id="one-short"),
+        pytest.param([EMPTY, EMPTY, EMPTY, PARTIAL], id="one-partial-short"),
+        pytest.param([PARTIAL] * 4, id="partial"),
+        pytest.param([FULL] * 4, id="full"),
+        pytest.param([PARTIAL, PARTIAL, FULL, FULL], id="both-and-short"),
+    ],
+)
+@pytest.mark.parametrize("tokens_kv", [401, 512])
+def test_rows(row: list[int], tokens_kv: int, place: str) -> None:
+    # The row before and the one after take other ways through the kernel.
+    layout = layout_of([[FULL, PARTIAL, EMPTY, FULL], row, [PARTIAL] * 4], 300, tokens_kv)
+    out, lse = check(inputs(place, 1, 300, tokens_kv, 1, 64), layout)
+    if not any(row):
+        assert (out[:, 128:256] == 0).all()
+        assert (lse[..., 128:256] == -torch.inf).all()
+
+
+def test_queries_that_see_nothing_yet(place: str) -> None:
+    """Most queries see nothing of most tiles, and some nothing at all."""
+    layout = layout_of([[PARTIAL] * 5, [PARTIAL, PARTIAL, FULL, PARTIAL, PARTIAL]], 256, 600, 0.002)
+    out, lse = check(inputs(place, 1, 256, 600, 2, 64), layout)
+    blind = lse == -torch.inf
+    assert 0 < blind.sum() < blind[..., :128].numel()
+    assert (out.transpose(1, 2)[blind] == 0).all()
+
+
+def test_bits_of_keys_past_the_end_are_not_believed(place: str) -> None:
+    layout = layout_of([[PARTIAL, PARTIAL]], 128, 200, 1.1).to(place)
+    *lists, bit_masks = layout.tensors
+    qkv = inputs(place, 1, 128, 200, 1, 64)
+    out, lse = gluon_forward.forward(
+        *qkv, (*lists, torch.full_like(bit_masks, -1)), None,
+        block_q=128, block_kv=128, scale=SCALE,
+    )  # fmt: skip
+    assert_matches_eager(out, lse, *qkv, layout.dense(), scale=SCALE)
+
+
+def test_nan_where_no_row_looks(place: str) -> None:
+    """An empty row reads no key, and a row none of the blocks it does not visit."""
+    layout = layout_of([[EMPTY, EMPTY], [EMPTY, FULL]], 256, 256)
+    qkv = inputs(place, 1, 256, 256, 1, 64)
+    for x in qkv[1:]:
+        x[:, :128] = torch.nan
+    out, _ = gluon_forward.forward(
+        *qkv, layout.to(place).tensors, None, block_q=128, block_kv=128, scale=SCALE
+    )
+    assert out.isfinite().all()
+    assert (out[:, :128] == 0).all()
+
+
+def mixed_up(layout: BlockLayout, place: str, short: int) -> tuple[torch.Tensor, ...]:
+    """The lists of a layout of one row in random order, the last full block at `short`."""
+    count, index, partial_count, partial_index, mask, bits = layout.tensors
+    order = torch.randperm(int(count))
+    at = int(order.argmax())
+    order[[at, short]] = order[[short, at]]
+    partial = torch.randperm(int(partial_count))
+    lists = (count, index[..., order], partial_count, partial_index[..., partial])
+    return tuple(x.to(place) for x in (*lists, mask[..., partial], bits))
+
+
+@pytest.mark.parametrize("short", [0, 2, 4])
+def test_lists_in_any_order(short: int, place: str) -> None:
+    """The short block at the end of the sequence is wherever in a list it happens to be."""
+    layout = layout_of([[FULL, FULL, PARTIAL, FULL, FULL, PARTIAL, FULL]], 128, 800)
+    qkv = inputs(place, 1, 128, 800, 1, 64)
+    lists = mixed_up(layout, place, short)
+    out, lse = gluon_forward.forward(*qkv, lists, None, block_q=128, block_kv=128, scale=SCALE)
+    assert_matches_eager(out, lse, *qkv, layout.dense().to(place), scale=SCALE)
+
+
+@pytest.mark.parametrize("short", [1, 130])
+def test_long_lists_in_any_order(short: int, place: str) -> None:
+    """The short block is looked for in steps of 128."""
+    tokens = 133 * 64 + 10
+    states = torch.full((1, 134), FULL, dtype=torch.uint8)
+    layout = layout_from_states(
+        states, None, tokens_q=20, tokens_kv=tokens, block_q=128, block_kv=64
+    )
+    qkv = inputs(place, 1, 20, tokens, 1, 64)
+    lists = mixed_up(layout, place, short)
+    out, lse = gluon_forward.forward(*qkv, lists, None, block_q=128, block_kv=64, scale=SCALE)
+    assert_matches_eager(out, lse, *qkv, layout.dense().to(place), scale=SCALE)
+
+
+def test_layouts_per_sample_and_per_head(place: str) -> None:
+    layouts = [random_layout(130, 450, 128, 128) for _ in range(6)]
+    qkv = inputs(place, 2, 130, 450, 3, 64)
+    mask = torch.cat([layout.dense()[0] for layout in layouts]).unflatten(0, (2, 3)).to(place)
+    stacked = tuple(x.to(place) for x in stack_layouts(layouts, 2, 3))
+    out, lse = gluon_forward.forward(
+        *qkv, stacked, None, block_q=128, block_kv=128, scale=SCALE
+    )
+    assert_matches_eager(out, lse, *qkv, mask, scale=SCALE)
+
+
+def test_strides_of_models(place: str) -> None:
+    layout = random_layout(130, 130, 128, 64)
+    fused = torch.randn(2, 130, 3 * 2 * 64, dtype=torch.float16, device=place)
+    slices = [x.unflatten(-1, (2, 64)) for x in fused.chunk(3, -1)]
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in slices]
+    # A stride over the only head, or sample, may be anything.
+    alone = [x[:1, :, :1].as_strided((1, 130, 1, 64), (3, x.stride(1), 5, 1)) for x in slices]
+    for qkv in (slices, heads_first, alone):
+        check(qkv, layout)
+
+
+def test_two_launches_give_the_same_bits(place: str) -> None:
+    qkv = inputs(place, 1, 300, 700, 2, 64)
+    layout = random_layout(300, 700, 128, 128)
+    first, second = check(qkv, layout), check(qkv, layout)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# Whatever follows is about the machine or the compiler: no GPU is asked.
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["eager-copies", "late-copies"])
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_in_every_order(seed: int, stages: int, late: bool, use: Use) -> None:
+    use(late=late, seed=seed)
+    layout = layout_of([[FULL] * 3 + [PARTIAL] * 2 + [FULL], [EMPTY] * 6], 250, 700)
+    check(inputs("cpu", 1, 250, 700, 1, 64), layout, TileConfig(128, 128, 4, stages))
+
+
+@pytest.mark.parametrize(
+    ("function", "right", "wrong", "failure"),
+    [
+        pytest.param(
+            "_attend", "mbarrier.arrive(k_empty.index(s_k))", "pass", Deadlock, id="keys-kept"
+        ),
+        pytest.param(
+            "_attend", "mbarrier.arrive(v_empty.index(s_v))", "pass", Deadlock, id="values-kept"
+        ),
+        pytest.param(
+            "_consume", "mbarrier.arrive(k_empty.index(0))", "pass", Deadlock, id="first-kept"
+        ),
+        pytest.param(
+            "_attend",
+            "b_acc, b_p = warpgroup_mma_wait(0, deps=(products, b_p))\n"
+            "    mbarrier.arrive(v_empty.index(s_v))",
+            "mbarrier.arrive(v_empty.index(s_v))\n"
+            "    b_acc, b_p = warpgroup_mma_wait(0, deps=(products, b_p))",
+            Race,
+            id="values-given-back-in-use",
+        ),
+        pytest.param(
+            "_attend", "warpgroup_mma_wait(1,", "warpgroup_mma_wait(2,", Misuse, id="no-wait"
+        ),
+        pytest.param(
+            "_attend", "mbarrier.wait(k_full.index(s_k), (i // STAGES) & 1)", "pass", Race,
+            id="keys-not-there",
+        ),
+        pytest.param(
+            "_attend", "mbarrier.wait(v_full.index(s_v), (j // STAGES) & 1)", "pass", Race,
+            id="values-not-there",
+        ),
+        pytest.param(
+            "_consume", "mbarrier.wait(q_full.index(0), 0)", "pass", Race, id="queries-not-there"
+        ),
+        pytest.param(
+            "_consume", "mbarrier.wait(v_full.index(j % STAGES), (j // STAGES) & 1)", "pass", Race,
+            id="last-values-not-there",
+        ),
+        pytest.param(
+            "_attend", "(i // STAGES) & 1", "0", (Race, Deadlock), id="wrong-phase"
+        ),
+        pytest.param(
+            "_produce", "mbarrier.wait(k_empty.index(s), phase ^ 1)", "pass", Race,
+            id="keys-overwritten",
+        ),
+        pytest.param(
+            "_produce", "mbarrier.wait(v_empty.index(s), phase ^ 1)", "pass", Race,
+            id="values-overwritten",
+        ),
+        pytest.param(
+            "_produce", "mbarrier.wait(v_empty.index(s), phase ^ 1)",
+            "mbarrier.wait(v_empty.index(s), phase)", Deadlock, id="wrong-first-phase",
+        ),
+        pytest.param(
+            "_produce", "keys.block_type.nbytes", "keys.block_type.nbytes // 2", Deadlock,
+            id="too-few-bytes",
+        ),
+        pytest.param(
+            "_produce", "GROUPS * queries.block_type.nbytes", "queries.block_type.nbytes",
+            (Deadlock, Race), id="bytes-of-one-group",
+        ),
+        pytest.param(
+            "forward_kernel", "k_empty.index(s), count=GROUPS", "k_empty.index(s), count=1",
+            (Race, Misuse, Deadlock), id="one-group-suffices",
+        ),
+        pytest.param(
+            "forward_kernel", "n_masked = 1", "pass", (Deadlock, Race), id="nothing-for-empty-rows"
+        ),
+        pytest.param("_consume", "fence_async_shared()", "pass", Race, id="no-fence"),
+        pytest.param("_consume", "tma.store_wait(0)", "pass", Misuse, id="left-while-storing"),
+        pytest.param(
+            "_weights", "b_base = gl.where(b_new == float(\"-inf\"), 0.0, b_new)", "pass",
+            AssertionError, id="minus-infinity",
+        ),
+        pytest.param(
+            "_words", "& seen", "", AssertionError, id="keys-past-the-end"
+        ),
+        pytest.param(
+            "_produce", "+ (i_list >= i_short).to(gl.int32)", "", AssertionError,
+            id="short-block-twice",
+        ),
+        pytest.param(
+            "_attend", "b_acc = b_acc * gl.convert_layout", "_ = b_acc * gl.convert_layout",
+            AssertionError, id="no-rescaling",
+        ),
+    ],
+)  # fmt: skip
+def test_the_machine_finds(
+    function: str, right: str, wrong: str, failure: Any, use: Use
+) -> None:
+    """The lines of the protocol are needed, and so are those for odd ends."""
+    use(edits={function: (right, wrong)})
+    with pytest.raises(failure):
+        odd_ends()
+
+
+def test_the_machine_finds_nothing_wrong(use: Use) -> None:
+    use()
+    odd_ends()
+
+
+def odd_ends() -> None:
+    """A call that needs every line of the kernel: its rows have all there is, or little."""
+    rows = [[FULL, PARTIAL, FULL, PARTIAL, FULL], [EMPTY] * 5, [PARTIAL] * 5]
+    layout = layout_of(rows, 300, 601, 0.01)
+    count, index, *rest = layout.tensors
+    index = index.flip(-1)  # the only list of full blocks: now the short block is its first
+    qkv = inputs("cpu", 1, 300, 601, 1, 64)
+    out, lse = gluon_forward.forward(
+        *qkv, (count, index, *rest), None, block_q=128, block_kv=128, scale=SCALE
+    )
+    assert_matches_eager(out, lse, *qkv, layout.dense(), scale=SCALE)
+
+
+def takes(qkv: list[torch.Tensor], key_mask: torch.Tensor | None = None, **changed: Any) -> bool:
+    layout = random_layout(130, 130, 128, 64)
+    options = {"block_q": 128, "block_kv": 64, "scale": SCALE, **changed}
+    return gluon_forward.takes(*qkv, layout.tensors, key_mask, **options)
+
+
+def test_takes(use: Use) -> None:
+    qkv = inputs("cpu", 2, 130, 130, 2, 64)
+    assert not takes(qkv), "not a Hopper GPU"
+    use()
+    assert takes(qkv)
+    assert takes([x.bfloat16() for x in qkv])
+    assert takes(qkv, block_q=256, block_kv=320)
+    assert not takes(qkv, block_q=64)
+    assert not takes(qkv, block_kv=32)
+    assert not takes(qkv, scale=0.0)
+    assert not takes(qkv, scale=-SCALE)
+    assert not takes(qkv, torch.ones(2, 130, dtype=torch.bool))
+    assert not takes([x.float() for x in qkv])
+    for head_dim in (32, 80, 256):
+        assert not takes(inputs("cpu", 2, 130, 130, 2, head_dim))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids="qkv")
+def test_takes_no_strides_that_the_copy_engine_cannot(which: int, use: Use) -> None:
+    use()
+
+    def with_one(x: torch.Tensor) -> list[torch.Tensor]:
+        qkv = inputs("cpu", 2, 130, 130, 2, 64)
+        qkv[which] = x
+        return qkv
+
+    shape = (2, 130, 2, 64)
+    memory = torch.zeros(2 * 130 * 2 * 80, dtype=torch.float16)
+    assert takes(with_one(memory.as_strided(shape, (130 * 144, 144, 72, 1), 8)))
+    assert not takes(with_one(memory.as_strided(shape, (130 * 144, 144, 72, 1), 4)))
+    assert not takes(with_one(memory.as_strided(shape, (130 * 136, 136, 68, 1))))
+    assert not takes(with_one(memory.as_strided(shape, (130 * 128 + 4, 128, 64, 1))))
+    assert not takes(with_one(memory.as_strided(shape, (130 * 128, 128, 1, 2))))
+    assert not takes(with_one(memory.as_strided(shape, (0, 128, 64, 1))))
+    far = torch.empty_strided(shape, (128, 2**39, 64, 1), dtype=torch.float16, device="meta")
+    assert not takes(with_one(far))
+
+
+def test_what_it_does_not_take_it_refuses(use: Use) -> None:
+    qkv = inputs("cpu", 1, 130, 130, 2, 64)
+    layout = random_layout(130, 130, 128, 128).tensors
+    options: dict[str, Any] = {"block_q": 128, "block_kv": 128, "scale": SCALE}
+    with pytest.raises(ValueError, match="needs a Hopper GPU.*given cpu"):
+        gluon_forward.forward(*qkv, layout, None, **options)
+    use()
+    with pytest.raises(ValueError, match=r"no key mask.*key mask: True\. Another variant"):
+        gluon_forward.forward(*qkv, layout, torch.ones(1, 130).bool(), **options)
+    for config, message in (
+        (TileConfig(64, 128, 4, 2), "have 128 queries, 4 warps"),
+        (TileConfig(128, 128, 8, 2), "have 128 queries, 4 warps"),
+        (TileConfig(128, 128, 4, 1), "2 or more stages"),
+        (TileConfig(128, 32, 4, 2), "64 or 128 keys"),
+        (TileConfig(128, 128, 4, 7), "7 stages of 128 keys at head_dim 64 take 246784 bytes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gluon_forward.forward(*qkv, layout, None, **options, config=config)
+
+
+def test_not_available_where_gluon_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise AttributeError("module has no attribute 'async_load'")
+
+    gluon_forward.available.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(gluon_forward.triton, "__version__", "4.0.1")
+        assert not gluon_forward.available()
+    gluon_forward.available.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(gluon_forward, "_kernel_module", broken)
+        assert not gluon_forward.available()
+    gluon_forward.available.cache_clear()
+    assert gluon_forward.available()
+
+
+def test_the_compiler_leaves_the_softmax_beside_the_products(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("compile_gluon.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment, cwd=script.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    print(run.stdout)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("forward_kernel") == 2
