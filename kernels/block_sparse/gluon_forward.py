@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Gluon is experimental: names and meanings change. The kernel was compiled with these versions.
-_TRITON_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
+TRITON_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")
 _HOPPER = (9, 0)
 _DTYPES = (torch.float16, torch.bfloat16)
 _HEAD_DIMS = (64, 128)
@@ -37,7 +37,7 @@ _SMALL_BUFFERS = 1024  # bytes: row sums and barriers, and some to spare
 @cache
 def available() -> bool:
     """Whether the installed Triton has the parts of Gluon that the kernel is written in."""
-    if ".".join(triton.__version__.split(".")[:2]) not in _TRITON_VERSIONS:
+    if not triton.__version__.startswith(TRITON_VERSIONS):
         return False
     try:
         _kernel_module()
@@ -103,13 +103,13 @@ def forward(
     Raises:
         ValueError: if the call or the tiles are not what the kernel takes.
     """
-    options = {"block_q": block_q, "block_kv": block_kv, "scale": scale}
-    if not takes(q, k, v, layout, key_mask, **options):
+    if not takes(q, k, v, layout, key_mask, block_q=block_q, block_kv=block_kv, scale=scale):
         raise ValueError(
             "the Gluon kernel does not take the call: it needs a Hopper GPU, Triton"
-            f" {' or '.join(_TRITON_VERSIONS)} (found {triton.__version__}), 16-bit inputs of"
-            f" head_dim {' or '.join(map(str, _HEAD_DIMS))} with contiguous channels, blocks of"
-            f" a multiple of {_QUERIES} queries and 64 keys, a positive scale and no key mask;"
+            f" {', '.join(f'{v}x' for v in TRITON_VERSIONS)} (found {triton.__version__}),"
+            f" 16-bit inputs of head_dim {' or '.join(map(str, _HEAD_DIMS))} that the copy engine"
+            f" can fetch, blocks of a multiple of {_QUERIES} queries and 64 keys, a positive scale"
+            " and no key mask;"
             f" given {q.device}, {q.dtype}, head_dim {q.shape[-1]}, blocks {block_q}x{block_kv},"
             f" scale {scale}, key mask: {key_mask is not None}. Another variant takes it"
         )

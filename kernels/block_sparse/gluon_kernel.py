@@ -42,16 +42,16 @@ def _weights(b_s, b_max, b_sum, scale, MASKED: gl.constexpr):
 
 
 @gluon.jit
-def _words(p_words, listed, left, BLOCK_N: gl.constexpr, WORDS: gl.constexpr, S: gl.constexpr):
+def _words(p_words, listed, left, BLOCK_N: gl.constexpr, WORDS: gl.constexpr, SCORES: gl.constexpr):
     """For every score of a tile the word with its bit: int32 (ROWS, BLOCK_N).
 
     All ones where the tile has no bit mask (`listed` false), zeros for keys from `left` on. Which
     word a column takes is known per register.
     """
-    o_m = gl.arange(0, ROWS, gl.SliceLayout(1, S))
-    o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, S))
+    o_m = gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+    o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
     m_m = o_m < gl.where(listed, ROWS, 0)
-    b_words = gl.full([ROWS, BLOCK_N], 0, gl.int32, S)
+    b_words = gl.full([ROWS, BLOCK_N], 0, gl.int32, SCORES)
     for i in gl.static_range(BLOCK_N // 32):
         n_seen = gl.minimum(gl.maximum(left - i * 32, 0), 32)
         # Half of the shift at a time: shifts by 32 are undefined.
@@ -62,23 +62,25 @@ def _words(p_words, listed, left, BLOCK_N: gl.constexpr, WORDS: gl.constexpr, S:
 
 
 @gluon.jit
-def _hide(b_s, b_words, BLOCK_N: gl.constexpr, S: gl.constexpr):
+def _hide(b_s, b_words, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
     """Scores, -inf where their bits are 0."""
-    o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, S))
-    # In integers: Triton 3.6 makes three times the instructions of a `where` on bits.
+    o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
+    # In integers: Triton 3.6 makes more instructions of a `where` on bits, and they show.
     b_seen = (b_words << (31 - (o_n & 31))[None, :]) >> 31  # all ones, or zeros
     b_hidden = ~b_seen & MINUS_INFINITY
     return ((b_s.to(gl.int32, bitcast=True) & b_seen) | b_hidden).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
-def _mask_of(p_index, p_mask, p_bit_masks, i, n_partial, i_rest, first_row, tokens_kv,
-             BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
+def _mask_of(i, masks, lists, first_row, tokens_kv, BLOCK_Q: gl.constexpr,
+             BLOCK_KV: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
     """Of masked tile `i`: where its words begin, whether it has any, how many keys are left."""
     TILES_N: gl.constexpr = BLOCK_KV // BLOCK_N
+    p_partial, _, n_partial, _, i_rest = lists
+    p_partial_mask, p_bit_masks = masks
     listed = i // TILES_N < n_partial
-    i_block = gl.load(p_index + i // TILES_N, mask=listed, other=i_rest)
-    i_mask = gl.load(p_mask + i // TILES_N, mask=listed, other=0)
+    i_block = gl.load(p_partial + i // TILES_N, mask=listed, other=i_rest)
+    i_mask = gl.load(p_partial_mask + i // TILES_N, mask=listed, other=0)
     start_in_kv = (i % TILES_N) * BLOCK_N
     row = i_mask.to(gl.int64) * BLOCK_Q + first_row
     p_words = p_bit_masks + row * (BLOCK_KV // 32) + start_in_kv // 32
@@ -86,27 +88,26 @@ def _mask_of(p_index, p_mask, p_bit_masks, i, n_partial, i_rest, first_row, toke
 
 
 @gluon.jit
-def _produce(both, produced, BLOCK_KV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+def _produce(inputs, q_tiles, q_full, rings, place, lists, p_full, i_short,
+             BLOCK_KV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """Fetch the queries of both groups, then keys and values tile by tile into two rings."""
-    (
-        q_tiles, k_tiles, v_tiles, q_full, k_full, k_empty, v_full, v_empty, p_partial, i_b, i_h,
-        start_m, n_full, n_partial, n_tiles, i_rest,
-    ) = both  # fmt: skip
-    queries, keys, values, p_full, i_short = produced
     TILES_N: gl.constexpr = BLOCK_KV // BLOCK_N
+    queries, keys, values = inputs
+    k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = rings
+    i_b, i_h, start_m = place
+    p_partial, n_full, n_partial, n_tiles, i_rest = lists
     mbarrier.expect(q_full.index(0), GROUPS * queries.block_type.nbytes)
     for g in gl.static_range(GROUPS):
         _fetch(queries, [i_b, start_m + g * ROWS, i_h, 0], q_full.index(0), q_tiles.index(g))
     for i in range(n_tiles):
-        i_list = i // TILES_N
         # Full blocks without the short one, partial blocks, then what no list holds.
-        is_full = i_list < n_full
-        i_partial = i_list - n_full
-        i_full_block = gl.load(p_full + i_list + (i_list >= i_short).to(gl.int32), mask=is_full)
-        m_partial = (i_partial >= 0) & (i_partial < n_partial)
-        i_other_block = gl.load(p_partial + i_partial, mask=m_partial, other=i_rest)
-        i_block = gl.where(is_full, i_full_block, i_other_block)
-        start_n = i_block * BLOCK_KV + (i % TILES_N) * BLOCK_N
+        i_full = i // TILES_N
+        i_partial = i_full - n_full
+        is_full = i_full < n_full
+        is_partial = (i_partial >= 0) & (i_partial < n_partial)
+        full_block = gl.load(p_full + i_full + (i_full >= i_short).to(gl.int32), mask=is_full)
+        other_block = gl.load(p_partial + i_partial, mask=is_partial, other=i_rest)
+        start_n = gl.where(is_full, full_block, other_block) * BLOCK_KV + (i % TILES_N) * BLOCK_N
         s = i % STAGES
         phase = (i // STAGES) & 1
         mbarrier.wait(k_empty.index(s), phase ^ 1)
@@ -118,27 +119,27 @@ def _produce(both, produced, BLOCK_KV: gl.constexpr, BLOCK_N: gl.constexpr, STAG
 
 
 @gluon.jit
-def _attend(i, b_q, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, sums, b_acc, b_p, b_max,
-            b_sum, scale, p_words, listed, left, MASKED: gl.constexpr, BLOCK_N: gl.constexpr,
-            D: gl.constexpr, WORDS: gl.constexpr, STAGES: gl.constexpr, S: gl.constexpr,
-            P: gl.constexpr):  # fmt: skip
+def _attend(i, b_q, rings, sums, b_acc, b_p, b_max, b_sum, scale, p_words, listed, left,
+            MASKED: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, WORDS: gl.constexpr,
+            STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr):  # fmt: skip
     """Weights of tile `i`, and of the tile before it (`b_p`) the products with its values."""
+    k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = rings
     j = i - 1
     s_k = i % STAGES
     s_v = j % STAGES
     b_k = k_tiles.index(s_k).reshape([BLOCK_N, D])
     b_v = v_tiles.index(s_v).reshape([BLOCK_N, D])
-    b_zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
+    b_zero = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
     mbarrier.wait(k_full.index(s_k), (i // STAGES) & 1)
     scores = warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(s_v), (j // STAGES) & 1)
     products = warpgroup_mma(b_p, b_v, b_acc, is_async=True)
     if MASKED:
-        b_words = _words(p_words, listed, left, BLOCK_N, WORDS, S)
-    b_s = warpgroup_mma_wait(1, deps=(scores,))
+        b_words = _words(p_words, listed, left, BLOCK_N, WORDS, SCORES)
+    b_s = warpgroup_mma_wait(1, deps=(scores,))  # (ROWS, BLOCK_N)
     mbarrier.arrive(k_empty.index(s_k))
     if MASKED:
-        b_s = _hide(b_s, b_words, BLOCK_N, S)
+        b_s = _hide(b_s, b_words, BLOCK_N, SCORES)
     b_new_p, b_max, b_sum, b_old = _weights(b_s, b_max, b_sum, scale, MASKED)
     # Without a barrier here, ptxas moves the wait above all of the softmax. And without something
     # stored, Triton drops the barrier.
@@ -146,78 +147,73 @@ def _attend(i, b_q, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, sums, b_
     _barrier()
     b_acc, b_p = warpgroup_mma_wait(0, deps=(products, b_p))
     mbarrier.arrive(v_empty.index(s_v))
-    b_acc = b_acc * gl.convert_layout(b_old, gl.SliceLayout(1, P.parent))[:, None]
-    return b_acc, gl.convert_layout(b_new_p.to(b_p.dtype), P), b_max, b_sum
+    b_acc = b_acc * gl.convert_layout(b_old, gl.SliceLayout(1, WEIGHTS.parent))[:, None]
+    return b_acc, gl.convert_layout(b_new_p.to(b_p.dtype), WEIGHTS), b_max, b_sum
 
 
 @gluon.jit
-def _consume(both, consumed, g: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr,
+def _consume(outs, p_lse, q_tiles, q_full, rings, all_sums, place, lists, masks, first_row,
+             tokens_q, tokens_kv, scale, g: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr,
              BLOCK_KV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """Attend with 64 queries to all tiles, and store their rows."""
-    (
-        q_tiles, k_tiles, v_tiles, q_full, k_full, k_empty, v_full, v_empty, p_partial, i_b, i_h,
-        start_m, n_full, n_partial, n_tiles, i_rest,
-    ) = both  # fmt: skip
-    (
-        outs, all_sums, p_lse, p_partial_mask, p_bit_masks, first_row, tokens_q, tokens_kv, scale,
-    ) = consumed  # fmt: skip
-    S: gl.constexpr = gl.NVMMADistributedLayout(
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
     )
-    O: gl.constexpr = gl.NVMMADistributedLayout(
+    OUTS: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16]
     )
-    P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O, k_width=2)
-    TILES_N: gl.constexpr = BLOCK_KV // BLOCK_N
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTS, k_width=2)
     WORDS: gl.constexpr = BLOCK_KV // 32
-    n_unmasked = n_full * TILES_N
+    k_tiles, v_tiles, k_full, k_empty, v_full, _ = rings
+    i_b, i_h, start_m = place
+    _, n_full, _, n_tiles, _ = lists
+    n_unmasked = n_full * (BLOCK_KV // BLOCK_N)
     start_m += g * ROWS
     first_row += g * ROWS
     sums = all_sums.index(g)
     b_q = q_tiles.index(g).reshape([ROWS, D])
-    b_acc = gl.zeros([ROWS, D], gl.float32, O)
-    b_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-    b_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
+    b_acc = gl.zeros([ROWS, D], gl.float32, OUTS)
+    b_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+    b_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
 
-    # The first tile has no tile before it. As masked whatever it is, it has no code twice.
+    # The first tile has none before it. It is masked whatever it is, so that there is one code.
     p_words, listed, left = _mask_of(
-        p_partial, p_partial_mask, p_bit_masks, 0, n_partial, i_rest, first_row, tokens_kv,
-        BLOCK_Q, BLOCK_KV, BLOCK_N,
-    )  # fmt: skip
-    b_words = _words(
-        p_words, listed & (n_full == 0), gl.where(n_full > 0, BLOCK_N, left), BLOCK_N, WORDS, S
+        0, masks, lists, first_row, tokens_kv, BLOCK_Q, BLOCK_KV, BLOCK_N
     )
-    b_zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
+    listed = listed & (n_full == 0)
+    left = gl.where(n_full > 0, BLOCK_N, left)
+    b_words = _words(p_words, listed, left, BLOCK_N, WORDS, SCORES)
+    b_zero = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
     b_k = k_tiles.index(0).reshape([BLOCK_N, D])
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(k_full.index(0), 0)
     b_s = warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False)
     mbarrier.arrive(k_empty.index(0))
-    b_p, b_max, b_sum, _ = _weights(_hide(b_s, b_words, BLOCK_N, S), b_max, b_sum, scale, True)
-    b_p = gl.convert_layout(b_p.to(b_q.dtype), P)
+    b_s = _hide(b_s, b_words, BLOCK_N, SCORES)
+    b_p, b_max, b_sum, _ = _weights(b_s, b_max, b_sum, scale, True)
+    b_p = gl.convert_layout(b_p.to(b_q.dtype), WEIGHTS)
     for i in range(1, n_unmasked):
         b_acc, b_p, b_max, b_sum = _attend(
-            i, b_q, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, sums, b_acc, b_p, b_max,
-            b_sum, scale, p_words, listed, left, False, BLOCK_N, D, WORDS, STAGES, S, P,
+            i, b_q, rings, sums, b_acc, b_p, b_max, b_sum, scale, p_words, listed, left,
+            False, BLOCK_N, D, WORDS, STAGES, SCORES, WEIGHTS,
         )  # fmt: skip
     for i in range(gl.maximum(n_unmasked, 1), n_tiles):
         p_words, listed, left = _mask_of(
-            p_partial, p_partial_mask, p_bit_masks, i - n_unmasked, n_partial, i_rest, first_row,
-            tokens_kv, BLOCK_Q, BLOCK_KV, BLOCK_N,
-        )  # fmt: skip
+            i - n_unmasked, masks, lists, first_row, tokens_kv, BLOCK_Q, BLOCK_KV, BLOCK_N
+        )
         b_acc, b_p, b_max, b_sum = _attend(
-            i, b_q, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, sums, b_acc, b_p, b_max,
-            b_sum, scale, p_words, listed, left, True, BLOCK_N, D, WORDS, STAGES, S, P,
+            i, b_q, rings, sums, b_acc, b_p, b_max, b_sum, scale, p_words, listed, left,
+            True, BLOCK_N, D, WORDS, STAGES, SCORES, WEIGHTS,
         )  # fmt: skip
     j = n_tiles - 1
     mbarrier.wait(v_full.index(j % STAGES), (j // STAGES) & 1)
     b_acc = warpgroup_mma(b_p, v_tiles.index(j % STAGES).reshape([BLOCK_N, D]), b_acc)
 
     b_norm = gl.where(b_sum == 0, 1.0, b_sum)  # 0 where a query has seen nothing
-    b_out = b_acc / gl.convert_layout(b_norm, gl.SliceLayout(1, O))[:, None]
-    o_m = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, S))
+    b_out = b_acc / gl.convert_layout(b_norm, gl.SliceLayout(1, OUTS))[:, None]
+    o_m = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     gl.store(p_lse + o_m, (b_max + gl.log2(b_norm)) * LN_2, mask=o_m < tokens_q)
-    b_q.store(b_out.to(b_q.dtype))  # nothing reads the queries any more
+    b_q.store(b_out.to(b_q.dtype))  # the queries have been read for the last time
     fence_async_shared()
     _write(outs, [i_b, start_m, i_h, 0], q_tiles.index(g))
     tma.store_wait(0)
@@ -304,22 +300,21 @@ def forward_kernel(
     fence_async_shared()  # the copy engine must see the barriers
 
     p_lse += (i_b * heads + i_h).to(gl.int64) * tokens_q
-    # Values only: what is known at compile time would be forgotten in a tuple that has a name.
-    both = (
-        q_tiles, k_tiles, v_tiles, q_full, k_full, k_empty, v_full, v_empty, p_partial, i_b, i_h,
-        start_m, n_full, n_partial, n_tiles, i_rest,
-    )  # fmt: skip
-    consumed = (
-        outs, sums, p_lse, p_partial_mask, p_bit_masks, first_row, tokens_q, tokens_kv,
-        scale * LOG2_E,
-    )  # fmt: skip
-    produced = (queries, keys, values, p_full, i_short)
+    scale *= LOG2_E
+    inputs = (queries, keys, values)
+    rings = (k_tiles, v_tiles, k_full, k_empty, v_full, v_empty)
+    place = (i_b, i_h, start_m)
+    lists = (p_partial, n_full, n_partial, n_tiles, i_rest)
+    masks = (p_partial_mask, p_bit_masks)
     gl.warp_specialize(
         [
-            (_consume, (both, consumed, 0, D, BLOCK_Q, BLOCK_KV, BLOCK_N, STAGES)),
-            (_consume, (both, consumed, 1, D, BLOCK_Q, BLOCK_KV, BLOCK_N, STAGES)),
-            (_produce, (both, produced, BLOCK_KV, BLOCK_N, STAGES)),
+            (_consume, (outs, p_lse, q_tiles, q_full, rings, sums, place, lists, masks, first_row,
+                        tokens_q, tokens_kv, scale, 0, D, BLOCK_Q, BLOCK_KV, BLOCK_N, STAGES)),
+            (_consume, (outs, p_lse, q_tiles, q_full, rings, sums, place, lists, masks, first_row,
+                        tokens_q, tokens_kv, scale, 1, D, BLOCK_Q, BLOCK_KV, BLOCK_N, STAGES)),
+            (_produce, (inputs, q_tiles, q_full, rings, place, lists, p_full, i_short,
+                        BLOCK_KV, BLOCK_N, STAGES)),
         ],
         [4, 1],
         [232, 40],  # registers of a thread: two groups and a warp share 65,536
-    )
+    )  # fmt: skip

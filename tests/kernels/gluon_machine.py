@@ -4,8 +4,9 @@ Triton's interpreter does not know Gluon. Here every partition of a program is a
 them runs at a time, until it waits. Barriers have arrivals, bytes and the parity of their phase, as
 the PTX manual has them. Copies and products are asynchronous: what they read and write is theirs
 until somebody waits for them. An access to shared memory that no chain of barriers orders after
-the one before it is a `Race`, whatever the order was this time; partitions that all wait for each
-other are a `Deadlock`. Not modelled are layouts, registers and warps: the compiler checks those.
+the one before it is a `RaceError`, whatever the order was this time; partitions that all wait for
+each other are a `DeadlockError`. Layouts, registers and warps are not modelled: the compiler checks
+those.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,15 +32,15 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 POISON = 2**30 + 12345
 
 
-class Deadlock(Exception):
+class DeadlockError(Exception):
     """Every partition waits for another one."""
 
 
-class Race(Exception):
+class RaceError(Exception):
     """An access to shared memory that nothing orders after an earlier one."""
 
 
-class Misuse(Exception):
+class MisuseError(Exception):
     """Something that the hardware leaves undefined."""
 
 
@@ -79,7 +80,7 @@ class Pointer:
         mask = Value.of(True if mask is None else mask).expand(offset.shape)
         wrong = mask & ((offset < 0) | (offset >= self.memory.numel()))
         if wrong.any():
-            raise Misuse(f"an access outside of memory: {offset[wrong].tolist()}")
+            raise MisuseError(f"an access outside of memory: {offset[wrong].tolist()}")
         return offset, mask
 
 
@@ -112,7 +113,7 @@ class View:
     def index(self, i: Any) -> View:
         i = int(i)
         if not 0 <= i < len(self.data):
-            raise Misuse(f"buffer {i} of {len(self.data)}")
+            raise MisuseError(f"buffer {i} of {len(self.data)}")
         return View(self.data[i], [self.regions[i]])
 
     def reshape(self, shape: Sequence[int]) -> View:
@@ -145,9 +146,9 @@ class Barrier:
 
     def arrive(self, known: set[int], arrivals: int = 1, more: int = 0) -> None:
         if self.arrivals is None:
-            raise Misuse("a barrier that was not initialised")
+            raise MisuseError("a barrier that was not initialised")
         if arrivals > self.missing:
-            raise Misuse("more arrivals in a phase than the barrier was initialised for")
+            raise MisuseError("more arrivals in a phase than the barrier was initialised for")
         self.missing -= arrivals
         self.bytes += more
         self.coming |= known
@@ -193,7 +194,7 @@ class Partition:
     def write(self, regions: Sequence[Region]) -> int:
         for region in regions:
             if not (region.writes | region.reads) <= self.known:
-                raise Race("shared memory is written while it may still be in use")
+                raise RaceError("shared memory is written while it may still be in use")
         access = next(self.machine.accesses)
         for region in regions:
             region.writes, region.reads = {access}, set()
@@ -202,11 +203,13 @@ class Partition:
     def read(self, regions: Sequence[Region]) -> int:
         for region in regions:
             if not region.writes:
-                raise Race("shared memory is read that nobody has written")
+                raise RaceError("shared memory is read that nobody has written")
             if not region.writes <= self.known:
-                raise Race("shared memory is read before what was written is known to be there")
+                raise RaceError(
+                    "shared memory is read before what was written is known to be there"
+                )
             if region.unfenced:
-                raise Race("shared memory written by threads is read without a fence")
+                raise RaceError("shared memory written by threads is read without a fence")
         access = next(self.machine.accesses)
         for region in regions:
             region.reads.add(access)
@@ -264,7 +267,7 @@ class Machine:
         if self.failure is not None:
             raise self.failure
         if self.copies:
-            raise Misuse("a copy into shared memory that nobody waited for")
+            raise MisuseError("a copy into shared memory that nobody waited for")
 
     def wait(self, ready: Callable[[], bool]) -> None:
         """Let others run until `ready`."""
@@ -285,9 +288,9 @@ class Machine:
                     self._await(me)
                 function(*args)
                 if me.products:
-                    raise Misuse("a partition ends with products in flight")
+                    raise MisuseError("a partition ends with products in flight")
                 if me.stores:
-                    raise Misuse("a partition ends while a copy still reads its shared memory")
+                    raise MisuseError("a partition ends while a copy still reads its shared memory")
             except _Stopped:
                 raise
             except BaseException as error:
@@ -311,7 +314,7 @@ class Machine:
                 del self.waiting[self.running]
                 break
             if not self.copies:
-                self.failure = Deadlock(f"{len(self.waiting)} partitions wait for each other")
+                self.failure = DeadlockError(f"{len(self.waiting)} partitions wait for each other")
                 break
             self.copies.pop(self.order.randrange(len(self.copies)))()
         self.turn.notify_all()
@@ -428,7 +431,7 @@ def _product_wait(num_outstanding: int, deps: Sequence[Any]) -> Any:
     for x in deps:
         if isinstance(x, Pending):
             if not x.done:
-                raise Misuse("the result of a product that still runs")
+                raise MisuseError("the result of a product that still runs")
             x = x.value
         results.append(x)
     return results[0] if len(results) == 1 else tuple(results)
@@ -449,7 +452,7 @@ def _arrive(barrier: Barrier) -> None:
 def _wait(barrier: Barrier, phase: Any) -> None:
     me = _partition()
     if barrier.arrivals is None:
-        raise Misuse("a barrier that was not initialised")
+        raise MisuseError("a barrier that was not initialised")
     parity = int(phase)
     assert parity in (0, 1)
     me.machine.wait(lambda: barrier.parity != parity)
@@ -549,7 +552,10 @@ class Launcher:
 
 
 def stand_in(
-    kernel: Any, edits: Mapping[str, tuple[str, str]] | None = None, late: bool = False, seed: int = 0
+    kernel: Any,
+    edits: Mapping[str, tuple[str, str]] | None = None,
+    late: bool = False,
+    seed: int = 0,
 ) -> Launcher:
     """What runs `kernel`, a Gluon kernel, here.
 

@@ -14,16 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from oracles import assert_matches_eager, random_layout, stack_layouts
 
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states
 from diffattn.kernels.block_sparse import gluon_forward
 from diffattn.kernels.block_sparse.configs import TileConfig
 
-if not gluon_forward.available():
-    pytest.skip("Triton without what the Gluon kernel needs", allow_module_level=True)
+if not triton.__version__.startswith(gluon_forward.TRITON_VERSIONS):
+    pytest.skip("a Triton that the Gluon kernel was not compiled with", allow_module_level=True)
 
-from gluon_machine import Deadlock, Misuse, Race, stand_in
+from gluon_machine import DeadlockError, MisuseError, RaceError, stand_in
 
 from diffattn.kernels.block_sparse import gluon_kernel
 
@@ -217,9 +218,7 @@ def test_layouts_per_sample_and_per_head(place: str) -> None:
     qkv = inputs(place, 2, 130, 450, 3, 64)
     mask = torch.cat([layout.dense()[0] for layout in layouts]).unflatten(0, (2, 3)).to(place)
     stacked = tuple(x.to(place) for x in stack_layouts(layouts, 2, 3))
-    out, lse = gluon_forward.forward(
-        *qkv, stacked, None, block_q=128, block_kv=128, scale=SCALE
-    )
+    out, lse = gluon_forward.forward(*qkv, stacked, None, block_q=128, block_kv=128, scale=SCALE)
     assert_matches_eager(out, lse, *qkv, mask, scale=SCALE)
 
 
@@ -246,105 +245,81 @@ def test_two_launches_give_the_same_bits(place: str) -> None:
 
 @pytest.mark.parametrize("late", [False, True], ids=["eager-copies", "late-copies"])
 @pytest.mark.parametrize("stages", [2, 3])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_in_every_order(seed: int, stages: int, late: bool, use: Use) -> None:
     use(late=late, seed=seed)
     layout = layout_of([[FULL] * 3 + [PARTIAL] * 2 + [FULL], [EMPTY] * 6], 250, 700)
     check(inputs("cpu", 1, 250, 700, 1, 64), layout, TileConfig(128, 128, 4, stages))
 
 
-@pytest.mark.parametrize(
-    ("function", "right", "wrong", "failure"),
-    [
-        pytest.param(
-            "_attend", "mbarrier.arrive(k_empty.index(s_k))", "pass", Deadlock, id="keys-kept"
-        ),
-        pytest.param(
-            "_attend", "mbarrier.arrive(v_empty.index(s_v))", "pass", Deadlock, id="values-kept"
-        ),
-        pytest.param(
-            "_consume", "mbarrier.arrive(k_empty.index(0))", "pass", Deadlock, id="first-kept"
-        ),
-        pytest.param(
-            "_attend",
-            "b_acc, b_p = warpgroup_mma_wait(0, deps=(products, b_p))\n"
-            "    mbarrier.arrive(v_empty.index(s_v))",
-            "mbarrier.arrive(v_empty.index(s_v))\n"
-            "    b_acc, b_p = warpgroup_mma_wait(0, deps=(products, b_p))",
-            Race,
-            id="values-given-back-in-use",
-        ),
-        pytest.param(
-            "_attend", "warpgroup_mma_wait(1,", "warpgroup_mma_wait(2,", Misuse, id="no-wait"
-        ),
-        pytest.param(
-            "_attend", "mbarrier.wait(k_full.index(s_k), (i // STAGES) & 1)", "pass", Race,
-            id="keys-not-there",
-        ),
-        pytest.param(
-            "_attend", "mbarrier.wait(v_full.index(s_v), (j // STAGES) & 1)", "pass", Race,
-            id="values-not-there",
-        ),
-        pytest.param(
-            "_consume", "mbarrier.wait(q_full.index(0), 0)", "pass", Race, id="queries-not-there"
-        ),
-        pytest.param(
-            "_consume", "mbarrier.wait(v_full.index(j % STAGES), (j // STAGES) & 1)", "pass", Race,
-            id="last-values-not-there",
-        ),
-        pytest.param(
-            "_attend", "(i // STAGES) & 1", "0", (Race, Deadlock), id="wrong-phase"
-        ),
-        pytest.param(
-            "_produce", "mbarrier.wait(k_empty.index(s), phase ^ 1)", "pass", Race,
-            id="keys-overwritten",
-        ),
-        pytest.param(
-            "_produce", "mbarrier.wait(v_empty.index(s), phase ^ 1)", "pass", Race,
-            id="values-overwritten",
-        ),
-        pytest.param(
-            "_produce", "mbarrier.wait(v_empty.index(s), phase ^ 1)",
-            "mbarrier.wait(v_empty.index(s), phase)", Deadlock, id="wrong-first-phase",
-        ),
-        pytest.param(
-            "_produce", "keys.block_type.nbytes", "keys.block_type.nbytes // 2", Deadlock,
-            id="too-few-bytes",
-        ),
-        pytest.param(
-            "_produce", "GROUPS * queries.block_type.nbytes", "queries.block_type.nbytes",
-            (Deadlock, Race), id="bytes-of-one-group",
-        ),
-        pytest.param(
-            "forward_kernel", "k_empty.index(s), count=GROUPS", "k_empty.index(s), count=1",
-            (Race, Misuse, Deadlock), id="one-group-suffices",
-        ),
-        pytest.param(
-            "forward_kernel", "n_masked = 1", "pass", (Deadlock, Race), id="nothing-for-empty-rows"
-        ),
-        pytest.param("_consume", "fence_async_shared()", "pass", Race, id="no-fence"),
-        pytest.param("_consume", "tma.store_wait(0)", "pass", Misuse, id="left-while-storing"),
-        pytest.param(
-            "_weights", "b_base = gl.where(b_new == float(\"-inf\"), 0.0, b_new)", "pass",
-            AssertionError, id="minus-infinity",
-        ),
-        pytest.param(
-            "_words", "& seen", "", AssertionError, id="keys-past-the-end"
-        ),
-        pytest.param(
-            "_produce", "+ (i_list >= i_short).to(gl.int32)", "", AssertionError,
-            id="short-block-twice",
-        ),
-        pytest.param(
-            "_attend", "b_acc = b_acc * gl.convert_layout", "_ = b_acc * gl.convert_layout",
-            AssertionError, id="no-rescaling",
-        ),
-    ],
-)  # fmt: skip
-def test_the_machine_finds(
-    function: str, right: str, wrong: str, failure: Any, use: Use
-) -> None:
+# What is changed, in which function, and how the machine sees that.
+SABOTAGE: dict[str, tuple[str, str, str, Any]] = {
+    "keys-kept": ("_attend", "mbarrier.arrive(k_empty.index(s_k))", "pass", DeadlockError),
+    "values-kept": ("_attend", "mbarrier.arrive(v_empty.index(s_v))", "pass", DeadlockError),
+    "first-keys-kept": ("_consume", "mbarrier.arrive(k_empty.index(0))", "pass", DeadlockError),
+    "values-given-back-in-use": (
+        "_attend",
+        "b_acc, b_p = warpgroup_mma_wait(0, deps=(products, b_p))\n"
+        "    mbarrier.arrive(v_empty.index(s_v))",
+        "mbarrier.arrive(v_empty.index(s_v))\n"
+        "    b_acc, b_p = warpgroup_mma_wait(0, deps=(products, b_p))",
+        RaceError,
+    ),
+    "product-not-waited-for": (
+        "_attend", "warpgroup_mma_wait(1,", "warpgroup_mma_wait(2,", MisuseError,
+    ),
+    "keys-not-there": (
+        "_attend", "mbarrier.wait(k_full.index(s_k), (i // STAGES) & 1)", "pass", RaceError,
+    ),
+    "values-not-there": (
+        "_attend", "mbarrier.wait(v_full.index(s_v), (j // STAGES) & 1)", "pass", RaceError,
+    ),
+    "queries-not-there": ("_consume", "mbarrier.wait(q_full.index(0), 0)", "pass", RaceError),
+    "last-values-not-there": (
+        "_consume", "mbarrier.wait(v_full.index(j % STAGES), (j // STAGES) & 1)", "pass", RaceError,
+    ),
+    "wrong-phase": ("_attend", "(i // STAGES) & 1", "0", (RaceError, DeadlockError)),
+    "keys-overwritten": (
+        "_produce", "mbarrier.wait(k_empty.index(s), phase ^ 1)", "pass", RaceError,
+    ),
+    "values-overwritten": (
+        "_produce", "mbarrier.wait(v_empty.index(s), phase ^ 1)", "pass", RaceError,
+    ),
+    "wrong-first-phase": (
+        "_produce", "v_empty.index(s), phase ^ 1", "v_empty.index(s), phase", DeadlockError,
+    ),
+    "too-few-bytes": (
+        "_produce", "keys.block_type.nbytes", "keys.block_type.nbytes // 2", DeadlockError,
+    ),
+    "bytes-of-one-group": (
+        "_produce", "GROUPS * queries.block_type", "queries.block_type",
+        (DeadlockError, RaceError),
+    ),
+    "one-group-suffices": (
+        "forward_kernel", "k_empty.index(s), count=GROUPS", "k_empty.index(s), count=1",
+        (RaceError, MisuseError, DeadlockError),
+    ),
+    "nothing-for-empty-rows": (
+        "forward_kernel", "n_masked = 1", "pass", (DeadlockError, RaceError),
+    ),
+    "no-fence": ("_consume", "fence_async_shared()", "pass", RaceError),
+    "left-while-storing": ("_consume", "tma.store_wait(0)", "pass", MisuseError),
+    "minus-infinity": (
+        "_weights", 'gl.where(b_new == float("-inf"), 0.0, b_new)', "b_new", AssertionError,
+    ),
+    "keys-past-the-end": ("_words", "& seen", "", AssertionError),
+    "bits-of-another-word": ("_words", "o_m * WORDS + i", "o_m * WORDS", AssertionError),
+    "short-block-twice": (
+        "_produce", "+ (i_full >= i_short).to(gl.int32)", "", AssertionError,
+    ),
+    "no-rescaling": ("_attend", "b_acc = b_acc *", "_ = b_acc *", AssertionError),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_the_machine_finds(name: str, use: Use) -> None:
     """The lines of the protocol are needed, and so are those for odd ends."""
+    function, right, wrong, failure = SABOTAGE[name]
     use(edits={function: (right, wrong)})
     with pytest.raises(failure):
         odd_ends()
@@ -416,7 +391,7 @@ def test_what_it_does_not_take_it_refuses(use: Use) -> None:
     qkv = inputs("cpu", 1, 130, 130, 2, 64)
     layout = random_layout(130, 130, 128, 128).tensors
     options: dict[str, Any] = {"block_q": 128, "block_kv": 128, "scale": SCALE}
-    with pytest.raises(ValueError, match="needs a Hopper GPU.*given cpu"):
+    with pytest.raises(ValueError, match=r"needs a Hopper GPU.*given cpu"):
         gluon_forward.forward(*qkv, layout, None, **options)
     use()
     with pytest.raises(ValueError, match=r"no key mask.*key mask: True\. Another variant"):
