@@ -15,7 +15,7 @@ from diffattn.kernels.block_sparse.backward import key_gradients, query_gradient
 from diffattn.kernels.block_sparse.configs import Choice, TileConfig, fitted, tile_config
 from diffattn.kernels.block_sparse.forward_pass import forward
 from diffattn.kernels.block_sparse.keys_gradient import one_pass_takes
-from diffattn.kernels.block_sparse.launch import padded_head_dim, tma_takes
+from diffattn.kernels.block_sparse.launch import Problem, padded_head_dim
 from diffattn.kernels.block_sparse.row_sums import RowSums, row_sums
 from diffattn.kernels.block_sparse.variants import KERNELS
 
@@ -180,14 +180,14 @@ def _options(case: Case) -> dict[str, Any]:
 def _takes(case: Case, variant: str) -> bool:
     """Whether a variant that is for Hopper GPUs takes a call."""
     call, options = _call(case), _options(case)
-    q, k, v, _, key_mask = call
+    q, k, v, *_ = call
+    problem = Problem.of(*call, **options)
     if variant == "tma_ws":
-        return warp_specialized.takes(*call, **options)
+        return warp_specialized.takes(problem, q, k, v)
     if variant == "gluon":
         with _as_on_hopper():
             return gluon_forward.takes(*call, **options)
-    fetched = tma_takes(q, k, v, block_q=case.block_q, block_kv=case.block_kv)
-    return fetched and (variant != "one_pass" or one_pass_takes(q, key_mask))
+    return problem.tma_takes(q, k, v) and (variant != "one_pass" or one_pass_takes(problem))
 
 
 def _as_on_hopper() -> Any:

@@ -9,7 +9,7 @@ import torch
 from ..checks import LayoutTensors
 from .configs import Choice
 from .keys_gradient import keys_gradient, one_pass_takes
-from .launch import Problem, tma_takes
+from .launch import Problem
 from .queries_gradient import queries_gradient
 from .row_sums import RowSums, row_sums
 from .variants import first_that_compiles
@@ -48,10 +48,9 @@ def backward(
     options = _Options(block_q=block_q, block_kv=block_kv, scale=scale)
     problem = Problem.of(q, k, v, layout, key_mask, **options, more=(out, grad_out))
     sums = row_sums(out, grad_out, lse, grad_lse, block_q=block_q, wide=problem.wide)
-    call = (q, k, v, grad_out, sums, layout, key_mask)
-    dq, dk, dv = key_gradients(*call, **options)
+    dq, dk, dv = _key_gradients(problem, q, k, v, grad_out, sums, None)
     if dq is None:
-        dq = query_gradients(*call, **options)
+        dq = _query_gradients(problem, q, k, v, grad_out, sums, None)
     return dq, dk, dv
 
 
@@ -78,17 +77,26 @@ def query_gradients(
         ValueError: if the choice does not take the call.
     """
     options = _Options(block_q=block_q, block_kv=block_kv, scale=scale)
+    problem = Problem.of(q, k, v, layout, key_mask, **options, more=(grad_out,))
+    return _query_gradients(problem, q, k, v, grad_out, sums, choice)
 
+
+def _query_gradients(
+    problem: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grad_out: torch.Tensor,
+    sums: RowSums,
+    choice: Choice | None,
+) -> torch.Tensor:
     def takes(variant: str) -> bool:
-        return variant == "plain" or tma_takes(
-            q, k, v, grad_out, block_q=block_q, block_kv=block_kv
-        )
+        return variant == "plain" or problem.tma_takes(k, v)
 
     def run(best: Choice) -> torch.Tensor:
-        call = (q, k, v, grad_out, sums, layout, key_mask)
-        return queries_gradient(*call, **options, config=best.tiles, tma=best.variant == "tma")
+        tma = best.variant == "tma"
+        return queries_gradient(problem, q, k, v, grad_out, sums, best.tiles, tma=tma)
 
-    problem = Problem.of(q, k, v, layout, key_mask, **options)
     return first_that_compiles("queries", problem, takes, run, choice)
 
 
@@ -119,19 +127,28 @@ def key_gradients(
         ValueError: if the choice does not take the call.
     """
     options = _Options(block_q=block_q, block_kv=block_kv, scale=scale)
+    problem = Problem.of(q, k, v, layout, key_mask, **options, more=(grad_out,))
+    return _key_gradients(problem, q, k, v, grad_out, sums, choice)
 
+
+def _key_gradients(
+    problem: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grad_out: torch.Tensor,
+    sums: RowSums,
+    choice: Choice | None,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     def takes(variant: str) -> bool:
-        if variant == "one_pass" and not one_pass_takes(q, key_mask):
+        if variant == "one_pass" and not one_pass_takes(problem):
             return False
-        return variant == "plain" or tma_takes(
-            q, k, v, grad_out, block_q=block_q, block_kv=block_kv
-        )
+        return variant == "plain" or problem.tma_takes(q, grad_out)
 
     def run(best: Choice) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         return keys_gradient(
-            q, k, v, grad_out, sums, layout, key_mask, **options, config=best.tiles,
+            problem, q, k, v, grad_out, sums, best.tiles,
             tma=best.variant != "plain", one_pass=best.variant == "one_pass",
         )  # fmt: skip
 
-    problem = Problem.of(q, k, v, layout, key_mask, **options)
     return first_that_compiles("keys", problem, takes, run, choice)

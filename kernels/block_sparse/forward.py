@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..checks import LayoutTensors
 from .configs import TileConfig
 from .launch import Problem
 from .plan import cached_rows
@@ -239,44 +238,38 @@ def forward_kernel(
 
 
 def forward(
+    problem: Problem,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    layout: LayoutTensors,
-    key_mask: torch.Tensor | None,
-    *,
-    block_q: int,
-    block_kv: int,
-    scale: float,
     config: TileConfig,
-    tma: bool = False,
+    *,
+    tma: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp; arguments as `block_sparse_attention`, already checked.
+    """Output and log-sum-exp.
 
     Args:
-        config: tiles of the kernel.
-        tma: whether the copy engine fetches tiles; for calls that `tma_takes`.
+        tma: whether the copy engine fetches tiles; for tensors that `tma_takes`.
     """
-    problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv, scale)
     batch, tokens_q, heads, _ = q.shape
     tokens_kv = k.shape[1]
     out = q.new_empty(q.shape)
     lse = q.new_empty((batch, heads, tokens_q), dtype=torch.float32)
-    rows = cached_rows(layout, tokens_kv, block_kv)
+    rows = cached_rows(problem.layout, tokens_kv, problem.block_kv)
     n_rows = rows.order.shape[-1]
     part = config.partial or config.block_n
     sources = problem.sources(
         (k, config.block_n), (v, config.block_n), (k, part), (v, part), tma=tma
     )
     with problem.on_device():
-        forward_kernel[(batch * heads * n_rows * (block_q // config.block_m),)](
+        forward_kernel[(batch * heads * n_rows * (problem.block_q // config.block_m),)](
             q, *sources, problem.key_mask, out, lse, rows.order, *problem.rows_layout(rows),
             *q.stride(), *k.stride(), *v.stride(), *problem.key_mask_strides,
             *problem.layout_strides,
-            tokens_q, tokens_kv, heads, n_rows, layout[1].shape[-1], layout[3].shape[-1],
-            problem.scale,
+            tokens_q, tokens_kv, heads, n_rows,
+            problem.layout[1].shape[-1], problem.layout[3].shape[-1], problem.scale_not_0,
             PARTIAL_N=part, HAS_PARTIAL=problem.rows_have_masks(tokens_kv),
-            NEGATIVE_SCALE=scale < 0, AHEAD=config.ahead,
+            NEGATIVE_SCALE=problem.scale < 0, AHEAD=config.ahead,
             **problem.constants(config, tma=tma),
         )  # fmt: skip
     return out, lse

@@ -10,7 +10,7 @@ from ..checks import LayoutTensors
 from . import gluon_forward, warp_specialized
 from .configs import Choice
 from .forward import forward as forward_by_tiles
-from .launch import Problem, tma_takes
+from .launch import Problem
 from .variants import first_that_compiles
 
 
@@ -41,21 +41,20 @@ def forward(
         ValueError: if the choice does not take the call.
     """
     options = _Options(block_q=block_q, block_kv=block_kv, scale=scale)
-    call = (q, k, v, layout, key_mask)
+    problem = Problem.of(q, k, v, layout, key_mask, **options)
 
     def takes(variant: str) -> bool:
         if variant == "tma_ws":
-            return warp_specialized.takes(*call, **options)
+            return warp_specialized.takes(problem, q, k, v)
         if variant == "gluon":
-            return gluon_forward.takes(*call, **options)
-        return variant == "plain" or tma_takes(q, k, v, block_q=block_q, block_kv=block_kv)
+            return gluon_forward.takes(q, k, v, layout, key_mask, **options)
+        return variant == "plain" or problem.tma_takes(k, v)
 
     def run(best: Choice) -> tuple[torch.Tensor, torch.Tensor]:
         if best.variant == "tma_ws":
-            return warp_specialized.forward(*call, **options, config=best.tiles)
+            return warp_specialized.forward(problem, q, k, v, best.tiles)
         if best.variant == "gluon":
-            return gluon_forward.forward(*call, **options, config=best.tiles)
-        return forward_by_tiles(*call, **options, config=best.tiles, tma=best.variant == "tma")
+            return gluon_forward.forward(q, k, v, layout, key_mask, **options, config=best.tiles)
+        return forward_by_tiles(problem, q, k, v, best.tiles, tma=best.variant == "tma")
 
-    problem = Problem.of(*call, **options)
     return first_that_compiles("forward", problem, takes, run, choice)

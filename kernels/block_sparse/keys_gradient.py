@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..checks import LayoutTensors
 from .configs import TileConfig
 from .descriptors import tile_descriptor
 from .launch import Problem
@@ -204,41 +203,35 @@ def keys_kernel(
     store_tile(p_dv + first, heads * D, o_n, m_n, b_dv, D, BLOCK_D)
 
 
-def one_pass_takes(q: torch.Tensor, key_mask: torch.Tensor | None) -> bool:
+def one_pass_takes(problem: Problem) -> bool:
     """Whether dQ can be added to in the same pass.
 
     That is in no fixed order. A key mask would have to hide keys from dQ as well. The copy engine
     adds rows of 16 bytes and multiples.
     """
     return (
-        key_mask is None
-        and q.shape[-1] % 4 == 0
+        not problem.has_key_mask
+        and problem.head_dim % 4 == 0
         and not torch.are_deterministic_algorithms_enabled()
     )
 
 
 def keys_gradient(
+    problem: Problem,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     grad_out: torch.Tensor,
     sums: RowSums,
-    layout: LayoutTensors,
-    key_mask: torch.Tensor | None,
-    *,
-    block_q: int,
-    block_kv: int,
-    scale: float,
     config: TileConfig,
-    tma: bool = False,
-    one_pass: bool = False,
+    *,
+    tma: bool,
+    one_pass: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """The gradients of k and v, the same bits at every call; arguments as
-    `backward.backward`.
+    """The gradients of k and v, the same bits at every call.
 
     Args:
-        config: tiles of the kernel.
-        tma: whether the copy engine fetches tiles; for calls that `tma_takes`.
+        tma: whether the copy engine fetches tiles; for tensors that `tma_takes`.
         one_pass: whether the gradient of q is computed as well, by additions in no fixed order: not
             the same bits at every call. For calls by TMA that `one_pass_takes`.
 
@@ -246,11 +239,10 @@ def keys_gradient(
         dq: None unless `one_pass`.
         dk, dv: like k and v.
     """
-    problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv, scale, more=(grad_out,))
     batch, tokens_q, heads, _ = q.shape
     tokens_kv = k.shape[1]
     dk, dv = (x.new_empty(x.shape) for x in (k, v))
-    columns = cached_transpose(layout, -(-tokens_kv // block_kv))
+    columns = cached_transpose(problem.layout, -(-tokens_kv // problem.block_kv))
     n_columns = columns.order.shape[-1]
     part = config.partial or config.block_m
     sources = problem.sources(
@@ -262,14 +254,14 @@ def keys_gradient(
         for tokens in (config.block_m, part)
     ]
     with problem.on_device():
-        keys_kernel[(batch * heads * n_columns * (block_kv // config.block_n),)](
+        keys_kernel[(batch * heads * n_columns * (problem.block_kv // config.block_n),)](
             k, v, *sources, *totals, problem.key_mask, sums.delta, sums.log2_lse, dk, dv,
             columns.order, columns.full_start, columns.full_row,
-            columns.partial_start, columns.partial_row, columns.partial_mask, problem.layout[-1],
+            columns.partial_start, columns.partial_row, columns.partial_mask, problem.lists[-1],
             *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *problem.key_mask_strides,
             *problem.layout_strides,
             tokens_q, sums.tokens, tokens_kv, heads, n_columns,
-            columns.full_row.shape[-1], columns.partial_row.shape[-1], scale,
+            columns.full_row.shape[-1], columns.partial_row.shape[-1], problem.scale,
             PARTIAL_M=part, HAS_PARTIAL=problem.has_partial, ONE_PASS=one_pass,
             **problem.constants(config, tma=tma),
         )  # fmt: skip

@@ -17,8 +17,7 @@ from .plan import Rows
 # Offsets inside a tile are 32 bits wide up to here.
 _MAX_OFFSET = 2**31 - 1
 
-# Hidden scores are -inf before they are scaled, and 0 * -inf is NaN. Scores times this are as good
-# as 0.
+# Scores times this are as good as 0.
 _SMALLEST_SCALE = 1e-30
 
 
@@ -27,8 +26,9 @@ class Problem:
     """The arguments of an attention call as its kernels take them.
 
     Attributes:
-        layout: contiguous index lists and bit masks.
-        scale: factor of the scores, not 0.
+        layout: index lists and bit masks as given: plans are remembered by these tensors.
+        lists: the same, contiguous.
+        scale: factor of the scores.
         layout_strides: how many layouts apart two samples and two heads are; 0 where they share.
         key_mask: uint8, or any tensor if there is none.
         key_mask_strides: of sample and token.
@@ -41,7 +41,8 @@ class Problem:
     block_q: int
     block_kv: int
     scale: float
-    layout: tuple[torch.Tensor, ...]
+    layout: LayoutTensors
+    lists: tuple[torch.Tensor, ...]
     layout_strides: tuple[int, int]
     key_mask: torch.Tensor
     key_mask_strides: tuple[int, int]
@@ -71,8 +72,9 @@ class Problem:
             head_dim=q.shape[-1],
             block_q=block_q,
             block_kv=block_kv,
-            scale=scale or _SMALLEST_SCALE,
-            layout=tuple(x.contiguous() for x in layout),
+            scale=scale,
+            layout=layout,
+            lists=tuple(x.contiguous() for x in layout),
             layout_strides=(layout_heads if samples > 1 else 0, 1 if layout_heads > 1 else 0),
             key_mask=mask,
             key_mask_strides=(0, 0) if key_mask is None else (mask.stride(0), mask.stride(1)),
@@ -86,6 +88,15 @@ class Problem:
         """The head dimension, padded to what a matrix product takes."""
         return padded_head_dim(self.head_dim)
 
+    def tma_takes(self, *tensors: torch.Tensor) -> bool:
+        """Whether the copy engine can fetch these, for tiles as large as matrix units want them."""
+        return min(self.block_q, self.block_kv) >= 64 and all(map(describable, tensors))
+
+    @property
+    def scale_not_0(self) -> float:
+        """The scale for a kernel that hides scores before it scales them: 0 * -inf is NaN."""
+        return self.scale or _SMALLEST_SCALE
+
     @property
     def masked(self) -> bool:
         """Whether there is a key mask or padding in the head dimension: both take registers."""
@@ -94,8 +105,8 @@ class Problem:
     def rows_layout(self, rows: Rows) -> tuple[torch.Tensor, ...]:
         """The layout's tensors for a kernel that walks query rows."""
         if rows.full_index is None:
-            return self.layout
-        return (self.layout[0], rows.full_index, *self.layout[2:])
+            return self.lists
+        return (self.lists[0], rows.full_index, *self.lists[2:])
 
     def rows_have_masks(self, tokens_kv: int) -> bool:
         """Whether some block of a row may need a mask: partial ones, or a short one at the end."""
@@ -140,11 +151,6 @@ class Problem:
     def on_device(self) -> AbstractContextManager[object]:
         """A context in which Triton launches on the device of the tensors."""
         return on_device(self.device)
-
-
-def tma_takes(*tensors: torch.Tensor, block_q: int, block_kv: int) -> bool:
-    """Whether the copy engine can fetch these tensors for tiles as large as wgmma wants them."""
-    return min(block_q, block_kv) >= 64 and all(map(describable, tensors))
 
 
 def _tile_span(x: torch.Tensor, block: int) -> int:

@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..checks import LayoutTensors
 from .configs import TileConfig
 from .launch import Problem
 from .plan import cached_rows
@@ -218,44 +217,38 @@ def queries_kernel(
 
 
 def queries_gradient(
+    problem: Problem,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     grad_out: torch.Tensor,
     sums: RowSums,
-    layout: LayoutTensors,
-    key_mask: torch.Tensor | None,
-    *,
-    block_q: int,
-    block_kv: int,
-    scale: float,
     config: TileConfig,
-    tma: bool = False,
+    *,
+    tma: bool,
 ) -> torch.Tensor:
-    """The gradient of q, the same bits at every call; arguments as `backward.backward`.
+    """The gradient of q, the same bits at every call.
 
     Args:
-        config: tiles of the kernel.
-        tma: whether the copy engine fetches tiles; for calls that `tma_takes`.
+        tma: whether the copy engine fetches tiles; for tensors that `tma_takes`.
     """
-    problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv, scale, more=(grad_out,))
     batch, tokens_q, heads, _ = q.shape
     tokens_kv = k.shape[1]
     dq = q.new_empty(q.shape)
-    rows = cached_rows(layout, tokens_kv, block_kv)
+    rows = cached_rows(problem.layout, tokens_kv, problem.block_kv)
     n_rows = rows.order.shape[-1]
     part = config.partial or config.block_n
     sources = problem.sources(
         (k, config.block_n), (v, config.block_n), (k, part), (v, part), tma=tma
     )
     with problem.on_device():
-        queries_kernel[(batch * heads * n_rows * (block_q // config.block_m),)](
+        queries_kernel[(batch * heads * n_rows * (problem.block_q // config.block_m),)](
             q, grad_out, *sources, problem.key_mask, sums.delta, sums.log2_lse, dq,
             rows.order, *problem.rows_layout(rows),
             *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *problem.key_mask_strides,
             *problem.layout_strides,
             tokens_q, sums.tokens, tokens_kv, heads, n_rows,
-            layout[1].shape[-1], layout[3].shape[-1], scale,
+            problem.layout[1].shape[-1], problem.layout[3].shape[-1], problem.scale,
             PARTIAL_N=part, HAS_PARTIAL=problem.rows_have_masks(tokens_kv), AHEAD=config.ahead,
             **problem.constants(config, tma=tma),
         )  # fmt: skip

@@ -9,10 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..checks import LayoutTensors
 from .configs import TileConfig
 from .forward import weigh
-from .launch import Problem, tma_takes
+from .launch import Problem
 from .plan import cached_rows
 from .primitives import LN_2, LOG2_E, tile_of_program
 
@@ -77,61 +76,43 @@ def warp_specialized_kernel(
     tl.store(p_lse + (i_b * heads + i_h) * tokens_q + o_m, b_lse, mask=o_m < tokens_q)
 
 
-def takes(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: LayoutTensors,
-    key_mask: torch.Tensor | None,
-    *,
-    block_q: int,
-    block_kv: int,
-    scale: float,
-) -> bool:
+def takes(problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether `forward` can do a call: if it has full blocks only, for a start."""
-    # A layout without bit masks has no partial blocks: its counts need not be looked at.
     return (
-        layout[5].shape[0] == 0
-        and key_mask is None
-        and block_q >= 128
-        and scale > 0
-        and q.shape[-1] % 8 == 0  # heads of the output begin at aligned addresses
-        and tma_takes(q, k, v, block_q=block_q, block_kv=block_kv)
+        not problem.has_partial
+        and not problem.has_key_mask
+        and problem.block_q >= 128
+        and problem.scale > 0
+        and problem.head_dim % 8 == 0  # heads of the output begin at aligned addresses
+        and problem.tma_takes(q, k, v)
     )
 
 
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: LayoutTensors,
-    key_mask: torch.Tensor | None,
-    *,
-    block_q: int,
-    block_kv: int,
-    scale: float,
-    config: TileConfig,
+    problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: TileConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `forward.forward`, for calls that this module `takes`.
+    """Output and log-sum-exp, for calls that this module `takes`.
 
     Args:
         config: tiles; 4 warps become 12, 4 that fetch and twice 4 that work.
     """
-    problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv, scale)
     batch, tokens_q, heads, head_dim = q.shape
+    tokens_kv = k.shape[1]
     out = q.new_empty(q.shape)
     lse = q.new_empty((batch, heads, tokens_q), dtype=torch.float32)
-    order = cached_rows(layout, k.shape[1], block_kv).order
-    rows = order.shape[-1]
+    rows = cached_rows(problem.layout, tokens_kv, problem.block_kv)
+    n_rows = rows.order.shape[-1]
+    programs = batch * heads * n_rows * (problem.block_q // config.block_m)
     with problem.on_device():
         _with_scratch(
-            lambda: warp_specialized_kernel[(batch * heads * rows * (block_q // config.block_m),)](
-                q, k, v, out, lse, order, *problem.layout[:2],
+            lambda: warp_specialized_kernel[(programs,)](
+                q, k, v, out, lse, rows.order, *problem.lists[:2],
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *problem.layout_strides,
-                tokens_q, k.shape[1], heads, rows, layout[1].shape[-1], scale,
-                D=head_dim, BLOCK_D=problem.block_d, BLOCK_Q=block_q, BLOCK_KV=block_kv,
+                tokens_q, tokens_kv, heads, n_rows, problem.layout[1].shape[-1], problem.scale,
+                D=head_dim, BLOCK_D=problem.block_d,
+                BLOCK_Q=problem.block_q, BLOCK_KV=problem.block_kv,
                 BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-                HAS_SHORT=k.shape[1] % block_kv != 0,
+                HAS_SHORT=tokens_kv % problem.block_kv != 0,
                 num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
             )
         )  # fmt: skip

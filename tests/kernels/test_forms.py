@@ -17,7 +17,7 @@ from diffattn.kernels.block_sparse.backward import key_gradients, query_gradient
 from diffattn.kernels.block_sparse.configs import Choice, TileConfig, fitted
 from diffattn.kernels.block_sparse.forward_pass import forward
 from diffattn.kernels.block_sparse.keys_gradient import one_pass_takes
-from diffattn.kernels.block_sparse.launch import tma_takes
+from diffattn.kernels.block_sparse.launch import Problem
 from diffattn.kernels.block_sparse.row_sums import row_sums
 
 # Tiles of several shapes, so that blocks are cut in both directions and partial ones otherwise than
@@ -203,7 +203,7 @@ def test_strides_of_models(form: Forms, device: str) -> None:
     heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in slices]
     for qkv in (slices, heads_first):
         assert not any(x.is_contiguous() for x in qkv)
-        assert tma_takes(*qkv, block_q=128, block_kv=64)
+        assert takes(*qkv)
         check(form, [x.requires_grad_() for x in qkv], layout)
 
 
@@ -217,23 +217,24 @@ def test_a_gradient_that_is_one_number_everywhere(form: Forms, device: str) -> N
     out, lse = forward(*qkv, layout, None, **options, choice=form.forward)
     sums = row_sums(out, grad, lse, None, block_q=64, wide=False)
     call = (*qkv, grad, sums, layout, None)
-    for run, choice in ((query_gradients, form.queries), (key_gradients, form.keys)):
-        if choice.variant == "plain":
-            run(*call, **options, choice=choice)
-        else:
-            with pytest.raises(
-                ValueError, match=r"^the '(tma|one_pass)' variant of '.*' does not take this call$"
-            ):
-                run(*call, **options, choice=choice)
+    query_gradients(*call, **options, choice=form.queries)
+    if form.keys.variant == "plain":
+        key_gradients(*call, **options, choice=form.keys)
+    else:
+        message = rf"^the '{form.keys.variant}' variant of 'keys' does not take this call$"
+        with pytest.raises(ValueError, match=message):
+            key_gradients(*call, **options, choice=form.keys)
 
 
 def test_one_pass_is_for_calls_without_a_key_mask_that_may_differ(device: str) -> None:
     q = torch.zeros(1, 70, 1, 16, dtype=torch.float16, device=device)
-    assert one_pass_takes(q, None)
-    assert not one_pass_takes(q, torch.ones(1, 70, dtype=torch.bool, device=device))
+    layout = random_layout(70, 70, 64, 64).to(device).tensors
+    key_mask = torch.ones(1, 70, dtype=torch.bool, device=device)
+    assert one_pass_takes(Problem.of(q, q, q, layout, None, 64, 64, 0.3))
+    assert not one_pass_takes(Problem.of(q, q, q, layout, key_mask, 64, 64, 0.3))
     torch.use_deterministic_algorithms(True)
     try:
-        assert not one_pass_takes(q, None)
+        assert not one_pass_takes(Problem.of(q, q, q, layout, None, 64, 64, 0.3))
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -274,8 +275,10 @@ def test_specialized_warps_with_rows_that_see_nothing(device: str) -> None:
     assert_matches_eager(out, lse, *qkv, layout.dense(), scale=0.3)
 
 
-def takes(*tensors: torch.Tensor, **changed: Any) -> bool:
-    return tma_takes(*tensors, **{"block_q": 128, "block_kv": 64, **changed})
+def takes(*tensors: torch.Tensor, block_q: int = 128, block_kv: int = 64) -> bool:
+    q = tensors[0]
+    layout = random_layout(130, 130, block_q, block_kv).tensors
+    return Problem.of(q, q, q, layout, None, block_q, block_kv, 0.3).tma_takes(*tensors)
 
 
 def test_tma_takes_what_the_copy_engine_can_fetch(device: str) -> None:
@@ -320,18 +323,19 @@ def test_specialized_warps_take_full_blocks_only(device: str) -> None:
     partial = random_layout(130, 130, 128, 64).to(device)
     key_mask = torch.ones(1, 130, dtype=torch.bool, device=device)
 
-    def takes_it(*, layout: BlockLayout = full, mask: Any = None, **changed: Any) -> bool:
-        options = {"block_q": 128, "block_kv": 64, "scale": 0.3, **changed}
-        return warp_specialized.takes(*qkv, layout.tensors, mask, **options)
+    def takes_it(
+        tensors: list[torch.Tensor] = qkv, layout: BlockLayout = full, mask: Any = None,
+        block_q: int = 128, scale: float = 0.3,
+    ) -> bool:  # fmt: skip
+        problem = Problem.of(*tensors, layout.tensors, mask, block_q, 64, scale)
+        return warp_specialized.takes(problem, *tensors)
 
     assert takes_it()
     assert not takes_it(layout=partial)
     assert not takes_it(mask=key_mask)
     assert not takes_it(block_q=64)
     assert not takes_it(scale=-0.3)
-    odd = [x[..., :20] for x in qkv]
-    options = {"block_q": 128, "block_kv": 64, "scale": 0.3}
-    assert not warp_specialized.takes(*odd, full.tensors, None, **options), "heads not aligned"
+    assert not takes_it([x[..., :20] for x in qkv]), "heads of the output are not aligned"
 
 
 def test_somebody_elses_allocator_stays_theirs() -> None:

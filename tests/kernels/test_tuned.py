@@ -59,7 +59,7 @@ def changed(**entry: object) -> dict[str, Any]:
 def test_a_named_table_counts(named: Write) -> None:
     named(TABLE)
     assert tuned_choice("forward", 128) == FASTEST
-    assert tuned_choice("keys", 128) == Choice("one_pass", TileConfig(128, 64, 8, 3))
+    assert tuned_choice("keys", 128) == Choice("one_pass", TileConfig(128, 64, 8, 3, ahead=True))
     assert tuned_choice("forward", 64) is None
     assert tuned_choice("queries", 128) is None
 

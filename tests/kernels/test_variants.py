@@ -70,9 +70,9 @@ class Ran(list[tuple[str, str]]):
         self.failures: dict[str, Callable[[], None]] = {}
         self.attempts: list[int] = []
 
-    def run(self, kernel: str, variant: str, q: torch.Tensor) -> None:
+    def run(self, kernel: str, variant: str, problem: Problem) -> None:
         if variant in self.failures:
-            self.attempts.append(q.shape[-1])
+            self.attempts.append(problem.head_dim)
             self.failures[variant]()
             raise AssertionError("did not fail")
         self.append((kernel, variant))
@@ -85,11 +85,11 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
     def spy(module: Any, attribute: str, kernel: str, variant: str | None = None) -> None:
         run = getattr(module, attribute)
 
-        def recording(q: torch.Tensor, *args: Any, **options: Any) -> Results:
+        def recording(problem: Problem, *args: Any, **options: Any) -> Results:
             form = "tma" if options.get("tma") else "plain"
             form = "one_pass" if options.get("one_pass") else form
-            log.run(kernel, variant or form, q)
-            return run(q, *args, **options)
+            log.run(kernel, variant or form, problem)
+            return run(problem, *args, **options)
 
         monkeypatch.setattr(module, attribute, recording)
 
