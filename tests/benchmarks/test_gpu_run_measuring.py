@@ -45,7 +45,7 @@ def setting(tmp_path: Path) -> Setting:
     return Setting(
         device=CPU, dry=True, dtype=torch.float32, timer=HostTimer(),
         journal=Journal(tmp_path / "results.jsonl", "stage", "abc"), densities=(1.0, 0.8),
-        tuning=(1.0, 0.8), compared=(1.0,), seconds=100.0,
+        tuning=(1.0, 0.8), compared=(1.0,), ends=time.monotonic() + 100,
     )  # fmt: skip
 
 
@@ -153,10 +153,10 @@ def test_descriptions_are_one_line_with_notes() -> None:
 
 
 def test_rounds_do_not_outlast_the_process(setting: Setting) -> None:
-    late = replace(setting, dry=False, seconds=setting.seconds - setting.left + 10)
+    late = replace(setting, dry=False, ends=time.monotonic() + 10)
     assert late.rounds(60.0)["seconds"] == pytest.approx(4.0, abs=0.1)
     assert late.rounds(1.0)["seconds"] == 1.0
-    assert replace(late, seconds=0.0).rounds(60.0)["seconds"] == 0.0
+    assert replace(late, ends=0.0).rounds(60.0)["seconds"] == 0.0
 
 
 # ---------------------------------------------------------------- errors

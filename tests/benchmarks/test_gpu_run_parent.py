@@ -48,7 +48,7 @@ def run(tmp_path: Path, pids: Path) -> Run:
 def a_run(tmp_path: Path, pids: Path, minutes: float = 1.0, sources: str = "abc") -> Run:
     environment = os.environ | {"PYTHONPATH": str(FOLDER.parent), "PIDS": str(pids)}
     (tmp_path / "logs").mkdir(exist_ok=True)
-    return Run(tmp_path, tmp_path / "logs", sources, minutes, lambda: dict(environment))
+    return Run(tmp_path, tmp_path / "logs", sources, minutes, lambda stage: dict(environment))
 
 
 def outcomes(run: Run) -> dict[str, int | str]:
@@ -195,6 +195,70 @@ def test_a_stage_is_told_how_long_it_may_take(run: Run) -> None:
     code = "import os; print(os.environ['GPU_RUN_SECONDS'])"
     run_stages([stage("a", code, limit=12.5)], run)
     assert "==== a: 0\n12.5\n" in (run.folder / "log.txt").read_text()
+
+
+# ---------------------------------------------------------------- stages that wait
+
+NOTE = "import os, pathlib; pathlib.Path(os.environ['PIDS']).open('a').write({!r});"
+TURN = "import sys, json; os.environ.update(json.loads(sys.stdin.readline()));"
+
+
+def test_the_next_stage_is_made_meanwhile_and_waits_for_its_turn(run: Run, pids: Path) -> None:
+    first = (
+        NOTE.format("first ") + "import time\n"
+        "while 'ready' not in pathlib.Path(os.environ['PIDS']).read_text(): time.sleep(.01)\n"
+        "time.sleep(.2)\n" + NOTE.format("done ") + ROW
+    )
+    second = NOTE.format("ready ") + TURN + NOTE.format("turn ") + ROW
+    run_stages([stage("first", first), stage("second", second, waits=True)], run)
+    assert outcomes(run) == {"first": 0, "second": 0}
+    notes = pids.read_text().split()
+    assert set(notes[:2]) == {"first", "ready"}
+    assert notes[2:] == ["done", "turn"]
+
+
+def test_a_stage_that_waits_has_its_limit_from_its_turn_on_and_hears_what_is_new(
+    run: Run, pids: Path
+) -> None:
+    environment = run.environment
+    run.environment = lambda stage: environment(stage) | {"TUNED": str(pids.exists())}
+    first = "import time; time.sleep(1.5);" + NOTE.format("x")
+    second = "import os, time;" + TURN + "print(os.environ['TUNED'], os.environ['GPU_RUN_SECONDS'])"
+    run_stages([stage("first", first), stage("second", second, waits=True, limit=1.0)], run)
+    assert outcomes(run) == {"first": 0, "second": 0}
+    assert "==== second: 0\nTrue 1.0\n" in (run.folder / "log.txt").read_text()
+
+
+def test_a_stage_that_waits_is_killed_when_its_turn_does_not_come(
+    tmp_path: Path, pids: Path
+) -> None:
+    run = a_run(tmp_path, pids, minutes=0.5)
+    waits = stage("waits", GRANDCHILD + TURN + ROW, waits=True, least=29.9)
+    first = "import os, pathlib, time\nwhile not pathlib.Path(os.environ['PIDS']).exists(): pass\n"
+    run_stages([stage("first", first + "time.sleep(.3)"), waits], run)
+    assert outcomes(run) == {"first": 0, "waits": NO_TIME}
+    assert found(run) == []
+    assert len(pids.read_text().split()) == 2
+    assert_all_gone(pids)
+
+
+def test_a_stage_that_ends_before_its_turn_says_why(run: Run) -> None:
+    first = stage("first", "import time; time.sleep(1)")
+    broken = stage("broken", "raise ImportError('no torch')", waits=True)
+    run_stages([first, broken, stage("after", ROW)], run)
+    assert outcomes(run) == {"first": 0, "broken": 1, "after": 0}
+    assert "ImportError: no torch" in (run.folder / "log.txt").read_text()
+
+
+def test_stages_that_are_settled_are_not_made(tmp_path: Path, pids: Path) -> None:
+    b = stage("b", "import os;" + TURN + ROW, waits=True)
+    stages = [stage("a", "import time; time.sleep(.5)"), b]
+    run_stages(stages, a_run(tmp_path, pids))
+    again = a_run(tmp_path, pids)
+    again.journal("a").forget()
+    run_stages(stages, again)
+    assert outcomes(again) == {"a": 0, "b": SETTLED}
+    assert found(again) == ["b"]
 
 
 # ---------------------------------------------------------------- going on
