@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gpu_run import clocks, import_folder, report, table
 from gpu_run.journal import end_last_line, read
-from gpu_run.parent import Run, run_stages
+from gpu_run.parent import Run, noting_signals, run_stages
 from gpu_run.stages import Stage, dry_stages, real_stages
 
 ROOT = import_folder.ROOT
@@ -102,7 +102,7 @@ def _run(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     machine = platform.machine() if args.dry_run else gpu
     _take_over(args.earlier, out, machine)
-    with tempfile.TemporaryDirectory() as scratch, clocks.recorded(out / "clocks.csv"):
+    with tempfile.TemporaryDirectory() as scratch:
         site = import_folder.make(Path(scratch) / "site", ROOT)
         (Path(scratch) / "logs").mkdir()
         run = Run(
@@ -126,7 +126,8 @@ def _run(args: argparse.Namespace) -> int:
         for stage in stages:
             if any(fnmatch.fnmatch(stage.name, pattern) for pattern in args.again):
                 run.journal(stage.name).forget()
-        run_stages(stages, run)
+        with noting_signals(run), clocks.recorded(out / "clocks.csv"):
+            run_stages(stages, run)
     print("\n".join(report.write(out / RESULTS, out, "gpu-run")))
     return INTERRUPTED_STATUS if run.stopped is not None else 0
 

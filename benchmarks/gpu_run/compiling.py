@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from gpu_run import smoke, tune
+from gpu_run.candidates import RISKY
 from gpu_run.setting import Setting
 from gpu_run.timing import describe
 
@@ -33,7 +34,8 @@ def run(what: str, setting: Setting) -> None:
     if setting.dry:
         triton.runtime.driver.set_active(CompileOnlyDriver(DRY_ARCH))
     every = [*tune.launches(setting), *smoke.launches(setting)]
-    mine = every[number::of]
+    # A compiler that crashes takes its process along: those that might come last.
+    mine = sorted(every[number::of], key=lambda launch: any(form in launch[0] for form in RISKY))
     if setting.dry:
         mine = mine[:: max(1, len(mine) // DRY_LAUNCHES)]
     failed: dict[str, str] = {}

@@ -86,22 +86,21 @@ class _Running:
 def run_stages(stages: Iterable[Stage], run: Run) -> None:
     """Run stages that nothing has settled, for as long as there is time, until a signal comes.
 
-    SIGINT and SIGTERM end the run: rows are kept, and no process is left.
+    To be called under `noting_signals`: then rows are kept, and no process is left.
     """
     earlier = run.journal("").rows()
     groups = [list(g) for _, g in groupby(stages, key=lambda stage: stage.beside or stage.name)]
     waiting: dict[str, _Running] = {}
-    with _signals(run):
-        try:
-            for number, group in enumerate(groups):
-                due = [stage for stage in group if _is_due(stage, earlier, run)]
-                if due:
-                    coming = _alone(groups[number + 1 :], earlier, run)
-                    _run_together(due, coming, waiting, run)
-                    run.after_stage()
-        finally:
-            for one in waiting.values():
-                kill(one.process)
+    try:
+        for number, group in enumerate(groups):
+            due = [stage for stage in group if _is_due(stage, earlier, run)]
+            if due:
+                coming = _alone(groups[number + 1 :], earlier, run)
+                _run_together(due, coming, waiting, run)
+                run.after_stage()
+    finally:
+        for one in waiting.values():
+            kill(one.process)
 
 
 def _is_due(stage: Stage, earlier: list[Row], run: Run) -> bool:
@@ -137,8 +136,11 @@ def is_settled(stage: Stage, rows: list[Row], sources: str) -> bool:
 
 
 @contextmanager
-def _signals(run: Run) -> Iterator[None]:
-    """Signals are looked at between other things: none comes while a process is being started."""
+def noting_signals(run: Run) -> Iterator[None]:
+    """While this lasts, SIGINT and SIGTERM end the run, and raise nothing.
+
+    They are looked at between other things: none comes while a process is being started.
+    """
 
     def note(number: int, frame: FrameType | None) -> None:
         run.stopped = number

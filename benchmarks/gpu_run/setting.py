@@ -64,7 +64,7 @@ class Setting:
     def rounds(self, seconds: float) -> dict[str, float | int]:
         """How long to interleave calls, as `timing.interleave` takes it; not beyond the limit."""
         if self.dry:
-            return {"least": 2, "most": 2, "seconds": 0.0}
+            return {"least": 1, "most": 1, "seconds": 0.0}
         return {"least": 3, "most": 15, "seconds": max(0.0, min(seconds, 0.4 * self.left))}
 
     def shape(self, name: str) -> Shape:

@@ -414,7 +414,7 @@ def test_every_choice_is_timed_beside_the_shipped_one(tuning: Setting) -> None:
     assert found["tma"]["tiles"] == dataclasses.asdict(OTHER.tiles)
     assert [found[name]["shipped"] for name in ("plain", "tma")] == [True, False]
     # The risky one has not run before the others were done.
-    assert calls.index("gluon") == 4
+    assert calls == ["plain", "tma", "gluon", "plain"]
 
 
 def test_others_have_their_rows_when_a_risky_form_hangs(tuning: Setting) -> None:
@@ -525,7 +525,7 @@ def test_rates_of_a_shape(
     for row in ours:
         share = row["pairs"] / SHAPE.tokens**2
         ratios = [a / b for a, b in zip(dense["rounds"], row["rounds"], strict=True)]
-        assert row["of_flash"] == pytest.approx(share * sum(ratios) / 2)
+        assert row["of_flash"] == pytest.approx(share * ratios[0])
     # What is done is not measured again.
     rates.measure(SHAPE, direction, [rates.dense("flash")], setting)
     assert rows(setting, "rate") == found

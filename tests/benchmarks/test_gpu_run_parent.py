@@ -14,9 +14,19 @@ from typing import Any
 
 import gpu_run
 import pytest
+from gpu_run.command import _take_over
 from gpu_run.import_folder import ROOT, make, sources_of
 from gpu_run.journal import Journal, end_last_line, latest, read, that_count
-from gpu_run.parent import INTERRUPTED, NO_TIME, SETTLED, TIME_OUT, Run, is_settled, run_stages
+from gpu_run.parent import (
+    INTERRUPTED,
+    NO_TIME,
+    SETTLED,
+    TIME_OUT,
+    Run,
+    is_settled,
+    noting_signals,
+    run_stages,
+)
 from gpu_run.stages import Stage
 
 FOLDER = Path(gpu_run.__file__).parent
@@ -154,7 +164,7 @@ def test_an_interrupt_keeps_the_rows_and_leaves_no_process(
         "from gpu_run.stages import Stage\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "run = Run(folder, folder / 'logs', 'abc', 1.0)\n"
-        f"run_stages({stages!r}, run)\n"
+        f"with noting_signals(run): run_stages({stages!r}, run)\n"
         "sys.exit(130 if run.stopped else 0)\n"
     )
     (tmp_path / "logs").mkdir()
@@ -175,7 +185,10 @@ def test_an_interrupt_keeps_the_rows_and_leaves_no_process(
 
 def test_handlers_of_signals_are_put_back(run: Run) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    run_stages([stage("a", "")], run)
+    with noting_signals(run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        run_stages([stage("a", ROW)], run)
+    assert outcomes(run) == {"a": INTERRUPTED}
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
@@ -375,6 +388,28 @@ def test_sources_are_those_of_the_kernels_and_not_of_tables(tmp_path: Path) -> N
 # ---------------------------------------------------------------- the command
 
 
+def test_an_interrupted_program_leaves_rows_a_page_and_no_process(tmp_path: Path) -> None:
+    options = ("--dry-run", "--only", "compile:*", "building:*", "--out", str(tmp_path))
+    program = subprocess.Popen(
+        [sys.executable, FOLDER, "run", *options], stdout=subprocess.PIPE, text=True
+    )
+    rows = tmp_path / "results.jsonl"
+    try:
+        wait_for(lambda: any(row["kind"] == "facts" for row in read(rows)), 60)
+        children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+        assert len(children) >= 2  # the stage, and the one that waits for its turn
+        program.send_signal(signal.SIGTERM)
+        out, _ = program.communicate(timeout=30)
+    finally:
+        program.kill()
+    assert program.returncode == 130
+    assert "not measured: forward" in out
+    ended = {row["stage"]: row["rc"] for row in read(rows) if row["kind"] == "stage"}
+    assert ended == {"compile:0/1": INTERRUPTED, "building:hunyuan-720p": INTERRUPTED}
+    assert (tmp_path / "gpu-run.md").exists()
+    wait_for(lambda: not any(is_alive(int(pid)) for pid in children))
+
+
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, FOLDER, *arguments],
@@ -448,12 +483,31 @@ def test_a_dry_run_of_one_stage_goes_on_where_another_ended(tmp_path: Path) -> N
     assert "settled before" in done.stdout
     rows = read(tmp_path / "out" / "results.jsonl")
     assert [row["rc"] for row in rows if row["kind"] == "stage"] == [0, SETTLED]
-    # A new run begins anew, and keeps what was there.
-    done = command(*arguments[:-4], "--only", "nothing", "building:*", "--out", out)
-    assert len([r for r in read(tmp_path / "out" / "results.jsonl") if r["kind"] == "run"]) == 1
-    assert (tmp_path / "out" / "before-results.jsonl").exists()
     record = json.loads((tmp_path / "out" / "gpu-run.json").read_text())
-    assert record["runs"][0]["dry"]
+    assert [one["continued"] for one in record["runs"]] == [False, True]
+
+
+def test_a_new_run_begins_anew_and_keeps_what_was_there(tmp_path: Path) -> None:
+    Journal(tmp_path / "results.jsonl", "run", "abc").add("run", gpu="NVIDIA H100")
+    (tmp_path / "tuned.json").write_text("{}")
+    _take_over(None, tmp_path, "NVIDIA H100")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "before-results.jsonl", "before-tuned.json",
+    }  # fmt: skip
+
+
+def test_going_on_takes_rows_and_table_along_to_another_folder(tmp_path: Path) -> None:
+    earlier, out = tmp_path / "earlier", tmp_path / "out"
+    earlier.mkdir()
+    out.mkdir()
+    Journal(earlier / "results.jsonl", "run", "abc").add("run", gpu="NVIDIA H100")
+    with (earlier / "results.jsonl").open("a") as file:
+        file.write('{"cut')
+    (earlier / "tuned.json").write_text("{}")
+    _take_over(earlier, out, "NVIDIA H100")
+    Journal(out / "results.jsonl", "run", "abc").add("run", gpu="NVIDIA H100")
+    assert len(read(out / "results.jsonl")) == 2
+    assert (out / "tuned.json").read_text() == "{}"
 
 
 def test_a_plugin_writes_a_row_for_every_test(run: Run, tmp_path: Path) -> None:
