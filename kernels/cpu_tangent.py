@@ -40,7 +40,7 @@ def tangent_op(
     plan = cached_row_plan(
         layout, tokens_q=tokens_q, tokens_kv=tokens_kv, block_q=block_q, block_kv=block_kv
     )
-    out_tangent, lse_tangent = q.new_empty(q.shape), torch.empty_like(lse)
+    out_tangent, lse_tangent = q.new_empty(q.shape), lse.new_empty(lse.shape)
     for sample in range(q.shape[0]):
         layouts = plan.groups[sample if len(plan.groups) > 1 else 0]
         hidden = key_bias = None

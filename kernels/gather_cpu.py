@@ -152,7 +152,7 @@ def _tangent_op(
     key_mask: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out_tangent, lse_tangent = q.new_empty(q.shape), torch.zeros_like(lse)
+    out_tangent, lse_tangent = q.new_empty(q.shape), lse.new_zeros(lse.shape)
     heads = _heads(k, v, starts, bits, key_mask, lse.dtype)
     # The tangents of a head's keys and values, in place of these.
     moving = _heads(k_tangent, v_tangent, starts, bits, key_mask, lse.dtype)
