@@ -157,17 +157,14 @@ class TorchPasses:
         out_tangent, inverse_tangent = torch.empty_like(out), torch.empty_like(inverse)
         for part in self._parts(x):
             features, moved = _moving_features(x, x_tangent, rotation, part)
-            product = sum(
-                torch.einsum("bthd,bhde->bthe", _rotated(f, rotation, part), s)
-                for f, s in ((moved, state), (features, state_tangent))
-            )
-            denominator = sum(
-                torch.einsum("bthd,bhd->bth", f, m)
-                for f, m in ((moved, mean), (features, mean_tangent))
-            )
+            rotated, rotated_moved = (_rotated(f, rotation, part) for f in (features, moved))
+            product = torch.einsum("bthd,bhde->bthe", rotated_moved, state)
+            product += torch.einsum("bthd,bhde->bthe", rotated, state_tangent)
+            denominator = torch.einsum("bthd,bhd->bth", moved, mean)
+            denominator += torch.einsum("bthd,bhd->bth", features, mean_tangent)
             one_over = inverse[:, part]
             wide_out = out[:, part].to(inverse.dtype)
-            product = product - wide_out * denominator[..., None]
+            product -= wide_out * denominator[..., None]
             out_tangent[:, part] = product * one_over[..., None]
             inverse_tangent[:, part] = -denominator * one_over.square()
         return out_tangent, inverse_tangent
