@@ -60,7 +60,7 @@ RANKED: dict[tuple[str, int], tuple[Choice, ...]] = {
         "tma 64x128 w4 s2 p64 ahead",
         "tma 128x64 w4 s2 p64 ahead",
         "plain 128x128 w8 s2 p64 ahead",
-        "gluon 128x128 w4 s2",
+        "gluon 128x128 w4 s3",
         "tma 128x64 w4 s3 p64 ahead",
         "tma_ws 128x128 w4 s3",
         "plain 128x64 w8 s3 p64 ahead",
