@@ -129,6 +129,8 @@ def _run(args: argparse.Namespace) -> int:
         with noting_signals(run), clocks.recorded(out / "clocks.csv"):
             run_stages(stages, run)
     print("\n".join(report.write(out / RESULTS, out, "gpu-run")))
+    if args.dry_run:
+        print("This was a dry run on a CPU: its verdicts say nothing about any GPU")
     return INTERRUPTED_STATUS if run.stopped is not None else 0
 
 

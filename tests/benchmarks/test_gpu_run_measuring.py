@@ -26,6 +26,7 @@ from gpu_run.shapes import BACKWARD, FORWARD, Shape
 from gpu_run.stages import KERNEL_TESTS, SMOKE, dry_stages, real_stages
 from gpu_run.timing import DeviceTimer, HostTimer, Spread, describe, interleave, median_ratio
 from gpu_run.worker import MODULES
+from triton_device import triton_device
 
 from diffattn import TokenGrid, attention
 from diffattn.kernels.block_sparse import tuned, variants
@@ -333,7 +334,10 @@ def test_a_broken_context_ends_the_process(checked: Any) -> None:
 
 @needs_interpreter
 @pytest.mark.parametrize("what", ["forward-plain", "queries-plain", "keys-plain"])
-def test_kernels_pass_in_the_interpreter(what: str, setting: Setting) -> None:
+def test_kernels_pass_in_the_interpreter(
+    what: str, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton_device(monkeypatch)
     case = replace(CASE, head_dim=64, tokens=70, heads=1, batch=1)
     _, _, found = smoke.check(what, case, setting)
     assert all(deviation.is_right for deviation in found.values()), found
