@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from gpu_run import smoke, tune
+from gpu_run.adapter import NotTakenError
 from gpu_run.candidates import RISKY
 from gpu_run.setting import Setting
 from gpu_run.timing import describe
@@ -44,6 +45,8 @@ def run(what: str, setting: Setting) -> None:
         for name, launch in mine:
             try:
                 launch()
+            except NotTakenError:
+                continue
             except Exception as error:  # a form that does not compile: later stages say so too
                 failed[name] = describe(error)
     loaded = {kernel.hash: kernel for kernel in kernels}
