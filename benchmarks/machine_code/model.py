@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .products import MMA_SYNC, WGMMA, Product, product_of
+from .products import WGMMA, Product, product_of
 from .sass import Instruction, Loop
 
 QUARTERS = 4
@@ -114,7 +114,7 @@ def estimate(
         copies: how many such groups of warps a multiprocessor has at a time.
     """
     per_quarter = warps / QUARTERS
-    useful = ideal_cycles(macs, chip)
+    useful = ideal_cycles(macs, chip) * (2 if products[0].half_rate else 1)
     exposed: Counter[str] | None
     if any(product.kind == WGMMA for product in products):
         cycles, exposed = _walk(loop, per_quarter)
@@ -203,11 +203,8 @@ def _tensor_cycles(products: Sequence[Product], chip: Chip, per_quarter: float) 
     if any(product.kind == WGMMA for product in products):
         return sum(map(product_cycles, products)) * per_quarter
     warps = round(per_quarter * QUARTERS)
-    # Half the rate for TF32: products of 16 bits are 16 deep and more.
-    return sum(
-        product.macs(warps) * (2 if product.kind == MMA_SYNC and product.k < 16 else 1)
-        for product in products
-    ) / chip.macs  # fmt: skip
+    macs = sum(x.macs(warps) * (2 if x.half_rate else 1) for x in products)
+    return ideal_cycles(macs, chip)
 
 
 def _shared_cycles(loop: Loop, per_quarter: float) -> float:
