@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
 
 from diffattn.blocks import BlockLayout
-from diffattn.kernels.block_sparse import forward as plain
-from diffattn.kernels.block_sparse import hopper
-from diffattn.kernels.block_sparse.backward import backward
-from diffattn.kernels.block_sparse.configs import Choice, TileConfig, tile_config
-from diffattn.kernels.block_sparse.launch import Problem
+from diffattn.kernels.block_sparse.backward import key_gradients, query_gradients
+from diffattn.kernels.block_sparse.configs import Choice, TileConfig, fitted, tile_config
+from diffattn.kernels.block_sparse.forward_pass import forward
+from diffattn.kernels.block_sparse.row_sums import RowSums, row_sums
 from diffattn.kernels.gather.backward import backward as gather_backward
 from diffattn.kernels.gather.configs import tile_config as gather_tile_config
 from diffattn.kernels.gather.forward import forward as gather_forward
 from diffattn.kernels.gather.launch import Problem as GatherProblem
 
-QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
 
 class NotTakenError(Exception):
-    """A form of a kernel does not take a call, or is not there; says why."""
+    """A form of a kernel does not take a call; says which."""
 
 
 @dataclass(frozen=True)
@@ -40,80 +40,95 @@ class Call:
     layout: BlockLayout
     key_mask: torch.Tensor | None = None
 
+    def forward(self, choice: Choice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp.
+
+        Raises:
+            NotTakenError: if the choice does not take the call.
+        """
+        arguments = (self.q, self.k, self.v, self.layout.tensors, self.key_mask)
+        with _refusals():
+            return forward(*arguments, **self.options, choice=self.fitted("forward", choice))
+
     @property
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         return {
             "block_q": self.layout.block_q,
             "block_kv": self.layout.block_kv,
             "scale": self.q.shape[-1] ** -0.5,
         }
 
-    def forward(self, choice: Choice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output and log-sum-exp."""
-        run = {
-            "plain": plain.forward,
-            "tma": hopper.forward_tma,
-            "tma_ws": hopper.forward_warp_specialized,
-        }.get(choice.variant)
-        if run is None:
-            raise NotTakenError(f"no {choice.variant}")
-        arguments = (self.q, self.k, self.v, self.layout.tensors, self.key_mask)
-        if choice.variant == "tma_ws" and not hopper.warp_specialized_takes(
-            *arguments, **self.options
-        ):
-            raise NotTakenError("tma_ws does not take this call")
-        return run(*arguments, **self.options, config=self._fitted(choice.tiles))
-
-    def _fitted(self, tiles: TileConfig) -> TileConfig:
-        return replace(
-            tiles,
-            block_m=min(tiles.block_m, self.layout.block_q),
-            block_n=min(tiles.block_n, self.layout.block_kv),
-        )
+    def fitted(self, kernel: str, choice: Choice) -> Choice:
+        """A choice with tiles no larger than the blocks."""
+        tiles = fitted(kernel, choice.tiles, self.layout.block_q, self.layout.block_kv)
+        return Choice(choice.variant, tiles)
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """The backward pass of a call, kernel by kernel."""
+    """The backward pass of a call, kernel by kernel.
+
+    Attributes:
+        sums: of the output and its gradient, as the kernels take them.
+    """
 
     call: Call
     grad: torch.Tensor
-    out: torch.Tensor
-    lse: torch.Tensor
+    sums: RowSums
 
     @staticmethod
     def of(call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> Gradients:
-        return Gradients(call, grad, out, lse)
+        """With what the forward pass returned."""
+        sums = row_sums(out, grad, lse, None, block_q=call.layout.block_q, wide=False)
+        return Gradients(call, grad, sums)
 
     def queries(self, choice: Choice) -> torch.Tensor:
-        """dQ."""
-        return self._run("queries", choice)[0]
+        """dQ.
+
+        Raises:
+            NotTakenError: if the choice does not take the call.
+        """
+        with _refusals():
+            return query_gradients(
+                *self._arguments, **self.call.options, choice=self.call.fitted("queries", choice)
+            )
 
     def keys(self, choice: Choice) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """dQ where the form computes it on the way, dK and dV."""
-        return None, *self._run("keys", choice)[1:]
+        """dQ where the form computes it on the way, dK and dV.
 
-    def _run(self, kernel: str, choice: Choice) -> tuple[torch.Tensor, ...]:
-        if choice.variant != "plain":
-            raise NotTakenError(f"no {choice.variant}")
-        call, shipped = self.call, Problem.tiles
+        Raises:
+            NotTakenError: if the choice does not take the call.
+        """
+        with _refusals():
+            return key_gradients(
+                *self._arguments, **self.call.options, choice=self.call.fitted("keys", choice)
+            )
 
-        def tiles(problem: Problem, name: str) -> TileConfig:
-            return call._fitted(choice.tiles) if name == kernel else shipped(problem, name)
+    @property
+    def _arguments(self) -> tuple[Any, ...]:
+        call = self.call
+        layout = call.layout.tensors
+        return call.q, call.k, call.v, self.grad, self.sums, layout, call.key_mask
 
-        with mock.patch.object(Problem, "tiles", tiles):
-            return backward(
-                self.grad, None, call.q, call.k, call.v, self.out, self.lse,
-                call.layout.tensors, call.key_mask, **call.options,
-            )  # fmt: skip
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "does not take this call" in str(error):
+            raise NotTakenError(str(error)) from error
+        raise
 
 
 def shipped(kernel: str, head_dim: int) -> Choice:
-    """What runs of a kernel where nothing was tuned, with blocks of 128 and 16-bit inputs."""
+    """What runs of a kernel on the current device where nothing was tuned, for 16-bit inputs."""
     if kernel.startswith("gather_"):
         name = kernel.removeprefix("gather_")
         return Choice("plain", gather_tile_config(name, head_dim, torch.bfloat16, masked=False))
-    return Choice("plain", tile_config(kernel, head_dim, torch.bfloat16, 128, 128, masked=False))
+    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    variant = "tma" if is_hopper else "plain"
+    return Choice(variant, tile_config(kernel, variant, head_dim, torch.bfloat16, masked=False))
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,11 @@ def run(what: str, setting: Setting) -> None:
         what: "i/n".
     """
     number, of = map(int, what.split("/"))
+    if setting.dry:
+        triton.runtime.driver.set_active(CompileOnlyDriver(DRY_ARCH))
     every = [*tune.launches(setting), *smoke.launches(setting)]
     mine = every[number::of]
     if setting.dry:
-        triton.runtime.driver.set_active(CompileOnlyDriver(DRY_ARCH))
         mine = mine[:: max(1, len(mine) // DRY_LAUNCHES)]
     failed: dict[str, str] = {}
     start = time.perf_counter()

@@ -13,12 +13,16 @@ from itertools import groupby
 from pathlib import Path
 from types import FrameType
 
+from gpu_run.import_folder import ROOT
 from gpu_run.journal import Journal, Row, that_count
 from gpu_run.stages import Stage
 
 POLL_SECONDS = 0.05
 # A killed process ends at once, unless the driver holds it.
 SECONDS_TO_DIE = 10.0
+# Tells a stage's process how long it may take.
+SECONDS_VARIABLE = "GPU_RUN_SECONDS"
+
 TAIL = 600  # characters of a failed stage's output in its row
 LOG_BYTES = 100_000  # of a stage's output in the log
 
@@ -140,6 +144,8 @@ def _run_together(stages: list[Stage], run: Run) -> None:
                 rc: int | str | None = one.process.poll()
                 if rc is None and run.stopped is not None:
                     rc = INTERRUPTED
+                elif rc is None and run.left <= 0:
+                    rc = NO_TIME
                 elif rc is None and run.clock() > one.deadline:
                     rc = TIME_OUT
                 if rc is not None:
@@ -154,20 +160,21 @@ def _run_together(stages: list[Stage], run: Run) -> None:
 def _start(stage: Stage, run: Run) -> _Running:
     log = run.logs / f"{stage.name.replace(':', '-').replace('/', '-')}.log"
     began = run.clock()
-    limit = min(stage.limit, max(0.0, run.left))
     environment = run.environment() | run.journal(stage.name).environment()
-    environment |= {"GPU_RUN_SECONDS": f"{limit:.1f}", "PYTHONUNBUFFERED": "1"}
+    limit = min(stage.limit, run.left)
+    environment |= {SECONDS_VARIABLE: f"{limit:.1f}", "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as file:
         # A session of its own, so that all it starts can be killed with it.
         process = subprocess.Popen(
             stage.command,
+            cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
         )
-    return _Running(stage, process, began, began + limit, log)
+    return _Running(stage, process, began, began + stage.limit, log)
 
 
 def _end(one: _Running, rc: int | str, run: Run) -> None:

@@ -343,7 +343,9 @@ def _percent(x: float | None) -> str:
 
 def _tiles(tiles: dict[str, Any]) -> str:
     text = "{block_m}x{block_n} w{num_warps} s{num_stages}".format(**tiles)
-    return text if tiles["partial"] is None else f"{text} p{tiles['partial']}"
+    if tiles["partial"] is not None:
+        text += f" p{tiles['partial']}"
+    return f"{text} ahead" if tiles["ahead"] else text
 
 
 def _by_place(times: dict[str, float]) -> str:

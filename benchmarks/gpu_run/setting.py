@@ -12,10 +12,10 @@ import triton
 
 from diffattn.kernels.block_sparse.tuned import device_name
 from gpu_run.journal import Journal
+from gpu_run.parent import SECONDS_VARIABLE
 from gpu_run.shapes import SHAPES, Shape, tiny
 from gpu_run.timing import DeviceTimer, HostTimer, Timer
 
-SECONDS_VARIABLE = "GPU_RUN_SECONDS"
 STARTED = time.monotonic()
 
 
@@ -52,9 +52,9 @@ class Setting:
             dtype=torch.float16 if dry else torch.bfloat16,
             timer=HostTimer() if dry else DeviceTimer(device),
             journal=journal,
-            densities=(1.0, 0.7) if dry else (1.0, 0.5, 0.2, 0.1),
-            tuning=(1.0, 0.7) if dry else (1.0, 0.2),
-            compared=(1.0, 0.7) if dry else (1.0, 0.2),
+            densities=(1.0, 0.8) if dry else (1.0, 0.5, 0.2, 0.1),
+            tuning=(1.0, 0.8) if dry else (1.0, 0.2),
+            compared=(1.0, 0.8) if dry else (1.0, 0.2),
             seconds=float(os.environ[SECONDS_VARIABLE]),
         )
 

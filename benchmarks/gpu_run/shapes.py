@@ -49,4 +49,4 @@ SHAPES = (
 def tiny(shape: Shape) -> Shape:
     """The same in three blocks, ragged, for a CPU."""
     text = 5 if shape.grid.tokens != shape.grid.video_tokens else 0
-    return replace(shape, grid=TokenGrid(3, 9, 11, text_before=text), heads=2)
+    return replace(shape, grid=TokenGrid(6, 7, 8, text_before=text), heads=1)

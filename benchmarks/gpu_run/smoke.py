@@ -7,9 +7,12 @@ A row for every case says how far the results are off (`accuracy.Deviation`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from diffattn.attention import attention
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states
@@ -77,15 +80,47 @@ DRY_CASES = tuple(
 
 def run(what: str, setting: Setting) -> None:
     """Check a kernel's form, "keys-tma", or "gather", "linear" or "public"."""
-    # NaN in whatever is not written.
+    with _poisoned(in_any_order=_is_in_any_order(what)):
+        for case in DRY_CASES if setting.dry else CASES:
+            if not setting.journal.is_finished(str(case)):
+                setting.journal.add(
+                    "smoke", what=what, case=str(case), head_dim=case.head_dim,
+                    **_outcome(what, case, setting),
+                )  # fmt: skip
+                setting.journal.finish(str(case))
+
+
+def _is_in_any_order(what: str) -> bool:
+    return what.partition("-")[2] in IN_ANY_ORDER
+
+
+class _Poison(TorchFunctionMode):
+    """Fills with NaN what is asked for without values."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.Tensor.new_empty, torch.empty, torch.empty_like):
+            return out.fill_(torch.nan) if out.is_floating_point() else out
+        return out
+
+
+@contextmanager
+def _poisoned(*, in_any_order: bool) -> Iterator[None]:
+    """While this lasts, memory that nothing was written to is NaN."""
+    if in_any_order:
+        # A form that adds in any order does not run where torch is to be deterministic.
+        with _Poison():
+            yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    for case in DRY_CASES if setting.dry else CASES:
-        if setting.journal.is_finished(str(case)):
-            continue
-        setting.journal.add("smoke", what=what, case=str(case), head_dim=case.head_dim,
-                            **_outcome(what, case, setting))  # fmt: skip
-        setting.journal.finish(str(case))
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _outcome(what: str, case: Case, setting: Setting) -> dict[str, object]:
@@ -98,10 +133,9 @@ def _outcome(what: str, case: Case, setting: Setting) -> dict[str, object]:
             raise  # nothing works any more in this process
         return {"taken": True, "right": False, "error": describe(error)}
     same = all(torch.equal(first[name], second[name]) for name in first)
-    free = what.partition("-")[2] in IN_ANY_ORDER
     return {
         "taken": True,
-        "right": all(x.is_right for x in found.values()) and (same or free),
+        "right": all(x.is_right for x in found.values()) and (same or _is_in_any_order(what)),
         "same_bits": same,
         "deviations": each(found),
     }

@@ -21,7 +21,7 @@ SMOKE = (
 # Tests that need a GPU and are no other stage's business.
 KERNEL_TESTS = tuple(
     f"tests/kernels/{name}.py"
-    for name in ("test_triton", "test_triton_hopper", "test_gather", "test_linear_triton")
+    for name in ("test_forms", "test_triton", "test_gather", "test_linear_triton")
 )
 
 
@@ -84,7 +84,8 @@ def test_stages(root: Path) -> Iterator[Stage]:
     if importlib.util.find_spec("xdist"):
         pytest += ["-n", str(COMPILERS)]
     if importlib.util.find_spec("pytest_timeout"):
-        pytest += ["--timeout", "60"]
+        # A thread ends the process, where a signal would not be seen in a call that hangs.
+        pytest += ["--timeout", "60", "--timeout-method", "thread"]
     kernels = (*pytest, "--maxfail=20", *KERNEL_TESTS)
     yield Stage("tests:kernels", 180, 30, kernels)
     others = [file for file in marked if file not in KERNEL_TESTS]
@@ -114,7 +115,7 @@ def dry_stages(root: Path) -> Iterator[Stage]:
         if any(fnmatch(stage.name, pattern) for pattern in NOT_DRY):
             continue
         if stage.name.startswith("tests:"):
-            only = (f"{KERNEL_TESTS[1]}::test_full_and_partial_blocks", "-k", "one-query")
-            stage = replace(stage, command=(*pytest_command(), *only))
+            one = "tests/kernels/test_triton.py::test_long_rows_first"
+            stage = replace(stage, command=(*pytest_command(), one))
         # Not side by side: the interpreter keeps a core busy.
         yield replace(stage, limit=120, least=1, beside="")

@@ -186,13 +186,13 @@ def _takes(case: Case, variant: str) -> bool:
         return warp_specialized.takes(problem, q, k, v)
     if variant == "gluon":
         with _as_on_hopper():
-            return gluon_forward.takes(*call, **options)
+            return gluon_forward.takes(problem, q, k, v)
     return problem.tma_takes(q, k, v) and (variant != "one_pass" or one_pass_takes(problem))
 
 
 def _as_on_hopper() -> Any:
     """Tensors are on the CPU: the Gluon kernel would refuse them for that alone."""
-    return mock.patch.object(gluon_forward, "_on_hopper", return_value=True, create=True)
+    return mock.patch.object(gluon_forward, "is_hopper", return_value=True)
 
 
 def _shipped_tiles(case: Case, kernel: str, variant: str) -> TileConfig:

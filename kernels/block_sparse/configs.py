@@ -152,7 +152,7 @@ _HOPPER_TMA: dict[str, Table] = {
 _WARP_SPECIALIZED: Table = {
     64: both(128, 128, 4, 3), 128: both(128, 128, 4, 2), 256: both(128, 32, 4, 2),
 }  # fmt: skip
-_GLUON: Table = {64: both(128, 128, 4, 2), 128: both(128, 128, 4, 2)}
+_GLUON: Table = {64: both(128, 128, 4, 3), 128: both(128, 128, 4, 2), 256: both(128, 64, 4, 2)}
 _ONE_PASS: Table = {
     64: both(64, 64, 4, 2, 64), 128: both(64, 128, 8, 2, 32), 256: both(32, 64, 4, 2, 32),
 }  # fmt: skip

@@ -33,12 +33,18 @@ def tile_descriptor(x: torch.Tensor, tokens: int, block_d: int) -> TensorDescrip
         x: `(batch, tokens, heads, head_dim)`, `describable`.
         tokens, block_d: shape of a tile; powers of 2 up to 256.
     """
-    # Nothing is ever stepped over in a dimension of size 1, and its stride may be anything.
-    strides = [
-        step // x.element_size() if size > 1 else _ALIGNMENT
-        for size, step in zip(x.shape[:-1], _byte_strides(x), strict=True)
-    ]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, tokens, 1, block_d])
+    return TensorDescriptor(x, list(x.shape), tile_strides(x), [1, tokens, 1, block_d])
+
+
+def tile_strides(x: torch.Tensor) -> list[int]:
+    """The strides of a `describable` tensor as a descriptor takes them.
+
+    Nothing is ever stepped over in a dimension of size 1, and its stride may be anything.
+    """
+    return [
+        stride if size > 1 else _ALIGNMENT
+        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    ] + [1]
 
 
 def _byte_strides(x: torch.Tensor) -> list[int]:

@@ -47,14 +47,14 @@ def forward(
         if variant == "tma_ws":
             return warp_specialized.takes(problem, q, k, v)
         if variant == "gluon":
-            return gluon_forward.takes(q, k, v, layout, key_mask, **options)
+            return gluon_forward.takes(problem, q, k, v)
         return variant == "plain" or problem.tma_takes(k, v)
 
     def run(best: Choice) -> tuple[torch.Tensor, torch.Tensor]:
         if best.variant == "tma_ws":
             return warp_specialized.forward(problem, q, k, v, best.tiles)
         if best.variant == "gluon":
-            return gluon_forward.forward(q, k, v, layout, key_mask, **options, config=best.tiles)
+            return gluon_forward.forward(problem, q, k, v, best.tiles)
         return forward_by_tiles(problem, q, k, v, best.tiles, tma=best.variant == "tma")
 
     return first_that_compiles("forward", problem, takes, run, choice)

@@ -153,6 +153,18 @@ class Problem:
         return on_device(self.device)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device is a Hopper GPU.
+
+    ROCm's GPUs are "cuda" to torch, with capabilities of their own numbering.
+    """
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) == (9, 0)
+    )
+
+
 def _tile_span(x: torch.Tensor, block: int) -> int:
     """Elements from the first to the last one of a block of tokens of one head."""
     _, tokens, _, head_dim = x.shape

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
 import triton.compiler
 from triton.runtime.errors import OutOfResources
 
 from .configs import Choice, TileConfig, fitted, tile_config
-from .launch import Problem
+from .launch import Problem, is_hopper
 from .tuned import tuned_choice
 
 VARIANT_VARIABLE = "DIFFATTN_TRITON_VARIANT"
@@ -132,7 +131,7 @@ def choices(kernel: str, problem: Problem) -> list[Choice]:
         elif measured is not None and asked is None:
             best = measured.variant
         else:  # asked for a form that only another kernel has, or for none
-            best = "tma" if asked or _is_hopper(problem.device) else "plain"
+            best = "tma" if asked or is_hopper(problem.device) else "plain"
         return [
             Choice(variant, _tiles(kernel, variant, measured, problem))
             for variant in dict.fromkeys((best, "tma", "plain"))
@@ -154,15 +153,6 @@ def _asked() -> str | None:
     if asked and asked not in VARIANTS:
         raise ValueError(f"{VARIANT_VARIABLE} is {asked!r}; choose from {', '.join(VARIANTS)}")
     return asked or None
-
-
-def _is_hopper(device: torch.device) -> bool:
-    # ROCm's GPUs are "cuda" to torch, with capabilities of their own numbering.
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) == (9, 0)
-    )
 
 
 def _is_compile_failure(error: Exception) -> bool:

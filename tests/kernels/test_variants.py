@@ -24,6 +24,7 @@ from diffattn.kernels.block_sparse import (
     block_sparse_attention,
     forward_pass,
     gluon_forward,
+    launch,
     variants,
     warp_specialized,
 )
@@ -44,7 +45,7 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variants, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(variants, "is_hopper", lambda device: True)
 
 
 def call(
@@ -109,16 +110,16 @@ def test_hopper_is_told_by_its_capability(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", None)
-    assert variants._is_hopper(torch.device("cuda", 1)) == expected
-    assert not variants._is_hopper(torch.device("xpu"))
-    assert not variants._is_hopper(torch.device("cpu"))
+    assert launch.is_hopper(torch.device("cuda", 1)) == expected
+    assert not launch.is_hopper(torch.device("xpu"))
+    assert not launch.is_hopper(torch.device("cpu"))
 
 
 def test_amd_gpus_are_not_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """An MI250 is a "cuda" device of capability 9.0."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert not variants._is_hopper(torch.device("cuda"))
+    assert not launch.is_hopper(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("kernel", variants.KERNELS)
@@ -145,7 +146,7 @@ def test_a_call_takes_what_suits_it(
 
 
 def test_other_gpus_take_the_plain_variant(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variants, "_is_hopper", lambda device: False)
+    monkeypatch.setattr(variants, "is_hopper", lambda device: False)
     for kernel in variants.KERNELS:
         assert tried(kernel, call(device)) == ["plain"]
 
@@ -165,7 +166,7 @@ def test_the_environment_decides(
     asked: str, forward: list[str], queries: list[str], keys: list[str], is_hopper: bool,
     device: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(variants, "_is_hopper", lambda device: is_hopper)
+    monkeypatch.setattr(variants, "is_hopper", lambda device: is_hopper)
     monkeypatch.setenv("DIFFATTN_TRITON_VARIANT", asked)
     arguments = call(device)
     assert [tried(kernel, arguments) for kernel in ("forward", "queries", "keys")] == [
@@ -228,7 +229,7 @@ def test_what_was_measured_on_a_gpu_is_taken_first(
     form = {"forward": "gluon", "queries": "plain", "keys": "one_pass"}[kernel]
     measured = {(kernel, 64): Choice(form, tiles)}
     monkeypatch.setattr(variants, "tuned_choice", lambda *key: measured.get(key))
-    monkeypatch.setattr(variants, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(variants, "is_hopper", lambda device: True)
 
     def first(**kind: Any) -> Choice:
         problem = Problem.of(*call(device, **kind), **OPTIONS)
