@@ -71,4 +71,7 @@ def _work(function: str, constants: Constants) -> Work | None:
         return None
     tokens, columns = constants["BLOCK_T"], constants["BLOCK_E"]
     macs = tokens * columns * constants["BLOCK_D"]
-    return Work(function.removesuffix("_kernel"), (Tile("all", f"{tokens}x{columns}", macs),))
+    # Only this one loops over columns.
+    trips = -(-constants["D"] // columns) if function == "pull_back_kernel" else 1
+    tile = Tile("all", f"{tokens}x{columns}", macs, trips)
+    return Work(function.removesuffix("_kernel"), (tile,))

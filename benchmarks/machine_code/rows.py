@@ -149,7 +149,8 @@ def _loop_row(
     if not products:
         return row
     warps = _WARPS_OF_GROUP if groups > 1 else kernel.warps
-    needed = tile.macs // groups
+    written_out = len(loop) == len(listing)
+    needed = tile.macs // groups * (tile.trips if written_out else 1)
     estimated = estimate(
         loop, products, needed, CHIPS[kernel.arch], warps=warps, copies=max(1, programs) * groups
     )
