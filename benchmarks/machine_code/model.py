@@ -23,9 +23,9 @@ from .sass import Instruction, Loop
 QUARTERS = 4
 # Cycles: of a wait for products, of a barrier of warps, and of a wait for a copy.
 PRODUCT_WAIT, BARRIER, COPY_WAIT = 60, 25, 20
-# wgmma reads this many bytes of shared memory a cycle for its second operand and its first one:
-# cycles of a product are at least n / 4, and 16 more if the first one is not in registers.
-_N_PER_CYCLE, _FIRST_OPERAND = 4, 16
+# Reading shared memory takes a wgmma a cycle per 4 columns of its second operand, and 16 cycles for
+# a first operand that is not in registers. Short products are limited by that.
+_COLUMNS_PER_CYCLE, _FIRST_OPERAND = 4, 16
 _REGISTERS, _REGISTER_UNIT = 65536, 256
 _SHARED_RESERVED = 1024  # bytes, by the driver, per program
 
@@ -127,7 +127,7 @@ def estimate(
 
 def product_cycles(product: Product) -> float:
     """Cycles of a wgmma in the tensor cores of a quarter, for 16-bit inputs with k = 16."""
-    reading = product.n / _N_PER_CYCLE + (0 if product.from_registers else _FIRST_OPERAND)
+    reading = product.n / _COLUMNS_PER_CYCLE + (0 if product.from_registers else _FIRST_OPERAND)
     return max(product.n / 2, reading)
 
 
