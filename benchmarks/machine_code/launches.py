@@ -17,11 +17,13 @@ class Tile:
         loop: the loop's name.
         shape: for the table.
         macs: multiplications that its matrix products need.
+        trips: iterations, where their number is a constant: the compiler may write them all out.
     """
 
     loop: str
     shape: str
     macs: int
+    trips: int = 1
 
 
 @dataclass(frozen=True)
