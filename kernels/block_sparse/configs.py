@@ -1,14 +1,14 @@
-"""Tile sizes of the plain kernels: the largest that compile without spilled registers.
+"""Tile sizes of the kernels, by what the compiler makes of them.
 
 Larger tiles read keys and values less often, and matrix units want 64 and more of everything; what
-limits them is registers (accumulators are float32) and shared memory. The tables come from
-compiling for each architecture, not from timing: times will move entries, and the compile check
-keeps them legal.
+limits them is registers (accumulators are float32) and shared memory. The tables come from the
+machine code of each architecture (`benchmarks/machine_code`), not from timing. A table that has
+been measured on a GPU goes before them: `tuned.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -21,12 +21,26 @@ class TileConfig:
     Attributes:
         block_m, block_n: queries and keys per tile; at most those of a block.
         num_warps, num_stages: as Triton takes them.
+        partial: tokens of the walked side per tile of a partial block, keys for "forward" and
+            "queries", queries for "keys": masks take registers. As in full blocks when None.
+        ahead: whether scores are multiplied one tile before they are needed ("forward" and
+            "queries").
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    partial: int | None = None
+    ahead: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A variant of a kernel, and its tiles."""
+
+    variant: str
+    tiles: TileConfig
 
 
 # By largest head_dim, for 16-bit inputs. A second entry is for calls with a key mask or a padded
@@ -35,12 +49,13 @@ _Row = tuple[TileConfig, TileConfig]
 Table = dict[int, _Row]
 
 
-def both(*config: int) -> _Row:
-    return TileConfig(*config), TileConfig(*config)
+def both(*config: int, ahead: bool = False) -> _Row:
+    tiles = TileConfig(*config, ahead=ahead)
+    return tiles, tiles
 
 
-def plain_masked(plain: tuple[int, ...], masked: tuple[int, ...]) -> _Row:
-    return TileConfig(*plain), TileConfig(*masked)
+def plain_masked(plain: tuple[int, ...], masked: tuple[int, ...], *, ahead: bool = False) -> _Row:
+    return TileConfig(*plain, ahead=ahead), TileConfig(*masked, ahead=ahead)
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,7 @@ class Tables:
     def find(self, kernel: str, block_d: int, dtype: torch.dtype, *, masked: bool) -> TileConfig:
         """The tiles of a kernel on the current device; arguments as `tile_config`."""
         table = (self.float32 if dtype == torch.float32 else self._of_chip())[kernel]
-        return next(row for largest, row in table.items() if block_d <= largest)[masked]
+        return row_of(table, block_d)[masked]
 
     def _of_chip(self) -> dict[str, Table]:
         if triton.knobs.runtime.interpret:
@@ -94,24 +109,53 @@ _AMPERE: dict[str, Table] = {
     },
 }
 
-# wgmma: tiles of 64 queries and more per group of four warps.
+# wgmma: a group of four warps takes 64 rows of a product and all of its columns. Two groups want
+# 128 rows (queries, for "keys" keys): they would compute the same 64 twice.
 _HOPPER: dict[str, Table] = {
     "forward": {
-        64: plain_masked((128, 128, 8, 2), (128, 64, 8, 3)),
-        128: plain_masked((128, 64, 8, 3), (128, 64, 8, 2)),
-        256: both(64, 32, 8, 2),
+        64: both(128, 64, 8, 3, ahead=True),
+        128: both(128, 64, 8, 2, ahead=True),
+        256: both(64, 32, 4, 2),
     },
     "queries": {
         64: both(128, 64, 8, 2),
-        128: plain_masked((128, 64, 8, 2), (64, 64, 8, 2)),
-        256: both(64, 16, 8, 2),
+        128: plain_masked((128, 64, 8, 2), (64, 64, 4, 2)),
+        256: both(64, 16, 4, 2),
     },
     "keys": {
-        64: both(64, 128, 8, 2),
-        128: both(32, 64, 8, 2),
-        256: both(32, 32, 8, 2),
+        64: both(64, 64, 4, 2),
+        128: both(32, 128, 8, 2),
+        256: both(32, 64, 4, 2),
     },
 }
+
+# The same by TMA, which takes no registers for addresses.
+_HOPPER_TMA: dict[str, Table] = {
+    "forward": {
+        64: both(128, 128, 8, 2, 64, ahead=True),
+        128: both(128, 64, 8, 3, 64, ahead=True),
+        256: both(128, 32, 8, 2, 32),
+    },
+    "queries": {
+        64: both(128, 128, 8, 2, 64, ahead=True),
+        128: both(128, 64, 8, 2, 64, ahead=True),
+        256: both(64, 32, 4, 2, 32),
+    },
+    "keys": {
+        64: both(64, 64, 4, 2, 64),
+        128: both(64, 128, 8, 2, 64),
+        256: both(32, 64, 4, 2, 32),
+    },
+}
+
+# Forms of a kernel that are chosen only where they have been measured.
+_WARP_SPECIALIZED: Table = {
+    64: both(128, 128, 4, 3), 128: both(128, 128, 4, 2), 256: both(128, 32, 4, 2),
+}  # fmt: skip
+_GLUON: Table = {64: both(128, 128, 4, 3), 128: both(128, 128, 4, 2), 256: both(128, 64, 4, 2)}
+_ONE_PASS: Table = {
+    64: both(64, 64, 4, 2, 64), 128: both(64, 128, 8, 2, 32), 256: both(32, 64, 4, 2, 32),
+}  # fmt: skip
 
 # tcgen05: accumulators are in tensor memory.
 _BLACKWELL: dict[str, Table] = {
@@ -154,20 +198,42 @@ _TABLES = Tables(_AMPERE, _HOPPER, _BLACKWELL, _OTHER, _FLOAT32)
 
 
 def tile_config(
-    kernel: str, block_d: int, dtype: torch.dtype, block_q: int, block_kv: int, *, masked: bool
+    kernel: str, variant: str, block_d: int, dtype: torch.dtype, *, masked: bool
 ) -> TileConfig:
-    """The tiles of a kernel on the current device.
+    """The shipped tiles of a kernel on the current device.
 
     Args:
         kernel: "forward", "queries" (dQ) or "keys" (dK and dV).
+        variant: one of `variants.KERNELS[kernel]`.
         block_d: the padded head dimension.
-        block_q, block_kv: tokens per block; tiles are not larger.
         masked: whether there is a key mask or padding in the head dimension.
     """
-    config = _TABLES.find(kernel, block_d, dtype, masked=masked)
-    return TileConfig(
+    tables = {
+        "tma": _HOPPER_TMA[kernel],
+        "tma_ws": _WARP_SPECIALIZED,
+        "gluon": _GLUON,
+        "one_pass": _ONE_PASS,
+    }
+    if variant == "plain":
+        return _TABLES.find(kernel, block_d, dtype, masked=masked)
+    return row_of(tables[variant], block_d)[masked]
+
+
+def row_of(table: Table, block_d: int) -> _Row:
+    return next(row for largest, row in table.items() if block_d <= largest)
+
+
+def fitted(kernel: str, config: TileConfig, block_q: int, block_kv: int) -> TileConfig:
+    """Tiles no larger than a block, by as many warps as have rows of their own."""
+    rows, most = (config.block_n, block_kv) if kernel == "keys" else (config.block_m, block_q)
+    warps = config.num_warps
+    while rows > most and warps > 4:
+        rows, warps = rows // 2, warps // 2
+    walked = block_q if kernel == "keys" else block_kv
+    return replace(
+        config,
         block_m=min(block_q, config.block_m),
         block_n=min(block_kv, config.block_n),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_warps=warps,
+        partial=None if config.partial is None else min(walked, config.partial),
     )

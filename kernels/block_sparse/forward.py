@@ -6,15 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ..checks import LayoutTensors
 from .configs import TileConfig
 from .launch import Problem
-from .plan import cached_row_order
+from .plan import cached_rows
 from .primitives import (
     LN_2,
     LOG2_E,
     load_bits,
     load_tile,
+    read_tokens,
     row_lists,
     store_tile,
     tile_of_program,
@@ -23,42 +23,71 @@ from .primitives import (
 
 
 @triton.jit
+def weigh(b_s, b_max, scale, m_s, MASKED: tl.constexpr):
+    """Weights of a tile's scores, the new maximum, the factor for what was summed with the old one.
+
+    In powers of 2: `scale` > 0 has log2(e) in it.
+    """
+    if MASKED:
+        b_s = tl.where(m_s, b_s, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
+    b_base = b_new
+    if MASKED:
+        # A query that has seen nothing yet has a maximum of -inf, and -inf - -inf is NaN.
+        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+    return tl.exp2(b_s * scale - b_base[:, None]), b_new, tl.exp2(b_max - b_base)
+
+
+@triton.jit
 def attend_tile(
     b_q, b_k, b_v, b_acc, b_max, b_sum, scale, m_s, MASKED: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """One step of the online softmax, in powers of 2: `scale` > 0 has log2(e) in it."""
+    """One step of the online softmax."""
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-    if MASKED:
-        b_s = tl.where(m_s, b_s * scale, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        # A query that has seen nothing yet has a maximum of -inf, and -inf - -inf is NaN.
-        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_p = tl.exp2(b_s - b_base[:, None])
-    else:
-        b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
-        b_base = b_new
-        b_p = tl.exp2(b_s * scale - b_base[:, None])
-    b_old = tl.exp2(b_max - b_base)
+    b_p, b_max, b_old = weigh(b_s, b_max, scale, m_s, MASKED)
     b_sum = b_sum * b_old + tl.sum(b_p, 1)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision=PRECISION)
-    return b_acc, b_new, b_sum
+    return b_acc, b_max, b_sum
+
+
+@triton.jit
+def store_rows(
+    p_out, p_lse, i_b, i_h, start_m, tokens_q, heads, b_acc, b_max, b_sum,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Output and LSE of a tile of queries: 0 and -inf where a query has seen nothing."""
+    o_m = tl.arange(0, BLOCK_M)
+    m_m = start_m + o_m < tokens_q
+    b_norm = tl.where(b_sum == 0, 1.0, b_sum)
+    b_lse = (b_max + tl.log2(b_norm)) * LN_2
+    first = (i_b * tokens_q + start_m) * heads + i_h
+    store_tile(p_out + first * D, heads * D, o_m, m_m, b_acc / b_norm[:, None], D, BLOCK_D)
+    tl.store(p_lse + (i_b * heads + i_h) * tokens_q + start_m + o_m, b_lse, mask=m_m)
 
 
 @triton.jit(do_not_specialize=["tokens_q", "tokens_kv", "rows", "full_cap", "partial_cap"])
 def forward_kernel(
-    p_q, p_k, p_v, p_key_mask, p_out, p_lse,
+    p_q, x_k, x_v, x_k_partial, x_v_partial, p_key_mask, p_out, p_lse,
     p_order, p_full_count, p_full_index, p_partial_count, p_partial_index, p_partial_mask,
     p_bit_masks,
     s_qb, s_qt, s_qh, s_qd, s_kb, s_kt, s_kh, s_kd, s_vb, s_vt, s_vh, s_vd, s_mb, s_mt,
     s_layout_b, s_layout_h,
     tokens_q, tokens_kv, heads, rows, full_cap, partial_cap, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    NEGATIVE_SCALE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTIAL_N: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_PARTIAL: tl.constexpr, NEGATIVE_SCALE: tl.constexpr,
+    AHEAD: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """AHEAD: scores are multiplied one tile before they are needed.
+
+    Then the matrix units have work while a tile's weights are computed. The weights stand before
+    the next product in the program, or the compiler puts none of them beside it.
+    """
     TILES_M: tl.constexpr = BLOCK_Q // BLOCK_M
     TILES_N: tl.constexpr = BLOCK_KV // BLOCK_N
     WORDS: tl.constexpr = (BLOCK_KV + 31) // 32
+    # What a pointer may not be followed to. The copy engine needs no mask.
+    KEY_MASKED: tl.constexpr = HAS_KEY_MASK and not TMA
     i_tile, i_b, i_h, i_layout = tile_of_program(rows * TILES_M, heads, s_layout_b, s_layout_h)
     i_row = tl.load(p_order + i_layout * rows + i_tile // TILES_M)
     i_list = i_layout * rows + i_row
@@ -67,17 +96,17 @@ def forward_kernel(
     if start_m >= tokens_q:
         return
 
-    o_m = token_offsets(BLOCK_M, WIDE)
-    o_n = token_offsets(BLOCK_N, WIDE)
-    m_m = start_m + o_m < tokens_q
     p_q += i_b * s_qb + i_h * s_qh + start_m.to(tl.int64) * s_qt
-    p_k += i_b * s_kb + i_h * s_kh
-    p_v += i_b * s_vb + i_h * s_vh
+    if not TMA:
+        x_k += i_b * s_kb + i_h * s_kh
+        x_v += i_b * s_vb + i_h * s_vh
+        x_k_partial = x_k
+        x_v_partial = x_v
     p_key_mask += i_b * s_mb
-    p_partial_index += i_list.to(tl.int64) * partial_cap
-    p_partial_mask += i_list.to(tl.int64) * partial_cap
-
-    b_q = load_tile(p_q, s_qt, s_qd, o_m, m_m, True, D, BLOCK_D)
+    o_n = tl.arange(0, BLOCK_N)
+    m_m = start_m + tl.arange(0, BLOCK_M) < tokens_q
+    o_m = token_offsets(BLOCK_M, WIDE)
+    b_q = load_tile(p_q, s_qt, s_qd, o_m, m_m, True, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
     scale *= LOG2_E
     if NEGATIVE_SCALE:  # the maximum of scaled scores is that of the scores only if scale > 0
         b_q = (-b_q.to(tl.float32)).to(b_q.dtype)
@@ -91,87 +120,156 @@ def forward_kernel(
         p_full_count, p_full_index, p_partial_count, i_list, full_cap, tokens_kv, BLOCK_KV
     )
     i_block = tl.load(p_full, mask=n_full > 0, other=0)
-    for i in tl.range(0, n_full * TILES_N):
-        start_n = i_block * BLOCK_KV + (i % TILES_N) * BLOCK_N
-        i_block = tl.load(p_full + tl.minimum((i + 1) // TILES_N, n_full - 1))
-        p_kt = p_k + start_n.to(tl.int64) * s_kt
-        p_vt = p_v + start_n.to(tl.int64) * s_vt
-        m_n = o_n < BLOCK_N
-        if HAS_KEY_MASK:
-            m_n = tl.load(p_key_mask + (start_n + o_n) * s_mt) != 0
-        # What is hidden is read as 0: a NaN left in padding must not reach a sum.
-        b_k = load_tile(p_kt, s_kt, s_kd, o_n, m_n, HAS_KEY_MASK, D, BLOCK_D)
-        b_v = load_tile(p_vt, s_vt, s_vd, o_n, m_n, HAS_KEY_MASK, D, BLOCK_D)
-        b_acc, b_max, b_sum = attend_tile(
-            b_q, b_k, b_v, b_acc, b_max, b_sum, scale, m_n[None, :], HAS_KEY_MASK, PRECISION
-        )
+    m_n = o_n < BLOCK_N
+    if AHEAD:
+        start_n = i_block * BLOCK_KV
+        i_block = tl.load(p_full + tl.minimum(1 // TILES_N, n_full - 1), mask=n_full > 0, other=0)
+        m_first = start_n + o_n < tokens_kv  # of a row without full blocks, whatever block 0 is
+        b_k = read_tokens(
+            x_k, i_b, i_h, start_n, s_kt, s_kd, m_first, True, D, BLOCK_N, BLOCK_D, WIDE, TMA
+        )  # (BLOCK_N, BLOCK_D)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        for i in tl.range(0, n_full * TILES_N):
+            next_n = i_block * BLOCK_KV + ((i + 1) % TILES_N) * BLOCK_N
+            i_block = tl.load(p_full + tl.minimum((i + 2) // TILES_N, n_full - 1))
+            b_k = read_tokens(
+                x_k, i_b, i_h, next_n, s_kt, s_kd, m_n, False, D, BLOCK_N, BLOCK_D, WIDE, TMA
+            )  # (BLOCK_N, BLOCK_D)
+            if HAS_KEY_MASK:
+                m_n = tl.load(p_key_mask + (start_n + o_n).to(tl.int64) * s_mt) != 0
+            b_p, b_new, b_old = weigh(b_s, b_max, scale, m_n[None, :], HAS_KEY_MASK)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+            b_sum = b_sum * b_old + tl.sum(b_p, 1)
+            b_v = read_tokens(
+                x_v, i_b, i_h, start_n, s_vt, s_vd, m_n, KEY_MASKED, D, BLOCK_N, BLOCK_D, WIDE, TMA
+            )  # (BLOCK_N, BLOCK_D)
+            if HAS_KEY_MASK and TMA:
+                b_v = tl.where(m_n[:, None], b_v, 0.0)  # a NaN in padding must not reach a sum
+            b_acc = tl.dot(
+                b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision=PRECISION
+            )
+            b_max = b_new
+            start_n = next_n
+    else:
+        for i in tl.range(0, n_full * TILES_N):
+            start_n = i_block * BLOCK_KV + (i % TILES_N) * BLOCK_N
+            i_block = tl.load(p_full + tl.minimum((i + 1) // TILES_N, n_full - 1))
+            if HAS_KEY_MASK:
+                m_n = tl.load(p_key_mask + (start_n + o_n).to(tl.int64) * s_mt) != 0
+            # What is hidden is read as 0: a NaN left in padding must not reach a sum.
+            b_k = read_tokens(
+                x_k, i_b, i_h, start_n, s_kt, s_kd, m_n, KEY_MASKED, D, BLOCK_N, BLOCK_D, WIDE, TMA
+            )  # (BLOCK_N, BLOCK_D)
+            b_v = read_tokens(
+                x_v, i_b, i_h, start_n, s_vt, s_vd, m_n, KEY_MASKED, D, BLOCK_N, BLOCK_D, WIDE, TMA
+            )  # (BLOCK_N, BLOCK_D)
+            if HAS_KEY_MASK and TMA:
+                b_v = tl.where(m_n[:, None], b_v, 0.0)
+            b_acc, b_max, b_sum = attend_tile(
+                b_q, b_k, b_v, b_acc, b_max, b_sum, scale, m_n[None, :], HAS_KEY_MASK, PRECISION
+            )
 
-    # Partial blocks, then the short full one.
-    i_short = tokens_kv // BLOCK_KV
-    i_block = tl.load(p_partial_index, mask=n_partial > 0, other=i_short)
-    i_mask = tl.load(p_partial_mask, mask=n_partial > 0, other=0)
-    for i in tl.range(0, (n_partial + n_short) * TILES_N):
+    if HAS_PARTIAL:
+        # Partial blocks, then the short full one.
+        PARTIALS_N: tl.constexpr = BLOCK_KV // PARTIAL_N
+        p_partial_index += i_list.to(tl.int64) * partial_cap
+        p_partial_mask += i_list.to(tl.int64) * partial_cap
+        o_p = tl.arange(0, PARTIAL_N)
         o_w = tl.arange(0, BLOCK_M)
-        m_w = o_w < tl.where(i // TILES_N < n_partial, BLOCK_M, 0)
-        start_in_kv = (i % TILES_N) * BLOCK_N
-        start_n = i_block * BLOCK_KV + start_in_kv
-        p_words = p_bit_masks + (i_mask.to(tl.int64) * BLOCK_Q + start_in_block) * WORDS
-        m_s = load_bits(p_words, WORDS, o_w, m_w, start_in_kv, BLOCK_M, BLOCK_N, False)
-        i_next = (i + 1) // TILES_N
-        i_block = tl.load(p_partial_index + i_next, mask=i_next < n_partial, other=i_short)
-        i_mask = tl.load(p_partial_mask + i_next, mask=i_next < n_partial, other=0)
-        p_kt = p_k + start_n.to(tl.int64) * s_kt
-        p_vt = p_v + start_n.to(tl.int64) * s_vt
-        m_n = start_n + o_n < tokens_kv
-        if HAS_KEY_MASK:
-            m_n = tl.load(p_key_mask + (start_n + o_n) * s_mt, mask=m_n, other=0) != 0
-        b_k = load_tile(p_kt, s_kt, s_kd, o_n, m_n, True, D, BLOCK_D)
-        b_v = load_tile(p_vt, s_vt, s_vd, o_n, m_n, True, D, BLOCK_D)
-        b_acc, b_max, b_sum = attend_tile(
-            b_q, b_k, b_v, b_acc, b_max, b_sum, scale, m_s & m_n[None, :], True, PRECISION
-        )
-
-    b_norm = tl.where(b_sum == 0, 1.0, b_sum)  # 0 where a query has seen nothing
-    b_out = b_acc / b_norm[:, None]
-    b_lse = (b_max + tl.log2(b_norm)) * LN_2
-    first = (i_b * tokens_q + start_m) * heads + i_h
-    store_tile(p_out + first * D, heads * D, tl.arange(0, BLOCK_M), m_m, b_out, D, BLOCK_D)
-    p_lse += (i_b * heads + i_h) * tokens_q + start_m
-    tl.store(p_lse + tl.arange(0, BLOCK_M), b_lse, mask=m_m)
+        i_short = tokens_kv // BLOCK_KV
+        i_block = tl.load(p_partial_index, mask=n_partial > 0, other=i_short)
+        i_mask = tl.load(p_partial_mask, mask=n_partial > 0, other=0)
+        for i in tl.range(0, (n_partial + n_short) * PARTIALS_N):
+            m_w = o_w < tl.where(i // PARTIALS_N < n_partial, BLOCK_M, 0)
+            start_in_kv = (i % PARTIALS_N) * PARTIAL_N
+            start_block = i_block * BLOCK_KV
+            start_n = start_block + start_in_kv
+            p_words = p_bit_masks + (i_mask.to(tl.int64) * BLOCK_Q + start_in_block) * WORDS
+            m_s = load_bits(
+                p_words, WORDS, o_w, m_w, start_in_kv, tokens_kv - start_block,
+                BLOCK_M, PARTIAL_N, False,
+            )  # fmt: skip
+            i_next = (i + 1) // PARTIALS_N
+            i_block = tl.load(p_partial_index + i_next, mask=i_next < n_partial, other=i_short)
+            i_mask = tl.load(p_partial_mask + i_next, mask=i_next < n_partial, other=0)
+            m_p = start_n + o_p < tokens_kv
+            if HAS_KEY_MASK:
+                p_visible = p_key_mask + (start_n + o_p).to(tl.int64) * s_mt
+                m_p = tl.load(p_visible, mask=m_p, other=0) != 0
+                m_s = m_s & m_p[None, :]
+            b_kp = read_tokens(
+                x_k_partial,
+                i_b,
+                i_h,
+                start_n,
+                s_kt,
+                s_kd,
+                m_p,
+                True,
+                D,
+                PARTIAL_N,
+                BLOCK_D,
+                WIDE,
+                TMA,
+            )  # (PARTIAL_N, BLOCK_D)
+            b_vp = read_tokens(
+                x_v_partial,
+                i_b,
+                i_h,
+                start_n,
+                s_vt,
+                s_vd,
+                m_p,
+                True,
+                D,
+                PARTIAL_N,
+                BLOCK_D,
+                WIDE,
+                TMA,
+            )  # (PARTIAL_N, BLOCK_D)
+            if HAS_KEY_MASK and TMA:
+                b_vp = tl.where(m_p[:, None], b_vp, 0.0)
+            b_acc, b_max, b_sum = attend_tile(
+                b_q, b_kp, b_vp, b_acc, b_max, b_sum, scale, m_s, True, PRECISION
+            )
+    store_rows(
+        p_out, p_lse, i_b, i_h, start_m, tokens_q, heads, b_acc, b_max, b_sum, D, BLOCK_M, BLOCK_D
+    )
 
 
 def forward(
+    problem: Problem,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    layout: LayoutTensors,
-    key_mask: torch.Tensor | None,
+    config: TileConfig,
     *,
-    block_q: int,
-    block_kv: int,
-    scale: float,
-    config: TileConfig | None = None,
+    tma: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp; arguments as `block_sparse_attention`, already checked.
+    """Output and log-sum-exp.
 
     Args:
-        config: tiles to use instead of those in the table.
+        tma: whether the copy engine fetches tiles; for tensors that `tma_takes`.
     """
-    problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv)
-    if config is None:
-        config = problem.tiles("forward")
     batch, tokens_q, heads, _ = q.shape
+    tokens_kv = k.shape[1]
     out = q.new_empty(q.shape)
     lse = q.new_empty((batch, heads, tokens_q), dtype=torch.float32)
-    order = cached_row_order(layout)
-    rows = order.shape[-1]
+    rows = cached_rows(problem.layout, tokens_kv, problem.block_kv)
+    n_rows = rows.order.shape[-1]
+    part = config.partial or config.block_n
+    sources = problem.sources(
+        (k, config.block_n), (v, config.block_n), (k, part), (v, part), tma=tma
+    )
     with problem.on_device():
-        forward_kernel[(batch * heads * rows * (block_q // config.block_m),)](
-            q, k, v, problem.key_mask, out, lse, order, *problem.layout,
+        forward_kernel[(batch * heads * n_rows * (problem.block_q // config.block_m),)](
+            q, *sources, problem.key_mask, out, lse, rows.order, *problem.rows_layout(rows),
             *q.stride(), *k.stride(), *v.stride(), *problem.key_mask_strides,
             *problem.layout_strides,
-            tokens_q, k.shape[1], heads, rows, layout[1].shape[-1], layout[3].shape[-1], scale,
-            NEGATIVE_SCALE=scale < 0,
-            **problem.constants(config),
+            tokens_q, tokens_kv, heads, n_rows,
+            problem.layout[1].shape[-1], problem.layout[3].shape[-1], problem.scale_not_0,
+            PARTIAL_N=part, HAS_PARTIAL=problem.rows_have_masks(tokens_kv),
+            NEGATIVE_SCALE=problem.scale < 0, AHEAD=config.ahead,
+            TMA=tma, **problem.constants(config),
         )  # fmt: skip
     return out, lse

@@ -1,4 +1,4 @@
-"""What every launch of a plain kernel needs to know of its tensors."""
+"""What every launch of a block-sparse kernel needs to know of its tensors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..checks import LayoutTensors
-from .configs import TileConfig, tile_config
+from .configs import TileConfig
+from .descriptors import describable, tile_descriptor
+from .plan import Rows
 
 # Offsets inside a tile are 32 bits wide up to here.
 _MAX_OFFSET = 2**31 - 1
+
+# Scores times this are as good as 0.
+_SMALLEST_SCALE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,9 @@ class Problem:
     """The arguments of an attention call as its kernels take them.
 
     Attributes:
-        layout: contiguous index lists and bit masks.
+        layout: index lists and bit masks as given: plans are remembered by these tensors.
+        lists: the same, contiguous.
+        scale: factor of the scores.
         layout_strides: how many layouts apart two samples and two heads are; 0 where they share.
         key_mask: uint8, or any tensor if there is none.
         key_mask_strides: of sample and token.
@@ -32,7 +40,9 @@ class Problem:
     head_dim: int
     block_q: int
     block_kv: int
-    layout: tuple[torch.Tensor, ...]
+    scale: float
+    layout: LayoutTensors
+    lists: tuple[torch.Tensor, ...]
     layout_strides: tuple[int, int]
     key_mask: torch.Tensor
     key_mask_strides: tuple[int, int]
@@ -49,7 +59,9 @@ class Problem:
         key_mask: torch.Tensor | None,
         block_q: int,
         block_kv: int,
-        *more: torch.Tensor,
+        scale: float,
+        *,
+        more: tuple[torch.Tensor, ...] = (),
     ) -> Problem:
         """Collect them; `more` are further `(batch, tokens, heads, head_dim)` that are read."""
         samples, layout_heads, _ = layout[0].shape
@@ -60,7 +72,9 @@ class Problem:
             head_dim=q.shape[-1],
             block_q=block_q,
             block_kv=block_kv,
-            layout=tuple(x.contiguous() for x in layout),
+            scale=scale,
+            layout=layout,
+            lists=tuple(x.contiguous() for x in layout),
             layout_strides=(layout_heads if samples > 1 else 0, 1 if layout_heads > 1 else 0),
             key_mask=mask,
             key_mask_strides=(0, 0) if key_mask is None else (mask.stride(0), mask.stride(1)),
@@ -74,13 +88,47 @@ class Problem:
         """The head dimension, padded to what a matrix product takes."""
         return padded_head_dim(self.head_dim)
 
-    def tiles(self, kernel: str) -> TileConfig:
-        """The shipped tiles of "forward", "queries" or "keys" on this device."""
-        masked = self.has_key_mask or self.head_dim != self.block_d
-        with self.on_device():
-            return tile_config(
-                kernel, self.block_d, self.dtype, self.block_q, self.block_kv, masked=masked
-            )
+    def tma_takes(self, *tensors: torch.Tensor) -> bool:
+        """Whether the copy engine can fetch these, for tiles as large as matrix units want them."""
+        return min(self.block_q, self.block_kv) >= 64 and all(map(describable, tensors))
+
+    @property
+    def scale_not_0(self) -> float:
+        """The scale for a kernel that hides scores before it scales them: 0 * -inf is NaN."""
+        return self.scale or _SMALLEST_SCALE
+
+    @property
+    def masked(self) -> bool:
+        """Whether there is a key mask or padding in the head dimension: both take registers."""
+        return self.has_key_mask or self.head_dim != self.block_d
+
+    def rows_layout(self, rows: Rows) -> tuple[torch.Tensor, ...]:
+        """The layout's tensors for a kernel that walks query rows."""
+        if rows.full_index is None:
+            return self.lists
+        return (self.lists[0], rows.full_index, *self.lists[2:])
+
+    def rows_have_masks(self, tokens_kv: int) -> bool:
+        """Whether some block of a row may need a mask: partial ones, or a short one at the end."""
+        return self.has_partial or tokens_kv % self.block_kv != 0
+
+    @property
+    def has_partial(self) -> bool:
+        """Whether there may be partial blocks. Without bit masks there are none."""
+        return self.layout[5].shape[0] > 0
+
+    def sources(
+        self, *tiles: tuple[torch.Tensor, int], tma: bool
+    ) -> list[torch.Tensor | TensorDescriptor]:
+        """What the kernels are given to read tensors by: see `primitives.py`.
+
+        Args:
+            tiles: tensors `(batch, tokens, heads, head_dim)` and the tokens per tile of each.
+            tma: whether the copy engine fetches the tiles.
+        """
+        if not tma:
+            return [x for x, _ in tiles]
+        return [tile_descriptor(x, tokens, self.block_d) for x, tokens in tiles]
 
     def constants(self, config: TileConfig) -> dict[str, object]:
         """The compile-time arguments that all kernels share."""
@@ -102,6 +150,18 @@ class Problem:
     def on_device(self) -> AbstractContextManager[object]:
         """A context in which Triton launches on the device of the tensors."""
         return on_device(self.device)
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device is a Hopper GPU.
+
+    ROCm's GPUs are "cuda" to torch, with capabilities of their own numbering.
+    """
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) == (9, 0)
+    )
 
 
 def _tile_span(x: torch.Tensor, block: int) -> int:

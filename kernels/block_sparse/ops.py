@@ -9,8 +9,8 @@ from ..checks import check_inputs, check_layout
 from ..operators import differentiable, empty_outputs
 from .backward import backward
 from .forward import forward_kernel
+from .forward_pass import forward
 from .tangent import tangent
-from .variants import forward
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256

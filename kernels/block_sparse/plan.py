@@ -11,6 +11,21 @@ from ..layout_cache import LayoutCache
 
 
 @dataclass(frozen=True)
+class Rows:
+    """A layout as the kernels walk it, query row by query row.
+
+    Attributes:
+        order: int32 `(layouts, rows)`: the rows that visit most first, so that none is left for
+            the end.
+        full_index: the full blocks of each row with a short block at the end of the sequence last;
+            None where the layout's own list will do.
+    """
+
+    order: torch.Tensor
+    full_index: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class Columns:
     """A layout read by key blocks instead of query rows: compressed lists per column.
 
@@ -32,9 +47,20 @@ class Columns:
     partial_mask: torch.Tensor
 
 
-def row_order(layout: LayoutTensors) -> torch.Tensor:
-    """Int32 `(layouts, rows)`: the rows that visit most first, so that none is left for the end."""
-    return _longest_first((layout[0] + layout[2]).flatten(0, 1))
+def walk_rows(layout: LayoutTensors, tokens_kv: int, block_kv: int) -> Rows:
+    """Read a layout by query rows.
+
+    A list may come in any order. Kernels mask the last block of the sequence if that is short, and
+    only at the end of a list.
+    """
+    full_count, full_index, partial_count, *_ = layout
+    order = _longest_first((full_count + partial_count).flatten(0, 1))
+    if tokens_kv % block_kv == 0:
+        return Rows(order, None)
+    used = torch.arange(full_index.shape[-1], device=full_index.device) < full_count[..., None]
+    late = torch.where(used, (full_index == tokens_kv // block_kv).int(), 2)
+    place = late.sort(dim=-1, stable=True).indices
+    return Rows(order, full_index.gather(-1, place))
 
 
 def transpose(layout: LayoutTensors, columns: int) -> Columns:
@@ -74,15 +100,16 @@ def _by_column(
     return start, place.div(max(cap, 1), rounding_mode="floor").int(), place
 
 
-_row_orders: LayoutCache[torch.Tensor] = LayoutCache()
+_rows: LayoutCache[Rows] = LayoutCache()
 _transposes: LayoutCache[Columns] = LayoutCache()
 
 
-def cached_row_order(layout: LayoutTensors) -> torch.Tensor:
-    """`row_order`, remembered as long as the layout's tensors live and are not written to."""
+def cached_rows(layout: LayoutTensors, tokens_kv: int, block_kv: int) -> Rows:
+    """`walk_rows`, remembered as long as the layout's tensors live and are not written to."""
     if _in_capture(layout):
-        return row_order(layout)
-    return _row_orders.get(layout, (), lambda: row_order(layout))
+        return walk_rows(layout, tokens_kv, block_kv)
+    sizes = (tokens_kv, block_kv)
+    return _rows.get(layout, sizes, lambda: walk_rows(layout, tokens_kv, block_kv))
 
 
 def cached_transpose(layout: LayoutTensors, columns: int) -> Columns:

@@ -8,9 +8,9 @@ import triton.language as tl
 
 from ..checks import LayoutTensors
 from ..operators import empty_outputs
-from .configs import TileConfig
+from .configs import TileConfig, fitted
 from .launch import Problem
-from .plan import cached_row_order
+from .plan import cached_rows
 from .primitives import (
     LOG2_E,
     load_bits,
@@ -130,7 +130,10 @@ def tangent_kernel(
         start_in_kv = (i % TILES_N) * BLOCK_N
         start_n = i_block * BLOCK_KV + start_in_kv
         p_words = p_bit_masks + (i_mask.to(tl.int64) * BLOCK_Q + start_in_block) * WORDS
-        m_s = load_bits(p_words, WORDS, o_w, m_w, start_in_kv, BLOCK_M, BLOCK_N, False)
+        m_s = load_bits(
+            p_words, WORDS, o_w, m_w, start_in_kv, tokens_kv - i_block * BLOCK_KV,
+            BLOCK_M, BLOCK_N, False,
+        )  # fmt: skip
         i_next = (i + 1) // TILES_N
         i_block = tl.load(p_partial_index + i_next, mask=i_next < n_partial, other=i_short)
         i_mask = tl.load(p_partial_mask + i_next, mask=i_next < n_partial, other=0)
@@ -138,12 +141,13 @@ def tangent_kernel(
         m_n = start_n + o_n < tokens_kv
         if HAS_KEY_MASK:
             m_n = tl.load(p_key_mask + (start_n + o_n) * s_mt, mask=m_n, other=0) != 0
+            m_s = m_s & m_n[None, :]
         b_k = load_tile(p_k + start * s_kt, s_kt, s_kd, o_n, m_n, True, D, BLOCK_D)
         b_v = load_tile(p_v + start * s_vt, s_vt, s_vd, o_n, m_n, True, D, BLOCK_D)
         b_dk = load_tile(p_dk + start * s_dkt, s_dkt, s_dkd, o_n, m_n, True, D, BLOCK_D)
         b_dv = load_tile(p_dv + start * s_dvt, s_dvt, s_dvd, o_n, m_n, True, D, BLOCK_D)
         b_acc, b_mean = add_tile(
-            b_q, b_dq, b_k, b_v, b_dk, b_dv, b_lse, b_acc, b_mean, scale, m_s & m_n[None, :],
+            b_q, b_dq, b_k, b_v, b_dk, b_dv, b_lse, b_acc, b_mean, scale, m_s,
             True, PRECISION,
         )  # fmt: skip
 
@@ -176,21 +180,21 @@ def tangent(
         out, lse: what the forward pass returned; the rest is what it was given.
         config: tiles to use instead of those in the table.
     """
-    problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv, *tangents, out)
+    problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv, scale, more=(*tangents, out))
     if config is None:
         config = tangent_tiles(problem.block_d, q.dtype, block_q, block_kv)
     batch, tokens_q, heads, _ = q.shape
     out_tangent, lse_tangent = empty_outputs(q)
-    order = cached_row_order(layout)
-    rows = order.shape[-1]
+    rows = cached_rows(layout, k.shape[1], block_kv)
+    n_rows = rows.order.shape[-1]
     read = (q, k, v, *tangents, out)
     with problem.on_device():
-        tangent_kernel[(batch * heads * rows * (block_q // config.block_m),)](
+        tangent_kernel[(batch * heads * n_rows * (block_q // config.block_m),)](
             *read, problem.key_mask, lse.contiguous(), out_tangent, lse_tangent,
-            order, *problem.layout,
+            rows.order, *problem.rows_layout(rows),
             *(stride for x in read for stride in x.stride()),
             *problem.key_mask_strides, *problem.layout_strides,
-            tokens_q, k.shape[1], heads, rows, layout[1].shape[-1], layout[3].shape[-1], scale,
+            tokens_q, k.shape[1], heads, n_rows, layout[1].shape[-1], layout[3].shape[-1], scale,
             **problem.constants(config),
         )  # fmt: skip
     return out_tangent, lse_tangent
@@ -200,9 +204,4 @@ def tangent_tiles(block_d: int, dtype: torch.dtype, block_q: int, block_kv: int)
     """The tiles for a padded head dimension, no larger than blocks are, on every device."""
     of_dims = _TILES[dtype.itemsize]
     config = of_dims[min(d for d in of_dims if d >= block_d)]
-    return TileConfig(
-        block_m=min(block_q, config.block_m),
-        block_n=min(block_kv, config.block_n),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    return fitted("forward", config, block_q, block_kv)

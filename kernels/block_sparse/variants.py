@@ -1,112 +1,158 @@
-"""Which form of the forward kernel a call takes, and what happens where one does not compile."""
+"""Which variant of a kernel a call takes, and what happens where one does not compile."""
 
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator
-from typing import TypedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
-import torch
 import triton.compiler
 from triton.runtime.errors import OutOfResources
 
-from ..checks import LayoutTensors
-from .forward import forward as plain_forward
-from .hopper import forward_tma, forward_warp_specialized, tma_takes, warp_specialized_takes
+from .configs import Choice, TileConfig, fitted, tile_config
+from .launch import Problem, is_hopper
+from .tuned import tuned_choice
 
 VARIANT_VARIABLE = "DIFFATTN_TRITON_VARIANT"
 
-# Each asks more of the GPU and of the call than the one before it:
-# plain    runs on whatever Triton compiles for, and takes every call;
-# tma      fetches tiles through the copy engine of Hopper GPUs (and newer, if asked for);
-# tma_ws   has warps of its own for that; for layouts without partial blocks.
-VARIANTS = ("plain", "tma", "tma_ws")
+# The forms of each kernel, the most general first:
+# plain     reads by pointers: runs on whatever Triton compiles for, and takes every call;
+# tma       fetches tiles through the copy engine of Hopper GPUs (and newer, if asked for);
+# tma_ws    has the compiler give warps of their own to fetching; for full blocks only;
+# gluon     has warps of its own for fetching, and weights computed beside products;
+# one_pass  adds to dQ where it computes dK and dV, in no fixed order.
+# The last three have to be asked for, by the environment or by a table measured on the GPU.
+KERNELS = {
+    "forward": ("plain", "tma", "tma_ws", "gluon"),
+    "queries": ("plain", "tma"),
+    "keys": ("plain", "tma", "one_pass"),
+}
+VARIANTS = tuple(dict.fromkeys(name for names in KERNELS.values() for name in names))
 
-# Calls whose kernel did not compile, and variants that were complained about.
+Result = TypeVar("Result")
+
+# Calls whose kernel compiled, calls whose kernel did not, and variants that were complained about.
+_compiled: set[tuple[object, ...]] = set()
 _broken: set[tuple[object, ...]] = set()
 _warned: set[str] = set()
 
 
-class _Options(TypedDict):
-    block_q: int
-    block_kv: int
-    scale: float
+def first_that_compiles(
+    kernel: str,
+    problem: Problem,
+    takes: Callable[[str], bool],
+    run: Callable[[Choice], Result],
+    choice: Choice | None,
+) -> Result:
+    """What the best variant returns that takes a call and compiles. All give the same result.
 
+    That is the one of the GPU's measured table if there is one, else the one that fetches by the
+    copy engine on a Hopper GPU, else the plain one. The environment variable
+    DIFFATTN_TRITON_VARIANT names another one to try first, whatever the GPU.
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: LayoutTensors,
-    key_mask: torch.Tensor | None,
-    *,
-    block_q: int,
-    block_kv: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp by the best variant that takes the call and compiles.
-
-    That is one of the Hopper variants on a Hopper GPU and the plain one elsewhere. The environment
-    variable DIFFATTN_TRITON_VARIANT names the most demanding variant to use instead, whatever the
-    GPU; a call that it does not take goes to a less demanding one. All give the same result.
+    Args:
+        kernel: of `KERNELS`.
+        takes: whether a variant can do this call.
+        run: does it.
+        choice: the only thing to run, if given; then what its compiler raises is raised.
 
     Raises:
-        ValueError: if DIFFATTN_TRITON_VARIANT is not a variant.
+        ValueError: if DIFFATTN_TRITON_VARIANT is not a variant, or the choice does not take the
+            call.
     """
-    options = _Options(block_q=block_q, block_kv=block_kv, scale=scale)
-    for name in variants_of(q, k, v, layout, key_mask, **options):
-        compiled_for = (name, q.device, q.dtype, q.shape[-1], block_q, block_kv)
-        if compiled_for in _broken:
+    if choice is not None:
+        if not takes(choice.variant):
+            raise ValueError(
+                f"the {choice.variant!r} variant of {kernel!r} does not take this call"
+            )
+        return run(choice)
+    *demanding, plain = choices(kernel, problem)
+    for best in demanding:
+        compiled_for = (
+            kernel, best.variant, problem.device, problem.dtype, problem.head_dim,
+            problem.block_q, problem.block_kv,
+        )  # fmt: skip
+        if compiled_for in _broken or not takes(best.variant):
             continue
-        run = forward_tma if name == "tma" else forward_warp_specialized
         try:
-            return run(q, k, v, layout, key_mask, **options)
+            if compiled_for in _compiled:
+                return run(best)
+            with _dumps_of_the_compiler_held_back():
+                result = run(best)
+            _compiled.add(compiled_for)
+            return result
         except Exception as error:
             if not _is_compile_failure(error):
                 raise
             _broken.add(compiled_for)
-            _warn(name, error)
-    return plain_forward(q, k, v, layout, key_mask, **options)
+            _warn(kernel, best.variant, error)
+    return run(plain)
 
 
-def variants_of(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: LayoutTensors,
-    key_mask: torch.Tensor | None,
-    *,
-    block_q: int,
-    block_kv: int,
-    scale: float,
-) -> Iterator[str]:
-    """Names of the variants that take a call, most demanding first, without "plain"."""
-    allowed = VARIANTS.index(_most_demanding(q.device))
-    options = _Options(block_q=block_q, block_kv=block_kv, scale=scale)
-    if allowed >= 2 and warp_specialized_takes(q, k, v, layout, key_mask, **options):
-        yield "tma_ws"
-    if allowed >= 1 and tma_takes(q, k, v, **options):
-        yield "tma"
+@contextmanager
+def _dumps_of_the_compiler_held_back() -> Iterator[None]:
+    """Show what is written to the process's stderr meanwhile, unless a kernel does not compile.
+
+    Then it is hundreds of lines of MLIR, for which there is a warning in one line.
+    """
+    with tempfile.TemporaryFile() as file:
+        sys.stderr.flush()
+        real = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        shown = True
+        try:
+            yield
+        except Exception as error:
+            shown = not _is_compile_failure(error)
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(real, 2)
+            os.close(real)
+            if shown:
+                file.seek(0)
+                os.write(2, file.read())
 
 
-def _most_demanding(device: torch.device) -> str:
+def choices(kernel: str, problem: Problem) -> list[Choice]:
+    """What to try for a call, the best first and "plain" last, whether or not it takes the call."""
+    with problem.on_device():
+        measured = None
+        if problem.dtype.itemsize == 2 and not problem.masked:
+            measured = tuned_choice(kernel, problem.head_dim)
+        asked = _asked()
+        if asked in KERNELS[kernel]:
+            best = asked
+        elif measured is not None and asked is None:
+            best = measured.variant
+        else:  # asked for a form that only another kernel has, or for none
+            best = "tma" if asked or is_hopper(problem.device) else "plain"
+        return [
+            Choice(variant, _tiles(kernel, variant, measured, problem))
+            for variant in dict.fromkeys((best, "tma", "plain"))
+            if best != "plain" or variant == "plain"
+        ]
+
+
+def _tiles(kernel: str, variant: str, measured: Choice | None, problem: Problem) -> TileConfig:
+    if measured is not None and measured.variant == variant:
+        tiles = measured.tiles
+    else:
+        tiles = tile_config(kernel, variant, problem.block_d, problem.dtype, masked=problem.masked)
+    return fitted(kernel, tiles, problem.block_q, problem.block_kv)
+
+
+def _asked() -> str | None:
+    """The variant that the environment names."""
     asked = os.environ.get(VARIANT_VARIABLE)
-    if asked:
-        if asked not in VARIANTS:
-            raise ValueError(f"{VARIANT_VARIABLE} is {asked!r}; choose from {', '.join(VARIANTS)}")
-        return asked
-    return "tma_ws" if _is_hopper(device) else "plain"
-
-
-def _is_hopper(device: torch.device) -> bool:
-    # ROCm's GPUs are "cuda" to torch, with capabilities of their own numbering.
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) == (9, 0)
-    )
+    if asked and asked not in VARIANTS:
+        raise ValueError(f"{VARIANT_VARIABLE} is {asked!r}; choose from {', '.join(VARIANTS)}")
+    return asked or None
 
 
 def _is_compile_failure(error: Exception) -> bool:
@@ -120,14 +166,15 @@ def _is_compile_failure(error: Exception) -> bool:
     )
 
 
-def _warn(name: str, error: Exception) -> None:
-    if name in _warned:
+def _warn(kernel: str, variant: str, error: Exception) -> None:
+    if variant in _warned:
         return
-    _warned.add(name)
+    _warned.add(variant)
     lines = str(error).strip().splitlines()
     warnings.warn(
-        f"the {name!r} variant of the block-sparse Triton kernel does not compile with Triton"
-        f" {triton.__version__} ({type(error).__name__}: {lines[0] if lines else ''}). A simpler"
-        f" variant is used: same results, slower. {VARIANT_VARIABLE}=plain avoids this warning",
+        f"the {variant!r} variant of the block-sparse Triton kernel {kernel!r} does not compile"
+        f" with Triton {triton.__version__} ({type(error).__name__}: {lines[0] if lines else ''})."
+        f" A simpler variant is used: same results, slower. {VARIANT_VARIABLE}=plain avoids this"
+        " warning",
         stacklevel=2,
     )

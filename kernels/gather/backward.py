@@ -6,9 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..block_sparse.backward import DELTA_TILE, add_to_keys, add_to_queries, delta_kernel
+from ..block_sparse.keys_gradient import add_to_keys
 from ..block_sparse.launch import on_device
 from ..block_sparse.primitives import LOG2_E, load_tile, store_tile, token_offsets
+from ..block_sparse.queries_gradient import add_to_queries
+from ..block_sparse.row_sums import row_sums
 from .forward import group_of_program
 from .launch import Problem
 from .plan import key_tiles, selecting_queries
@@ -157,7 +159,7 @@ def keys_kernel(
         b_grad = load_tile(p_grad_out, s_gt, s_gd, o_t, m_m, True, D, BLOCK_D)
         b_lse = tl.load(p_log2_lse + o_t, mask=m_m, other=float("inf"))
         b_delta = tl.load(p_delta + o_t, mask=m_m, other=0.0)
-        b_dk, b_dv = add_to_keys(
+        b_dk, b_dv, _ = add_to_keys(
             b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dk, b_dv, scale * LOG2_E, True,
             False, PRECISION,
         )  # fmt: skip
@@ -195,22 +197,14 @@ def backward(
         out, lse: what the forward pass returned; the rest is what it was given.
     """
     problem = Problem.of(q, k, v, starts, key_mask, out, grad_out)
-    batch, tokens, heads, head_dim = q.shape
-    delta, log2_lse = lse.new_empty((2, batch, heads, tokens), dtype=torch.float32)
+    _, tokens, heads, head_dim = q.shape
+    sums = row_sums(out, grad_out, lse, grad_lse, block_q=1, wide=problem.wide)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    tensors = (q, k, v, grad_out, problem.key_mask, delta, log2_lse)
+    tensors = (q, k, v, grad_out, problem.key_mask, sums.delta, sums.log2_lse)
     strides = (
         *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *problem.key_mask_strides
     )  # fmt: skip
     with on_device(problem.device):
-        delta_kernel[(batch * heads * triton.cdiv(tokens, DELTA_TILE),)](
-            out, grad_out, lse, lse if grad_lse is None else grad_lse, delta, log2_lse,
-            *out.stride(), *grad_out.stride(), *lse.stride(),
-            *(lse if grad_lse is None else grad_lse).stride(),
-            tokens, heads,
-            D=head_dim, BLOCK_D=problem.block_d, BLOCK_M=DELTA_TILE,
-            HAS_GRAD_LSE=grad_lse is not None, WIDE=problem.wide, num_warps=8,
-        )  # fmt: skip
         for first_pair, pairs in problem.turns(head_dim):
             lists = selecting_queries(bits, problem.blocks, first_pair, pairs, problem.chunk)
             selection = (starts, lists.first, lists.query)

@@ -3,7 +3,7 @@
 It keeps bfloat16 as its bits in uint16, multiplies those bits as integers in `tl.dot`, and
 truncates where the hardware rounds to nearest even (Triton 3.6 and 3.9). Loads, stores and `where`
 are right as they are; the kernels do all other arithmetic in float32. And Triton 3.6 takes a number
-from an array of one element as numpy 2.5 no longer allows.
+from an array of one element as numpy 2.5 no longer allows. It has no additions by a descriptor.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from triton._C.libtriton import ir
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -43,6 +44,19 @@ def repair(monkeypatch: pytest.MonkeyPatch) -> None:
         a, b = (_cast(x, tl.float32) if _is_ours(x, tl.float32) else x for x in (a, b))
         return dot(self, a, b, d, *options)
 
+    def create_descriptor_reduce(
+        self: Any, kind: Any, descriptor: Any, value: TensorHandle, places: list[TensorHandle]
+    ) -> None:
+        assert kind == ir.DESCRIPTOR_REDUCE_KIND.ADD
+        pointers, mask = descriptor.materialize_pointers(places)
+        self.create_atomic_rmw(
+            ir.ATOMIC_OP.FADD, pointers, value, mask, ir.MEM_SEMANTIC.RELAXED,
+            ir.MEM_SYNC_SCOPE.GPU,
+        )  # fmt: skip
+
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_descriptor_reduce", create_descriptor_reduce, raising=False
+    )
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
     monkeypatch.setattr(InterpreterBuilder, "create_fp_to_fp", create_fp_to_fp)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)

@@ -72,12 +72,12 @@ def layout_of(states: list[list[int]], **sizes: int) -> BlockLayout:
     return layout_from_states(torch.tensor(states, dtype=torch.uint8), bits, **sizes)
 
 
-@pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[{}, {"ahead": True, "partial": 32}], ids=["plain", "ahead"])
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles to a block in both directions, as for large blocks in the shipped table."""
     monkeypatch.setattr(
-        "diffattn.kernels.block_sparse.launch.tile_config",
-        lambda *_, **__: TileConfig(block_m=16, block_n=16, num_warps=4, num_stages=2),
+        "diffattn.kernels.block_sparse.variants.tile_config",
+        lambda *_, **__: TileConfig(16, 16, num_warps=4, num_stages=2, **request.param),
     )
 
 
@@ -230,9 +230,9 @@ def test_nothing_is_copied(device: str, monkeypatch: pytest.MonkeyPatch) -> None
     started_with: list[int] = []
     collect = Problem.of
 
-    def recording(*args: Any) -> Problem:
+    def recording(*args: Any, **options: Any) -> Problem:
         started_with.extend(x.data_ptr() for x in args[:3])
-        return collect(*args)
+        return collect(*args, **options)
 
     monkeypatch.setattr(Problem, "of", staticmethod(recording))
     qkv = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in
@@ -257,7 +257,7 @@ def test_only_tiles_need_64_bit_offsets(stride: tuple[int, ...], wide: bool) -> 
     """Where a tile begins is always computed in 64 bits."""
     x = torch.empty_strided((2, 40, 3, 16), stride, device="meta")
     layout = tensors(random_layout(40, 40, 16, 16))
-    assert Problem.of(x, x, x, layout, None, 16, 16).wide == wide
+    assert Problem.of(x, x, x, layout, None, 16, 16, 1.0).wide == wide
 
 
 @pytest.mark.gpu
@@ -492,7 +492,9 @@ def test_plans_need_no_values() -> None:
     layout = tensors(random_layout(70, 90, 16, 16))
     with FakeTensorMode() as mode:
         fake = tuple(mode.from_tensor(x) for x in layout)
-        assert plan.row_order(fake).shape == (1, 5)
+        rows = plan.walk_rows(fake, 90, 16)
+        assert rows.order.shape == (1, 5)
+        assert rows.full_index.shape == fake[1].shape
         assert plan.transpose(fake, 6).order.shape == (1, 6)
 
 
@@ -531,27 +533,42 @@ def test_long_rows_first() -> None:
         [[FULL, EMPTY, EMPTY], [PARTIAL, FULL, FULL], [EMPTY] * 3, [EMPTY, FULL, EMPTY]],
         tokens_q=64, tokens_kv=48, block_q=16, block_kv=16,
     )  # fmt: skip
-    assert plan.row_order(tensors(layout)).tolist() == [[1, 0, 3, 2]]
+    assert plan.walk_rows(tensors(layout), 48, 16).order.tolist() == [[1, 0, 3, 2]]
+
+
+def test_a_short_block_goes_to_the_end_of_its_list() -> None:
+    layout = tensors(random_layout(70, 90, 16, 16, partial=False))
+    shuffled = layout[1].clone()
+    for row, count in zip(shuffled[0, 0], layout[0][0, 0].tolist(), strict=True):
+        row[:count] = row[:count].flip(0)
+    full_index = plan.walk_rows((layout[0], shuffled, *layout[2:]), 90, 16).full_index
+    assert full_index is not None
+    for row, before, count in zip(
+        full_index[0, 0], layout[1][0, 0], layout[0][0, 0].tolist(), strict=True
+    ):
+        assert sorted(row[:count].tolist()) == before[:count].tolist()
+        assert 5 not in row[: max(count - 1, 0)].tolist()
+    assert plan.walk_rows(layout, 96, 16).full_index is None, "no block is short"
 
 
 def test_plans_are_made_once_and_die_with_the_layout(
     monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     made = []
-    for name in ("row_order", "transpose"):
+    for name in ("walk_rows", "transpose"):
         make = getattr(plan, name)
         monkeypatch.setattr(plan, name, lambda *a, m=make, n=name: made.append(n) or m(*a))
     layout = random_layout(40, 40, 16, 16).to(device)
     qkv = inputs(device, 1, 40, 40, 1, 16)
     for _ in range(3):
         attend(qkv, layout)[0].sum().backward()
-    assert made == ["row_order", "transpose"]
-    plans = len(plan._row_orders), len(plan._transposes)
+    assert made == ["walk_rows", "transpose"]
+    plans = len(plan._rows), len(plan._transposes)
     dead = weakref.ref(layout.full_index)
     del layout
     gc.collect()
     assert dead() is None
-    assert (len(plan._row_orders), len(plan._transposes)) == (plans[0] - 1, plans[1] - 1)
+    assert (len(plan._rows), len(plan._transposes)) == (plans[0] - 1, plans[1] - 1)
 
 
 def test_plans_follow_changes(device: str) -> None:

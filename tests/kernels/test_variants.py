@@ -1,23 +1,35 @@
-"""Which variant of the Triton kernel a call takes, and what happens where one does not compile."""
+"""Which variant of the Triton kernels a call takes, and what happens where one does not compile."""
 
 from __future__ import annotations
 
+import json
+import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton
-from oracles import random_layout
+from oracles import assert_matches_eager, random_layout
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
-from diffattn.kernels.block_sparse import block_sparse_attention, variants
-from diffattn.kernels.block_sparse.forward import forward as plain_forward
+from diffattn.kernels.block_sparse import (
+    backward,
+    block_sparse_attention,
+    forward_pass,
+    gluon_forward,
+    launch,
+    variants,
+    warp_specialized,
+)
+from diffattn.kernels.block_sparse.configs import Choice, TileConfig
+from diffattn.kernels.block_sparse.launch import Problem
 
 Results = tuple[torch.Tensor, torch.Tensor]
 OPTIONS = {"block_q": 128, "block_kv": 64, "scale": 0.3}
@@ -26,13 +38,14 @@ OPTIONS = {"block_q": 128, "block_kv": 64, "scale": 0.3}
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(variants.VARIANT_VARIABLE, raising=False)
+    monkeypatch.setattr(variants, "_compiled", set())
     monkeypatch.setattr(variants, "_broken", set())
     monkeypatch.setattr(variants, "_warned", set())
 
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variants, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(variants, "is_hopper", lambda device: True)
 
 
 def call(
@@ -44,27 +57,47 @@ def call(
     return q, k, v, layout.tensors, None
 
 
-def names(arguments: tuple[Any, ...]) -> list[str]:
-    return list(variants.variants_of(*arguments, **OPTIONS))
+def tried(kernel: str, arguments: tuple[Any, ...]) -> list[str]:
+    """Names of the variants that would be tried for a call, the best first."""
+    problem = Problem.of(*arguments, **OPTIONS)
+    return [choice.variant for choice in variants.choices(kernel, problem)]
+
+
+class Ran(list[tuple[str, str]]):
+    """Kernels and variants that were run, and how one of them fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures: dict[str, Callable[[], None]] = {}
+        self.attempts: list[int] = []
+
+    def run(self, kernel: str, variant: str, problem: Problem) -> None:
+        if variant in self.failures:
+            self.attempts.append(problem.head_dim)
+            self.failures[variant]()
+            raise AssertionError("did not fail")
+        self.append((kernel, variant))
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the variants that were run."""
-    log: list[str] = []
+def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
+    log = Ran()
 
-    def spy(attribute: str, name: str) -> None:
-        run = getattr(variants, attribute)
+    def spy(module: Any, attribute: str, kernel: str, variant: str | None = None) -> None:
+        run = getattr(module, attribute)
 
-        def recording(*args: Any, **options: Any) -> Results:
-            log.append(name)
-            return run(*args, **options)
+        def recording(problem: Problem, *args: Any, **options: Any) -> Results:
+            form = "tma" if options.get("tma") else "plain"
+            form = "one_pass" if options.get("one_pass") else form
+            log.run(kernel, variant or form, problem)
+            return run(problem, *args, **options)
 
-        monkeypatch.setattr(variants, attribute, recording)
+        monkeypatch.setattr(module, attribute, recording)
 
-    spy("plain_forward", "plain")
-    spy("forward_tma", "tma")
-    spy("forward_warp_specialized", "tma_ws")
+    spy(forward_pass, "forward_by_tiles", "forward")
+    spy(warp_specialized, "forward", "forward", "tma_ws")
+    spy(backward, "queries_gradient", "queries")
+    spy(backward, "keys_gradient", "keys")
     return log
 
 
@@ -77,68 +110,158 @@ def test_hopper_is_told_by_its_capability(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", None)
-    assert variants._is_hopper(torch.device("cuda", 1)) == expected
-    assert not variants._is_hopper(torch.device("xpu"))
-    assert not variants._is_hopper(torch.device("cpu"))
+    assert launch.is_hopper(torch.device("cuda", 1)) == expected
+    assert not launch.is_hopper(torch.device("xpu"))
+    assert not launch.is_hopper(torch.device("cpu"))
 
 
 def test_amd_gpus_are_not_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """An MI250 is a "cuda" device of capability 9.0."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert not variants._is_hopper(torch.device("cuda"))
+    assert not launch.is_hopper(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("kernel", variants.KERNELS)
+@pytest.mark.usefixtures("hopper")
+def test_nothing_that_was_never_measured_is_tried_unasked(kernel: str, device: str) -> None:
+    assert tried(kernel, call(device)) == ["tma", "plain"]
 
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        pytest.param({}, ["tma_ws", "tma"], id="full"),
-        pytest.param({"partial": True}, ["tma"], id="partial"),
-        pytest.param({"dtype": torch.float32}, [], id="float32"),
-        pytest.param({"head_dim": 20}, [], id="odd-head-dim"),
+        pytest.param({}, "tma", id="full"),
+        pytest.param({"partial": True}, "tma", id="partial"),
+        pytest.param({"dtype": torch.float32}, "plain", id="float32"),
+        pytest.param({"head_dim": 20}, "plain", id="odd-head-dim"),
     ],
 )
 @pytest.mark.usefixtures("hopper")
-def test_a_call_takes_what_suits_it(kind: dict[str, Any], expected: list[str], device: str) -> None:
-    assert names(call(device, **kind)) == expected
+def test_a_call_takes_what_suits_it(
+    kind: dict[str, Any], expected: str, device: str, ran: Ran
+) -> None:
+    forward_pass.forward(*call(device, **kind), **OPTIONS)
+    assert ran == [("forward", expected)]
 
 
 def test_other_gpus_take_the_plain_variant(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variants, "_is_hopper", lambda device: False)
-    assert names(call(device)) == []
+    monkeypatch.setattr(variants, "is_hopper", lambda device: False)
+    for kernel in variants.KERNELS:
+        assert tried(kernel, call(device)) == ["plain"]
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"), [("plain", []), ("tma", ["tma"]), ("tma_ws", ["tma_ws", "tma"])]
+    ("asked", "forward", "queries", "keys"),
+    [
+        ("plain", ["plain"], ["plain"], ["plain"]),
+        ("tma", ["tma", "plain"], ["tma", "plain"], ["tma", "plain"]),
+        ("tma_ws", ["tma_ws", "tma", "plain"], ["tma", "plain"], ["tma", "plain"]),
+        ("gluon", ["gluon", "tma", "plain"], ["tma", "plain"], ["tma", "plain"]),
+        ("one_pass", ["tma", "plain"], ["tma", "plain"], ["one_pass", "tma", "plain"]),
+    ],
 )
 @pytest.mark.parametrize("is_hopper", [False, True])
 def test_the_environment_decides(
-    asked: str, expected: list[str], is_hopper: bool, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(variants, "_is_hopper", lambda device: is_hopper)
+    asked: str, forward: list[str], queries: list[str], keys: list[str], is_hopper: bool,
+    device: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(variants, "is_hopper", lambda device: is_hopper)
     monkeypatch.setenv("DIFFATTN_TRITON_VARIANT", asked)
-    assert names(call(device)) == expected
+    arguments = call(device)
+    assert [tried(kernel, arguments) for kernel in ("forward", "queries", "keys")] == [
+        forward, queries, keys,
+    ]  # fmt: skip
 
 
 def test_unknown_variant(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFATTN_TRITON_VARIANT", "cuda")
     with pytest.raises(
-        ValueError, match=r"^DIFFATTN_TRITON_VARIANT is 'cuda'; choose from plain, tma, tma_ws$"
+        ValueError,
+        match=(
+            r"^DIFFATTN_TRITON_VARIANT is 'cuda';"
+            r" choose from plain, tma, tma_ws, gluon, one_pass$"
+        ),
     ):
-        variants.forward(*call(device), **OPTIONS)
+        forward_pass.forward(*call(device), **OPTIONS)
 
 
-@pytest.mark.parametrize("asked", variants.VARIANTS)
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("plain", ["plain", "plain", "plain"]),
+        ("tma", ["tma", "tma", "tma"]),
+        ("tma_ws", ["tma_ws", "tma", "tma"]),
+        ("one_pass", ["tma", "one_pass"]),
+    ],
+)
 def test_the_operator_runs_the_variant(
-    asked: str, device: str, ran: list[str], monkeypatch: pytest.MonkeyPatch
+    asked: str, expected: list[str], device: str, ran: Ran, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DIFFATTN_TRITON_VARIANT", asked)
-    q, k, v, layout, _ = call(device)
-    found = block_sparse_attention(q, k, v, *layout, **OPTIONS)
-    assert ran == [asked]
-    expected = plain_forward(q, k, v, layout, None, **OPTIONS)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
+    layout = random_layout(140, 140, 128, 64, partial=False).to(device)
+    qkv = [torch.randn(1, 140, 1, 16).to(device).half().requires_grad_() for _ in range(3)]
+    out, lse = block_sparse_attention(*qkv, *layout.tensors, **OPTIONS)
+    assert_matches_eager(out, lse, *qkv, layout.dense(), scale=0.3, backward=True)
+    assert [variant for _, variant in ran] == expected
+
+
+def test_under_deterministic_algorithms_nothing_is_added_in_any_order(
+    device: str, ran: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFATTN_TRITON_VARIANT", "one_pass")
+    layout = random_layout(140, 140, 128, 64, partial=False).to(device)
+    qkv = [torch.randn(1, 140, 1, 16).to(device).half().requires_grad_() for _ in range(3)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        out, _ = block_sparse_attention(*qkv, *layout.tensors, **OPTIONS)
+        torch.autograd.grad((out * torch.randn_like(out)).sum(), qkv)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert ran == [("forward", "tma"), ("keys", "tma"), ("queries", "tma")]
+
+
+@pytest.mark.parametrize("kernel", variants.KERNELS)
+def test_what_was_measured_on_a_gpu_is_taken_first(
+    kernel: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = TileConfig(64, 256, 4, 3)
+    form = {"forward": "gluon", "queries": "plain", "keys": "one_pass"}[kernel]
+    measured = {(kernel, 64): Choice(form, tiles)}
+    monkeypatch.setattr(variants, "tuned_choice", lambda *key: measured.get(key))
+    monkeypatch.setattr(variants, "is_hopper", lambda device: True)
+
+    def first(**kind: Any) -> Choice:
+        problem = Problem.of(*call(device, **kind), **OPTIONS)
+        return variants.choices(kernel, problem)[0]
+
+    found = first(head_dim=64)
+    assert found.variant == form
+    assert found.tiles.block_n == 64, "fitted to the block"
+    assert found.tiles.num_stages == 3
+    assert first(head_dim=128).variant == "tma", "not measured"
+    assert first(head_dim=48).variant == "tma", "padded"
+    assert first(head_dim=64, dtype=torch.float32).variant == "tma", "measured for 16 bits"
+
+
+def test_a_measured_table_reaches_the_kernel(
+    device: str, tmp_path: Path, ran: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device != "cpu":
+        pytest.skip("the table is of the interpreter")
+    entry = {
+        "kernel": "forward", "head_dim": 16, "variant": "tma_ws", "block_m": 128, "block_n": 32,
+        "num_warps": 4, "num_stages": 2, "partial": None, "ahead": False,
+    }  # fmt: skip
+    table = {
+        "gpu": "Triton's interpreter", "triton": triton.__version__, "torch": torch.__version__,
+        "revision": "none", "date": "2026-01-01", "choices": [entry],
+    }  # fmt: skip
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(table))
+    monkeypatch.setenv("DIFFATTN_TUNED_TABLE", str(path))
+    forward_pass.forward(*call(device), **OPTIONS)
+    assert ran == [("forward", "tma_ws")]
 
 
 def wrong_program() -> None:
@@ -175,59 +298,78 @@ def failure(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     }[request.param]
 
 
-def break_variant(
-    monkeypatch: pytest.MonkeyPatch, attribute: str, fail: Callable[[], None]
-) -> list[int]:
-    """Let a variant fail; the head_dim of every attempt."""
-    attempts: list[int] = []
-
-    def broken(q: torch.Tensor, *args: Any, **options: Any) -> Results:
-        attempts.append(q.shape[-1])
-        fail()
-        raise AssertionError("did not fail")
-
-    monkeypatch.setattr(variants, attribute, broken)
-    return attempts
-
-
-@pytest.mark.usefixtures("hopper")
-def test_what_does_not_compile_is_replaced_with_one_warning(
-    failure: tuple[Callable[[], None], str],
-    device: str,
-    ran: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    fail, said = failure
-    attempts = break_variant(monkeypatch, "forward_warp_specialized", fail)
-    arguments = call(device)
-    expected = plain_forward(*arguments, **OPTIONS)
-    with pytest.warns(UserWarning, match=f"^the 'tma_ws' variant .* does not compile .* {said}"):
-        found = variants.forward(*arguments, **OPTIONS)
-    assert ran == ["tma"]
+def close(found: Results, expected: Results) -> None:
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
 
+
+@pytest.fixture
+def asks_for_tma_ws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFATTN_TRITON_VARIANT", "tma_ws")
+
+
+@pytest.mark.usefixtures("asks_for_tma_ws")
+def test_what_does_not_compile_is_replaced_with_one_warning(
+    failure: tuple[Callable[[], None], str], device: str, ran: Ran
+) -> None:
+    fail, said = failure
+    arguments = call(device)
+    expected = forward_pass.forward(*arguments, **OPTIONS)
+    ran.clear()
+    ran.failures["tma_ws"] = fail
+    with pytest.warns(UserWarning, match=f"^the 'tma_ws' variant .* does not compile .* {said}"):
+        found = forward_pass.forward(*arguments, **OPTIONS)
+    assert ran == [("forward", "tma")]
+    close(found, expected)
+
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        variants.forward(*arguments, **OPTIONS)
-        variants.forward(*call(device, head_dim=24), **OPTIONS)
-        variants.forward(*call(device, head_dim=24), **OPTIONS)
-    assert attempts == [16, 24], "tried once for each kind of kernel"
-    assert ran == ["tma"] * 4
+        forward_pass.forward(*arguments, **OPTIONS)
+        forward_pass.forward(*call(device, head_dim=24), **OPTIONS)
+        forward_pass.forward(*call(device, head_dim=24), **OPTIONS)
+    assert ran.attempts == [16, 24], "tried once for each kind of kernel"
+    assert ran == [("forward", "tma")] * 4
 
 
-@pytest.mark.usefixtures("hopper")
-def test_the_plain_variant_is_left_when_none_compiles(
-    device: str, ran: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for attribute in ("forward_warp_specialized", "forward_tma"):
-        break_variant(monkeypatch, attribute, fail_to_parse)
+@pytest.mark.usefixtures("asks_for_tma_ws")
+def test_the_plain_variant_is_left_when_none_compiles(device: str, ran: Ran) -> None:
+    ran.failures |= {"tma_ws": fail_to_parse, "tma": fail_to_parse}
     with pytest.warns(UserWarning, match="does not compile") as caught:
-        variants.forward(*call(device), **OPTIONS)
+        forward_pass.forward(*call(device), **OPTIONS)
     messages = [str(w.message) for w in caught if w.category is UserWarning]
     assert [message.split("'")[1] for message in messages] == ["tma_ws", "tma"]
     assert "DIFFATTN_TRITON_VARIANT=plain" in messages[0]
-    assert ran == ["plain"]
+    assert ran == [("forward", "plain")]
+
+
+@pytest.mark.usefixtures("asks_for_tma_ws")
+def test_what_the_compiler_dumps_is_not_shown(
+    device: str, ran: Ran, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        os.write(2, b"#loc = hundreds of lines of MLIR")
+        fail_to_parse()
+
+    ran.failures["tma_ws"] = fail
+    with pytest.warns(UserWarning, match="does not compile"):
+        forward_pass.forward(*call(device), **OPTIONS)
+    assert "MLIR" not in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("asks_for_tma_ws")
+def test_what_is_said_while_a_kernel_compiles_is_shown(
+    device: str, ran: Ran, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = warp_specialized.forward
+
+    def chatty(*args: Any, **options: Any) -> Results:
+        os.write(2, b"something of interest")
+        return run(*args, **options)
+
+    monkeypatch.setattr(warp_specialized, "forward", chatty)
+    forward_pass.forward(*call(device), **OPTIONS)
+    assert "something of interest" in capfd.readouterr().err
+    assert ran == [("forward", "tma_ws")]
 
 
 @pytest.mark.parametrize(
@@ -241,26 +383,43 @@ def test_the_plain_variant_is_left_when_none_compiles(
     ids=lambda error: type(error).__name__,
 )
 @pytest.mark.filterwarnings("error::UserWarning")
-@pytest.mark.usefixtures("hopper")
-def test_other_errors_are_not_swallowed(
-    error: BaseException, device: str, ran: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("asks_for_tma_ws")
+def test_other_errors_are_not_swallowed(error: BaseException, device: str, ran: Ran) -> None:
     def fail() -> None:
         raise error
 
-    attempts = break_variant(monkeypatch, "forward_warp_specialized", fail)
+    ran.failures["tma_ws"] = fail
     for _ in range(2):
         with pytest.raises(type(error)) as raised:
-            variants.forward(*call(device), **OPTIONS)
+            forward_pass.forward(*call(device), **OPTIONS)
         assert raised.value is error
-    assert len(attempts) == 2, "and the variant is not given up"
+    assert len(ran.attempts) == 2, "and the variant is not given up"
     assert ran == []
 
 
 def test_a_plain_kernel_that_does_not_compile_is_an_error(
-    device: str, monkeypatch: pytest.MonkeyPatch
+    device: str, ran: Ran, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DIFFATTN_TRITON_VARIANT", "plain")
-    break_variant(monkeypatch, "plain_forward", fail_to_parse)
+    ran.failures["plain"] = fail_to_parse
     with pytest.raises(triton.CompilationError):
-        variants.forward(*call(device), **OPTIONS)
+        forward_pass.forward(*call(device), **OPTIONS)
+
+
+def test_a_choice_alone_is_tried_and_its_failure_raised(device: str, ran: Ran) -> None:
+    ran.failures["tma"] = fail_to_parse
+    with pytest.raises(triton.CompilationError):
+        forward_pass.forward(
+            *call(device), **OPTIONS, choice=Choice("tma", TileConfig(64, 64, 4, 2))
+        )
+    assert ran == []
+
+
+@pytest.mark.usefixtures("hopper")
+def test_gluon_is_left_alone_where_triton_lacks_it(
+    device: str, ran: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFATTN_TRITON_VARIANT", "gluon")
+    monkeypatch.setattr(gluon_forward, "available", lambda: False)
+    forward_pass.forward(*call(device, head_dim=64), **OPTIONS)
+    assert ran == [("forward", "tma")]

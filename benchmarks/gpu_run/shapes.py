@@ -1,13 +1,11 @@
-"""The attention calls that benchmarks/gpu.py measures: one layer of the models people run."""
+"""The attention calls that are measured: one layer of the models people run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffattn import TokenGrid
 
-DENSITIES = (1.0, 0.5, 0.2, 0.1)
 FORWARD, BACKWARD = "forward", "backward"
 BACKWARD_FLOPS = 2.5  # of a forward pass: five matrix products instead of two
 
@@ -38,7 +36,6 @@ class Shape:
         return forward if direction == FORWARD else BACKWARD_FLOPS * forward
 
 
-# In the order of what to measure first when time is short.
 SHAPES = (
     Shape("wan-1.3b-480p", TokenGrid(21, 30, 52), heads=12, head_dim=128),
     Shape("wan-14b-720p", TokenGrid(21, 45, 80), heads=40, head_dim=128),
@@ -48,29 +45,8 @@ SHAPES = (
     Shape("flux-1024", TokenGrid(1, 72, 64), heads=24, head_dim=128),
 )
 
-# The same program on the CPU in seconds: ragged blocks and tiles, text, both directions.
-TINY_SHAPES = (
-    Shape("tiny-video", TokenGrid(9, 20, 21, text_after=7), heads=2, head_dim=64),
-    Shape("tiny-picture", TokenGrid(1, 50, 51), heads=2, head_dim=32),
-)
 
-
-@dataclass(frozen=True)
-class Group:
-    """What is measured together, call after call, so that its ratios come from the same minute."""
-
-    shape: Shape
-    direction: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.shape.name} {self.direction}"
-
-
-def groups(shapes: Iterable[Shape]) -> list[Group]:
-    """All groups, the most important first.
-
-    The shapes in their order, each forward and then backward: what is built for a shape serves
-    both.
-    """
-    return [Group(shape, direction) for shape in shapes for direction in (FORWARD, BACKWARD)]
+def tiny(shape: Shape) -> Shape:
+    """The same in three blocks, ragged, for a CPU."""
+    text = 5 if shape.grid.tokens != shape.grid.video_tokens else 0
+    return replace(shape, grid=TokenGrid(6, 7, 8, text_before=text), heads=1)

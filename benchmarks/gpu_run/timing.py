@@ -1,4 +1,4 @@
-"""How benchmarks/gpu.py measures time: interleaved rounds on a cold L2, by the device's clock."""
+"""How time is measured: interleaved rounds on a cold L2, by the device's clock."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,7 +15,6 @@ HEAD_START_MS = 1.0  # of the host over the device: launching a backward pass ta
 
 Clock = Callable[[], float]
 Call = Callable[[], object]
-Prepare = Callable[[int], Call]  # number of the round -> what to time
 
 
 class Timer(Protocol):
@@ -75,30 +74,8 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-@dataclass
-class Budget:
-    """The minutes that a run may take; `clock` is in seconds."""
-
-    minutes: float
-    clock: Clock = time.monotonic
-    started: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.started = self.clock()
-
-    @property
-    def spent(self) -> float:
-        """Seconds since the run began."""
-        return self.clock() - self.started
-
-    @property
-    def left(self) -> float:
-        """Seconds until it should end."""
-        return 60 * self.minutes - self.spent
-
-
 def interleave(
-    prepared: dict[str, Prepare],
+    calls: dict[str, Call],
     timer: Timer,
     *,
     least: int,
@@ -111,14 +88,14 @@ def interleave(
     Every other round goes backwards, so that nothing is always behind the same neighbour.
 
     Args:
-        prepared: makes the call of a round; what it does itself is not timed.
+        calls: what to time, by name.
         least, most: number of rounds.
         seconds: no round is begun after these, once there are `least`.
 
     Returns:
         Milliseconds of every round, and what went wrong with calls that raised; those have none.
     """
-    times: dict[str, list[float]] = {name: [] for name in prepared}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     failed: dict[str, str] = {}
     start = clock()
     for number in range(most):
@@ -127,7 +104,7 @@ def interleave(
         names = list(times) if number % 2 == 0 else list(reversed(times))
         for name in names:
             try:
-                times[name].append(timer.milliseconds(prepared[name](number)))
+                times[name].append(timer.milliseconds(calls[name]))
             except Exception as error:
                 failed[name] = describe(error)
                 del times[name]

@@ -1,4 +1,4 @@
-"""The masks that benchmarks/gpu.py measures: 3-D windows over tiles, and over single tokens.
+"""The masks that are measured: 3-D windows over tiles, and over single tokens.
 
 Tokens are in tile order: those of a 4 x 4 x 8 tile (1 x 8 x 16 in a picture) stand together, text
 where the model has it. Grids that tiles do not divide have short tiles at their ends, and no
@@ -19,15 +19,14 @@ from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_state
 
 BLOCK = 128
 ALIGNED, EXACT = "block-aligned", "token-exact"
-KINDS = (ALIGNED, EXACT)
 
-# (query positions, key positions) broadcast together -> bool
+# (query positions, key positions) broadcast together -> bool, of every head or for each
 Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Mask:
-    """A mask of the benchmark: its blocks for the kernels, its rule to check them against.
+    """A mask that is measured: its blocks for the kernels, its rule to check them against.
 
     Attributes:
         kind: `ALIGNED` or `EXACT`.
@@ -42,6 +41,10 @@ class Mask:
     layout: BlockLayout
     rule: Rule
     window: tuple[int, int, int] | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.asked:g}"
 
 
 def make_mask(grid: TokenGrid, kind: str, density: float, device: torch.device) -> Mask:

@@ -1,0 +1,45 @@
+"""How long the project's static masks take to build on the device, at a large shape."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from diffattn.methods import METHODS
+from diffattn.methods.base import StaticMaskMethod
+from gpu_run.setting import Setting
+from gpu_run.timing import describe
+
+FAMILIES = {"hunyuan-720p": "hunyuanvideo", "wan-14b-720p": "wan"}
+
+
+def run(what: str, setting: Setting) -> None:
+    """Build each method's blocks twice, as a first call does; the second one counts."""
+    shape = setting.shape(what)
+    for name, kind in METHODS.items():
+        if not issubclass(kind, StaticMaskMethod) or name == "dense":
+            continue
+        facts = {"shape": shape.name, "method": name, "tokens": shape.tokens}
+        try:
+            times, peak = [], 0
+            for _ in range(2):
+                method = kind().for_model(FAMILIES[what], shape.grid)
+                setting.synchronize()
+                if not setting.dry:
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                start = time.perf_counter()
+                layout = method.layout(shape.grid, setting.device, method.order(shape.grid))
+                setting.synchronize()
+                times.append(1000 * (time.perf_counter() - start))
+                if not setting.dry:
+                    peak = torch.cuda.max_memory_allocated() - before
+        except Exception as error:
+            setting.journal.add("building", **facts, failed=describe(error))
+            continue
+        setting.journal.add(
+            "building", **facts, first_ms=times[0], ms=times[1], peak_bytes=peak,
+            nbytes=layout.nbytes, density=layout.density, partial_blocks=layout.partial_blocks,
+            bit_masks=layout.bit_masks.shape[0],
+        )  # fmt: skip

@@ -1,0 +1,127 @@
+"""What is tried on a GPU for each kernel, the most promising first.
+
+Ranked by the static model of the machine code (registers, spills, the share of the tensor cores'
+cycles that do useful work, see benchmarks/machine_code), which is a guide and no result. What ships
+is always among them.
+"""
+
+from __future__ import annotations
+
+from diffattn.kernels.block_sparse.configs import Choice, TileConfig
+
+# Of each kernel and head_dim, what ships included.
+MOST = 8
+
+# Forms that could hang, or whose compiler support is young: in processes of their own, and timed
+# when everything else has been.
+RISKY = ("tma_ws", "gluon", "one_pass")
+
+AHEAD = "ahead"  # scores are multiplied one tile before they are needed
+
+
+def _choices(*rows: str) -> tuple[Choice, ...]:
+    """Choices as `label` writes them."""
+    return tuple(map(_choice, rows))
+
+
+def _choice(text: str) -> Choice:
+    variant, sizes, *rest = text.split()
+    block_m, block_n = map(int, sizes.split("x"))
+    numbers = {part[0]: int(part[1:]) for part in rest if part != AHEAD}
+    tiles = TileConfig(
+        block_m, block_n, numbers["w"], numbers["s"], numbers.get("p"), AHEAD in rest
+    )
+    return Choice(variant, tiles)
+
+
+def label(choice: Choice) -> str:
+    """Form, queries and keys per tile, warps, stages, walked tokens in partial blocks, ahead."""
+    tiles = choice.tiles
+    text = f"{choice.variant} {tiles.block_m}x{tiles.block_n} w{tiles.num_warps}"
+    text += f" s{tiles.num_stages}"
+    if tiles.partial is not None:
+        text += f" p{tiles.partial}"
+    return f"{text} {AHEAD}" if tiles.ahead else text
+
+
+RANKED: dict[tuple[str, int], tuple[Choice, ...]] = {
+    ("forward", 128): _choices(
+        "tma 128x64 w8 s3 p64 ahead",
+        "gluon 128x128 w4 s2",
+        "tma 128x128 w8 s2 p64 ahead",
+        "tma 128x64 w8 s2 p64 ahead",
+        "tma_ws 128x128 w4 s2",
+        "tma 128x128 w8 s2 p64",
+        "tma 64x64 w4 s2 p64 ahead",
+        "plain 128x64 w8 s2 ahead",
+    ),
+    ("forward", 64): _choices(
+        "tma 128x128 w8 s2 p64 ahead",
+        "tma 128x64 w4 s2 p64 ahead",
+        "tma 128x64 w4 s3 p64 ahead",
+        "tma 128x64 w8 s2 p64 ahead",
+        "gluon 128x128 w4 s2",
+        "tma 64x128 w4 s2 p64 ahead",
+        "tma_ws 128x128 w4 s3",
+        "plain 128x64 w8 s3 ahead",
+    ),
+    ("queries", 128): _choices(
+        "tma 128x64 w8 s2 p64 ahead",
+        "tma 128x128 w8 s2 p64",
+        "tma 128x64 w8 s3 p64",
+        "tma 64x64 w4 s2 p64",
+        "plain 128x64 w8 s2",
+    ),
+    ("queries", 64): _choices(
+        "tma 128x128 w8 s2 p64 ahead",
+        "tma 64x128 w4 s2 p64",
+        "tma 128x64 w8 s3 p64",
+        "tma 128x64 w8 s2 p64 ahead",
+        "plain 128x64 w8 s2",
+    ),
+    ("keys", 128): _choices(
+        "tma 64x128 w8 s2 p64",
+        "tma 64x128 w8 s2 p32",
+        "tma 64x64 w4 s2 p64",
+        "tma 32x128 w8 s3 p32",
+        "one_pass 64x128 w8 s2 p32",
+        "tma 32x128 w8 s2 p32",
+        "plain 32x128 w8 s2",
+    ),
+    ("keys", 64): _choices(
+        "tma 64x64 w4 s2 p64",
+        "tma 64x64 w4 s3 p64",
+        "tma 64x128 w8 s2 p64",
+        "tma 64x128 w8 s3 p32",
+        "one_pass 64x64 w4 s2 p64",
+        "tma 32x64 w4 s2 p32",
+        "plain 64x64 w4 s2",
+    ),
+    ("gather_forward", 128): _choices(
+        "plain 128x64 w8 s3",
+        "plain 128x64 w8 s2",
+        "plain 128x128 w8 s2",
+        "plain 64x64 w4 s2",
+    ),
+    ("gather_queries", 128): _choices(
+        "plain 128x64 w8 s2",
+        "plain 64x64 w4 s2",
+        "plain 64x128 w4 s2",
+    ),
+    ("gather_keys", 128): _choices(
+        "plain 32x64 w4 s2",
+        "plain 64x64 w4 s2",
+        "plain 32x128 w8 s2",
+        "plain 64x128 w8 s2",
+    ),
+}
+
+
+def ranked(kernel: str, head_dim: int, shipped: Choice) -> list[Choice]:
+    """What to try of a kernel, without the risky forms at first, `MOST` at most.
+
+    Args:
+        shipped: what runs where nothing was tuned.
+    """
+    found = list(dict.fromkeys((shipped, *RANKED[kernel, head_dim])))[:MOST]
+    return sorted(found, key=lambda choice: choice.variant in RISKY)

@@ -1,0 +1,83 @@
+"""Compiles what later stages launch, in many processes into one cache, so that they find it there.
+
+The launch code itself runs, on tensors of the GPU (or, in a dry run, on a driver that knows sm_90
+and cannot load a kernel), up to the point where a kernel would start.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from gpu_run import smoke, tune
+from gpu_run.setting import Setting
+from gpu_run.timing import describe
+
+DRY_ARCH = 90
+DRY_LAUNCHES = 4
+
+
+def run(what: str, setting: Setting) -> None:
+    """Compile every n-th launch.
+
+    Args:
+        what: "i/n".
+    """
+    number, of = map(int, what.split("/"))
+    if setting.dry:
+        triton.runtime.driver.set_active(CompileOnlyDriver(DRY_ARCH))
+    every = [*tune.launches(setting), *smoke.launches(setting)]
+    mine = every[number::of]
+    if setting.dry:
+        mine = mine[:: max(1, len(mine) // DRY_LAUNCHES)]
+    failed: dict[str, str] = {}
+    start = time.perf_counter()
+    with compile_only() as kernels:
+        for name, launch in mine:
+            try:
+                launch()
+            except Exception as error:  # a form that does not compile: later stages say so too
+                failed[name] = describe(error)
+    if not setting.dry:
+        for kernel in kernels:
+            _ = kernel.run  # builds the launcher, too
+    setting.journal.add(
+        "compile", launches=len(mine), kernels=len({kernel.hash for kernel in kernels}),
+        failed=failed, seconds=round(time.perf_counter() - start, 1),
+    )  # fmt: skip
+
+
+class CompileOnlyDriver:
+    """Stands in for a GPU's driver up to the point where a kernel would be loaded."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+@contextmanager
+def compile_only() -> Iterator[list[Any]]:
+    """While this lasts kernels are compiled instead of launched, and added to the list."""
+    kernels: list[Any] = []
+    run = triton.JITFunction.run
+
+    def warm_up(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernels.append(run(self, *args, warmup=True, **kwargs))
+        return kernels[-1]
+
+    with mock.patch.object(triton.JITFunction, "run", warm_up):
+        yield kernels

@@ -1,0 +1,205 @@
+"""Runs the stages one after another, and outlives whatever happens to them. No torch in here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from types import FrameType
+
+from gpu_run.import_folder import ROOT
+from gpu_run.journal import Journal, Row, that_count
+from gpu_run.stages import Stage
+
+POLL_SECONDS = 0.05
+# A killed process ends at once, unless the driver holds it.
+SECONDS_TO_DIE = 10.0
+# Tells a stage's process how long it may take.
+SECONDS_VARIABLE = "GPU_RUN_SECONDS"
+
+TAIL = 600  # characters of a failed stage's output in its row
+LOG_BYTES = 100_000  # of a stage's output in the log
+
+TIME_OUT = "time-out"
+INTERRUPTED = "interrupted"
+NO_TIME = "no time"
+SETTLED = "settled before"
+
+
+@dataclass
+class Run:
+    """A run of some stages.
+
+    Attributes:
+        folder: where results.jsonl and log.txt go.
+        logs: where the output of each stage goes while it runs.
+        sources: of the kernels, see `import_folder.sources_of`.
+        minutes: after which everything ends.
+        environment: of the stages' processes, asked for before each starts.
+        after_stage: called when a stage has ended, or those beside each other.
+        stopped: the signal that ended the run, if any.
+    """
+
+    folder: Path
+    logs: Path
+    sources: str
+    minutes: float
+    environment: Callable[[], dict[str, str]] = lambda: dict(os.environ)
+    after_stage: Callable[[], object] = lambda: None
+    clock: Callable[[], float] = time.monotonic
+    started: float = field(init=False)
+    stopped: int | None = None
+
+    def __post_init__(self) -> None:
+        self.started = self.clock()
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return 60 * self.minutes - (self.clock() - self.started)
+
+    def journal(self, stage: str) -> Journal:
+        return Journal(self.folder / "results.jsonl", stage, self.sources)
+
+    def report(self, stage: str, rc: int | str, **facts: object) -> None:
+        row = self.journal(stage).add("stage", rc=rc, **facts)
+        shown = {key: value for key, value in row.items() if key in ("rc", "seconds", "tail")}
+        print(f"{60 * self.minutes - self.left:6.1f} s  {stage:<24} {shown}", flush=True)
+
+
+@dataclass
+class _Running:
+    stage: Stage
+    process: subprocess.Popen[bytes]
+    began: float
+    deadline: float
+    log: Path
+
+
+def run_stages(stages: Iterable[Stage], run: Run) -> None:
+    """Run stages that nothing has settled, for as long as there is time, until a signal comes.
+
+    SIGINT and SIGTERM end the run: rows are kept, and no process is left.
+    """
+    earlier = run.journal("").rows()
+    with _signals(run):
+        for _, group in groupby(stages, key=lambda stage: stage.beside or stage.name):
+            todo = []
+            for stage in group:
+                if run.stopped is not None:
+                    run.report(stage.name, INTERRUPTED)
+                elif is_settled(stage, earlier, run.sources):
+                    run.report(stage.name, SETTLED)
+                elif run.left < stage.least:
+                    run.report(stage.name, NO_TIME, left=round(max(0.0, run.left), 1))
+                else:
+                    todo.append(stage)
+            if todo:
+                _run_together(todo, run)
+                run.after_stage()
+
+
+def is_settled(stage: Stage, rows: list[Row], sources: str) -> bool:
+    """Whether an earlier run has ended the stage well, with these kernels or as good as."""
+    return any(
+        row["kind"] == "stage"
+        and row["rc"] == 0
+        and (stage.outlives_edits or row["sources"] == sources)
+        for row in that_count(rows, stage.name)
+    )
+
+
+@contextmanager
+def _signals(run: Run) -> Iterator[None]:
+    """Signals are looked at between other things: none comes while a process is being started."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        run.stopped = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run_together(stages: list[Stage], run: Run) -> None:
+    """Start all, wait for each until its limit, and kill what is left."""
+    running: list[_Running] = []
+    try:
+        for stage in stages:
+            try:
+                running.append(_start(stage, run))
+            except OSError as error:
+                run.report(stage.name, "not started", tail=str(error))
+        while running:
+            for one in list(running):
+                rc: int | str | None = one.process.poll()
+                if rc is None and run.stopped is not None:
+                    rc = INTERRUPTED
+                elif rc is None and run.left <= 0:
+                    rc = NO_TIME
+                elif rc is None and run.clock() > one.deadline:
+                    rc = TIME_OUT
+                if rc is not None:
+                    running.remove(one)
+                    _end(one, rc, run)
+            time.sleep(POLL_SECONDS)
+    finally:
+        for one in running:
+            kill(one.process)
+
+
+def _start(stage: Stage, run: Run) -> _Running:
+    log = run.logs / f"{stage.name.replace(':', '-').replace('/', '-')}.log"
+    began = run.clock()
+    environment = run.environment() | run.journal(stage.name).environment()
+    limit = min(stage.limit, run.left)
+    environment |= {SECONDS_VARIABLE: f"{limit:.1f}", "PYTHONUNBUFFERED": "1"}
+    with log.open("wb") as file:
+        # A session of its own, so that all it starts can be killed with it.
+        process = subprocess.Popen(
+            stage.command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    return _Running(stage, process, began, began + stage.limit, log)
+
+
+def _end(one: _Running, rc: int | str, run: Run) -> None:
+    """Kill what is left of a stage, and write down what became of it."""
+    dies = kill(one.process)
+    facts: dict[str, object] = {"seconds": round(run.clock() - one.began, 1)}
+    if not dies:
+        facts["alive"] = f"process {one.process.pid} does not die"
+    text = one.log.read_bytes()[-LOG_BYTES:].decode(errors="replace")
+    if rc != 0:
+        facts["tail"] = text[-TAIL:]
+    with (run.folder / "log.txt").open("a") as file:
+        file.write(f"==== {one.stage.name}: {rc}\n{text}\n")
+    run.report(one.stage.name, rc, **facts)
+
+
+def kill(process: subprocess.Popen[bytes]) -> bool:
+    """Kill a process with all it has started; whether it ended.
+
+    SIGKILL, because Python sees no other signal inside of a call that waits for a GPU.
+    """
+    with suppress(ProcessLookupError):  # it left nothing behind
+        os.killpg(process.pid, signal.SIGKILL)
+    try:
+        process.wait(SECONDS_TO_DIE)
+    except subprocess.TimeoutExpired:
+        return False
+    return True

@@ -1,0 +1,121 @@
+"""What a run consists of: processes, in order, each with a limit of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+COMPILERS = 12
+
+# Kernels, each variant of which is compared with float64 in a process of its own: those that could
+# hang take nothing else with them.
+SMOKE = (
+    "forward-plain", "forward-tma", "forward-tma_ws", "forward-gluon", "queries-plain",
+    "queries-tma", "keys-plain", "keys-tma", "keys-one_pass", "gather", "linear", "public",
+)  # fmt: skip
+
+# Tests that need a GPU and are no other stage's business.
+KERNEL_TESTS = tuple(
+    f"tests/kernels/{name}.py"
+    for name in ("test_forms", "test_triton", "test_gather", "test_linear_triton")
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A process of a run.
+
+    Attributes:
+        name: what it does and to what, "rates:wan-1.3b-480p".
+        limit: seconds after which it is killed.
+        least: it is not begun with fewer seconds left.
+        command: what to start.
+        beside: stages that follow each other with the same text here run side by side.
+        outlives_edits: whether its rows still count once the kernels' source text has changed.
+    """
+
+    name: str
+    limit: float
+    least: float
+    command: tuple[str, ...] = (sys.executable, "-P", "-m", "gpu_run.worker")
+    beside: str = ""
+    outlives_edits: bool = False
+
+
+def real_stages(root: Path) -> Iterator[Stage]:
+    """Those of a GPU, the most important first.
+
+    head_dim 64 is tuned when everything of head_dim 128 is known.
+    """
+    for number in range(COMPILERS):
+        yield Stage(f"compile:{number}/{COMPILERS}", 60, 20, beside="compile")
+    yield Stage("yardstick", 45, 20, outlives_edits=True)
+    for name in SMOKE:
+        yield Stage(f"smoke:{name}", 60, 15, beside="smoke")
+    for kernel in ("forward", "queries", "keys"):
+        yield Stage(f"tune:{kernel}-128", 45, 20, outlives_edits=True)
+    yield Stage("rates:wan-1.3b-480p", 70, 30)
+    yield Stage("rates:wan-14b-720p", 90, 40)
+    yield Stage("flex:wan-1.3b-480p", 90, 45)
+    yield Stage("tune:gather-128", 45, 20, outlives_edits=True)
+    yield Stage("selecting", 50, 25)
+    yield Stage("linear", 30, 15)
+    for kernel in ("forward", "queries", "keys"):
+        yield Stage(f"tune:{kernel}-64", 40, 20, outlives_edits=True)
+    yield Stage("rates:cogvideox-5b", 60, 25)
+    yield Stage("building:hunyuan-720p", 30, 15)
+    yield Stage("rates:hunyuan-720p", 90, 45)
+    yield Stage("methods", 60, 25)
+    yield from test_stages(root)
+
+
+def test_stages(root: Path) -> Iterator[Stage]:
+    """The tests that need a GPU, several at a time where pytest-xdist is installed."""
+    marked = [
+        str(file.relative_to(root))
+        for file in sorted((root / "tests").rglob("test_*.py"))
+        if "pytest.mark.gpu" in file.read_text()
+    ]
+    pytest = pytest_command()
+    if importlib.util.find_spec("xdist"):
+        pytest += ["-n", str(COMPILERS)]
+    if importlib.util.find_spec("pytest_timeout"):
+        # A thread ends the process, where a signal would not be seen in a call that hangs.
+        pytest += ["--timeout", "60", "--timeout-method", "thread"]
+    kernels = (*pytest, "--maxfail=20", *KERNEL_TESTS)
+    yield Stage("tests:kernels", 180, 30, kernels)
+    others = [file for file in marked if file not in KERNEL_TESTS]
+    # Some of them cannot be imported without diffusers.
+    command = (*pytest, "-m", "gpu", "--continue-on-collection-errors", *others)
+    yield Stage("tests:marked", 60, 20, command)
+
+
+def pytest_command() -> list[str]:
+    return [sys.executable, "-P", "-m", "pytest", "-p", "gpu_run.pytest_rows", "-q"]
+
+
+# Of a dry run: what differs from a stage that is in it by its shape or its form alone.
+NOT_DRY = (
+    "smoke:*-tma", "smoke:*-tma_ws", "smoke:*-one_pass", "tune:*-64", "rates:wan-14b-720p",
+    "rates:hunyuan-720p", "tests:marked",
+)  # fmt: skip
+
+
+def dry_stages(root: Path) -> Iterator[Stage]:
+    """The same program on a CPU: one compiler, one test, one shape, limits for a slow machine."""
+    for stage in real_stages(root):
+        if stage.name.startswith("compile:"):
+            if stage.name != f"compile:0/{COMPILERS}":
+                continue
+            stage = replace(stage, name="compile:0/1")
+        if any(fnmatch(stage.name, pattern) for pattern in NOT_DRY):
+            continue
+        if stage.name.startswith("tests:"):
+            one = "tests/kernels/test_triton.py::test_long_rows_first"
+            stage = replace(stage, command=(*pytest_command(), one))
+        # Not side by side: the interpreter keeps a core busy.
+        yield replace(stage, limit=120, least=1, beside="")

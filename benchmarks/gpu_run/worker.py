@@ -1,0 +1,56 @@
+"""What a stage's process runs: `python -m gpu_run.worker`, told by its environment which stage."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from gpu_run.import_folder import ROOT
+from gpu_run.journal import Journal
+
+DRY_VARIABLE = "GPU_RUN_DRY"
+
+# Modules with a `run(what, setting)`, by the part of a stage's name before the colon.
+MODULES = {
+    "compile": "compiling",
+    "yardstick": "yardstick",
+    "smoke": "smoke",
+    "tune": "tune",
+    "rates": "rates",
+    "flex": "flex",
+    "selecting": "selecting",
+    "linear": "linear_rates",
+    "building": "building",
+    "methods": "methods",
+}
+
+
+def main() -> int:
+    journal = Journal.of_environment()
+    kind, _, what = journal.stage.partition(":")
+    if kind not in MODULES:
+        print(f"no stage is called {journal.stage}", file=sys.stderr)
+        return 2
+    dry = os.environ.get(DRY_VARIABLE) == "1"
+    if dry and kind != "compile":
+        interpret()
+    from gpu_run.setting import Setting
+
+    setting = Setting.make(journal, dry)
+    journal.add("facts", **setting.facts())
+    importlib.import_module(f"gpu_run.{MODULES[kind]}").run(what, setting)
+    return 0
+
+
+def interpret() -> None:
+    """Have kernels run in Triton's interpreter, with what the project's tests repair in it."""
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported by anything
+    import pytest
+
+    sys.path.append(str(ROOT / "tests" / "kernels"))
+    importlib.import_module("interpreter").repair(pytest.MonkeyPatch())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""Launches of the block-sparse kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+from diffattn.blocks import FULL, PARTIAL, BlockLayout, layout_from_states
+from diffattn.kernels.block_sparse import gluon_forward, warp_specialized
+from diffattn.kernels.block_sparse.backward import key_gradients, query_gradients
+from diffattn.kernels.block_sparse.configs import Choice, TileConfig, fitted, tile_config
+from diffattn.kernels.block_sparse.forward_pass import forward
+from diffattn.kernels.block_sparse.keys_gradient import one_pass_takes
+from diffattn.kernels.block_sparse.launch import Problem, padded_head_dim
+from diffattn.kernels.block_sparse.row_sums import RowSums, row_sums
+from diffattn.kernels.block_sparse.variants import KERNELS
+
+from .launches import HEADS, Constants, Launch, Tile, Work
+
+_BLOCKS_PER_SIDE = 2
+# Matrix products per tile of scores; one more where dQ is computed with dK and dV.
+PRODUCTS = {"forward": 2, "queries": 3, "keys": 4}
+_GLUON_QUERIES = 128  # per tile, not a constant of its kernel
+# Variants in which two groups of four warps multiply and others copy.
+_SPECIALIZED = ("tma_ws", "gluon")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of a call.
+
+    Attributes:
+        ragged: whether the last block is short.
+    """
+
+    head_dim: int
+    dtype: torch.dtype
+    block_q: int = 128
+    block_kv: int = 128
+    partial: bool = True
+    ragged: bool = True
+    key_mask: bool = False
+
+    def __str__(self) -> str:
+        flags = [name for name in ("partial", "ragged", "key_mask") if getattr(self, name)]
+        dtype = str(self.dtype).removeprefix("torch.")
+        return " ".join([f"d{self.head_dim} {dtype} {self.block_q}x{self.block_kv}", *flags])
+
+    def layout(self) -> BlockLayout:
+        states = torch.full((_BLOCKS_PER_SIDE, _BLOCKS_PER_SIDE), FULL, dtype=torch.uint8)
+        if self.partial:
+            states[0, 1] = PARTIAL
+        tokens = [_BLOCKS_PER_SIDE * n - 5 * self.ragged for n in (self.block_q, self.block_kv)]
+
+        def bits(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+            return torch.eye(self.block_q, self.block_kv, dtype=torch.bool).expand(len(row), -1, -1)
+
+        return layout_from_states(
+            states, bits, tokens_q=tokens[0], tokens_kv=tokens[1],
+            block_q=self.block_q, block_kv=self.block_kv,
+        )  # fmt: skip
+
+
+# Every entry of the tables of tiles for 16-bit inputs, with and without what needs a mask.
+_ENTRIES = (
+    *(Case(head_dim, torch.bfloat16) for head_dim in (64, 128, 256)),
+    *(Case(head_dim, torch.float16, key_mask=True) for head_dim in (64, 128, 256)),
+)
+# Every other constant that a kernel is compiled for.
+_CONSTANTS = (
+    Case(128, torch.bfloat16, 64, 64),
+    Case(80, torch.bfloat16),
+    Case(128, torch.bfloat16, partial=False),
+    Case(128, torch.bfloat16, partial=False, ragged=False),
+    Case(32, torch.bfloat16, 16, 256),
+)
+# What only some layouts are computed by: full blocks alone, and blocks that are not square.
+_FULL_ONLY = (
+    *(Case(head_dim, torch.bfloat16, partial=False) for head_dim in (64, 256)),
+    Case(128, torch.bfloat16, 256, 64, partial=False),
+)
+# One table of tiles for all chips, and no matrix units: slow to compile. A key mask takes the most
+# registers; at head_dim 256 there are other tiles for it.
+_FLOAT32 = (
+    *(Case(head_dim, torch.float32, key_mask=True) for head_dim in (64, 128, 256)),
+    Case(256, torch.float32),
+)
+
+
+def shipped(arch: int) -> Iterator[Launch]:
+    """Every shipped configuration, and none twice that is alike on another architecture."""
+    for case in _ENTRIES + {80: _FLOAT32, 90: _CONSTANTS}.get(arch, ()):
+        yield row_sums_launch(case)
+        for kernel, variants in KERNELS.items():
+            for variant in variants:
+                if variant == "plain" or (arch == 90 and _takes(case, variant)):
+                    yield launch(case, kernel, variant)
+    for case in _FULL_ONLY if arch == 90 else ():
+        yield launch(case, "forward", "tma")
+        yield launch(case, "forward", "tma_ws")
+
+
+def launch(
+    case: Case, kernel: str, variant: str = "plain", tiles: TileConfig | None = None
+) -> Launch:
+    """The launch of one kernel.
+
+    Args:
+        kernel, variant: of `KERNELS`.
+        tiles: instead of the shipped ones.
+    """
+    call = _call(case)
+    q, k, v, layout, key_mask = call
+    per_query = q.new_zeros(1, HEADS, -(-q.shape[1] // case.block_q) * case.block_q).float()
+    sums = RowSums(per_query, per_query)
+
+    def run() -> object:
+        choice = Choice(variant, tiles or _shipped_tiles(case, kernel, variant))
+        options = {**_options(case), "choice": choice}
+        with _as_on_hopper():
+            if kernel == "forward":
+                return forward(*call, **options)
+            gradients = query_gradients if kernel == "queries" else key_gradients
+            return gradients(q, k, v, q, sums, layout, key_mask, **options)
+
+    def work(function: str, constants: Constants) -> Work:
+        products = PRODUCTS[kernel] + bool(constants.get("ONE_PASS"))
+        has_masks = constants.get("HAS_PARTIAL", variant == "gluon")
+        names = ("full", "partial") if has_masks else ("full",)
+        return attention_work(
+            kernel, products, names, constants, 2 if variant in _SPECIALIZED else 1
+        )
+
+    return Launch("block_sparse", variant, str(case), run, work)
+
+
+def row_sums_launch(case: Case) -> Launch:
+    """The launch of what the backward kernels need of a query."""
+    q, *_ = _call(case)
+    lse = q.new_zeros(1, HEADS, q.shape[1], dtype=torch.float32)
+
+    def run() -> object:
+        return row_sums(q, q, lse, None, block_q=case.block_q, wide=False)
+
+    return Launch("block_sparse", "plain", str(case), run, lambda *_: None)
+
+
+def attention_work(
+    kernel: str, products: int, names: tuple[str, ...], constants: Constants, groups: int = 1
+) -> Work:
+    """Loops over tiles of queries and keys."""
+    block_m, block_n = constants.get("BLOCK_M", _GLUON_QUERIES), constants["BLOCK_N"]
+    sides = {"full": (block_m, block_n)}
+    sides["partial"] = (constants.get("PARTIAL_M", block_m), constants.get("PARTIAL_N", block_n))
+    block_d = constants.get("BLOCK_D", constants["D"])
+    tiles = []
+    for name in names:
+        m, n = sides.get(name, sides["full"])
+        tiles.append(Tile(name, f"{m}x{n}", products * m * n * block_d))
+    return Work(kernel, tuple(tiles), groups)
+
+
+def _call(case: Case) -> tuple[Any, ...]:
+    layout = case.layout()
+    q = torch.zeros(1, layout.tokens_q, HEADS, case.head_dim, dtype=case.dtype)
+    k, v = (q.new_zeros(1, layout.tokens_kv, HEADS, case.head_dim) for _ in range(2))
+    key_mask = torch.ones(k.shape[:2], dtype=torch.bool) if case.key_mask else None
+    return q, k, v, layout.tensors, key_mask
+
+
+def _options(case: Case) -> dict[str, Any]:
+    scale = case.head_dim**-0.5
+    return {"block_q": case.block_q, "block_kv": case.block_kv, "scale": scale}
+
+
+def _takes(case: Case, variant: str) -> bool:
+    """Whether a variant that is for Hopper GPUs takes a call."""
+    call, options = _call(case), _options(case)
+    q, k, v, *_ = call
+    problem = Problem.of(*call, **options)
+    if variant == "tma_ws":
+        return warp_specialized.takes(problem, q, k, v)
+    if variant == "gluon":
+        with _as_on_hopper():
+            return gluon_forward.takes(problem, q, k, v)
+    return problem.tma_takes(q, k, v) and (variant != "one_pass" or one_pass_takes(problem))
+
+
+def _as_on_hopper() -> Any:
+    """Tensors are on the CPU: the Gluon kernel would refuse them for that alone."""
+    return mock.patch.object(gluon_forward, "is_hopper", return_value=True)
+
+
+def _shipped_tiles(case: Case, kernel: str, variant: str) -> TileConfig:
+    block_d = padded_head_dim(case.head_dim)
+    masked = case.key_mask or case.head_dim != block_d
+    tiles = tile_config(kernel, variant, block_d, case.dtype, masked=masked)
+    return fitted(kernel, tiles, case.block_q, case.block_kv)

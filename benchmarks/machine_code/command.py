@@ -1,0 +1,111 @@
+"""The command line of the package.
+
+    python benchmarks/machine_code [--arch 80 90 100] [--kernel keys ...] [--output benchmarks]
+
+prints a line per loop of every shipped configuration, with what is wrong at the end, and writes the
+same as Markdown and as JSON if asked. For one kernel with other tiles:
+
+    python benchmarks/machine_code --arch 90 --kernel keys --variant tma --head-dim 128 \
+        --tiles 64,128,8,2,64 32,128,8,2
+
+with queries, keys, warps, stages, and, if wanted, tokens per tile of partial blocks and "ahead".
+What has been compiled before is kept in Triton's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import triton
+
+from diffattn.kernels.block_sparse.configs import TileConfig
+
+from .block_sparse import PRODUCTS, Case, launch
+from .cases import FAMILIES, shipped
+from .launches import Launch
+from .limits import problems, verdicts
+from .model import CHIPS
+from .rows import KernelRow, rows_of
+from .table import as_json, lines, markdown, verdict
+
+DEFAULT_ARCHITECTURES = (80, 90, 100)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; 1 if something is wrong with a kernel of it."""
+    options = _parser().parse_args(arguments)
+    rows: list[KernelRow] = []
+    wrong: list[str] = []
+    for arch in options.arch:
+        launches = _tried(options) if options.tiles else _chosen(shipped(arch), options)
+        found, failed = rows_of(launches, arch)
+        rows += [row for row in found if not options.kernel or row.kernel in options.kernel]
+        wrong += failed
+    wrong += problems(rows)
+    goals = verdicts(rows) if not options.kernel and not options.family else []
+    print(lines(rows), *map(verdict, goals), sep="")
+    if options.output:
+        stem = f"machine_code_triton_{triton.__version__}"
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / f"{stem}.md").write_text(markdown(rows, goals))
+        (options.output / f"{stem}.json").write_text(as_json(rows, goals, wrong))
+    print(f"{len(rows)} kernels with Triton {triton.__version__}, {len(wrong)} problems")
+    for problem in wrong:
+        print(problem, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--arch", type=int, nargs="+", choices=CHIPS, default=DEFAULT_ARCHITECTURES)
+    add("--family", nargs="+", choices=FAMILIES, help="all by default")
+    add("--kernel", nargs="+", help="those of these names: forward, queries, keys, ...")
+    add("--variant", nargs="+", help="those of these variants: plain, tma, ...")
+    add("--head-dim", type=int, nargs="+", help="those of these head dimensions")
+    add("--tiles", nargs="+", type=_tiles, help="tiles to try with a block-sparse kernel")
+    add("--full-only", action="store_true", help="without partial blocks, with --tiles")
+    add("--output", type=Path, help="folder for the table, as Markdown and as JSON")
+    return parser
+
+
+def _tiles(text: str) -> TileConfig:
+    *numbers, last = text.split(",")
+    ahead = last == "ahead"
+    if not ahead:
+        numbers.append(last)
+    if not 4 <= len(numbers) <= 5 or not all(x.isdecimal() for x in numbers):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give queries,keys,warps,stages[,partial][,ahead], as 128,64,8,3,64,ahead"
+        )
+    return TileConfig(*map(int, numbers), ahead=ahead)
+
+
+def _tried(options: argparse.Namespace) -> list[Launch]:
+    cases = [
+        Case(d, torch.bfloat16, partial=not options.full_only, ragged=not options.full_only)
+        for d in options.head_dim or [128]
+    ]
+    return [
+        launch(case, kernel, variant, tiles)
+        for case in cases
+        for kernel in options.kernel or PRODUCTS
+        for variant in options.variant or ["plain"]
+        for tiles in options.tiles
+    ]
+
+
+def _chosen(launches: Iterable[Launch], options: argparse.Namespace) -> list[Launch]:
+    return [
+        x
+        for x in launches
+        if (not options.family or x.family in options.family)
+        and (not options.variant or x.variant in options.variant)
+        and (not options.head_dim or any(x.case.startswith(f"d{d} ") for d in options.head_dim))
+    ]

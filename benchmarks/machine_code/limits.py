@@ -1,0 +1,135 @@
+"""What a kernel must not do, and what the fast ones must reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .model import CHIPS
+from .rows import KernelRow, LoopRow
+
+# Words of registers that a warp may store to memory or load back per iteration of a loop: some 3 %
+# of the instructions of a loop of ours.
+SPILLED_IN_LOOP = 16
+_ROUNDING = 1e-6
+
+
+def problems(rows: Iterable[KernelRow]) -> list[str]:
+    """Everything that is wrong, a line each."""
+    return [f"{_label(row)}: {problem}" for row in rows for problem in _of_kernel(row)]
+
+
+def _of_kernel(row: KernelRow) -> list[str]:
+    found = []
+    limit = CHIPS[row.arch].shared_per_program
+    if row.shared > limit:
+        found.append(
+            f"needs {row.shared / 1024:.0f} KiB of shared memory: the chip has {limit // 1024} KiB"
+        )
+    if row.missing_warps:
+        found.append("the compiler did not specialize warps")
+    if row.missing_loops:
+        found.append(f"has {row.missing_loops} fewer loops with products than its source")
+    for code in row.serialized:
+        found.append(f"wgmma products are serialized (ptxas {code})")
+    return found + [problem for loop in row.loops for problem in _of_loop(loop)]
+
+
+def _of_loop(loop: LoopRow) -> list[str]:
+    found = []
+    if loop.spilled > SPILLED_IN_LOOP:
+        found.append(
+            f"spills {loop.spilled} words of registers in the {loop.name!r} loop:"
+            f" up to {SPILLED_IN_LOOP} are allowed"
+        )
+    if loop.duplicated is not None and loop.duplicated > 1 + _ROUNDING:
+        found.append(
+            f"computes its products {loop.duplicated:.2f} times in the {loop.name!r} loop"
+            f" ({loop.products} for a tile of {loop.tile}): use fewer warps or a larger tile"
+        )
+    return found
+
+
+def _label(row: KernelRow) -> str:
+    return f"sm_{row.arch} {row.family} {row.kernel} {row.variant} {row.case}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A goal, and whether it is reached.
+
+    Attributes:
+        wanted: the least share, or the most duplication.
+        found: None where nothing of the kind was compiled.
+        by: what has the figure.
+    """
+
+    goal: str
+    wanted: float
+    found: float | None
+    by: str
+    at_most: bool = False
+
+    @property
+    def passed(self) -> bool:
+        if self.found is None:
+            return False
+        found = round(self.found, 2)
+        return found <= self.wanted if self.at_most else found >= self.wanted
+
+
+# Of the tensor cores' cycles on sm_90, for bfloat16: kernel, head_dim, loop, least share.
+SHARES = (
+    ("forward", 128, "full", 0.72),
+    ("forward", 64, "full", 0.65),
+    ("forward", 128, "partial", 0.53),
+    ("queries", 128, "full", 0.79),
+    ("keys", 128, "full", 0.66),
+    ("keys", 64, "full", 0.66),
+)
+# The gather kernels' share of that of the block-sparse ones.
+GATHER = 0.9
+_GATHER_LOOPS = {"forward": "whole", "queries": "whole", "keys": "all"}
+# Variants that the compiler shares out to warps are not counted: the model is too kind to them, and
+# they are not what is run before they have been measured.
+_COUNTED = ("plain", "tma")
+
+
+def verdicts(rows: Sequence[KernelRow]) -> list[Verdict]:
+    """Every goal, by the best variant of what ran on sm_90; none if there are no rows for it."""
+    rows = [row for row in rows if row.arch == 90]
+    if not rows:
+        return []
+    found = [
+        Verdict(f"share of {kernel} at head_dim {head_dim}, {loop} blocks", least,
+                *_best(rows, "block_sparse", kernel, head_dim, loop))
+        for kernel, head_dim, loop, least in SHARES
+    ]  # fmt: skip
+    for kernel, loop in _GATHER_LOOPS.items():
+        for head_dim in (64, 128):
+            share, by = _best(rows, "gather", kernel, head_dim, loop)
+            other, than = _best(rows, "block_sparse", kernel, head_dim, "full")
+            relative = share / other if share and other else None
+            goal = f"share of gather's {kernel} at head_dim {head_dim} / that of block_sparse"
+            found.append(Verdict(goal, GATHER, relative, f"{by} / {than}"))
+    most = max(
+        ((loop.duplicated, f"{_label(row)} {loop.name}") for row in rows for loop in row.loops
+         if loop.duplicated is not None), default=(None, "nothing"),
+    )  # fmt: skip
+    return [*found, Verdict("multiplications / those needed, anywhere", 1.0, *most, at_most=True)]
+
+
+def _best(
+    rows: Iterable[KernelRow], family: str, kernel: str, head_dim: int, loop: str
+) -> tuple[float | None, str]:
+    """The highest share of a kernel's variants, and which has it."""
+    cases = (f"d{head_dim} bfloat16", f"d{head_dim} bfloat16 128x128 partial ragged")
+    shares = [
+        (found.share, f"{row.family} {row.variant} {found.tile}")
+        for row in rows
+        if row.family == family and row.kernel == kernel and row.case in cases
+        if row.variant in _COUNTED
+        for found in row.loops
+        if found.name == loop and found.share is not None
+    ]
+    return max(shares, default=(None, "nothing"))

@@ -1,0 +1,74 @@
+"""Launches of the kernels of linear attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from diffattn.kernels.linear_triton import apply, collect, denominator_gradient, pull_back
+
+from .launches import HEADS, Constants, Launch, Tile, Work
+
+_TOKENS = 600
+_WITH_PRODUCTS = ("collect_kernel", "apply_kernel", "pull_back_kernel")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of a call."""
+
+    head_dim: int
+    dtype: torch.dtype
+    rotation: bool = False
+    key_mask: bool = False
+
+    def __str__(self) -> str:
+        flags = [name for name in ("rotation", "key_mask") if getattr(self, name)]
+        return " ".join([f"d{self.head_dim} {str(self.dtype).removeprefix('torch.')}", *flags])
+
+
+# Every entry of the tables of tiles, with what needs most registers and with what needs least.
+_ENTRIES = (
+    *(Case(head_dim, torch.bfloat16) for head_dim in (64, 128, 256)),
+    *(Case(d, torch.float16, rotation=True, key_mask=True) for d in (64, 128, 256)),
+    *(Case(head_dim, torch.bfloat16) for head_dim in (40, 80, 160)),
+)
+# No matrix units: slow to compile.
+_FLOAT32 = tuple(Case(d, torch.float32, rotation=True, key_mask=True) for d in (64, 128, 256))
+
+
+def shipped(arch: int) -> Iterator[Launch]:
+    """Every shipped configuration, and none twice that is alike on another architecture."""
+    for case in _ENTRIES + _FLOAT32 if arch == 80 else _ENTRIES:
+        yield from launches(case)
+
+
+def launches(case: Case) -> Iterator[Launch]:
+    """Every pass."""
+    x = torch.zeros(1, _TOKENS, HEADS, case.head_dim, dtype=case.dtype)
+    rotation = torch.zeros(2, _TOKENS, case.head_dim // 2) if case.rotation else None
+    key_mask = torch.ones(1, _TOKENS, dtype=torch.bool) if case.key_mask else None
+    factor = torch.zeros(1, _TOKENS, HEADS)
+    state = torch.zeros(1, HEADS, case.head_dim, case.head_dim)
+    mean = torch.zeros(1, HEADS, case.head_dim)
+    passes: dict[str, Callable[[], object]] = {
+        "state": lambda: collect(x, x, rotation, key_mask),
+        "output": lambda: apply(x, state, mean, 1e-4, rotation, None),
+        "dk": lambda: pull_back(x, x, state, mean, rotation, key_mask),
+        "dv": lambda: apply(x, state, None, 0.0, rotation, key_mask),
+        "denominator": lambda: denominator_gradient(x, x, factor),
+        "dq": lambda: pull_back(x, x, state, mean, rotation, None, factor, factor),
+        "d_state": lambda: collect(x, x, rotation, None, factor, factor),
+    }
+    for name, run in passes.items():
+        yield Launch("linear", name, str(case), run, _work)
+
+
+def _work(function: str, constants: Constants) -> Work | None:
+    if function not in _WITH_PRODUCTS:
+        return None
+    tokens, columns = constants["BLOCK_T"], constants["BLOCK_E"]
+    macs = tokens * columns * constants["BLOCK_D"]
+    return Work(function.removesuffix("_kernel"), (Tile("all", f"{tokens}x{columns}", macs),))

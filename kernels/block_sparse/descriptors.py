@@ -1,0 +1,51 @@
+"""Descriptors by which the copy engine (TMA) of Hopper GPUs and newer fetches tiles of a tensor."""
+
+from __future__ import annotations
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+_ALIGNMENT = 16  # bytes: of addresses and of every stride but the last
+_MAX_STRIDE = 2**40  # bytes
+_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def describable(x: torch.Tensor) -> bool:
+    """Whether the copy engine can fetch tiles of `(batch, tokens, heads, head_dim)`.
+
+    Told from the dtype, the strides and the address, without waiting for the device.
+    """
+    return (
+        x.dtype in _DTYPES
+        and x.stride(-1) == 1
+        and x.data_ptr() % _ALIGNMENT == 0
+        and all(
+            size == 1 or (0 < step < _MAX_STRIDE and step % _ALIGNMENT == 0)
+            for size, step in zip(x.shape[:-1], _byte_strides(x), strict=True)
+        )
+    )
+
+
+def tile_descriptor(x: torch.Tensor, tokens: int, block_d: int) -> TensorDescriptor:
+    """Tiles of `tokens` tokens of a head, 0 past the end of the sequence and past head_dim.
+
+    Args:
+        x: `(batch, tokens, heads, head_dim)`, `describable`.
+        tokens, block_d: shape of a tile; powers of 2 up to 256.
+    """
+    return TensorDescriptor(x, list(x.shape), tile_strides(x), [1, tokens, 1, block_d])
+
+
+def tile_strides(x: torch.Tensor) -> list[int]:
+    """The strides of a `describable` tensor as a descriptor takes them.
+
+    Nothing is ever stepped over in a dimension of size 1, and its stride may be anything.
+    """
+    return [
+        stride if size > 1 else _ALIGNMENT
+        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    ] + [1]
+
+
+def _byte_strides(x: torch.Tensor) -> list[int]:
+    return [stride * x.element_size() for stride in x.stride()[:-1]]

@@ -1,0 +1,60 @@
+"""The forward pass by the best kernel for a call."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+
+from ..checks import LayoutTensors
+from . import gluon_forward, warp_specialized
+from .configs import Choice
+from .forward import forward as forward_by_tiles
+from .launch import Problem
+from .variants import first_that_compiles
+
+
+class _Options(TypedDict):
+    block_q: int
+    block_kv: int
+    scale: float
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: LayoutTensors,
+    key_mask: torch.Tensor | None,
+    *,
+    block_q: int,
+    block_kv: int,
+    scale: float,
+    choice: Choice | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp; arguments as `block_sparse_attention`, already checked.
+
+    Args:
+        choice: the only thing to run; by default the best that takes the call and compiles.
+
+    Raises:
+        ValueError: if the choice does not take the call.
+    """
+    options = _Options(block_q=block_q, block_kv=block_kv, scale=scale)
+    problem = Problem.of(q, k, v, layout, key_mask, **options)
+
+    def takes(variant: str) -> bool:
+        if variant == "tma_ws":
+            return warp_specialized.takes(problem, q, k, v)
+        if variant == "gluon":
+            return gluon_forward.takes(problem, q, k, v)
+        return variant == "plain" or problem.tma_takes(k, v)
+
+    def run(best: Choice) -> tuple[torch.Tensor, torch.Tensor]:
+        if best.variant == "tma_ws":
+            return warp_specialized.forward(problem, q, k, v, best.tiles)
+        if best.variant == "gluon":
+            return gluon_forward.forward(problem, q, k, v, best.tiles)
+        return forward_by_tiles(problem, q, k, v, best.tiles, tma=best.variant == "tma")
+
+    return first_that_compiles("forward", problem, takes, run, choice)

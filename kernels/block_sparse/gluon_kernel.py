@@ -1,0 +1,306 @@
+"""Device code of the Gluon forward: one warp fetches tiles, two groups of four warps multiply them.
+
+Each group attends with 64 queries. The products of tile i with the queries and those of tile i - 1
+with the values run while the group works out the weights of tile i. Importing the module fails
+where Triton lacks the parts of Gluon named here: `gluon_forward` asks first.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .primitives import LN_2, LOG2_E
+
+# Triton renamed the three after 3.6.
+_fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_write = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+GROUPS = gl.constexpr(2)
+ROWS = gl.constexpr(64)  # queries of a group: what one matrix product of Hopper's takes
+MINUS_INFINITY = gl.constexpr(-0x800000)  # the bits of it, as int32
+
+
+@gluon.jit
+def _weights(b_s, b_max, b_sum, scale, MASKED: gl.constexpr):
+    """One step of the online softmax in powers of 2; hidden scores are -inf. `scale` > 0."""
+    b_new = gl.maximum(b_max, gl.max(b_s, 1) * scale)
+    b_base = b_new
+    if MASKED:  # a query that has seen nothing yet has a maximum of -inf, and -inf - -inf is NaN
+        b_base = gl.where(b_new == float("-inf"), 0.0, b_new)
+    b_p = gl.exp2(b_s * scale - b_base[:, None])
+    b_old = gl.exp2(b_max - b_base)
+    return b_p, b_new, b_sum * b_old + gl.sum(b_p, 1), b_old
+
+
+@gluon.jit
+def _words(p_words, listed, left, BLOCK_N: gl.constexpr, WORDS: gl.constexpr, SCORES: gl.constexpr):
+    """For every score of a tile the word with its bit: int32 (ROWS, BLOCK_N).
+
+    All ones where the tile has no bit mask (`listed` false), zeros for keys from `left` on. Which
+    word a column takes is known per register.
+    """
+    o_m = gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+    o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
+    m_m = o_m < gl.where(listed, ROWS, 0)
+    b_words = gl.full([ROWS, BLOCK_N], 0, gl.int32, SCORES)
+    for i in gl.static_range(BLOCK_N // 32):
+        n_seen = gl.minimum(gl.maximum(left - i * 32, 0), 32)
+        # Half of the shift at a time: shifts by 32 are undefined.
+        seen = ~(((-1) << (n_seen // 2)) << (n_seen - n_seen // 2))
+        b_word = gl.load(p_words + o_m * WORDS + i, mask=m_m, other=-1) & seen
+        b_words = gl.where((o_n >= i * 32)[None, :], b_word[:, None], b_words)
+    return b_words
+
+
+@gluon.jit
+def _hide(b_s, b_words, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
+    """Scores, -inf where their bits are 0."""
+    o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
+    # In integers: Triton 3.6 makes more instructions of a `where` on bits, and they show.
+    b_seen = (b_words << (31 - (o_n & 31))[None, :]) >> 31  # all ones, or zeros
+    b_hidden = ~b_seen & MINUS_INFINITY
+    return ((b_s.to(gl.int32, bitcast=True) & b_seen) | b_hidden).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _mask_of(i, masks, lists, first_row, tokens_kv, BLOCK_Q: gl.constexpr,
+             BLOCK_KV: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
+    """Of masked tile `i`: where its words begin, whether it has any, how many keys are left."""
+    TILES_N: gl.constexpr = BLOCK_KV // BLOCK_N
+    p_partial, _, n_partial, _, i_rest = lists
+    p_partial_mask, p_bit_masks = masks
+    listed = i // TILES_N < n_partial
+    i_block = gl.load(p_partial + i // TILES_N, mask=listed, other=i_rest)
+    i_mask = gl.load(p_partial_mask + i // TILES_N, mask=listed, other=0)
+    start_in_kv = (i % TILES_N) * BLOCK_N
+    row = i_mask.to(gl.int64) * BLOCK_Q + first_row
+    p_words = p_bit_masks + row * (BLOCK_KV // 32) + start_in_kv // 32
+    return p_words, listed, tokens_kv - (i_block * BLOCK_KV + start_in_kv)
+
+
+@gluon.jit
+def _produce(inputs, q_tiles, q_full, rings, place, lists, p_full,
+             BLOCK_KV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Fetch the queries of both groups, then keys and values tile by tile into two rings."""
+    TILES_N: gl.constexpr = BLOCK_KV // BLOCK_N
+    queries, keys, values = inputs
+    k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = rings
+    i_b, i_h, start_m = place
+    p_partial, n_full, n_partial, n_tiles, i_rest = lists
+    mbarrier.expect(q_full.index(0), GROUPS * queries.block_type.nbytes)
+    for g in gl.static_range(GROUPS):
+        _fetch(queries, [i_b, start_m + g * ROWS, i_h, 0], q_full.index(0), q_tiles.index(g))
+    for i in range(n_tiles):
+        # Full blocks without the short one, partial blocks, then what no list holds.
+        i_full = i // TILES_N
+        i_partial = i_full - n_full
+        is_full = i_full < n_full
+        is_partial = (i_partial >= 0) & (i_partial < n_partial)
+        full_block = gl.load(p_full + i_full, mask=is_full)
+        other_block = gl.load(p_partial + i_partial, mask=is_partial, other=i_rest)
+        start_n = gl.where(is_full, full_block, other_block) * BLOCK_KV + (i % TILES_N) * BLOCK_N
+        s = i % STAGES
+        phase = (i // STAGES) & 1
+        mbarrier.wait(k_empty.index(s), phase ^ 1)
+        mbarrier.expect(k_full.index(s), keys.block_type.nbytes)
+        _fetch(keys, [i_b, start_n, i_h, 0], k_full.index(s), k_tiles.index(s))
+        mbarrier.wait(v_empty.index(s), phase ^ 1)
+        mbarrier.expect(v_full.index(s), values.block_type.nbytes)
+        _fetch(values, [i_b, start_n, i_h, 0], v_full.index(s), v_tiles.index(s))
+
+
+@gluon.jit
+def _attend(i, b_q, rings, sums, b_acc, b_p, b_max, b_sum, scale, p_words, listed, left,
+            MASKED: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, WORDS: gl.constexpr,
+            STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr):  # fmt: skip
+    """Weights of tile `i`, and of the tile before it (`b_p`) the products with its values."""
+    k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = rings
+    j = i - 1
+    s_k = i % STAGES
+    s_v = j % STAGES
+    b_k = k_tiles.index(s_k).reshape([BLOCK_N, D])
+    b_v = v_tiles.index(s_v).reshape([BLOCK_N, D])
+    b_zero = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
+    mbarrier.wait(k_full.index(s_k), (i // STAGES) & 1)
+    scores = warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(s_v), (j // STAGES) & 1)
+    products = warpgroup_mma(b_p, b_v, b_acc, is_async=True)
+    if MASKED:
+        b_words = _words(p_words, listed, left, BLOCK_N, WORDS, SCORES)
+    b_s = warpgroup_mma_wait(1, deps=(scores,))  # (ROWS, BLOCK_N)
+    mbarrier.arrive(k_empty.index(s_k))
+    if MASKED:
+        b_s = _hide(b_s, b_words, BLOCK_N, SCORES)
+    b_new_p, b_max, b_sum, b_old = _weights(b_s, b_max, b_sum, scale, MASKED)
+    # Without a barrier here, ptxas moves the wait above all of the softmax. And without something
+    # stored, Triton drops the barrier.
+    sums.store(b_sum)
+    _barrier()
+    b_acc, b_p = warpgroup_mma_wait(0, deps=(products, b_p))
+    mbarrier.arrive(v_empty.index(s_v))
+    b_acc = b_acc * gl.convert_layout(b_old, gl.SliceLayout(1, WEIGHTS.parent))[:, None]
+    return b_acc, gl.convert_layout(b_new_p.to(b_p.dtype), WEIGHTS), b_max, b_sum
+
+
+@gluon.jit
+def _consume(outs, p_lse, q_tiles, q_full, rings, all_sums, place, lists, masks, first_row,
+             tokens_q, tokens_kv, scale, g: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr,
+             BLOCK_KV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Attend with 64 queries to all tiles, and store their rows."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
+    )
+    OUTS: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16]
+    )
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTS, k_width=2)
+    WORDS: gl.constexpr = BLOCK_KV // 32
+    k_tiles, v_tiles, k_full, k_empty, v_full, _ = rings
+    i_b, i_h, start_m = place
+    _, n_full, _, n_tiles, _ = lists
+    n_unmasked = n_full * (BLOCK_KV // BLOCK_N)
+    start_m += g * ROWS
+    first_row += g * ROWS
+    sums = all_sums.index(g)
+    b_q = q_tiles.index(g).reshape([ROWS, D])
+    b_acc = gl.zeros([ROWS, D], gl.float32, OUTS)
+    b_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+    b_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
+
+    # The first tile has none before it. It is masked whatever it is, so that there is one code.
+    p_words, listed, left = _mask_of(
+        0, masks, lists, first_row, tokens_kv, BLOCK_Q, BLOCK_KV, BLOCK_N
+    )
+    listed = listed & (n_full == 0)
+    left = gl.where(n_full > 0, BLOCK_N, left)
+    b_words = _words(p_words, listed, left, BLOCK_N, WORDS, SCORES)
+    b_zero = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
+    b_k = k_tiles.index(0).reshape([BLOCK_N, D])
+    mbarrier.wait(q_full.index(0), 0)
+    mbarrier.wait(k_full.index(0), 0)
+    b_s = warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False)
+    mbarrier.arrive(k_empty.index(0))
+    b_s = _hide(b_s, b_words, BLOCK_N, SCORES)
+    b_p, b_max, b_sum, _ = _weights(b_s, b_max, b_sum, scale, True)
+    b_p = gl.convert_layout(b_p.to(b_q.dtype), WEIGHTS)
+    for i in range(1, n_unmasked):
+        b_acc, b_p, b_max, b_sum = _attend(
+            i, b_q, rings, sums, b_acc, b_p, b_max, b_sum, scale, p_words, listed, left,
+            False, BLOCK_N, D, WORDS, STAGES, SCORES, WEIGHTS,
+        )  # fmt: skip
+    for i in range(gl.maximum(n_unmasked, 1), n_tiles):
+        p_words, listed, left = _mask_of(
+            i - n_unmasked, masks, lists, first_row, tokens_kv, BLOCK_Q, BLOCK_KV, BLOCK_N
+        )
+        b_acc, b_p, b_max, b_sum = _attend(
+            i, b_q, rings, sums, b_acc, b_p, b_max, b_sum, scale, p_words, listed, left,
+            True, BLOCK_N, D, WORDS, STAGES, SCORES, WEIGHTS,
+        )  # fmt: skip
+    j = n_tiles - 1
+    mbarrier.wait(v_full.index(j % STAGES), (j // STAGES) & 1)
+    b_acc = warpgroup_mma(b_p, v_tiles.index(j % STAGES).reshape([BLOCK_N, D]), b_acc)
+
+    b_norm = gl.where(b_sum == 0, 1.0, b_sum)  # 0 where a query has seen nothing
+    b_out = b_acc / gl.convert_layout(b_norm, gl.SliceLayout(1, OUTS))[:, None]
+    o_m = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+    gl.store(p_lse + o_m, (b_max + gl.log2(b_norm)) * LN_2, mask=o_m < tokens_q)
+    b_q.store(b_out.to(b_q.dtype))  # the queries have been read for the last time
+    fence_async_shared()
+    _write(outs, [i_b, start_m, i_h, 0], q_tiles.index(g))
+    tma.store_wait(0)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "s_layout_b", "s_layout_h", "tokens_q", "tokens_kv", "heads", "rows", "full_cap",
+        "partial_cap",
+    ]
+)  # fmt: skip
+def forward_kernel(
+    queries, keys, values, outs, p_lse,
+    p_order, p_full_count, p_full_index, p_partial_count, p_partial_index, p_partial_mask,
+    p_bit_masks, s_layout_b, s_layout_h,
+    tokens_q, tokens_kv, heads, rows, full_cap, partial_cap, scale,
+    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """One program per 128 queries; descriptors are of whole tensors, tiles (1, tokens, 1, D)."""
+    TILES_M: gl.constexpr = BLOCK_Q // (GROUPS * ROWS)
+    TILES_N: gl.constexpr = BLOCK_KV // BLOCK_N
+    i_program = gl.program_id(0)
+    i_bh = i_program // (rows * TILES_M)
+    i_tile = i_program % (rows * TILES_M)
+    i_b = i_bh // heads
+    i_h = i_bh % heads
+    i_layout = i_b * s_layout_b + i_h * s_layout_h
+    i_row = gl.load(p_order + i_layout * rows + i_tile // TILES_M)
+    i_list = i_layout * rows + i_row
+    first_row = (i_tile % TILES_M) * GROUPS * ROWS
+    start_m = i_row * BLOCK_Q + first_row
+    p_full = p_full_index + i_list.to(gl.int64) * full_cap
+    p_partial = p_partial_index + i_list.to(gl.int64) * partial_cap
+    p_partial_mask += i_list.to(gl.int64) * partial_cap
+
+    n_full = gl.load(p_full_count + i_list)
+    n_partial = gl.load(p_partial_count + i_list)
+    # The block at the end of the sequence may be short, and then it needs a mask though it is
+    # full: it is the last of its list, and comes after the partial ones here.
+    i_rest = tokens_kv // BLOCK_KV
+    i_last = gl.load(p_full + (n_full - 1), mask=n_full > 0, other=-1)
+    n_short = (i_last == i_rest).to(gl.int32)
+    n_full -= n_short
+    n_masked = n_partial + n_short
+    if n_full + n_masked == 0:
+        # An empty row attends to one tile past the end: zeros, all of them hidden.
+        n_masked = 1
+        i_rest = i_rest + 1
+    n_tiles = (n_full + n_masked) * TILES_N
+
+    q_tiles = gl.allocate_shared_memory(queries.dtype, [GROUPS, 1, ROWS, 1, D], queries.layout)
+    k_tiles = gl.allocate_shared_memory(keys.dtype, [STAGES, 1, BLOCK_N, 1, D], keys.layout)
+    v_tiles = gl.allocate_shared_memory(values.dtype, [STAGES, 1, BLOCK_N, 1, D], values.layout)
+    sums = gl.allocate_shared_memory(
+        gl.float32, [GROUPS, ROWS],
+        gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0]),
+    )  # fmt: skip
+    q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full.index(0), count=1)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(s), count=1)
+        mbarrier.init(k_empty.index(s), count=GROUPS)
+        mbarrier.init(v_full.index(s), count=1)
+        mbarrier.init(v_empty.index(s), count=GROUPS)
+    fence_async_shared()  # the copy engine must see the barriers
+
+    p_lse += (i_b * heads + i_h).to(gl.int64) * tokens_q
+    scale *= LOG2_E
+    inputs = (queries, keys, values)
+    rings = (k_tiles, v_tiles, k_full, k_empty, v_full, v_empty)
+    place = (i_b, i_h, start_m)
+    lists = (p_partial, n_full, n_partial, n_tiles, i_rest)
+    masks = (p_partial_mask, p_bit_masks)
+    gl.warp_specialize(
+        [
+            (_consume, (outs, p_lse, q_tiles, q_full, rings, sums, place, lists, masks, first_row,
+                        tokens_q, tokens_kv, scale, 0, D, BLOCK_Q, BLOCK_KV, BLOCK_N, STAGES)),
+            (_consume, (outs, p_lse, q_tiles, q_full, rings, sums, place, lists, masks, first_row,
+                        tokens_q, tokens_kv, scale, 1, D, BLOCK_Q, BLOCK_KV, BLOCK_N, STAGES)),
+            (_produce, (inputs, q_tiles, q_full, rings, place, lists, p_full,
+                        BLOCK_KV, BLOCK_N, STAGES)),
+        ],
+        [4, 1],
+        [232, 40],  # registers of a thread: two groups and a warp share 65,536
+    )  # fmt: skip
