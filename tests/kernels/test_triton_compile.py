@@ -12,7 +12,6 @@ import pytest
 SCRIPT = Path(__file__).with_name("compile_configurations.py")
 GATHER_SCRIPT = Path(__file__).with_name("compile_gather.py")
 LINEAR_SCRIPT = Path(__file__).with_name("compile_linear.py")
-TANGENT_SCRIPT = Path(__file__).with_name("compile_tangent.py")
 
 
 def compile_for(
@@ -52,14 +51,6 @@ def test_every_linear_configuration_compiles_without_spills(arch: int, tmp_path:
     assert status == 0, problems
     expected = {"collect_kernel", "apply_kernel", "pull_back_kernel", "denominator_kernel"}
     assert kernels_of(table) == expected
-
-
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_the_forward_mode_kernel_compiles_without_spills(arch: int, tmp_path: Path) -> None:
-    status, table, problems = compile_for(arch, tmp_path, script=TANGENT_SCRIPT)
-    print(table)
-    assert status == 0, problems
-    assert kernels_of(table) == {"tangent_kernel"}
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
