@@ -6,19 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 
 from diffattn.blocks import BlockLayout
 from diffattn.kernels.block_sparse.backward import key_gradients, query_gradients
-from diffattn.kernels.block_sparse.configs import Choice, TileConfig, fitted, tile_config
+from diffattn.kernels.block_sparse.configs import Choice, fitted, tile_config
 from diffattn.kernels.block_sparse.forward_pass import forward
 from diffattn.kernels.block_sparse.row_sums import RowSums, row_sums
 from diffattn.kernels.gather.backward import backward as gather_backward
 from diffattn.kernels.gather.configs import tile_config as gather_tile_config
 from diffattn.kernels.gather.forward import forward as gather_forward
-from diffattn.kernels.gather.launch import Problem as GatherProblem
 
 
 class NotTakenError(Exception):
@@ -124,8 +122,7 @@ def _refusals() -> Iterator[None]:
 def shipped(kernel: str, head_dim: int) -> Choice:
     """What runs of a kernel on the current device where nothing was tuned, for 16-bit inputs."""
     if kernel.startswith("gather_"):
-        name = kernel.removeprefix("gather_")
-        return Choice("plain", gather_tile_config(name, head_dim, torch.bfloat16, masked=False))
+        return Choice("plain", gather_tile_config(kernel, head_dim, torch.bfloat16, masked=False))
     is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     variant = "tma" if is_hopper else "plain"
     return Choice(variant, tile_config(kernel, variant, head_dim, torch.bfloat16, masked=False))
@@ -149,21 +146,15 @@ class Gather:
         """Output and log-sum-exp."""
         return gather_forward(
             self.q, self.k, self.v, self.starts, self.bits, None,
-            scale=self.q.shape[-1] ** -0.5, config=choice.tiles,
+            scale=self.q.shape[-1] ** -0.5, choice=choice,
         )  # fmt: skip
 
     def gradients(
         self, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, kernel: str, choice: Choice
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """dQ, dK and dV, with the chosen tiles of "gather_queries" or "gather_keys"."""
-        name = kernel.removeprefix("gather_")
-        shipped = GatherProblem.tiles
-
-        def tiles(problem: GatherProblem, asked: str) -> TileConfig:
-            return choice.tiles if asked == name else shipped(problem, asked)
-
-        with mock.patch.object(GatherProblem, "tiles", tiles):
-            return gather_backward(
-                grad, None, self.q, self.k, self.v, out, lse, self.starts, self.bits, None,
-                scale=self.q.shape[-1] ** -0.5,
-            )  # fmt: skip
+        only = {kernel.removeprefix("gather_"): choice}
+        return gather_backward(
+            grad, None, self.q, self.k, self.v, out, lse, self.starts, self.bits, None,
+            scale=self.q.shape[-1] ** -0.5, queries=only.get("queries"), keys=only.get("keys"),
+        )  # fmt: skip

@@ -153,13 +153,12 @@ def attention_work(
     kernel: str, products: int, names: tuple[str, ...], constants: Constants, groups: int = 1
 ) -> Work:
     """Loops over tiles of queries and keys."""
-    block_m, block_n = constants.get("BLOCK_M", _GLUON_QUERIES), constants["BLOCK_N"]
-    sides = {"full": (block_m, block_n)}
-    sides["partial"] = (constants.get("PARTIAL_M", block_m), constants.get("PARTIAL_N", block_n))
+    full = (constants.get("BLOCK_M", _GLUON_QUERIES), constants["BLOCK_N"])
+    partial = (constants.get("PARTIAL_M", full[0]), constants.get("PARTIAL_N", full[1]))
     block_d = constants.get("BLOCK_D", constants["D"])
     tiles = []
     for name in names:
-        m, n = sides.get(name, sides["full"])
+        m, n = partial if name == "partial" else full
         tiles.append(Tile(name, f"{m}x{n}", products * m * n * block_d))
     return Work(kernel, tuple(tiles), groups)
 

@@ -1,6 +1,6 @@
 """The command line of the package.
 
-    python benchmarks/machine_code [--arch 80 90 100] [--kernel keys ...] [--output benchmarks]
+    python benchmarks/machine_code [--arch 80 90 100] [--kernel keys ...] [--output FOLDER]
 
 prints a line per loop of every shipped configuration, with what is wrong at the end, and writes the
 same as Markdown and as JSON if asked. For one kernel with other tiles:
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     goals = verdicts(rows) if not options.kernel and not options.family else []
     print(lines(rows), *map(verdict, goals), sep="")
     if options.output:
-        stem = f"machine_code_triton_{triton.__version__}"
+        stem = "triton-" + ".".join(triton.__version__.split(".")[:2])
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / f"{stem}.md").write_text(markdown(rows, goals))
         (options.output / f"{stem}.json").write_text(as_json(rows, goals, wrong))

@@ -17,11 +17,13 @@ class Tile:
         loop: the loop's name.
         shape: for the table.
         macs: multiplications that its matrix products need.
+        trips: iterations, where their number is a constant: the compiler may write them all out.
     """
 
     loop: str
     shape: str
     macs: int
+    trips: int = 1
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Launch:
     """One call that starts kernels.
 
     Attributes:
-        family: "block_sparse", "gather" or "linear".
+        family: "block_sparse", "gather", "linear" or "tangent".
         variant: of the kernel; "plain" if there is one only.
         case: the arguments, for the table.
         run: the call.

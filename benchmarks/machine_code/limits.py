@@ -28,8 +28,12 @@ def _of_kernel(row: KernelRow) -> list[str]:
         )
     if row.missing_warps:
         found.append("the compiler did not specialize warps")
-    if row.missing_loops:
-        found.append(f"has {row.missing_loops} fewer loops with products than its source")
+    with_products = sum(loop.products != "" for loop in row.loops)
+    if with_products not in (0, row.expected_loops):
+        found.append(
+            f"has {with_products} loops with products, its source {row.expected_loops}: the table"
+            " may take one for another"
+        )
     for code in row.serialized:
         found.append(f"wgmma products are serialized (ptxas {code})")
     return found + [problem for loop in row.loops for problem in _of_loop(loop)]

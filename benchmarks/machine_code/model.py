@@ -17,15 +17,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .products import MMA_SYNC, WGMMA, Product, product_of
+from .products import WGMMA, Product, product_of
 from .sass import Instruction, Loop
 
 QUARTERS = 4
 # Cycles: of a wait for products, of a barrier of warps, and of a wait for a copy.
 PRODUCT_WAIT, BARRIER, COPY_WAIT = 60, 25, 20
-# wgmma reads this many bytes of shared memory a cycle for its second operand and its first one:
-# cycles of a product are at least n / 4, and 16 more if the first one is not in registers.
-_N_PER_CYCLE, _FIRST_OPERAND = 4, 16
+# Reading shared memory takes a wgmma a cycle per 4 columns of its second operand, and 16 cycles for
+# a first operand that is not in registers. Short products are limited by that.
+_COLUMNS_PER_CYCLE, _FIRST_OPERAND = 4, 16
 _REGISTERS, _REGISTER_UNIT = 65536, 256
 _SHARED_RESERVED = 1024  # bytes, by the driver, per program
 
@@ -114,7 +114,7 @@ def estimate(
         copies: how many such groups of warps a multiprocessor has at a time.
     """
     per_quarter = warps / QUARTERS
-    useful = ideal_cycles(macs, chip)
+    useful = ideal_cycles(macs, chip) * (2 if products[0].half_rate else 1)
     exposed: Counter[str] | None
     if any(product.kind == WGMMA for product in products):
         cycles, exposed = _walk(loop, per_quarter)
@@ -127,7 +127,7 @@ def estimate(
 
 def product_cycles(product: Product) -> float:
     """Cycles of a wgmma in the tensor cores of a quarter, for 16-bit inputs with k = 16."""
-    reading = product.n / _N_PER_CYCLE + (0 if product.from_registers else _FIRST_OPERAND)
+    reading = product.n / _COLUMNS_PER_CYCLE + (0 if product.from_registers else _FIRST_OPERAND)
     return max(product.n / 2, reading)
 
 
@@ -203,11 +203,8 @@ def _tensor_cycles(products: Sequence[Product], chip: Chip, per_quarter: float) 
     if any(product.kind == WGMMA for product in products):
         return sum(map(product_cycles, products)) * per_quarter
     warps = round(per_quarter * QUARTERS)
-    # Half the rate for TF32: products of 16 bits are 16 deep and more.
-    return sum(
-        product.macs(warps) * (2 if product.kind == MMA_SYNC and product.k < 16 else 1)
-        for product in products
-    ) / chip.macs  # fmt: skip
+    macs = sum(x.macs(warps) * (2 if x.half_rate else 1) for x in products)
+    return ideal_cycles(macs, chip)
 
 
 def _shared_cycles(loop: Loop, per_quarter: float) -> float:

@@ -14,8 +14,7 @@ _KINDS = (WGMMA, MMA_SYNC, TCGEN05)
 _WARPS_OF_WGMMA = 4
 _FLOAT32 = ("FFMA", "FFMA2")
 _MANY = 64
-# Of 16-bit inputs; the instruction does not say.
-_TCGEN05_K = 16
+_TF32 = 2  # as the format of tcgen05's inputs
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,8 @@ class Product:
     Attributes:
         kind: HGMMA (wgmma, by four warps), HMMA (mma.sync, by one) or UTCHMMA (tcgen05, by the
             whole program).
-        from_registers: whether its first operand is not in shared memory.
+        from_registers: whether its first operand is not in shared memory, but in registers or
+            tensor memory.
     """
 
     kind: str
@@ -38,6 +38,11 @@ class Product:
         """Multiplications, if each of a number of warps executes the instruction."""
         copies = {WGMMA: warps // _WARPS_OF_WGMMA, MMA_SYNC: warps, TCGEN05: 1}[self.kind]
         return self.m * self.n * self.k * copies
+
+    @property
+    def half_rate(self) -> bool:
+        """Whether the tensor cores take twice as long: for TF32, 8 deep where 16 bits are 16."""
+        return self.k < 16
 
     def __str__(self) -> str:
         if self.kind == MMA_SYNC:
@@ -62,18 +67,24 @@ def product_of(instruction: Instruction, before: Sequence[Instruction] = ()) -> 
     if instruction.kind == MMA_SYNC:
         shape = instruction.opcode.split(".")[1]  # "16816", "1688"
         return Product(MMA_SYNC, 16, 8, int(shape[3:]), True)
-    # The register with the number of columns / 8 from bit 17 and of rows / 16 from bit 24 is set
-    # shortly before; both shapes are in the PTX manual's "instruction descriptor".
+    return _tcgen05(instruction, before)
+
+
+def _tcgen05(instruction: Instruction, before: Sequence[Instruction]) -> Product:
+    """Its shape is in a register that is set shortly before: the PTX manual's descriptor."""
     (register,) = re.findall(r"idesc\[(UR\d+)\]", instruction.operands)
-    setting = next(
-        x
-        for x in reversed(before)
-        if x.opcode == "UMOV" and re.match(rf"{register}, 0x", x.operands)
-    )
-    bits = int(setting.operands.split("0x")[1], 16)
-    from_registers = instruction.operands.startswith("tmem")
+    for x in reversed(before):
+        if x.opcode == "UMOV" and x.operands.startswith(f"{register}, 0x"):
+            bits = int(x.operands.split("0x")[1], 16)
+            break
+    else:
+        raise ValueError(f"the shape of a tcgen05 product is not set to a constant: {instruction}")
     return Product(
-        TCGEN05, (bits >> 24 & 0x1F) * 16, (bits >> 17 & 0x3F) * 8, _TCGEN05_K, from_registers
+        kind=TCGEN05,
+        m=(bits >> 24 & 0x1F) * 16,
+        n=(bits >> 17 & 0x3F) * 8,
+        k=8 if bits >> 7 & 0x7 == _TF32 else 16,
+        from_registers=instruction.operands.startswith("tmem"),
     )
 
 

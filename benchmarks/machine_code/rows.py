@@ -58,7 +58,7 @@ class KernelRow:
         spilled: words outside of the loops.
         serialized: codes of the assembler's remarks that it runs products one after the other.
         missing_warps: whether warps were to be added, and were not.
-        missing_loops: how many fewer loops with products there are than expected.
+        expected_loops: with products, by the source.
     """
 
     arch: int
@@ -73,7 +73,7 @@ class KernelRow:
     spilled: int
     serialized: tuple[str, ...]
     missing_warps: bool
-    missing_loops: int
+    expected_loops: int
     loops: tuple[LoopRow, ...]
 
 
@@ -123,7 +123,7 @@ def _row(launch: Launch, kernel: Compiled, listing: Sequence[Instruction]) -> Ke
         spilled=spilled_words(listing) - sum(map(spilled_words, found)),
         serialized=kernel.serialized,
         missing_warps=bool(work and work.groups > 1 and kernel.warps == kernel.launched_warps),
-        missing_loops=len(work.tiles) * work.groups - len(found) if work else 0,
+        expected_loops=len(work.tiles) * work.groups if work else 0,
         loops=tuple(
             _loop_row(loop, work.tiles[i % len(work.tiles)], work.groups, listing, kernel, programs)
             for i, loop in enumerate(found)
@@ -149,7 +149,8 @@ def _loop_row(
     if not products:
         return row
     warps = _WARPS_OF_GROUP if groups > 1 else kernel.warps
-    needed = tile.macs // groups
+    written_out = len(loop) == len(listing)
+    needed = tile.macs // groups * (tile.trips if written_out else 1)
     estimated = estimate(
         loop, products, needed, CHIPS[kernel.arch], warps=warps, copies=max(1, programs) * groups
     )

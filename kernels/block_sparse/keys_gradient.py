@@ -108,14 +108,19 @@ def keys_kernel(
         m_seen = tl.load(p_seen, mask=m_n, other=0)[:, None] != 0  # (BLOCK_N, 1)
 
     # A key's gradients come from its own scores only: hidden keys, and NaN in them, need no mask
-    # until the end. Queries past the end have weights of exp2(0 - inf) = 0.
+    # until the end. Queries past the end have weights of exp2(0 - inf) = 0. Sums are loaded one
+    # step early, or compilers copy them to shared memory first, four bytes at a time.
     i_list = i_layout * (columns + 1) + i_column
     i_entry = tl.load(p_full_start + i_list)
     i_stop = tl.load(p_full_start + i_list + 1)
-    i_row = tl.load(p_full_row + i_entry, mask=i_entry < i_stop, other=0)
+    start_m = tl.load(p_full_row + i_entry, mask=i_entry < i_stop, other=0) * BLOCK_Q
+    b_lse_next = tl.load(p_log2_lse + start_m + o_m)  # (BLOCK_M,)
+    b_delta_next = tl.load(p_delta + start_m + o_m)  # (BLOCK_M,)
+    i_next = tl.minimum(i_entry + 1 // TILES_M, i_stop - 1)
+    i_row = tl.load(p_full_row + i_next, mask=i_entry < i_stop, other=0)
     for i in tl.range(0, (i_stop - i_entry) * TILES_M):
-        start_m = i_row * BLOCK_Q + (i % TILES_M) * BLOCK_M
-        i_row = tl.load(p_full_row + tl.minimum(i_entry + (i + 1) // TILES_M, i_stop - 1))
+        b_lse = b_lse_next
+        b_delta = b_delta_next
         m_m = start_m + o_m < tokens_q
         b_q = read_tokens(
             x_q, i_b, i_h, start_m, s_qt, s_qd, m_m, True, D, BLOCK_M, BLOCK_D, WIDE, TMA
@@ -123,8 +128,10 @@ def keys_kernel(
         b_grad = read_tokens(
             x_grad_out, i_b, i_h, start_m, s_gt, s_gd, m_m, True, D, BLOCK_M, BLOCK_D, WIDE, TMA
         )  # (BLOCK_M, BLOCK_D)
-        b_lse = tl.load(p_log2_lse + start_m + o_m)  # (BLOCK_M,)
-        b_delta = tl.load(p_delta + start_m + o_m)  # (BLOCK_M,)
+        next_m = i_row * BLOCK_Q + ((i + 1) % TILES_M) * BLOCK_M
+        i_row = tl.load(p_full_row + tl.minimum(i_entry + (i + 2) // TILES_M, i_stop - 1))
+        b_lse_next = tl.load(p_log2_lse + next_m + o_m)
+        b_delta_next = tl.load(p_delta + next_m + o_m)
         b_dk, b_dv, b_ds = add_to_keys(
             b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dk, b_dv, to_base_2, True, False, PRECISION
         )
@@ -132,6 +139,7 @@ def keys_kernel(
             add_to_their_queries(
                 x_dq, i_b, i_h, start_m, b_ds, b_k, scale, BLOCK_M, BLOCK_D, PRECISION
             )
+        start_m = next_m
 
     if HAS_PARTIAL:
         PARTIALS_M: tl.constexpr = BLOCK_Q // PARTIAL_M

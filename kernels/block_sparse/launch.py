@@ -10,7 +10,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..checks import LayoutTensors
-from .configs import TileConfig
+from .configs import TileConfig, fitted, tile_config
 from .descriptors import describable, tile_descriptor
 from .plan import Rows
 
@@ -18,7 +18,7 @@ from .plan import Rows
 _MAX_OFFSET = 2**31 - 1
 
 # Scores times this are as good as 0.
-_SMALLEST_SCALE = 1e-30
+SMALLEST_SCALE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,19 @@ class Problem:
     @property
     def scale_not_0(self) -> float:
         """The scale for a kernel that hides scores before it scales them: 0 * -inf is NaN."""
-        return self.scale or _SMALLEST_SCALE
+        return self.scale or SMALLEST_SCALE
+
+    @property
+    def compiled_for(self) -> tuple[object, ...]:
+        """What kernels are compiled for, device, dtype and head_dim apart."""
+        return self.block_q, self.block_kv, self.masked
+
+    def tiles(self, kernel: str, variant: str, measured: TileConfig | None) -> TileConfig:
+        """The measured tiles if there are some, else the shipped ones, no larger than a block."""
+        tiles = measured or tile_config(
+            kernel, variant, self.block_d, self.dtype, masked=self.masked
+        )
+        return fitted(kernel, tiles, self.block_q, self.block_kv)
 
     @property
     def masked(self) -> bool:

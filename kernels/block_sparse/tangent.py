@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..checks import LayoutTensors
 from ..operators import empty_outputs
-from .configs import TileConfig, fitted
+from .configs import Tables, TileConfig, both, fitted
 from .launch import Problem
 from .plan import cached_rows
 from .primitives import (
@@ -21,18 +21,21 @@ from .primitives import (
     token_offsets,
 )
 
-# By element size, and by the padded head dimension up to which they serve. Four tiles of keys are
-# in shared memory per stage, keys and values and the tangents of both: they fit into 99 KiB, which
-# all of NVIDIA's GPUs since sm_80 have. The largest that compile without spills, not tuned on any
-# GPU; float32 spills beyond a head dimension of 64 whatever the tiles.
-_TILES = {
-    2: {64: TileConfig(64, 32, 8, 2), 128: TileConfig(32, 32, 8, 2), 256: TileConfig(16, 32, 8, 1)},
-    4: {
-        64: TileConfig(16, 16, 8, 1),
-        128: TileConfig(16, 16, 8, 1),
-        256: TileConfig(16, 16, 16, 1),
+# Four tiles of keys are in shared memory per stage: keys and values, and the tangents of both. What
+# has most of the tensor cores' cycles by the machine code, without products that are computed twice
+# and, in 16 bits, without more than a few spilled words; not timed. float32 spills beyond a head
+# dimension of 64 whatever the tiles.
+_TABLES = Tables(
+    ampere={"tangent": {64: both(64, 64, 4, 2), 128: both(128, 16, 8, 2), 256: both(16, 32, 4, 1)}},
+    hopper={"tangent": {64: both(64, 64, 4, 2), 128: both(64, 32, 4, 2), 256: both(128, 16, 8, 1)}},
+    blackwell={
+        "tangent": {64: both(64, 64, 4, 2), 128: both(64, 32, 4, 2), 256: both(64, 16, 4, 2)}
     },
-}
+    other={"tangent": {64: both(64, 32, 4, 1), 128: both(64, 16, 4, 1), 256: both(16, 16, 4, 1)}},
+    float32={
+        "tangent": {64: both(16, 16, 8, 1), 128: both(16, 16, 8, 1), 256: both(16, 16, 16, 1)}
+    },
+)
 
 
 @triton.jit
@@ -111,7 +114,7 @@ def tangent_kernel(
         start = start_n.to(tl.int64)
         m_n = o_n < BLOCK_N
         if HAS_KEY_MASK:
-            m_n = tl.load(p_key_mask + (start_n + o_n) * s_mt) != 0
+            m_n = tl.load(p_key_mask + (start + o_n) * s_mt) != 0
         b_k = load_tile(p_k + start * s_kt, s_kt, s_kd, o_n, m_n, HAS_KEY_MASK, D, BLOCK_D)
         b_v = load_tile(p_v + start * s_vt, s_vt, s_vd, o_n, m_n, HAS_KEY_MASK, D, BLOCK_D)
         b_dk = load_tile(p_dk + start * s_dkt, s_dkt, s_dkd, o_n, m_n, HAS_KEY_MASK, D, BLOCK_D)
@@ -140,7 +143,7 @@ def tangent_kernel(
         start = start_n.to(tl.int64)
         m_n = start_n + o_n < tokens_kv
         if HAS_KEY_MASK:
-            m_n = tl.load(p_key_mask + (start_n + o_n) * s_mt, mask=m_n, other=0) != 0
+            m_n = tl.load(p_key_mask + (start + o_n) * s_mt, mask=m_n, other=0) != 0
             m_s = m_s & m_n[None, :]
         b_k = load_tile(p_k + start * s_kt, s_kt, s_kd, o_n, m_n, True, D, BLOCK_D)
         b_v = load_tile(p_v + start * s_vt, s_vt, s_vd, o_n, m_n, True, D, BLOCK_D)
@@ -182,7 +185,7 @@ def tangent(
     """
     problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv, scale, more=(*tangents, out))
     if config is None:
-        config = tangent_tiles(problem.block_d, q.dtype, block_q, block_kv)
+        config = tangent_tiles(problem)
     batch, tokens_q, heads, _ = q.shape
     out_tangent, lse_tangent = empty_outputs(q)
     rows = cached_rows(layout, k.shape[1], block_kv)
@@ -200,8 +203,8 @@ def tangent(
     return out_tangent, lse_tangent
 
 
-def tangent_tiles(block_d: int, dtype: torch.dtype, block_q: int, block_kv: int) -> TileConfig:
-    """The tiles for a padded head dimension, no larger than blocks are, on every device."""
-    of_dims = _TILES[dtype.itemsize]
-    config = of_dims[min(d for d in of_dims if d >= block_d)]
-    return fitted("forward", config, block_q, block_kv)
+def tangent_tiles(problem: Problem) -> TileConfig:
+    """The shipped tiles on the device of a call, no larger than its blocks."""
+    with problem.on_device():
+        tiles = _TABLES.find("tangent", problem.block_d, problem.dtype, masked=problem.masked)
+    return fitted("tangent", tiles, problem.block_q, problem.block_kv)

@@ -8,33 +8,58 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol, TypeVar
 
+import torch
 import triton.compiler
 from triton.runtime.errors import OutOfResources
 
-from .configs import Choice, TileConfig, fitted, tile_config
-from .launch import Problem, is_hopper
-from .tuned import tuned_choice
+from . import tuned
+from .configs import Choice, TileConfig
+from .launch import is_hopper
 
 VARIANT_VARIABLE = "DIFFATTN_TRITON_VARIANT"
 
-# The forms of each kernel, the most general first:
+# The forms that kernels have, each the most general first:
 # plain     reads by pointers: runs on whatever Triton compiles for, and takes every call;
 # tma       fetches tiles through the copy engine of Hopper GPUs (and newer, if asked for);
 # tma_ws    has the compiler give warps of their own to fetching; for full blocks only;
 # gluon     has warps of its own for fetching, and weights computed beside products;
 # one_pass  adds to dQ where it computes dK and dV, in no fixed order.
 # The last three have to be asked for, by the environment or by a table measured on the GPU.
-KERNELS = {
-    "forward": ("plain", "tma", "tma_ws", "gluon"),
-    "queries": ("plain", "tma"),
-    "keys": ("plain", "tma", "one_pass"),
-}
+KERNELS = tuned.VARIANTS
 VARIANTS = tuple(dict.fromkeys(name for names in KERNELS.values() for name in names))
 
 Result = TypeVar("Result")
+
+
+class Call(Protocol):
+    """What has to be known of a call, `launch.Problem` for one."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def masked(self) -> bool:
+        """Whether there is a key mask or padding in the head dimension: both take registers."""
+
+    @property
+    def compiled_for(self) -> tuple[object, ...]:
+        """What kernels are compiled for, device, dtype and head_dim apart."""
+
+    def on_device(self) -> AbstractContextManager[object]:
+        """A context in which Triton launches on the device of the tensors."""
+
+    def tiles(self, kernel: str, variant: str, measured: TileConfig | None) -> TileConfig:
+        """The measured tiles if there are some, else the shipped ones, fitted to the call."""
+
 
 # Calls whose kernel compiled, calls whose kernel did not, and variants that were complained about.
 _compiled: set[tuple[object, ...]] = set()
@@ -44,7 +69,7 @@ _warned: set[str] = set()
 
 def first_that_compiles(
     kernel: str,
-    problem: Problem,
+    call: Call,
     takes: Callable[[str], bool],
     run: Callable[[Choice], Result],
     choice: Choice | None,
@@ -71,12 +96,16 @@ def first_that_compiles(
                 f"the {choice.variant!r} variant of {kernel!r} does not take this call"
             )
         return run(choice)
-    *demanding, plain = choices(kernel, problem)
+    *demanding, plain = choices(kernel, call)
     for best in demanding:
         compiled_for = (
-            kernel, best.variant, problem.device, problem.dtype, problem.head_dim,
-            problem.block_q, problem.block_kv,
-        )  # fmt: skip
+            kernel,
+            best.variant,
+            call.device,
+            call.dtype,
+            call.head_dim,
+            *call.compiled_for,
+        )
         if compiled_for in _broken or not takes(best.variant):
             continue
         try:
@@ -119,32 +148,32 @@ def _dumps_of_the_compiler_held_back() -> Iterator[None]:
                 os.write(2, file.read())
 
 
-def choices(kernel: str, problem: Problem) -> list[Choice]:
+def takes_any(variant: str) -> bool:
+    """For kernels whose every form takes every call."""
+    return True
+
+
+def choices(kernel: str, call: Call) -> list[Choice]:
     """What to try for a call, the best first and "plain" last, whether or not it takes the call."""
-    with problem.on_device():
+    forms = KERNELS[kernel]
+    with call.on_device():
         measured = None
-        if problem.dtype.itemsize == 2 and not problem.masked:
-            measured = tuned_choice(kernel, problem.head_dim)
+        if call.dtype.itemsize == 2 and not call.masked:
+            measured = tuned.tuned_choice(kernel, call.head_dim)
         asked = _asked()
-        if asked in KERNELS[kernel]:
+        if asked in forms:
             best = asked
         elif measured is not None and asked is None:
             best = measured.variant
         else:  # asked for a form that only another kernel has, or for none
-            best = "tma" if asked or is_hopper(problem.device) else "plain"
-        return [
-            Choice(variant, _tiles(kernel, variant, measured, problem))
-            for variant in dict.fromkeys((best, "tma", "plain"))
-            if best != "plain" or variant == "plain"
-        ]
-
-
-def _tiles(kernel: str, variant: str, measured: Choice | None, problem: Problem) -> TileConfig:
-    if measured is not None and measured.variant == variant:
-        tiles = measured.tiles
-    else:
-        tiles = tile_config(kernel, variant, problem.block_d, problem.dtype, masked=problem.masked)
-    return fitted(kernel, tiles, problem.block_q, problem.block_kv)
+            best = "tma" if "tma" in forms and (asked or is_hopper(call.device)) else "plain"
+        found = []
+        for variant in dict.fromkeys((best, "tma", "plain")):
+            if variant in forms and (best != "plain" or variant == "plain"):
+                same = measured is not None and measured.variant == variant
+                tiles = call.tiles(kernel, variant, measured.tiles if same and measured else None)
+                found.append(Choice(variant, tiles))
+        return found
 
 
 def _asked() -> str | None:

@@ -6,11 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ..block_sparse.configs import Choice
 from ..block_sparse.keys_gradient import add_to_keys
-from ..block_sparse.launch import on_device
 from ..block_sparse.primitives import LOG2_E, load_tile, store_tile, token_offsets
 from ..block_sparse.queries_gradient import add_to_queries
 from ..block_sparse.row_sums import row_sums
+from ..block_sparse.variants import first_that_compiles, takes_any
 from .forward import group_of_program
 from .launch import Problem
 from .plan import key_tiles, selecting_queries
@@ -67,23 +68,28 @@ def queries_kernel(
 
             for i_n in tl.range(0, n_whole):
                 start_n = first_n + i_n * BLOCK_N
-                p_kt = p_k + start_n.to(tl.int64) * s_kt
-                p_vt = p_v + start_n.to(tl.int64) * s_vt
-                b_k = load_tile(p_kt, s_kt, s_kd, o_n, True, False, D, BLOCK_D)
-                b_v = load_tile(p_vt, s_vt, s_vd, o_n, True, False, D, BLOCK_D)
+                b_k = load_tile(
+                    p_k + start_n.to(tl.int64) * s_kt, s_kt, s_kd, o_n, True, False, D, BLOCK_D
+                )  # (BLOCK_N, BLOCK_D)
+                b_v = load_tile(
+                    p_v + start_n.to(tl.int64) * s_vt, s_vt, s_vd, o_n, True, False, D, BLOCK_D
+                )  # (BLOCK_N, BLOCK_D)
                 b_dq = add_to_queries(
                     b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dq, scale * LOG2_E, True, False,
                     PRECISION,
                 )  # fmt: skip
             for i_n in tl.range(n_whole, tl.cdiv(stop_n - first_n, BLOCK_N)):
                 start_n = first_n + i_n * BLOCK_N
-                p_kt = p_k + start_n.to(tl.int64) * s_kt
-                p_vt = p_v + start_n.to(tl.int64) * s_vt
                 m_n = start_n + o_n < stop_n
                 if HAS_KEY_MASK:
-                    m_n = tl.load(p_key_mask + (start_n + o_n) * s_mt, mask=m_n, other=0) != 0
-                b_k = load_tile(p_kt, s_kt, s_kd, o_n, m_n, True, D, BLOCK_D)
-                b_v = load_tile(p_vt, s_vt, s_vd, o_n, m_n, True, D, BLOCK_D)
+                    p_visible = p_key_mask + (start_n + o_n).to(tl.int64) * s_mt
+                    m_n = tl.load(p_visible, mask=m_n, other=0) != 0
+                b_k = load_tile(
+                    p_k + start_n.to(tl.int64) * s_kt, s_kt, s_kd, o_n, m_n, True, D, BLOCK_D
+                )  # (BLOCK_N, BLOCK_D)
+                b_v = load_tile(
+                    p_v + start_n.to(tl.int64) * s_vt, s_vt, s_vd, o_n, m_n, True, D, BLOCK_D
+                )  # (BLOCK_N, BLOCK_D)
                 b_dq = add_to_queries(
                     b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dq, scale * LOG2_E, m_n[None, :],
                     True, PRECISION,
@@ -146,19 +152,24 @@ def keys_kernel(
     b_dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
 
     # A key's gradients come from its own scores only: hidden keys, and NaN in them, need no mask
-    # until the end. Entries past the last have weights of exp2(0 - inf) = 0. Which queries come is
-    # loaded one step early: it must not hold them up.
-    o_m = tl.load(p_query + o_e, mask=o_e < count, other=0)
+    # until the end. Past the last entry that entry is read again, which needs no mask and brings no
+    # NaN of a query that is not in the list; its weights are exp2(s - inf) = 0. Which queries come
+    # is loaded one step early: it must not hold them up. So is what is known of them, or compilers
+    # copy that to shared memory first, four bytes at a time.
+    o_m = tl.load(p_query + tl.minimum(o_e, count - 1), mask=o_e < count * BLOCK_M, other=0)
+    b_lse_next = tl.load(p_log2_lse + o_m, mask=o_e < count, other=float("inf"))
+    b_delta_next = tl.load(p_delta + o_m)
     for i in tl.range(0, count, BLOCK_M):
-        m_m = i + o_e < count
         o_t = o_m
+        b_lse = b_lse_next
+        b_delta = b_delta_next
         if WIDE:
             o_t = o_m.to(tl.int64)
-        o_m = tl.load(p_query + i + BLOCK_M + o_e, mask=i + BLOCK_M + o_e < count, other=0)
-        b_q = load_tile(p_q, s_qt, s_qd, o_t, m_m, True, D, BLOCK_D)
-        b_grad = load_tile(p_grad_out, s_gt, s_gd, o_t, m_m, True, D, BLOCK_D)
-        b_lse = tl.load(p_log2_lse + o_t, mask=m_m, other=float("inf"))
-        b_delta = tl.load(p_delta + o_t, mask=m_m, other=0.0)
+        o_m = tl.load(p_query + tl.minimum(i + BLOCK_M + o_e, count - 1))
+        b_lse_next = tl.load(p_log2_lse + o_m, mask=i + BLOCK_M + o_e < count, other=float("inf"))
+        b_delta_next = tl.load(p_delta + o_m)
+        b_q = load_tile(p_q, s_qt, s_qd, o_t, True, False, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+        b_grad = load_tile(p_grad_out, s_gt, s_gd, o_t, True, False, D, BLOCK_D)
         b_dk, b_dv, _ = add_to_keys(
             b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dk, b_dv, scale * LOG2_E, True,
             False, PRECISION,
@@ -189,39 +200,58 @@ def backward(
     key_mask: torch.Tensor | None,
     *,
     scale: float,
+    queries: Choice | None = None,
+    keys: Choice | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, the same bits at every call.
 
     Args:
         grad_out, grad_lse: gradients of the output and of the log-sum-exp, the latter or None.
         out, lse: what the forward pass returned; the rest is what it was given.
+        queries, keys: the only things to run for dQ and for dK and dV; by default the best that
+            take the call and compile.
+
+    Raises:
+        ValueError: if a choice does not take the call.
     """
     problem = Problem.of(q, k, v, starts, key_mask, out, grad_out)
     _, tokens, heads, head_dim = q.shape
     sums = row_sums(out, grad_out, lse, grad_lse, block_q=1, wide=problem.wide)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    tensors = (q, k, v, grad_out, problem.key_mask, sums.delta, sums.log2_lse)
     strides = (
         *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *problem.key_mask_strides
     )  # fmt: skip
-    with on_device(problem.device):
-        for first_pair, pairs in problem.turns(head_dim):
-            lists = selecting_queries(bits, problem.blocks, first_pair, pairs, problem.chunk)
-            selection = (starts, lists.first, lists.query)
+
+    def turn(first_pair: int, pairs: int) -> None:
+        lists = selecting_queries(bits, problem.blocks, first_pair, pairs, problem.chunk)
+        selection = (starts, lists.first, lists.query)
+
+        def run_queries(best: Choice) -> None:
+            config = best.tiles
             chunks_per_group = problem.chunks_per_group(pairs)
-            config = problem.tiles("queries")
             queries_kernel[(pairs * triton.cdiv(problem.chunks, chunks_per_group),)](
-                *tensors, dq, lse.new_zeros((pairs, tokens, head_dim)), *selection, *strides,
+                q, k, v, grad_out,
+                problem.key_mask, sums.delta, sums.log2_lse,
+                dq, lse.new_zeros((pairs, tokens, head_dim)), *selection, *strides,
                 first_pair, tokens, heads, problem.blocks, problem.chunks, chunks_per_group, scale,
                 CHUNK=problem.chunk,
                 **problem.constants(config),
             )  # fmt: skip
-            config = problem.tiles("keys")
-            tiles = key_tiles(starts, problem.tokens_kv, config.block_n, lists)
+
+        def run_keys(best: Choice) -> None:
+            tiles = key_tiles(starts, problem.tokens_kv, best.tiles.block_n, lists)
             keys_kernel[(tiles.order.numel(),)](
-                *tensors, dk, dv, *selection, tiles.block, tiles.start, tiles.order, *strides,
+                q, k, v, grad_out, problem.key_mask, sums.delta, sums.log2_lse, dk, dv,
+                *selection, tiles.block, tiles.start, tiles.order, *strides,
                 first_pair, tokens, problem.tokens_kv, heads, problem.blocks, problem.chunks,
                 tiles.order.shape[-1], scale,
-                **problem.constants(config),
+                **problem.constants(best.tiles),
             )  # fmt: skip
+
+        first_that_compiles("gather_queries", problem, takes_any, run_queries, queries)
+        first_that_compiles("gather_keys", problem, takes_any, run_keys, keys)
+
+    with problem.on_device():
+        for first_pair, pairs in problem.turns(head_dim):
+            turn(first_pair, pairs)
     return dq, dk, dv

@@ -31,19 +31,19 @@ _AMPERE: dict[str, Table] = {
 
 _HOPPER: dict[str, Table] = {
     "forward": {
-        64: plain_masked((128, 128, 8, 2), (128, 64, 8, 3)),
-        128: plain_masked((128, 64, 8, 3), (128, 32, 8, 3)),
-        256: both(64, 16, 8, 2),
+        64: both(128, 128, 8, 2, ahead=True),
+        128: both(128, 64, 8, 2, ahead=True),
+        256: both(64, 32, 4, 2),
     },
     "queries": {
-        64: both(128, 64, 8, 2),
-        128: plain_masked((128, 64, 8, 2), (64, 32, 8, 2)),
-        256: both(32, 32, 8, 2),
+        64: both(64, 128, 4, 2),
+        128: plain_masked((128, 64, 8, 2), (64, 32, 4, 2)),
+        256: both(64, 16, 4, 2),
     },
     "keys": {
-        64: both(64, 128, 8, 2),
-        128: both(64, 64, 8, 2),
-        256: both(32, 32, 8, 2),
+        64: both(64, 64, 4, 2),
+        128: both(32, 64, 4, 2),
+        256: both(32, 32, 4, 2),
     },
 }
 
@@ -81,11 +81,11 @@ _TABLES = Tables(_AMPERE, _HOPPER, _BLACKWELL, _OTHER, _FLOAT32)
 
 
 def tile_config(kernel: str, block_d: int, dtype: torch.dtype, *, masked: bool) -> TileConfig:
-    """The tiles of a kernel on the current device.
+    """The shipped tiles of a kernel on the current device.
 
     Args:
-        kernel: "forward", "queries" (dQ) or "keys" (dK and dV).
+        kernel: "gather_forward", "gather_queries" (dQ) or "gather_keys" (dK and dV).
         block_d: the padded head dimension.
         masked: whether there is a key mask or padding in the head dimension.
     """
-    return _TABLES.find(kernel, block_d, dtype, masked=masked)
+    return _TABLES.find(kernel.removeprefix("gather_"), block_d, dtype, masked=masked)

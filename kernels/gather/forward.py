@@ -6,10 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..block_sparse.configs import TileConfig
-from ..block_sparse.forward import attend_tile
-from ..block_sparse.launch import on_device
+from ..block_sparse.configs import Choice
+from ..block_sparse.forward import attend_tile, weigh
+from ..block_sparse.launch import SMALLEST_SCALE
 from ..block_sparse.primitives import LN_2, LOG2_E, load_tile, store_tile, token_offsets
+from ..block_sparse.variants import first_that_compiles, takes_any
 from .launch import Problem
 from .plan import selecting_queries
 
@@ -38,8 +39,10 @@ def forward_kernel(
     first_pair, tokens_q, heads, blocks, chunks, chunks_per_group, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    NEGATIVE_SCALE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr, AHEAD: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """AHEAD: as in `block_sparse.forward`. Tiles of keys begin where their block does: anywhere."""
     i_pair, i_b, i_h, i_chunk, i_next_chunk = group_of_program(
         first_pair, heads, chunks, chunks_per_group
     )
@@ -82,26 +85,53 @@ def forward_kernel(
             if HAS_KEY_MASK:
                 n_whole = 0
 
-            for i_n in tl.range(0, n_whole):
-                start_n = first_n + i_n * BLOCK_N
-                p_kt = p_k + start_n.to(tl.int64) * s_kt
-                p_vt = p_v + start_n.to(tl.int64) * s_vt
-                b_k = load_tile(p_kt, s_kt, s_kd, o_n, True, False, D, BLOCK_D)
-                b_v = load_tile(p_vt, s_vt, s_vd, o_n, True, False, D, BLOCK_D)
-                b_acc, b_max, b_sum = attend_tile(
-                    b_q, b_k, b_v, b_acc, b_max, b_sum, scale, True, False, PRECISION
-                )
+            if AHEAD:
+                m_first = first_n + o_n < stop_n
+                b_k = load_tile(
+                    p_k + first_n.to(tl.int64) * s_kt, s_kt, s_kd, o_n, m_first, True, D, BLOCK_D
+                )  # (BLOCK_N, BLOCK_D)
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+                for i_n in tl.range(0, n_whole):
+                    start_n = first_n + i_n * BLOCK_N
+                    next_n = first_n + tl.minimum(i_n + 1, n_whole - 1) * BLOCK_N
+                    b_k = load_tile(
+                        p_k + next_n.to(tl.int64) * s_kt, s_kt, s_kd, o_n, True, False, D, BLOCK_D
+                    )  # (BLOCK_N, BLOCK_D)
+                    b_p, b_new, b_old = weigh(b_s, b_max, scale, True, False)
+                    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+                    b_sum = b_sum * b_old + tl.sum(b_p, 1)
+                    b_v = load_tile(
+                        p_v + start_n.to(tl.int64) * s_vt, s_vt, s_vd, o_n, True, False, D, BLOCK_D
+                    )  # (BLOCK_N, BLOCK_D)
+                    b_p = b_p.to(b_v.dtype)
+                    b_acc = tl.dot(b_p, b_v, b_acc * b_old[:, None], input_precision=PRECISION)
+                    b_max = b_new
+            else:
+                for i_n in tl.range(0, n_whole):
+                    start_n = first_n + i_n * BLOCK_N
+                    b_k = load_tile(
+                        p_k + start_n.to(tl.int64) * s_kt, s_kt, s_kd, o_n, True, False, D, BLOCK_D
+                    )  # (BLOCK_N, BLOCK_D)
+                    b_v = load_tile(
+                        p_v + start_n.to(tl.int64) * s_vt, s_vt, s_vd, o_n, True, False, D, BLOCK_D
+                    )  # (BLOCK_N, BLOCK_D)
+                    b_acc, b_max, b_sum = attend_tile(
+                        b_q, b_k, b_v, b_acc, b_max, b_sum, scale, True, False, PRECISION
+                    )
             # The short end of the block, or with a key mask all of it.
             for i_n in tl.range(n_whole, tl.cdiv(stop_n - first_n, BLOCK_N)):
                 start_n = first_n + i_n * BLOCK_N
-                p_kt = p_k + start_n.to(tl.int64) * s_kt
-                p_vt = p_v + start_n.to(tl.int64) * s_vt
                 m_n = start_n + o_n < stop_n
                 if HAS_KEY_MASK:
-                    m_n = tl.load(p_key_mask + (start_n + o_n) * s_mt, mask=m_n, other=0) != 0
-                # What is hidden is read as 0: a NaN left in padding must not reach a sum.
-                b_k = load_tile(p_kt, s_kt, s_kd, o_n, m_n, True, D, BLOCK_D)
-                b_v = load_tile(p_vt, s_vt, s_vd, o_n, m_n, True, D, BLOCK_D)
+                    p_visible = p_key_mask + (start_n + o_n).to(tl.int64) * s_mt
+                    m_n = tl.load(p_visible, mask=m_n, other=0) != 0
+                # What is hidden counts as 0: a NaN left in padding must not reach a sum.
+                b_k = load_tile(
+                    p_k + start_n.to(tl.int64) * s_kt, s_kt, s_kd, o_n, m_n, True, D, BLOCK_D
+                )  # (BLOCK_N, BLOCK_D)
+                b_v = load_tile(
+                    p_v + start_n.to(tl.int64) * s_vt, s_vt, s_vd, o_n, m_n, True, D, BLOCK_D
+                )  # (BLOCK_N, BLOCK_D)
                 b_acc, b_max, b_sum = attend_tile(
                     b_q, b_k, b_v, b_acc, b_max, b_sum, scale, m_n[None, :], True, PRECISION
                 )
@@ -139,32 +169,40 @@ def forward(
     key_mask: torch.Tensor | None,
     *,
     scale: float,
-    config: TileConfig | None = None,
+    choice: Choice | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp; arguments as `selected_attention`, already checked.
 
     Args:
-        config: tiles to use instead of those in the table.
+        choice: the only thing to run; by default the best that takes the call and compiles.
+
+    Raises:
+        ValueError: if the choice does not take the call.
     """
     problem = Problem.of(q, k, v, starts, key_mask)
-    if config is None:
-        config = problem.tiles("forward")
     tokens, heads, head_dim = problem.tokens_q, problem.heads, problem.head_dim
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((problem.batch, heads, tokens), dtype=torch.float32)
-    with on_device(problem.device):
-        for first_pair, pairs in problem.turns(head_dim + 2):
-            lists = selecting_queries(bits, problem.blocks, first_pair, pairs, problem.chunk)
-            acc = lse.new_zeros((pairs, tokens, head_dim))
-            maximum = lse.new_full((pairs, tokens), -torch.inf)
-            total = lse.new_zeros((pairs, tokens))
-            chunks_per_group = problem.chunks_per_group(pairs)
-            forward_kernel[(pairs * triton.cdiv(problem.chunks, chunks_per_group),)](
-                q, k, v, problem.key_mask, out, lse, acc, maximum, total,
-                starts, lists.first, lists.query,
-                *q.stride(), *k.stride(), *v.stride(), *problem.key_mask_strides,
-                first_pair, tokens, heads, problem.blocks, problem.chunks, chunks_per_group, scale,
-                CHUNK=problem.chunk, NEGATIVE_SCALE=scale < 0,
-                **problem.constants(config),
-            )  # fmt: skip
-    return out, lse
+
+    def run(best: Choice) -> tuple[torch.Tensor, torch.Tensor]:
+        config = best.tiles
+        out = q.new_empty(q.shape)
+        lse = q.new_empty((problem.batch, heads, tokens), dtype=torch.float32)
+        with problem.on_device():
+            for first_pair, pairs in problem.turns(head_dim + 2):
+                lists = selecting_queries(bits, problem.blocks, first_pair, pairs, problem.chunk)
+                acc = lse.new_zeros((pairs, tokens, head_dim))
+                maximum = lse.new_full((pairs, tokens), -torch.inf)
+                total = lse.new_zeros((pairs, tokens))
+                chunks_per_group = problem.chunks_per_group(pairs)
+                forward_kernel[(pairs * triton.cdiv(problem.chunks, chunks_per_group),)](
+                    q, k, v,
+                    problem.key_mask, out, lse, acc, maximum, total,
+                    starts, lists.first, lists.query,
+                    *q.stride(), *k.stride(), *v.stride(), *problem.key_mask_strides,
+                    first_pair, tokens, heads, problem.blocks, problem.chunks, chunks_per_group,
+                    scale or SMALLEST_SCALE,
+                    CHUNK=problem.chunk, NEGATIVE_SCALE=scale < 0, AHEAD=config.ahead,
+                    **problem.constants(config),
+                )  # fmt: skip
+        return out, lse
+
+    return first_that_compiles("gather_forward", problem, takes_any, run, choice)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -95,11 +96,23 @@ class Problem:
             chunks //= 2
         return chunks
 
-    def tiles(self, kernel: str) -> TileConfig:
-        """The shipped tiles of "forward", "queries" or "keys" on this device."""
-        masked = self.has_key_mask or self.head_dim != self.block_d
-        with on_device(self.device):
-            return tile_config(kernel, self.block_d, self.dtype, masked=masked)
+    @property
+    def masked(self) -> bool:
+        """Whether there is a key mask or padding in the head dimension: both take registers."""
+        return self.has_key_mask or self.head_dim != self.block_d
+
+    @property
+    def compiled_for(self) -> tuple[object, ...]:
+        """What kernels are compiled for, device, dtype and head_dim apart."""
+        return (self.masked,)
+
+    def tiles(self, kernel: str, variant: str, measured: TileConfig | None) -> TileConfig:
+        """The measured tiles if there are some, else the shipped ones."""
+        return measured or tile_config(kernel, self.block_d, self.dtype, masked=self.masked)
+
+    def on_device(self) -> AbstractContextManager[object]:
+        """A context in which Triton launches on the device of the tensors."""
+        return on_device(self.device)
 
     def constants(self, config: TileConfig) -> dict[str, object]:
         """The compile-time arguments that all kernels share."""

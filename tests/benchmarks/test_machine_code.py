@@ -141,6 +141,29 @@ def test_the_shape_of_tcgen05_is_what_its_register_was_last_set_to() -> None:
     assert shapes([product, product]) == "2 m128n64SS"
 
 
+def test_tf32_is_8_deep_and_takes_twice_as_long() -> None:
+    """The inputs' format is 2 from bit 7 on."""
+    kernel = listing([
+        "UMOV UR29, 0x8100910",
+        "UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR11], tmem[UR28], idesc[UR29], UPT",
+    ])  # fmt: skip
+    (product,) = products_of(tuple(kernel), kernel)
+    assert product == Product("UTCHMMA", 128, 64, 8, False)
+    macs = 128 * 64 * 8
+    found = estimate(tuple(kernel), [product], macs, CHIPS[100], warps=4, copies=1)
+    assert found.cycles == 2 * macs / 4096
+    assert found.share == 1
+
+
+def test_a_tcgen05_product_of_unknown_shape_is_an_error() -> None:
+    kernel = listing([
+        "UMOV UR29, UR5",
+        "UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR11], tmem[UR28], idesc[UR29], UPT",
+    ])  # fmt: skip
+    with pytest.raises(ValueError, match="is not set to a constant"):
+        products_of(tuple(kernel), kernel)
+
+
 def test_spilled_words_are_those_of_local_memory() -> None:
     kernel = listing(["STL [R1], R2", "LDL.64 R2, [R1]", "STL.128 [R1], R4", "STS [R1], R2"])
     assert spilled_words(kernel) == 1 + 2 + 4
@@ -222,14 +245,14 @@ FULL = LoopRow(
 GOOD = KernelRow(
     arch=90, family="block_sparse", kernel="forward", variant="tma",
     case="d128 bfloat16 128x128 partial ragged", warps=8, registers=200, shared=146 * 1024,
-    programs=1, spilled=100, serialized=(), missing_warps=False, missing_loops=0,
+    programs=1, spilled=100, serialized=(), missing_warps=False, expected_loops=2,
     loops=(FULL, replace(FULL, name="partial", share=0.55)),
 )  # fmt: skip
 
 
 def test_a_good_kernel_has_no_problems() -> None:
     """Words that are spilled outside of the loops and a few inside are none."""
-    few = replace(GOOD, loops=(replace(FULL, spilled=SPILLED_IN_LOOP),))
+    few = replace(GOOD, loops=(FULL, replace(FULL, spilled=SPILLED_IN_LOOP)))
     assert problems([GOOD, few]) == []
 
 
@@ -238,14 +261,14 @@ def test_a_good_kernel_has_no_problems() -> None:
     [
         (replace(GOOD, shared=228 * 1024), "needs 228 KiB of shared memory: the chip has 227 KiB"),
         (replace(GOOD, missing_warps=True), "the compiler did not specialize warps"),
-        (replace(GOOD, missing_loops=1), "has 1 fewer loops with products than its source"),
+        (replace(GOOD, expected_loops=4), "has 2 loops with products, its source 4"),
         (replace(GOOD, serialized=("C7512",)), "wgmma products are serialized (ptxas C7512)"),
         (
-            replace(GOOD, loops=(replace(FULL, spilled=SPILLED_IN_LOOP + 1),)),
+            replace(GOOD, loops=(FULL, replace(FULL, spilled=SPILLED_IN_LOOP + 1))),
             f"spills {SPILLED_IN_LOOP + 1} words of registers in the 'full' loop",
         ),
         (
-            replace(GOOD, loops=(replace(FULL, duplicated=1.5),)),
+            replace(GOOD, loops=(FULL, replace(FULL, duplicated=1.5))),
             "computes its products 1.50 times in the 'full' loop",
         ),
     ],

@@ -76,10 +76,10 @@ def check(
     return out, lse
 
 
-@pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[False, True], ids=["plain", "ahead"])
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, chunks and groups of queries, as for long sequences."""
-    tile = TileConfig(block_m=16, block_n=16, num_warps=4, num_stages=2)
+    tile = TileConfig(block_m=16, block_n=16, num_warps=4, num_stages=2, ahead=request.param)
     monkeypatch.setattr(launch, "tile_config", lambda *_, **__: tile)
     monkeypatch.setattr(launch, "_MOST_QUERIES", 32)
     monkeypatch.setattr(launch, "_MANY_PROGRAMS", 0)
@@ -164,6 +164,7 @@ def test_queries_that_select_everything(device: str) -> None:
     assert_matches_eager(out, lse, *qkv, None, backward=True)
 
 
+@pytest.mark.usefixtures("small_tiles")
 def test_key_mask(device: str) -> None:
     qkv = inputs(device, 3, 55, 55, 1, 16)
     key_mask = torch.rand(3, 55, device=device) < 0.7
@@ -259,6 +260,7 @@ def test_queries_that_see_nothing_ignore_their_gradient(device: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.usefixtures("small_tiles")
 def test_what_nobody_selects_is_not_read(device: str) -> None:
     lengths = [16, 7, 41]
     selected = random_selection(1, 2, 64, 3)
@@ -277,6 +279,7 @@ def test_what_nobody_selects_is_not_read(device: str) -> None:
     assert (results[1][3][:, 16:23] == 0).all()
 
 
+@pytest.mark.usefixtures("small_tiles")
 def test_nan_in_hidden_keys_stays_there(device: str) -> None:
     selected = random_selection(2, 2, 50, 2)
     qkv = inputs(device, 2, 50, 50, 2, 16)

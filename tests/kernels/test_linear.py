@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from linear_oracle import linear_truth, rotations
 
 from diffattn.kernels.linear import linear_attention
+from diffattn.kernels.linear_torch import TorchPasses
 
 Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -99,6 +100,22 @@ def test_tangent_is_what_finite_differences_say() -> None:
     )
     assert found.abs().max() > 0.1
     torch.testing.assert_close(found, (ahead - behind) / 2e-5, atol=1e-8, rtol=1e-6)
+
+
+def test_tangents_of_both_results_of_a_pass() -> None:
+    """Those of the denominator too, which linear attention does not hand out."""
+    passes = TorchPasses(chunk=5)
+    state, d_state = torch.rand(2, 2, 3, 6, 6, dtype=torch.float64)
+    mean, d_mean = torch.rand(2, 2, 3, 6, dtype=torch.float64)
+    q, dq = torch.randn(2, 2, 13, 3, 6, dtype=torch.float64)
+    rotation = rotations(13, 6)
+    (out, inverse), want = torch.func.jvp(
+        lambda q, state, mean: passes.apply(q, state, mean, 0.1, rotation, None),
+        (q, state, mean),
+        (dq, d_state, d_mean),
+    )
+    found = passes.apply_tangent(q, state, mean, out, inverse, dq, d_state, d_mean, rotation)
+    torch.testing.assert_close(found, want, atol=1e-12, rtol=1e-10)
 
 
 def test_gradients_beside_a_tangent() -> None:

@@ -13,7 +13,6 @@ from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_state
 from diffattn.kernels import cpu, cpu_tangent, gather_cpu
 from diffattn.kernels.block_sparse import block_sparse_attention
 from diffattn.kernels.block_sparse.configs import TileConfig
-from diffattn.kernels.block_sparse.tangent import tangent_tiles
 from diffattn.kernels.gather import selected_attention
 
 Tensors = tuple[torch.Tensor, ...]
@@ -148,12 +147,6 @@ def test_several_tiles_per_block(kernel: str, device: str, monkeypatch: pytest.M
     )
     layout = random_layout(70, 75, 64, 32)
     check(attend(kernel, layout, 64, 32), *inputs(1, 70, 75, 2, 16), layout.dense(), device)
-
-
-def test_tiles_are_no_larger_than_blocks() -> None:
-    assert tangent_tiles(64, torch.bfloat16, 128, 128).block_m == 64
-    assert tangent_tiles(64, torch.bfloat16, 16, 128).block_m == 16
-    assert tangent_tiles(64, torch.bfloat16, 128, 16).block_n == 16
 
 
 def test_rows_in_parts(monkeypatch: pytest.MonkeyPatch, device: str) -> None:

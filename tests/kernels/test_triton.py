@@ -76,7 +76,7 @@ def layout_of(states: list[list[int]], **sizes: int) -> BlockLayout:
 def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles to a block in both directions, as for large blocks in the shipped table."""
     monkeypatch.setattr(
-        "diffattn.kernels.block_sparse.variants.tile_config",
+        "diffattn.kernels.block_sparse.launch.tile_config",
         lambda *_, **__: TileConfig(16, 16, num_warps=4, num_stages=2, **request.param),
     )
 

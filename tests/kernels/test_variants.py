@@ -25,6 +25,7 @@ from diffattn.kernels.block_sparse import (
     forward_pass,
     gluon_forward,
     launch,
+    tuned,
     variants,
     warp_specialized,
 )
@@ -228,7 +229,7 @@ def test_what_was_measured_on_a_gpu_is_taken_first(
     tiles = TileConfig(64, 256, 4, 3)
     form = {"forward": "gluon", "queries": "plain", "keys": "one_pass"}[kernel]
     measured = {(kernel, 64): Choice(form, tiles)}
-    monkeypatch.setattr(variants, "tuned_choice", lambda *key: measured.get(key))
+    monkeypatch.setattr(tuned, "tuned_choice", lambda *key: measured.get(key))
     monkeypatch.setattr(variants, "is_hopper", lambda device: True)
 
     def first(**kind: Any) -> Choice:
