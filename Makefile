@@ -8,7 +8,7 @@ PROMPT ?= a red circle moving right on a blue background
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo upscale test lint types benchmark gpu-test gpu-benchmark
+.PHONY: demo upscale test lint types benchmark gpu-test gpu-run
 
 demo: $(INSTALLED)
 	mkdir -p $(dir $(OUTPUT))
@@ -44,9 +44,10 @@ benchmark: $(INSTALLED)
 
 # The next two are for machines with a GPU, which may have torch and Triton but not diffusers:
 # docs/gpu.md. Nothing is installed; -P keeps the checkout's diffattn/, which lacks the sub-packages
-# beside it, from hiding the installed one.
+# beside it, from hiding the installed one. gpu-run needs no installed one.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_TESTS = tests/kernels tests/benchmarks tests/test_attention.py tests/test_block_forms.py
+GPU_RUN ?= --minutes 8
 
 gpu-test:
 	$(GPU_PYTHON) -P -m pytest $(GPU_TESTS)
@@ -54,8 +55,8 @@ gpu-test:
 		$(GPU_PYTHON) -P -m pytest -m gpu $(addprefix --ignore=,$(GPU_TESTS)) || [ $$? -eq 5 ]; \
 	else echo "GPU tests of whole models are left out: they need diffusers"; fi
 
-gpu-benchmark:
-	$(GPU_PYTHON) benchmarks/gpu.py --output benchmarks
+gpu-run:
+	$(GPU_PYTHON) benchmarks/gpu_run run $(GPU_RUN)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

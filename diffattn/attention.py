@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from diffattn.block_forms import to_block_mask
-from diffattn.blocks import BlockLayout
+from diffattn.blocks import FULL, BlockLayout, layout_from_states
 from diffattn.kernels import cpu as cpu_kernel
 from diffattn.kernels.reference import reference_attention
-from diffattn.mask import AttentionMask
+from diffattn.kernels.transforms import first_order, is_forward_mode
+from diffattn.mask import BLOCK, AttentionMask
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,9 @@ def attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over the token pairs of a mask, computing only the blocks it visits.
 
-    Differentiable in query, key and value. Only `mask` (and `key_mask`) hide anything: a query that
+    Differentiable in query, key and value, once: in reverse mode, and in forward mode by
+    `torch.func.jvp` or `torch.autograd.forward_ad`, as training by sCM or MeanFlow needs it. The
+    tangent is not differentiable in turn. Only `mask` (and `key_mask`) hide anything: a query that
     sees no key gives 0 and a log-sum-exp of -inf.
 
     Args:
@@ -132,12 +135,15 @@ def attention(
         ValueError: if shapes, dtypes or devices do not fit together or the mask, or the backend is
             unknown.
         NotImplementedError: if there is no sparse kernel for the tensors' device, or none that does
-            what is asked.
+            what is asked; and from whatever asks for a second derivative.
         ImportError: if the backend is "triton" and Triton cannot be imported.
     """
     _check_inputs(query, key, value, key_mask)
     if mask is None and not return_lse:
-        return _dense_attention(query, key, value, key_mask, scale)
+        if not is_forward_mode():
+            return _dense_attention(query, key, value, key_mask, scale)
+        # Torch's fused attention has no tangents.
+        mask = _dense_layout(query, key)
     chosen = BACKENDS[choose_backend(query.device, backend)]
     layout = _layout_of(mask, query, key)
     out, lse = chosen.forward(query, key, value, layout, scale, key_mask, return_lse)
@@ -168,7 +174,10 @@ def attention_gradients(
         out, lse: what it returned.
     """
     chosen = BACKENDS[choose_backend(query.device, backend)]
-    return chosen.gradients(grad_out, query, key, value, out, lse, layout, scale, key_mask)
+    grads: Gradients = first_order(
+        chosen.gradients, grad_out, query, key, value, out, lse, layout, scale, key_mask
+    )
+    return grads
 
 
 def choose_backend(device: torch.device, backend: str | None = None) -> str:
@@ -322,6 +331,11 @@ def _flex_forward(
         raise ValueError(
             f"backend 'flex' computes in {', '.join(map(str, FLEX_DTYPES))}, not {query.dtype}"
         )
+    if is_forward_mode():
+        raise NotImplementedError(
+            "backend 'flex' has no forward-mode derivatives (torch.func.jvp, dual_level); leave the"
+            " backend out, or pass backend='reference' to check results"
+        )
     if query.device.type == "cpu":
         needs_grad = any(x.requires_grad for x in (query, key, value))
         for wanted, what in (
@@ -416,6 +430,19 @@ def _dense_attention(
         scale=scale,
     )
     return out.transpose(1, 2)
+
+
+def _dense_layout(query: torch.Tensor, key: torch.Tensor) -> BlockLayout:
+    tokens_q, tokens_kv = query.shape[1], key.shape[1]
+    blocks = (-(-tokens_q // BLOCK), -(-tokens_kv // BLOCK))
+    return layout_from_states(
+        torch.full(blocks, FULL, dtype=torch.uint8, device=query.device),
+        None,
+        tokens_q=tokens_q,
+        tokens_kv=tokens_kv,
+        block_q=BLOCK,
+        block_kv=BLOCK,
+    )
 
 
 def _layout_of(

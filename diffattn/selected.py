@@ -11,6 +11,7 @@ from diffattn.attention import check_triton, choose_backend
 from diffattn.blocks import unpack_bits
 from diffattn.kernels import gather_cpu
 from diffattn.kernels.reference import reference_attention
+from diffattn.kernels.transforms import is_forward_mode
 from diffattn.mask import AttentionMask
 from diffattn.partition import KeyBlocks
 from diffattn.unions import prefers_union, union_attention
@@ -31,7 +32,8 @@ def selected_attention(
 
     A query that sees no key gives 0. On the CPU the queries of each block are gathered. So they are
     by the Triton kernel, but without gradients tiles of queries are computed as they are where
-    earlier calls over the same blocks have shown that neighbours select alike.
+    earlier calls over the same blocks have shown that neighbours select alike, and for forward-mode
+    derivatives always.
 
     Args:
         query, key, value: (batch, tokens, heads, head_dim), in the order of the blocks.
@@ -60,7 +62,8 @@ def selected_attention(
         out, _ = reference_attention(query, key, value, mask, scale=scale, key_mask=key_mask)
         return out.to(query.dtype)
     is_trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if name == "triton" and not is_trained and prefers_union(blocks, bits):
+    # The gather's kernel has no tangents, that of the union has.
+    if name == "triton" and (is_forward_mode() or (not is_trained and prefers_union(blocks, bits))):
         return union_attention(
             query, key, value, blocks, bits, scale=scale, key_mask=key_mask, backend=name
         )

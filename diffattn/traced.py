@@ -15,6 +15,7 @@ import torch
 from diffattn.attention import attention, attention_gradients, choose_backend
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
+from diffattn.kernels.transforms import is_forward_mode
 from diffattn.orders import TileOrder
 
 _serials = itertools.count()
@@ -60,7 +61,11 @@ def traced_attention(
         serial: what `remember` gave.
         scale, key_mask: as for `attention`.
         order: the order that the tokens come in; the grid's own when None.
+
+    Raises:
+        NotImplementedError: within `torch.func.jvp` or `dual_level`.
     """
+    _check_no_tangents()
     size = [grid.frames, grid.height, grid.width, grid.text_before, grid.text_after]
     if order is not None:
         size += order.tile
@@ -97,10 +102,20 @@ def traced_method(
 ) -> torch.Tensor:
     """Attention by the method that source number `serial` has for `grid`, whatever it does.
 
-    Its gradients come from computing it once more. Arguments are those of `traced_attention`.
+    Its gradients come from computing it once more. Arguments and errors are those of
+    `traced_attention`.
     """
+    _check_no_tangents()
     size = [grid.frames, grid.height, grid.width, grid.text_before, grid.text_after]
     return _attend(query, key, value, key_mask, size, serial, scale)
+
+
+def _check_no_tangents() -> None:
+    if is_forward_mode():
+        raise NotImplementedError(
+            "compiled attention has no forward-mode derivative (torch.func.jvp, dual_level); call"
+            " torch.compile without fullgraph, so that attention is left out of what is compiled"
+        )
 
 
 @torch.library.custom_op("diffattn::method_attention", mutates_args=())

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from .checks import LayoutTensors, check_inputs, check_layout
-from .operators import empty_outputs, register_gradients
+from .cpu_tangent import tangent_op
+from .operators import differentiable, empty_outputs
 from .row_attention import RowAttention, RowBias, pick_row_attention
 from .row_plan import RowGroup, RowPlan, cached_row_plan, find_blind
 
@@ -61,7 +62,7 @@ def block_sparse_attention(
     check_layout(q, layout, block_q, block_kv)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return _forward_op(q, k, v, *layout, key_mask, block_q, block_kv, scale)
+    return _attend(q, k, v, *layout, key_mask, block_q, block_kv, scale)
 
 
 def block_sparse_attention_gradients(
@@ -197,7 +198,7 @@ def _backward_op(
     return dq, dk, dv
 
 
-register_gradients(_forward_op, _backward_op)
+_attend = differentiable(_forward_op, _backward_op, tangent_op)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import torch
 
 from .checks import check_inputs
 from .cpu import DTYPES
-from .operators import empty_outputs, register_gradients
+from .operators import differentiable, empty_outputs
 from .row_attention import FlashRows, MatmulRows, RowAttention, pick_row_attention
+from .row_tangent import add_tangent
 
 # Queries of a block are split where their scores would have more elements than this.
 _SCORES_PER_PART = 1 << 20
@@ -57,7 +58,7 @@ def selected_attention(
     _check_selection(q, k, v, starts, bits)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return _forward_op(q, k, v, starts, bits, key_mask, scale)
+    return _attend(q, k, v, starts, bits, key_mask, scale)
 
 
 @torch.library.custom_op("diffattn::selected_cpu", mutates_args=(), device_types="cpu")
@@ -136,7 +137,42 @@ def _backward_op(
     return dq, dk, dv
 
 
-register_gradients(_forward_op, _backward_op)
+@torch.library.custom_op("diffattn::selected_cpu_tangent", mutates_args=(), device_types="cpu")
+def _tangent_op(
+    q_tangent: torch.Tensor,
+    k_tangent: torch.Tensor,
+    v_tangent: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    starts: torch.Tensor,
+    bits: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out_tangent, lse_tangent = q.new_empty(q.shape), lse.new_zeros(lse.shape)
+    heads = _heads(k, v, starts, bits, key_mask, lse.dtype)
+    # The tangents of a head's keys and values, in place of these.
+    moving = _heads(k_tangent, v_tangent, starts, bits, key_mask, lse.dtype)
+    for head, moved in zip(heads, moving, strict=True):
+        queries, steps, outs = (head.of(x).to(lse.dtype) for x in (q, q_tangent, out))
+        lses, mean = lse[head.sample, head.head], lse_tangent[head.sample, head.head]
+        total = torch.zeros_like(outs)
+        for block, rows in head.parts():
+            part, part_mean = add_tangent(
+                queries[rows], head.keys[block], head.values[block],
+                steps[rows], moved.keys[block], moved.values[block],
+                lses[rows], None, scale,
+            )  # fmt: skip
+            total.index_add_(0, rows, part)
+            mean.index_add_(0, rows, part_mean)
+        head.of(out_tangent).copy_(total.sub_(mean[:, None] * outs))
+    return out_tangent, lse_tangent
+
+
+_attend = differentiable(_forward_op, _backward_op, _tangent_op)
 
 
 def _working_dtype(dtype: torch.dtype, attention: RowAttention) -> torch.dtype:
@@ -175,16 +211,16 @@ class _Head:
 
     def visits(self, attention: RowAttention) -> Iterator[tuple[slice, torch.Tensor | None]]:
         """Each block with the queries that see it, in parts where their scores are kept."""
+        if attention.keeps_scores:
+            yield from self.parts()
+        else:
+            yield from zip(self.blocks, self.rows, strict=True)
+
+    def parts(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Each block with the queries that see it, so many at a time that their scores fit."""
         for block, rows in zip(self.blocks, self.rows, strict=True):
-            if rows is None and not attention.keeps_scores:
-                yield block, None
-                continue
-            if rows is None:
-                rows = torch.arange(self.tokens)
-            step = rows.numel()
-            if attention.keeps_scores:
-                step = max(1, _SCORES_PER_PART // (block.stop - block.start))
-            for part in rows.split(step):
+            step = max(1, _SCORES_PER_PART // (block.stop - block.start))
+            for part in (torch.arange(self.tokens) if rows is None else rows).split(step):
                 yield block, part
 
 

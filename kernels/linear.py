@@ -16,13 +16,14 @@ for features of 32 already, and elu(x) + 1 is 0 for x < -8.3.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from .checks import check_inputs
+from .linear_torch import TorchPasses, wide
+from .transforms import first_order, materialized, save, transformable
 
 # Tokens whose features are in memory at a time, where no kernel keeps them in registers.
 CHUNK = 4096
@@ -66,14 +67,14 @@ def linear_attention(
     """
     check_inputs(q, k, v, key_mask, dtypes=DTYPES)
     _check_supported(q, k, rotation, key_mask, chunk, backend)
-    state, total = _state_op(k, v, key_mask, rotation, chunk, backend)
+    state, total = _state(k, v, key_mask, rotation, chunk, backend)
     count = _count(k, key_mask)
     if group is not None:
         packed = _SumOverProcesses.apply(torch.cat([state, total[..., None]], -1), group)
         state, total = packed[..., :-1], packed[..., -1]
         dist.all_reduce(count, group=group)
     count = count.clamp(min=1).to(state.dtype)[:, None, None]
-    out, _ = _output_op(q, state / count[..., None], total / count, rotation, eps, chunk, backend)
+    out, _ = _output(q, state / count[..., None], total / count, rotation, eps, chunk, backend)
     return out
 
 
@@ -88,17 +89,22 @@ class _SumOverProcesses(torch.autograd.Function):
     """The sum of what each process has. Each one's loss depends on it: so does each gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
-        ctx.group = group
-        out = x.clone()
+    def forward(x: torch.Tensor, group: Any) -> torch.Tensor:
+        out = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(out, group=group)
         return out
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        out = grads[0].contiguous().clone()
-        dist.all_reduce(out, group=ctx.group)
-        return out, None
+        return _SumOverProcesses.apply(grads[0], ctx.group), None
+
+    @staticmethod
+    def jvp(ctx: Any, *of_arguments: torch.Tensor) -> Any:
+        return _SumOverProcesses.apply(of_arguments[0], ctx.group)
 
 
 @torch.library.custom_op("diffattn::linear_state", mutates_args=())
@@ -117,7 +123,7 @@ def _state_op(
 @_state_op.register_fake
 def _(k: torch.Tensor, *rest: torch.Tensor | int | str | None) -> tuple[torch.Tensor, torch.Tensor]:
     batch, _, heads, dim = k.shape
-    dtype = _wide(k.dtype)
+    dtype = wide(k.dtype)
     return k.new_empty(batch, heads, dim, dim, dtype=dtype), k.new_empty(
         batch, heads, dim, dtype=dtype
     )
@@ -173,7 +179,7 @@ def _output_op(
 def _(
     q: torch.Tensor, *rest: torch.Tensor | int | float | str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide(q.dtype))
 
 
 @torch.library.custom_op("diffattn::linear_output_backward", mutates_args=())
@@ -211,18 +217,29 @@ def _(
 
 def _setup_state(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     *tensors, chunk, backend = inputs
-    ctx.save_for_backward(*tensors)
+    save(ctx, *tensors)
     ctx.options = chunk, backend
 
 
 def _state_autograd(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    dk, dv = _state_backward_op(*grads, *ctx.saved_tensors, *ctx.options)
+    dk, dv = first_order(_state_backward_op, *grads, *ctx.saved_tensors, *ctx.options)
     return dk, dv, None, None, None, None
+
+
+def _state_tangents(ctx: Any, *of_arguments: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    k, v, key_mask, rotation = ctx.saved_tensors
+    moved = materialized(of_arguments, k, v)
+    # In matrix products whatever the backend.
+    passes = TorchPasses(ctx.options[0])
+    found: tuple[torch.Tensor, ...] = first_order(
+        passes.collect_tangent, k, v, *moved, rotation, key_mask
+    )
+    return found
 
 
 def _setup_output(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     q, state, mean, rotation, _, chunk, backend = inputs
-    ctx.save_for_backward(*output, q, state, mean, rotation)
+    save(ctx, *output, q, state, mean, rotation)
     ctx.options = chunk, backend
 
 
@@ -230,162 +247,24 @@ def _output_autograd(
     ctx: Any, grad_out: torch.Tensor, grad_inverse: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
     # The denominator is not handed out: nothing depends on it.
-    grads = _output_backward_op(grad_out, *ctx.saved_tensors, *ctx.options)
+    grads = first_order(_output_backward_op, grad_out, *ctx.saved_tensors, *ctx.options)
     return (*grads, None, None, None, None)
+
+
+def _output_tangents(ctx: Any, *of_arguments: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    out, inverse, q, state, mean, rotation = ctx.saved_tensors
+    moved = materialized(of_arguments, q, state, mean)
+    passes = TorchPasses(ctx.options[0])
+    found: tuple[torch.Tensor, ...] = first_order(
+        passes.apply_tangent, q, state, mean, out, inverse, *moved, rotation
+    )
+    return found
 
 
 _state_op.register_autograd(_state_autograd, setup_context=_setup_state)
 _output_op.register_autograd(_output_autograd, setup_context=_setup_output)
-
-
-class TorchPasses:
-    """The passes over tokens in matrix products, a chunk of tokens at a time.
-
-    `x` are the queries or keys that features F = f(x) are made of, `y` what they are multiplied
-    with; all are `(batch, tokens, heads, head_dim)`, and y may have a factor per token, x another,
-    `(batch, tokens, heads)`. Tokens that `mask` leaves out are as if they were not there.
-    """
-
-    def __init__(self, chunk: int) -> None:
-        self.chunk = chunk
-
-    def collect(
-        self,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        rotation: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        y_factor: torch.Tensor | None = None,
-        x_factor: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sums over tokens of R F (y_factor y)^T and of x_factor F."""
-        batch, _, heads, dim = x.shape
-        dtype = _wide(x.dtype)
-        state = x.new_zeros(batch, heads, dim, dim, dtype=dtype)
-        total = x.new_zeros(batch, heads, dim, dtype=dtype)
-        for part in self._parts(x):
-            features = _features(_unrotated(x[:, part], rotation, part))
-            right = y[:, part].to(dtype)
-            if y_factor is not None:
-                right = right * y_factor[:, part, :, None]
-            if mask is not None:
-                hidden = ~mask[:, part, None, None]
-                features, right = features.masked_fill(hidden, 0), right.masked_fill(hidden, 0)
-            weighted = features if x_factor is None else features * x_factor[:, part, :, None]
-            total += weighted.sum(1)
-            rotated = _rotated(features, rotation, part)
-            state += torch.einsum("bthd,bthe->bhde", rotated, right)
-        return state, total
-
-    def apply(
-        self,
-        x: torch.Tensor,
-        state: torch.Tensor,
-        mean: torch.Tensor | None,
-        eps: float,
-        rotation: torch.Tensor | None,
-        mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """R F times the state, in the dtype of x, divided by F . mean + eps where there is a mean.
-
-        Returns:
-            The product, and one over the denominator, `(batch, tokens, heads)`.
-        """
-        out = x.new_empty(x.shape)
-        inverse = None if mean is None else x.new_empty(x.shape[:3], dtype=state.dtype)
-        for part in self._parts(x):
-            features = _features(_unrotated(x[:, part], rotation, part))
-            if mask is not None:
-                features = features.masked_fill(~mask[:, part, None, None], 0)
-            rotated = _rotated(features, rotation, part)
-            product = torch.einsum("bthd,bhde->bthe", rotated, state)
-            if mean is not None and inverse is not None:
-                denominator = torch.einsum("bthd,bhd->bth", features, mean) + eps
-                inverse[:, part] = 1 / denominator
-                product = product / denominator[..., None]
-            out[:, part] = product
-        return out, inverse
-
-    def pull_back(
-        self,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        state: torch.Tensor,
-        mean: torch.Tensor,
-        rotation: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        y_factor: torch.Tensor | None = None,
-        x_factor: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The gradient of x where R F has state (y_factor y), and F besides x_factor mean."""
-        out = x.new_empty(x.shape)
-        for part in self._parts(x):
-            plain = _unrotated(x[:, part], rotation, part)
-            right = y[:, part].to(state.dtype)
-            if y_factor is not None:
-                right = right * y_factor[:, part, :, None]
-            grad = torch.einsum("bhde,bthe->bthd", state, right)
-            direct = mean[:, None]
-            if x_factor is not None:
-                direct = direct * x_factor[:, part, :, None]
-            grad = (_unrotated(grad, rotation, part) + direct) * _slope(plain)
-            grad = _rotated(grad, rotation, part)
-            if mask is not None:
-                grad = grad.masked_fill(~mask[:, part, None, None], 0)
-            out[:, part] = grad
-        return out
-
-    def denominator_gradient(
-        self, grad_out: torch.Tensor, out: torch.Tensor, inverse: torch.Tensor
-    ) -> torch.Tensor:
-        """That of the denominator, `(batch, tokens, heads)`."""
-        gradient = torch.empty_like(inverse)
-        for part in self._parts(out):
-            wide = out[:, part].to(inverse.dtype)
-            gradient[:, part] = -(grad_out[:, part] * wide).sum(-1) * inverse[:, part]
-        return gradient
-
-    def _parts(self, x: torch.Tensor) -> Iterator[slice]:
-        for start in range(0, x.shape[1], self.chunk):
-            yield slice(start, min(start + self.chunk, x.shape[1]))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of features and state."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _features(x: torch.Tensor) -> torch.Tensor:
-    # elu(x) + 1 would round what is left of exp(x) - 1 for very negative x. Of the two terms one
-    # is 0 or 1; `where` takes longer than both.
-    return x.clamp(max=0).exp_().add_(x.clamp(min=0))
-
-
-def _slope(x: torch.Tensor) -> torch.Tensor:
-    """The derivative of `_features`."""
-    return x.clamp(max=0).exp()
-
-
-def _rotated(x: torch.Tensor, rotation: torch.Tensor | None, part: slice) -> torch.Tensor:
-    """Some tokens of a sequence, rotated; `x` is wide."""
-    if rotation is None:
-        return x
-    cos, sin = rotation[:, part, None].to(x.dtype)
-    return _turn(x, cos, sin)
-
-
-def _unrotated(x: torch.Tensor, rotation: torch.Tensor | None, part: slice) -> torch.Tensor:
-    """The inverse of `_rotated`, and wide."""
-    x = x.to(_wide(x.dtype))
-    if rotation is None:
-        return x
-    cos, sin = rotation[:, part, None].to(x.dtype)
-    return _turn(x, cos, -sin)
-
-
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+_state = transformable(_state_op, _setup_state, _state_autograd, _state_tangents)
+_output = transformable(_output_op, _setup_output, _output_autograd, _output_tangents)
 
 
 def _passes(backend: str, chunk: int) -> Any:

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from triton_device import triton_device
 
 import diffattn
-from diffattn import RadialAttn, TokenGrid, attention
+from diffattn import FullMask, RadialAttn, TokenGrid, attention
 from diffattn.attention import BACKEND_VARIABLE
 from diffattn.kernels import cpu as cpu_kernel
 from diffattn.kernels.reference import reference_attention
@@ -103,6 +103,44 @@ def test_operator_is_a_good_citizen(backend: str, monkeypatch: pytest.MonkeyPatc
         torch.ops.diffattn.static_mask_attention.default,
         (q, k, v, None, [3, 2, 4, 0, 0], remember(method), 0.35, backend),
     )
+
+
+def test_the_other_operators_are_good_citizens_too() -> None:
+    """Gradients of attention under a mask, and attention by any method with its gradients."""
+    method = RadialAttn(decay_factor=0.0, split_threshold=8, block_size=16)
+    size, serial = [3, 2, 4, 0, 0], remember(method)
+    q, k, v, out, grad = (torch.randn(1, 24, 2, 8) for _ in range(5))
+    key_mask = torch.arange(24)[None] < 20
+    operators = torch.ops.diffattn
+    torch.library.opcheck(
+        operators.static_mask_attention_backward.default,
+        (grad, q, k, v, out, torch.randn(1, 2, 24), key_mask, size, serial, 0.35, "cpu"),
+    )
+    source = Whole()  # found for as long as it lives
+    whole = remember(source)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(
+        operators.method_attention.default, (*leaves, key_mask, size, whole, None)
+    )
+    torch.library.opcheck(
+        operators.method_attention_backward.default, (grad, q, k, v, key_mask, size, whole, None)
+    )
+
+
+class Whole:
+    """Attends to every token of a grid."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        grid: TokenGrid,
+        *,
+        scale: float | None,
+        key_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return attention(query, key, value, FullMask(grid), scale=scale, key_mask=key_mask)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from gpu_run import clocks, import_folder, report, table
 from gpu_run.journal import end_last_line, read
-from gpu_run.parent import Run, run_stages
-from gpu_run.stages import dry_stages, real_stages
+from gpu_run.parent import Run, noting_signals, run_stages
+from gpu_run.stages import Stage, dry_stages, real_stages
 
 ROOT = import_folder.ROOT
 # In the checkout, and ignored by git: stays on a GPU machine between two commands.
@@ -102,7 +102,7 @@ def _run(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     machine = platform.machine() if args.dry_run else gpu
     _take_over(args.earlier, out, machine)
-    with tempfile.TemporaryDirectory() as scratch, clocks.recorded(out / "clocks.csv"):
+    with tempfile.TemporaryDirectory() as scratch:
         site = import_folder.make(Path(scratch) / "site", ROOT)
         (Path(scratch) / "logs").mkdir()
         run = Run(
@@ -110,7 +110,7 @@ def _run(args: argparse.Namespace) -> int:
             logs=Path(scratch) / "logs",
             sources=import_folder.sources_of(ROOT),
             minutes=args.minutes,
-            environment=lambda: _environment(site, out, args.dry_run),
+            environment=lambda stage: _environment(stage, site, out, args.dry_run),
             after_stage=lambda: _keep(out, args.dry_run),
         )
         run.journal("run").add(
@@ -126,7 +126,8 @@ def _run(args: argparse.Namespace) -> int:
         for stage in stages:
             if any(fnmatch.fnmatch(stage.name, pattern) for pattern in args.again):
                 run.journal(stage.name).forget()
-        run_stages(stages, run)
+        with noting_signals(run), clocks.recorded(out / "clocks.csv"):
+            run_stages(stages, run)
     print("\n".join(report.write(out / RESULTS, out, "gpu-run")))
     return INTERRUPTED_STATUS if run.stopped is not None else 0
 
@@ -163,15 +164,15 @@ def _take_over(earlier: Path | None, out: Path, machine: str) -> None:
     end_last_line(out / RESULTS)
 
 
-def _environment(site: Path, out: Path, dry: bool) -> dict[str, str]:
+def _environment(stage: Stage, site: Path, out: Path, dry: bool) -> dict[str, str]:
     environment = dict(os.environ)
     environment["PYTHONPATH"] = str(site)
     environment["TRITON_CACHE_DIR"] = str(KEPT / "triton-cache")
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(KEPT / "inductor-cache")
     if dry:
         environment["GPU_RUN_DRY"] = "1"
-    # What was tuned so far is what later stages run.
-    if (out / TUNED).exists():
+    # What was tuned so far is what later stages run; tests say themselves what they run.
+    if (out / TUNED).exists() and stage.waits:
         environment["DIFFATTN_TUNED_TABLE"] = str(out / TUNED)
     return environment
 

@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from gpu_run import smoke, tune
+from gpu_run.candidates import RISKY
 from gpu_run.setting import Setting
 from gpu_run.timing import describe
 
@@ -33,7 +34,8 @@ def run(what: str, setting: Setting) -> None:
     if setting.dry:
         triton.runtime.driver.set_active(CompileOnlyDriver(DRY_ARCH))
     every = [*tune.launches(setting), *smoke.launches(setting)]
-    mine = every[number::of]
+    # A compiler that crashes takes its process along: those that might come last.
+    mine = sorted(every[number::of], key=lambda launch: any(form in launch[0] for form in RISKY))
     if setting.dry:
         mine = mine[:: max(1, len(mine) // DRY_LAUNCHES)]
     failed: dict[str, str] = {}
@@ -44,11 +46,15 @@ def run(what: str, setting: Setting) -> None:
                 launch()
             except Exception as error:  # a form that does not compile: later stages say so too
                 failed[name] = describe(error)
+    loaded = {kernel.hash: kernel for kernel in kernels}
     if not setting.dry:
-        for kernel in kernels:
-            _ = kernel.run  # builds the launcher, too
+        for kernel in loaded.values():
+            try:
+                _ = kernel.run  # loads it, and builds its launcher
+            except Exception as error:  # it wants more than the GPU has
+                failed[kernel.metadata.name] = describe(error)
     setting.journal.add(
-        "compile", launches=len(mine), kernels=len({kernel.hash for kernel in kernels}),
+        "compile", launches=len(mine), kernels=len(loaded),
         failed=failed, seconds=round(time.perf_counter() - start, 1),
     )  # fmt: skip
 

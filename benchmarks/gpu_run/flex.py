@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch._functorch.config
 from torch.nn.attention.flex_attention import flex_attention
 
 from diffattn.block_forms import to_block_mask
@@ -36,4 +37,6 @@ def compiled() -> Callable[..., torch.Tensor]:
     # One compilation serves all masks of a shape from the second on: what differs is the length of
     # tables. In one graph or not at all: eager flex_attention would work out every token pair.
     torch._dynamo.config.recompile_limit = 64
+    # The backward pass is run again and again after one forward pass.
+    torch._functorch.config.donated_buffer = False
     return torch.compile(flex_attention, fullgraph=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -41,7 +42,7 @@ class Run:
         logs: where the output of each stage goes while it runs.
         sources: of the kernels, see `import_folder.sources_of`.
         minutes: after which everything ends.
-        environment: of the stages' processes, asked for before each starts.
+        environment: of a stage's process.
         after_stage: called when a stage has ended, or those beside each other.
         stopped: the signal that ended the run, if any.
     """
@@ -50,7 +51,7 @@ class Run:
     logs: Path
     sources: str
     minutes: float
-    environment: Callable[[], dict[str, str]] = lambda: dict(os.environ)
+    environment: Callable[[Stage], dict[str, str]] = lambda stage: dict(os.environ)
     after_stage: Callable[[], object] = lambda: None
     clock: Callable[[], float] = time.monotonic
     started: float = field(init=False)
@@ -77,32 +78,51 @@ class Run:
 class _Running:
     stage: Stage
     process: subprocess.Popen[bytes]
-    began: float
-    deadline: float
     log: Path
+    began: float = 0.0
+    deadline: float = 0.0
 
 
 def run_stages(stages: Iterable[Stage], run: Run) -> None:
     """Run stages that nothing has settled, for as long as there is time, until a signal comes.
 
-    SIGINT and SIGTERM end the run: rows are kept, and no process is left.
+    To be called under `noting_signals`: then rows are kept, and no process is left.
     """
     earlier = run.journal("").rows()
-    with _signals(run):
-        for _, group in groupby(stages, key=lambda stage: stage.beside or stage.name):
-            todo = []
-            for stage in group:
-                if run.stopped is not None:
-                    run.report(stage.name, INTERRUPTED)
-                elif is_settled(stage, earlier, run.sources):
-                    run.report(stage.name, SETTLED)
-                elif run.left < stage.least:
-                    run.report(stage.name, NO_TIME, left=round(max(0.0, run.left), 1))
-                else:
-                    todo.append(stage)
-            if todo:
-                _run_together(todo, run)
+    groups = [list(g) for _, g in groupby(stages, key=lambda stage: stage.beside or stage.name)]
+    waiting: dict[str, _Running] = {}
+    try:
+        for number, group in enumerate(groups):
+            due = [stage for stage in group if _is_due(stage, earlier, run)]
+            if due:
+                coming = _alone(groups[number + 1 :], earlier, run)
+                _run_together(due, coming, waiting, run)
                 run.after_stage()
+    finally:
+        for one in waiting.values():
+            kill(one.process)
+
+
+def _is_due(stage: Stage, earlier: list[Row], run: Run) -> bool:
+    """Whether a stage is to be run; a row says why not."""
+    if run.stopped is not None:
+        run.report(stage.name, INTERRUPTED)
+    elif is_settled(stage, earlier, run.sources):
+        run.report(stage.name, SETTLED)
+    elif run.left < stage.least:
+        run.report(stage.name, NO_TIME, left=round(max(0.0, run.left), 1))
+    else:
+        return True
+    return False
+
+
+def _alone(groups: list[list[Stage]], earlier: list[Row], run: Run) -> Stage | None:
+    """The stage that comes next, if it can wait for its turn and none runs beside it."""
+    for group in groups:
+        todo = [stage for stage in group if not is_settled(stage, earlier, run.sources)]
+        if todo:
+            return todo[0] if len(todo) == 1 and todo[0].waits else None
+    return None
 
 
 def is_settled(stage: Stage, rows: list[Row], sources: str) -> bool:
@@ -116,8 +136,11 @@ def is_settled(stage: Stage, rows: list[Row], sources: str) -> bool:
 
 
 @contextmanager
-def _signals(run: Run) -> Iterator[None]:
-    """Signals are looked at between other things: none comes while a process is being started."""
+def noting_signals(run: Run) -> Iterator[None]:
+    """While this lasts, SIGINT and SIGTERM end the run, and raise nothing.
+
+    They are looked at between other things: none comes while a process is being started.
+    """
 
     def note(number: int, frame: FrameType | None) -> None:
         run.stopped = number
@@ -130,15 +153,27 @@ def _signals(run: Run) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run_together(stages: list[Stage], run: Run) -> None:
-    """Start all, wait for each until its limit, and kill what is left."""
+def _run_together(
+    stages: list[Stage], coming: Stage | None, waiting: dict[str, _Running], run: Run
+) -> None:
+    """Start all, wait for each until its limit, and kill what is left.
+
+    Args:
+        coming: a stage whose process is made meanwhile, up to where it waits for its turn.
+        waiting: those that have been made.
+    """
     running: list[_Running] = []
     try:
         for stage in stages:
             try:
-                running.append(_start(stage, run))
+                running.append(waiting.pop(stage.name, None) or _make(stage, run))
             except OSError as error:
                 run.report(stage.name, "not started", tail=str(error))
+        for one in running:
+            _let_go(one, run)
+        if coming is not None:
+            with suppress(OSError):  # what is wrong is seen, and said, when its turn comes
+                waiting[coming.name] = _make(coming, run)
         while running:
             for one in list(running):
                 rc: int | str | None = one.process.poll()
@@ -157,24 +192,35 @@ def _run_together(stages: list[Stage], run: Run) -> None:
             kill(one.process)
 
 
-def _start(stage: Stage, run: Run) -> _Running:
+def _make(stage: Stage, run: Run) -> _Running:
     log = run.logs / f"{stage.name.replace(':', '-').replace('/', '-')}.log"
-    began = run.clock()
-    environment = run.environment() | run.journal(stage.name).environment()
-    limit = min(stage.limit, run.left)
-    environment |= {SECONDS_VARIABLE: f"{limit:.1f}", "PYTHONUNBUFFERED": "1"}
+    environment = run.environment(stage) | run.journal(stage.name).environment()
+    environment |= {SECONDS_VARIABLE: str(stage.limit), "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as file:
         # A session of its own, so that all it starts can be killed with it.
         process = subprocess.Popen(
             stage.command,
             cwd=ROOT,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if stage.waits else subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
         )
-    return _Running(stage, process, began, began + stage.limit, log)
+    return _Running(stage, process, log)
+
+
+def _let_go(one: _Running, run: Run) -> None:
+    """Begin with a stage: one that waits is told what its environment has become."""
+    one.began = run.clock()
+    one.deadline = one.began + one.stage.limit
+    if one.process.stdin is None:
+        return
+    changed = run.environment(one.stage)
+    changed |= {SECONDS_VARIABLE: f"{min(one.stage.limit, run.left):.1f}"}
+    with suppress(BrokenPipeError):  # it has ended: its status says why
+        one.process.stdin.write(json.dumps(changed).encode() + b"\n")
+        one.process.stdin.close()
 
 
 def _end(one: _Running, rc: int | str, run: Run) -> None:
@@ -198,6 +244,9 @@ def kill(process: subprocess.Popen[bytes]) -> bool:
     """
     with suppress(ProcessLookupError):  # it left nothing behind
         os.killpg(process.pid, signal.SIGKILL)
+    if process.stdin is not None:
+        with suppress(BrokenPipeError):
+            process.stdin.close()
     try:
         process.wait(SECONDS_TO_DIE)
     except subprocess.TimeoutExpired:

@@ -100,8 +100,18 @@ def run(what: str, setting: Setting) -> None:
         setting.journal.finish(f"{shape.name} calls")
 
 
-def measure(shape: Shape, direction: str, attentions: list[Attention], setting: Setting) -> None:
-    """Add a row for each attention, with its time or with what is wrong."""
+def measure(
+    shape: Shape,
+    direction: str,
+    attentions: list[Attention],
+    setting: Setting,
+    seconds: float = SECONDS,
+) -> None:
+    """Add a row for each attention, with its time or with what is wrong.
+
+    Args:
+        seconds: of the rounds.
+    """
     unit = f"{shape.name} {direction}"
     if setting.journal.is_finished(unit):
         return
@@ -117,7 +127,7 @@ def measure(shape: Shape, direction: str, attentions: list[Attention], setting: 
             if "CUDA error" in str(error):
                 raise  # nothing works any more in this process
             setting.journal.add("rate", **common, failed=describe(error))
-    times, failed = interleave(calls, setting.timer, **setting.rounds(SECONDS))
+    times, failed = interleave(calls, setting.timer, **setting.rounds(seconds))
     for label, why in failed.items():
         setting.journal.add("rate", **facts[label], failed=why)
     for label, rounds in times.items():

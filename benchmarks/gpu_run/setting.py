@@ -16,8 +16,6 @@ from gpu_run.parent import SECONDS_VARIABLE
 from gpu_run.shapes import SHAPES, Shape, tiny
 from gpu_run.timing import DeviceTimer, HostTimer, Timer
 
-STARTED = time.monotonic()
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -29,7 +27,7 @@ class Setting:
         densities: of the masks whose rates are measured, 1 first.
         tuning: of those that configurations are chosen by.
         compared: of those that other people's kernels are measured on.
-        seconds: after which the process is killed.
+        ends: when the process is killed, by the monotonic clock.
     """
 
     device: torch.device
@@ -40,7 +38,7 @@ class Setting:
     densities: tuple[float, ...]
     tuning: tuple[float, ...]
     compared: tuple[float, ...]
-    seconds: float
+    ends: float
 
     @staticmethod
     def make(journal: Journal, dry: bool) -> Setting:
@@ -55,18 +53,18 @@ class Setting:
             densities=(1.0, 0.8) if dry else (1.0, 0.5, 0.2, 0.1),
             tuning=(1.0, 0.8) if dry else (1.0, 0.2),
             compared=(1.0, 0.8) if dry else (1.0, 0.2),
-            seconds=float(os.environ[SECONDS_VARIABLE]),
+            ends=time.monotonic() + float(os.environ[SECONDS_VARIABLE]),
         )
 
     @property
     def left(self) -> float:
         """Seconds until the process is killed."""
-        return self.seconds - (time.monotonic() - STARTED)
+        return self.ends - time.monotonic()
 
     def rounds(self, seconds: float) -> dict[str, float | int]:
         """How long to interleave calls, as `timing.interleave` takes it; not beyond the limit."""
         if self.dry:
-            return {"least": 2, "most": 2, "seconds": 0.0}
+            return {"least": 1, "most": 1, "seconds": 0.0}
         return {"least": 3, "most": 15, "seconds": max(0.0, min(seconds, 0.4 * self.left))}
 
     def shape(self, name: str) -> Shape:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 COMPILERS = 12
 
@@ -34,6 +35,8 @@ class Stage:
         limit: seconds after which it is killed.
         least: it is not begun with fewer seconds left.
         command: what to start.
+        waits: whether its process, once it is ready, waits for a line of JSON, which adds to its
+            environment: it can be made while another stage runs.
         beside: stages that follow each other with the same text here run side by side.
         outlives_edits: whether its rows still count once the kernels' source text has changed.
     """
@@ -41,9 +44,15 @@ class Stage:
     name: str
     limit: float
     least: float
-    command: tuple[str, ...] = (sys.executable, "-P", "-m", "gpu_run.worker")
+    command: tuple[str, ...]
+    waits: bool = False
     beside: str = ""
     outlives_edits: bool = False
+
+
+def _worker(name: str, limit: float, least: float, **more: Any) -> Stage:
+    command = (sys.executable, "-P", "-m", "gpu_run.worker")
+    return Stage(name, limit, least, command, waits=True, **more)
 
 
 def real_stages(root: Path) -> Iterator[Stage]:
@@ -52,24 +61,24 @@ def real_stages(root: Path) -> Iterator[Stage]:
     head_dim 64 is tuned when everything of head_dim 128 is known.
     """
     for number in range(COMPILERS):
-        yield Stage(f"compile:{number}/{COMPILERS}", 60, 20, beside="compile")
-    yield Stage("yardstick", 45, 20, outlives_edits=True)
+        yield _worker(f"compile:{number}/{COMPILERS}", 60, 20, beside="compile")
+    yield _worker("yardstick", 45, 20, outlives_edits=True)
     for name in SMOKE:
-        yield Stage(f"smoke:{name}", 60, 15, beside="smoke")
+        yield _worker(f"smoke:{name}", 60, 15, beside="smoke")
     for kernel in ("forward", "queries", "keys"):
-        yield Stage(f"tune:{kernel}-128", 45, 20, outlives_edits=True)
-    yield Stage("rates:wan-1.3b-480p", 70, 30)
-    yield Stage("rates:wan-14b-720p", 90, 40)
-    yield Stage("flex:wan-1.3b-480p", 90, 45)
-    yield Stage("tune:gather-128", 45, 20, outlives_edits=True)
-    yield Stage("selecting", 50, 25)
-    yield Stage("linear", 30, 15)
+        yield _worker(f"tune:{kernel}-128", 45, 20, outlives_edits=True)
+    yield _worker("rates:wan-1.3b-480p", 70, 30)
+    yield _worker("rates:wan-14b-720p", 90, 40)
+    yield _worker("flex:wan-1.3b-480p", 90, 45)
+    yield _worker("tune:gather-128", 45, 20, outlives_edits=True)
+    yield _worker("selecting", 50, 25)
+    yield _worker("linear", 30, 15)
     for kernel in ("forward", "queries", "keys"):
-        yield Stage(f"tune:{kernel}-64", 40, 20, outlives_edits=True)
-    yield Stage("rates:cogvideox-5b", 60, 25)
-    yield Stage("building:hunyuan-720p", 30, 15)
-    yield Stage("rates:hunyuan-720p", 90, 45)
-    yield Stage("methods", 60, 25)
+        yield _worker(f"tune:{kernel}-64", 40, 20, outlives_edits=True)
+    yield _worker("rates:cogvideox-5b", 60, 25)
+    yield _worker("building:hunyuan-720p", 30, 15)
+    yield _worker("rates:hunyuan-720p", 90, 45)
+    yield _worker("methods", 60, 25)
     yield from test_stages(root)
 
 

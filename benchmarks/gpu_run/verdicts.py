@@ -152,7 +152,7 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
             "selecting methods at a density of a quarter from 16K tokens: faster than dense",
             quarter, planned=6, at_least=1 + 1e-9,
         ),
-        tests(rows),
+        outcomes_of_tests(rows),
     ]  # fmt: skip
 
 
@@ -166,12 +166,10 @@ def errors(rows: list[Row]) -> Verdict:
     for row in cases:
         if not row["taken"]:
             continue
-        largest = float("inf")
-        if row["right"] or "deviations" in row:
-            ratios = [x["of_allowed"] for x in row["deviations"].values()]
-            largest = max(ratios, key=lambda x: (x != x, x))
-            if not row["right"] and largest <= 1:
-                largest = float("inf")  # other bits the second time
+        ratios = [x["of_allowed"] for x in row.get("deviations", {}).values()]
+        largest = max(ratios, key=lambda x: (x != x, x), default=float("inf"))
+        if not row["right"] and largest <= 1:
+            largest = float("inf")  # other bits the second time
         found.append((f"{row['what']} {row['case']}", largest))
     for (place, candidate), row in {**rates(rows), **rates(rows, "flex:")}.items():
         if candidate == OURS:
@@ -187,7 +185,7 @@ def errors(rows: list[Row]) -> Verdict:
     )  # fmt: skip
 
 
-def tests(rows: list[Row]) -> Verdict:
+def outcomes_of_tests(rows: list[Row]) -> Verdict:
     """How many tests failed on the GPU."""
     outcomes = latest((r for r in rows if r["kind"] == "test"), "test")
     failed = [r for r in outcomes if r["outcome"] not in ("passed", "skipped")]

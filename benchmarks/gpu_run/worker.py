@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 
@@ -35,11 +36,14 @@ def main() -> int:
     dry = os.environ.get(DRY_VARIABLE) == "1"
     if dry and kind != "compile":
         interpret()
+    run = importlib.import_module(f"gpu_run.{MODULES[kind]}").run
     from gpu_run.setting import Setting
 
+    # All is imported while another stage has the GPU. A line says when it is this one's turn.
+    os.environ.update(json.loads(sys.stdin.readline()))
     setting = Setting.make(journal, dry)
     journal.add("facts", **setting.facts())
-    importlib.import_module(f"gpu_run.{MODULES[kind]}").run(what, setting)
+    run(what, setting)
     return 0
 
 

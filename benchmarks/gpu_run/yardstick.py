@@ -19,7 +19,8 @@ def run(what: str, setting: Setting) -> None:
     names = ("flash",) if setting.dry else ("cudnn", "flash")
     for name in SHAPES:
         for direction in (FORWARD, BACKWARD):
-            measure(setting.shape(name), direction, [dense(x) for x in names], setting)
+            shape = setting.shape(name)
+            measure(shape, direction, [dense(x) for x in names], setting, seconds=3.0)
 
 
 def _ceilings(setting: Setting) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import block_sparse, gather, linear
+from . import block_sparse, gather, linear, tangent
 from .launches import Launch
 
 FAMILIES = {
     "block_sparse": block_sparse.shipped,
+    "tangent": tangent.shipped,
     "gather": gather.shipped,
     "linear": linear.shipped,
 }

@@ -97,13 +97,13 @@ def loops(instructions: Sequence[Instruction]) -> list[Loop]:
     of waits, which stand at the end of the code and jump back into it, do not.
     """
     successors = _successors(instructions)
-    entry = instructions[0].address
+    entries = _entries(instructions, successors)
     found: dict[int, int] = {}
     for instruction in instructions:
         target = instruction.target
         if target is None or target > instruction.address:
             continue
-        if instruction.address not in _reachable(successors, entry, without=target):
+        if instruction.address not in _reachable(successors, entries, without=target):
             found[target] = max(found.get(target, 0), instruction.address)
     return [
         tuple(x for x in instructions if first <= x.address <= last)
@@ -136,9 +136,22 @@ def _successors(instructions: Sequence[Instruction]) -> dict[int, list[int]]:
     return found
 
 
-def _reachable(successors: dict[int, list[int]], entry: int, *, without: int) -> set[int]:
+def _entries(instructions: Sequence[Instruction], successors: dict[int, list[int]]) -> list[int]:
+    """The first instruction, and where indirect branches go: to the code of specialized warps."""
+    entries: list[int] = []
     seen: set[int] = set()
-    waiting = [entry] if entry != without else []
+    for instruction in instructions:
+        if instruction.address not in seen:
+            entries.append(instruction.address)
+            seen |= _reachable(successors, [instruction.address])
+    return entries
+
+
+def _reachable(
+    successors: dict[int, list[int]], entries: Sequence[int], *, without: int | None = None
+) -> set[int]:
+    seen: set[int] = set()
+    waiting = [x for x in entries if x != without]
     while waiting:
         address = waiting.pop()
         if address in seen:

@@ -270,6 +270,6 @@ def forward(
             problem.layout[1].shape[-1], problem.layout[3].shape[-1], problem.scale_not_0,
             PARTIAL_N=part, HAS_PARTIAL=problem.rows_have_masks(tokens_kv),
             NEGATIVE_SCALE=problem.scale < 0, AHEAD=config.ahead,
-            **problem.constants(config, tma=tma),
+            TMA=tma, **problem.constants(config),
         )  # fmt: skip
     return out, lse

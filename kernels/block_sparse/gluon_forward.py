@@ -76,15 +76,16 @@ def forward(
     batch, tokens_q, heads, head_dim = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((batch, heads, tokens_q), dtype=torch.float32)
-    order = cached_rows(problem.layout, k.shape[1], problem.block_kv).order
-    rows = order.shape[-1]
+    rows = cached_rows(problem.layout, k.shape[1], problem.block_kv)
+    n_rows = rows.order.shape[-1]
     group = _QUERIES // 2
     with problem.on_device():
-        programs = batch * heads * rows * (problem.block_q // _QUERIES)
+        programs = batch * heads * n_rows * (problem.block_q // _QUERIES)
         _kernel_module().forward_kernel[(programs,)](
             _tiles(q, group), _tiles(k, config.block_n), _tiles(v, config.block_n),
-            _tiles(out, group), lse, order, *problem.lists, *problem.layout_strides,
-            tokens_q, k.shape[1], heads, rows,
+            _tiles(out, group), lse, rows.order,
+            *problem.rows_layout(rows), *problem.layout_strides,
+            tokens_q, k.shape[1], heads, n_rows,
             problem.layout[1].shape[-1], problem.layout[3].shape[-1], problem.scale,
             D=head_dim, BLOCK_Q=problem.block_q, BLOCK_KV=problem.block_kv, BLOCK_N=config.block_n,
             STAGES=config.num_stages,

@@ -88,7 +88,7 @@ def _mask_of(i, masks, lists, first_row, tokens_kv, BLOCK_Q: gl.constexpr,
 
 
 @gluon.jit
-def _produce(inputs, q_tiles, q_full, rings, place, lists, p_full, i_short,
+def _produce(inputs, q_tiles, q_full, rings, place, lists, p_full,
              BLOCK_KV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """Fetch the queries of both groups, then keys and values tile by tile into two rings."""
     TILES_N: gl.constexpr = BLOCK_KV // BLOCK_N
@@ -105,7 +105,7 @@ def _produce(inputs, q_tiles, q_full, rings, place, lists, p_full, i_short,
         i_partial = i_full - n_full
         is_full = i_full < n_full
         is_partial = (i_partial >= 0) & (i_partial < n_partial)
-        full_block = gl.load(p_full + i_full + (i_full >= i_short).to(gl.int32), mask=is_full)
+        full_block = gl.load(p_full + i_full, mask=is_full)
         other_block = gl.load(p_partial + i_partial, mask=is_partial, other=i_rest)
         start_n = gl.where(is_full, full_block, other_block) * BLOCK_KV + (i % TILES_N) * BLOCK_N
         s = i % STAGES
@@ -219,18 +219,6 @@ def _consume(outs, p_lse, q_tiles, q_full, rings, all_sums, place, lists, masks,
     tma.store_wait(0)
 
 
-@gluon.jit
-def _place_of(p_index, n, wanted, CHUNK: gl.constexpr):
-    """Where `wanted` is among the first `n` of a list; `n` or more if nowhere."""
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    o_i = gl.arange(0, CHUNK, L)
-    place = n
-    for start in range(0, n, CHUNK):
-        b_index = gl.load(p_index + start + o_i, mask=start + o_i < n, other=-1)
-        place = gl.minimum(place, gl.min(gl.where(b_index == wanted, start + o_i, n), 0))
-    return place
-
-
 @gluon.jit(
     do_not_specialize=[
         "s_layout_b", "s_layout_h", "tokens_q", "tokens_kv", "heads", "rows", "full_cap",
@@ -265,12 +253,10 @@ def forward_kernel(
     n_full = gl.load(p_full_count + i_list)
     n_partial = gl.load(p_partial_count + i_list)
     # The block at the end of the sequence may be short, and then it needs a mask though it is
-    # full: it comes after the partial ones. It may be anywhere in a list.
+    # full: it is the last of its list, and comes after the partial ones here.
     i_rest = tokens_kv // BLOCK_KV
-    i_short = n_full
-    if tokens_kv % BLOCK_KV != 0:
-        i_short = _place_of(p_full, n_full, i_rest, 128)
-    n_short = (i_short < n_full).to(gl.int32)
+    i_last = gl.load(p_full + (n_full - 1), mask=n_full > 0, other=-1)
+    n_short = (i_last == i_rest).to(gl.int32)
     n_full -= n_short
     n_masked = n_partial + n_short
     if n_full + n_masked == 0:
@@ -312,7 +298,7 @@ def forward_kernel(
                         tokens_q, tokens_kv, scale, 0, D, BLOCK_Q, BLOCK_KV, BLOCK_N, STAGES)),
             (_consume, (outs, p_lse, q_tiles, q_full, rings, sums, place, lists, masks, first_row,
                         tokens_q, tokens_kv, scale, 1, D, BLOCK_Q, BLOCK_KV, BLOCK_N, STAGES)),
-            (_produce, (inputs, q_tiles, q_full, rings, place, lists, p_full, i_short,
+            (_produce, (inputs, q_tiles, q_full, rings, place, lists, p_full,
                         BLOCK_KV, BLOCK_N, STAGES)),
         ],
         [4, 1],

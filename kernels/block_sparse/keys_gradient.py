@@ -263,6 +263,6 @@ def keys_gradient(
             tokens_q, sums.tokens, tokens_kv, heads, n_columns,
             columns.full_row.shape[-1], columns.partial_row.shape[-1], problem.scale,
             PARTIAL_M=part, HAS_PARTIAL=problem.has_partial, ONE_PASS=one_pass,
-            **problem.constants(config, tma=tma),
+            TMA=tma, **problem.constants(config),
         )  # fmt: skip
     return None if total is None else total.to(q.dtype), dk, dv

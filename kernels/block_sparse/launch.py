@@ -130,7 +130,7 @@ class Problem:
             return [x for x, _ in tiles]
         return [tile_descriptor(x, tokens, self.block_d) for x, tokens in tiles]
 
-    def constants(self, config: TileConfig, *, tma: bool) -> dict[str, object]:
+    def constants(self, config: TileConfig) -> dict[str, object]:
         """The compile-time arguments that all kernels share."""
         return {
             "D": self.head_dim,
@@ -140,8 +140,7 @@ class Problem:
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "HAS_KEY_MASK": self.has_key_mask,
-            "WIDE": self.wide and not tma,  # the copy engine counts in tokens
-            "TMA": tma,
+            "WIDE": self.wide,
             "PRECISION": self.precision,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,

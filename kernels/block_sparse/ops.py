@@ -6,10 +6,11 @@ import torch
 import triton
 
 from ..checks import check_inputs, check_layout
-from ..operators import empty_outputs, register_gradients
+from ..operators import differentiable, empty_outputs
 from .backward import backward
 from .forward import forward_kernel
 from .forward_pass import forward
+from .tangent import tangent
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
@@ -62,7 +63,7 @@ def block_sparse_attention(
     check_layout(q, layout, block_q, block_kv)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return _forward_op(q, k, v, *layout, key_mask, block_q, block_kv, scale)
+    return _attend(q, k, v, *layout, key_mask, block_q, block_kv, scale)
 
 
 def block_sparse_attention_gradients(
@@ -159,7 +160,35 @@ def _backward_op(
     )  # fmt: skip
 
 
-register_gradients(_forward_op, _backward_op)
+@torch.library.custom_op("diffattn::block_sparse_triton_tangent", mutates_args=())
+def _tangent_op(
+    q_tangent: torch.Tensor,
+    k_tangent: torch.Tensor,
+    v_tangent: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    full_count: torch.Tensor,
+    full_index: torch.Tensor,
+    partial_count: torch.Tensor,
+    partial_index: torch.Tensor,
+    partial_mask: torch.Tensor,
+    bit_masks: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    block_q: int,
+    block_kv: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
+    return tangent(
+        (q_tangent, k_tangent, v_tangent), q, k, v, out, lse, layout, key_mask,
+        block_q=block_q, block_kv=block_kv, scale=scale,
+    )  # fmt: skip
+
+
+_attend = differentiable(_forward_op, _backward_op, _tangent_op)
 
 
 def _check_supported(

@@ -250,6 +250,6 @@ def queries_gradient(
             tokens_q, sums.tokens, tokens_kv, heads, n_rows,
             problem.layout[1].shape[-1], problem.layout[3].shape[-1], problem.scale,
             PARTIAL_N=part, HAS_PARTIAL=problem.rows_have_masks(tokens_kv), AHEAD=config.ahead,
-            **problem.constants(config, tma=tma),
+            TMA=tma, **problem.constants(config),
         )  # fmt: skip
     return dq

@@ -6,7 +6,7 @@ import torch
 import triton
 
 from ..checks import check_inputs
-from ..operators import empty_outputs, register_gradients
+from ..operators import differentiable, empty_outputs
 from .backward import backward
 from .forward import forward, forward_kernel
 
@@ -60,7 +60,7 @@ def selected_attention(
     _check_supported(q, k, v, key_mask)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return _forward_op(q, k, v, starts, bits, key_mask, scale)
+    return _attend(q, k, v, starts, bits, key_mask, scale)
 
 
 @torch.library.custom_op("diffattn::selected_triton", mutates_args=())
@@ -98,7 +98,13 @@ def _backward_op(
     return backward(grad_out, grad_lse, q, k, v, out, lse, starts, bits, key_mask, scale=scale)
 
 
-register_gradients(_forward_op, _backward_op)
+_attend = differentiable(
+    _forward_op,
+    _backward_op,
+    "the Triton kernel for selected blocks has no forward-mode derivative (torch.func.jvp,"
+    " dual_level); call diffattn.selected.selected_attention, which takes the block-sparse kernel"
+    " for it",
+)
 
 
 def _check_selection(q: torch.Tensor, starts: torch.Tensor, bits: torch.Tensor) -> None:

@@ -14,9 +14,19 @@ from typing import Any
 
 import gpu_run
 import pytest
+from gpu_run.command import _take_over
 from gpu_run.import_folder import ROOT, make, sources_of
 from gpu_run.journal import Journal, end_last_line, latest, read, that_count
-from gpu_run.parent import INTERRUPTED, NO_TIME, SETTLED, TIME_OUT, Run, is_settled, run_stages
+from gpu_run.parent import (
+    INTERRUPTED,
+    NO_TIME,
+    SETTLED,
+    TIME_OUT,
+    Run,
+    is_settled,
+    noting_signals,
+    run_stages,
+)
 from gpu_run.stages import Stage
 
 FOLDER = Path(gpu_run.__file__).parent
@@ -48,7 +58,7 @@ def run(tmp_path: Path, pids: Path) -> Run:
 def a_run(tmp_path: Path, pids: Path, minutes: float = 1.0, sources: str = "abc") -> Run:
     environment = os.environ | {"PYTHONPATH": str(FOLDER.parent), "PIDS": str(pids)}
     (tmp_path / "logs").mkdir(exist_ok=True)
-    return Run(tmp_path, tmp_path / "logs", sources, minutes, lambda: dict(environment))
+    return Run(tmp_path, tmp_path / "logs", sources, minutes, lambda stage: dict(environment))
 
 
 def outcomes(run: Run) -> dict[str, int | str]:
@@ -154,7 +164,7 @@ def test_an_interrupt_keeps_the_rows_and_leaves_no_process(
         "from gpu_run.stages import Stage\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "run = Run(folder, folder / 'logs', 'abc', 1.0)\n"
-        f"run_stages({stages!r}, run)\n"
+        f"with noting_signals(run): run_stages({stages!r}, run)\n"
         "sys.exit(130 if run.stopped else 0)\n"
     )
     (tmp_path / "logs").mkdir()
@@ -175,7 +185,10 @@ def test_an_interrupt_keeps_the_rows_and_leaves_no_process(
 
 def test_handlers_of_signals_are_put_back(run: Run) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    run_stages([stage("a", "")], run)
+    with noting_signals(run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        run_stages([stage("a", ROW)], run)
+    assert outcomes(run) == {"a": INTERRUPTED}
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
@@ -195,6 +208,70 @@ def test_a_stage_is_told_how_long_it_may_take(run: Run) -> None:
     code = "import os; print(os.environ['GPU_RUN_SECONDS'])"
     run_stages([stage("a", code, limit=12.5)], run)
     assert "==== a: 0\n12.5\n" in (run.folder / "log.txt").read_text()
+
+
+# ---------------------------------------------------------------- stages that wait
+
+NOTE = "import os, pathlib; pathlib.Path(os.environ['PIDS']).open('a').write({!r});"
+TURN = "import sys, json; os.environ.update(json.loads(sys.stdin.readline()));"
+
+
+def test_the_next_stage_is_made_meanwhile_and_waits_for_its_turn(run: Run, pids: Path) -> None:
+    first = (
+        NOTE.format("first ") + "import time\n"
+        "while 'ready' not in pathlib.Path(os.environ['PIDS']).read_text(): time.sleep(.01)\n"
+        "time.sleep(.2)\n" + NOTE.format("done ") + ROW
+    )
+    second = NOTE.format("ready ") + TURN + NOTE.format("turn ") + ROW
+    run_stages([stage("first", first), stage("second", second, waits=True)], run)
+    assert outcomes(run) == {"first": 0, "second": 0}
+    notes = pids.read_text().split()
+    assert set(notes[:2]) == {"first", "ready"}
+    assert notes[2:] == ["done", "turn"]
+
+
+def test_a_stage_that_waits_has_its_limit_from_its_turn_on_and_hears_what_is_new(
+    run: Run, pids: Path
+) -> None:
+    environment = run.environment
+    run.environment = lambda stage: environment(stage) | {"TUNED": str(pids.exists())}
+    first = "import time; time.sleep(1.5);" + NOTE.format("x")
+    second = "import os, time;" + TURN + "print(os.environ['TUNED'], os.environ['GPU_RUN_SECONDS'])"
+    run_stages([stage("first", first), stage("second", second, waits=True, limit=1.0)], run)
+    assert outcomes(run) == {"first": 0, "second": 0}
+    assert "==== second: 0\nTrue 1.0\n" in (run.folder / "log.txt").read_text()
+
+
+def test_a_stage_that_waits_is_killed_when_its_turn_does_not_come(
+    tmp_path: Path, pids: Path
+) -> None:
+    run = a_run(tmp_path, pids, minutes=0.5)
+    waits = stage("waits", GRANDCHILD + TURN + ROW, waits=True, least=29.9)
+    first = "import os, pathlib, time\nwhile not pathlib.Path(os.environ['PIDS']).exists(): pass\n"
+    run_stages([stage("first", first + "time.sleep(.3)"), waits], run)
+    assert outcomes(run) == {"first": 0, "waits": NO_TIME}
+    assert found(run) == []
+    assert len(pids.read_text().split()) == 2
+    assert_all_gone(pids)
+
+
+def test_a_stage_that_ends_before_its_turn_says_why(run: Run) -> None:
+    first = stage("first", "import time; time.sleep(1)")
+    broken = stage("broken", "raise ImportError('no torch')", waits=True)
+    run_stages([first, broken, stage("after", ROW)], run)
+    assert outcomes(run) == {"first": 0, "broken": 1, "after": 0}
+    assert "ImportError: no torch" in (run.folder / "log.txt").read_text()
+
+
+def test_stages_that_are_settled_are_not_made(tmp_path: Path, pids: Path) -> None:
+    b = stage("b", "import os;" + TURN + ROW, waits=True)
+    stages = [stage("a", "import time; time.sleep(.5)"), b]
+    run_stages(stages, a_run(tmp_path, pids))
+    again = a_run(tmp_path, pids)
+    again.journal("a").forget()
+    run_stages(stages, again)
+    assert outcomes(again) == {"a": 0, "b": SETTLED}
+    assert found(again) == ["b"]
 
 
 # ---------------------------------------------------------------- going on
@@ -311,6 +388,28 @@ def test_sources_are_those_of_the_kernels_and_not_of_tables(tmp_path: Path) -> N
 # ---------------------------------------------------------------- the command
 
 
+def test_an_interrupted_program_leaves_rows_a_page_and_no_process(tmp_path: Path) -> None:
+    options = ("--dry-run", "--only", "compile:*", "building:*", "--out", str(tmp_path))
+    program = subprocess.Popen(
+        [sys.executable, FOLDER, "run", *options], stdout=subprocess.PIPE, text=True
+    )
+    rows = tmp_path / "results.jsonl"
+    try:
+        wait_for(lambda: any(row["kind"] == "facts" for row in read(rows)), 60)
+        children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+        assert len(children) >= 2  # the stage, and the one that waits for its turn
+        program.send_signal(signal.SIGTERM)
+        out, _ = program.communicate(timeout=30)
+    finally:
+        program.kill()
+    assert program.returncode == 130
+    assert "not measured: forward" in out
+    ended = {row["stage"]: row["rc"] for row in read(rows) if row["kind"] == "stage"}
+    assert ended == {"compile:0/1": INTERRUPTED, "building:hunyuan-720p": INTERRUPTED}
+    assert (tmp_path / "gpu-run.md").exists()
+    wait_for(lambda: not any(is_alive(int(pid)) for pid in children))
+
+
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, FOLDER, *arguments],
@@ -384,12 +483,31 @@ def test_a_dry_run_of_one_stage_goes_on_where_another_ended(tmp_path: Path) -> N
     assert "settled before" in done.stdout
     rows = read(tmp_path / "out" / "results.jsonl")
     assert [row["rc"] for row in rows if row["kind"] == "stage"] == [0, SETTLED]
-    # A new run begins anew, and keeps what was there.
-    done = command(*arguments[:-4], "--only", "nothing", "building:*", "--out", out)
-    assert len([r for r in read(tmp_path / "out" / "results.jsonl") if r["kind"] == "run"]) == 1
-    assert (tmp_path / "out" / "before-results.jsonl").exists()
     record = json.loads((tmp_path / "out" / "gpu-run.json").read_text())
-    assert record["runs"][0]["dry"]
+    assert [one["continued"] for one in record["runs"]] == [False, True]
+
+
+def test_a_new_run_begins_anew_and_keeps_what_was_there(tmp_path: Path) -> None:
+    Journal(tmp_path / "results.jsonl", "run", "abc").add("run", gpu="NVIDIA H100")
+    (tmp_path / "tuned.json").write_text("{}")
+    _take_over(None, tmp_path, "NVIDIA H100")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "before-results.jsonl", "before-tuned.json",
+    }  # fmt: skip
+
+
+def test_going_on_takes_rows_and_table_along_to_another_folder(tmp_path: Path) -> None:
+    earlier, out = tmp_path / "earlier", tmp_path / "out"
+    earlier.mkdir()
+    out.mkdir()
+    Journal(earlier / "results.jsonl", "run", "abc").add("run", gpu="NVIDIA H100")
+    with (earlier / "results.jsonl").open("a") as file:
+        file.write('{"cut')
+    (earlier / "tuned.json").write_text("{}")
+    _take_over(earlier, out, "NVIDIA H100")
+    Journal(out / "results.jsonl", "run", "abc").add("run", gpu="NVIDIA H100")
+    assert len(read(out / "results.jsonl")) == 2
+    assert (out / "tuned.json").read_text() == "{}"
 
 
 def test_a_plugin_writes_a_row_for_every_test(run: Run, tmp_path: Path) -> None:

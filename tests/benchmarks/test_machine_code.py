@@ -67,6 +67,25 @@ def test_the_retry_of_a_wait_at_the_end_of_the_code_is_no_loop_over_what_follows
     assert [(x[0].address, x[-1].address) for x in hot_loops(kernel)] == [(0x10, 0x50)]
 
 
+def test_code_that_an_indirect_branch_leads_to_has_no_other_loops() -> None:
+    """Warps that are specialized start at places out of a table."""
+    kernel = listing([
+        "BRX R2 -0x10",
+        "EXIT",  # 0x10: the table leads here
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR6], R3",  # 0x20: and here
+        "@!P1 BRA 0x80",
+        WGMMA_QK + LAST,  # 0x40: where the retry comes back to
+        WAIT,
+        "@P0 BRA 0x20",
+        "EXIT",
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR6], R3",  # 0x80
+        "@!P1 BRA 0x80",
+        "BRA 0x40",
+    ])  # fmt: skip
+    assert [(x[0].address, x[-1].address) for x in loops(kernel)] == [(0x20, 0x60), (0x80, 0x90)]
+    assert [(x[0].address, x[-1].address) for x in hot_loops(kernel)] == [(0x20, 0x60)]
+
+
 def test_only_the_innermost_loop_with_products_is_hot() -> None:
     kernel = listing([
         "MOV R1, R2",

@@ -32,18 +32,23 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def run(part: slice, masked: bool, group: object) -> list[torch.Tensor]:
-    """Output and gradients for some of the tokens."""
+    """Output, gradients and tangent for some of the tokens."""
     qkvg, mask, rotation = (x.clone() for x in inputs())
     q, k, v, along = (x[:, part] for x in qkvg)
+
+    def attend(*qkv: torch.Tensor) -> torch.Tensor:
+        return linear_attention(
+            *qkv,
+            key_mask=mask[:, part] if masked else None,
+            rotation=rotation[:, part],
+            chunk=6,
+            group=group,
+        )
+
+    _, tangent = torch.func.jvp(attend, (q, k, v), (along, along, q))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = linear_attention(
-        *leaves,
-        key_mask=mask[:, part] if masked else None,
-        rotation=rotation[:, part],
-        chunk=6,
-        group=group,
-    )
-    return [out.detach(), *torch.autograd.grad(out, leaves, along)]
+    out = attend(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, along), tangent]
 
 
 def main(folder: Path, rank: int) -> None:

@@ -201,20 +201,6 @@ def test_lists_in_any_order(short: int, place: str) -> None:
     assert_matches_eager(out, lse, *qkv, layout.dense().to(place), scale=SCALE)
 
 
-@pytest.mark.parametrize("short", [1, 130])
-def test_long_lists_in_any_order(short: int, place: str) -> None:
-    """The short block is looked for in steps of 128."""
-    tokens = 133 * 64 + 10
-    states = torch.full((1, 134), FULL, dtype=torch.uint8)
-    layout = layout_from_states(
-        states, None, tokens_q=20, tokens_kv=tokens, block_q=128, block_kv=64
-    )
-    qkv = inputs(place, 1, 20, tokens, 1, 64)
-    lists = mixed_up(layout, place, short)
-    out, lse = attend(qkv, lists, 128, 64)
-    assert_matches_eager(out, lse, *qkv, layout.dense().to(place), scale=SCALE)
-
-
 def test_layouts_per_sample_and_per_head(place: str) -> None:
     layouts = [random_layout(130, 450, 128, 128) for _ in range(6)]
     qkv = inputs(place, 2, 130, 450, 3, 64)
@@ -311,8 +297,9 @@ SABOTAGE: dict[str, tuple[str, str, str, Any]] = {
     ),
     "keys-past-the-end": ("_words", "& seen", "", AssertionError),
     "bits-of-another-word": ("_words", "o_m * WORDS + i", "o_m * WORDS", AssertionError),
-    "short-block-twice": (
-        "_produce", "+ (i_full >= i_short).to(gl.int32)", "", AssertionError,
+    "short-block-unmasked": (
+        "forward_kernel", "(i_last == i_rest).to(gl.int32)", "(i_last < -1).to(gl.int32)",
+        AssertionError,
     ),
     "no-rescaling": ("_attend", "b_acc = b_acc *", "_ = b_acc *", AssertionError),
 }  # fmt: skip
@@ -334,11 +321,12 @@ def test_the_machine_finds_nothing_wrong(use: Use) -> None:
 
 def odd_ends() -> None:
     """A call that needs every line of the kernel: its rows have all there is, or little."""
-    rows = [[FULL, PARTIAL, FULL, PARTIAL, FULL], [EMPTY] * 5, [PARTIAL] * 5]
-    layout = layout_of(rows, 300, 601, 0.01)
+    rows = [[FULL, PARTIAL, FULL, PARTIAL, FULL], [EMPTY] * 5, [PARTIAL] * 4 + [FULL]]
+    layout = layout_of(rows, 300, 514, 0.01)
     count, index, *rest = layout.tensors
-    index = index.flip(-1)  # the only list of full blocks: now the short block is its first
-    qkv = inputs("cpu", 1, 300, 601, 1, 64)
+    # The short block is the first of a list.
+    index = torch.cat([index[..., :1, :].flip(-1), index[..., 1:, :]], -2)
+    qkv = inputs("cpu", 1, 300, 514, 1, 64)
     out, lse = attend(qkv, (count, index, *rest), 128, 128)
     assert_matches_eager(out, lse, *qkv, layout.dense(), scale=SCALE)
 

@@ -66,6 +66,52 @@ def test_output_and_gradients_are_those_of_the_definition(
         torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
 
 
+@given(
+    queries=st.sampled_from([1, 13, 65]),
+    keys=st.sampled_from([1, 17, 64]),
+    chunk=st.sampled_from([1, 7, 4096]),
+    masked=st.booleans(),
+    rotated=st.booleans(),
+)
+@settings(max_examples=25, deadline=None)
+def test_tangent_is_that_of_the_definition(
+    queries: int, keys: int, chunk: int, masked: bool, rotated: bool
+) -> None:
+    queries = keys if rotated else queries
+    qkv, tangents = (tuple(x.detach() for x in inputs(2, queries, keys, 2, 6)) for _ in range(2))
+    options: dict[str, Any] = {
+        "eps": 0.03,
+        "key_mask": key_masks(2, keys) if masked else None,
+        "rotation": rotations(keys, 6) if rotated else None,
+    }
+    found = torch.func.jvp(lambda *x: linear_attention(*x, chunk=chunk, **options), qkv, tangents)
+    want = torch.func.jvp(lambda *x: linear_truth(*x, **options), qkv, tangents)
+    torch.testing.assert_close(found, want, atol=1e-9, rtol=1e-9)
+
+
+def test_tangent_is_what_finite_differences_say() -> None:
+    qkv, tangents = (tuple(x.detach() for x in inputs(2, 13, 13, 2, 6)) for _ in range(2))
+    options = {"key_mask": key_masks(2, 13), "rotation": rotations(13, 6)}
+    _, found = torch.func.jvp(lambda *x: linear_attention(*x, **options), qkv, tangents)
+    ahead, behind = (
+        linear_attention(*(x + s * dx for x, dx in zip(qkv, tangents, strict=True)), **options)
+        for s in (1e-5, -1e-5)
+    )
+    assert found.abs().max() > 0.1
+    torch.testing.assert_close(found, (ahead - behind) / 2e-5, atol=1e-8, rtol=1e-6)
+
+
+def test_gradients_beside_a_tangent() -> None:
+    qkv, tangents = inputs(2, 13, 9, 2, 6), inputs(2, 13, 9, 2, 6)
+
+    def gradients(function: Any) -> tuple[torch.Tensor, ...]:
+        out, tangent = torch.func.jvp(function, qkv, tangents)
+        return torch.autograd.grad((out - tangent.detach()).square().sum(), qkv)
+
+    for got, want in zip(gradients(linear_attention), gradients(linear_truth), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
+
+
 def test_no_key_that_counts_gives_0() -> None:
     qkv = inputs(2, 5, 4, 2, 6)
     out = linear_attention(*qkv, key_mask=torch.tensor([[True] * 4, [False] * 4]))

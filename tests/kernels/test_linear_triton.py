@@ -102,3 +102,19 @@ def test_what_the_kernels_do_not_take(
     x = torch.zeros(shape, dtype=dtype, device=device)
     with pytest.raises(ValueError, match=message):
         linear_attention(x, x, x, backend="triton")
+
+
+def test_tangent(device: str) -> None:
+    x, dx = (
+        tuple(torch.randn(2, tokens, 2, 16).to(device) for tokens in (33, 33, 33)) for _ in range(2)
+    )
+    options: dict[str, Any] = {
+        "eps": 0.03,
+        "rotation": rotations(33, 16).to(device),
+        "key_mask": torch.rand(2, 33, device=device) < 0.5,
+    }
+    found = torch.func.jvp(lambda *x: linear_attention(*x, backend="triton", **options), x, dx)
+    exact = (tuple(t.double() for t in some) for some in (x, dx))
+    want = torch.func.jvp(lambda *x: linear_truth(*x, **options), *exact)
+    for got, truth in zip(found, want, strict=True):
+        torch.testing.assert_close(got.double(), truth, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,152 @@
+"""Operators under forward-mode derivatives and torch.func: more than torch can register for them.
+
+An operator drops the tangents of its inputs without a word, so that `torch.func.jvp` of it is zero,
+and with gradients it cannot be called under `torch.func.grad`. An `autograd.Function` around it can
+do both, so it is called from within one where that is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch.autograd import forward_ad
+
+SECOND_ORDER = (
+    "attention has first derivatives only, and a second one is asked for: a derivative of its"
+    " gradient or of its tangent. Detach the tangent from the loss, call backward() outside of"
+    " torch.func.jvp and dual_level, or pass backend='reference', which has second derivatives"
+)
+
+
+def is_forward_mode() -> bool:
+    """Whether tensors may have tangents: within `torch.func.jvp` or `dual_level`."""
+    return forward_ad._current_level >= 0
+
+
+def is_transformed() -> bool:
+    """Whether an operator has to be called from within an `autograd.Function`.
+
+    Code that is being compiled is asked for tangents alone: the compiler takes apart the other
+    transforms by itself.
+    """
+    return is_forward_mode() or (
+        not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    )
+
+
+def save(ctx: Any, *tensors: torch.Tensor | None) -> None:
+    """Keep tensors for gradients, and for tangents where there may be any."""
+    ctx.save_for_backward(*tensors)
+    if is_forward_mode():
+        ctx.save_for_forward(*tensors)
+
+
+def transformable(
+    operator: Callable[..., Any],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    gradients: Callable[..., Any],
+    tangents: Callable[..., Any],
+) -> Callable[..., Any]:
+    """What to call in place of an operator, so that it has tangents and obeys torch.func.
+
+    Args:
+        setup_context, gradients: what the operator was given by `register_autograd`. The former
+            keeps tensors by `save`.
+        tangents: `(ctx, *tangents of the arguments) -> tangents of the results`; None for an
+            argument that has no tangent.
+    """
+
+    class Transformable(torch.autograd.Function):
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return operator(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup_context(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+            return gradients(ctx, *grads)
+
+        @staticmethod
+        def jvp(ctx: Any, *of_arguments: torch.Tensor | None) -> Any:
+            return tangents(ctx, *of_arguments)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+            return _one_by_one(call, info.batch_size, in_dims, arguments)
+
+    def call(*arguments: Any) -> Any:
+        return _apply(Transformable, *arguments) if is_transformed() else operator(*arguments)
+
+    return call
+
+
+def materialized(
+    tangents: tuple[torch.Tensor | None, ...], *tensors: torch.Tensor
+) -> list[torch.Tensor]:
+    """The tangents of `tensors`, the first arguments of an operator: 0 for one that has none."""
+    return [
+        torch.zeros_like(x) if tangent is None else tangent
+        for x, tangent in zip(tensors, tangents, strict=False)
+    ]
+
+
+def first_order(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function that computes gradients or tangents, and is not differentiable itself.
+
+    Raises:
+        NotImplementedError: under a transform, where an argument has a tangent, or from a
+            backward() that goes through a result.
+    """
+    return _apply(_FirstOrder, function, *arguments) if is_transformed() else function(*arguments)
+
+
+class _FirstOrder(torch.autograd.Function):
+    @staticmethod
+    def forward(function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """To say no takes nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:
+        raise NotImplementedError(SECOND_ORDER)
+
+    @staticmethod
+    def jvp(ctx: Any, *of_arguments: torch.Tensor | None) -> NoReturn:
+        raise NotImplementedError(SECOND_ORDER)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return _one_by_one(first_order, info.batch_size, in_dims, arguments)
+
+
+@torch.compiler.disable(
+    reason="torch.compile drops the forward-mode derivative of attention; compile without"
+    " fullgraph, or compile only what is outside of torch.func.jvp and dual_level"
+)
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    return function.apply(*arguments)
+
+
+def _one_by_one(
+    call: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]
+) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
+    """What torch.vmap does with operators: call them for each entry of a mapped dimension."""
+    results = [
+        call(
+            *(
+                x if dim is None else x.select(dim, i)
+                for x, dim in zip(arguments, in_dims, strict=True)
+            )
+        )
+        for i in range(size)
+    ]
+    stacked = tuple(torch.stack(of_all) for of_all in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
