@@ -113,14 +113,14 @@ def launch(
         kernel, variant: of `KERNELS`.
         tiles: instead of the shipped ones.
     """
-    call = _call(case)
+    call = call_of(case)
     q, k, v, layout, key_mask = call
     per_query = q.new_zeros(1, HEADS, -(-q.shape[1] // case.block_q) * case.block_q).float()
     sums = RowSums(per_query, per_query)
 
     def run() -> object:
         choice = Choice(variant, tiles or _shipped_tiles(case, kernel, variant))
-        options = {**_options(case), "choice": choice}
+        options = {**options_of(case), "choice": choice}
         with _as_on_hopper():
             if kernel == "forward":
                 return forward(*call, **options)
@@ -140,7 +140,7 @@ def launch(
 
 def row_sums_launch(case: Case) -> Launch:
     """The launch of what the backward kernels need of a query."""
-    q, *_ = _call(case)
+    q, *_ = call_of(case)
     lse = q.new_zeros(1, HEADS, q.shape[1], dtype=torch.float32)
 
     def run() -> object:
@@ -163,7 +163,8 @@ def attention_work(
     return Work(kernel, tuple(tiles), groups)
 
 
-def _call(case: Case) -> tuple[Any, ...]:
+def call_of(case: Case) -> tuple[Any, ...]:
+    """q, k, v, the tensors of the layout and the key mask or None."""
     layout = case.layout()
     q = torch.zeros(1, layout.tokens_q, HEADS, case.head_dim, dtype=case.dtype)
     k, v = (q.new_zeros(1, layout.tokens_kv, HEADS, case.head_dim) for _ in range(2))
@@ -171,14 +172,15 @@ def _call(case: Case) -> tuple[Any, ...]:
     return q, k, v, layout.tensors, key_mask
 
 
-def _options(case: Case) -> dict[str, Any]:
+def options_of(case: Case) -> dict[str, Any]:
+    """Block sizes and the scale."""
     scale = case.head_dim**-0.5
     return {"block_q": case.block_q, "block_kv": case.block_kv, "scale": scale}
 
 
 def _takes(case: Case, variant: str) -> bool:
     """Whether a variant that is for Hopper GPUs takes a call."""
-    call, options = _call(case), _options(case)
+    call, options = call_of(case), options_of(case)
     q, k, v, *_ = call
     problem = Problem.of(*call, **options)
     if variant == "tma_ws":

@@ -24,7 +24,8 @@ import triton
 
 from diffattn.kernels.block_sparse.configs import TileConfig
 
-from .block_sparse import PRODUCTS, Case, launch
+from . import block_sparse, tangent
+from .block_sparse import PRODUCTS, Case
 from .cases import FAMILIES, shipped
 from .launches import Launch
 from .limits import problems, verdicts
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kernel", nargs="+", help="those of these names: forward, queries, keys, ...")
     add("--variant", nargs="+", help="those of these variants: plain, tma, ...")
     add("--head-dim", type=int, nargs="+", help="those of these head dimensions")
-    add("--tiles", nargs="+", type=_tiles, help="tiles to try with a block-sparse kernel")
+    add("--tiles", nargs="+", type=_tiles, help="tiles to try: of forward, queries, keys, tangent")
     add("--full-only", action="store_true", help="without partial blocks, with --tiles")
     add("--output", type=Path, help="folder for the table, as Markdown and as JSON")
     return parser
@@ -93,7 +94,9 @@ def _tried(options: argparse.Namespace) -> list[Launch]:
         for d in options.head_dim or [128]
     ]
     return [
-        launch(case, kernel, variant, tiles)
+        tangent.launch(case, tiles)
+        if kernel == "tangent"
+        else block_sparse.launch(case, kernel, variant, tiles)
         for case in cases
         for kernel in options.kernel or PRODUCTS
         for variant in options.variant or ["plain"]

@@ -113,7 +113,7 @@ _AMPERE: dict[str, Table] = {
 # 128 rows (queries, for "keys" keys): they would compute the same 64 twice.
 _HOPPER: dict[str, Table] = {
     "forward": {
-        64: both(128, 64, 8, 3, ahead=True),
+        64: both(128, 128, 8, 2, 64, ahead=True),
         128: both(128, 64, 8, 2, ahead=True),
         256: both(64, 32, 4, 2),
     },
@@ -125,7 +125,7 @@ _HOPPER: dict[str, Table] = {
     "keys": {
         64: both(64, 64, 4, 2),
         128: both(32, 128, 8, 2),
-        256: both(32, 64, 4, 2),
+        256: both(32, 32, 4, 2),
     },
 }
 
@@ -133,8 +133,8 @@ _HOPPER: dict[str, Table] = {
 _HOPPER_TMA: dict[str, Table] = {
     "forward": {
         64: both(128, 128, 8, 2, 64, ahead=True),
-        128: both(128, 64, 8, 3, 64, ahead=True),
-        256: both(128, 32, 8, 2, 32),
+        128: both(128, 128, 8, 2, 64, ahead=True),
+        256: both(128, 64, 8, 2, 32),
     },
     "queries": {
         64: both(128, 128, 8, 2, 64, ahead=True),
@@ -143,8 +143,8 @@ _HOPPER_TMA: dict[str, Table] = {
     },
     "keys": {
         64: both(64, 64, 4, 2, 64),
-        128: both(64, 128, 8, 2, 64),
-        256: both(32, 64, 4, 2, 32),
+        128: both(64, 128, 8, 2, 32),
+        256: both(32, 32, 4, 2, 32),
     },
 }
 
@@ -154,7 +154,7 @@ _WARP_SPECIALIZED: Table = {
 }  # fmt: skip
 _GLUON: Table = {64: both(128, 128, 4, 3), 128: both(128, 128, 4, 2), 256: both(128, 64, 4, 2)}
 _ONE_PASS: Table = {
-    64: both(64, 64, 4, 2, 64), 128: both(64, 128, 8, 2, 32), 256: both(32, 64, 4, 2, 32),
+    64: both(64, 64, 4, 2, 64), 128: both(32, 128, 8, 2, 32), 256: both(32, 32, 4, 2, 32),
 }  # fmt: skip
 
 # tcgen05: accumulators are in tensor memory.
