@@ -9,7 +9,6 @@ from .launches import Launch
 
 FAMILIES = {
     "block_sparse": block_sparse.shipped,
-    "tangent": tangent.shipped,
     "gather": gather.shipped,
     "linear": linear.shipped,
     "tangent": tangent.shipped,
