@@ -15,8 +15,6 @@ from .launches import HEADS, Constants, Launch, Work
 
 # Ragged blocks; what is compiled depends on neither their lengths nor their number.
 _STARTS = (0, 37, 300)
-# Whole tiles of a block's keys, then its last ones; queries are walked in one loop.
-_LOOPS = {"forward": ("whole", "rest"), "queries": ("whole", "rest"), "keys": ("all",)}
 
 
 @dataclass(frozen=True)
@@ -69,4 +67,10 @@ def _work(function: str, constants: Constants) -> Work | None:
     kernel = function.removesuffix("_kernel")
     if kernel not in PRODUCTS:
         return None
-    return attention_work(kernel, PRODUCTS[kernel], _LOOPS[kernel], constants)
+    if kernel == "keys":
+        names: tuple[str, ...] = ("all",)
+    elif constants["HAS_KEY_MASK"]:  # no tile is whole
+        names = ("rest",)
+    else:
+        names = ("whole", "rest")
+    return attention_work(kernel, PRODUCTS[kernel], names, constants)
