@@ -50,12 +50,17 @@ Table = dict[int, _Row]
 
 
 def both(*config: int, ahead: bool = False) -> _Row:
-    tiles = TileConfig(*config, ahead=ahead)
-    return tiles, tiles
+    return plain_masked(config, config, ahead=ahead)
 
 
 def plain_masked(plain: tuple[int, ...], masked: tuple[int, ...], *, ahead: bool = False) -> _Row:
-    return TileConfig(*plain, ahead=ahead), TileConfig(*masked, ahead=ahead)
+    return _tiles(*plain, ahead=ahead), _tiles(*masked, ahead=ahead)
+
+
+def _tiles(
+    block_m: int, block_n: int, num_warps: int, num_stages: int, partial: int = 0, *, ahead: bool
+) -> TileConfig:
+    return TileConfig(block_m, block_n, num_warps, num_stages, partial or None, ahead)
 
 
 @dataclass(frozen=True)
