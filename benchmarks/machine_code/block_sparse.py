@@ -95,8 +95,8 @@ def shipped(arch: int) -> Iterator[Launch]:
     """Every shipped configuration, and none twice that is alike on another architecture."""
     for case in _ENTRIES + {80: _FLOAT32, 90: _CONSTANTS}.get(arch, ()):
         yield row_sums_launch(case)
-        for kernel, variants in KERNELS.items():
-            for variant in variants:
+        for kernel in PRODUCTS:
+            for variant in KERNELS[kernel]:
                 if variant == "plain" or (arch == 90 and _takes(case, variant)):
                     yield launch(case, kernel, variant)
     for case in _FULL_ONLY if arch == 90 else ():

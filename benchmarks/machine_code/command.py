@@ -3,7 +3,7 @@
     python benchmarks/machine_code [--arch 80 90 100] [--kernel keys ...] [--output FOLDER]
 
 prints a line per loop of every shipped configuration, with what is wrong at the end, and writes the
-same as Markdown and as JSON if asked. For one kernel with other tiles:
+same as Markdown and as JSON if asked. For kernels of one family with other tiles:
 
     python benchmarks/machine_code --arch 90 --kernel keys --variant tma --head-dim 128 \
         --tiles 64,128,8,2,64 32,128,8,2
@@ -24,7 +24,7 @@ import triton
 
 from diffattn.kernels.block_sparse.configs import TileConfig
 
-from . import block_sparse, tangent
+from . import block_sparse, gather, tangent
 from .block_sparse import PRODUCTS, Case
 from .cases import FAMILIES, shipped
 from .launches import Launch
@@ -34,15 +34,19 @@ from .rows import KernelRow, rows_of
 from .table import as_json, lines, markdown, verdict
 
 DEFAULT_ARCHITECTURES = (80, 90, 100)
+_TRIED = {"block_sparse": tuple(PRODUCTS), "gather": tuple(PRODUCTS), "tangent": ("tangent",)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; 1 if something is wrong with a kernel of it."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.tiles and len(options.family or ["one"]) != 1:
+        parser.error("--tiles takes one --family")
     rows: list[KernelRow] = []
     wrong: list[str] = []
     for arch in options.arch:
-        launches = _tried(options) if options.tiles else _chosen(shipped(arch), options)
+        launches = _tried(parser, options) if options.tiles else _chosen(shipped(arch), options)
         found, failed = rows_of(launches, arch)
         rows += [row for row in found if not options.kernel or row.kernel in options.kernel]
         wrong += failed
@@ -70,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kernel", nargs="+", help="those of these names: forward, queries, keys, ...")
     add("--variant", nargs="+", help="those of these variants: plain, tma, ...")
     add("--head-dim", type=int, nargs="+", help="those of these head dimensions")
-    add("--tiles", nargs="+", type=_tiles, help="tiles to try: of forward, queries, keys, tangent")
+    add("--tiles", nargs="+", type=_tiles, help="tiles to try, of one --family")
     add("--full-only", action="store_true", help="without partial blocks, with --tiles")
     add("--output", type=Path, help="folder for the table, as Markdown and as JSON")
     return parser
@@ -88,20 +92,33 @@ def _tiles(text: str) -> TileConfig:
     return TileConfig(*map(int, numbers), ahead=ahead)
 
 
-def _tried(options: argparse.Namespace) -> list[Launch]:
-    cases = [
-        Case(d, torch.bfloat16, partial=not options.full_only, ragged=not options.full_only)
-        for d in options.head_dim or [128]
-    ]
+def _tried(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Launch]:
+    (family,) = options.family or ["block_sparse"]
+    kernels = _TRIED.get(family, ())
+    unknown = set(options.kernel or ()).difference(kernels)
+    if unknown or not kernels:
+        parser.error(
+            f"--tiles takes {' '.join(PRODUCTS)} of --family block_sparse or gather, or tangent of"
+            f" --family tangent; got {' '.join(unknown)} of {family}"
+        )
     return [
-        tangent.launch(case, tiles)
-        if kernel == "tangent"
-        else block_sparse.launch(case, kernel, variant, tiles)
-        for case in cases
-        for kernel in options.kernel or PRODUCTS
+        _launch(family, kernel, head_dim, variant, tiles, options.full_only)
+        for head_dim in options.head_dim or [128]
+        for kernel in options.kernel or kernels
         for variant in options.variant or ["plain"]
         for tiles in options.tiles
     ]
+
+
+def _launch(
+    family: str, kernel: str, head_dim: int, variant: str, tiles: TileConfig, full_only: bool
+) -> Launch:
+    if family == "gather":
+        return gather.launch(gather.Case(head_dim, torch.bfloat16), kernel, tiles)
+    case = Case(head_dim, torch.bfloat16, partial=not full_only, ragged=not full_only)
+    if family == "tangent":
+        return tangent.launch(case, tiles)
+    return block_sparse.launch(case, kernel, variant, tiles)
 
 
 def _chosen(launches: Iterable[Launch], options: argparse.Namespace) -> list[Launch]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from diffattn.kernels.block_sparse.configs import Choice, TileConfig
 from diffattn.kernels.gather.backward import backward
 from diffattn.kernels.gather.forward import forward
 
@@ -15,8 +17,6 @@ from .launches import HEADS, Constants, Launch, Work
 
 # Ragged blocks; what is compiled depends on neither their lengths nor their number.
 _STARTS = (0, 37, 300)
-# Whole tiles of a block's keys, then its last ones; queries are walked in one loop.
-_LOOPS = {"forward": ("whole", "rest"), "queries": ("whole", "rest"), "keys": ("all",)}
 
 
 @dataclass(frozen=True)
@@ -46,27 +46,50 @@ _FLOAT32 = tuple(Case(head_dim, torch.float32) for head_dim in (64, 128, 256))
 def shipped(arch: int) -> Iterator[Launch]:
     """Every shipped configuration, and none twice that is alike on another architecture."""
     for case in _ENTRIES + {80: _FLOAT32, 90: _KEY_MASKS}.get(arch, ()):
-        yield from launches(case)
+        yield _forward(case, None)
+        yield _backward(case)
 
 
-def launches(case: Case) -> Iterator[Launch]:
-    """The forward and the backward pass."""
+def launch(case: Case, kernel: str, tiles: TileConfig) -> Launch:
+    """The launch of "forward", "queries" or "keys" with given tiles; of the others as shipped."""
+    choice = Choice("plain", tiles)
+    return _forward(case, choice) if kernel == "forward" else _backward(case, **{kernel: choice})
+
+
+def _forward(case: Case, choice: Choice | None) -> Launch:
+    call = _call(case)
+    return Launch(
+        "gather", "plain", str(case), lambda: forward(*call, scale=0.1, choice=choice), _work
+    )
+
+
+def _backward(case: Case, **choices: Choice) -> Launch:
+    q, k, v, *selection = _call(case)
+    lse = q.new_zeros(1, HEADS, q.shape[1], dtype=torch.float32)
+
+    def run() -> object:
+        return backward(q, None, q, k, v, q, lse, *selection, scale=0.1, **choices)
+
+    return Launch("gather", "plain", str(case), run, _work)
+
+
+def _call(case: Case) -> tuple[Any, ...]:
     tokens = _STARTS[-1]
     q, k, v = (torch.zeros(1, tokens, HEADS, case.head_dim, dtype=case.dtype) for _ in range(3))
     starts = torch.tensor(_STARTS, dtype=torch.int32)
     bits = torch.ones(1, HEADS, tokens, 1, dtype=torch.int32)
     key_mask = torch.ones(1, tokens, dtype=torch.bool) if case.key_mask else None
-    inputs = (q, k, v, starts, bits, key_mask)
-    yield Launch("gather", "plain", str(case), lambda: forward(*inputs, scale=0.1), _work)
-    lse = q.new_zeros(1, HEADS, tokens, dtype=torch.float32)
-    yield Launch(
-        "gather", "plain", str(case),
-        lambda: backward(q, None, q, k, v, q, lse, starts, bits, key_mask, scale=0.1), _work,
-    )  # fmt: skip
+    return q, k, v, starts, bits, key_mask
 
 
 def _work(function: str, constants: Constants) -> Work | None:
     kernel = function.removesuffix("_kernel")
     if kernel not in PRODUCTS:
         return None
-    return attention_work(kernel, PRODUCTS[kernel], _LOOPS[kernel], constants)
+    if kernel == "keys":
+        names: tuple[str, ...] = ("all",)
+    elif constants["HAS_KEY_MASK"]:  # no tile is whole
+        names = ("rest",)
+    else:
+        names = ("whole", "rest")
+    return attention_work(kernel, PRODUCTS[kernel], names, constants)

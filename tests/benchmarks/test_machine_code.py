@@ -339,3 +339,20 @@ def test_malformed_tiles_are_refused(tiles: str, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main(["--tiles", tiles])
     assert "give queries,keys,warps,stages[,partial][,ahead]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--kernel", "row_sums"],
+        ["--family", "linear"],
+        ["--family", "gather", "--kernel", "tangent"],
+        ["--family", "gather", "tangent"],
+    ],
+)
+def test_tiles_are_for_some_kernels_of_one_family(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--tiles", "64,64,4,2", *arguments])
+    assert "--tiles takes" in capsys.readouterr().err
