@@ -10,7 +10,7 @@ from .rows import KernelRow, LoopRow
 
 # Words of registers that a warp may store to memory or load back per iteration of a loop: some 8 %
 # of the instructions of a loop of ours.
-SPILLED_IN_LOOP = 32
+SPILLED_IN_LOOP = 36
 _ROUNDING = 1e-6
 
 

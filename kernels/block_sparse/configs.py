@@ -144,7 +144,7 @@ _HOPPER_TMA: dict[str, Table] = {
     "queries": {
         64: both(128, 128, 8, 2, 64, ahead=True),
         128: both(128, 64, 8, 2, 64, ahead=True),
-        256: plain_masked((64, 32, 4, 2, 32), (64, 16, 4, 2, 16)),
+        256: both(64, 32, 4, 2, 32),
     },
     "keys": {
         64: both(64, 64, 4, 2, 64),
@@ -158,7 +158,7 @@ _WARP_SPECIALIZED: Table = {
     64: both(128, 128, 4, 3), 128: both(128, 128, 4, 2), 256: both(128, 32, 4, 2),
 }  # fmt: skip
 _GLUON: Table = {64: both(128, 128, 4, 3), 128: both(128, 128, 4, 2)}
-_ONE_PASS: Table = {64: both(64, 64, 4, 2, 64), 128: both(32, 128, 8, 2, 32)}
+_ONE_PASS: Table = {64: both(64, 64, 4, 2, 64), 128: both(64, 128, 8, 2, 32)}
 
 # tcgen05: accumulators are in tensor memory.
 _BLACKWELL: dict[str, Table] = {
