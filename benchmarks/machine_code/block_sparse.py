@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 
 from diffattn.blocks import FULL, PARTIAL, BlockLayout, layout_from_states
-from diffattn.kernels.block_sparse import gluon_forward, warp_specialized
+from diffattn.kernels.block_sparse import gluon_forward, queries_gradient, warp_specialized
 from diffattn.kernels.block_sparse.backward import key_gradients, query_gradients
 from diffattn.kernels.block_sparse.configs import Choice, TileConfig, fitted, tile_config
 from diffattn.kernels.block_sparse.forward_pass import forward
@@ -96,7 +96,7 @@ def shipped(arch: int) -> Iterator[Launch]:
         yield row_sums_launch(case)
         for kernel in PRODUCTS:
             for variant in KERNELS[kernel]:
-                if variant == "plain" or (arch == 90 and _takes(case, variant)):
+                if variant == "plain" or (arch == 90 and _takes(case, kernel, variant)):
                     yield launch(case, kernel, variant)
     for case in _FULL_ONLY if arch == 90 else ():
         yield launch(case, "forward", "tma")
@@ -177,7 +177,7 @@ def options_of(case: Case) -> dict[str, Any]:
     return {"block_q": case.block_q, "block_kv": case.block_kv, "scale": scale}
 
 
-def _takes(case: Case, variant: str) -> bool:
+def _takes(case: Case, kernel: str, variant: str) -> bool:
     """Whether a variant that is for Hopper GPUs takes a call."""
     call, options = call_of(case), options_of(case)
     q, k, v, *_ = call
@@ -187,6 +187,8 @@ def _takes(case: Case, variant: str) -> bool:
     if variant == "gluon":
         with _as_on_hopper():
             return gluon_forward.takes(problem, q, k, v)
+    if kernel == "queries":
+        return queries_gradient.tma_takes(problem, k, v)
     return problem.tma_takes(q, k, v) and (variant != "one_pass" or one_pass_takes(problem))
 
 

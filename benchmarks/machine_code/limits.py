@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from .model import CHIPS
 from .rows import KernelRow, LoopRow
 
-# Words of registers that a warp may store to memory or load back per iteration of a loop: some 6 %
+# Words of registers that a warp may store to memory or load back per iteration of a loop: some 8 %
 # of the instructions of a loop of ours.
-SPILLED_IN_LOOP = 24
+SPILLED_IN_LOOP = 36
 _ROUNDING = 1e-6
 
 

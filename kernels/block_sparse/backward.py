@@ -10,7 +10,7 @@ from ..checks import LayoutTensors
 from .configs import Choice
 from .keys_gradient import keys_gradient, one_pass_takes
 from .launch import Problem
-from .queries_gradient import queries_gradient
+from .queries_gradient import queries_gradient, tma_takes
 from .row_sums import RowSums, row_sums
 from .variants import first_that_compiles
 
@@ -91,7 +91,7 @@ def _query_gradients(
     choice: Choice | None,
 ) -> torch.Tensor:
     def takes(variant: str) -> bool:
-        return variant == "plain" or problem.tma_takes(k, v)
+        return variant == "plain" or tma_takes(problem, k, v)
 
     def run(best: Choice) -> torch.Tensor:
         tma = best.variant == "tma"

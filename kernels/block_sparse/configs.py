@@ -50,12 +50,17 @@ Table = dict[int, _Row]
 
 
 def both(*config: int, ahead: bool = False) -> _Row:
-    tiles = TileConfig(*config, ahead=ahead)
-    return tiles, tiles
+    return plain_masked(config, config, ahead=ahead)
 
 
 def plain_masked(plain: tuple[int, ...], masked: tuple[int, ...], *, ahead: bool = False) -> _Row:
-    return TileConfig(*plain, ahead=ahead), TileConfig(*masked, ahead=ahead)
+    return _tiles(*plain, ahead=ahead), _tiles(*masked, ahead=ahead)
+
+
+def _tiles(
+    block_m: int, block_n: int, num_warps: int, num_stages: int, partial: int = 0, *, ahead: bool
+) -> TileConfig:
+    return TileConfig(block_m, block_n, num_warps, num_stages, partial or None, ahead)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ _AMPERE: dict[str, Table] = {
     },
     "keys": {
         64: both(64, 128, 8, 2),
-        128: both(32, 64, 8, 2),
+        128: both(64, 64, 8, 2),
         256: both(32, 32, 8, 2),
     },
 }
@@ -133,8 +138,8 @@ _HOPPER: dict[str, Table] = {
 _HOPPER_TMA: dict[str, Table] = {
     "forward": {
         64: both(128, 128, 8, 2, 64, ahead=True),
-        128: both(128, 128, 8, 2, 64, ahead=True),
-        256: both(128, 64, 8, 2, 32),
+        128: plain_masked((128, 128, 8, 2, 64), (128, 64, 8, 3, 64), ahead=True),
+        256: plain_masked((128, 64, 8, 2, 32), (128, 32, 8, 2, 32)),
     },
     "queries": {
         64: both(128, 128, 8, 2, 64, ahead=True),
@@ -152,10 +157,8 @@ _HOPPER_TMA: dict[str, Table] = {
 _WARP_SPECIALIZED: Table = {
     64: both(128, 128, 4, 3), 128: both(128, 128, 4, 2), 256: both(128, 32, 4, 2),
 }  # fmt: skip
-_GLUON: Table = {64: both(128, 128, 4, 3), 128: both(128, 128, 4, 2), 256: both(128, 64, 4, 2)}
-_ONE_PASS: Table = {
-    64: both(64, 64, 4, 2, 64), 128: both(32, 128, 8, 2, 32), 256: both(32, 32, 4, 2, 32),
-}  # fmt: skip
+_GLUON: Table = {64: both(128, 128, 4, 3), 128: both(128, 128, 4, 2)}
+_ONE_PASS: Table = {64: both(64, 64, 4, 2, 64), 128: both(64, 128, 8, 2, 32)}
 
 # tcgen05: accumulators are in tensor memory.
 _BLACKWELL: dict[str, Table] = {
@@ -220,7 +223,9 @@ def tile_config(
 
 
 def row_of(table: Table, block_d: int) -> _Row:
-    return next(row for largest, row in table.items() if block_d <= largest)
+    """The row of a head_dim; that of the largest for those that the table's form does not take."""
+    *_, last = table.values()
+    return next((row for largest, row in table.items() if block_d <= largest), last)
 
 
 def fitted(kernel: str, config: TileConfig, block_q: int, block_kv: int) -> TileConfig:

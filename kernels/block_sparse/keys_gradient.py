@@ -109,7 +109,8 @@ def keys_kernel(
 
     # A key's gradients come from its own scores only: hidden keys, and NaN in them, need no mask
     # until the end. Queries past the end have weights of exp2(0 - inf) = 0. Sums are loaded one
-    # step early, or compilers copy them to shared memory first, four bytes at a time.
+    # step early, or compilers copy them to shared memory first, four bytes at a time. With dQ in
+    # the same pass ptxas has no registers for that, and serializes the products.
     i_list = i_layout * (columns + 1) + i_column
     i_entry = tl.load(p_full_start + i_list)
     i_stop = tl.load(p_full_start + i_list + 1)
@@ -119,8 +120,12 @@ def keys_kernel(
     i_next = tl.minimum(i_entry + 1 // TILES_M, i_stop - 1)
     i_row = tl.load(p_full_row + i_next, mask=i_entry < i_stop, other=0)
     for i in tl.range(0, (i_stop - i_entry) * TILES_M):
-        b_lse = b_lse_next
-        b_delta = b_delta_next
+        if ONE_PASS:
+            b_lse = tl.load(p_log2_lse + start_m + o_m)
+            b_delta = tl.load(p_delta + start_m + o_m)
+        else:
+            b_lse = b_lse_next
+            b_delta = b_delta_next
         m_m = start_m + o_m < tokens_q
         b_q = read_tokens(
             x_q, i_b, i_h, start_m, s_qt, s_qd, m_m, True, D, BLOCK_M, BLOCK_D, WIDE, TMA
@@ -130,8 +135,9 @@ def keys_kernel(
         )  # (BLOCK_M, BLOCK_D)
         next_m = i_row * BLOCK_Q + ((i + 1) % TILES_M) * BLOCK_M
         i_row = tl.load(p_full_row + tl.minimum(i_entry + (i + 2) // TILES_M, i_stop - 1))
-        b_lse_next = tl.load(p_log2_lse + next_m + o_m)
-        b_delta_next = tl.load(p_delta + next_m + o_m)
+        if not ONE_PASS:
+            b_lse_next = tl.load(p_log2_lse + next_m + o_m)
+            b_delta_next = tl.load(p_delta + next_m + o_m)
         b_dk, b_dv, b_ds = add_to_keys(
             b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dk, b_dv, to_base_2, True, False, PRECISION
         )
@@ -220,6 +226,7 @@ def one_pass_takes(problem: Problem) -> bool:
     return (
         not problem.has_key_mask
         and problem.head_dim % 4 == 0
+        and problem.head_dim <= 128  # beyond, registers do not suffice
         and not torch.are_deterministic_algorithms_enabled()
     )
 

@@ -216,6 +216,15 @@ def queries_kernel(
     store_tile(p_dq, heads * D, o_w, m_m, b_dq * scale, D, BLOCK_D)
 
 
+def tma_takes(problem: Problem, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether tiles can be fetched by the copy engine.
+
+    Keys that a key mask hides are replaced in registers, of which there are too few beyond a
+    head_dim of 128.
+    """
+    return problem.tma_takes(k, v) and not (problem.has_key_mask and problem.head_dim > 128)
+
+
 def queries_gradient(
     problem: Problem,
     q: torch.Tensor,

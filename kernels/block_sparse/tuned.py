@@ -143,11 +143,11 @@ def _table(record: Any) -> TunedTable:
         _check(where, "partial", entry["partial"], (None, *_PARTIAL))
         if not isinstance(entry["ahead"], bool):
             raise ValueError(f"{where}: ahead is {entry['ahead']!r}; may be true or false")
-        key = entry["kernel"], entry["head_dim"]
-        if key in choices:
-            raise ValueError(f"{where} is a second one for {key[0]}, head_dim {key[1]}")
+        kernel, head_dim = entry["kernel"], entry["head_dim"]
+        if (kernel, head_dim) in choices:
+            raise ValueError(f"{where} is a second one for {kernel}, head_dim {head_dim}")
         tiles = TileConfig(**{name: entry[name] for name in (*_TILES, "partial", "ahead")})
-        choices[key] = Choice(entry["variant"], tiles)
+        choices[kernel, head_dim] = Choice(entry["variant"], tiles)
     return TunedTable(record["gpu"], record["triton"], choices)
 
 
