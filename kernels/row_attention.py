@@ -133,7 +133,8 @@ class MatmulRows:
         bias: RowBias | None,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = _scores(q.contiguous(), k, bias, scale)
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        scores = _scores(q, k, bias, scale)
         weights = _softmax(scores, bias)
         return _matmul(weights, v), _lse(scores, weights)
 
@@ -149,7 +150,7 @@ class MatmulRows:
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         grad_out, grad_lse = grad
-        q, grad_out = q.contiguous(), grad_out.contiguous()
+        q, k, v, grad_out = (x.contiguous() for x in (q, k, v, grad_out))
         weights = _softmax(_scores(q, k, bias, scale), bias)
         dv = _matmul(weights.mT, grad_out)
         d_scores = _matmul(grad_out, v.mT)

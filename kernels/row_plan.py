@@ -27,6 +27,8 @@ _SHARING_QUERIES = 1024
 _SHARED_KEYS = 512
 # Keys of a tile of few queries, which are read once for each 32 of them, from the L2 cache.
 _KEYS_PER_TILE = 1280
+# Elements of the widest vectors, in 16 bits.
+_KEYS_PER_VECTOR = 32
 # Query tokens whose bit masks are expanded at once.
 _MASKED_QUERIES = 512
 
@@ -96,13 +98,13 @@ class RowPlan:
         tiles: `tiles[b][h]` is a tuple of `Tile`, for batch|1 and heads|1.
         patterns: the distinct arrangements of bit masks in the tiles.
         bit_masks: int32 `(masks + 1, block_q, words)`: those of the layout, and one of all bits.
-        block_kv: tokens per key block.
+        tokens: int64 `(columns, block_kv)`, the tokens of each key block.
     """
 
     tiles: tuple[tuple[tuple[Tile, ...], ...], ...]
     patterns: tuple[_Pattern, ...]
     bit_masks: torch.Tensor
-    block_kv: int
+    tokens: torch.Tensor
     _expanded: dict[tuple[int, torch.dtype], _Expanded] = field(default_factory=dict, repr=False)
 
     def visit(self, tile: Tile, key_mask: torch.Tensor | None, dtype: torch.dtype) -> Visit | None:
@@ -115,7 +117,7 @@ class RowPlan:
         """
         if tile.run is not None and (key_mask is None or key_mask[slice(*tile.run)].all()):
             return Visit(slice(*tile.run), None)
-        keys = (tile.blocks[:, None] * self.block_kv + torch.arange(self.block_kv)).flatten()
+        keys = self.tokens.index_select(0, tile.blocks).flatten()
         bias = None
         if tile.pattern is None:
             keys = keys[: tile.keys]
@@ -138,9 +140,13 @@ class RowPlan:
         words = self.bit_masks.index_select(0, pattern.masks.flatten())
         # Queries first and then the blocks of a row side by side.
         words = words.unflatten(0, (rows, blocks)).transpose(1, 2).flatten(0, 1)
-        scores = expand_bits(words, self.block_kv, dtype).flatten(1)
+        scores = expand_bits(words, self.tokens.shape[1], dtype).flatten(1)
         scores = scores[: pattern.queries, : pattern.keys]
-        kept = (scores.amax(0) == 0).nonzero().flatten()
+        seen = scores.amax(0) == 0
+        # Some hidden keys more, for rows of whole vectors: oneDNN is slow where they are not.
+        hidden = (~seen).nonzero().flatten()
+        seen[hidden[: -int(seen.sum()) % _KEYS_PER_VECTOR]] = True
+        kept = seen.nonzero().flatten()
         expanded = _Expanded(kept, make_bias(scores.index_select(1, kept)[None]))
         held = sum(x.bias.scores.nbytes for x in self._expanded.values())
         if held + expanded.bias.scores.nbytes <= _KEEP_EXPANDED_BYTES:
@@ -201,7 +207,7 @@ def make_row_plan(
         ),
         patterns=tuple(_Pattern(torch.tensor(m), *sizes) for m, *sizes in maker.patterns),
         bit_masks=bit_masks,
-        block_kv=block_kv,
+        tokens=torch.arange(-(-tokens_kv // block_kv) * block_kv).unflatten(0, (-1, block_kv)),
     )
 
 
