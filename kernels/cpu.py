@@ -328,7 +328,8 @@ def _add(total: torch.Tensor, keys: slice | torch.Tensor, part: torch.Tensor) ->
     if isinstance(keys, slice):
         total.transpose(0, 1)[:, keys] += part
     elif total.stride(1) > total.stride(0):
-        total.transpose(0, 1).index_add_(1, keys, part.to(total.dtype))
+        for of_head, x in zip(total.unbind(1), part.to(total.dtype), strict=True):
+            of_head.index_add_(0, keys, x)
     else:
         total.index_add_(0, keys, part.transpose(0, 1).to(total.dtype))
 
