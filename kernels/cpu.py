@@ -10,14 +10,18 @@ import torch
 from .checks import LayoutTensors, check_inputs, check_layout
 from .cpu_tangent import tangent_op
 from .operators import differentiable, empty_outputs
-from .row_attention import RowAttention, RowBias, pick_row_attention
-from .row_plan import RowGroup, RowPlan, cached_row_plan, find_blind
+from .row_attention import RowAttention, RowBias, pick_row_attention, unit_stride
+from .row_plan import RowPlan, Tile, cached_row_plan, rows_share
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-# Rows are split where scores or masks, (heads, rows, keys), would have more elements than this.
-_SCORES_PER_CHUNK = 1 << 20
-_MIN_ROWS = 16
+# Queries are split where their scores, or their output, would have more elements than this.
+_ELEMENTS_PER_PART = 1 << 20
+_MIN_QUERIES = 16
+
+# Heads are taken together up to this many elements per token: fewer and larger calls, in which
+# threads wait less for each other, while keys and values of a tile still fit the caches.
+_ELEMENTS_PER_TOKEN = 256
 
 
 def block_sparse_attention(
@@ -115,25 +119,27 @@ def _forward_op(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
-    plan = _plan(q, k, layout, block_q, block_kv)
     attention = pick_row_attention(q.dtype)
+    plan = _plan(q, k, layout, block_q, block_kv)
+    k, v = unit_stride(k), unit_stride(v)
     out, lse = empty_outputs(q)
-    for chunk in _head_chunks(plan, k, v, key_mask):
+    for chunk in _head_chunks(plan, k, v, attention):
         queries, out_rows = chunk.of(q), chunk.of(out)
         lse_rows = lse[chunk.sample, chunk.heads]
-        for group in chunk.groups:
-            if not group.keys:
-                _fill(group, out_rows, 0)
-                _fill(group, lse_rows, -torch.inf)
+        hidden = None if key_mask is None else key_mask[chunk.sample]
+        for tile in chunk.tiles:
+            visit = plan.visit(tile, hidden, q.dtype)
+            if visit is None:
+                if tile.first:
+                    _fill(tile, out_rows, lse_rows)
                 continue
-            keys, values = group.gather(chunk.keys_values)
-            for part in _parts(chunk, group, attention):
-                bias = _bias(plan, chunk, group, part)
+            keys, values = (_select(x, visit.keys) for x in chunk.keys_values)
+            for part in _parts(tile, keys, attention):
                 found, found_lse = attention.forward(
-                    _read(group, part, queries), keys, values, bias, scale
-                )
-                _write(group, part, out_rows, found)
-                _write(group, part, lse_rows, found_lse)
+                    _read(part, queries), keys[None], values[None],
+                    _part_of(visit.bias, part), scale,
+                )  # fmt: skip
+                _write(part, out_rows, lse_rows, found[0], found_lse[0], merge=not tile.first)
     return out, lse
 
 
@@ -165,35 +171,47 @@ def _backward_op(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
-    plan = _plan(q, k, layout, block_q, block_kv)
     attention = pick_row_attention(q.dtype)
+    plan = _plan(q, k, layout, block_q, block_kv)
+    k, v = unit_stride(k), unit_stride(v)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    for chunk in _head_chunks(plan, k, v, key_mask):
+    for chunk in _head_chunks(plan, k, v, attention):
         queries, out_rows, grad_rows = chunk.of(q), chunk.of(out), chunk.of(grad_out)
-        lse_rows, dq_rows = lse[chunk.sample, chunk.heads], chunk.of(dq)
+        lse_rows = lse[chunk.sample, chunk.heads]
         grad_lse_rows = None if grad_lse is None else grad_lse[chunk.sample, chunk.heads]
-        # Many rows add to a key: in float32 at least, whatever the dtype.
-        totals = torch.zeros_like(chunk.keys_values, dtype=lse.dtype)
-        for group in chunk.groups:
-            if not group.keys:
-                _fill(group, dq_rows, 0)
+        dq_rows, grads = chunk.of(dq), (chunk.of(dk), chunk.of(dv))
+        totals = tuple(
+            _zeros(grad, x, lse.dtype) for grad, x in zip(grads, chunk.keys_values, strict=True)
+        )
+        hidden = None if key_mask is None else key_mask[chunk.sample]
+        for tile in chunk.tiles:
+            visit = plan.visit(tile, hidden, q.dtype)
+            if visit is None:
+                if tile.first:
+                    for start, stop in tile.spans:
+                        dq_rows[start:stop] = 0
                 continue
-            keys, values = group.gather(chunk.keys_values)
-            for part in _parts(chunk, group, attention):
+            keys, values = (_select(x, visit.keys) for x in chunk.keys_values)
+            for part in _parts(tile, keys, attention):
                 grad = (
-                    _read(group, part, grad_rows),
-                    None if grad_lse_rows is None else _read(group, part, grad_lse_rows),
+                    _read(part, grad_rows),
+                    None if grad_lse_rows is None else _read_lse(part, grad_lse_rows),
                 )
                 part_dq, part_dk, part_dv = attention.backward(
-                    grad, _read(group, part, queries), keys, values,
-                    _read(group, part, out_rows), _read(group, part, lse_rows),
-                    _bias(plan, chunk, group, part), scale,
+                    grad, _read(part, queries), keys[None], values[None],
+                    _read(part, out_rows), _read_lse(part, lse_rows),
+                    _part_of(visit.bias, part), scale,
                 )  # fmt: skip
-                _write(group, part, dq_rows, part_dq)
-                group.scatter_add(totals[0], part_dk)
-                group.scatter_add(totals[1], part_dv)
-        for x, total in zip((dk, dv), totals, strict=True):
-            chunk.of(x).copy_(total.flatten(1, 2)[:, : x.shape[1]])
+                for rows, x in part.split(part_dq[0].transpose(0, 1)):
+                    if tile.first:
+                        dq_rows[rows] = x
+                    else:
+                        dq_rows[rows] += x
+                for total, x in zip(totals, (part_dk[0], part_dv[0]), strict=True):
+                    _add(total, visit.keys, x)
+        for grad, total in zip(grads, totals, strict=True):
+            if grad.dtype != total.dtype:
+                grad.copy_(total)
         del totals, total  # before the next chunk's are made
     return dq, dk, dv
 
@@ -207,111 +225,182 @@ class _HeadChunk:
 
     Attributes:
         sample, heads: which.
-        groups: what their query rows visit.
-        keys_values: `(2, heads, columns, block_kv, head_dim)`, in whole blocks.
-        bias: `(columns, block_kv, 1)`, -inf for keys that the key mask hides; None if none.
+        tiles: what is computed for them.
+        keys_values: both `(tokens, heads, head_dim)`: those of the caller, or a copy in which the
+            tokens of a head lie together, as matrix products of oneDNN want them.
     """
 
     sample: int
     heads: slice
-    groups: tuple[RowGroup, ...]
-    keys_values: torch.Tensor
-    bias: torch.Tensor | None
+    tiles: tuple[Tile, ...]
+    keys_values: tuple[torch.Tensor, ...]
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        """View `(heads, tokens, head_dim)` of these heads in `(batch, tokens, heads, head_dim)`."""
-        return x[self.sample, :, self.heads].transpose(0, 1)
+        """View `(tokens, heads, head_dim)` of these heads in `(batch, tokens, heads, head_dim)`."""
+        return x[self.sample, :, self.heads]
 
 
 def _head_chunks(
-    plan: RowPlan, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None
+    plan: RowPlan, k: torch.Tensor, v: torch.Tensor, attention: RowAttention
 ) -> Iterator[_HeadChunk]:
-    """A head per thread at a time: work for all of them, on a copy small enough for the caches.
+    """A head per thread at a time or more, and two for one thread.
 
-    Two for one thread, because oneDNN multiplies batches of one more slowly.
+    OneDNN multiplies batches of one more slowly.
     """
     batch, tokens, heads, head_dim = k.shape
-    columns = -(-tokens // plan.block_kv)
-    step = 1 if len(plan.groups[0]) > 1 else min(max(2, torch.get_num_threads()), heads)
+    step = max(2, torch.get_num_threads())
+    if not attention.keeps_scores:
+        step = max(step, _ELEMENTS_PER_TOKEN // head_dim)
+    step = 1 if len(plan.tiles[0]) > 1 else min(step, heads)
     # One copy that all chunks use in turn: a new one would be made beside the last one.
-    copy = k.new_zeros(2, step, columns * plan.block_kv, head_dim)
+    copy = k.new_empty(2, step, tokens, head_dim) if attention.keeps_scores else None
     for sample in range(batch):
-        hidden = bias = None
-        if key_mask is not None and not key_mask[sample].all():
-            hidden = ~key_mask[sample]
-            bias = torch.zeros(hidden.shape, dtype=k.dtype).masked_fill_(hidden, -torch.inf)
-            bias = _in_blocks(bias[:, None], plan.block_kv)
-        layouts = plan.groups[sample if len(plan.groups) > 1 else 0]
+        layouts = plan.tiles[sample if len(plan.tiles) > 1 else 0]
         for head in range(0, heads, step):
             chosen = slice(head, min(head + step, heads))
-            keys_values = copy[:, : chosen.stop - head]
-            for x, place in zip((k, v), keys_values, strict=True):
-                place[:, :tokens] = x[sample, :, chosen].transpose(0, 1)
-            if hidden is not None:
-                # Whatever a caller leaves in padding must not become a NaN.
-                keys_values[:, :, :tokens].masked_fill_(hidden[:, None], 0)
+            keys_values = k[sample, :, chosen], v[sample, :, chosen]
+            if copy is not None:
+                places = copy[:, : chosen.stop - head].transpose(1, 2).unbind(0)
+                keys_values = tuple(
+                    place.copy_(x) for place, x in zip(places, keys_values, strict=True)
+                )
             yield _HeadChunk(
                 sample=sample,
                 heads=chosen,
-                groups=layouts[head if len(layouts) > 1 else 0],
-                keys_values=keys_values.unflatten(2, (columns, plan.block_kv)),
-                bias=bias,
+                tiles=layouts[head if len(layouts) > 1 else 0],
+                keys_values=keys_values,
             )
 
 
-def _in_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
-    """`(..., tokens, n)` to `(..., columns, block, n)`, 0 past the end."""
-    padding = -x.shape[-2] % block
-    if padding:
-        x = torch.nn.functional.pad(x, (0, 0, 0, padding))
-    return x.unflatten(-2, (-1, block))
+@dataclass(frozen=True)
+class _Part:
+    """Some queries of a tile: from start to stop of them all, in so many ranges of tokens."""
+
+    start: int
+    stop: int
+    spans: tuple[slice, ...]
+
+    def split(self, x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Each range of tokens, with its share of `(queries, ...)`."""
+        lengths = [span.stop - span.start for span in self.spans]
+        return zip(self.spans, x.split(lengths), strict=True)
 
 
-def _parts(chunk: _HeadChunk, group: RowGroup, attention: RowAttention) -> Iterator[slice]:
-    """A row in parts, where something of the size of its scores would be too large."""
-    step = group.queries
-    if attention.keeps_scores or group.masks is not None:
-        keys = chunk.keys_values.shape[1] * len(group.starts) * group.keys
-        step = max(_SCORES_PER_CHUNK // keys, _MIN_ROWS)
-    for start in range(0, group.queries, step):
-        yield slice(start, min(start + step, group.queries))
+def _parts(tile: Tile, keys: torch.Tensor, attention: RowAttention) -> Iterator[_Part]:
+    """The queries of a tile, a part at a time where the scores or the output would be large."""
+    heads, tokens, head_dim = keys.shape
+    elements = heads * (tokens if attention.keeps_scores else head_dim)
+    queries = sum(stop - start for start, stop in tile.spans)
+    largest = max(_ELEMENTS_PER_PART // elements, _MIN_QUERIES)
+    step = -(-queries // -(-queries // largest))
+    start, spans, room = 0, [], step
+    for first, last in tile.spans:
+        while first < last:
+            stop = min(last, first + room)
+            spans.append(slice(first, stop))
+            room -= stop - first
+            first = stop
+            if not room:
+                yield _Part(start, start + step, tuple(spans))
+                start, spans, room = start + step, [], step
+    if spans:
+        yield _Part(start, queries, tuple(spans))
 
 
-def _read(group: RowGroup, part: slice, x: torch.Tensor) -> torch.Tensor:
-    """Part of each row of `(heads, tokens, ...)`: `(heads, rows, queries, ...)`."""
-    rows = [x[:, start + part.start : start + part.stop] for start in group.starts]
-    return rows[0].unsqueeze(1) if len(rows) == 1 else torch.stack(rows, 1)
-
-
-def _write(group: RowGroup, part: slice, x: torch.Tensor, rows: torch.Tensor) -> None:
-    """Write `(heads, rows, queries, ...)` to part of each row of `(heads, tokens, ...)`."""
-    for start, row in zip(group.starts, rows.unbind(1), strict=True):
-        x[:, start + part.start : start + part.stop] = row
-
-
-def _fill(group: RowGroup, x: torch.Tensor, value: float) -> None:
-    for start in group.starts:
-        x[:, start : start + group.queries] = value
-
-
-def _bias(plan: RowPlan, chunk: _HeadChunk, group: RowGroup, part: slice) -> RowBias | None:
-    """What the layout and the key mask hide from part of each row."""
-    bias = plan.bias(group, part, chunk.keys_values.dtype)
-    if chunk.bias is None:
-        return bias
-    by_key_mask = group.gather(chunk.bias).transpose(1, 2)
-    if bias is None and by_key_mask.amin() == 0:
+def _part_of(bias: RowBias | None, part: _Part) -> RowBias | None:
+    if bias is None:
         return None
-    scores = by_key_mask if bias is None else bias.scores + by_key_mask
-    return RowBias(scores, find_blind(scores))
+    rows = slice(part.start, part.stop)
+    return RowBias(bias.scores[:, rows], None if bias.blind is None else bias.blind[:, rows])
+
+
+def _select(x: torch.Tensor, keys: slice | torch.Tensor) -> torch.Tensor:
+    """Some tokens of `(tokens, heads, n)`, as `(heads, tokens, n)`."""
+    if isinstance(keys, slice):
+        return x[keys].transpose(0, 1)
+    # Copied in the order of the memory, which is ten times faster than in the other.
+    if x.stride(1) > x.stride(0):
+        return x.transpose(0, 1).index_select(1, keys)
+    return x.index_select(0, keys).transpose(0, 1)
+
+
+def _add(total: torch.Tensor, keys: slice | torch.Tensor, part: torch.Tensor) -> None:
+    """Add `(heads, keys, n)` to some tokens of `(tokens, heads, n)`."""
+    if isinstance(keys, slice):
+        total.transpose(0, 1)[:, keys] += part
+    elif total.stride(1) > total.stride(0):
+        for of_head, x in zip(total.unbind(1), part.to(total.dtype), strict=True):
+            of_head.index_add_(0, keys, x)
+    else:
+        total.index_add_(0, keys, part.transpose(0, 1).to(total.dtype))
+
+
+def _zeros(grad: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Where a gradient is summed: in float32 at least, because many rows add to a key.
+
+    Args:
+        grad: the gradient, used if it has the dtype.
+        x: what it is the gradient of, in the memory order that the sum shall have otherwise.
+        dtype: of the sum.
+    """
+    return grad.zero_() if grad.dtype == dtype else torch.zeros_like(x, dtype=dtype)
+
+
+def _read(part: _Part, x: torch.Tensor) -> torch.Tensor:
+    """Some queries of `(tokens, heads, n)`, as `(1, heads, queries, n)`."""
+    rows = [x[span] for span in part.spans]
+    return (rows[0] if len(rows) == 1 else torch.cat(rows)).transpose(0, 1)[None]
+
+
+def _read_lse(part: _Part, x: torch.Tensor) -> torch.Tensor:
+    """Some queries of `(heads, tokens)`, as `(1, heads, queries)`."""
+    rows = [x[:, span] for span in part.spans]
+    return (rows[0] if len(rows) == 1 else torch.cat(rows, 1))[None]
+
+
+def _write(
+    part: _Part,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    found: torch.Tensor,
+    found_lse: torch.Tensor,
+    *,
+    merge: bool,
+) -> None:
+    """Write attention over some keys, or merge it with that over other keys.
+
+    Args:
+        part: the queries.
+        out, lse: `(tokens, heads, head_dim)` and `(heads, tokens)`, of all queries.
+        found, found_lse: `(heads, queries, head_dim)` and `(heads, queries)`.
+        merge: whether these queries have been written before.
+    """
+    outs, lses = part.split(found.transpose(0, 1)), part.split(found_lse.T)
+    for (rows, new), (_, new_lse) in zip(outs, lses, strict=True):
+        old, old_lse = out[rows], lse[:, rows].T
+        if merge:
+            # Without any key so far or now, this is inf - inf: the 0 that is there stays.
+            weight = torch.sigmoid(new_lse - old_lse).nan_to_num_(0)
+            old.lerp_(new, weight[..., None])
+            new_lse = torch.logaddexp(old_lse, new_lse)
+        else:
+            old.copy_(new)
+        old_lse.copy_(new_lse)
+
+
+def _fill(tile: Tile, out: torch.Tensor, lse: torch.Tensor) -> None:
+    for start, stop in tile.spans:
+        out[start:stop] = 0
+        lse[:, start:stop] = -torch.inf
 
 
 def _plan(
     q: torch.Tensor, k: torch.Tensor, layout: LayoutTensors, block_q: int, block_kv: int
 ) -> RowPlan:
     return cached_row_plan(
-        layout, tokens_q=q.shape[1], tokens_kv=k.shape[1], block_q=block_q, block_kv=block_kv
-    )
+        layout, tokens_q=q.shape[1], tokens_kv=k.shape[1], block_q=block_q, block_kv=block_kv,
+        share=rows_share(q.dtype),
+    )  # fmt: skip
 
 
 def _check_device(**tensors: torch.Tensor | None) -> None:

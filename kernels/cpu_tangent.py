@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-from .row_plan import RowGroup, RowPlan, cached_row_plan
+from .row_plan import RowPlan, Tile, cached_row_plan, rows_share
 from .row_tangent import add_tangent
 
-# Rows are split where their scores, (rows, queries, keys), would have more elements than this.
+# Rows are split where their scores, (queries, keys), would have more elements than this.
 _SCORES_PER_PART = 1 << 20
 
 
@@ -36,29 +34,22 @@ def tangent_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tangents of the output and of the log-sum-exp, computed in the dtype of the latter."""
     layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
-    tokens_q, tokens_kv = q.shape[1], k.shape[1]
     plan = cached_row_plan(
-        layout, tokens_q=tokens_q, tokens_kv=tokens_kv, block_q=block_q, block_kv=block_kv
-    )
+        layout, tokens_q=q.shape[1], tokens_kv=k.shape[1], block_q=block_q, block_kv=block_kv,
+        share=rows_share(q.dtype),
+    )  # fmt: skip
     out_tangent, lse_tangent = q.new_empty(q.shape), lse.new_empty(lse.shape)
     for sample in range(q.shape[0]):
-        layouts = plan.groups[sample if len(plan.groups) > 1 else 0]
-        hidden = key_bias = None
-        if key_mask is not None and not key_mask[sample].all():
-            hidden = ~key_mask[sample]
-            key_bias = torch.zeros(hidden.shape, dtype=lse.dtype).masked_fill_(hidden, -torch.inf)
-            key_bias = _in_blocks(key_bias[:, None], block_kv)
+        layouts = plan.tiles[sample if len(plan.tiles) > 1 else 0]
+        seen = None if key_mask is None else key_mask[sample]
         for head in range(q.shape[2]):
             queries, keys = (
                 torch.stack([x[sample, :, head].to(lse.dtype) for x in tensors])
                 for tensors in ((q, q_tangent, out), (k, v, k_tangent, v_tangent))
             )
-            if hidden is not None:
-                # Whatever a caller leaves in padding must not become a NaN.
-                keys.masked_fill_(hidden[:, None], 0)
             of_out, of_lse = _tangent_of_head(
                 plan, layouts[head if len(layouts) > 1 else 0],
-                queries, lse[sample, head], _in_blocks(keys, block_kv), key_bias, scale,
+                queries, lse[sample, head], keys, seen, scale,
             )  # fmt: skip
             out_tangent[sample, :, head], lse_tangent[sample, head] = of_out, of_lse
     return out_tangent, lse_tangent
@@ -66,11 +57,11 @@ def tangent_op(
 
 def _tangent_of_head(
     plan: RowPlan,
-    groups: tuple[RowGroup, ...],
+    tiles: tuple[Tile, ...],
     queries: torch.Tensor,
     lse: torch.Tensor,
     keys: torch.Tensor,
-    key_bias: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tangents of the output `(tokens, head_dim)` and of the LSE `(tokens,)` of one head.
@@ -78,40 +69,25 @@ def _tangent_of_head(
     Args:
         queries: `(3, tokens, head_dim)`: queries, their tangents, and the output.
         lse: `(tokens,)`.
-        keys: `(4, columns, block_kv, head_dim)`: keys, values, and the tangents of both.
-        key_bias: `(columns, block_kv, 1)`, -inf for keys that the key mask hides; None if none.
+        keys: `(4, tokens_kv, head_dim)`: keys, values, and the tangents of both.
+        key_mask: bool `(tokens_kv,)`, False for keys that nobody sees; None if there is none.
     """
-    # Queries without a block have no part in what follows.
-    out_tangent, lse_tangent = torch.zeros_like(queries[0]), torch.zeros_like(lse)
-    for group in groups:
-        if not group.keys:
+    # Queries that see no key have no part in what follows.
+    moved, mean = torch.zeros_like(queries[0]), torch.zeros_like(lse)
+    for tile in tiles:
+        visit = plan.visit(tile, key_mask, lse.dtype)
+        if visit is None:
             continue
-        k, v, k_tangent, v_tangent = group.gather(keys)  # (rows, keys, head_dim) each
-        for part in _parts(group):
-            bias = None if key_bias is None else group.gather(key_bias).mT
-            of_layout = plan.bias(group, part, lse.dtype)
-            if of_layout is not None:
-                bias = of_layout.scores if bias is None else of_layout.scores + bias
-            tokens = torch.tensor(group.starts)[:, None] + torch.arange(part.start, part.stop)
-            q, q_tangent, out = queries[:, tokens]  # (rows, queries, head_dim) each
-            moved, mean = add_tangent(
-                q, k, v, q_tangent, k_tangent, v_tangent, lse[tokens], bias, scale
+        k, v, k_tangent, v_tangent = keys[:, visit.keys]  # (keys, head_dim) each
+        tokens = torch.cat([torch.arange(*span) for span in tile.spans])
+        step = max(1, _SCORES_PER_PART // len(k))
+        for start in range(0, len(tokens), step):
+            part = tokens[start : start + step]
+            bias = None if visit.bias is None else visit.bias.scores[0, start : start + step]
+            q, q_tangent, _ = queries[:, part]  # (queries, head_dim) each
+            more, more_mean = add_tangent(
+                q, k, v, q_tangent, k_tangent, v_tangent, lse[part], bias, scale
             )
-            out_tangent[tokens] = moved.sub_(mean[..., None] * out)
-            lse_tangent[tokens] = mean
-    return out_tangent, lse_tangent
-
-
-def _in_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
-    """`(..., tokens, n)` to `(..., columns, block, n)`, 0 past the end."""
-    padding = -x.shape[-2] % block
-    if padding:
-        x = torch.nn.functional.pad(x, (0, 0, 0, padding))
-    return x.unflatten(-2, (-1, block))
-
-
-def _parts(group: RowGroup) -> Iterator[slice]:
-    """Some queries of each row at a time."""
-    step = max(1, _SCORES_PER_PART // (len(group.starts) * group.keys))
-    for start in range(0, group.queries, step):
-        yield slice(start, min(start + step, group.queries))
+            moved[part] += more
+            mean[part] += more_mean
+    return moved.sub_(mean[:, None] * queries[2]), mean

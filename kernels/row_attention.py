@@ -82,7 +82,7 @@ class FlashRows:
         bias: RowBias | None,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = _flash(_unit_stride(q), k, v, attn_mask=_attn_mask(bias), scale=scale)
+        out, lse = _flash(unit_stride(q), k, v, attn_mask=_attn_mask(bias), scale=scale)
         if bias is not None and bias.blind is not None:
             lse = lse.masked_fill(bias.blind, -torch.inf)  # the fused op says 0
         return out, lse
@@ -110,7 +110,7 @@ class FlashRows:
             # exp(-inf - 0) is the 0 that a row without keys needs.
             lse = lse.masked_fill(lse == -torch.inf, 0)
         grads = _flash_backward(
-            _unit_stride(grad_out), _unit_stride(q), k, v, out, lse, 0.0, False,
+            unit_stride(grad_out), unit_stride(q), k, v, out, lse, 0.0, False,
             attn_mask=_attn_mask(bias), scale=scale,
         )  # fmt: skip
         dq, dk, dv = (g[..., :head_dim] for g in grads)
@@ -133,7 +133,8 @@ class MatmulRows:
         bias: RowBias | None,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = _scores(q.contiguous(), k, bias, scale)
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        scores = _scores(q, k, bias, scale)
         weights = _softmax(scores, bias)
         return _matmul(weights, v), _lse(scores, weights)
 
@@ -149,7 +150,7 @@ class MatmulRows:
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         grad_out, grad_lse = grad
-        q, grad_out = q.contiguous(), grad_out.contiguous()
+        q, k, v, grad_out = (x.contiguous() for x in (q, k, v, grad_out))
         weights = _softmax(_scores(q, k, bias, scale), bias)
         dv = _matmul(weights.mT, grad_out)
         d_scores = _matmul(grad_out, v.mT)
@@ -163,7 +164,7 @@ class MatmulRows:
         )
 
 
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
     """The fused op takes the last dimension for contiguous without looking."""
     return x if x.stride(-1) == 1 else x.contiguous()
 

@@ -1,8 +1,14 @@
-"""What the CPU path does for each query row, as Python lists made once from the index tensors."""
+"""What the CPU path does for a layout, as a list of tiles made once from the index tensors.
+
+A tile is dense attention of some query rows over some key blocks. The fused attention of torch is
+slow for few queries: it multiplies 32 of them at a time where there are less than 192, and 256
+where there are 768. Neighbouring rows mostly see the same keys. So rows are computed together over
+what they share, and each over the rest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,103 +17,149 @@ from .checks import LayoutTensors
 from .layout_cache import LayoutCache
 from .row_attention import RowBias
 
-# Expanded bit masks are kept when they are small: a static local pattern has a few dozen distinct
-# ones, a random token mask may have one per block.
-_KEEP_EXPANDED_BYTES = 1 << 26
+# Expanded bit masks are kept as long as they are small: a static local pattern has a few dozen
+# distinct ones, a random token mask may have one per tile.
+_KEEP_EXPANDED_BYTES = 1 << 24
 
-# Rows are batched up to this many keys: fewer and larger calls, in which threads wait less for each
-# other, while the keys and scores of a call still fit the caches.
-_KEYS_PER_GROUP = 2048
+# Query tokens that share keys: enough for the fused attention to multiply 256 at a time.
+_SHARING_QUERIES = 1024
+# Keys that are worth a tile of their own: another tile costs another pass over the output.
+_SHARED_KEYS = 512
+# Keys of a tile of few queries, which are read once for each 32 of them, from the L2 cache.
+_KEYS_PER_TILE = 1280
+# Elements of the widest vectors, in 16 bits.
+_KEYS_PER_VECTOR = 32
+# Query tokens whose bit masks are expanded at once.
+_MASKED_QUERIES = 512
 
 
 @dataclass(frozen=True)
-class RowGroup:
-    """Query rows that are computed together: equally many, each with equally many keys.
-
-    Either one row (neighbours with the same keys are merged to one), or several of one block each.
+class Tile:
+    """Query rows and key blocks that all of them visit.
 
     Attributes:
-        starts: first query token of each row.
-        queries: query tokens per row.
-        keys: visited keys per row.
-        blocks: int64 `(rows * blocks per row,)`, the visited key blocks, ascending in each row.
-        run: the visited keys as (start, stop) if there is one row and they have no gap.
-        masks: int64, like `blocks`: which of the plan's bit masks each block has, the last one
-            where it is full; None when all are.
-        may_be_blind: whether there is a row without a full block.
+        spans: the query tokens, as ascending (start, stop) with gaps between them.
+        blocks: int64 `(blocks,)`, the key blocks, ascending; none for queries that see nothing.
+        keys: tokens of the key blocks.
+        run: the keys as (start, stop) if there are no masks and no gap.
+        pattern: the place of its bit masks in the plan's patterns; None where every block is full.
+        first: whether these queries are in none of the tiles before.
     """
 
-    starts: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+    blocks: torch.Tensor
+    keys: int
+    run: tuple[int, int] | None
+    pattern: int | None
+    first: bool
+
+
+@dataclass(frozen=True)
+class Visit:
+    """The keys of a tile that some of its queries see.
+
+    Attributes:
+        keys: their places: a slice or an ascending int64 `(keys,)`.
+        bias: what hides them from other queries; None if nothing does.
+    """
+
+    keys: slice | torch.Tensor
+    bias: RowBias | None
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    """Bit masks of a tile: int64 `(block rows, blocks)`, for so many queries and keys."""
+
+    masks: torch.Tensor
     queries: int
     keys: int
-    blocks: torch.Tensor
-    run: tuple[int, int] | None
-    masks: torch.Tensor | None
-    may_be_blind: bool
 
-    def gather(self, packed: torch.Tensor) -> torch.Tensor:
-        """The visited keys of `(..., columns, block_kv, n)` as `(..., rows, keys, n)`."""
-        if self.run is not None:
-            return packed.flatten(-3, -2)[..., self.run[0] : self.run[1], :].unsqueeze(-3)
-        visited = packed.index_select(-3, self.blocks).flatten(-3, -2)
-        return visited.unflatten(-2, (len(self.starts), -1))[..., : self.keys, :]
 
-    def scatter_add(self, total: torch.Tensor, part: torch.Tensor) -> None:
-        """Add `(heads, rows, keys, n)` to the visited keys of `(heads, columns, block_kv, n)`."""
-        if self.run is not None:
-            total.flatten(1, 2)[:, self.run[0] : self.run[1]] += part[:, 0]
-            return
-        padding = self.blocks.numel() // len(self.starts) * total.shape[2] - self.keys
-        if padding:
-            part = torch.nn.functional.pad(part, (0, 0, 0, padding))
-        part = part.to(total.dtype).reshape(total.shape[0], -1, *total.shape[2:])
-        total.index_add_(1, self.blocks, part)
+@dataclass(frozen=True)
+class _Expanded:
+    """A pattern without the keys that no query sees.
+
+    Attributes:
+        kept: int64 `(keys,)`, the places in the tile's blocks of those that some query sees.
+        bias: `(1, queries, keys)`.
+        blind: bool `(1, queries)` or None, as in `RowBias`.
+    """
+
+    kept: torch.Tensor
+    bias: RowBias
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """All row groups of a layout, and its bit masks.
+    """All tiles of a layout, and its bit masks.
 
     Attributes:
-        groups: `groups[b][h]` is a tuple of `RowGroup`, for batch|1 and heads|1.
-        bit_masks: int32 `(block_q, masks + 1, words)`: those of the layout, and one of all bits.
-        block_kv: tokens per key block.
+        tiles: `tiles[b][h]` is a tuple of `Tile`, for batch|1 and heads|1.
+        patterns: the distinct arrangements of bit masks in the tiles.
+        bit_masks: int32 `(masks + 1, block_q, words)`: those of the layout, and one of all bits.
+        tokens: int64 `(columns, block_kv)`, the tokens of each key block.
     """
 
-    groups: tuple[tuple[tuple[RowGroup, ...], ...], ...]
+    tiles: tuple[tuple[tuple[Tile, ...], ...], ...]
+    patterns: tuple[_Pattern, ...]
     bit_masks: torch.Tensor
-    block_kv: int
-    _tables: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, repr=False)
+    tokens: torch.Tensor
+    _expanded: dict[tuple[int, torch.dtype], _Expanded] = field(default_factory=dict, repr=False)
 
-    def bias(self, group: RowGroup, part: slice, dtype: torch.dtype) -> RowBias | None:
-        """What bit masks hide from some of the queries of each row, by their place in it."""
-        if group.masks is None:
-            return None
-        # Queries come first in the tables, so that one copy puts the blocks of a row side by side.
-        table = self._expanded(dtype)
-        if table is None:
-            words = self.bit_masks[part].index_select(1, group.masks)
-            bias = expand_bits(words, self.block_kv, dtype)
+    def visit(self, tile: Tile, key_mask: torch.Tensor | None, dtype: torch.dtype) -> Visit | None:
+        """What a tile reads of one sample; None if it sees no key.
+
+        Args:
+            tile: one of this plan's.
+            key_mask: bool `(tokens_kv,)`, False for keys that nobody sees.
+            dtype: of the bias.
+        """
+        if tile.run is not None and (key_mask is None or key_mask[slice(*tile.run)].all()):
+            return Visit(slice(*tile.run), None)
+        keys = self.tokens.index_select(0, tile.blocks).flatten()
+        bias = None
+        if tile.pattern is None:
+            keys = keys[: tile.keys]
         else:
-            bias = table[part].index_select(1, group.masks)
-        rows = len(group.starts)
-        bias = bias.unflatten(1, (rows, -1)).flatten(2)[..., : group.keys].transpose(0, 1)
-        return RowBias(bias, find_blind(bias) if group.may_be_blind else None)
+            expanded = self._expand(tile.pattern, dtype)
+            keys, bias = keys[expanded.kept], expanded.bias
+        if key_mask is not None:
+            seen = key_mask[keys]
+            keys = keys[seen]
+            if bias is not None and len(keys) < len(seen):
+                bias = make_bias(bias.scores[..., seen])
+        return Visit(keys, bias) if len(keys) else None
 
-    def _expanded(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """The bit masks as biases `(block_q, masks + 1, block_kv)`; None if they are too large."""
-        entries = self.bit_masks.shape[:2].numel() * self.block_kv
-        if entries * dtype.itemsize > _KEEP_EXPANDED_BYTES:
-            return None
-        if dtype not in self._tables:
-            self._tables[dtype] = expand_bits(self.bit_masks, self.block_kv, dtype)
-        return self._tables[dtype]
+    def _expand(self, number: int, dtype: torch.dtype) -> _Expanded:
+        found = self._expanded.get((number, dtype))
+        if found is not None:
+            return found
+        pattern = self.patterns[number]
+        rows, blocks = pattern.masks.shape
+        words = self.bit_masks.index_select(0, pattern.masks.flatten())
+        # Queries first and then the blocks of a row side by side.
+        words = words.unflatten(0, (rows, blocks)).transpose(1, 2).flatten(0, 1)
+        scores = expand_bits(words, self.tokens.shape[1], dtype).flatten(1)
+        scores = scores[: pattern.queries, : pattern.keys]
+        seen = scores.amax(0) == 0
+        # Some hidden keys more, for rows of whole vectors: oneDNN is slow where they are not.
+        hidden = (~seen).nonzero().flatten()
+        seen[hidden[: -int(seen.sum()) % _KEYS_PER_VECTOR]] = True
+        kept = seen.nonzero().flatten()
+        expanded = _Expanded(kept, make_bias(scores.index_select(1, kept)[None]))
+        held = sum(x.bias.scores.nbytes for x in self._expanded.values())
+        if held + expanded.bias.scores.nbytes <= _KEEP_EXPANDED_BYTES:
+            self._expanded[number, dtype] = expanded
+        return expanded
 
 
-def find_blind(bias: torch.Tensor) -> torch.Tensor | None:
-    """Bool `(rows, queries | 1)`, the queries that a bias hides all keys from; None if none is."""
-    blind = bias.amax(-1) == -torch.inf
-    return blind if blind.any() else None
+def make_bias(scores: torch.Tensor) -> RowBias:
+    """The bias of `(rows, queries, keys)`, of which 0 is visible and -inf hidden."""
+    if not scores.shape[-1]:
+        return RowBias(scores, None)
+    blind = scores.amax(-1) == -torch.inf
+    return RowBias(scores, blind if blind.any() else None)
 
 
 def expand_bits(words: torch.Tensor, n: int, dtype: torch.dtype) -> torch.Tensor:
@@ -119,9 +171,21 @@ def expand_bits(words: torch.Tensor, n: int, dtype: torch.dtype) -> torch.Tensor
 
 
 def make_row_plan(
-    layout: LayoutTensors, *, tokens_q: int, tokens_kv: int, block_q: int, block_kv: int
+    layout: LayoutTensors,
+    *,
+    tokens_q: int,
+    tokens_kv: int,
+    block_q: int,
+    block_kv: int,
+    share: bool,
 ) -> RowPlan:
     """Turn the index tensors of a `BlockLayout` into a `RowPlan`.
+
+    Args:
+        layout: the index tensors.
+        tokens_q, tokens_kv: lengths of the sequences.
+        block_q, block_kv: tokens per query block and per key block.
+        share: whether a query may be in several tiles, so that rows share what they both see.
 
     Raises:
         ValueError: if the layout names a key block or a bit mask that does not exist.
@@ -130,88 +194,175 @@ def make_row_plan(
     _check_indices(layout, -(-tokens_kv // block_kv))
     batch, heads, _ = layout[0].shape
     every_bit = bit_masks.new_full((1, *bit_masks.shape[1:]), -1)
+    bit_masks = torch.cat([bit_masks, every_bit])
+    maker = _TileMaker(tokens_q, tokens_kv, block_q, block_kv, share, full=len(bit_masks) - 1)
+    visible = _visible_keys(bit_masks)
     return RowPlan(
-        groups=tuple(
+        tiles=tuple(
             tuple(
-                tuple(
-                    _groups(
-                        _rows([x[b, h] for x in lists], tokens_q, block_q),
-                        tokens_kv,
-                        block_kv,
-                        full=bit_masks.shape[0],
-                    )
-                )
+                tuple(maker.tiles(_rows([x[b, h] for x in lists], visible, maker.masked_rows)))
                 for h in range(heads)
             )
             for b in range(batch)
         ),
-        bit_masks=torch.cat([bit_masks, every_bit]).transpose(0, 1).contiguous(),
-        block_kv=block_kv,
+        patterns=tuple(_Pattern(torch.tensor(m), *sizes) for m, *sizes in maker.patterns),
+        bit_masks=bit_masks,
+        tokens=torch.arange(-(-tokens_kv // block_kv) * block_kv).unflatten(0, (-1, block_kv)),
     )
+
+
+def _visible_keys(bit_masks: torch.Tensor) -> list[int]:
+    """A number for each bit mask, equal for those that show the same keys to some query."""
+    words = bit_masks
+    while words.shape[1] > 1:
+        half = words.shape[1] // 2
+        both = words[:, :half] | words[:, half : 2 * half]
+        words = torch.cat([both, words[:, 2 * half :]], 1)
+    return torch.unique(words[:, 0], dim=0, return_inverse=True)[1].tolist()
 
 
 @dataclass
 class _Row:
-    """Queries from start to stop, their key blocks, and the masks of those that are partial."""
+    """Query blocks that see the same keys.
 
-    start: int
-    stop: int
-    blocks: list[int]
-    masks: dict[int, int]
+    Attributes:
+        numbers: of the query blocks, ascending.
+        full: their full key blocks.
+        partial: their partial key blocks, and for each the bit mask of every query block.
+    """
+
+    numbers: list[int]
+    full: set[int]
+    partial: dict[int, list[int]]
 
 
-def _rows(lists: list[torch.Tensor], tokens_q: int, block_q: int) -> list[_Row]:
-    """The rows of one head, neighbours that see the same merged."""
+def _rows(lists: list[torch.Tensor], visible: list[int], masked_rows: int) -> list[_Row]:
+    """The rows of one head, those that see the same keys merged, wherever they are.
+
+    Where they have bit masks, no more than `masked_rows` are merged.
+    """
+    latest: dict[tuple[tuple[int, ...], tuple[tuple[int, int], ...]], _Row] = {}
     out: list[_Row] = []
     columns = zip(*(x.tolist() for x in lists), strict=True)
-    for i, (n_full, full, n_partial, partial, masks) in enumerate(columns):
-        mask_of = dict(zip(partial[:n_partial], masks[:n_partial], strict=True))
-        blocks = sorted([*full[:n_full], *mask_of])
-        stop = min((i + 1) * block_q, tokens_q)
-        if out and out[-1].blocks == blocks and not mask_of and not out[-1].masks:
-            out[-1].stop = stop
-        else:
-            out.append(_Row(i * block_q, stop, blocks, mask_of))
+    for number, (n_full, full, n_partial, partial, masks) in enumerate(columns):
+        full, mask_of = full[:n_full], dict(zip(partial[:n_partial], masks, strict=False))
+        seen = (tuple(sorted(full)), tuple(sorted((b, visible[m]) for b, m in mask_of.items())))
+        row = latest.get(seen)
+        if row is None or (mask_of and len(row.numbers) == masked_rows):
+            row = latest[seen] = _Row([], set(full), {block: [] for block in mask_of})
+            out.append(row)
+        row.numbers.append(number)
+        for block, mask in mask_of.items():
+            row.partial[block].append(mask)
     return out
 
 
-def _groups(rows: list[_Row], tokens_kv: int, block_kv: int, *, full: int) -> Iterator[RowGroup]:
-    """Batch rows of equal shape, so that a call has work for many threads."""
-    waiting: dict[tuple[int, int, int, bool], list[_Row]] = {}
-    for row in rows:
-        ragged = bool(row.blocks) and (row.blocks[-1] + 1) * block_kv > tokens_kv
-        keys = len(row.blocks) * block_kv - ragged * (-tokens_kv % block_kv)
-        shape = (row.stop - row.start, len(row.blocks), keys, bool(row.masks))
-        if _no_gap(row.blocks):
-            yield _group([row], keys, tokens_kv, block_kv, full)  # read in place, so on its own
-            continue
-        batch = waiting.setdefault(shape, [])
-        batch.append(row)
-        if (len(batch) + 1) * keys > _KEYS_PER_GROUP:
-            yield _group(waiting.pop(shape), keys, tokens_kv, block_kv, full)
-    for (_, _, keys, _), batch in waiting.items():
-        yield _group(batch, keys, tokens_kv, block_kv, full)
+@dataclass
+class _TileMaker:
+    """Cuts rows into tiles, and numbers the distinct arrangements of bit masks in them.
 
+    Attributes:
+        full: the bit mask of a full block.
+        patterns: masks, queries and keys of each arrangement so far, in the order of the numbers.
+    """
 
-def _no_gap(blocks: list[int]) -> bool:
-    return not blocks or blocks[-1] - blocks[0] == len(blocks) - 1
+    tokens_q: int
+    tokens_kv: int
+    block_q: int
+    block_kv: int
+    share: bool
+    full: int
+    patterns: dict[tuple[tuple[tuple[int, ...], ...], int, int], int] = field(default_factory=dict)
 
+    @property
+    def masked_rows(self) -> int:
+        return max(1, _MASKED_QUERIES // self.block_q)
 
-def _group(rows: list[_Row], keys: int, tokens_kv: int, block_kv: int, full: int) -> RowGroup:
-    run = None
-    blocks = rows[0].blocks
-    if len(rows) == 1 and blocks and _no_gap(blocks):
-        run = (blocks[0] * block_kv, min((blocks[-1] + 1) * block_kv, tokens_kv))
-    masks = [row.masks.get(block, full) for row in rows for block in row.blocks]
-    return RowGroup(
-        starts=tuple(row.start for row in rows),
-        queries=rows[0].stop - rows[0].start,
-        keys=keys,
-        blocks=torch.tensor([block for row in rows for block in row.blocks], dtype=torch.int64),
-        run=run,
-        masks=torch.tensor(masks, dtype=torch.int64) if rows[0].masks else None,
-        may_be_blind=any(len(row.masks) == len(row.blocks) for row in rows),
-    )
+    def tiles(self, rows: list[_Row]) -> Iterator[Tile]:
+        together = max(1, _SHARING_QUERIES // self.block_q) if self.share else 1
+        for start in range(0, len(rows), together):
+            yield from self._shared(rows[start : start + together], first=True)
+
+    def _shared(self, rows: list[_Row], *, first: bool) -> Iterator[Tile]:
+        """What all rows see, then what each half of them sees of the rest, and so on."""
+        if len(rows) == 1:
+            yield from self._single(rows[0], first=first)
+            return
+        common = set.intersection(*(row.full for row in rows))
+        if len(common) * self.block_kv >= _SHARED_KEYS:
+            numbers = sorted(number for row in rows for number in row.numbers)
+            for blocks in self._cut(common, len(numbers)):
+                yield self._tile(numbers, blocks, None, first=first)
+                first = False
+            for row in rows:
+                row.full -= common
+        half = len(rows) // 2
+        yield from self._shared(rows[:half], first=first)
+        yield from self._shared(rows[half:], first=first)
+
+    def _single(self, row: _Row, *, first: bool) -> Iterator[Tile]:
+        """What is left of one row, its full blocks apart from the others where they are many."""
+        masked = set(row.partial)
+        full = row.full
+        if not self.share or len(full) * self.block_kv < _SHARED_KEYS:
+            masked, full = (masked | full, set()) if masked else (masked, full)
+        for blocks in self._cut(full, len(row.numbers)):
+            yield self._tile(row.numbers, blocks, None, first=first)
+            first = False
+        for blocks in self._cut(masked, len(row.numbers)):
+            yield self._tile(row.numbers, blocks, row.partial, first=first)
+            first = False
+        if first:
+            yield self._tile(row.numbers, [], None, first=True)
+
+    def _cut(self, blocks: set[int], rows: int) -> Iterator[list[int]]:
+        """Key blocks in ascending order, in equal parts if there are few queries to many keys."""
+        ordered = sorted(blocks)
+        parts = 1
+        if self.share and rows * self.block_q < _SHARING_QUERIES // 2:
+            parts = max(1, -(-len(ordered) * self.block_kv // _KEYS_PER_TILE))
+        for i in range(parts):
+            part = ordered[i * len(ordered) // parts : (i + 1) * len(ordered) // parts]
+            if part:
+                yield part
+
+    def _tile(
+        self,
+        numbers: list[int],
+        blocks: list[int],
+        masks: dict[int, list[int]] | None,
+        *,
+        first: bool,
+    ) -> Tile:
+        spans = tuple(self._spans(numbers))
+        keys = sum(min(self.block_kv, self.tokens_kv - block * self.block_kv) for block in blocks)
+        pattern = run = None
+        if masks is not None:
+            every = [self.full] * len(numbers)
+            arranged = tuple(zip(*(masks.get(block, every) for block in blocks), strict=True))
+            queries = sum(stop - start for start, stop in spans)
+            pattern = self.patterns.setdefault((arranged, queries, keys), len(self.patterns))
+        elif blocks and blocks[-1] - blocks[0] == len(blocks) - 1:
+            run = (blocks[0] * self.block_kv, blocks[0] * self.block_kv + keys)
+        return Tile(
+            spans=spans,
+            blocks=torch.tensor(blocks, dtype=torch.int64),
+            keys=keys,
+            run=run,
+            pattern=pattern,
+            first=first,
+        )
+
+    def _spans(self, numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+        """Ascending query blocks as token ranges, neighbours joined."""
+        start = stop = -1
+        for number in numbers:
+            if number * self.block_q != stop:
+                if stop > start:
+                    yield start, stop
+                start = number * self.block_q
+            stop = min((number + 1) * self.block_q, self.tokens_q)
+        yield start, stop
 
 
 def _check_indices(layout: LayoutTensors, columns: int) -> None:
@@ -229,19 +380,34 @@ def _check_indices(layout: LayoutTensors, columns: int) -> None:
             raise ValueError(f"{name} holds {lowest} .. {highest}, but there are {limit} {what}")
 
 
+def rows_share(dtype: torch.dtype) -> bool:
+    """Whether rows of a dtype share tiles.
+
+    Tiles of a query are merged in the output: in 16 bits that would round once for each.
+    """
+    return dtype in (torch.float32, torch.float64)
+
+
 # A plan does not hold its key, full_index, alive: bit_masks is another tensor.
 _cache: LayoutCache[RowPlan] = LayoutCache()
 
 
 def cached_row_plan(
-    layout: LayoutTensors, *, tokens_q: int, tokens_kv: int, block_q: int, block_kv: int
+    layout: LayoutTensors,
+    *,
+    tokens_q: int,
+    tokens_kv: int,
+    block_q: int,
+    block_kv: int,
+    share: bool,
 ) -> RowPlan:
     """`make_row_plan`, remembered as long as the layout's tensors live and are not written to."""
-    sizes = (tokens_q, tokens_kv, block_q, block_kv)
+    sizes = (tokens_q, tokens_kv, block_q, block_kv, int(share))
 
     def make() -> RowPlan:
         return make_row_plan(
-            layout, tokens_q=tokens_q, tokens_kv=tokens_kv, block_q=block_q, block_kv=block_kv
-        )
+            layout, tokens_q=tokens_q, tokens_kv=tokens_kv, block_q=block_q, block_kv=block_kv,
+            share=share,
+        )  # fmt: skip
 
     return _cache.get(layout, sizes, make)
