@@ -89,7 +89,8 @@ def _tiles(text: str) -> TileConfig:
         raise argparse.ArgumentTypeError(
             f"{text!r}: give queries,keys,warps,stages[,partial][,ahead], as 128,64,8,3,64,ahead"
         )
-    return TileConfig(*map(int, numbers), ahead=ahead)
+    queries, keys, warps, stages, *partial = map(int, numbers)
+    return TileConfig(queries, keys, warps, stages, partial[0] if partial else None, ahead)
 
 
 def _tried(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Launch]:

@@ -53,7 +53,13 @@ def shipped(arch: int) -> Iterator[Launch]:
 def launch(case: Case, kernel: str, tiles: TileConfig) -> Launch:
     """The launch of "forward", "queries" or "keys" with given tiles; of the others as shipped."""
     choice = Choice("plain", tiles)
-    return _forward(case, choice) if kernel == "forward" else _backward(case, **{kernel: choice})
+    if kernel == "forward":
+        return _forward(case, choice)
+    return _backward(
+        case,
+        queries=choice if kernel == "queries" else None,
+        keys=choice if kernel == "keys" else None,
+    )
 
 
 def _forward(case: Case, choice: Choice | None) -> Launch:
@@ -63,12 +69,12 @@ def _forward(case: Case, choice: Choice | None) -> Launch:
     )
 
 
-def _backward(case: Case, **choices: Choice) -> Launch:
+def _backward(case: Case, queries: Choice | None = None, keys: Choice | None = None) -> Launch:
     q, k, v, *selection = _call(case)
     lse = q.new_zeros(1, HEADS, q.shape[1], dtype=torch.float32)
 
     def run() -> object:
-        return backward(q, None, q, k, v, q, lse, *selection, scale=0.1, **choices)
+        return backward(q, None, q, k, v, q, lse, *selection, scale=0.1, queries=queries, keys=keys)
 
     return Launch("gather", "plain", str(case), run, _work)
 

@@ -116,11 +116,12 @@ def verdicts(rows: Sequence[KernelRow]) -> list[Verdict]:
             relative = share / other if share and other else None
             goal = f"share of gather's {kernel} at head_dim {head_dim} / that of block_sparse"
             found.append(Verdict(goal, GATHER, relative, f"{by} / {than}"))
-    most = max(
+    most, by = max(
         ((loop.duplicated, f"{_label(row)} {loop.name}") for row in rows for loop in row.loops
          if loop.duplicated is not None), default=(None, "nothing"),
     )  # fmt: skip
-    return [*found, Verdict("multiplications / those needed, anywhere", 1.0, *most, at_most=True)]
+    goal = "multiplications / those needed, anywhere"
+    return [*found, Verdict(goal, 1.0, most, by, at_most=True)]
 
 
 def _best(

@@ -69,7 +69,7 @@ def disassemble(codes: Sequence[bytes], arch: int) -> list[list[Instruction]]:
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:
         file.write(b"".join(codes))
         file.flush()
-        command = [tool, "--binary", _NAMES.get(arch, f"SM{arch}"), file.name]
+        command = [str(tool), "--binary", _NAMES.get(arch, f"SM{arch}"), file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kernels: list[list[Instruction]] = [[] for _ in codes]
     index = 0
