@@ -100,17 +100,17 @@ _AMPERE: dict[str, Table] = {
     "forward": {
         64: both(128, 64, 4, 3),
         128: plain_masked((64, 64, 4, 2), (128, 32, 8, 3)),
-        256: both(64, 32, 8, 2),
+        256: both(64, 32, 4, 2),
     },
     "queries": {
-        64: plain_masked((128, 64, 8, 2), (64, 64, 8, 2)),
+        64: plain_masked((128, 64, 8, 2), (64, 64, 4, 2)),
         128: both(64, 64, 8, 2),
         256: both(32, 32, 4, 2),
     },
     "keys": {
         64: both(64, 128, 8, 2),
         128: both(64, 64, 8, 2),
-        256: both(32, 32, 8, 2),
+        256: both(32, 32, 4, 2),
     },
 }
 
@@ -124,7 +124,7 @@ _HOPPER: dict[str, Table] = {
     },
     "queries": {
         64: both(128, 64, 8, 2),
-        128: plain_masked((128, 64, 8, 2), (64, 64, 4, 2)),
+        128: plain_masked((128, 64, 8, 2), (64, 64, 4, 2), ahead=True),
         256: both(64, 16, 4, 2),
     },
     "keys": {
@@ -143,7 +143,7 @@ _HOPPER_TMA: dict[str, Table] = {
     },
     "queries": {
         64: both(128, 128, 8, 2, 64, ahead=True),
-        128: both(128, 64, 8, 2, 64, ahead=True),
+        128: both(128, 128, 8, 2, 64),
         256: both(64, 32, 4, 2, 32),
     },
     "keys": {
