@@ -8,7 +8,7 @@ PROMPT ?= a red circle moving right on a blue background
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo upscale test lint types benchmark gpu-test gpu-run
+.PHONY: demo upscale test lint types benchmark machine-code gpu-test gpu-run
 
 demo: $(INSTALLED)
 	mkdir -p $(dir $(OUTPUT))
@@ -41,6 +41,10 @@ types: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/cpu.py --output benchmarks
+
+# Exits with 1 where something is wrong with a kernel.
+machine-code: $(INSTALLED)
+	$(BIN)/python benchmarks/machine_code
 
 # The next two are for machines with a GPU, which may have torch and Triton but not diffusers:
 # docs/gpu.md. Nothing is installed; -P keeps the checkout's diffattn/, which lacks the sub-packages
