@@ -221,12 +221,13 @@ def one_pass_takes(problem: Problem) -> bool:
     """Whether dQ can be added to in the same pass.
 
     That is in no fixed order. A key mask would have to hide keys from dQ as well. The copy engine
-    adds rows of 16 bytes and multiples.
+    adds rows of 16 bytes and multiples. Tiles of less than 128 keys have too few registers beyond a
+    head_dim of 64.
     """
     return (
         not problem.has_key_mask
         and problem.head_dim % 4 == 0
-        and problem.head_dim <= 128  # beyond, registers do not suffice
+        and problem.head_dim <= (64 if problem.block_kv < 128 else 128)
         and not torch.are_deterministic_algorithms_enabled()
     )
 
