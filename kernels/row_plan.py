@@ -1,9 +1,9 @@
 """What the CPU path does for a layout, as a list of tiles made once from the index tensors.
 
 A tile is dense attention of some query rows over some key blocks. The fused attention of torch is
-slow for few queries: it multiplies 32 of them at a time where there are less than 192, and 256 where
-there are 768. Rows mostly see the same keys as others near them. So rows are computed together over
-what they share, and each over the rest.
+slow for few queries: it multiplies 32 of them at a time where there are less than 192, and 256
+where there are 768. Rows mostly see the same keys as others near them. So rows are computed
+together over what they share, and each over the rest.
 """
 
 from __future__ import annotations
