@@ -2,7 +2,11 @@
 
     python benchmarks/cpu.py --output benchmarks/
 
-writes cpu.json and cpu.md. How the figures are made:
+writes cpu.json and cpu.md; options choose a part, for example
+
+    python benchmarks/cpu.py --tokens 16384 --head-dims 64 --dtypes fp32 --patterns tile3d clear
+
+How the figures are made:
 
 - One process. Every repetition times dense attention and all patterns one after another, so that
   other load on the machine falls on all of them; the times are the best of the repetitions (the
@@ -13,8 +17,12 @@ writes cpu.json and cpu.md. How the figures are made:
   every small call down: set OMP_WAIT_POLICY=passive before Python starts.
 - "% of ideal" is the speed-up over 1 / density, where density is the fraction of the blocks that
   are visited. More than 100 % is possible: bfloat16 matrix products can be faster than torch's
-  dense attention is in bfloat16.
+  dense attention is in bfloat16, and keys of a partial block that none of the queries sees are left
+  out.
 - "fwd+bwd" is a forward pass and the gradients of q, k and v.
+- "flex ms" is torch's compiled flex_attention with the BlockMask of the same layout. It has no
+  gradients on the CPU. Where it did not compile, the reason follows the table. `--no-flex` leaves
+  it out: it needs a C++ compiler, and compiles for each pattern and shape.
 - Memory is the peak of live bytes of torch's allocator during one call, from torch's profiler,
   inputs not counted, results counted. Scratch space inside oneDNN and MKL is not seen by it.
 """
@@ -64,6 +72,8 @@ class Row:
     sparse_median_ms: float
     dense_mib: float
     sparse_mib: float
+    flex_ms: float | None
+    flex_note: str  # why flex_ms is None
 
     @property
     def speed_up(self) -> float:
@@ -105,6 +115,19 @@ def ragged_band(tokens: int) -> BlockLayout:
     )  # fmt: skip
 
 
+def wide_band(tokens: int) -> BlockLayout:
+    """A band of density .65."""
+    block = torch.arange(tokens // BLOCK)
+    return from_visited((block[:, None] - block).abs() <= 0.405 * len(block), tokens)
+
+
+def scattered(tokens: int, share: float) -> BlockLayout:
+    """Blocks at random: no two rows see the same, and there are no runs of keys."""
+    blocks = tokens // BLOCK
+    chance = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(0))
+    return from_visited(chance < share, tokens)
+
+
 def radial(tokens: int) -> BlockLayout:
     """Radial attention, narrow enough to be sparse here, on frames of 16 x 32 tokens."""
     method = RadialAttn(
@@ -143,6 +166,10 @@ PATTERNS: dict[str, Callable[[int], BlockLayout]] = {
     "gna": gna,
     "freeswim": freeswim,
     "clear": clear,
+    "wide band": wide_band,
+    "scattered .65": partial(scattered, share=0.65),
+    "scattered .9": partial(scattered, share=0.9),
+    "all": partial(scattered, share=1.0),
 }
 
 
@@ -163,6 +190,18 @@ def milliseconds(call: Callable[[], object], clock: str) -> float:
     start = now()
     call()
     return 1000 * (now() - start)
+
+
+def failure(call: Callable[[], object]) -> str:
+    """Why a call cannot be made, in one line; nothing if it can be, and has been."""
+    torch.compiler.reset()  # or the shapes of one pattern after another pass dynamo's limit
+    try:
+        call()
+    except Exception as error:  # whatever a compiler raises
+        lines = str(error).splitlines()
+        told = [x for x in lines if "error:" in x] or lines
+        return f"{type(error).__name__}: {told[0].strip()[:200]}"
+    return ""
 
 
 def peak_mib(call: Callable[[], object]) -> float:
@@ -189,8 +228,9 @@ def measure(
     patterns: list[str],
     repeats: int,
     clock: str,
+    flex: bool,
 ) -> Iterator[Row]:
-    """All rows of one shape and dtype, dense and patterns interleaved."""
+    """All rows of one shape and dtype, dense, patterns and flex_attention interleaved."""
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(1, tokens, heads, head_dim, dtype=DTYPES[dtype]).requires_grad_()
@@ -202,6 +242,10 @@ def measure(
     for name, layout in layouts.items():
         attentions[name] = partial(diffattn.attention, mask=layout)
 
+    flexes = {name: f"flex {name}" for name in layouts if flex}
+    for name, flex_name in flexes.items():
+        attentions[flex_name] = partial(diffattn.attention, mask=layouts[name], backend="flex")
+
     def forward(name: str) -> None:
         with torch.no_grad():
             attentions[name](q, k, v)
@@ -211,7 +255,12 @@ def measure(
 
     for direction, call in (("fwd", forward), ("fwd+bwd", both)):
         calls = {name: partial(call, name) for name in attentions}
-        memory = {name: peak_mib(calls[name]) for name in calls}
+        notes = dict.fromkeys(layouts, "left out")
+        for name, flex_name in flexes.items():
+            notes[name] = failure(calls[flex_name])
+            if notes[name]:
+                del calls[flex_name]
+        memory = {name: peak_mib(calls[name]) for name in ("dense", *layouts)}
         times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(repeats):
             for name in calls:
@@ -230,6 +279,8 @@ def measure(
                 sparse_median_ms=statistics.median(times[name]),
                 dense_mib=memory["dense"],
                 sparse_mib=memory[name],
+                flex_ms=None if notes[name] else min(times[flexes[name]]),
+                flex_note=notes[name],
             )
 
 
@@ -268,15 +319,16 @@ def cpu_name() -> str:
 
 HEADER = (
     "| tokens | head_dim | dtype | direction | pattern | density | dense ms | sparse ms | speed-up"
-    " | % of ideal | dense MiB | sparse MiB |\n|" + "---|" * 12
+    " | % of ideal | dense MiB | sparse MiB | flex ms |\n|" + "---|" * 13
 )
 
 
 def line(row: Row) -> str:
+    flex = "-" if row.flex_ms is None else f"{row.flex_ms:.1f}"
     return (
         f"| {row.tokens} | {row.head_dim} | {row.dtype} | {row.direction} | {row.pattern}"
         f" | {row.density:.3f} | {row.dense_ms:.1f} | {row.sparse_ms:.1f} | {row.speed_up:.2f}"
-        f" | {row.of_ideal:.0%} | {row.dense_mib:.0f} | {row.sparse_mib:.0f} |"
+        f" | {row.of_ideal:.0%} | {row.dense_mib:.0f} | {row.sparse_mib:.0f} | {flex} |"
     )
 
 
@@ -287,6 +339,14 @@ def write(folder: Path, info: dict[str, object], rows: list[Row]) -> None:
     facts = "\n".join(f"- {name}: {value}" for name, value in info.items())
     about = (__doc__ or "").split("How the figures are made:")[1].strip()
     table = "\n".join([HEADER, *map(line, rows)])
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row.flex_note:
+            case = f"{row.tokens} x {row.head_dim} {row.dtype} {row.direction} {row.pattern}"
+            reasons.setdefault(row.flex_note, []).append(case)
+    if reasons:
+        table += "\n\nWithout a time of flex_attention:\n"
+        table += "".join(f"\n- {', '.join(cases)}: {why}" for why, cases in reasons.items())
     (folder / "cpu.md").write_text(
         f"# Block-sparse attention on the CPU\n\nWritten by benchmarks/cpu.py.\n\n{facts}\n\n"
         f"{about}\n\n{table}\n"
@@ -303,6 +363,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-flex", action="store_true", help="leave flex_attention out")
     parser.add_argument("--quick", action="store_true", help="4096 tokens unless --tokens is given")
     parser.add_argument("--output", type=Path, help="folder for cpu.json and cpu.md")
     args = parser.parse_args()
@@ -317,6 +378,7 @@ def main() -> None:
                 for row in measure(
                     tokens, args.heads, head_dim, dtype,
                     patterns=args.patterns, repeats=args.repeats, clock=args.clock,
+                    flex=not args.no_flex,
                 ):  # fmt: skip
                     rows.append(row)
                     print(line(row), flush=True)

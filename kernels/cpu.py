@@ -120,7 +120,7 @@ def _forward_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
     attention = pick_row_attention(q.dtype)
-    plan = _plan(q, k, layout, block_q, block_kv)
+    plan = _plan(q, k, layout, block_q, block_kv, attention)
     k, v = unit_stride(k), unit_stride(v)
     out, lse = empty_outputs(q)
     for chunk in _head_chunks(plan, k, v, attention):
@@ -172,7 +172,7 @@ def _backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
     attention = pick_row_attention(q.dtype)
-    plan = _plan(q, k, layout, block_q, block_kv)
+    plan = _plan(q, k, layout, block_q, block_kv, attention)
     k, v = unit_stride(k), unit_stride(v)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     for chunk in _head_chunks(plan, k, v, attention):
@@ -395,11 +395,16 @@ def _fill(tile: Tile, out: torch.Tensor, lse: torch.Tensor) -> None:
 
 
 def _plan(
-    q: torch.Tensor, k: torch.Tensor, layout: LayoutTensors, block_q: int, block_kv: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    layout: LayoutTensors,
+    block_q: int,
+    block_kv: int,
+    attention: RowAttention,
 ) -> RowPlan:
     return cached_row_plan(
         layout, tokens_q=q.shape[1], tokens_kv=k.shape[1], block_q=block_q, block_kv=block_kv,
-        share=rows_share(q.dtype),
+        share=attention.takes_some_keys and rows_share(q.dtype),
     )  # fmt: skip
 
 

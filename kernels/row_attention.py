@@ -37,7 +37,8 @@ class RowBias:
 class RowAttention(Protocol):
     """Forward and backward of one group of rows."""
 
-    keeps_scores: bool  # needs memory for heads x rows x keys
+    keeps_scores: bool  # needs memory for heads x rows x queries x keys
+    takes_some_keys: bool  # backward, too, given `out` and `lse` of more keys than these
 
     def forward(
         self,
@@ -73,6 +74,7 @@ class FlashRows:
     """Torch's fused CPU attention: no scores in memory; float32 speed in every dtype."""
 
     keeps_scores = False
+    takes_some_keys = True
 
     def forward(
         self,
@@ -124,6 +126,7 @@ class MatmulRows:
     """
 
     keeps_scores = True
+    takes_some_keys = False  # it weighs the keys that it is given, as if there were no others
 
     def forward(
         self,

@@ -2,8 +2,8 @@
 
 A tile is dense attention of some query rows over some key blocks. The fused attention of torch is
 slow for few queries: it multiplies 32 of them at a time where there are less than 192, and 256
-where there are 768. Neighbouring rows mostly see the same keys. So rows are computed together over
-what they share, and each over the rest.
+where there are 768. Rows mostly see the same keys as others near them. So rows are computed
+together over what they share, and each over the rest.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ _KEEP_EXPANDED_BYTES = 1 << 24
 _SHARING_QUERIES = 1024
 # Keys that are worth a tile of their own: another tile costs another pass over the output.
 _SHARED_KEYS = 512
-# Keys of a tile of few queries, which are read once for each 32 of them, from the L2 cache.
-_KEYS_PER_TILE = 1280
+# Keys of a tile of few queries, which are read once for each 32 of them, from a cache if they fit.
+_KEYS_PER_TILE = 2048
+# Rows among which those that share are looked for: all pairs of them are compared.
+_ROWS_COMPARED = 1024
 # Elements of the widest vectors, in 16 bits.
 _KEYS_PER_VECTOR = 32
 # Query tokens whose bit masks are expanded at once.
@@ -207,7 +209,7 @@ def make_row_plan(
         ),
         patterns=tuple(_Pattern(torch.tensor(m), *sizes) for m, *sizes in maker.patterns),
         bit_masks=bit_masks,
-        tokens=torch.arange(-(-tokens_kv // block_kv) * block_kv).unflatten(0, (-1, block_kv)),
+        tokens=torch.arange(maker.columns * block_kv).unflatten(0, (-1, block_kv)),
     )
 
 
@@ -257,6 +259,41 @@ def _rows(lists: list[torch.Tensor], visible: list[int], masked_rows: int) -> li
     return out
 
 
+@dataclass(frozen=True)
+class _Node:
+    """Rows that share keys: one, or those of two halves.
+
+    Attributes:
+        rows: all of them.
+        common: float `(columns,)`, 1 for the key blocks that are full for all of them.
+        halves: what they were put together from.
+    """
+
+    rows: list[_Row]
+    common: torch.Tensor
+    halves: tuple[_Node, ...] = ()
+
+
+def _pair_up(nodes: list[_Node], least: int) -> list[_Node]:
+    """Join each node with the one it shares most key blocks with, if they are `least` or more."""
+    common = torch.stack([node.common for node in nodes])
+    overlap = (common @ common.T).fill_diagonal_(-1)
+    out: list[_Node] = []
+    taken: set[int] = set()
+    for i, node in enumerate(nodes):
+        if i in taken:
+            continue
+        most, j = (int(x) for x in overlap[i].max(0))
+        if most < least:
+            out.append(node)
+            continue
+        other = nodes[j]
+        taken.add(j)
+        overlap[:, [i, j]] = -1
+        out.append(_Node(node.rows + other.rows, node.common * other.common, (node, other)))
+    return out
+
+
 @dataclass
 class _TileMaker:
     """Cuts rows into tiles, and numbers the distinct arrangements of bit masks in them.
@@ -275,30 +312,41 @@ class _TileMaker:
     patterns: dict[tuple[tuple[tuple[int, ...], ...], int, int], int] = field(default_factory=dict)
 
     @property
+    def columns(self) -> int:
+        return -(-self.tokens_kv // self.block_kv)
+
+    @property
     def masked_rows(self) -> int:
         return max(1, _MASKED_QUERIES // self.block_q)
 
     def tiles(self, rows: list[_Row]) -> Iterator[Tile]:
-        together = max(1, _SHARING_QUERIES // self.block_q) if self.share else 1
-        for start in range(0, len(rows), together):
-            yield from self._shared(rows[start : start + together], first=True)
+        nodes = [_Node([row], torch.zeros(self.columns)) for row in rows]
+        for node in nodes:
+            node.common[list(node.rows[0].full)] = 1
+        for start in range(0, len(nodes), _ROWS_COMPARED):
+            together = nodes[start : start + _ROWS_COMPARED]
+            queries = self.block_q
+            while self.share and 2 * queries <= _SHARING_QUERIES:
+                together = _pair_up(together, -(-_SHARED_KEYS // self.block_kv))
+                queries *= 2
+            for node in together:
+                yield from self._shared(node, first=True)
 
-    def _shared(self, rows: list[_Row], *, first: bool) -> Iterator[Tile]:
+    def _shared(self, node: _Node, *, first: bool) -> Iterator[Tile]:
         """What all rows see, then what each half of them sees of the rest, and so on."""
-        if len(rows) == 1:
-            yield from self._single(rows[0], first=first)
+        if not node.halves:
+            yield from self._single(node.rows[0], first=first)
             return
-        common = set.intersection(*(row.full for row in rows))
+        common = set.intersection(*(row.full for row in node.rows))
         if len(common) * self.block_kv >= _SHARED_KEYS:
-            numbers = sorted(number for row in rows for number in row.numbers)
+            numbers = sorted(number for row in node.rows for number in row.numbers)
             for blocks in self._cut(common, len(numbers)):
                 yield self._tile(numbers, blocks, None, first=first)
                 first = False
-            for row in rows:
+            for row in node.rows:
                 row.full -= common
-        half = len(rows) // 2
-        yield from self._shared(rows[:half], first=first)
-        yield from self._shared(rows[half:], first=first)
+        for half in node.halves:
+            yield from self._shared(half, first=first)
 
     def _single(self, row: _Row, *, first: bool) -> Iterator[Tile]:
         """What is left of one row, its full blocks apart from the others where they are many."""

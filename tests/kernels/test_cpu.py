@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -41,6 +42,18 @@ def attend(
     return block_sparse_attention(
         *qkv, *tensors(layout), block_q=layout.block_q, block_kv=layout.block_kv, **options
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_tiles() -> Iterator[None]:
+    """Limits at which layouts of a few tokens are cut and shared as others are of thousands."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_plan, "_SHARED_KEYS", 16)
+        patch.setattr(row_plan, "_SHARING_QUERIES", 128)
+        patch.setattr(row_plan, "_KEYS_PER_TILE", 70)
+        patch.setattr(row_plan, "_MASKED_QUERIES", 64)
+        patch.setattr(row_plan, "_ROWS_COMPARED", 5)
+        yield
 
 
 @pytest.fixture(params=["flash", "matmul"])
@@ -236,25 +249,77 @@ def test_only_visited_keys_are_computed(monkeypatch: pytest.MonkeyPatch) -> None
             return super().forward(q, k, *rest)
 
     monkeypatch.setattr("diffattn.kernels.cpu.pick_row_attention", lambda dtype: Counting())
-    layout = random_layout(256, 256, 32, 32)
+    layout = random_layout(256, 256, 32, 32, partial=False)
     attend(inputs(2, 256, 256, 6, 8, torch.float32), layout)
     assert sum(seen) == layout.density * 2 * 6 * 256 * 256
-
-
-def test_rows_with_the_same_keys_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of a partial block, keys that some query of the row sees, filled up to whole vectors.
+    seen.clear()
+    states = torch.full((2, 2), PARTIAL, dtype=torch.uint8)
+    bits = torch.zeros(128, 128, dtype=torch.bool)
+    bits[:, 40] = bits[7, 90:98] = True
     layout = layout_from_states(
-        torch.full((4, 4), FULL, dtype=torch.uint8), None,
-        tokens_q=100, tokens_kv=100, block_q=32, block_kv=32,
+        states, lambda r, c: bits.expand(len(r), -1, -1),
+        tokens_q=256, tokens_kv=256, block_q=128, block_kv=128,
     )  # fmt: skip
+    attend(inputs(1, 256, 256, 1, 8, torch.float32), layout)
+    assert sum(seen) == 256 * 32
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize(("tokens_q", "tokens_kv"), [(600, 500), (33, 1000)])
+def test_tiles_are_the_layout(tokens_q: int, tokens_kv: int, share: bool) -> None:
+    layout = random_layout(tokens_q, tokens_kv, 16, 20)
+    layout.full_count[0, 0, ::5] = 0
+    key_mask = torch.rand(tokens_kv) < 0.8
     plan = row_plan.make_row_plan(
-        tensors(layout), tokens_q=100, tokens_kv=100, block_q=32, block_kv=32
-    )
-    ((groups,),) = plan.groups
-    assert [(g.starts, g.queries, g.run) for g in groups] == [((0,), 100, (0, 100))]
+        tensors(layout), tokens_q=tokens_q, tokens_kv=tokens_kv, block_q=16, block_kv=20,
+        share=share,
+    )  # fmt: skip
+    ((tiles,),) = plan.tiles
+    for mask in (None, key_mask):
+        visits = torch.zeros(tokens_q, tokens_kv, dtype=torch.int64)
+        begun = torch.zeros(tokens_q, dtype=torch.bool)
+        for tile in tiles:
+            queries = torch.cat([torch.arange(*span) for span in tile.spans])
+            assert (begun[queries] != tile.first).all()
+            begun[queries] = True
+            visit = plan.visit(tile, mask, torch.float32)
+            if visit is None:
+                continue
+            keys = torch.arange(tokens_kv)[visit.keys]
+            seen = torch.ones(len(queries), len(keys), dtype=torch.int64)
+            if visit.bias is not None:
+                seen *= visit.bias.scores[0] == 0
+                blind = seen.sum(1) == 0
+                found = visit.bias.blind
+                assert not blind.any() if found is None else torch.equal(found[0], blind)
+            visits[queries[:, None], keys] += seen
+        assert begun.all()
+        expected = layout.dense()[0, 0] if mask is None else layout.dense()[0, 0] & mask
+        assert torch.equal(visits, expected.long())
+    assert share == (sum(tile.first for tile in tiles) < len(tiles))
 
 
-def test_large_groups_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffattn.kernels.cpu._SCORES_PER_CHUNK", 2000)
+def test_rows_with_the_same_keys_are_one_tile() -> None:
+    states = torch.full((4, 4), FULL, dtype=torch.uint8)
+    states[1, 0] = EMPTY
+    layout = layout_from_states(
+        states, None, tokens_q=100, tokens_kv=100, block_q=32, block_kv=32
+    )  # fmt: skip
+    for share, expected in (
+        (True, [(((0, 100),), (32, 100)), (((0, 32), (64, 100)), (0, 32))]),
+        (False, [(((0, 32), (64, 100)), (0, 100)), (((32, 64),), (32, 100))]),
+    ):
+        plan = row_plan.make_row_plan(
+            tensors(layout), tokens_q=100, tokens_kv=100, block_q=32, block_kv=32, share=share
+        )
+        ((tiles,),) = plan.tiles
+        assert [(tile.spans, tile.run) for tile in tiles] == expected
+
+
+@pytest.mark.usefixtures("form")
+def test_large_tiles_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffattn.kernels.cpu._ELEMENTS_PER_PART", 2000)
     layout = random_layout(200, 200, 64, 32)
     for dtype in (torch.float32, torch.bfloat16):
         qkv = inputs(1, 200, 200, 2, 16, dtype)
