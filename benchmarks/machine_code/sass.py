@@ -16,7 +16,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 # Machine code is for one architecture; wgmma and tcgen05 are in its "a" form.
 _NAMES = {90: "SM90a", 100: "SM100a"}
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
-_JUMPS = ("BRA", "BRX", "JMP")
+_JUMPS = ("BRA", "JMP")
+_INDIRECT = ("BRX", "JMX")  # to an address in a register: what is printed is an offset
 _ENDS = ("EXIT", "RET", "BPT")
 
 
@@ -47,7 +48,7 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes."""
+        """Where a branch goes, if that is a constant."""
         if self.kind not in _JUMPS:
             return None
         found = re.findall(r"0x([0-9a-f]+)", self.operands)
@@ -125,7 +126,7 @@ def _successors(instructions: Sequence[Instruction]) -> dict[int, list[int]]:
     found: dict[int, list[int]] = {instructions[-1].address: []}
     for instruction, following in pairwise(instructions):
         next_ones = []
-        if instruction.conditional or instruction.kind not in (*_JUMPS, *_ENDS):
+        if instruction.conditional or instruction.kind not in (*_JUMPS, *_INDIRECT, *_ENDS):
             next_ones.append(following.address)
         if instruction.target is not None:
             next_ones.append(instruction.target)

@@ -86,6 +86,13 @@ def test_code_that_an_indirect_branch_leads_to_has_no_other_loops() -> None:
     assert [(x[0].address, x[-1].address) for x in hot_loops(kernel)] == [(0x20, 0x60)]
 
 
+def test_an_indirect_branch_goes_nowhere_that_is_known() -> None:
+    """It prints an offset, which is no address in the kernel."""
+    indirect, direct = listing(["BRX R2 -0x10", "@P0 BRA 0x10"])
+    assert indirect.target is None
+    assert direct.target == 0x10
+
+
 def test_only_the_innermost_loop_with_products_is_hot() -> None:
     kernel = listing([
         "MOV R1, R2",

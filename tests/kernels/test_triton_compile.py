@@ -136,7 +136,8 @@ def test_every_kernel_with_products_has_its_loops_in_the_table(table: dict[str, 
     """In 16 bits with the products that its tiles need; float32 is multiplied without them."""
     without = {"row_sums", "count", "fill", "denominator"}
     for row in table["kernels"]:
-        assert bool(row["loops"]) == (row["kernel"] not in without), row
+        if "float32" not in row["case"]:
+            assert bool(row["loops"]) == (row["kernel"] not in without), row
         for loop in row["loops"]:
             has_products = "float32" not in row["case"]
             assert not has_products or loop["duplicated"] >= 0.999, (row, loop)
