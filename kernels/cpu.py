@@ -181,7 +181,7 @@ def _backward_op(
         grad_lse_rows = None if grad_lse is None else grad_lse[chunk.sample, chunk.heads]
         dq_rows, grads = chunk.of(dq), (chunk.of(dk), chunk.of(dv))
         totals = tuple(
-            _zeros(grad, x, lse.dtype) for grad, x in zip(grads, chunk.keys_values, strict=True)
+            _zeros(result, x, lse.dtype) for result, x in zip(grads, chunk.keys_values, strict=True)
         )
         hidden = None if key_mask is None else key_mask[chunk.sample]
         for tile in chunk.tiles:
@@ -209,9 +209,9 @@ def _backward_op(
                         dq_rows[rows] += x
                 for total, x in zip(totals, (part_dk[0], part_dv[0]), strict=True):
                     _add(total, visit.keys, x)
-        for grad, total in zip(grads, totals, strict=True):
-            if grad.dtype != total.dtype:
-                grad.copy_(total)
+        for result, total in zip(grads, totals, strict=True):
+            if result.dtype != total.dtype:
+                result.copy_(total)
         del totals, total  # before the next chunk's are made
     return dq, dk, dv
 
@@ -258,7 +258,7 @@ def _head_chunks(
         layouts = plan.tiles[sample if len(plan.tiles) > 1 else 0]
         for head in range(0, heads, step):
             chosen = slice(head, min(head + step, heads))
-            keys_values = k[sample, :, chosen], v[sample, :, chosen]
+            keys_values: tuple[torch.Tensor, ...] = k[sample, :, chosen], v[sample, :, chosen]
             if copy is not None:
                 places = copy[:, : chosen.stop - head].transpose(1, 2).unbind(0)
                 keys_values = tuple(
