@@ -129,6 +129,9 @@ def _dumps_of_the_compiler_held_back() -> Iterator[None]:
 
     Then it is hundreds of lines of MLIR, for which there is a warning in one line.
     """
+    if sys.stderr is None:  # a program without a console
+        yield
+        return
     with tempfile.TemporaryFile() as file:
         sys.stderr.flush()
         real = os.dup(2)
@@ -170,9 +173,8 @@ def choices(kernel: str, call: Call) -> list[Choice]:
         found = []
         for variant in dict.fromkeys((best, "tma", "plain")):
             if variant in forms and (best != "plain" or variant == "plain"):
-                same = measured is not None and measured.variant == variant
-                tiles = call.tiles(kernel, variant, measured.tiles if same and measured else None)
-                found.append(Choice(variant, tiles))
+                known = measured.tiles if measured and measured.variant == variant else None
+                found.append(Choice(variant, call.tiles(kernel, variant, known)))
         return found
 
 
