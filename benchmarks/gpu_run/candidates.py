@@ -66,8 +66,9 @@ RANKED: dict[tuple[str, int], tuple[Choice, ...]] = {
         "plain 128x64 w8 s3 p64 ahead",
     ),
     ("queries", 128): _choices(
-        "tma 128x64 w8 s2 p64 ahead",
         "tma 128x128 w8 s2 p64",
+        "plain 128x64 w8 s2 ahead",
+        "tma 128x64 w8 s2 p64 ahead",
         "tma 64x64 w4 s2 p64",
         "tma 128x64 w8 s3 p64",
         "tma 128x64 w8 s2 p64",
@@ -101,10 +102,11 @@ RANKED: dict[tuple[str, int], tuple[Choice, ...]] = {
         "plain 64x64 w4 s2",
     ),
     ("gather_forward", 128): _choices(
+        "plain 128x64 w8 s2 ahead",
+        "plain 128x64 w8 s3 ahead",
+        "plain 128x128 w8 s2 ahead",
         "plain 128x64 w8 s3",
-        "plain 128x64 w8 s2",
-        "plain 128x128 w8 s2",
-        "plain 64x64 w4 s2",
+        "plain 64x64 w4 s2 ahead",
     ),
     ("gather_queries", 128): _choices(
         "plain 128x64 w8 s2",
