@@ -125,9 +125,9 @@ def _forward_op(
     for chunk in _head_chunks(plan, k, v, attention):
         queries, out_rows = chunk.of(q), chunk.of(out)
         lse_rows = lse[chunk.sample, chunk.heads]
-        hidden = None if key_mask is None else key_mask[chunk.sample]
+        visible = None if key_mask is None else key_mask[chunk.sample]
         for tile in chunk.tiles:
-            visit = plan.visit(tile, hidden, q.dtype)
+            visit = plan.visit(tile, visible, q.dtype)
             if visit is None:
                 if tile.first:
                     _fill(tile, out_rows, lse_rows)
@@ -182,9 +182,9 @@ def _backward_op(
         totals = tuple(
             _zeros(grad, x, lse.dtype) for grad, x in zip(grads, chunk.keys_values, strict=True)
         )
-        hidden = None if key_mask is None else key_mask[chunk.sample]
+        visible = None if key_mask is None else key_mask[chunk.sample]
         for tile in chunk.tiles:
-            visit = plan.visit(tile, hidden, q.dtype)
+            visit = plan.visit(tile, visible, q.dtype)
             if visit is None:
                 if tile.first:
                     for start, stop in tile.spans:
@@ -208,9 +208,9 @@ def _backward_op(
                         dq_rows[rows] += x
                 for total, x in zip(totals, (part_dk[0], part_dv[0]), strict=True):
                     _add(total, visit.keys, x)
-        for grad, total in zip(grads, totals, strict=True):
-            if grad.dtype != total.dtype:
-                grad.copy_(total)
+        for to, total in zip(grads, totals, strict=True):
+            if to.dtype != total.dtype:
+                to.copy_(total)
         del totals, total  # before the next chunk's are made
     return dq, dk, dv
 
@@ -257,7 +257,7 @@ def _head_chunks(
         layouts = plan.tiles[sample if len(plan.tiles) > 1 else 0]
         for head in range(0, heads, step):
             chosen = slice(head, min(head + step, heads))
-            keys_values = k[sample, :, chosen], v[sample, :, chosen]
+            keys_values: tuple[torch.Tensor, ...] = k[sample, :, chosen], v[sample, :, chosen]
             if copy is not None:
                 places = copy[:, : chosen.stop - head].transpose(1, 2).unbind(0)
                 keys_values = tuple(
