@@ -126,9 +126,9 @@ def _forward_op(
     for chunk in _head_chunks(plan, k, v, attention):
         queries, out_rows = chunk.of(q), chunk.of(out)
         lse_rows = lse[chunk.sample, chunk.heads]
-        hidden = None if key_mask is None else key_mask[chunk.sample]
+        visible = None if key_mask is None else key_mask[chunk.sample]
         for tile in chunk.tiles:
-            visit = plan.visit(tile, hidden, q.dtype)
+            visit = plan.visit(tile, visible, q.dtype)
             if visit is None:
                 if tile.first:
                     _fill(tile, out_rows, lse_rows)
@@ -183,9 +183,9 @@ def _backward_op(
         totals = tuple(
             _zeros(result, x, lse.dtype) for result, x in zip(grads, chunk.keys_values, strict=True)
         )
-        hidden = None if key_mask is None else key_mask[chunk.sample]
+        visible = None if key_mask is None else key_mask[chunk.sample]
         for tile in chunk.tiles:
-            visit = plan.visit(tile, hidden, q.dtype)
+            visit = plan.visit(tile, visible, q.dtype)
             if visit is None:
                 if tile.first:
                     for start, stop in tile.spans:

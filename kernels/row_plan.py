@@ -17,9 +17,10 @@ from .checks import LayoutTensors
 from .layout_cache import LayoutCache
 from .row_attention import RowBias
 
-# Expanded bit masks are kept as long as they are small: a static local pattern has a few dozen
-# distinct ones, a random token mask may have one per tile.
-_KEEP_EXPANDED_BYTES = 1 << 24
+# Expanded bit masks are kept when they are small: a static local pattern has a few dozen distinct
+# ones, a random token mask may have one per block. So are the patterns that are made of them.
+_KEEP_MASKS_BYTES = 1 << 26
+_KEEP_PATTERNS_BYTES = 1 << 24
 
 # Query tokens that share keys: enough for the fused attention to multiply 256 at a time.
 _SHARING_QUERIES = 1024
@@ -100,13 +101,16 @@ class RowPlan:
         tiles: `tiles[b][h]` is a tuple of `Tile`, for batch|1 and heads|1.
         patterns: the distinct arrangements of bit masks in the tiles.
         bit_masks: int32 `(masks + 1, block_q, words)`: those of the layout, and one of all bits.
+        visible: bool `(masks + 1, block_kv)`, the keys that some query sees.
         tokens: int64 `(columns, block_kv)`, the tokens of each key block.
     """
 
     tiles: tuple[tuple[tuple[Tile, ...], ...], ...]
     patterns: tuple[_Pattern, ...]
     bit_masks: torch.Tensor
+    visible: torch.Tensor
     tokens: torch.Tensor
+    _tables: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, repr=False)
     _expanded: dict[tuple[int, torch.dtype], _Expanded] = field(default_factory=dict, repr=False)
 
     def visit(self, tile: Tile, key_mask: torch.Tensor | None, dtype: torch.dtype) -> Visit | None:
@@ -130,7 +134,7 @@ class RowPlan:
             seen = key_mask[keys]
             keys = keys[seen]
             if bias is not None and len(keys) < len(seen):
-                bias = make_bias(bias.scores[..., seen])
+                bias = _bias(bias.scores[..., seen], may_be_blind=True)
         return Visit(keys, bias) if len(keys) else None
 
     def _expand(self, number: int, dtype: torch.dtype) -> _Expanded:
@@ -138,30 +142,56 @@ class RowPlan:
         if found is not None:
             return found
         pattern = self.patterns[number]
-        rows, blocks = pattern.masks.shape
-        words = self.bit_masks.index_select(0, pattern.masks.flatten())
-        # Queries first and then the blocks of a row side by side.
-        words = words.unflatten(0, (rows, blocks)).transpose(1, 2).flatten(0, 1)
-        scores = expand_bits(words, self.tokens.shape[1], dtype).flatten(1)
-        scores = scores[: pattern.queries, : pattern.keys]
-        seen = scores.amax(0) == 0
+        # All rows of a pattern show the same keys.
+        seen = self.visible.index_select(0, pattern.masks[0]).flatten()[: pattern.keys]
         # Some hidden keys more, for rows of whole vectors: oneDNN is slow where they are not.
         hidden = (~seen).nonzero().flatten()
         seen[hidden[: -int(seen.sum()) % _KEYS_PER_VECTOR]] = True
         kept = seen.nonzero().flatten()
-        expanded = _Expanded(kept, make_bias(scores.index_select(1, kept)[None]))
+        block_q = self.bit_masks.shape[1]
+        scores = torch.empty(len(pattern.masks) * block_q, len(kept), dtype=dtype)
+        for rows, masks in zip(scores.split(block_q), pattern.masks, strict=True):
+            rows.copy_(self._mask_keys(masks, kept, dtype).T)
+        all_partial = bool((pattern.masks[0] < len(self.bit_masks) - 1).all())
+        bias = _bias(scores[None, : pattern.queries], may_be_blind=all_partial)
+        expanded = _Expanded(kept, bias)
         held = sum(x.bias.scores.nbytes for x in self._expanded.values())
-        if held + expanded.bias.scores.nbytes <= _KEEP_EXPANDED_BYTES:
+        if held + bias.scores.nbytes <= _KEEP_PATTERNS_BYTES:
             self._expanded[number, dtype] = expanded
         return expanded
 
+    def _mask_keys(
+        self, masks: torch.Tensor, kept: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The bias `(keys, block_q)` of some keys of the blocks that have these bit masks."""
+        table = self._table(dtype)
+        if table is None:
+            table = _key_rows(self.bit_masks.index_select(0, masks), self.tokens.shape[1], dtype)
+            masks = torch.arange(len(masks))
+        places = masks[:, None] * self.tokens.shape[1] + self.tokens[0]
+        return table.index_select(0, places.flatten()[kept])
 
-def make_bias(scores: torch.Tensor) -> RowBias:
-    """The bias of `(rows, queries, keys)`, of which 0 is visible and -inf hidden."""
-    if not scores.shape[-1]:
+    def _table(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """All bit masks as `_key_rows`; None if they are too large."""
+        entries = self.bit_masks.shape[:2].numel() * self.tokens.shape[1]
+        if entries * dtype.itemsize > _KEEP_MASKS_BYTES:
+            return None
+        if dtype not in self._tables:
+            self._tables[dtype] = _key_rows(self.bit_masks, self.tokens.shape[1], dtype)
+        return self._tables[dtype]
+
+
+def _bias(scores: torch.Tensor, *, may_be_blind: bool) -> RowBias:
+    """The bias of `(1, queries, keys)`, of which 0 is visible and -inf hidden."""
+    if not may_be_blind or not scores.shape[-1]:
         return RowBias(scores, None)
     blind = scores.amax(-1) == -torch.inf
     return RowBias(scores, blind if blind.any() else None)
+
+
+def _key_rows(bit_masks: torch.Tensor, block_kv: int, dtype: torch.dtype) -> torch.Tensor:
+    """Bit masks `(masks, block_q, words)` as biases `(masks * block_kv, block_q)`."""
+    return expand_bits(bit_masks, block_kv, dtype).transpose(1, 2).flatten(0, 1)
 
 
 def expand_bits(words: torch.Tensor, n: int, dtype: torch.dtype) -> torch.Tensor:
@@ -198,29 +228,30 @@ def make_row_plan(
     every_bit = bit_masks.new_full((1, *bit_masks.shape[1:]), -1)
     bit_masks = torch.cat([bit_masks, every_bit])
     maker = _TileMaker(tokens_q, tokens_kv, block_q, block_kv, share, full=len(bit_masks) - 1)
-    visible = _visible_keys(bit_masks)
+    visible = _any_query(bit_masks)
+    like = torch.unique(visible, dim=0, return_inverse=True)[1].tolist()
     return RowPlan(
         tiles=tuple(
             tuple(
-                tuple(maker.tiles(_rows([x[b, h] for x in lists], visible, maker.masked_rows)))
+                tuple(maker.tiles(_rows([x[b, h] for x in lists], like, maker.masked_rows)))
                 for h in range(heads)
             )
             for b in range(batch)
         ),
         patterns=tuple(_Pattern(torch.tensor(m), *sizes) for m, *sizes in maker.patterns),
         bit_masks=bit_masks,
+        visible=expand_bits(visible, block_kv, torch.float32) == 0,
         tokens=torch.arange(maker.columns * block_kv).unflatten(0, (-1, block_kv)),
     )
 
 
-def _visible_keys(bit_masks: torch.Tensor) -> list[int]:
-    """A number for each bit mask, equal for those that show the same keys to some query."""
-    words = bit_masks
-    while words.shape[1] > 1:
-        half = words.shape[1] // 2
-        both = words[:, :half] | words[:, half : 2 * half]
-        words = torch.cat([both, words[:, 2 * half :]], 1)
-    return torch.unique(words[:, 0], dim=0, return_inverse=True)[1].tolist()
+def _any_query(bit_masks: torch.Tensor) -> torch.Tensor:
+    """Int32 `(masks, words)`: which keys some query sees by bit masks `(masks, block_q, words)`."""
+    while bit_masks.shape[1] > 1:
+        half = bit_masks.shape[1] // 2
+        both = bit_masks[:, :half] | bit_masks[:, half : 2 * half]
+        bit_masks = torch.cat([both, bit_masks[:, 2 * half :]], 1)
+    return bit_masks[:, 0]
 
 
 @dataclass
@@ -238,17 +269,20 @@ class _Row:
     partial: dict[int, list[int]]
 
 
-def _rows(lists: list[torch.Tensor], visible: list[int], masked_rows: int) -> list[_Row]:
+def _rows(lists: list[torch.Tensor], like: list[int], masked_rows: int) -> list[_Row]:
     """The rows of one head, those that see the same keys merged, wherever they are.
 
-    Where they have bit masks, no more than `masked_rows` are merged.
+    Args:
+        lists: counts and indices of full and of partial blocks, and the bit masks of these.
+        like: a number for each bit mask, equal for those that show the same keys.
+        masked_rows: how many are merged at most where they have bit masks.
     """
     latest: dict[tuple[tuple[int, ...], tuple[tuple[int, int], ...]], _Row] = {}
     out: list[_Row] = []
     columns = zip(*(x.tolist() for x in lists), strict=True)
     for number, (n_full, full, n_partial, partial, masks) in enumerate(columns):
         full, mask_of = full[:n_full], dict(zip(partial[:n_partial], masks, strict=False))
-        seen = (tuple(sorted(full)), tuple(sorted((b, visible[m]) for b, m in mask_of.items())))
+        seen = (tuple(sorted(full)), tuple(sorted((b, like[m]) for b, m in mask_of.items())))
         row = latest.get(seen)
         if row is None or (mask_of and len(row.numbers) == masked_rows):
             row = latest[seen] = _Row([], set(full), {block: [] for block in mask_of})

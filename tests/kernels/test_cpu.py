@@ -327,7 +327,8 @@ def test_large_tiles_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_many_distinct_masks_are_expanded_when_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffattn.kernels.row_plan._KEEP_EXPANDED_BYTES", 0)
+    monkeypatch.setattr("diffattn.kernels.row_plan._KEEP_MASKS_BYTES", 0)
+    monkeypatch.setattr("diffattn.kernels.row_plan._KEEP_PATTERNS_BYTES", 0)
     layout = random_layout(100, 100, 32, 40)
     qkv = inputs(1, 100, 100, 2, 16, torch.float32)
     assert_matches_eager(*attend(qkv, layout), *qkv, layout.dense(), backward=True)
