@@ -73,7 +73,6 @@ _ENTRIES = (
 # Every other constant that a kernel is compiled for.
 _CONSTANTS = (
     Case(128, torch.bfloat16, 64, 64),
-    Case(80, torch.bfloat16),
     Case(128, torch.bfloat16, partial=False, ragged=False),
     Case(32, torch.bfloat16, 16, 256),
 )
@@ -82,12 +81,13 @@ _FULL_ONLY = (
     *(Case(head_dim, torch.bfloat16, partial=False) for head_dim in (64, 128, 256)),
     Case(128, torch.bfloat16, 256, 64, partial=False),
 )
+# Heads that are padded, by what is run unasked.
+_PADDED = Case(80, torch.bfloat16)
 # One table of tiles for all chips, and no matrix units: slow to compile. A key mask takes the most
-# registers; at head_dim 256 there are other tiles for it.
-_FLOAT32 = (
-    *(Case(head_dim, torch.float32, key_mask=True) for head_dim in (64, 128, 256)),
-    Case(256, torch.float32),
-)
+# registers.
+_FLOAT32 = tuple(Case(d, torch.float32, key_mask=True) for d in (64, 128, 256))
+# The only entry of it that is another one without a mask.
+_FLOAT32_UNMASKED = (Case(256, torch.float32), "keys")
 
 
 def shipped(arch: int) -> Iterator[Launch]:
@@ -98,9 +98,14 @@ def shipped(arch: int) -> Iterator[Launch]:
             for variant in KERNELS[kernel]:
                 if variant == "plain" or (arch == 90 and _takes(case, kernel, variant)):
                     yield launch(case, kernel, variant)
-    for case in _FULL_ONLY if arch == 90 else ():
-        yield launch(case, "forward", "tma")
-        yield launch(case, "forward", "tma_ws")
+    if arch == 80:
+        yield launch(*_FLOAT32_UNMASKED)
+    if arch == 90:
+        for kernel in PRODUCTS:
+            yield launch(_PADDED, kernel, "tma")
+        for case in _FULL_ONLY:
+            yield launch(case, "forward", "tma")
+            yield launch(case, "forward", "tma_ws")
 
 
 def launch(

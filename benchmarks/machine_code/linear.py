@@ -32,7 +32,7 @@ class Case:
 # Every entry of the tables of tiles, with what needs most registers.
 _ENTRIES = tuple(Case(d, torch.float16, rotation=True, key_mask=True) for d in (64, 128, 256))
 # Every other constant that a kernel is compiled for.
-_CONSTANTS = tuple(Case(head_dim, torch.bfloat16) for head_dim in (40, 64, 80, 128, 160, 256))
+_CONSTANTS = tuple(Case(head_dim, torch.bfloat16) for head_dim in (80, 128))
 # No matrix units: slow to compile.
 _FLOAT32 = tuple(Case(d, torch.float32, rotation=True, key_mask=True) for d in (64, 128, 256))
 

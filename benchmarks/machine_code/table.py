@@ -39,7 +39,10 @@ def markdown(rows: Sequence[KernelRow], verdicts: Sequence[Verdict]) -> str:
     """The page."""
     parts = ["# Machine code of the Triton kernels\n\n", _LEGEND.format(version=triton.__version__)]
     if verdicts:
-        parts += ["\n## Must reach (sm_90, bfloat16)\n\n", *map(verdict, verdicts)]
+        parts += [
+            "\n## Must reach (sm_90, bfloat16; the best of plain and tma)\n\n",
+            *map(verdict, verdicts),
+        ]
     for arch in dict.fromkeys(row.arch for row in rows):
         parts.append(f"\n## sm_{arch}\n\n")
         parts.append(lines([row for row in rows if row.arch == arch]))
