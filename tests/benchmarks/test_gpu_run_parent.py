@@ -510,7 +510,11 @@ def test_going_on_takes_rows_and_table_along_to_another_folder(tmp_path: Path) -
     assert (out / "tuned.json").read_text() == "{}"
 
 
-def test_a_plugin_writes_a_row_for_every_test(run: Run, tmp_path: Path) -> None:
+def test_a_plugin_writes_a_row_for_every_test(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # This process may be a worker of pytest-xdist; that of the stage is none.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     (tmp_path / "test_some.py").write_text(
         "import pytest\n"
         "def test_good(): pass\n"

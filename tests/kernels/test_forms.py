@@ -69,7 +69,7 @@ def check(
         pytest.param(3, 65, 65, 24, torch.float16, id="one-over"),
         pytest.param(1, 1, 130, 64, torch.bfloat16, id="one-query"),
         pytest.param(1, 65, 1, 40, torch.float16, id="text-of-length-1"),
-        pytest.param(1, 128, 128, 72, torch.bfloat16, id="whole-blocks"),
+        pytest.param(1, 128, 128, 56, torch.bfloat16, id="whole-blocks"),
     ],
 )
 def test_full_and_partial_blocks(
