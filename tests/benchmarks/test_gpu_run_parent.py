@@ -57,6 +57,8 @@ def run(tmp_path: Path, pids: Path) -> Run:
 
 def a_run(tmp_path: Path, pids: Path, minutes: float = 1.0, sources: str = "abc") -> Run:
     environment = os.environ | {"PYTHONPATH": str(FOLDER.parent), "PIDS": str(pids)}
+    # This process may be a worker of pytest-xdist; that of a stage is none.
+    environment.pop("PYTEST_XDIST_WORKER", None)
     (tmp_path / "logs").mkdir(exist_ok=True)
     return Run(tmp_path, tmp_path / "logs", sources, minutes, lambda stage: dict(environment))
 
@@ -169,6 +171,8 @@ def test_an_interrupt_keeps_the_rows_and_leaves_no_process(
     )
     (tmp_path / "logs").mkdir()
     environment = os.environ | {"PYTHONPATH": str(FOLDER.parent), "PIDS": str(pids)}
+    # This process may be a worker of pytest-xdist; that of a stage is none.
+    environment.pop("PYTEST_XDIST_WORKER", None)
     parent = subprocess.Popen([sys.executable, "-c", program], env=environment)
     try:
         wait_for(pids.exists)
@@ -510,11 +514,7 @@ def test_going_on_takes_rows_and_table_along_to_another_folder(tmp_path: Path) -
     assert (out / "tuned.json").read_text() == "{}"
 
 
-def test_a_plugin_writes_a_row_for_every_test(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # This process may be a worker of pytest-xdist; that of the stage is none.
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+def test_a_plugin_writes_a_row_for_every_test(run: Run, tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text(
         "import pytest\n"
         "def test_good(): pass\n"
