@@ -20,8 +20,8 @@ _ELEMENTS_PER_PART = 1 << 20
 _MIN_QUERIES = 16
 
 # Heads are taken together up to this many elements per token: fewer and larger calls, in which
-# threads wait less for each other, while keys and values of a tile still fit the caches.
-_ELEMENTS_PER_TOKEN = 256
+# threads wait less for each other, and copies of whole tokens.
+_ELEMENTS_PER_TOKEN = 1024
 
 
 def block_sparse_attention(
