@@ -11,7 +11,7 @@ from .checks import LayoutTensors, check_inputs, check_layout
 from .cpu_tangent import tangent_op
 from .operators import differentiable, empty_outputs
 from .row_attention import RowAttention, RowBias, pick_row_attention, unit_stride
-from .row_plan import RowPlan, Tile, cached_row_plan, rows_share
+from .row_plan import Group, RowPlan, Tile, cached_row_plan, rows_share
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -125,21 +125,27 @@ def _forward_op(
     out, lse = empty_outputs(q)
     for chunk in _head_chunks(plan, k, v, attention):
         queries, out_rows = chunk.of(q), chunk.of(out)
-        lse_rows = lse[chunk.sample, chunk.heads]
+        lse_rows = lse[chunk.sample, chunk.heads].T
         visible = None if key_mask is None else key_mask[chunk.sample]
-        for tile in chunk.tiles:
-            visit = plan.visit(tile, visible, q.dtype)
-            if visit is None:
-                if tile.first:
-                    _fill(tile, out_rows, lse_rows)
-                continue
-            keys, values = (_select(x, visit.keys) for x in chunk.keys_values)
-            for part in _parts(tile, keys, attention):
-                found, found_lse = attention.forward(
-                    _read(part, queries), keys[None], values[None],
-                    _part_of(visit.bias, part), scale,
-                )  # fmt: skip
-                _write(part, out_rows, lse_rows, found[0], found_lse[0], merge=not tile.first)
+        for group in chunk.groups:
+            q_rows = _read(group, queries)  # (queries, heads, head_dim)
+            results = (_Rows(group, out_rows), _Rows(group, lse_rows))
+            for tile in group.tiles:
+                visit = plan.visit(tile, visible, q.dtype)
+                if visit is None:
+                    if tile.first:
+                        for rows, nothing in zip(results, (0, -torch.inf), strict=True):
+                            rows.fill(slice(tile.start, tile.stop), nothing)
+                    continue
+                keys, values = (_select(x, visit.keys) for x in chunk.keys_values)
+                for part in _parts(tile, keys, attention):
+                    found, found_lse = attention.forward(
+                        _as_heads(q_rows[part]), keys[None], values[None],
+                        _part_of(visit.bias, tile, part), scale,
+                    )  # fmt: skip
+                    _write(part, *results, found[0], found_lse[0], merge=not tile.first)
+            for rows in results:
+                rows.store()
     return out, lse
 
 
@@ -177,38 +183,44 @@ def _backward_op(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     for chunk in _head_chunks(plan, k, v, attention):
         queries, out_rows, grad_rows = chunk.of(q), chunk.of(out), chunk.of(grad_out)
-        lse_rows = lse[chunk.sample, chunk.heads]
-        grad_lse_rows = None if grad_lse is None else grad_lse[chunk.sample, chunk.heads]
+        lse_rows = lse[chunk.sample, chunk.heads].T
+        grad_lse_rows = None if grad_lse is None else grad_lse[chunk.sample, chunk.heads].T
         dq_rows, grads = chunk.of(dq), (chunk.of(dk), chunk.of(dv))
         totals = tuple(
             _zeros(result, x, lse.dtype) for result, x in zip(grads, chunk.keys_values, strict=True)
         )
         visible = None if key_mask is None else key_mask[chunk.sample]
-        for tile in chunk.tiles:
-            visit = plan.visit(tile, visible, q.dtype)
-            if visit is None:
-                if tile.first:
-                    for start, stop in tile.spans:
-                        dq_rows[start:stop] = 0
-                continue
-            keys, values = (_select(x, visit.keys) for x in chunk.keys_values)
-            for part in _parts(tile, keys, attention):
-                grad = (
-                    _read(part, grad_rows),
-                    None if grad_lse_rows is None else _read_lse(part, grad_lse_rows),
-                )
-                part_dq, part_dk, part_dv = attention.backward(
-                    grad, _read(part, queries), keys[None], values[None],
-                    _read(part, out_rows), _read_lse(part, lse_rows),
-                    _part_of(visit.bias, part), scale,
-                )  # fmt: skip
-                for rows, x in part.split(part_dq[0].transpose(0, 1)):
+        for group in chunk.groups:
+            # (queries, heads, head_dim) each, and (queries, heads)
+            q_rows, out_of, grad_of, lse_of = (
+                _read(group, x) for x in (queries, out_rows, grad_rows, lse_rows)
+            )
+            grad_lse_of = None if grad_lse_rows is None else _read(group, grad_lse_rows)
+            dq_of = _Rows(group, dq_rows)
+            for tile in group.tiles:
+                visit = plan.visit(tile, visible, q.dtype)
+                if visit is None:
                     if tile.first:
-                        dq_rows[rows] = x
+                        dq_of.fill(slice(tile.start, tile.stop), 0)
+                    continue
+                keys, values = (_select(x, visit.keys) for x in chunk.keys_values)
+                for part in _parts(tile, keys, attention):
+                    grad = (
+                        _as_heads(grad_of[part]),
+                        None if grad_lse_of is None else _as_heads(grad_lse_of[part]),
+                    )
+                    part_dq, part_dk, part_dv = attention.backward(
+                        grad, _as_heads(q_rows[part]), keys[None], values[None],
+                        _as_heads(out_of[part]), _as_heads(lse_of[part]).contiguous(),
+                        _part_of(visit.bias, tile, part), scale,
+                    )  # fmt: skip
+                    if tile.first:
+                        dq_of.write(part, part_dq[0].transpose(0, 1))
                     else:
-                        dq_rows[rows] += x
-                for total, x in zip(totals, (part_dk[0], part_dv[0]), strict=True):
-                    _add(total, visit.keys, x)
+                        dq_of.of(part).add_(part_dq[0].transpose(0, 1))
+                    for total, x in zip(totals, (part_dk[0], part_dv[0]), strict=True):
+                        _add(total, visit.keys, x)
+            dq_of.store()
         for result, total in zip(grads, totals, strict=True):
             if result.dtype != total.dtype:
                 result.copy_(total)
@@ -225,14 +237,14 @@ class _HeadChunk:
 
     Attributes:
         sample, heads: which.
-        tiles: what is computed for them.
+        groups: what is computed for them.
         keys_values: both `(tokens, heads, head_dim)`: those of the caller, or a copy in which the
             tokens of a head lie together, as matrix products of oneDNN want them.
     """
 
     sample: int
     heads: slice
-    tiles: tuple[Tile, ...]
+    groups: tuple[Group, ...]
     keys_values: tuple[torch.Tensor, ...]
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
@@ -251,11 +263,11 @@ def _head_chunks(
     step = max(2, torch.get_num_threads())
     if not attention.keeps_scores:
         step = max(step, _ELEMENTS_PER_TOKEN // head_dim)
-    step = 1 if len(plan.tiles[0]) > 1 else min(step, heads)
+    step = 1 if len(plan.groups[0]) > 1 else min(step, heads)
     # One copy that all chunks use in turn: a new one would be made beside the last one.
     copy = k.new_empty(2, step, tokens, head_dim) if attention.keeps_scores else None
     for sample in range(batch):
-        layouts = plan.tiles[sample if len(plan.tiles) > 1 else 0]
+        layouts = plan.groups[sample if len(plan.groups) > 1 else 0]
         for head in range(0, heads, step):
             chosen = slice(head, min(head + step, heads))
             keys_values: tuple[torch.Tensor, ...] = k[sample, :, chosen], v[sample, :, chosen]
@@ -267,50 +279,75 @@ def _head_chunks(
             yield _HeadChunk(
                 sample=sample,
                 heads=chosen,
-                tiles=layouts[head if len(layouts) > 1 else 0],
+                groups=layouts[head if len(layouts) > 1 else 0],
                 keys_values=keys_values,
             )
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Some queries of a tile: from start to stop of them all, in so many ranges of tokens."""
+class _Rows:
+    """What is computed for the queries of a group: `(queries, ...)` in the order of its tiles.
 
-    start: int
-    stop: int
-    spans: tuple[slice, ...]
+    The rows lie in the caller's tensor where the group is one range of tokens; elsewhere they are
+    stored there at the end.
+    """
 
-    def split(self, x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Each range of tokens, with its share of `(queries, ...)`."""
-        lengths = [span.stop - span.start for span in self.spans]
-        return zip(self.spans, x.split(lengths), strict=True)
+    def __init__(self, group: Group, tokens: torch.Tensor) -> None:
+        """Nothing is computed yet; tokens: the caller's `(tokens, ...)`, which is written to."""
+        self._group, self._tokens = group, tokens
+        self._lies_there = len(group.spans) == 1
+        self._rows = tokens[slice(*group.spans[0])] if self._lies_there else None
+
+    def of(self, part: slice) -> torch.Tensor:
+        if self._rows is None:
+            shape = (sum(self._group.lengths), *self._tokens.shape[1:])
+            self._rows = self._tokens.new_empty(shape)
+        return self._rows[part]
+
+    def fill(self, part: slice, value: float) -> None:
+        self.of(part).fill_(value)
+
+    def write(self, part: slice, found: torch.Tensor) -> None:
+        """Take what is found for some queries for the first time; no copy is made for all."""
+        if self._rows is None and len(found) == sum(self._group.lengths):
+            self._rows = found
+        else:
+            self.of(part).copy_(found)
+
+    def store(self) -> None:
+        if not self._lies_there:
+            lengths = self._group.lengths
+            for span, rows in zip(
+                self._group.spans, self.of(slice(None)).split(lengths), strict=True
+            ):
+                self._tokens[slice(*span)] = rows
 
 
-def _parts(tile: Tile, keys: torch.Tensor, attention: RowAttention) -> Iterator[_Part]:
+def _read(group: Group, x: torch.Tensor) -> torch.Tensor:
+    """The queries of a group in `(tokens, ...)`."""
+    rows = [x[start:stop] for start, stop in group.spans]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _as_heads(x: torch.Tensor) -> torch.Tensor:
+    """`(queries, heads, ...)` as `(1, heads, queries, ...)`."""
+    return x.transpose(0, 1)[None]
+
+
+def _parts(tile: Tile, keys: torch.Tensor, attention: RowAttention) -> Iterator[slice]:
     """The queries of a tile, a part at a time where the scores or the output would be large."""
     heads, tokens, head_dim = keys.shape
     elements = heads * (tokens if attention.keeps_scores else head_dim)
-    queries = sum(stop - start for start, stop in tile.spans)
+    queries = tile.stop - tile.start
     largest = max(_ELEMENTS_PER_PART // elements, _MIN_QUERIES)
     step = -(-queries // -(-queries // largest))
-    start, spans, room = 0, [], step
-    for first, last in tile.spans:
-        while first < last:
-            stop = min(last, first + room)
-            spans.append(slice(first, stop))
-            room -= stop - first
-            first = stop
-            if not room:
-                yield _Part(start, start + step, tuple(spans))
-                start, spans, room = start + step, [], step
-    if spans:
-        yield _Part(start, queries, tuple(spans))
+    for start in range(tile.start, tile.stop, step):
+        yield slice(start, min(start + step, tile.stop))
 
 
-def _part_of(bias: RowBias | None, part: _Part) -> RowBias | None:
+def _part_of(bias: RowBias | None, tile: Tile, part: slice) -> RowBias | None:
     if bias is None:
         return None
-    rows = slice(part.start, part.stop)
+    rows = slice(part.start - tile.start, part.stop - tile.start)
     return RowBias(bias.scores[:, rows], None if bias.blind is None else bias.blind[:, rows])
 
 
@@ -346,22 +383,10 @@ def _zeros(grad: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     return grad.zero_() if grad.dtype == dtype else torch.zeros_like(x, dtype=dtype)
 
 
-def _read(part: _Part, x: torch.Tensor) -> torch.Tensor:
-    """Some queries of `(tokens, heads, n)`, as `(1, heads, queries, n)`."""
-    rows = [x[span] for span in part.spans]
-    return (rows[0] if len(rows) == 1 else torch.cat(rows)).transpose(0, 1)[None]
-
-
-def _read_lse(part: _Part, x: torch.Tensor) -> torch.Tensor:
-    """Some queries of `(heads, tokens)`, as `(1, heads, queries)`."""
-    rows = [x[:, span] for span in part.spans]
-    return (rows[0] if len(rows) == 1 else torch.cat(rows, 1))[None]
-
-
 def _write(
-    part: _Part,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    part: slice,
+    out: _Rows,
+    lse: _Rows,
     found: torch.Tensor,
     found_lse: torch.Tensor,
     *,
@@ -371,27 +396,20 @@ def _write(
 
     Args:
         part: the queries.
-        out, lse: `(tokens, heads, head_dim)` and `(heads, tokens)`, of all queries.
+        out, lse: of the group, `(queries, heads, head_dim)` and `(queries, heads)`.
         found, found_lse: `(heads, queries, head_dim)` and `(heads, queries)`.
         merge: whether these queries have been written before.
     """
-    outs, lses = part.split(found.transpose(0, 1)), part.split(found_lse.T)
-    for (rows, new), (_, new_lse) in zip(outs, lses, strict=True):
-        old, old_lse = out[rows], lse[:, rows].T
-        if merge:
-            # Without any key so far or now, this is inf - inf: the 0 that is there stays.
-            weight = torch.sigmoid(new_lse - old_lse).nan_to_num_(0)
-            old.lerp_(new, weight[..., None])
-            new_lse = torch.logaddexp(old_lse, new_lse)
-        else:
-            old.copy_(new)
-        old_lse.copy_(new_lse)
-
-
-def _fill(tile: Tile, out: torch.Tensor, lse: torch.Tensor) -> None:
-    for start, stop in tile.spans:
-        out[start:stop] = 0
-        lse[:, start:stop] = -torch.inf
+    new, new_lse = found.transpose(0, 1), found_lse.T
+    if merge:
+        old_lse = lse.of(part)
+        # Without any key so far or now, this is inf - inf: the 0 that is there stays.
+        weight = torch.sigmoid(new_lse - old_lse).nan_to_num_(0)
+        out.of(part).lerp_(new, weight[..., None])
+        torch.logaddexp(old_lse, new_lse, out=old_lse)
+    else:
+        out.write(part, new)
+        lse.write(part, new_lse)
 
 
 def _plan(

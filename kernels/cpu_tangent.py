@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .row_plan import RowPlan, Tile, cached_row_plan, rows_share
+from .row_plan import Group, RowPlan, cached_row_plan, rows_share
 from .row_tangent import add_tangent
 
 # Rows are split where their scores, (queries, keys), would have more elements than this.
@@ -40,7 +40,7 @@ def tangent_op(
     )  # fmt: skip
     out_tangent, lse_tangent = q.new_empty(q.shape), lse.new_empty(lse.shape)
     for sample in range(q.shape[0]):
-        layouts = plan.tiles[sample if len(plan.tiles) > 1 else 0]
+        layouts = plan.groups[sample if len(plan.groups) > 1 else 0]
         seen = None if key_mask is None else key_mask[sample]
         for head in range(q.shape[2]):
             queries, keys = (
@@ -57,7 +57,7 @@ def tangent_op(
 
 def _tangent_of_head(
     plan: RowPlan,
-    tiles: tuple[Tile, ...],
+    groups: tuple[Group, ...],
     queries: torch.Tensor,
     lse: torch.Tensor,
     keys: torch.Tensor,
@@ -74,20 +74,22 @@ def _tangent_of_head(
     """
     # Queries that see no key have no part in what follows.
     moved, mean = torch.zeros_like(queries[0]), torch.zeros_like(lse)
-    for tile in tiles:
-        visit = plan.visit(tile, key_mask, lse.dtype)
-        if visit is None:
-            continue
-        k, v, k_tangent, v_tangent = keys[:, visit.keys]  # (keys, head_dim) each
-        tokens = torch.cat([torch.arange(*span) for span in tile.spans])
-        step = max(1, _SCORES_PER_PART // len(k))
-        for start in range(0, len(tokens), step):
-            part = tokens[start : start + step]
-            bias = None if visit.bias is None else visit.bias.scores[0, start : start + step]
-            q, q_tangent, _ = queries[:, part]  # (queries, head_dim) each
-            more, more_mean = add_tangent(
-                q, k, v, q_tangent, k_tangent, v_tangent, lse[part], bias, scale
-            )
-            moved[part] += more
-            mean[part] += more_mean
+    for group in groups:
+        of_group = torch.cat([torch.arange(*span) for span in group.spans])
+        for tile in group.tiles:
+            visit = plan.visit(tile, key_mask, lse.dtype)
+            if visit is None:
+                continue
+            k, v, k_tangent, v_tangent = keys[:, visit.keys]  # (keys, head_dim) each
+            tokens = of_group[tile.start : tile.stop]
+            step = max(1, _SCORES_PER_PART // len(k))
+            for start in range(0, len(tokens), step):
+                part = tokens[start : start + step]
+                bias = None if visit.bias is None else visit.bias.scores[0, start : start + step]
+                q, q_tangent, _ = queries[:, part]  # (queries, head_dim) each
+                more, more_mean = add_tangent(
+                    q, k, v, q_tangent, k_tangent, v_tangent, lse[part], bias, scale
+                )
+                moved[part] += more
+                mean[part] += more_mean
     return moved.sub_(mean[:, None] * queries[2]), mean

@@ -2,8 +2,8 @@
 
 A tile is dense attention of some query rows over some key blocks. The fused attention of torch is
 slow for few queries: it multiplies 32 of them at a time where there are less than 192, and 256
-where there are 768. Rows mostly see the same keys as others near them. So rows are computed
-together over what they share, and each over the rest.
+where there are 768. Rows mostly see the same keys as others near them. So the rows of a group are
+computed together over what they share, and each over the rest.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _MASKED_QUERIES = 512
 
 @dataclass(frozen=True)
 class Tile:
-    """Query rows and key blocks that all of them visit.
+    """Query rows of a group and key blocks that all of them visit.
 
     Attributes:
-        spans: the query tokens, as ascending (start, stop) with gaps between them.
+        start, stop: the queries, counted in the group.
         blocks: int64 `(blocks,)`, the key blocks, ascending; none for queries that see nothing.
         keys: tokens of the key blocks.
         run: the keys as (start, stop) if there are no masks and no gap.
@@ -49,12 +49,30 @@ class Tile:
         first: whether these queries are in none of the tiles before.
     """
 
-    spans: tuple[tuple[int, int], ...]
+    start: int
+    stop: int
     blocks: torch.Tensor
     keys: int
     run: tuple[int, int] | None
     pattern: int | None
     first: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """Query rows that are computed together, in an order in which each tile's are neighbours.
+
+    Attributes:
+        spans: the query tokens, as (start, stop) one after the other.
+        tiles: all that these queries visit.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    tiles: tuple[Tile, ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [stop - start for start, stop in self.spans]
 
 
 @dataclass(frozen=True)
@@ -98,14 +116,14 @@ class RowPlan:
     """All tiles of a layout, and its bit masks.
 
     Attributes:
-        tiles: `tiles[b][h]` is a tuple of `Tile`, for batch|1 and heads|1.
+        groups: `groups[b][h]` is a tuple of `Group`, for batch|1 and heads|1.
         patterns: the distinct arrangements of bit masks in the tiles.
         bit_masks: int32 `(masks + 1, block_q, words)`: those of the layout, and one of all bits.
         visible: bool `(masks + 1, block_kv)`, the keys that some query sees.
         tokens: int64 `(columns, block_kv)`, the tokens of each key block.
     """
 
-    tiles: tuple[tuple[tuple[Tile, ...], ...], ...]
+    groups: tuple[tuple[tuple[Group, ...], ...], ...]
     patterns: tuple[_Pattern, ...]
     bit_masks: torch.Tensor
     visible: torch.Tensor
@@ -231,9 +249,9 @@ def make_row_plan(
     visible = _any_query(bit_masks)
     like = torch.unique(visible, dim=0, return_inverse=True)[1].tolist()
     return RowPlan(
-        tiles=tuple(
+        groups=tuple(
             tuple(
-                tuple(maker.tiles(_rows([x[b, h] for x in lists], like, maker.masked_rows)))
+                tuple(maker.groups(_rows([x[b, h] for x in lists], like, maker.masked_rows)))
                 for h in range(heads)
             )
             for b in range(batch)
@@ -353,7 +371,7 @@ class _TileMaker:
     def masked_rows(self) -> int:
         return max(1, _MASKED_QUERIES // self.block_q)
 
-    def tiles(self, rows: list[_Row]) -> Iterator[Tile]:
+    def groups(self, rows: list[_Row]) -> Iterator[Group]:
         nodes = [_Node([row], torch.zeros(self.columns)) for row in rows]
         for node in nodes:
             node.common[list(node.rows[0].full)] = 1
@@ -364,38 +382,45 @@ class _TileMaker:
                 together = _pair_up(together, -(-_SHARED_KEYS // self.block_kv))
                 queries *= 2
             for node in together:
-                yield from self._shared(node, first=True)
+                numbers = [number for row in node.rows for number in row.numbers]
+                yield Group(tuple(self._spans(numbers)), tuple(self._shared(node, 0, first=True)))
 
-    def _shared(self, node: _Node, *, first: bool) -> Iterator[Tile]:
-        """What all rows see, then what each half of them sees of the rest, and so on."""
+    def _shared(self, node: _Node, start: int, *, first: bool) -> Iterator[Tile]:
+        """What all rows see, then what each half of them sees of the rest, and so on.
+
+        Args:
+            start: the place of the node's first query in the group.
+            first: whether the queries are in no tile yet.
+        """
         if not node.halves:
-            yield from self._single(node.rows[0], first=first)
+            yield from self._single(node.rows[0], start, first=first)
             return
         common = set.intersection(*(row.full for row in node.rows))
         if len(common) * self.block_kv >= _SHARED_KEYS:
-            numbers = sorted(number for row in node.rows for number in row.numbers)
+            numbers = [number for row in node.rows for number in row.numbers]
             for blocks in self._cut(common, len(numbers)):
-                yield self._tile(numbers, blocks, None, first=first)
+                yield self._tile(numbers, start, blocks, None, first=first)
                 first = False
             for row in node.rows:
                 row.full -= common
         for half in node.halves:
-            yield from self._shared(half, first=first)
+            yield from self._shared(half, start, first=first)
+            start += sum(self._queries(row.numbers) for row in half.rows)
 
-    def _single(self, row: _Row, *, first: bool) -> Iterator[Tile]:
+    def _single(self, row: _Row, start: int, *, first: bool) -> Iterator[Tile]:
         """What is left of one row, its full blocks apart from the others where they are many."""
         masked = set(row.partial)
         full = row.full
         if not self.share or len(full) * self.block_kv < _SHARED_KEYS:
             masked, full = (masked | full, set()) if masked else (masked, full)
         for blocks in self._cut(full, len(row.numbers)):
-            yield self._tile(row.numbers, blocks, None, first=first)
+            yield self._tile(row.numbers, start, blocks, None, first=first)
             first = False
         for blocks in self._cut(masked, len(row.numbers)):
-            yield self._tile(row.numbers, blocks, row.partial, first=first)
+            yield self._tile(row.numbers, start, blocks, row.partial, first=first)
             first = False
         if first:
-            yield self._tile(row.numbers, [], None, first=True)
+            yield self._tile(row.numbers, start, [], None, first=True)
 
     def _cut(self, blocks: set[int], rows: int) -> Iterator[list[int]]:
         """Key blocks in ascending order, in equal parts if there are few queries to many keys."""
@@ -411,23 +436,24 @@ class _TileMaker:
     def _tile(
         self,
         numbers: list[int],
+        start: int,
         blocks: list[int],
         masks: dict[int, list[int]] | None,
         *,
         first: bool,
     ) -> Tile:
-        spans = tuple(self._spans(numbers))
         keys = sum(min(self.block_kv, self.tokens_kv - block * self.block_kv) for block in blocks)
+        queries = self._queries(numbers)
         pattern = run = None
         if masks is not None:
             every = [self.full] * len(numbers)
             arranged = tuple(zip(*(masks.get(block, every) for block in blocks), strict=True))
-            queries = sum(stop - start for start, stop in spans)
             pattern = self.patterns.setdefault((arranged, queries, keys), len(self.patterns))
         elif blocks and blocks[-1] - blocks[0] == len(blocks) - 1:
             run = (blocks[0] * self.block_kv, blocks[0] * self.block_kv + keys)
         return Tile(
-            spans=spans,
+            start=start,
+            stop=start + queries,
             blocks=torch.tensor(blocks, dtype=torch.int64),
             keys=keys,
             run=run,
@@ -435,8 +461,12 @@ class _TileMaker:
             first=first,
         )
 
+    def _queries(self, numbers: list[int]) -> int:
+        """Tokens of some query blocks; the last one may be short."""
+        return sum(min(self.block_q, self.tokens_q - number * self.block_q) for number in numbers)
+
     def _spans(self, numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
-        """Ascending query blocks as token ranges, neighbours joined."""
+        """Query blocks as token ranges, those of successive neighbours joined."""
         start = stop = -1
         for number in numbers:
             if number * self.block_q != stop:

@@ -265,6 +265,15 @@ def test_only_visited_keys_are_computed(monkeypatch: pytest.MonkeyPatch) -> None
     assert sum(seen) == 256 * 32
 
 
+def _tiles(groups: tuple[row_plan.Group, ...]) -> Iterator[tuple[row_plan.Tile, torch.Tensor]]:
+    """Every tile, with its queries."""
+    for group in groups:
+        tokens = torch.cat([torch.arange(*span) for span in group.spans])
+        assert len(tokens) == sum(group.lengths)
+        for tile in group.tiles:
+            yield tile, tokens[tile.start : tile.stop]
+
+
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize(("tokens_q", "tokens_kv"), [(600, 500), (33, 1000)])
 def test_tiles_are_the_layout(tokens_q: int, tokens_kv: int, share: bool) -> None:
@@ -275,12 +284,11 @@ def test_tiles_are_the_layout(tokens_q: int, tokens_kv: int, share: bool) -> Non
         tensors(layout), tokens_q=tokens_q, tokens_kv=tokens_kv, block_q=16, block_kv=20,
         share=share,
     )  # fmt: skip
-    ((tiles,),) = plan.tiles
+    ((groups,),) = plan.groups
     for mask in (None, key_mask):
         visits = torch.zeros(tokens_q, tokens_kv, dtype=torch.int64)
         begun = torch.zeros(tokens_q, dtype=torch.bool)
-        for tile in tiles:
-            queries = torch.cat([torch.arange(*span) for span in tile.spans])
+        for tile, queries in _tiles(groups):
             assert (begun[queries] != tile.first).all()
             begun[queries] = True
             visit = plan.visit(tile, mask, torch.float32)
@@ -297,7 +305,8 @@ def test_tiles_are_the_layout(tokens_q: int, tokens_kv: int, share: bool) -> Non
         assert begun.all()
         expected = layout.dense()[0, 0] if mask is None else layout.dense()[0, 0] & mask
         assert torch.equal(visits, expected.long())
-    assert share == (sum(tile.first for tile in tiles) < len(tiles))
+    firsts = [tile.first for tile, _ in _tiles(groups)]
+    assert share == (sum(firsts) < len(firsts))
 
 
 def test_rows_with_the_same_keys_are_one_tile() -> None:
@@ -307,14 +316,18 @@ def test_rows_with_the_same_keys_are_one_tile() -> None:
         states, None, tokens_q=100, tokens_kv=100, block_q=32, block_kv=32
     )  # fmt: skip
     for share, expected in (
-        (True, [(((0, 100),), (32, 100)), (((0, 32), (64, 100)), (0, 32))]),
+        (True, [(((0, 32), (64, 100), (32, 64)), (32, 100)), (((0, 32), (64, 100)), (0, 32))]),
         (False, [(((0, 32), (64, 100)), (0, 100)), (((32, 64),), (32, 100))]),
     ):
         plan = row_plan.make_row_plan(
             tensors(layout), tokens_q=100, tokens_kv=100, block_q=32, block_kv=32, share=share
         )
-        ((tiles,),) = plan.tiles
-        assert [(tile.spans, tile.run) for tile in tiles] == expected
+        ((groups,),) = plan.groups
+        tiles = [(tuple(queries.tolist()), tile.run) for tile, queries in _tiles(groups)]
+        assert tiles == [
+            (tuple(token for span in spans for token in range(*span)), run)
+            for spans, run in expected
+        ]
 
 
 @pytest.mark.usefixtures("form")
