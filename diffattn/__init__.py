@@ -14,7 +14,7 @@ from diffattn.block_forms import from_block_mask
 from diffattn.blocks import BlockLayout
 from diffattn.costs import Estimate
 from diffattn.grid import TokenGrid
-from diffattn.mask import AttentionMask, FullMask, PredicateMask
+from diffattn.mask import AttentionMask, Blocking, FullMask, PredicateMask
 from diffattn.methods import (
     AgentAttn,
     CLEARAttn,
@@ -44,6 +44,7 @@ __all__ = [
     "Attachment",
     "AttentionMask",
     "BlockLayout",
+    "Blocking",
     "CLEARAttn",
     "DenseAttn",
     "Estimate",

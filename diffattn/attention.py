@@ -21,6 +21,7 @@ from diffattn.kernels import cpu as cpu_kernel
 from diffattn.kernels.reference import reference_attention
 from diffattn.kernels.transforms import first_order, is_forward_mode
 from diffattn.mask import BLOCK, AttentionMask
+from diffattn.orders import TileOrder
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ def attention(
     value: torch.Tensor,
     mask: AttentionMask | BlockLayout | None = None,
     *,
+    order: TileOrder | None = None,
     key_mask: torch.Tensor | None = None,
     scale: float | None = None,
     return_lse: Literal[False] = False,
@@ -90,6 +92,7 @@ def attention(
     value: torch.Tensor,
     mask: AttentionMask | BlockLayout | None = None,
     *,
+    order: TileOrder | None = None,
     key_mask: torch.Tensor | None = None,
     scale: float | None = None,
     return_lse: Literal[True],
@@ -103,6 +106,7 @@ def attention(
     value: torch.Tensor,
     mask: AttentionMask | BlockLayout | None = None,
     *,
+    order: TileOrder | None = None,
     key_mask: torch.Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
@@ -119,6 +123,9 @@ def attention(
         query, key, value: (batch, tokens, heads, head_dim), any strides, of one dtype and device.
         mask: an `AttentionMask` (computed in blocks of 128), or a `BlockLayout` built with another
             block size; None is dense attention.
+        order: the order in which the tokens are cut into blocks, and in which a `BlockLayout` has
+            them: a tiled order visits fewer blocks of a local mask. All tensors, results included,
+            are in the sequence's own order; under dense attention the order changes nothing.
         key_mask: bool (batch, tokens): False hides a key from every query, as padding does.
         scale: factor of the scores; 1 / sqrt(head_dim) when None.
         return_lse: also return the natural log-sum-exp of the scores, (batch, heads, tokens), which
@@ -145,8 +152,14 @@ def attention(
         # Torch's fused attention has no tangents.
         mask = _dense_layout(query, key)
     chosen = BACKENDS[choose_backend(query.device, backend)]
-    layout = _layout_of(mask, query, key)
+    layout = _layout_of(mask, query, key, order)
+    if order is not None:
+        query, key, value = (order.to_tiles(x) for x in (query, key, value))
+        key_mask = None if key_mask is None else order.to_tiles(key_mask)
     out, lse = chosen.forward(query, key, value, layout, scale, key_mask, return_lse)
+    if order is not None:
+        out = order.from_tiles(out)
+        lse = None if lse is None else order.from_tiles(lse, 2)
     if not return_lse:
         return out
     assert lse is not None
@@ -162,6 +175,7 @@ def attention_gradients(
     lse: torch.Tensor,
     layout: BlockLayout,
     *,
+    order: TileOrder | None = None,
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
     backend: str | None = None,
@@ -170,13 +184,21 @@ def attention_gradients(
 
     Args:
         grad_out: gradient of the output, (batch, tokens, heads, head_dim).
-        query, key, value, layout, scale, key_mask, backend: what `attention` was given.
+        query, key, value, layout, order, scale, key_mask, backend: what `attention` was given.
         out, lse: what it returned.
     """
     chosen = BACKENDS[choose_backend(query.device, backend)]
+    if order is not None:
+        tensors = (order.to_tiles(x) for x in (grad_out, query, key, value, out))
+        grad_out, query, key, value, out = tensors
+        lse = order.to_tiles(lse, 2)
+        key_mask = None if key_mask is None else order.to_tiles(key_mask)
     grads: Gradients = first_order(
         chosen.gradients, grad_out, query, key, value, out, lse, layout, scale, key_mask
     )
+    if order is not None:
+        dq, dk, dv = (order.from_tiles(grad) for grad in grads)
+        return dq, dk, dv
     return grads
 
 
@@ -222,7 +244,7 @@ def _kernel_backend(load: Callable[[], ModuleType]) -> Backend:
             query,
             key,
             value,
-            *layout.tensors,
+            layout.tensors,
             block_q=layout.block_q,
             block_kv=layout.block_kv,
             scale=scale,
@@ -248,7 +270,7 @@ def _kernel_backend(load: Callable[[], ModuleType]) -> Backend:
             value,
             out,
             lse,
-            *layout.tensors,
+            layout.tensors,
             block_q=layout.block_q,
             block_kv=layout.block_kv,
             scale=scale,
@@ -446,12 +468,15 @@ def _dense_layout(query: torch.Tensor, key: torch.Tensor) -> BlockLayout:
 
 
 def _layout_of(
-    mask: AttentionMask | BlockLayout | None, query: torch.Tensor, key: torch.Tensor
+    mask: AttentionMask | BlockLayout | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    order: TileOrder | None,
 ) -> BlockLayout:
     if isinstance(mask, BlockLayout):
         layout = mask
     elif isinstance(mask, AttentionMask):
-        layout = mask.blocks(device=query.device)
+        layout = mask.blocks(device=query.device, order=order)
     elif mask is None:
         raise ValueError("return_lse needs a mask: pass a FullMask for dense attention")
     else:
@@ -462,6 +487,11 @@ def _layout_of(
         raise ValueError(
             f"the mask is over {layout.tokens_q} x {layout.tokens_kv} tokens, but query and key"
             f" have {query.shape[1]} and {key.shape[1]}; build it for this grid"
+        )
+    if order is not None and (order.grid.tokens,) * 2 != (layout.tokens_q, layout.tokens_kv):
+        raise ValueError(
+            f"the order is over {order.grid.tokens} tokens, but the mask over {layout.tokens_q} x"
+            f" {layout.tokens_kv}; make the order for the mask's grid"
         )
     for what, of_layout, of_query in zip(
         ("samples", "heads"), layout.full_count.shape, query.shape[::2], strict=False

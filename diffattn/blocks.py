@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+
+from diffattn.kernels.checks import LAYOUT_NAMES, LayoutTensors
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -60,9 +62,16 @@ class BlockLayout:
         return self.full_count.device
 
     @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
+    def tensors(self) -> LayoutTensors:
         """The index lists and bit masks, in the order in which kernels take them."""
-        return tuple(getattr(self, name) for name in LAYOUT_TENSORS)
+        return (
+            self.full_count,
+            self.full_index,
+            self.partial_count,
+            self.partial_index,
+            self.partial_mask,
+            self.bit_masks,
+        )
 
     @property
     def full_blocks(self) -> int:
@@ -90,7 +99,7 @@ class BlockLayout:
         device = torch.device(device)
         if self.device == device:
             return self
-        return replace(self, **{name: getattr(self, name).to(device) for name in LAYOUT_TENSORS})
+        return replace(self, **{name: getattr(self, name).to(device) for name in LAYOUT_NAMES})
 
     def to_block_mask(self) -> BlockMask:
         """The same mask for torch's `flex_attention`, token-exact; see `diffattn.block_forms`."""
@@ -121,9 +130,6 @@ class BlockLayout:
             batch, heads, rows * self.block_q, self.columns * self.block_kv
         )
         return out[:, :, : self.tokens_q, : self.tokens_kv]
-
-
-LAYOUT_TENSORS = tuple(f.name for f in fields(BlockLayout) if f.type == "torch.Tensor")
 
 
 _GATHER_BITS = sum(1 << (56 - 7 * j) for j in range(8))

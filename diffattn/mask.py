@@ -15,6 +15,24 @@ from diffattn.orders import TileOrder
 BLOCK = 128  # the kernels' block size where nobody asks for another
 
 
+@dataclass(frozen=True)
+class Blocking:
+    """How the tokens of a grid are cut into blocks of a mask.
+
+    Attributes:
+        block_q: query tokens per block.
+        block_kv: key tokens per block.
+        device: the device on which the blocks are worked out.
+        order: the order that queries and keys are put in before the cut; None leaves them in the
+            order of the sequence.
+    """
+
+    block_q: int
+    block_kv: int
+    device: torch.device
+    order: TileOrder | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionMask(ABC):
     """Which token pairs of a self-attention over `grid` attend.
@@ -29,36 +47,24 @@ class AttentionMask(ABC):
     """
 
     grid: TokenGrid
-    _layouts: dict[tuple[int, int, torch.device, TileOrder | None], BlockLayout] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    _layouts: dict[Blocking, BlockLayout] = field(default_factory=dict, init=False, repr=False)
 
     @abstractmethod
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Bool: may these sequence positions (int64, broadcast together) attend?"""
 
-    def block_states(
-        self,
-        block_q: int,
-        block_kv: int,
-        device: torch.device,
-        order: TileOrder | None = None,
-    ) -> torch.Tensor:
+    def block_states(self, blocking: Blocking) -> torch.Tensor:
         """uint8 `(rows, columns)`: EMPTY, PARTIAL or FULL for every block of the mask.
 
         PARTIAL may be said of any block (its tokens are then looked at one by one); the other two
-        only where they are certain. The blocks are those of the tokens in `order`.
+        only where they are certain.
         """
-        rows, columns = -(-self.grid.tokens // block_q), -(-self.grid.tokens // block_kv)
-        return torch.full((rows, columns), PARTIAL, dtype=torch.uint8, device=device)
+        rows = -(-self.grid.tokens // blocking.block_q)
+        columns = -(-self.grid.tokens // blocking.block_kv)
+        return torch.full((rows, columns), PARTIAL, dtype=torch.uint8, device=blocking.device)
 
     def block_signatures(
-        self,
-        row: torch.Tensor,
-        column: torch.Tensor,
-        block_q: int,
-        block_kv: int,
-        order: TileOrder | None = None,
+        self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
     ) -> torch.Tensor | None:
         """int64 `(n,)` for n blocks: those of equal signature hold equal token masks.
 
@@ -90,36 +96,30 @@ class AttentionMask(ABC):
             raise ValueError(f"block sizes must be at least 1, not {block_q} x {block_kv}")
         if order is not None and order.grid != self.grid:
             raise ValueError(f"the order is over {order.grid}, but the mask over {self.grid}")
-        device = torch.device(device)
-        key = (block_q, block_kv, device, order)
-        if key not in self._layouts:
-            self._layouts[key] = layout_from_states(
-                self.block_states(block_q, block_kv, device, order),
-                lambda row, column: self._block_bits(row, column, block_q, block_kv, order),
+        blocking = Blocking(block_q, block_kv, torch.device(device), order)
+        if blocking not in self._layouts:
+            self._layouts[blocking] = layout_from_states(
+                self.block_states(blocking),
+                lambda row, column: self._block_bits(row, column, blocking),
                 tokens_q=self.grid.tokens,
                 tokens_kv=self.grid.tokens,
                 block_q=block_q,
                 block_kv=block_kv,
-                signatures=lambda row, column: self.block_signatures(
-                    row, column, block_q, block_kv, order
-                ),
+                signatures=lambda row, column: self.block_signatures(row, column, blocking),
             )
-        return self._layouts[key]
+        return self._layouts[blocking]
 
     def _block_bits(
-        self,
-        row: torch.Tensor,
-        column: torch.Tensor,
-        block_q: int,
-        block_kv: int,
-        order: TileOrder | None,
+        self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
     ) -> torch.Tensor:
-        query = row[:, None] * block_q + torch.arange(block_q, device=row.device)
-        key = column[:, None] * block_kv + torch.arange(block_kv, device=row.device)
+        query, key = (
+            index[:, None] * block + torch.arange(block, device=row.device)
+            for index, block in ((row, blocking.block_q), (column, blocking.block_kv))
+        )
         # Positions past the end are read as the last token: the layout drops those bits.
         query, key = query.clamp(max=self.grid.tokens - 1), key.clamp(max=self.grid.tokens - 1)
-        if order is not None:
-            positions = order.positions(row.device)
+        if blocking.order is not None:
+            positions = blocking.order.positions(row.device)
             query, key = positions[query], positions[key]
         return self.allowed(query[:, :, None], key[:, None, :])
 
@@ -176,14 +176,8 @@ class FullMask(AttentionMask):
             torch.broadcast_shapes(query.shape, key.shape), dtype=torch.bool, device=query.device
         )
 
-    def block_states(
-        self,
-        block_q: int,
-        block_kv: int,
-        device: torch.device,
-        order: TileOrder | None = None,
-    ) -> torch.Tensor:
-        return torch.full_like(super().block_states(block_q, block_kv, device), FULL)
+    def block_states(self, blocking: Blocking) -> torch.Tensor:
+        return torch.full_like(super().block_states(blocking), FULL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,34 +187,23 @@ class TextMask(AttentionMask):
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return self.grid.is_text(query) | self.grid.is_text(key)
 
-    def block_states(
-        self,
-        block_q: int,
-        block_kv: int,
-        device: torch.device,
-        order: TileOrder | None = None,
-    ) -> torch.Tensor:
+    def block_states(self, blocking: Blocking) -> torch.Tensor:
         # Text keeps its places in every order.
-        row = self._states_along(block_q, device)[:, None]
-        column = self._states_along(block_kv, device)[None, :]
+        row = self._states_along(blocking.block_q, blocking.device)[:, None]
+        column = self._states_along(blocking.block_kv, blocking.device)[None, :]
         return torch.maximum(row, column)
 
     def block_signatures(
-        self,
-        row: torch.Tensor,
-        column: torch.Tensor,
-        block_q: int,
-        block_kv: int,
-        order: TileOrder | None = None,
+        self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
     ) -> torch.Tensor:
         # How many tokens of text a block begins and ends with says all there is to say of it.
         kinds = []
-        for index, block in ((row, block_q), (column, block_kv)):
+        for index, block in ((row, blocking.block_q), (column, blocking.block_kv)):
             start = index * block
             begins = (self.grid.text_before - start).clamp(0, block)
             ends = (start + block - self.grid.video.stop).clamp(0, block)
             kinds.append(begins * (block + 1) + ends)
-        return kinds[0] * (block_kv + 1) ** 2 + kinds[1]
+        return kinds[0] * (blocking.block_kv + 1) ** 2 + kinds[1]
 
     def _states_along(self, block: int, device: torch.device) -> torch.Tensor:
         start = torch.arange(0, self.grid.tokens, block, device=device)
@@ -260,35 +243,23 @@ class BlockMapMask(AttentionMask):
         block_map = self.block_map.to(query.device)
         return block_map[query // self.block_size, key // self.block_size]
 
-    def block_states(
-        self,
-        block_q: int,
-        block_kv: int,
-        device: torch.device,
-        order: TileOrder | None = None,
-    ) -> torch.Tensor:
-        if order is not None:
-            return super().block_states(block_q, block_kv, device, order)
-        visited = self.block_map.to(device)
-        visited = _overlapped(visited, self.block_size, block_q, self.grid.tokens, dim=0)
-        visited = _overlapped(visited, self.block_size, block_kv, self.grid.tokens, dim=1)
-        missing = (~self.block_map).to(device)
-        missing = _overlapped(missing, self.block_size, block_q, self.grid.tokens, dim=0)
-        missing = _overlapped(missing, self.block_size, block_kv, self.grid.tokens, dim=1)
-        states = torch.full(visited.shape, PARTIAL, dtype=torch.uint8, device=device)
+    def block_states(self, blocking: Blocking) -> torch.Tensor:
+        if blocking.order is not None:
+            return super().block_states(blocking)
+        visited, missing = self.block_map.to(blocking.device), (~self.block_map).to(blocking.device)
+        for dim, size in enumerate((blocking.block_q, blocking.block_kv)):
+            visited = _overlapped(visited, self.block_size, size, self.grid.tokens, dim=dim)
+            missing = _overlapped(missing, self.block_size, size, self.grid.tokens, dim=dim)
+        states = torch.full_like(visited, PARTIAL, dtype=torch.uint8)
         states[~visited] = EMPTY
         states[~missing] = FULL
         return states
 
     def block_signatures(
-        self,
-        row: torch.Tensor,
-        column: torch.Tensor,
-        block_q: int,
-        block_kv: int,
-        order: TileOrder | None = None,
+        self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
     ) -> torch.Tensor | None:
-        if order is not None or block_q != self.block_size or block_kv != self.block_size:
+        sizes = blocking.block_q, blocking.block_kv
+        if blocking.order is not None or sizes != (self.block_size, self.block_size):
             return None
         return self.block_map.to(row.device)[row, column].long()
 
@@ -307,32 +278,21 @@ class _Combination(AttentionMask):
             out = out & other if self.all_of else out | other
         return out
 
-    def block_states(
-        self,
-        block_q: int,
-        block_kv: int,
-        device: torch.device,
-        order: TileOrder | None = None,
-    ) -> torch.Tensor:
+    def block_states(self, blocking: Blocking) -> torch.Tensor:
         # The states are ordered: the combination of two is their minimum or maximum, except that
         # two partial blocks may turn out empty or full, which `blocks` finds out from their bits.
-        states = [part.block_states(block_q, block_kv, device, order) for part in self.parts]
+        states = [part.block_states(blocking) for part in self.parts]
         out = states[0]
         for other in states[1:]:
             out = torch.minimum(out, other) if self.all_of else torch.maximum(out, other)
         return out
 
     def block_signatures(
-        self,
-        row: torch.Tensor,
-        column: torch.Tensor,
-        block_q: int,
-        block_kv: int,
-        order: TileOrder | None = None,
+        self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
     ) -> torch.Tensor | None:
         out = torch.zeros_like(row)
         for part in self.parts:
-            signature = part.block_signatures(row, column, block_q, block_kv, order)
+            signature = part.block_signatures(row, column, blocking)
             if signature is None:
                 return None
             _, kind = signature.unique(return_inverse=True)
@@ -349,24 +309,13 @@ class _Complement(AttentionMask):
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return ~self.part.allowed(query, key)
 
-    def block_states(
-        self,
-        block_q: int,
-        block_kv: int,
-        device: torch.device,
-        order: TileOrder | None = None,
-    ) -> torch.Tensor:
-        return FULL - self.part.block_states(block_q, block_kv, device, order)
+    def block_states(self, blocking: Blocking) -> torch.Tensor:
+        return FULL - self.part.block_states(blocking)
 
     def block_signatures(
-        self,
-        row: torch.Tensor,
-        column: torch.Tensor,
-        block_q: int,
-        block_kv: int,
-        order: TileOrder | None = None,
+        self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
     ) -> torch.Tensor | None:
-        return self.part.block_signatures(row, column, block_q, block_kv, order)
+        return self.part.block_signatures(row, column, blocking)
 
 
 def _overlapped(block_map: torch.Tensor, old: int, new: int, tokens: int, dim: int) -> torch.Tensor:

@@ -211,20 +211,17 @@ def _forward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     layout, order = _layout(size, serial, query.device)
-    if order is not None:
-        query, key, value = (order.to_tiles(x) for x in (query, key, value))
-        key_mask = None if key_mask is None else order.to_tiles(key_mask)
-    out, lse = attention(
+    return attention(
         query,
         key,
         value,
         layout,
+        order=order,
         scale=scale,
         key_mask=key_mask,
         return_lse=True,
         backend=backend,
     )
-    return (out, lse) if order is None else (order.from_tiles(out), order.from_tiles(lse, 2))
 
 
 @_forward.register_fake
@@ -251,13 +248,7 @@ def _backward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     layout, order = _layout(size, serial, query.device)
-    if order is not None:
-        grad_out, query, key, value, out = (
-            order.to_tiles(x) for x in (grad_out, query, key, value, out)
-        )
-        lse = order.to_tiles(lse, 2)
-        key_mask = None if key_mask is None else order.to_tiles(key_mask)
-    grads = attention_gradients(
+    return attention_gradients(
         grad_out,
         query,
         key,
@@ -265,14 +256,11 @@ def _backward(
         out,
         lse,
         layout,
+        order=order,
         scale=scale,
         key_mask=key_mask,
         backend=backend,
     )
-    if order is None:
-        return grads
-    grad_query, grad_key, grad_value = (order.from_tiles(grad) for grad in grads)
-    return grad_query, grad_key, grad_value
 
 
 @_backward.register_fake

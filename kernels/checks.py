@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 LayoutTensors = tuple[
@@ -54,12 +56,19 @@ def check_inputs(
         )
 
 
-def check_layout(q: torch.Tensor, layout: LayoutTensors, block_q: int, block_kv: int) -> None:
+def check_layout(
+    q: torch.Tensor, layout: Sequence[torch.Tensor], block_q: int, block_kv: int
+) -> None:
     """Check that a layout's tensors fit q and each other; their values are not looked at.
 
     Raises:
         ValueError: if dtypes, devices or shapes do not.
     """
+    if len(layout) != len(LAYOUT_NAMES):
+        raise ValueError(
+            f"the layout must be {len(LAYOUT_NAMES)} tensors, {', '.join(LAYOUT_NAMES)};"
+            f" got {len(layout)}"
+        )
     full_count, full_index, partial_count, partial_index, partial_mask, bit_masks = layout
     if block_q < 1 or block_kv < 1:
         raise ValueError(f"blocks need at least one token; got {block_q} x {block_kv}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .checks import LayoutTensors, check_inputs, check_layout
-from .cpu_tangent import tangent_op
-from .operators import differentiable, empty_outputs
+from .cpu_tangent import tangent
+from .operators import empty_outputs, over_layout
 from .row_attention import RowAttention, RowBias, pick_row_attention, unit_stride
 from .row_plan import Group, RowPlan, Tile, cached_row_plan, rows_share
 
@@ -28,12 +28,7 @@ def block_sparse_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    full_count: torch.Tensor,
-    full_index: torch.Tensor,
-    partial_count: torch.Tensor,
-    partial_index: torch.Tensor,
-    partial_mask: torch.Tensor,
-    bit_masks: torch.Tensor,
+    layout: Sequence[torch.Tensor],
     *,
     block_q: int,
     block_kv: int,
@@ -45,9 +40,9 @@ def block_sparse_attention(
     Args:
         q, k, v: `(batch, tokens, heads, head_dim)` of one dtype, any strides; the key length may
             differ from the query length.
-        full_count, full_index, partial_count, partial_index, partial_mask, bit_masks: the index
-            lists of a `BlockLayout`, shared (size 1) or separate per sample and per head. What is
-            derived from them is remembered for as long as these very tensors live.
+        layout: the index lists of a `BlockLayout` (its `tensors`), shared (size 1) or separate per
+            sample and per head. What is derived from them is remembered for as long as these very
+            tensors live.
         block_q, block_kv: tokens per query block and per key block.
         scale: factor of the scores; `head_dim ** -0.5` when None.
         key_mask: bool `(batch, tokens_kv)`, false for keys that nobody sees.
@@ -60,13 +55,12 @@ def block_sparse_attention(
     Raises:
         ValueError: if dtypes, devices or shapes do not fit together.
     """
-    layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
     check_inputs(q, k, v, key_mask, dtypes=DTYPES)
     _check_device(q=q, k=k, v=v, key_mask=key_mask)
     check_layout(q, layout, block_q, block_kv)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return _attend(q, k, v, *layout, key_mask, block_q, block_kv, scale)
+    return _attend(q, k, v, list(layout), key_mask, block_q, block_kv, scale)
 
 
 def block_sparse_attention_gradients(
@@ -76,12 +70,7 @@ def block_sparse_attention_gradients(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    full_count: torch.Tensor,
-    full_index: torch.Tensor,
-    partial_count: torch.Tensor,
-    partial_index: torch.Tensor,
-    partial_mask: torch.Tensor,
-    bit_masks: torch.Tensor,
+    layout: Sequence[torch.Tensor],
     *,
     block_q: int,
     block_kv: int,
@@ -94,31 +83,24 @@ def block_sparse_attention_gradients(
         grad_out: gradient of the output, `(batch, tokens, heads, head_dim)`.
         out, lse: what `block_sparse_attention` returned for the other arguments.
     """
-    layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return _backward_op(
-        grad_out, None, q, k, v, out, lse, *layout, key_mask, block_q, block_kv, scale
+    return _gradients(
+        grad_out, None, q, k, v, out, lse, list(layout), key_mask, block_q, block_kv, scale
     )
 
 
-@torch.library.custom_op("diffattn::block_sparse_cpu", mutates_args=(), device_types="cpu")
-def _forward_op(
+def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    full_count: torch.Tensor,
-    full_index: torch.Tensor,
-    partial_count: torch.Tensor,
-    partial_index: torch.Tensor,
-    partial_mask: torch.Tensor,
-    bit_masks: torch.Tensor,
+    layout: LayoutTensors,
     key_mask: torch.Tensor | None,
+    *,
     block_q: int,
     block_kv: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
     attention = pick_row_attention(q.dtype)
     plan = _plan(q, k, layout, block_q, block_kv, attention)
     k, v = unit_stride(k), unit_stride(v)
@@ -149,15 +131,7 @@ def _forward_op(
     return out, lse
 
 
-@_forward_op.register_fake
-def _(
-    q: torch.Tensor, *rest: torch.Tensor | int | float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return empty_outputs(q)
-
-
-@torch.library.custom_op("diffattn::block_sparse_cpu_backward", mutates_args=(), device_types="cpu")
-def _backward_op(
+def _backward(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
     q: torch.Tensor,
@@ -165,18 +139,13 @@ def _backward_op(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    full_count: torch.Tensor,
-    full_index: torch.Tensor,
-    partial_count: torch.Tensor,
-    partial_index: torch.Tensor,
-    partial_mask: torch.Tensor,
-    bit_masks: torch.Tensor,
+    layout: LayoutTensors,
     key_mask: torch.Tensor | None,
+    *,
     block_q: int,
     block_kv: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
     attention = pick_row_attention(q.dtype)
     plan = _plan(q, k, layout, block_q, block_kv, attention)
     k, v = unit_stride(k), unit_stride(v)
@@ -228,7 +197,9 @@ def _backward_op(
     return dq, dk, dv
 
 
-_attend = differentiable(_forward_op, _backward_op, tangent_op)
+_attend, _gradients = over_layout(
+    "block_sparse_cpu", _forward, _backward, tangent, device_types="cpu"
+)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .checks import LayoutTensors
 from .row_plan import Group, RowPlan, cached_row_plan, rows_share
 from .row_tangent import add_tangent
 
@@ -11,29 +12,26 @@ from .row_tangent import add_tangent
 _SCORES_PER_PART = 1 << 20
 
 
-@torch.library.custom_op("diffattn::block_sparse_cpu_tangent", mutates_args=(), device_types="cpu")
-def tangent_op(
-    q_tangent: torch.Tensor,
-    k_tangent: torch.Tensor,
-    v_tangent: torch.Tensor,
+def tangent(
+    tangents: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    full_count: torch.Tensor,
-    full_index: torch.Tensor,
-    partial_count: torch.Tensor,
-    partial_index: torch.Tensor,
-    partial_mask: torch.Tensor,
-    bit_masks: torch.Tensor,
+    layout: LayoutTensors,
     key_mask: torch.Tensor | None,
+    *,
     block_q: int,
     block_kv: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tangents of the output and of the log-sum-exp, computed in the dtype of the latter."""
-    layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
+    """The tangents of the output and of the log-sum-exp, computed in the dtype of the latter.
+
+    Args:
+        tangents: those of q, k and v.
+    """
+    q_tangent, k_tangent, v_tangent = tangents
     plan = cached_row_plan(
         layout, tokens_q=q.shape[1], tokens_kv=k.shape[1], block_q=block_q, block_kv=block_kv,
         share=rows_share(q.dtype),

@@ -14,7 +14,7 @@ import torch
 
 from .checks import check_inputs
 from .cpu import DTYPES
-from .operators import differentiable, empty_outputs
+from .operators import empty_outputs, over_selection
 from .row_attention import FlashRows, MatmulRows, RowAttention, pick_row_attention
 from .row_tangent import add_tangent
 
@@ -58,17 +58,17 @@ def selected_attention(
     _check_selection(q, k, v, starts, bits)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return _attend(q, k, v, starts, bits, key_mask, scale)
+    return _attend(q, k, v, [starts, bits], key_mask, scale)
 
 
-@torch.library.custom_op("diffattn::selected_cpu", mutates_args=(), device_types="cpu")
-def _forward_op(
+def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     starts: torch.Tensor,
     bits: torch.Tensor,
     key_mask: torch.Tensor | None,
+    *,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     attention = pick_row_attention(q.dtype)
@@ -87,13 +87,7 @@ def _forward_op(
     return out, lse
 
 
-@_forward_op.register_fake
-def _(q: torch.Tensor, *rest: torch.Tensor | float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    return empty_outputs(q)
-
-
-@torch.library.custom_op("diffattn::selected_cpu_backward", mutates_args=(), device_types="cpu")
-def _backward_op(
+def _backward(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
     q: torch.Tensor,
@@ -104,6 +98,7 @@ def _backward_op(
     starts: torch.Tensor,
     bits: torch.Tensor,
     key_mask: torch.Tensor | None,
+    *,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     # The other form makes its probabilities anew from one block's scores, which are not all here.
@@ -137,11 +132,8 @@ def _backward_op(
     return dq, dk, dv
 
 
-@torch.library.custom_op("diffattn::selected_cpu_tangent", mutates_args=(), device_types="cpu")
-def _tangent_op(
-    q_tangent: torch.Tensor,
-    k_tangent: torch.Tensor,
-    v_tangent: torch.Tensor,
+def _tangent(
+    tangents: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -150,8 +142,10 @@ def _tangent_op(
     starts: torch.Tensor,
     bits: torch.Tensor,
     key_mask: torch.Tensor | None,
+    *,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    q_tangent, k_tangent, v_tangent = tangents
     out_tangent, lse_tangent = q.new_empty(q.shape), lse.new_zeros(lse.shape)
     heads = _heads(k, v, starts, bits, key_mask, lse.dtype)
     # The tangents of a head's keys and values, in place of these.
@@ -172,7 +166,7 @@ def _tangent_op(
     return out_tangent, lse_tangent
 
 
-_attend = differentiable(_forward_op, _backward_op, _tangent_op)
+_attend = over_selection("selected_cpu", _forward, _backward, _tangent, device_types="cpu")
 
 
 def _working_dtype(dtype: torch.dtype, attention: RowAttention) -> torch.dtype:

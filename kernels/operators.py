@@ -1,16 +1,22 @@
-"""What every attention operator tells the compiler and autograd: its results, its gradients."""
+"""The attention operators as the compiler and autograd know them, whatever computes them.
+
+An operator over a layout and one over selected blocks have the same signature on every backend.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.library import CustomOpDef
 
+from .checks import LayoutTensors
 from .transforms import first_order, materialized, save, transformable
 
 Results = tuple[torch.Tensor, torch.Tensor]
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def empty_outputs(q: torch.Tensor) -> Results:
@@ -20,45 +26,166 @@ def empty_outputs(q: torch.Tensor) -> Results:
     return q.new_empty(q.shape), q.new_empty((batch, heads, tokens), dtype=lse_dtype)
 
 
-def differentiable(
+def over_layout(
+    name: str,
+    forward: Callable[..., Results],
+    backward: Callable[..., Gradients],
+    tangent: Callable[..., Results],
+    *,
+    device_types: str | None = None,
+) -> tuple[Callable[..., Results], Callable[..., Gradients]]:
+    """Register block-sparse attention as the operators `diffattn::{name}` and two more.
+
+    Args:
+        name: of the operator; its gradient's and its tangent's names end in what they are.
+        forward: `(q, k, v, layout, key_mask, *, block_q, block_kv, scale) -> (out, lse)`.
+        backward: `(grad_out, grad_lse | None, q, k, v, out, lse, layout, key_mask, ...)`, which
+            returns the gradients of q, k and v.
+        tangent: `((q_tangent, k_tangent, v_tangent), q, k, v, out, lse, layout, key_mask, ...)`,
+            which returns the tangents of the output and of the LSE.
+        device_types: the only device that the operators are for; None is any.
+
+    Returns:
+        attend: `(q, k, v, layout, key_mask, block_q, block_kv, scale) -> (out, lse)`,
+            differentiable in q, k and v, in reverse and in forward mode.
+        gradients: `(grad_out, grad_lse | None, q, k, v, out, lse, layout, key_mask, block_q,
+            block_kv, scale)`, outside of autograd.
+    """
+    define = functools.partial(torch.library.custom_op, mutates_args=(), device_types=device_types)
+
+    @define(f"diffattn::{name}")
+    def forward_op(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: list[torch.Tensor],
+        key_mask: torch.Tensor | None, block_q: int, block_kv: int, scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        return forward(
+            q, k, v, _six(layout), key_mask, block_q=block_q, block_kv=block_kv, scale=scale
+        )
+
+    @define(f"diffattn::{name}_backward")
+    def backward_op(
+        grad_out: torch.Tensor, grad_lse: torch.Tensor | None,
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+        layout: list[torch.Tensor],
+        key_mask: torch.Tensor | None, block_q: int, block_kv: int, scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        return backward(
+            grad_out, grad_lse, q, k, v, out, lse, _six(layout), key_mask,
+            block_q=block_q, block_kv=block_kv, scale=scale,
+        )  # fmt: skip
+
+    @define(f"diffattn::{name}_tangent")
+    def tangent_op(
+        q_tangent: torch.Tensor, k_tangent: torch.Tensor, v_tangent: torch.Tensor,
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+        layout: list[torch.Tensor],
+        key_mask: torch.Tensor | None, block_q: int, block_kv: int, scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        return tangent(
+            (q_tangent, k_tangent, v_tangent), q, k, v, out, lse, _six(layout), key_mask,
+            block_q=block_q, block_kv=block_kv, scale=scale,
+        )  # fmt: skip
+
+    return _differentiable(forward_op, backward_op, tangent_op), backward_op
+
+
+def over_selection(
+    name: str,
+    forward: Callable[..., Results],
+    backward: Callable[..., Gradients],
+    tangent: Callable[..., Results] | str,
+    *,
+    device_types: str | None = None,
+) -> Callable[..., Results]:
+    """Register attention to selected key blocks as the operators `diffattn::{name}` and two more.
+
+    Args:
+        name, forward, backward, device_types: as for `over_layout`, but instead of a layout and its
+            block sizes the functions take `(starts, bits)`.
+        tangent: likewise; or the message of the error that is raised instead, if there is none.
+
+    Returns:
+        `(q, k, v, [starts, bits], key_mask, scale) -> (out, lse)`, differentiable in q, k and v.
+    """
+    define = functools.partial(torch.library.custom_op, mutates_args=(), device_types=device_types)
+
+    @define(f"diffattn::{name}")
+    def forward_op(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selection: list[torch.Tensor],
+        key_mask: torch.Tensor | None, scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        return forward(q, k, v, *selection, key_mask, scale=scale)
+
+    @define(f"diffattn::{name}_backward")
+    def backward_op(
+        grad_out: torch.Tensor, grad_lse: torch.Tensor | None,
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+        selection: list[torch.Tensor], key_mask: torch.Tensor | None, scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        return backward(grad_out, grad_lse, q, k, v, out, lse, *selection, key_mask, scale=scale)
+
+    if isinstance(tangent, str):
+        return _differentiable(forward_op, backward_op, tangent)
+
+    @define(f"diffattn::{name}_tangent")
+    def tangent_op(
+        q_tangent: torch.Tensor, k_tangent: torch.Tensor, v_tangent: torch.Tensor,
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+        selection: list[torch.Tensor], key_mask: torch.Tensor | None, scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        tangents = (q_tangent, k_tangent, v_tangent)
+        return tangent(tangents, q, k, v, out, lse, *selection, key_mask, scale=scale)
+
+    return _differentiable(forward_op, backward_op, tangent_op)
+
+
+def _six(layout: list[torch.Tensor]) -> LayoutTensors:
+    full_count, full_index, partial_count, partial_index, partial_mask, bit_masks = layout
+    return full_count, full_index, partial_count, partial_index, partial_mask, bit_masks
+
+
+def _differentiable(
     forward_op: CustomOpDef, backward_op: CustomOpDef, tangent_op: CustomOpDef | str
 ) -> Callable[..., Results]:
     """Make an attention operator differentiable in q, k and v, in reverse and in forward mode.
 
     Args:
-        forward_op: `(q, k, v, *tensors, *options) -> (out, lse)`; tensors may be None, options are
-            numbers.
-        backward_op: `(grad_out, grad_lse | None, q, k, v, out, lse, *tensors, *options)`, which
-            returns the gradients of q, k and v.
-        tangent_op: `(q_tangent, k_tangent, v_tangent, q, k, v, out, lse, *tensors, *options)`,
-            which returns the tangents of the output and of the LSE; or the message of the error
-            that is raised instead, if there is none.
+        forward_op: `(q, k, v, index, key_mask | None, *options) -> (out, lse)`, where index is a
+            list of integer tensors and options are numbers.
+        backward_op: `(grad_out, grad_lse | None, q, k, v, out, lse, index, key_mask, *options)`,
+            which returns the gradients of q, k and v.
+        tangent_op: `(q_tangent, k_tangent, v_tangent, q, k, v, out, lse, index, key_mask,
+            *options)`, which returns the tangents of the output and of the LSE; or the message of
+            the error that is raised instead, if there is none.
 
     Returns:
         What to call in place of `forward_op`, which knows nothing of tangents.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        tensors = [x for x in inputs if x is None or isinstance(x, torch.Tensor)]
-        save(ctx, *output, *tensors)
-        ctx.options = inputs[len(tensors) :]
+        q, k, v, index, key_mask, *ctx.options = inputs
+        save(ctx, *output, q, k, v, key_mask, *index)
         ctx.set_materialize_grads(False)
 
     def gradients(
         ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
-        out, lse, q, k, v, *rest = ctx.saved_tensors
+    ) -> tuple[torch.Tensor | list[None] | None, ...]:
+        out, lse, q, k, v, key_mask, *index = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        grads = first_order(backward_op, grad_out, grad_lse, q, k, v, out, lse, *rest, *ctx.options)
-        return (*grads, *[None] * (len(rest) + len(ctx.options)))
+        grads = first_order(
+            backward_op, grad_out, grad_lse, q, k, v, out, lse, index, key_mask, *ctx.options
+        )
+        return (*grads, [None] * len(index), None, *[None] * len(ctx.options))
 
     def tangents(ctx: Any, *of_arguments: torch.Tensor | None) -> Results:
         if isinstance(tangent_op, str):
             raise NotImplementedError(tangent_op)
-        out, lse, q, k, v, *rest = ctx.saved_tensors
+        out, lse, q, k, v, key_mask, *index = ctx.saved_tensors
         of_qkv = materialized(of_arguments, q, k, v)
-        found: Results = first_order(tangent_op, *of_qkv, q, k, v, out, lse, *rest, *ctx.options)
+        found: Results = first_order(
+            tangent_op, *of_qkv, q, k, v, out, lse, index, key_mask, *ctx.options
+        )
         return found
 
     def empty_gradients(
@@ -67,7 +194,7 @@ def differentiable(
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        *rest: torch.Tensor | float | None,
+        *rest: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -76,10 +203,14 @@ def differentiable(
         k_tangent: torch.Tensor,
         v_tangent: torch.Tensor,
         q: torch.Tensor,
-        *rest: torch.Tensor | float | None,
+        *rest: Any,
     ) -> Results:
         return empty_outputs(q)
 
+    def empty_results(q: torch.Tensor, *rest: Any) -> Results:
+        return empty_outputs(q)
+
+    forward_op.register_fake(empty_results)
     forward_op.register_autograd(gradients, setup_context=setup_context)
     backward_op.register_fake(empty_gradients)
     if not isinstance(tangent_op, str):

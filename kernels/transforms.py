@@ -69,7 +69,8 @@ def transformable(
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-            return gradients(ctx, *grads)
+            # A list of tensors is one argument here, and several to the operator.
+            return tuple(None if isinstance(x, list) else x for x in gradients(ctx, *grads))
 
         @staticmethod
         def jvp(ctx: Any, *of_arguments: torch.Tensor | None) -> Any:
@@ -139,13 +140,14 @@ def _one_by_one(
     call: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]
 ) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
     """What torch.vmap does with operators: call them for each entry of a mapped dimension."""
+
+    def entry(x: Any, dim: Any, i: int) -> Any:
+        if isinstance(x, list):
+            return [entry(part, of_part, i) for part, of_part in zip(x, dim, strict=True)]
+        return x if dim is None else x.select(dim, i)
+
     results = [
-        call(
-            *(
-                x if dim is None else x.select(dim, i)
-                for x, dim in zip(arguments, in_dims, strict=True)
-            )
-        )
+        call(*(entry(x, dim, i) for x, dim in zip(arguments, in_dims, strict=True)))
         for i in range(size)
     ]
     stacked = tuple(torch.stack(of_all) for of_all in zip(*results, strict=True))

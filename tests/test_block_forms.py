@@ -18,7 +18,8 @@ from diffattn.block_forms import (
     to_flashinfer,
     to_flashinfer_variable,
 )
-from diffattn.blocks import LAYOUT_TENSORS, layout_from_states
+from diffattn.blocks import layout_from_states
+from diffattn.kernels.checks import LAYOUT_NAMES
 
 MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -208,7 +209,7 @@ def test_to_block_mask_is_the_same_mask(name: str) -> None:
 def test_round_trip_gives_the_very_same_lists(name: str) -> None:
     layout = LAYOUTS[name]()
     back = from_block_mask(to_block_mask(layout))
-    for field in LAYOUT_TENSORS:
+    for field in LAYOUT_NAMES:
         assert torch.equal(getattr(back, field), getattr(layout, field)), field
     assert (back.tokens_q, back.tokens_kv) == (layout.tokens_q, layout.tokens_kv)
 

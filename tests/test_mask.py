@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from diffattn import AttentionMask, FullMask, PredicateMask, RadialAttn, TokenGrid
 from diffattn.blocks import EMPTY, FULL, PARTIAL, layout_from_states, pack_bits, unpack_bits
-from diffattn.mask import BlockMapMask, TextMask
+from diffattn.mask import Blocking, BlockMapMask, TextMask
 
 GRID = TokenGrid(3, 4, 5, text_before=2, text_after=7)
 
@@ -45,7 +45,7 @@ def test_blocks_hold_exactly_the_tokens_of_the_rule(name: str, blocks: tuple[int
     want = mask.allowed(token[:, None], token[None, :]).expand(GRID.tokens, GRID.tokens)
     assert torch.equal(mask.dense(), want)
     assert torch.equal(layout.dense()[0, 0], want)
-    states = mask.block_states(*blocks, torch.device("cpu"))
+    states = mask.block_states(Blocking(*blocks, torch.device("cpu")))
     rows, columns = layout.rows, layout.columns
     assert states.shape == (rows, columns)
     for r in range(rows):

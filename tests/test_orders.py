@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffattn import AttentionMask, FullMask, PredicateMask, RadialAttn, TokenGrid
+from diffattn.attention import attention, attention_gradients
 from diffattn.kernels.reference import reference_attention
-from diffattn.mask import BlockMapMask, TextMask
+from diffattn.mask import Blocking, BlockMapMask, TextMask
 from diffattn.methods import DenseAttn, Site
 from diffattn.methods.neighbourhood import AxisWindow, NeighbourhoodMask
 from diffattn.orders import TileOrder, tile_for
@@ -290,8 +291,8 @@ class TestLayouts:
         assert FullMask(grid).blocks(16, order=order).partial_blocks == 0
         for mask in (TextMask(grid), ~TextMask(grid), TextMask(grid) & FullMask(grid)):
             device = torch.device("cpu")
-            raster = mask.block_states(16, 16, device)
-            assert torch.equal(mask.block_states(16, 16, device, order), raster)
+            raster = mask.block_states(Blocking(16, 16, device))
+            assert torch.equal(mask.block_states(Blocking(16, 16, device, order)), raster)
 
     @pytest.mark.parametrize(
         ("grid", "raster_blocks", "full", "partial"),
@@ -412,6 +413,51 @@ class TestAttention:
         query = qkv[0][:, part.start :]
         out = attend_queries(stock.IN_TILES, query, *qkv[1:], site, (part,), **options)
         torch.testing.assert_close(out, want, atol=1e-6, rtol=1e-5)
+
+
+class TestAttentionInAnOrder:
+    GRID = TokenGrid(3, 5, 7, text_before=2, text_after=9)
+
+    @pytest.mark.parametrize("backend", ["cpu", "reference"])
+    @pytest.mark.parametrize("as_layout", [False, True], ids=["mask", "layout"])
+    def test_tensors_come_and_go_in_the_sequences_order(
+        self, as_layout: bool, backend: str
+    ) -> None:
+        qkv, key_mask = inputs(self.GRID)
+        mask, order = (
+            window(self.GRID, 1, 2, 2) | TextMask(self.GRID),
+            TileOrder(self.GRID, (2, 3, 4)),
+        )
+        given = mask.blocks(16, 24, order=order) if as_layout else mask
+        weight = torch.randn(qkv[0].shape)
+
+        def gradients(out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return torch.autograd.grad((out * weight).sum(), qkv)
+
+        want, want_lse = reference_attention(*qkv, mask.dense(), key_mask=key_mask)
+        out, lse = attention(
+            *qkv, given, order=order, key_mask=key_mask, return_lse=True, backend=backend
+        )
+        torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
+        wanted = gradients(want)
+        for found in (
+            gradients(out),
+            attention_gradients(
+                weight, *qkv, out, lse, mask.blocks(order=order), order=order, key_mask=key_mask
+            ),
+        ):
+            for one, other in zip(found, wanted, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+    def test_an_order_of_other_tokens_is_refused(self) -> None:
+        qkv, _ = inputs(self.GRID)
+        other = TileOrder(TokenGrid(3, 5, 7), (2, 3, 4))
+        mask = window(self.GRID, 1, 1, 1)
+        with pytest.raises(ValueError, match=r"the order is over .*, but the mask over"):
+            attention(*qkv, mask, order=other)
+        with pytest.raises(ValueError, match="over 105 tokens, but the mask over 116 x 116; make"):
+            attention(*qkv, mask.blocks(), order=other)
 
 
 def test_a_methods_order_is_kept_with_its_permutation() -> None:

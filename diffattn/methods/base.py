@@ -312,13 +312,9 @@ class StaticMaskMethod(Method):
         scale = self.score_scale(site.grid, query.shape[-1], scale)
         order = site.order or self.order(site.grid)
         layout = self.layout(site.grid, query.device, order)
-        if order is None or site.order is not None:
-            return attention(query, key, value, layout, scale=scale, key_mask=key_mask)
-        query, key, value = (order.to_tiles(x) for x in (query, key, value))
-        key_mask = None if key_mask is None else order.to_tiles(key_mask)
-        return order.from_tiles(
-            attention(query, key, value, layout, scale=scale, key_mask=key_mask)
-        )
+        if site.order is not None:
+            order = None  # the tensors come in it
+        return attention(query, key, value, layout, order=order, scale=scale, key_mask=key_mask)
 
     def order(self, grid: TokenGrid) -> TileOrder | None:
         """What `order_on` says, kept for the next call with the permutation it stands for."""

@@ -15,9 +15,8 @@ import torch
 
 from diffattn.blocks import EMPTY, FULL, PARTIAL
 from diffattn.grid import TokenGrid
-from diffattn.mask import BLOCK, AttentionMask
+from diffattn.mask import BLOCK, AttentionMask, Blocking
 from diffattn.methods.boxes import boxes_of, outlines_of
-from diffattn.orders import TileOrder
 
 _ENTRIES_PER_CHUNK = 1 << 20  # of a table that is summed up query by query
 _SMALLEST_BLOCK = 16
@@ -195,15 +194,12 @@ class NeighbourhoodMask(AttentionMask):
         pairs = [int(a.pairs(x, x)) for a, x in zip(self.axes, whole, strict=True)]
         return math.prod(pairs) / self.grid.tokens**2
 
-    def block_states(
-        self,
-        block_q: int,
-        block_kv: int,
-        device: torch.device,
-        order: TileOrder | None = None,
-    ) -> torch.Tensor:
-        query = boxes_of(self.grid, block_q, device, order)
-        key = query if block_kv == block_q else boxes_of(self.grid, block_kv, device, order)
+    def block_states(self, blocking: Blocking) -> torch.Tensor:
+        block_q, block_kv, device = blocking.block_q, blocking.block_kv, blocking.device
+        query = boxes_of(self.grid, block_q, device, blocking.order)
+        key = (
+            query if block_kv == block_q else boxes_of(self.grid, block_kv, device, blocking.order)
+        )
         # Pairs of two blocks that attend; int32 is half the time and memory where it is enough.
         dtype = torch.int32 if block_q * block_kv < 1 << 31 else torch.int64
         pairs = torch.ones(len(query.block), len(key.block), dtype=dtype, device=device)
@@ -226,16 +222,14 @@ class NeighbourhoodMask(AttentionMask):
         return states
 
     def block_signatures(
-        self,
-        row: torch.Tensor,
-        column: torch.Tensor,
-        block_q: int,
-        block_kv: int,
-        order: TileOrder | None = None,
+        self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
     ) -> torch.Tensor:
         # A block's mask follows from where its tokens are relative to each other, the same of its
         # keys, and the mask of each axis between the ranges that the tokens lie in.
-        query, key = (outlines_of(self.grid, n, row.device, order) for n in (block_q, block_kv))
+        query, key = (
+            outlines_of(self.grid, size, row.device, blocking.order)
+            for size in (blocking.block_q, blocking.block_kv)
+        )
         kinds = [query.shape[row], key.shape[column]]
         for i, axis in enumerate(self.axes):
             ranges_q, which_q = _ranges(query.first[:, i], query.end[:, i])

@@ -13,10 +13,9 @@ import torch
 
 from diffattn.blocks import EMPTY, FULL
 from diffattn.grid import TokenGrid
-from diffattn.mask import AttentionMask, BlockMapMask
+from diffattn.mask import AttentionMask, Blocking, BlockMapMask
 from diffattn.methods.base import StaticMaskMethod, check_choice, check_count
 from diffattn.methods.fragments import any_in_block, cut
-from diffattn.orders import TileOrder
 
 _T = TypeVar("_T")
 
@@ -286,17 +285,12 @@ class FrameBandMask(AttentionMask):
             seen |= key < size
         return seen & ~is_text[0] & ~is_text[1]
 
-    def block_states(
-        self,
-        block_q: int,
-        block_kv: int,
-        device: torch.device,
-        order: TileOrder | None = None,
-    ) -> torch.Tensor:
-        states = super().block_states(block_q, block_kv, device, order)
-        if order is not None:
+    def block_states(self, blocking: Blocking) -> torch.Tensor:
+        states = super().block_states(blocking)
+        if blocking.order is not None:
             return states
         rows, columns = states.shape
+        block_q, block_kv, device = blocking.block_q, blocking.block_kv, blocking.device
         query, key = cut(self.grid, block_q, device), cut(self.grid, block_kv, device)
         width = self.half_widths.to(device)[(query.frame[:, None] - key.frame[None, :]).abs()]
         if self.sink:
@@ -317,15 +311,10 @@ class FrameBandMask(AttentionMask):
         return states
 
     def block_signatures(
-        self,
-        row: torch.Tensor,
-        column: torch.Tensor,
-        block_q: int,
-        block_kv: int,
-        order: TileOrder | None = None,
+        self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
     ) -> torch.Tensor | None:
-        size = self.grid.frame_tokens
-        if order is not None or size < max(block_q, block_kv):
+        size, block_q, block_kv = self.grid.frame_tokens, blocking.block_q, blocking.block_kv
+        if blocking.order is not None or size < max(block_q, block_kv):
             return None
         # A block of at most two frames is known by where it changes frame, by how far its tokens
         # are apart in their frames, and by what the frames involved see of each other.

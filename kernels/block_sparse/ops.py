@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 
 from ..checks import check_inputs, check_layout
-from ..operators import differentiable, empty_outputs
+from ..operators import over_layout
 from .backward import backward
 from .forward import forward_kernel
 from .forward_pass import forward
@@ -23,12 +25,7 @@ def block_sparse_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    full_count: torch.Tensor,
-    full_index: torch.Tensor,
-    partial_count: torch.Tensor,
-    partial_index: torch.Tensor,
-    partial_mask: torch.Tensor,
-    bit_masks: torch.Tensor,
+    layout: Sequence[torch.Tensor],
     *,
     block_q: int,
     block_kv: int,
@@ -41,10 +38,10 @@ def block_sparse_attention(
         q, k, v: `(batch, tokens, heads, head_dim)` of one dtype, any strides; the key length may
             differ from the query length. float32 is multiplied in full, unless
             `torch.set_float32_matmul_precision` allows TF32.
-        full_count, full_index, partial_count, partial_index, partial_mask, bit_masks: the index
-            lists of a `BlockLayout`, shared (size 1) or separate per sample and per head. What is
-            derived from them is remembered for as long as these very tensors live. Their values
-            are taken to be in range: looking at them would wait for the device.
+        layout: the index lists of a `BlockLayout` (its `tensors`), shared (size 1) or separate per
+            sample and per head. What is derived from them is remembered for as long as these very
+            tensors live. Their values are taken to be in range: looking at them would wait for the
+            device.
         block_q, block_kv: tokens per query block and per key block: 16, 32, 64, 128 or 256.
         scale: factor of the scores; `head_dim ** -0.5` when None.
         key_mask: bool `(batch, tokens_kv)`, false for keys that nobody sees.
@@ -57,13 +54,12 @@ def block_sparse_attention(
     Raises:
         ValueError: if dtypes, devices or shapes do not fit together or are not supported.
     """
-    layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
     check_inputs(q, k, v, key_mask, dtypes=DTYPES)
     _check_supported(q, k, v, key_mask, block_q, block_kv)
     check_layout(q, layout, block_q, block_kv)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return _attend(q, k, v, *layout, key_mask, block_q, block_kv, scale)
+    return _attend(q, k, v, list(layout), key_mask, block_q, block_kv, scale)
 
 
 def block_sparse_attention_gradients(
@@ -73,12 +69,7 @@ def block_sparse_attention_gradients(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    full_count: torch.Tensor,
-    full_index: torch.Tensor,
-    partial_count: torch.Tensor,
-    partial_index: torch.Tensor,
-    partial_mask: torch.Tensor,
-    bit_masks: torch.Tensor,
+    layout: Sequence[torch.Tensor],
     *,
     block_q: int,
     block_kv: int,
@@ -94,101 +85,18 @@ def block_sparse_attention_gradients(
     Raises:
         ValueError: if dtypes, devices or shapes do not fit together or are not supported.
     """
-    layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
     check_inputs(q, k, v, key_mask, dtypes=DTYPES)
     _check_supported(q, k, v, key_mask, block_q, block_kv)
     check_layout(q, layout, block_q, block_kv)
     _check_results(q, grad_out, out, lse)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return _backward_op(
-        grad_out, None, q, k, v, out, lse, *layout, key_mask, block_q, block_kv, scale
+    return _gradients(
+        grad_out, None, q, k, v, out, lse, list(layout), key_mask, block_q, block_kv, scale
     )
 
 
-@torch.library.custom_op("diffattn::block_sparse_triton", mutates_args=())
-def _forward_op(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    full_count: torch.Tensor,
-    full_index: torch.Tensor,
-    partial_count: torch.Tensor,
-    partial_index: torch.Tensor,
-    partial_mask: torch.Tensor,
-    bit_masks: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    block_q: int,
-    block_kv: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
-    return forward(q, k, v, layout, key_mask, block_q=block_q, block_kv=block_kv, scale=scale)
-
-
-@_forward_op.register_fake
-def _(
-    q: torch.Tensor, *rest: torch.Tensor | int | float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return empty_outputs(q)
-
-
-@torch.library.custom_op("diffattn::block_sparse_triton_backward", mutates_args=())
-def _backward_op(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    full_count: torch.Tensor,
-    full_index: torch.Tensor,
-    partial_count: torch.Tensor,
-    partial_index: torch.Tensor,
-    partial_mask: torch.Tensor,
-    bit_masks: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    block_q: int,
-    block_kv: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
-    return backward(
-        grad_out, grad_lse, q, k, v, out, lse, layout, key_mask,
-        block_q=block_q, block_kv=block_kv, scale=scale,
-    )  # fmt: skip
-
-
-@torch.library.custom_op("diffattn::block_sparse_triton_tangent", mutates_args=())
-def _tangent_op(
-    q_tangent: torch.Tensor,
-    k_tangent: torch.Tensor,
-    v_tangent: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    full_count: torch.Tensor,
-    full_index: torch.Tensor,
-    partial_count: torch.Tensor,
-    partial_index: torch.Tensor,
-    partial_mask: torch.Tensor,
-    bit_masks: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    block_q: int,
-    block_kv: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    layout = (full_count, full_index, partial_count, partial_index, partial_mask, bit_masks)
-    return tangent(
-        (q_tangent, k_tangent, v_tangent), q, k, v, out, lse, layout, key_mask,
-        block_q=block_q, block_kv=block_kv, scale=scale,
-    )  # fmt: skip
-
-
-_attend = differentiable(_forward_op, _backward_op, _tangent_op)
+_attend, _gradients = over_layout("block_sparse_triton", forward, backward, tangent)
 
 
 def _check_supported(

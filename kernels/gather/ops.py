@@ -6,7 +6,7 @@ import torch
 import triton
 
 from ..checks import check_inputs
-from ..operators import differentiable, empty_outputs
+from ..operators import over_selection
 from .backward import backward
 from .forward import forward, forward_kernel
 
@@ -60,47 +60,13 @@ def selected_attention(
     _check_supported(q, k, v, key_mask)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return _attend(q, k, v, starts, bits, key_mask, scale)
+    return _attend(q, k, v, [starts, bits], key_mask, scale)
 
 
-@torch.library.custom_op("diffattn::selected_triton", mutates_args=())
-def _forward_op(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    starts: torch.Tensor,
-    bits: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return forward(q, k, v, starts, bits, key_mask, scale=scale)
-
-
-@_forward_op.register_fake
-def _(q: torch.Tensor, *rest: torch.Tensor | float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    return empty_outputs(q)
-
-
-@torch.library.custom_op("diffattn::selected_triton_backward", mutates_args=())
-def _backward_op(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    starts: torch.Tensor,
-    bits: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return backward(grad_out, grad_lse, q, k, v, out, lse, starts, bits, key_mask, scale=scale)
-
-
-_attend = differentiable(
-    _forward_op,
-    _backward_op,
+_attend = over_selection(
+    "selected_triton",
+    forward,
+    backward,
     "the Triton kernel for selected blocks has no forward-mode derivative (torch.func.jvp,"
     " dual_level); call diffattn.selected.selected_attention, which takes the block-sparse kernel"
     " for it",

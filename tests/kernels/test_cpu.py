@@ -40,7 +40,7 @@ def attend(
     qkv: list[torch.Tensor], layout: BlockLayout, **options: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return block_sparse_attention(
-        *qkv, *tensors(layout), block_q=layout.block_q, block_kv=layout.block_kv, **options
+        *qkv, tensors(layout), block_q=layout.block_q, block_kv=layout.block_kv, **options
     )
 
 
@@ -109,7 +109,7 @@ def test_layouts_per_sample_and_per_head(batch: int, heads: int, dtype: torch.dt
     qkv = inputs(2, 100, 120, 3, 16, dtype)
     mask = torch.cat([layout.dense()[0] for layout in layouts]).unflatten(0, (batch, heads))
     stacked = stack_layouts(layouts, batch, heads)
-    out, lse = block_sparse_attention(*qkv, *stacked, block_q=32, block_kv=32)
+    out, lse = block_sparse_attention(*qkv, stacked, block_q=32, block_kv=32)
     assert_matches_eager(out, lse, *qkv, mask.expand(2, 3, -1, -1), backward=True)
 
 
@@ -363,7 +363,7 @@ def test_any_layout(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))
     qkv = inputs(batch, tokens_q, tokens_kv, heads, head_dim, dtype)
     out, lse = block_sparse_attention(
-        *qkv, *stack_layouts(layouts, *shared), block_q=block_q, block_kv=block_kv,
+        *qkv, stack_layouts(layouts, *shared), block_q=block_q, block_kv=block_kv,
         key_mask=key_mask,
     )  # fmt: skip
     mask = torch.cat([layout.dense()[0] for layout in layouts]).unflatten(0, shared)
@@ -392,7 +392,7 @@ def test_plan_follows_changes_and_dies_with_the_layout() -> None:
     assert_matches_eager(*attend(qkv, layout), *qkv, layout.dense())
     other = [t.clone() for t in tensors(layout)]
     other[1].fill_(1)
-    out, _ = block_sparse_attention(*qkv, *other, block_q=32, block_kv=32)
+    out, _ = block_sparse_attention(*qkv, other, block_q=32, block_kv=32)
     assert not torch.equal(out, attend(qkv, layout)[0])
     plans = len(row_plan._cache)
     dead = weakref.ref(layout.full_index)
@@ -416,7 +416,7 @@ def test_opcheck(masked: bool) -> None:
     key_mask = torch.rand(2, 60) < 0.8 if masked else None
     torch.library.opcheck(
         torch.ops.diffattn.block_sparse_cpu.default,
-        (*inputs(2, 50, 60, 2, 8, torch.float32), *tensors(layout), key_mask, 16, 32, 0.3),
+        (*inputs(2, 50, 60, 2, 8, torch.float32), list(tensors(layout)), key_mask, 16, 32, 0.3),
     )
 
 
@@ -444,8 +444,8 @@ def _bad(**changes: object) -> dict[str, object]:
         tokens_q=40, tokens_kv=50, block_q=16, block_kv=16,
     )  # fmt: skip
     qkv = [torch.randn(2, n, 3, 8) for n in (40, 50, 50)]
-    names = ("q", "k", "v", *LAYOUT_FIELDS)
-    return {**dict(zip(names, (*qkv, *tensors(layout)), strict=True)), **changes}
+    index = [changes.pop(name, getattr(layout, name)) for name in LAYOUT_FIELDS]
+    return {**dict(zip("qkv", qkv, strict=True)), "layout": index, **changes}
 
 
 @pytest.mark.parametrize(

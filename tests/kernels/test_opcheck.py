@@ -42,9 +42,9 @@ def attention_arguments(kind: str, x: list[torch.Tensor], rest: Arguments) -> Ar
 
 
 def block_sparse(kind: str, dtype: torch.dtype, masked: bool, device: str) -> Arguments:
-    layout = (x.to(device) for x in tensors(random_layout(TOKENS_Q, TOKENS_KV, 16, 32)))
+    layout = [x.to(device) for x in tensors(random_layout(TOKENS_Q, TOKENS_KV, 16, 32))]
     return attention_arguments(
-        kind, qkv(dtype, device), (*layout, key_mask(masked, device), 16, 32, 0.3)
+        kind, qkv(dtype, device), (layout, key_mask(masked, device), 16, 32, 0.3)
     )
 
 
@@ -52,7 +52,7 @@ def selected(kind: str, dtype: torch.dtype, masked: bool, device: str) -> Argume
     starts = torch.tensor([0, 7, 8, 37, TOKENS_KV], dtype=torch.int32, device=device)
     bits = torch.randint(0, 16, (2, HEADS, TOKENS_Q, 1), dtype=torch.int32).to(device)
     return attention_arguments(
-        kind, qkv(dtype, device), (starts, bits, key_mask(masked, device), 0.3)
+        kind, qkv(dtype, device), ([starts, bits], key_mask(masked, device), 0.3)
     )
 
 

@@ -63,10 +63,10 @@ def attend(kernel: str, layout: BlockLayout | Tensors, block_q: int, block_kv: i
         layout = tensors(layout)
     if kernel == "cpu":
         return lambda *qkv, **options: cpu.block_sparse_attention(
-            *qkv, *layout, block_q=block_q, block_kv=block_kv, **options
+            *qkv, layout, block_q=block_q, block_kv=block_kv, **options
         )
     return lambda *qkv, **options: block_sparse_attention(
-        *qkv, *(x.to(qkv[0].device) for x in layout), block_q=block_q, block_kv=block_kv, **options
+        *qkv, [x.to(qkv[0].device) for x in layout], block_q=block_q, block_kv=block_kv, **options
     )
 
 

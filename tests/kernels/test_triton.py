@@ -51,7 +51,7 @@ def inputs(
 def attend(qkv: list[torch.Tensor], layout: BlockLayout, **options: Any) -> Results:
     layout = layout.to(qkv[0].device)
     return block_sparse_attention(
-        *qkv, *tensors(layout), block_q=layout.block_q, block_kv=layout.block_kv, **options
+        *qkv, tensors(layout), block_q=layout.block_q, block_kv=layout.block_kv, **options
     )
 
 
@@ -148,7 +148,7 @@ def test_layouts_per_sample_and_per_head(batch: int, heads: int, device: str) ->
     qkv = inputs(device, 2, 35, 50, 3, 16)
     mask = torch.cat([layout.dense()[0] for layout in layouts]).unflatten(0, (batch, heads))
     stacked = [x.to(device) for x in stack_layouts(layouts, batch, heads)]
-    out, lse = block_sparse_attention(*qkv, *stacked, block_q=16, block_kv=16)
+    out, lse = block_sparse_attention(*qkv, stacked, block_q=16, block_kv=16)
     mask = mask.expand(2, 3, -1, -1).to(device)
     assert_matches_eager(out, lse, *qkv, mask, backward=True)
 
@@ -157,7 +157,7 @@ def test_index_lists_of_any_strides(device: str) -> None:
     layout = random_layout(40, 40, 16, 16).to(device)
     qkv = inputs(device, 1, 40, 40, 2, 16)
     strided = [x.repeat_interleave(2, -1)[..., ::2] for x in tensors(layout)]
-    out, lse = block_sparse_attention(*qkv, *strided, block_q=16, block_kv=16)
+    out, lse = block_sparse_attention(*qkv, strided, block_q=16, block_kv=16)
     assert_matches_eager(out, lse, *qkv, layout.dense(), backward=True)
 
 
@@ -307,7 +307,7 @@ def test_gradients_outside_of_autograd(device: str) -> None:
     qkv = inputs(device, 1, 40, 50, 2, 16)
     key_mask = torch.rand(1, 50, device=device) < 0.7
     options = {"block_q": 16, "block_kv": 16, "scale": 0.3, "key_mask": key_mask}
-    out, lse = block_sparse_attention(*qkv, *tensors(layout), **options)
+    out, lse = block_sparse_attention(*qkv, tensors(layout), **options)
     grad_out = torch.randn_like(out)
     expected = torch.autograd.grad(out, qkv, grad_out)
     found = block_sparse_attention_gradients(
@@ -434,7 +434,7 @@ def test_any_layout(data: st.DataObject, device: str) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))
     qkv = inputs(device, batch, tokens_q, tokens_kv, heads, head_dim, dtype)
     out, lse = block_sparse_attention(
-        *qkv, *(x.to(device) for x in stack_layouts(layouts, *shared)),
+        *qkv, [x.to(device) for x in stack_layouts(layouts, *shared)],
         block_q=block_q, block_kv=block_kv, key_mask=key_mask,
     )  # fmt: skip
     mask = torch.cat([layout.dense()[0] for layout in layouts]).unflatten(0, shared)
@@ -629,10 +629,10 @@ def _bad(device: str, **changes: object) -> dict[str, object]:
     layout = layout_of([[FULL, PARTIAL, FULL, PARTIAL]] * 3, tokens_q=40, tokens_kv=50,
                        block_q=16, block_kv=16).to(device)  # fmt: skip
     qkv = [x.detach() for x in inputs(device, 2, 40, 50, 3, 8)]
-    names = ("q", "k", "v", *LAYOUT_FIELDS)
     changes = {k: x.to(device) if isinstance(x, torch.Tensor) and x.device.type == "cpu" else x
                for k, x in changes.items()}  # fmt: skip
-    return {**dict(zip(names, (*qkv, *tensors(layout)), strict=True)), **changes}
+    index = [changes.pop(name, getattr(layout, name)) for name in LAYOUT_FIELDS]
+    return {**dict(zip("qkv", qkv, strict=True)), "layout": index, **changes}
 
 
 @pytest.mark.parametrize(
@@ -690,7 +690,7 @@ from diffattn.kernels.block_sparse import block_sparse_attention
 states = torch.full((1, 1), FULL, dtype=torch.uint8)
 layout = layout_from_states(states, None, tokens_q=9, tokens_kv=9, block_q=16, block_kv=16)
 x = torch.randn(1, 9, 1, 16)
-block_sparse_attention(x, x, x, *layout.tensors, block_q=16, block_kv=16)
+block_sparse_attention(x, x, x, layout.tensors, block_q=16, block_kv=16)
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(

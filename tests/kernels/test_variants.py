@@ -203,7 +203,7 @@ def test_the_operator_runs_the_variant(
     monkeypatch.setenv("DIFFATTN_TRITON_VARIANT", asked)
     layout = random_layout(140, 140, 128, 64, partial=False).to(device)
     qkv = [torch.randn(1, 140, 1, 16).to(device).half().requires_grad_() for _ in range(3)]
-    out, lse = block_sparse_attention(*qkv, *layout.tensors, **OPTIONS)
+    out, lse = block_sparse_attention(*qkv, layout.tensors, **OPTIONS)
     assert_matches_eager(out, lse, *qkv, layout.dense(), scale=0.3, backward=True)
     assert [variant for _, variant in ran] == expected
 
@@ -216,7 +216,7 @@ def test_under_deterministic_algorithms_nothing_is_added_in_any_order(
     qkv = [torch.randn(1, 140, 1, 16).to(device).half().requires_grad_() for _ in range(3)]
     torch.use_deterministic_algorithms(True)
     try:
-        out, _ = block_sparse_attention(*qkv, *layout.tensors, **OPTIONS)
+        out, _ = block_sparse_attention(*qkv, layout.tensors, **OPTIONS)
         torch.autograd.grad((out * torch.randn_like(out)).sum(), qkv)
     finally:
         torch.use_deterministic_algorithms(False)

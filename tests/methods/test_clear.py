@@ -19,6 +19,7 @@ import diffattn
 from diffattn import CLEARAttn, DenseAttn, TokenGrid
 from diffattn.blocks import PARTIAL
 from diffattn.kernels.reference import reference_attention
+from diffattn.mask import Blocking
 from diffattn.methods import Site, from_dict
 from diffattn.methods.pooling import add_keys, every_pair
 from diffattn.models import family_of
@@ -181,7 +182,7 @@ def test_mask_is_the_definition_in_any_blocks_and_order(
 @settings(max_examples=60, deadline=None)
 def test_states_are_never_wrong(grid: TokenGrid, method: CLEARAttn, order: bool) -> None:
     tiles = method.order(grid) if order else None
-    states = method.video_mask(grid).block_states(8, 16, torch.device("cpu"), tiles)
+    states = method.video_mask(grid).block_states(Blocking(8, 16, torch.device("cpu"), tiles))
     moved = torch.arange(grid.tokens) if tiles is None else tiles.positions()
     text = grid.is_text(moved)
     want = definition(grid, method)[moved][:, moved] & ~text[:, None] & ~text[None]
@@ -227,9 +228,9 @@ def test_few_of_a_videos_blocks_are_looked_at(window: str) -> None:
     grid = TokenGrid(33, 45, 80, text_after=256)
     method = CLEARAttn(window=window)
     mask, order = method.mask(grid), method.order(grid)
-    states = mask.block_states(128, 128, torch.device("cpu"), order)
-    partial = (states == PARTIAL).nonzero(as_tuple=True)
-    kinds = mask.block_signatures(*partial, 128, 128, order)
+    blocking = Blocking(128, 128, torch.device("cpu"), order)
+    partial = (mask.block_states(blocking) == PARTIAL).nonzero(as_tuple=True)
+    kinds = mask.block_signatures(*partial, blocking)
     assert kinds is not None
     assert len(kinds.unique()) < len(kinds) / 12
 

@@ -13,6 +13,7 @@ from tiny_families import CASES
 
 import diffattn
 from diffattn import FreeSwimAttn, TokenGrid
+from diffattn.mask import Blocking
 from diffattn.methods import Site, from_dict
 from diffattn.orders import TileOrder
 
@@ -116,8 +117,8 @@ class TestMask:
         assert order is not None
         assert order.tile == (21, 2, 3)
         cpu = torch.device("cpu")
-        raster = (mask.block_states(128, 128, cpu) > 0).float().mean().item()
-        tiled = (mask.block_states(128, 128, cpu, order) > 0).float().mean().item()
+        raster = (mask.block_states(Blocking(128, 128, cpu)) > 0).float().mean().item()
+        tiled = (mask.block_states(Blocking(128, 128, cpu, order)) > 0).float().mean().item()
         # Section 4.1 of the specification.
         assert raster == pytest.approx(0.481, abs=0.002)
         assert tiled == pytest.approx(0.249, abs=0.002)

@@ -22,6 +22,7 @@ from diffattn import GNAAttn, TokenGrid
 from diffattn.attached_model import attached_to
 from diffattn.blocks import FULL
 from diffattn.kernels.reference import reference_attention
+from diffattn.mask import Blocking
 from diffattn.methods import Site, from_dict
 from diffattn.methods.boxes import boxes_of
 from diffattn.methods.gna import is_block_sparse, nearest_block_sparse
@@ -198,7 +199,7 @@ class TestMask:
         grid, method = grid_and_method
         order = None if tile is None else TileOrder(grid, tile)
         mask = method.mask(grid)
-        states = mask.block_states(block_q, block_kv, CPU, order)
+        states = mask.block_states(Blocking(block_q, block_kv, CPU, order))
         layout = mask.blocks(block_q, block_kv, order=order)
         assert int((states == FULL).sum()) == layout.full_blocks
         assert int((states > 0).sum()) == layout.full_blocks + layout.partial_blocks

@@ -9,10 +9,10 @@ import torch
 
 from diffattn.blocks import EMPTY, FULL
 from diffattn.grid import TokenGrid
-from diffattn.mask import AttentionMask
+from diffattn.mask import AttentionMask, Blocking
 from diffattn.methods.boxes import Boxes, boxes_of, outlines_of
 from diffattn.methods.fragments import any_in_block
-from diffattn.orders import TileOrder, tiles_that_fit
+from diffattn.orders import tiles_that_fit
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,15 +76,10 @@ class DiskMask(AttentionMask):
         right = torch.stack([one_k, from_zero[1], row_k, column_k], -2)
         return left @ torch.cat([right, -limits], -2) < 0
 
-    def block_states(
-        self,
-        block_q: int,
-        block_kv: int,
-        device: torch.device,
-        order: TileOrder | None = None,
-    ) -> torch.Tensor:
-        states = super().block_states(block_q, block_kv, device, order)
-        query, key = (boxes_of(self.grid, size, device, order) for size in (block_q, block_kv))
+    def block_states(self, blocking: Blocking) -> torch.Tensor:
+        states = super().block_states(blocking)
+        device, sizes = blocking.device, (blocking.block_q, blocking.block_kv)
+        query, key = (boxes_of(self.grid, size, device, blocking.order) for size in sizes)
         limits = self.limits.to(device)
         near, far = zip(*(_gaps(query, key, axis) for axis in range(3)), strict=True)
         seen = near[1].square().add_(near[2].square()) < limits[near[0]]
@@ -96,24 +91,22 @@ class DiskMask(AttentionMask):
         missing = any_in_block(unseen, query, key, *states.shape)
         # Text keeps its places in every order.
         text = self.grid.is_text(torch.arange(self.grid.tokens, device=device)).nonzero().flatten()
-        missing[text // block_q] = True
-        missing[:, text // block_kv] = True
+        missing[text // sizes[0]] = True
+        missing[:, text // sizes[1]] = True
         states[~some] = EMPTY
         states[~missing] = FULL
         return states
 
     def block_signatures(
-        self,
-        row: torch.Tensor,
-        column: torch.Tensor,
-        block_q: int,
-        block_kv: int,
-        order: TileOrder | None = None,
+        self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
     ) -> torch.Tensor:
         # Only how far a block is shifted counts, and which of its tokens are in the first frame;
         # and only the latter where it is shifted out of reach.
         grid = self.grid
-        outlines = [outlines_of(grid, size, row.device, order) for size in (block_q, block_kv)]
+        outlines = [
+            outlines_of(grid, size, row.device, blocking.order)
+            for size in (blocking.block_q, blocking.block_kv)
+        ]
         (query, query_end), (key, key_end) = (
             (x.first[index], x.end[index]) for x, index in zip(outlines, (row, column), strict=True)
         )

@@ -219,13 +219,16 @@ class CLEARAttn(StaticMaskMethod):
         scale = self.score_scale(grid, query.shape[-1], scale)
         order = self.order(grid)
         layout = self.layout(grid, query.device, order)
-        tiles = query, key, value
-        if order is not None:
-            tiles = order.to_tiles(query), order.to_tiles(key), order.to_tiles(value)
-            key_mask = None if key_mask is None else order.to_tiles(key_mask)
-        out, lse = attention(*tiles, layout, scale=scale, key_mask=key_mask, return_lse=True)
-        if order is not None:
-            out, lse = order.from_tiles(out), order.from_tiles(lse, 2)
+        out, lse = attention(
+            query,
+            key,
+            value,
+            layout,
+            order=order,
+            scale=scale,
+            key_mask=key_mask,
+            return_lse=True,
+        )
         weights: Any = site.weights
         weight = mean_weight(self.down_factor) if weights is None else weights.spatial_weight
         key, value = pooled(key, grid, weight), pooled(value, grid, weight)
