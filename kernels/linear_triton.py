@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .block_sparse.launch import float32_precision, on_device, padded_head_dim
-from .block_sparse.primitives import load_tile, store_tile
+from .common.launch import float32_precision, on_device, padded_head_dim
+from .common.primitives import load_tile, store_tile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256

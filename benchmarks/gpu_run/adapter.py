@@ -11,9 +11,10 @@ import torch
 
 from diffattn.blocks import BlockLayout
 from diffattn.kernels.block_sparse.backward import key_gradients, query_gradients
-from diffattn.kernels.block_sparse.configs import Choice, fitted, tile_config
+from diffattn.kernels.block_sparse.configs import fitted, tile_config
 from diffattn.kernels.block_sparse.forward_pass import forward
-from diffattn.kernels.block_sparse.row_sums import RowSums, row_sums
+from diffattn.kernels.common.row_sums import RowSums, row_sums
+from diffattn.kernels.common.tile_tables import Choice
 from diffattn.kernels.gather.backward import backward as gather_backward
 from diffattn.kernels.gather.configs import tile_config as gather_tile_config
 from diffattn.kernels.gather.forward import forward as gather_forward

@@ -7,7 +7,7 @@ is always among them.
 
 from __future__ import annotations
 
-from diffattn.kernels.block_sparse.configs import Choice, TileConfig
+from diffattn.kernels.common.tile_tables import Choice, TileConfig
 
 # Of each kernel and head_dim, what ships included.
 MOST = 8

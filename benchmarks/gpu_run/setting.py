@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from diffattn.kernels.block_sparse.tuned import device_name
+from diffattn.kernels.common.tuned import device_name
 from gpu_run.journal import Journal
 from gpu_run.parent import SECONDS_VARIABLE
 from gpu_run.shapes import SHAPES, Shape, tiny

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffattn.attention import attention
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states
-from diffattn.kernels.block_sparse.configs import Choice
+from diffattn.kernels.common.tile_tables import Choice
 from diffattn.kernels.gather import selected_attention
 from diffattn.kernels.linear import linear_attention
 from gpu_run import adapter

@@ -1,4 +1,4 @@
-"""The tuned table that the rows of a run make, as diffattn.kernels.block_sparse.tuned reads it."""
+"""The tuned table that the rows of a run make, as diffattn.kernels.common.tuned reads it."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import torch
 
 from diffattn import VMoBAAttn
 from diffattn.blocks import FULL, PARTIAL, layout_from_states, unpack_bits
-from diffattn.kernels.block_sparse.configs import Choice
+from diffattn.kernels.common.tile_tables import Choice
 from diffattn.methods.vmoba.selection import select_blocks
 from gpu_run import adapter, smoke
 from gpu_run.accuracy import Deviation, check_gradients, check_output, worst

@@ -12,12 +12,14 @@ import torch
 from diffattn.blocks import FULL, PARTIAL, BlockLayout, layout_from_states
 from diffattn.kernels.block_sparse import gluon_forward, queries_gradient, warp_specialized
 from diffattn.kernels.block_sparse.backward import key_gradients, query_gradients
-from diffattn.kernels.block_sparse.configs import Choice, TileConfig, fitted, tile_config
+from diffattn.kernels.block_sparse.configs import fitted, tile_config
 from diffattn.kernels.block_sparse.forward_pass import forward
 from diffattn.kernels.block_sparse.keys_gradient import one_pass_takes
-from diffattn.kernels.block_sparse.launch import Problem, padded_head_dim
-from diffattn.kernels.block_sparse.row_sums import RowSums, row_sums
-from diffattn.kernels.block_sparse.variants import KERNELS
+from diffattn.kernels.block_sparse.launch import Problem
+from diffattn.kernels.common.launch import padded_head_dim
+from diffattn.kernels.common.row_sums import RowSums, row_sums
+from diffattn.kernels.common.tile_tables import Choice, TileConfig
+from diffattn.kernels.common.variants import KERNELS
 
 from .launches import HEADS, Constants, Launch, Tile, Work
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import triton
 
-from diffattn.kernels.block_sparse.configs import TileConfig
+from diffattn.kernels.common.tile_tables import TileConfig
 
 from . import block_sparse, gather, tangent
 from .block_sparse import PRODUCTS, Case

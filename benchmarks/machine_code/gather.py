@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from diffattn.kernels.block_sparse.configs import Choice, TileConfig
+from diffattn.kernels.common.tile_tables import Choice, TileConfig
 from diffattn.kernels.gather.backward import backward
 from diffattn.kernels.gather.forward import forward
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from diffattn.kernels.block_sparse.configs import TileConfig
 from diffattn.kernels.block_sparse.tangent import tangent
+from diffattn.kernels.common.tile_tables import TileConfig
 
 from .block_sparse import Case, attention_work, call_of, options_of
 from .launches import HEADS, Constants, Launch, Work

@@ -7,12 +7,12 @@ from typing import TypedDict
 import torch
 
 from ..checks import LayoutTensors
-from .configs import Choice
+from ..common.row_sums import RowSums, row_sums
+from ..common.tile_tables import Choice
+from ..common.variants import first_that_compiles
 from .keys_gradient import keys_gradient, one_pass_takes
 from .launch import Problem
 from .queries_gradient import queries_gradient, tma_takes
-from .row_sums import RowSums, row_sums
-from .variants import first_that_compiles
 
 
 class _Options(TypedDict):

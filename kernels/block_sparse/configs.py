@@ -8,92 +8,11 @@ been measured on a GPU goes before them: `tuned.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-import triton
 
-
-@dataclass(frozen=True)
-class TileConfig:
-    """How a kernel cuts a block into tiles.
-
-    Attributes:
-        block_m, block_n: queries and keys per tile; at most those of a block.
-        num_warps, num_stages: as Triton takes them.
-        partial: tokens of the walked side per tile of a partial block, keys for "forward" and
-            "queries", queries for "keys": masks take registers. As in full blocks when None.
-        ahead: whether scores are multiplied one tile before they are needed ("forward" and
-            "queries").
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    partial: int | None = None
-    ahead: bool = False
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A variant of a kernel, and its tiles."""
-
-    variant: str
-    tiles: TileConfig
-
-
-# By largest head_dim, for 16-bit inputs. A second entry is for calls with a key mask or a padded
-# head_dim, which need registers for what is hidden.
-_Row = tuple[TileConfig, TileConfig]
-Table = dict[int, _Row]
-
-
-def both(*config: int, ahead: bool = False) -> _Row:
-    return plain_masked(config, config, ahead=ahead)
-
-
-def plain_masked(plain: tuple[int, ...], masked: tuple[int, ...], *, ahead: bool = False) -> _Row:
-    return _tiles(*plain, ahead=ahead), _tiles(*masked, ahead=ahead)
-
-
-def _tiles(
-    block_m: int, block_n: int, num_warps: int, num_stages: int, partial: int = 0, *, ahead: bool
-) -> TileConfig:
-    return TileConfig(block_m, block_n, num_warps, num_stages, partial or None, ahead)
-
-
-@dataclass(frozen=True)
-class Tables:
-    """The tiles of some kernels, by name.
-
-    Attributes:
-        ampere: for mma.sync (sm_80 to sm_89 and sm_120).
-        hopper: for wgmma.
-        blackwell: for tcgen05 (sm_100).
-        other: for other makers' GPUs, and NVIDIA's before sm_80.
-        float32: for float32 on any of them.
-    """
-
-    ampere: dict[str, Table]
-    hopper: dict[str, Table]
-    blackwell: dict[str, Table]
-    other: dict[str, Table]
-    float32: dict[str, Table]
-
-    def find(self, kernel: str, block_d: int, dtype: torch.dtype, *, masked: bool) -> TileConfig:
-        """The tiles of a kernel on the current device; arguments as `tile_config`."""
-        table = (self.float32 if dtype == torch.float32 else self._of_chip())[kernel]
-        return row_of(table, block_d)[masked]
-
-    def _of_chip(self) -> dict[str, Table]:
-        if triton.knobs.runtime.interpret:
-            return self.ampere
-        target = triton.runtime.driver.active.get_current_target()
-        if target.backend != "cuda" or target.arch < 80:
-            return self.other
-        return {9: self.hopper, 10: self.blackwell}.get(target.arch // 10, self.ampere)
-
+from ..common.tile_tables import Table, Tables, TileConfig, both, plain_masked, row_of
 
 # mma.sync (sm_80 to sm_89 and sm_120): all within the 99 KiB of the consumer chips.
 _AMPERE: dict[str, Table] = {
@@ -220,12 +139,6 @@ def tile_config(
     if variant == "plain":
         return _TABLES.find(kernel, block_d, dtype, masked=masked)
     return row_of(tables[variant], block_d)[masked]
-
-
-def row_of(table: Table, block_d: int) -> _Row:
-    """The row of a head_dim; that of the largest for those that the table's form does not take."""
-    *_, last = table.values()
-    return next((row for largest, row in table.items() if block_d <= largest), last)
 
 
 def fitted(kernel: str, config: TileConfig, block_q: int, block_kv: int) -> TileConfig:

@@ -6,48 +6,20 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import TileConfig
-from .launch import Problem
-from .plan import cached_rows
-from .primitives import (
+from ..common.primitives import (
     LN_2,
     LOG2_E,
-    load_bits,
     load_tile,
     read_tokens,
-    row_lists,
     store_tile,
     tile_of_program,
     token_offsets,
 )
-
-
-@triton.jit
-def weigh(b_s, b_max, scale, m_s, MASKED: tl.constexpr):
-    """Weights of a tile's scores, the new maximum, the factor for what was summed with the old one.
-
-    In powers of 2: `scale` > 0 has log2(e) in it.
-    """
-    if MASKED:
-        b_s = tl.where(m_s, b_s, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
-    b_base = b_new
-    if MASKED:
-        # A query that has seen nothing yet has a maximum of -inf, and -inf - -inf is NaN.
-        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
-    return tl.exp2(b_s * scale - b_base[:, None]), b_new, tl.exp2(b_max - b_base)
-
-
-@triton.jit
-def attend_tile(
-    b_q, b_k, b_v, b_acc, b_max, b_sum, scale, m_s, MASKED: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """One step of the online softmax."""
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-    b_p, b_max, b_old = weigh(b_s, b_max, scale, m_s, MASKED)
-    b_sum = b_sum * b_old + tl.sum(b_p, 1)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision=PRECISION)
-    return b_acc, b_max, b_sum
+from ..common.softmax import attend_tile, weigh
+from ..common.tile_tables import TileConfig
+from .block_lists import load_bits, row_lists
+from .launch import Problem
+from .plan import cached_rows
 
 
 @triton.jit

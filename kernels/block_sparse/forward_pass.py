@@ -7,11 +7,11 @@ from typing import TypedDict
 import torch
 
 from ..checks import LayoutTensors
+from ..common.tile_tables import Choice
+from ..common.variants import first_that_compiles
 from . import gluon_forward, warp_specialized
-from .configs import Choice
 from .forward import forward as forward_by_tiles
 from .launch import Problem
-from .variants import first_that_compiles
 
 
 class _Options(TypedDict):

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 
-from .configs import TileConfig
+from ..common.launch import is_hopper
+from ..common.tile_tables import TileConfig
 from .descriptors import tile_strides
-from .launch import Problem, is_hopper
+from .launch import Problem
 from .plan import cached_rows
 
 if TYPE_CHECKING:

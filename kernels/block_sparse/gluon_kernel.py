@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .primitives import LN_2, LOG2_E
+from ..common.primitives import LN_2, LOG2_E
 
 # Triton renamed the three after 3.6.
 _fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared

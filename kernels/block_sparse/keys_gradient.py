@@ -6,40 +6,21 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import TileConfig
-from .descriptors import tile_descriptor
-from .launch import Problem
-from .plan import cached_transpose
-from .primitives import (
+from ..common.primitives import (
     LOG2_E,
-    load_bits,
     load_tile,
     read_tokens,
     store_tile,
     tile_of_program,
     token_offsets,
 )
-from .row_sums import RowSums
-
-
-@triton.jit
-def add_to_keys(
-    b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dk, b_dv, scale, m_s,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dK and dV with a tile of queries added, and the gradient of the tile's scores.
-
-    The product that gives b_dp stands before the one into b_dv: then the weights are computed
-    beside the former, and the gradient of the scores beside the latter.
-    """
-    b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
-    b_p = tl.exp2(b_s * scale - b_lse[None, :])
-    if MASKED:
-        b_p = tl.where(m_s, b_p, 0.0)
-    b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
-    b_dv = tl.dot(b_p.to(b_grad.dtype), b_grad, b_dv, input_precision=PRECISION)
-    b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
-    return tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION), b_dv, b_ds
+from ..common.row_sums import RowSums
+from ..common.softmax import add_to_keys
+from ..common.tile_tables import TileConfig
+from .block_lists import load_bits
+from .descriptors import tile_descriptor
+from .launch import Problem
+from .plan import cached_transpose
 
 
 @triton.jit

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..checks import LayoutTensors
-from .configs import TileConfig, fitted, tile_config
+from ..common.launch import SMALLEST_SCALE, float32_precision, on_device, padded_head_dim
+from ..common.tile_tables import TileConfig
+from .configs import fitted, tile_config
 from .descriptors import describable, tile_descriptor
 from .plan import Rows
 
 # Offsets inside a tile are 32 bits wide up to here.
 _MAX_OFFSET = 2**31 - 1
-
-# Scores times this are as good as 0.
-SMALLEST_SCALE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -164,37 +162,8 @@ class Problem:
         return on_device(self.device)
 
 
-def is_hopper(device: torch.device) -> bool:
-    """Whether the device is a Hopper GPU.
-
-    ROCm's GPUs are "cuda" to torch, with capabilities of their own numbering.
-    """
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) == (9, 0)
-    )
-
-
 def _tile_span(x: torch.Tensor, block: int) -> int:
     """Elements from the first to the last one of a block of tokens of one head."""
     _, tokens, _, head_dim = x.shape
     _, s_t, _, s_d = x.stride()
     return (min(block, tokens) - 1) * s_t + (head_dim - 1) * s_d
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    if device.type == "cpu" or device.index is None:
-        return nullcontext()
-    return torch.accelerator.device_index(device.index)
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """The head dimension, padded to what a matrix product takes."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-def float32_precision() -> str:
-    """How float32 is multiplied: in full, unless torch was told that TF32 will do."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -6,46 +6,20 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import TileConfig
-from .launch import Problem
-from .plan import cached_rows
-from .primitives import (
+from ..common.primitives import (
     LOG2_E,
-    load_bits,
     load_tile,
     read_tokens,
-    row_lists,
     store_tile,
     tile_of_program,
     token_offsets,
 )
-from .row_sums import RowSums
-
-
-@triton.jit
-def score_gradient(
-    b_s, b_grad, b_v, b_lse, b_delta, scale, m_s, dtype, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Of a tile of scores, without their scale: (BLOCK_M, BLOCK_N)."""
-    b_p = tl.exp2(b_s * scale - b_lse[:, None])
-    b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-    b_ds = b_p * (b_dp - b_delta[:, None])
-    if MASKED:
-        b_ds = tl.where(m_s, b_ds, 0.0)
-    return b_ds.to(dtype)
-
-
-@triton.jit
-def add_to_queries(
-    b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dq, scale, m_s,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-    b_ds = score_gradient(
-        b_s, b_grad, b_v, b_lse, b_delta, scale, m_s, b_k.dtype, MASKED, PRECISION
-    )
-    return tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
+from ..common.row_sums import RowSums
+from ..common.softmax import add_to_queries, score_gradient
+from ..common.tile_tables import TileConfig
+from .block_lists import load_bits, row_lists
+from .launch import Problem
+from .plan import cached_rows
 
 
 @triton.jit(

@@ -7,19 +7,13 @@ import triton
 import triton.language as tl
 
 from ..checks import LayoutTensors
+from ..common.primitives import LOG2_E, load_tile, store_tile, tile_of_program, token_offsets
+from ..common.tile_tables import Tables, TileConfig, both
 from ..operators import empty_outputs
-from .configs import Tables, TileConfig, both, fitted
+from .block_lists import load_bits, row_lists
+from .configs import fitted
 from .launch import Problem
 from .plan import cached_rows
-from .primitives import (
-    LOG2_E,
-    load_bits,
-    load_tile,
-    row_lists,
-    store_tile,
-    tile_of_program,
-    token_offsets,
-)
 
 # Four tiles of keys are in shared memory per stage: keys and values, and the tangents of both. What
 # has most of the tensor cores' cycles by the machine code, without products that are computed twice

@@ -9,11 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import TileConfig
-from .forward import weigh
+from ..common.primitives import LN_2, LOG2_E, tile_of_program
+from ..common.softmax import weigh
+from ..common.tile_tables import TileConfig
 from .launch import Problem
 from .plan import cached_rows
-from .primitives import LN_2, LOG2_E, tile_of_program
 
 
 @triton.jit

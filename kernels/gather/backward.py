@@ -6,12 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..block_sparse.configs import Choice
-from ..block_sparse.keys_gradient import add_to_keys
-from ..block_sparse.primitives import LOG2_E, load_tile, store_tile, token_offsets
-from ..block_sparse.queries_gradient import add_to_queries
-from ..block_sparse.row_sums import row_sums
-from ..block_sparse.variants import first_that_compiles, takes_any
+from ..common.primitives import LOG2_E, load_tile, store_tile, token_offsets
+from ..common.row_sums import row_sums
+from ..common.softmax import add_to_keys, add_to_queries
+from ..common.tile_tables import Choice
+from ..common.variants import first_that_compiles, takes_any
 from .forward import group_of_program
 from .launch import Problem
 from .plan import key_tiles, selecting_queries

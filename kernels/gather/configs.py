@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ..block_sparse.configs import Table, Tables, TileConfig, both, plain_masked
+from ..common.tile_tables import Table, Tables, TileConfig, both, plain_masked
 
 _AMPERE: dict[str, Table] = {
     "forward": {

@@ -6,11 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..block_sparse.configs import Choice
-from ..block_sparse.forward import attend_tile, weigh
-from ..block_sparse.launch import SMALLEST_SCALE
-from ..block_sparse.primitives import LN_2, LOG2_E, load_tile, store_tile, token_offsets
-from ..block_sparse.variants import first_that_compiles, takes_any
+from ..common.launch import SMALLEST_SCALE
+from ..common.primitives import LN_2, LOG2_E, load_tile, store_tile, token_offsets
+from ..common.softmax import attend_tile, weigh
+from ..common.tile_tables import Choice
+from ..common.variants import first_that_compiles, takes_any
 from .launch import Problem
 from .plan import selecting_queries
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from ..block_sparse.configs import TileConfig
-from ..block_sparse.launch import float32_precision, on_device, padded_head_dim
+from ..common.launch import float32_precision, on_device, padded_head_dim
+from ..common.tile_tables import TileConfig
 from . import plan
 from .configs import tile_config
 

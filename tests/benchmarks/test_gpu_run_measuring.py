@@ -29,8 +29,8 @@ from gpu_run.worker import MODULES
 from triton_device import triton_device
 
 from diffattn import TokenGrid, attention
-from diffattn.kernels.block_sparse import tuned, variants
-from diffattn.kernels.block_sparse.configs import Choice, TileConfig
+from diffattn.kernels.common import tuned, variants
+from diffattn.kernels.common.tile_tables import Choice, TileConfig
 from diffattn.kernels.reference import reference_attention
 
 CPU = torch.device("cpu")

@@ -366,7 +366,7 @@ def test_the_last_of_equal_rows_counts() -> None:
 def test_a_bare_checkout_can_be_imported_through_the_links(tmp_path: Path) -> None:
     site = make(tmp_path / "site", ROOT)
     code = (
-        "import diffattn, diffattn.kernels.block_sparse.tuned, diffattn.lora, gpu_run.worker;"
+        "import diffattn, diffattn.kernels.common.tuned, diffattn.lora, gpu_run.worker;"
         "print(diffattn.__file__)"
     )
     done = subprocess.run(

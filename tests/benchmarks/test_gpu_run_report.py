@@ -26,8 +26,8 @@ from gpu_run.verdicts import (
     verdicts,
 )
 
-from diffattn.kernels.block_sparse.configs import Choice, TileConfig
-from diffattn.kernels.block_sparse.tuned import read_table
+from diffattn.kernels.common.tile_tables import Choice, TileConfig
+from diffattn.kernels.common.tuned import read_table
 
 COUNT = 10  # verdicts
 DENSITIES = (1.0, 0.5, 0.2, 0.1)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from diffattn.kernels.block_sparse.backward import key_gradients, query_gradients
-from diffattn.kernels.block_sparse.configs import Choice, TileConfig
 from diffattn.kernels.block_sparse.forward_pass import forward
-from diffattn.kernels.block_sparse.row_sums import row_sums
+from diffattn.kernels.common.row_sums import row_sums
+from diffattn.kernels.common.tile_tables import Choice, TileConfig
 
 
 @dataclass(frozen=True)

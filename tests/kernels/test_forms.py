@@ -14,11 +14,12 @@ from triton.runtime import _allocation
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states
 from diffattn.kernels.block_sparse import warp_specialized
 from diffattn.kernels.block_sparse.backward import key_gradients, query_gradients
-from diffattn.kernels.block_sparse.configs import Choice, TileConfig, fitted
+from diffattn.kernels.block_sparse.configs import fitted
 from diffattn.kernels.block_sparse.forward_pass import forward
 from diffattn.kernels.block_sparse.keys_gradient import one_pass_takes
 from diffattn.kernels.block_sparse.launch import Problem
-from diffattn.kernels.block_sparse.row_sums import row_sums
+from diffattn.kernels.common.row_sums import row_sums
+from diffattn.kernels.common.tile_tables import Choice, TileConfig
 
 # Tiles of several shapes, so that blocks are cut in both directions and partial ones otherwise than
 # full ones.

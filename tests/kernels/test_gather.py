@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles import assert_matches_eager
 
-from diffattn.kernels.block_sparse.configs import TileConfig
+from diffattn.kernels.common.tile_tables import TileConfig
 from diffattn.kernels.gather import launch, plan, selected_attention
 from diffattn.kernels.gather.launch import Problem
 from diffattn.kernels.reference import reference_attention

@@ -15,9 +15,10 @@ from oracles import assert_matches_eager, random_layout, stack_layouts
 
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states
 from diffattn.kernels.block_sparse import gluon_forward
-from diffattn.kernels.block_sparse.configs import Choice, TileConfig, fitted, tile_config
+from diffattn.kernels.block_sparse.configs import fitted, tile_config
 from diffattn.kernels.block_sparse.forward_pass import forward
 from diffattn.kernels.block_sparse.launch import Problem
+from diffattn.kernels.common.tile_tables import Choice, TileConfig
 
 if not triton.__version__.startswith(gluon_forward.TRITON_VERSIONS):
     pytest.skip("a Triton that the Gluon kernel was not compiled with", allow_module_level=True)

@@ -12,7 +12,7 @@ from oracles import assert_within, random_layout, stack_layouts, tensors
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states
 from diffattn.kernels import cpu, cpu_tangent, gather_cpu
 from diffattn.kernels.block_sparse import block_sparse_attention
-from diffattn.kernels.block_sparse.configs import TileConfig
+from diffattn.kernels.common.tile_tables import TileConfig
 from diffattn.kernels.gather import selected_attention
 
 Tensors = tuple[torch.Tensor, ...]

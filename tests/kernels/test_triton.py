@@ -28,8 +28,8 @@ from diffattn.kernels.block_sparse import (
     block_sparse_attention_gradients,
     plan,
 )
-from diffattn.kernels.block_sparse.configs import TileConfig
 from diffattn.kernels.block_sparse.launch import Problem
+from diffattn.kernels.common.tile_tables import TileConfig
 from diffattn.kernels.reference import reference_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import triton
 
-from diffattn.kernels.block_sparse import tuned
-from diffattn.kernels.block_sparse.configs import Choice, TileConfig
-from diffattn.kernels.block_sparse.tuned import TABLE_VARIABLE, read_table, tuned_choice
+from diffattn.kernels.common import tuned
+from diffattn.kernels.common.tile_tables import Choice, TileConfig
+from diffattn.kernels.common.tuned import TABLE_VARIABLE, read_table, tuned_choice
 
 GPU = "NVIDIA H100 80GB HBM3"
 

@@ -25,12 +25,11 @@ from diffattn.kernels.block_sparse import (
     forward_pass,
     gluon_forward,
     launch,
-    tuned,
-    variants,
     warp_specialized,
 )
-from diffattn.kernels.block_sparse.configs import Choice, TileConfig
 from diffattn.kernels.block_sparse.launch import Problem
+from diffattn.kernels.common import tuned, variants
+from diffattn.kernels.common.tile_tables import Choice, TileConfig
 
 Results = tuple[torch.Tensor, torch.Tensor]
 OPTIONS = {"block_q": 128, "block_kv": 64, "scale": 0.3}

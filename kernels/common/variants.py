@@ -16,8 +16,8 @@ import triton.compiler
 from triton.runtime.errors import OutOfResources
 
 from . import tuned
-from .configs import Choice, TileConfig
 from .launch import is_hopper
+from .tile_tables import Choice, TileConfig
 
 VARIANT_VARIABLE = "DIFFATTN_TRITON_VARIANT"
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import triton
 
-from .configs import Choice, TileConfig
+from .tile_tables import Choice, TileConfig
 
 TABLE_VARIABLE = "DIFFATTN_TUNED_TABLE"
 FOLDER = Path(__file__).parent / "tables"
