@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from diffattn.block_forms import to_block_mask
 from diffattn.blocks import FULL, BlockLayout, layout_from_states
-from diffattn.kernels import cpu as cpu_kernel
+from diffattn.kernels.cpu import block_sparse as cpu_kernel
 from diffattn.kernels.reference import reference_attention
 from diffattn.kernels.transforms import first_order, is_forward_mode
 from diffattn.mask import BLOCK, AttentionMask

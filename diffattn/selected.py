@@ -9,7 +9,7 @@ import torch
 
 from diffattn.attention import check_triton, choose_backend
 from diffattn.blocks import unpack_bits
-from diffattn.kernels import gather_cpu
+from diffattn.kernels.cpu import gather as gather_cpu
 from diffattn.kernels.reference import reference_attention
 from diffattn.kernels.transforms import is_forward_mode
 from diffattn.mask import AttentionMask

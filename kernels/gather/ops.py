@@ -104,6 +104,6 @@ def _check_supported(
             raise ValueError(f"{name} is on {x.device}, but q on {q.device}")
     if q.device.type == "cpu" and not _INTERPRETED:
         raise ValueError(
-            "the Triton kernels run on a GPU, but q is on cpu; use diffattn.kernels.gather_cpu, or"
+            "the Triton kernels run on a GPU, but q is on cpu; use diffattn.kernels.cpu, or"
             " set TRITON_INTERPRET=1 before Triton is imported to run them in its interpreter"
         )

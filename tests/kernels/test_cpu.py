@@ -19,8 +19,8 @@ from oracles import (
 )
 
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states
-from diffattn.kernels import row_attention, row_plan
-from diffattn.kernels.cpu import block_sparse_attention
+from diffattn.kernels.cpu import row_attention, row_plan
+from diffattn.kernels.cpu.block_sparse import block_sparse_attention
 from diffattn.kernels.reference import reference_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -60,7 +60,9 @@ def small_tiles() -> Iterator[None]:
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both forms of the arithmetic, whatever this CPU would choose."""
     rows = {"flash": row_attention.FlashRows, "matmul": row_attention.MatmulRows}[request.param]
-    monkeypatch.setattr("diffattn.kernels.cpu.pick_row_attention", lambda dtype: rows())
+    monkeypatch.setattr(
+        "diffattn.kernels.cpu.block_sparse.pick_row_attention", lambda dtype: rows()
+    )
     return request.param
 
 
@@ -248,7 +250,9 @@ def test_only_visited_keys_are_computed(monkeypatch: pytest.MonkeyPatch) -> None
             seen.append(q.shape[:3].numel() * k.shape[2])
             return super().forward(q, k, *rest)
 
-    monkeypatch.setattr("diffattn.kernels.cpu.pick_row_attention", lambda dtype: Counting())
+    monkeypatch.setattr(
+        "diffattn.kernels.cpu.block_sparse.pick_row_attention", lambda dtype: Counting()
+    )
     layout = random_layout(256, 256, 32, 32, partial=False)
     attend(inputs(2, 256, 256, 6, 8, torch.float32), layout)
     assert sum(seen) == layout.density * 2 * 6 * 256 * 256
@@ -332,7 +336,7 @@ def test_rows_with_the_same_keys_are_one_tile() -> None:
 
 @pytest.mark.usefixtures("form")
 def test_large_tiles_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffattn.kernels.cpu._ELEMENTS_PER_PART", 2000)
+    monkeypatch.setattr("diffattn.kernels.cpu.block_sparse._ELEMENTS_PER_PART", 2000)
     layout = random_layout(200, 200, 64, 32)
     for dtype in (torch.float32, torch.bfloat16):
         qkv = inputs(1, 200, 200, 2, 16, dtype)
@@ -340,8 +344,8 @@ def test_large_tiles_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_many_distinct_masks_are_expanded_when_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffattn.kernels.row_plan._KEEP_MASKS_BYTES", 0)
-    monkeypatch.setattr("diffattn.kernels.row_plan._KEEP_PATTERNS_BYTES", 0)
+    monkeypatch.setattr("diffattn.kernels.cpu.row_plan._KEEP_MASKS_BYTES", 0)
+    monkeypatch.setattr("diffattn.kernels.cpu.row_plan._KEEP_PATTERNS_BYTES", 0)
     layout = random_layout(100, 100, 32, 40)
     qkv = inputs(1, 100, 100, 2, 16, torch.float32)
     assert_matches_eager(*attend(qkv, layout), *qkv, layout.dense(), backward=True)

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_matches_eager
 
-from diffattn.kernels import gather_cpu, row_attention
-from diffattn.kernels.gather_cpu import selected_attention
+from diffattn.kernels.cpu import gather as gather_cpu
+from diffattn.kernels.cpu import row_attention
+from diffattn.kernels.cpu.gather import selected_attention
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -10,9 +10,11 @@ import torch
 from oracles import assert_within, random_layout, stack_layouts, tensors
 
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states
-from diffattn.kernels import cpu, cpu_tangent, gather_cpu
 from diffattn.kernels.block_sparse import block_sparse_attention
 from diffattn.kernels.common.tile_tables import TileConfig
+from diffattn.kernels.cpu import block_sparse as cpu
+from diffattn.kernels.cpu import gather as gather_cpu
+from diffattn.kernels.cpu import tangent as cpu_tangent
 from diffattn.kernels.gather import selected_attention
 
 Tensors = tuple[torch.Tensor, ...]

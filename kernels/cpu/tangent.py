@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import LayoutTensors
+from ..checks import LayoutTensors
 from .row_plan import Group, RowPlan, cached_row_plan, rows_share
 from .row_tangent import add_tangent
 

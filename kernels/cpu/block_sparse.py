@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .checks import LayoutTensors, check_inputs, check_layout
-from .cpu_tangent import tangent
-from .operators import empty_outputs, over_layout
+from ..checks import LayoutTensors, check_inputs, check_layout
+from ..operators import empty_outputs, over_layout
 from .row_attention import RowAttention, RowBias, pick_row_attention, unit_stride
 from .row_plan import Group, RowPlan, Tile, cached_row_plan, rows_share
+from .tangent import tangent
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .checks import check_inputs
-from .cpu import DTYPES
-from .operators import empty_outputs, over_selection
+from ..checks import check_inputs
+from ..operators import empty_outputs, over_selection
+from .block_sparse import DTYPES
 from .row_attention import FlashRows, MatmulRows, RowAttention, pick_row_attention
 from .row_tangent import add_tangent
 

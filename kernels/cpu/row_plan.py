@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .checks import LayoutTensors
-from .layout_cache import LayoutCache
+from ..checks import LayoutTensors
+from ..layout_cache import LayoutCache
 from .row_attention import RowBias
 
 # Expanded bit masks are kept when they are small: a static local pattern has a few dozen distinct
