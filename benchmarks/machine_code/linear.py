@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffattn.kernels.linear_triton import apply, collect, denominator_gradient, pull_back
+from diffattn.kernels.linear.triton_passes import apply, collect, denominator_gradient, pull_back
 
 from .launches import HEADS, Constants, Launch, Tile, Work
 

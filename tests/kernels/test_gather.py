@@ -413,8 +413,8 @@ def test_opcheck(masked: bool, device: str) -> None:
     key_mask = torch.rand(2, 20, device=device) < 0.8 if masked else None
     torch.library.opcheck(
         torch.ops.diffattn.selected_triton.default,
-        (*inputs(device, 2, 20, 20, 2, 8), starts_of([9, 11]).to(device),
-         packed(random_selection(2, 2, 20, 2)).to(device), key_mask, 0.3),
+        (*inputs(device, 2, 20, 20, 2, 8), [starts_of([9, 11]).to(device),
+         packed(random_selection(2, 2, 20, 2)).to(device)], key_mask, 0.3),
     )  # fmt: skip
 
 

@@ -192,7 +192,7 @@ def test_opcheck(masked: bool) -> None:
     bits = packed(torch.rand(2, 2, 12, 3) < 0.6)
     torch.library.opcheck(
         torch.ops.diffattn.selected_cpu.default,
-        (*inputs(2, 12, 12, 2, 8), starts_of([3, 4, 5]), bits, key_mask, 0.3),
+        (*inputs(2, 12, 12, 2, 8), [starts_of([3, 4, 5]), bits], key_mask, 0.3),
     )
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from linear_oracle import linear_truth, rotations
 
 from diffattn.kernels.linear import linear_attention
-from diffattn.kernels.linear_torch import TorchPasses
+from diffattn.kernels.linear.torch_passes import TorchPasses
 
 Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -63,7 +63,7 @@ def test_equals_the_definition(
 
 @pytest.mark.parametrize("tokens", [32, 71])
 def test_spans_that_are_added_up(tokens: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffattn.kernels.linear_triton._SHORTEST_SPAN", 1)
+    monkeypatch.setattr("diffattn.kernels.linear.triton_passes._SHORTEST_SPAN", 1)
     check(device, (2, tokens, tokens, 1, 6), torch.float32, masked=True, rotated=True)
 
 
@@ -80,7 +80,7 @@ def test_any_strides_and_what_is_left_in_padding(device: str) -> None:
 
 
 def test_it_is_deterministic(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffattn.kernels.linear_triton._SHORTEST_SPAN", 1)
+    monkeypatch.setattr("diffattn.kernels.linear.triton_passes._SHORTEST_SPAN", 1)
     results = []
     qkv = [torch.randn(1, 70, 2, 16, device=device).requires_grad_() for _ in range(3)]
     for _ in range(2):

@@ -11,8 +11,7 @@ from linear_oracle import rotations
 from oracles import random_layout, tensors
 
 import diffattn.kernels.block_sparse
-import diffattn.kernels.cpu.block_sparse
-import diffattn.kernels.cpu.gather
+import diffattn.kernels.cpu
 import diffattn.kernels.gather
 import diffattn.kernels.linear  # noqa: F401 (each registers operators)
 

@@ -586,7 +586,7 @@ def test_opcheck(masked: bool, device: str) -> None:
     key_mask = torch.rand(2, 35, device=device) < 0.8 if masked else None
     torch.library.opcheck(
         torch.ops.diffattn.block_sparse_triton.default,
-        (*inputs(device, 2, 20, 35, 2, 8), *tensors(layout), key_mask, 16, 16, 0.3),
+        (*inputs(device, 2, 20, 35, 2, 8), list(tensors(layout)), key_mask, 16, 16, 0.3),
     )
 
 

@@ -21,9 +21,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from .checks import check_inputs
-from .linear_torch import TorchPasses, wide
-from .transforms import first_order, materialized, save, transformable
+from ..checks import check_inputs
+from ..transforms import first_order, materialized, save, transformable
+from .torch_passes import TorchPasses, wide
 
 # Tokens whose features are in memory at a time, where no kernel keeps them in registers.
 CHUNK = 4096
@@ -274,9 +274,9 @@ def _passes(backend: str, chunk: int) -> Any:
 @functools.cache
 def _triton_passes() -> Any:
     # Imported late: there are platforms without Triton.
-    from . import linear_triton
+    from . import triton_passes
 
-    return linear_triton
+    return triton_passes
 
 
 def _check_supported(

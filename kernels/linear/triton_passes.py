@@ -1,4 +1,4 @@
-"""The passes of linear attention in Triton: what `linear.TorchPasses` computes, kernel by kernel.
+"""The passes of linear attention in Triton: kernels for what `TorchPasses` computes.
 
 Features never leave the registers. Products are of float32 operands: features of 16-bit inputs may
 be too large or too small for 16 bits, so those are multiplied as TF32, which the memory keeps up
@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .common.launch import float32_precision, on_device, padded_head_dim
-from .common.primitives import load_tile, store_tile
+from ..common.launch import float32_precision, on_device, padded_head_dim
+from ..common.primitives import load_tile, store_tile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
