@@ -424,10 +424,9 @@ class TestAttentionInAnOrder:
         self, as_layout: bool, backend: str
     ) -> None:
         qkv, key_mask = inputs(self.GRID)
-        mask, order = (
-            window(self.GRID, 1, 2, 2) | TextMask(self.GRID),
-            TileOrder(self.GRID, (2, 3, 4)),
-        )
+        qkv = [x.requires_grad_() for x in qkv]
+        mask = window(self.GRID, 1, 2, 2) | TextMask(self.GRID)
+        order = TileOrder(self.GRID, (2, 3, 4))
         given = mask.blocks(16, 24, order=order) if as_layout else mask
         weight = torch.randn(qkv[0].shape)
 
