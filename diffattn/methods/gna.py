@@ -7,12 +7,13 @@ of Light", arXiv 2504.16922. Its code is NATTEN, whose words for the parameters 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 
+from diffattn._checks import FLAG, Allowed, check, count, is_whole, lists_to_tuples
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask
 from diffattn.methods.base import StaticMaskMethod
@@ -99,13 +100,11 @@ class GNAAttn(StaticMaskMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, (allowed, words) in _CHECKS.items():
+        lists_to_tuples(self, *_ALLOWED)
+        for name, allowed in _ALLOWED.items():
             value = getattr(self, name)
-            if isinstance(value, list):  # as JSON has it
-                value = tuple(value)
-                object.__setattr__(self, name, value)
             if value is not None or name not in ("window", "stride"):
-                _check_values(name, value, allowed, words)
+                _check_values(name, value, allowed)
         for axis in range(3):
             window, stride = _along(self.window, axis), _along(self.stride, axis)
             if isinstance(window, int) and stride is not None and stride > window:
@@ -156,7 +155,7 @@ class GNAAttn(StaticMaskMethod):
         """
         method = self.for_model("", grid)
         sizes = (grid.frames, grid.height, grid.width)
-        for name in _CHECKS:
+        for name in _ALLOWED:
             _check_tuple_fits(name, getattr(method, name), sizes)
         frames, height, width = (method._axis(axis, size) for axis, size in enumerate(sizes))
         return frames, height, width
@@ -356,15 +355,13 @@ def _where(name: str, axis: int, *values: Any) -> str:
     return f"{name} along {_AXES[axis]}" if per_axis else name
 
 
-def _check_values(name: str, value: Any, allowed: Callable[[Any], bool], words: str) -> None:
+def _check_values(name: str, value: Any, allowed: Allowed) -> None:
     if isinstance(value, tuple) and not 1 <= len(value) <= len(_AXES):
         raise ValueError(
             f"{name} has {len(value)} values, but must have 1 to 3: for frames, height and width"
         )
     for axis in range(3 - len(value) if isinstance(value, tuple) else 2, 3):
-        entry = _along(value, axis)
-        if not allowed(entry):
-            raise ValueError(f"{_where(name, axis, value)} is {entry!r}, but must be {words}")
+        check(_where(name, axis, value), _along(value, axis), allowed)
 
 
 def _check_tuple_fits(name: str, value: Any, sizes: Sequence[int]) -> None:
@@ -381,20 +378,16 @@ def _check_tuple_fits(name: str, value: Any, sizes: Sequence[int]) -> None:
 def _is_window(value: Any) -> bool:
     if isinstance(value, float):
         return 0 < value <= 1
-    return value == "full" if isinstance(value, str) else _is_count(value) and value >= 2
+    return value == "full" if isinstance(value, str) else is_whole(value) and value >= 2
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-# What each parameter may be along an axis, and the words for it.
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "window": (
-        _is_window,
+# What each parameter may be along an axis.
+_ALLOWED = {
+    "window": Allowed(
         "an integer of at least 2, a fraction of the axis above 0.0 and up to 1.0, or 'full'",
+        _is_window,
     ),
-    "stride": (_is_count, "an integer of at least 1"),
-    "dilation": (_is_count, "an integer of at least 1"),
-    "is_causal": (lambda value: isinstance(value, bool), "true or false"),
+    "stride": count(1),
+    "dilation": count(1),
+    "is_causal": FLAG,
 }

@@ -11,10 +11,11 @@ from typing import ClassVar, Self, TypeVar
 
 import torch
 
+from diffattn._checks import FLAG, check_fields, choice, count, number
 from diffattn.blocks import EMPTY, FULL
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask, BlockMapMask
-from diffattn.methods.base import StaticMaskMethod, check_choice, check_count
+from diffattn.methods.base import StaticMaskMethod
 from diffattn.methods.fragments import any_in_block, cut
 from diffattn.orders import TileOrder
 
@@ -55,6 +56,16 @@ _RECOMMENDED = {
     "mochi": _Recommended(28, 1.0, sink=True, block_size=128, dense_steps=0.25),
 }
 _ANY_FAMILY = _Recommended(1 << 30, 1.0, sink=True, block_size=128, dense_steps=0.25)
+
+_ALLOWED = {
+    "rule": choice(("block", "paper")),
+    "block_rule": choice(("covering", "reference")),
+    "first_distance_width": choice(("full", "half")),
+    "decay_factor": number(at_least=0),
+    "sink": FLAG,
+    "split_threshold": count(1),
+    "block_size": count(1),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,24 +121,7 @@ class RadialAttn(StaticMaskMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("rule", self.rule, ("block", "paper"))
-        check_choice("block_rule", self.block_rule, ("covering", "reference"))
-        if self.first_distance_width is not None:
-            check_choice("first_distance_width", self.first_distance_width, ("full", "half"))
-        if self.decay_factor is not None and (
-            isinstance(self.decay_factor, bool)
-            or not isinstance(self.decay_factor, int | float)
-            or not 0 <= self.decay_factor < float("inf")
-        ):
-            raise ValueError(
-                f"decay_factor is {self.decay_factor!r}, but must be a number of at least 0"
-            )
-        if self.sink is not None and not isinstance(self.sink, bool):
-            raise ValueError(f"sink is {self.sink!r}, but must be true or false")
-        if self.split_threshold is not None:
-            check_count("split_threshold", self.split_threshold, at_least=1)
-        if self.block_size is not None:
-            check_count("block_size", self.block_size, at_least=1)
+        check_fields(self, _ALLOWED)
         if self.rule == "paper":
             for name in ("decay_factor", "first_distance_width", "split_threshold"):
                 if getattr(self, name) is not None:

@@ -12,18 +12,12 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from diffattn._checks import FLAG, check_fields, choice, count, number
 from diffattn.attention import attention
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import BLOCK, AttentionMask
-from diffattn.methods.base import (
-    Site,
-    SiteWeights,
-    StaticMaskMethod,
-    check_choice,
-    check_count,
-    check_flag,
-)
+from diffattn.methods.base import Site, SiteWeights, StaticMaskMethod
 from diffattn.methods.clear.disk import DiskMask, best_tile, disk_limits
 from diffattn.methods.pooling import CellWeights, add_keys, cells, every_pair, mean_weight, pooled
 from diffattn.orders import TileOrder
@@ -35,6 +29,18 @@ _FRAME_RADIUS = 8
 _IMAGE_TILE = (1, 8, 16)
 _TRAINED_TOKENS = 64 * 64 + 512  # of Flux: 1024 x 1024 pixels, and its text
 _STRAY_FACTOR = 10
+
+_ALLOWED = {
+    "radius": count(1),
+    "frame_radius": count(1),
+    "window": choice(("ellipsoid", "cylinder")),
+    "first_frame": FLAG,
+    "down_factor": count(1),
+    "trained_tokens": count(2),
+    "proportional_attention": FLAG,
+    "reference_scale": FLAG,
+    "ntk_factor": number(at_least=1),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,29 +117,11 @@ class CLEARAttn(StaticMaskMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("radius", "frame_radius"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), at_least=1)
-        if self.window is not None:
-            check_choice("window", self.window, ("ellipsoid", "cylinder"))
-        if self.first_frame is not None:
-            check_flag("first_frame", self.first_frame)
-        check_count("down_factor", self.down_factor, at_least=1)
-        check_count("trained_tokens", self.trained_tokens, at_least=2)
-        check_flag("proportional_attention", self.proportional_attention)
-        check_flag("reference_scale", self.reference_scale)
+        check_fields(self, _ALLOWED)
         if self.reference_scale and (self.down_factor == 1 or not self.proportional_attention):
             raise ValueError(
                 "reference_scale is True, but the public code's scale differs only with"
                 " proportional_attention=True and a down_factor above 1; leave it out"
-            )
-        if (
-            isinstance(self.ntk_factor, bool)
-            or not isinstance(self.ntk_factor, int | float)
-            or not 1 <= self.ntk_factor < math.inf
-        ):
-            raise ValueError(
-                f"ntk_factor is {self.ntk_factor!r}, but must be a number of at least 1"
             )
 
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:

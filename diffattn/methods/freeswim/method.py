@@ -10,9 +10,10 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
+from diffattn._checks import FLAG, check, count, lists_to_tuples
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask
-from diffattn.methods.base import StaticMaskMethod, check_count, check_flag
+from diffattn.methods.base import StaticMaskMethod
 from diffattn.methods.neighbourhood import AxisWindow, NeighbourhoodMask, block_size_for
 from diffattn.orders import TileOrder
 
@@ -71,9 +72,7 @@ class FreeSwimAttn(StaticMaskMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("native", "radius"):
-            if isinstance(getattr(self, name), list):  # as JSON has it
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        lists_to_tuples(self, "native", "radius")
         if self.native is not None:
             if not isinstance(self.native, tuple):
                 raise ValueError(
@@ -86,8 +85,8 @@ class FreeSwimAttn(StaticMaskMethod):
         if isinstance(self.radius, tuple):
             _check_pair("radius", self.radius, at_least=0)
         elif self.radius is not None:
-            check_count("radius", self.radius, at_least=0)
-        check_flag("temperature", self.temperature)
+            check("radius", self.radius, count(0))
+        check("temperature", self.temperature, FLAG)
 
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
         """The method with the native size of a model family, and the window that follows from it.
@@ -157,4 +156,4 @@ def _check_pair(name: str, value: tuple[Any, ...], *, at_least: int) -> None:
     if len(value) != 2:
         raise ValueError(f"{name} has {len(value)} values, but must have 2: for height and width")
     for axis, part in zip(("height", "width"), value, strict=True):
-        check_count(f"{name} along {axis}", part, at_least=at_least)
+        check(f"{name} along {axis}", part, count(at_least))

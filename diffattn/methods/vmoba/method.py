@@ -5,16 +5,25 @@ Wu et al., "VMoBA: Mixture-of-Block Attention for Video Diffusion Models", arXiv
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import Any, ClassVar, Self
 
 import torch
 
+from diffattn._checks import (
+    FLAG,
+    Allowed,
+    check_fields,
+    choice,
+    count,
+    lists_to_tuples,
+    number,
+    sides,
+)
 from diffattn.blocks import unpack_bits
 from diffattn.grid import TokenGrid
-from diffattn.methods.base import Method, Site, Work, check_choice, check_count, check_flag
+from diffattn.methods.base import Method, Site, Work
 from diffattn.methods.vmoba.chunks import Sides, recommended_chunk
 from diffattn.methods.vmoba.selection import SCOPES, Rule, select_blocks
 from diffattn.partition import Chunk, Partition
@@ -39,6 +48,35 @@ class _Preset:
 _PRESETS = {
     "training-free": _Preset("topk", "query"),
     "training": _Preset("threshold", "head"),
+}
+
+
+def _are_partitions(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) > 0 and all(kind in PARTITIONS for kind in value)
+
+
+def _is_topk(value: Any) -> bool:
+    return count(1).holds(value) or sides(len(PARTITIONS)).holds(value)
+
+
+_ALLOWED = {
+    "preset": choice(_PRESETS),
+    "granularity": choice(("query", "tile")),
+    "select": choice(("topk", "threshold")),
+    "scope": choice(SCOPES),
+    "centre_keys": FLAG,
+    "partitions": Allowed(f"some of {', '.join(PARTITIONS)}", _are_partitions),
+    "chunk_1d": replace(number(above=0), words="a number of frames above 0"),
+    "chunk_2d": sides(2),
+    "chunk_3d": sides(3),
+    "topk": Allowed(
+        f"an integer of at least 1, or three of them, for {', '.join(PARTITIONS)}", _is_topk
+    ),
+    "tau": replace(
+        number(above=0, at_most=1),
+        words="a number above 0 and at most 1, which is dense attention",
+    ),
+    "tile": count(1),
 }
 
 
@@ -121,70 +159,20 @@ class VMoBAAttn(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("partitions", "chunk_2d", "chunk_3d", "topk"):
-            if isinstance(getattr(self, name), list):  # as JSON has it
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        lists_to_tuples(self, "partitions", "chunk_2d", "chunk_3d", "topk")
         if isinstance(self.partitions, str):
             object.__setattr__(self, "partitions", (self.partitions,))
-        check_choice("preset", self.preset, tuple(_PRESETS))
-        check_choice("granularity", self.granularity, ("query", "tile"))
-        if self.select is not None:
-            check_choice("select", self.select, ("topk", "threshold"))
-        if self.scope is not None:
-            check_choice("scope", self.scope, SCOPES)
-        check_flag("centre_keys", self.centre_keys)
-        kinds = self.partitions
-        if not isinstance(kinds, tuple) or not kinds or any(k not in PARTITIONS for k in kinds):
-            raise ValueError(
-                f"partitions is {self.partitions!r}, but must be some of {', '.join(PARTITIONS)}"
-            )
-        self._check_chunks()
+        check_fields(self, _ALLOWED)
         self._check_selection()
-        if self.tile is not None:
-            check_count("tile", self.tile, at_least=1)
-            if self.granularity == "query":
-                raise ValueError(
-                    f"tile is {self.tile}, but has no effect with granularity='query'; leave it out"
-                    f" or use granularity='tile'"
-                )
-
-    def _check_chunks(self) -> None:
-        frames = self.chunk_1d
-        if frames is not None and (
-            isinstance(frames, bool)
-            or not isinstance(frames, int | float)
-            or not 0 < frames < math.inf
-        ):
-            raise ValueError(f"chunk_1d is {frames!r}, but must be a number of frames above 0")
-        for name, words in (
-            ("chunk_2d", ("rows", "columns")),
-            ("chunk_3d", ("frames", "rows", "columns")),
-        ):
-            chunk = getattr(self, name)
-            if chunk is not None and not _are_counts(chunk, len(words)):
-                raise ValueError(
-                    f"{name} is {chunk!r}, but must be {', '.join(words)}: {len(words)} integers of"
-                    f" at least 1"
-                )
+        if self.tile is not None and self.granularity == "query":
+            raise ValueError(
+                f"tile is {self.tile}, but has no effect with granularity='query'; leave it out"
+                f" or use granularity='tile'"
+            )
 
     def _check_selection(self) -> None:
         preset = _PRESETS[self.preset]
         select, scope = self.select or preset.select, self.scope or preset.scope
-        given = self.topk if isinstance(self.topk, tuple) else (self.topk,) * 3
-        if self.topk is not None and not _are_counts(given, 3):
-            raise ValueError(
-                f"topk is {self.topk!r}, but must be an integer of at least 1, or three of them,"
-                f" for {', '.join(PARTITIONS)}"
-            )
-        if self.tau is not None and (
-            isinstance(self.tau, bool)
-            or not isinstance(self.tau, int | float)
-            or not 0 < self.tau <= 1
-        ):
-            raise ValueError(
-                f"tau is {self.tau!r}, but must be a number above 0 and at most 1, which is dense"
-                f" attention"
-            )
         useless = "tau" if select == "topk" else "topk"
         if getattr(self, useless) is not None:
             other = "threshold" if select == "topk" else "topk"
@@ -413,11 +401,3 @@ def _share_by_threshold(tau: float, pool: int) -> float:
         sum_ = share + spread * normal.pdf(normal.inv_cdf(1 - share))
         low, high = (share, high) if sum_ < tau else (low, share)
     return high
-
-
-def _are_counts(value: Any, count: int) -> bool:
-    return (
-        isinstance(value, tuple)
-        and len(value) == count
-        and all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in value)
-    )
