@@ -62,12 +62,7 @@ def number(
     below: float = math.inf,
 ) -> Allowed:
     """Finite numbers between two bounds, of which `at_least` and `at_most` are included."""
-    bounds = {
-        "of at least": at_least,
-        "above": above,
-        "at most": at_most,
-        "below": below,
-    }
+    bounds = {"of at least": at_least, "above": above, "at most": at_most, "below": below}
     said = [f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound)]
 
     def holds(value: object) -> bool:
@@ -87,12 +82,11 @@ def sides(axes: int) -> Allowed:
     """The sides of a box of tokens along 2 or 3 axes, as a tuple."""
     names, many = {2: ("rows and columns", "two"), 3: ("frames, rows and columns", "three")}[axes]
 
-    def holds(value: object) -> bool:
-        return (
-            isinstance(value, tuple) and len(value) == axes and all(is_positive(n) for n in value)
-        )
+    side = whole(1)
 
-    is_positive = whole(1).holds
+    def holds(value: object) -> bool:
+        return isinstance(value, tuple) and len(value) == axes and all(map(side.holds, value))
+
     return Allowed(f"{names} of tokens: {many} integers of at least 1", holds)
 
 

@@ -18,6 +18,7 @@ from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask
 from diffattn.methods.base import StaticMaskMethod
 from diffattn.methods.neighbourhood import AxisWindow, NeighbourhoodMask, block_size_for
+from diffattn.models import makes_images
 from diffattn.orders import TileOrder, tiles_that_fit
 
 Size: TypeAlias = int | float | str  # of a window along an axis
@@ -47,7 +48,6 @@ _HUNYUANVIDEO = _Recommended((30, 48, 80), (18, 24, 24), (16, 8, 8), (2, 8, 8), 
 _FLUX = _Recommended((1, 256, 256), (1, 80, 80), (1, 16, 16), (1, 16, 8), dense_steps=0.325)
 _COSMOS = _Recommended((16, 44, 80), (16, 32, 48), (1, 8, 16), (4, 4, 8), dense_steps=0.345)
 _LARGEST_SHARE = 5 / 8  # of an axis, where the paper's share of it would leave a narrow window
-_IMAGE_FAMILIES = ("flux", "flux.2", "sd3", "qwen-image", "unet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ class GNAAttn(StaticMaskMethod):
         the stride is the shortest with which windows begin and end with a tile. The first 30 to
         35 % of the steps are dense, as the paper has it where it reports the quality kept.
         """
-        if family in _IMAGE_FAMILIES or (grid is not None and grid.frames == 1):
+        if makes_images(family) or (grid is not None and grid.frames == 1):
             best = _FLUX
         else:
             best = _HUNYUANVIDEO if family == "hunyuanvideo" else _COSMOS

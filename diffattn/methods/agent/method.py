@@ -34,6 +34,7 @@ from diffattn.methods.agent.agents import (
     gather_values,
 )
 from diffattn.methods.base import Adaptation, Method, Site, SiteWeights, Work
+from diffattn.models import family_of, makes_images
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 _UNET = "unet"
 # About as many tokens as AgentSD has for an agent in a picture; a few times as many in a video,
 # which makes attention some 30 times cheaper at 480p.
-_IMAGE_FAMILIES = ("flux", "flux.2", "sd3", "qwen-image")
 _IMAGE_CELL = (1, 4, 4)
 _VIDEO_CELL = (3, 5, 4)
 
@@ -165,14 +165,12 @@ class AgentAttn(Method):
         """
         return replace(
             self,
-            cell=self.cell or (_IMAGE_CELL if family in _IMAGE_FAMILIES else _VIDEO_CELL),
+            cell=self.cell or (_IMAGE_CELL if makes_images(family) else _VIDEO_CELL),
             dense_layers=self.dense_layers or 0,
             dense_steps=self.dense_steps or 0,
         )
 
     def adaptation(self, model: torch.nn.Module) -> Adaptation | None:
-        from diffattn.models import family_of
-
         family = family_of(model)
         blocks = max(family.layers(model).values()) + 1
         for name in ("k_scale2", "k_shortcut"):
