@@ -21,6 +21,7 @@ from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.kernels.linear import CHUNK, linear_attention
 from diffattn.methods.base import Method, Site, SiteState, SiteWeights, Work
+from diffattn.methods.checkpoint import parameters_by_own_name
 from diffattn.methods.pooling import add_keys, every_pair
 from diffattn.models import FAMILIES, family_of
 from diffattn.models.projections import with_input_maps
@@ -208,14 +209,6 @@ class LinFusionAttn(Method):
         )
         return torch.cat([of_text[:, : video.start], seen, of_text[:, video.start :]], 1)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Layouts are rebuilt where they are needed: a copy carries the parameters only.
-        return self.to_dict()
-
-    def __setstate__(self, parameters: dict[str, Any]) -> None:
-        del parameters["type"]
-        self.__init__(**parameters)  # type: ignore[misc]
-
 
 class LinFusionWeights(SiteWeights):
     """What a site adapts queries and keys with.
@@ -258,7 +251,7 @@ class LinFusionWeights(SiteWeights):
         """Give the module its own projections back, where a checkpoint has replaced them."""
         if not self._teacher:
             return
-        parameters = {n.replace(".base_layer.", "."): p for n, p in module.named_parameters()}
+        parameters = parameters_by_own_name(module)
         if any(parameters[name].is_meta for name in self._teacher):
             warnings.warn(
                 "the projections of a LinFusion checkpoint stay in the model: offloading has moved"
