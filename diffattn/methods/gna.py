@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
@@ -48,6 +48,16 @@ _HUNYUANVIDEO = _Recommended((30, 48, 80), (18, 24, 24), (16, 8, 8), (2, 8, 8), 
 _FLUX = _Recommended((1, 256, 256), (1, 80, 80), (1, 16, 16), (1, 16, 8), dense_steps=0.325)
 _COSMOS = _Recommended((16, 44, 80), (16, 32, 48), (1, 8, 16), (4, 4, 8), dense_steps=0.345)
 _LARGEST_SHARE = 5 / 8  # of an axis, where the paper's share of it would leave a narrow window
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """The parameters that may be None, once a model and a grid have settled them."""
+
+    window: Size | tuple[Size, ...]
+    stride: int | tuple[int, ...]
+    dense_layers: int
+    dense_steps: int | float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +133,9 @@ class GNAAttn(StaticMaskMethod):
         the stride is the shortest with which windows begin and end with a tile. The first 30 to
         35 % of the steps are dense, as the paper has it where it reports the quality kept.
         """
+        return replace(self, **asdict(self._settled(family, grid)))
+
+    def _settled(self, family: str, grid: TokenGrid | None) -> _Settled:
         if makes_images(family) or (grid is not None and grid.frames == 1):
             best = _FLUX
         else:
@@ -131,8 +144,7 @@ class GNAAttn(StaticMaskMethod):
         if window is None:
             window, recommended = _fitted(best, grid)
             stride = recommended if stride is None else _limited(stride, window)
-        return replace(
-            self,
+        return _Settled(
             window=window,
             stride=1 if stride is None else stride,
             dense_layers=0 if self.dense_layers is None else self.dense_layers,
@@ -153,17 +165,22 @@ class GNAAttn(StaticMaskMethod):
         Raises:
             ValueError: if the parameters do not fit the grid; names the axis and what is allowed.
         """
-        method = self.for_model("", grid)
+        settled = self._settled("", grid)
         sizes = (grid.frames, grid.height, grid.width)
-        for name in _ALLOWED:
-            _check_tuple_fits(name, getattr(method, name), sizes)
-        frames, height, width = (method._axis(axis, size) for axis, size in enumerate(sizes))
+        for name, value in (
+            ("window", settled.window),
+            ("stride", settled.stride),
+            ("dilation", self.dilation),
+            ("is_causal", self.is_causal),
+        ):
+            _check_tuple_fits(name, value, sizes)
+        frames, height, width = (self._axis(settled, axis, n) for axis, n in enumerate(sizes))
         return frames, height, width
 
-    def _axis(self, axis: int, size: int) -> AxisWindow:
+    def _axis(self, settled: _Settled, axis: int, size: int) -> AxisWindow:
         if size == 1:
             return AxisWindow(1, 1)
-        window = _tokens(_along(self.window, axis), size)
+        window = _tokens(_along(settled.window, axis), size)
         dilation = _along(self.dilation, axis)
         if window * dilation > size:
             most = size // window
@@ -171,7 +188,7 @@ class GNAAttn(StaticMaskMethod):
                 f"dilation along {_AXES[axis]} is {dilation}, but a window of {window} on an axis"
                 f" of {size} tokens allows {f'1 to {most}' if most > 1 else 'only 1'}"
             )
-        stride = min(_along(self.stride, axis), window)
+        stride = min(_along(settled.stride, axis), window)
         return AxisWindow(size, window, stride, dilation, _along(self.is_causal, axis))
 
     def block_size_on(self, grid: TokenGrid) -> int:

@@ -7,7 +7,7 @@ arXiv 2412.16112. The paper is about images; the windows for video are what it b
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -29,6 +29,17 @@ _FRAME_RADIUS = 8
 _IMAGE_TILE = (1, 8, 16)
 _TRAINED_TOKENS = 64 * 64 + 512  # of Flux: 1024 x 1024 pixels, and its text
 _STRAY_FACTOR = 10
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """The parameters of the window that may be None, settled; the same for all models."""
+
+    radius: int
+    window: str
+    frame_radius: int
+    first_frame: bool
+
 
 _ALLOWED = {
     "radius": count(1),
@@ -131,17 +142,22 @@ class CLEARAttn(StaticMaskMethod):
         """
         return replace(
             self,
-            radius=self.radius or _RADIUS,
-            window=self.window or "ellipsoid",
-            frame_radius=self.frame_radius or _FRAME_RADIUS,
-            first_frame=True if self.first_frame is None else self.first_frame,
+            **asdict(self._settled()),
             dense_layers=self.dense_layers or 0,
             dense_steps=self.dense_steps or 0,
         )
 
+    def _settled(self) -> _Settled:
+        return _Settled(
+            radius=self.radius or _RADIUS,
+            window=self.window or "ellipsoid",
+            frame_radius=self.frame_radius or _FRAME_RADIUS,
+            first_frame=True if self.first_frame is None else self.first_frame,
+        )
+
     def video_mask(self, grid: TokenGrid) -> AttentionMask:
         # The one frame of an image is no first frame: it would see all of itself.
-        first_frame = grid.frames > 1 and bool(self.for_model("", grid).first_frame)
+        first_frame = grid.frames > 1 and self._settled().first_frame
         return DiskMask(grid, self._limits(grid), first_frame)
 
     def order_on(self, grid: TokenGrid) -> TileOrder:
@@ -234,11 +250,8 @@ class CLEARAttn(StaticMaskMethod):
         return torch.cat([out[:, : video.start], seen, out[:, video.stop :]], 1)
 
     def _limits(self, grid: TokenGrid) -> torch.Tensor:
-        method = self.for_model("", grid)
-        assert method.radius is not None
-        assert method.frame_radius is not None
-        assert method.window is not None
-        return disk_limits(grid, method.radius, method.frame_radius, method.window)
+        settled = self._settled()
+        return disk_limits(grid, settled.radius, settled.frame_radius, settled.window)
 
 
 @dataclass(frozen=True)
