@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from diffattn import _compat
+from diffattn._checks import did_you_mean
 from diffattn.attached_model import AttachedModel, attached_to, set_processor, site_names
 from diffattn.grid import TokenGrid
 from diffattn.mask import allowed_pairs
-from diffattn.methods.base import Method, StaticMaskMethod, nearest
+from diffattn.methods.base import Method, StaticMaskMethod
 from diffattn.models import denoisers, family_of
 from diffattn.schedule import CountedMethod, RunClock, resolve_steps, skipped_timesteps
 
@@ -347,9 +348,8 @@ def _check_all_matched(
     names = [name for sites in chosen.values() for name in sites]
     for pattern in methods:
         if not any(_matches(name, pattern) for name in names):
-            raise ValueError(
-                f"no attention site matches the pattern {pattern!r}: {nearest(pattern, names)}"
-            )
+            hint = did_you_mean(pattern, names, or_list=True)
+            raise ValueError(f"no attention site matches the pattern {pattern!r}{hint}")
 
 
 def _detach(model: torch.nn.Module) -> None:

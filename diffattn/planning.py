@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from diffattn._checks import did_you_mean
 from diffattn.blocks import BlockLayout
 from diffattn.costs import Cost, Estimate
 from diffattn.grid import TokenGrid
 from diffattn.mask import allowed_pairs
-from diffattn.methods.base import Method, StaticMaskMethod, nearest
+from diffattn.methods.base import Method, StaticMaskMethod
 from diffattn.methods.gna import GNAAttn, Tile, nearest_block_sparse
 from diffattn.models.base import SizeRules
 from diffattn.models.published import PUBLISHED, ModelShape, published_shape
@@ -188,8 +189,8 @@ def model_shape(model: str | Path) -> ModelShape:
 
         return folder_shape(folder)
     raise ValueError(
-        f"{str(model)!r} is neither a folder nor a model whose shape is known:"
-        f" {nearest(str(model), list(PUBLISHED))}"
+        f"{str(model)!r} is neither a folder nor a model whose shape is known"
+        f"{did_you_mean(str(model), PUBLISHED, or_list=True)}"
     )
 
 

@@ -8,6 +8,8 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from diffattn._checks import is_number
+
 
 def resolve_steps(setting: int | float, num_steps: int) -> int:
     """A count of steps, or a fraction of the run (rounded down), as a count.
@@ -22,7 +24,7 @@ def resolve_steps(setting: int | float, num_steps: int) -> int:
 
 def check_steps(name: str, setting: int | float) -> None:
     """Raise ValueError unless `setting` is a count of steps or a fraction of the run."""
-    if isinstance(setting, bool) or not isinstance(setting, int | float):
+    if not is_number(setting):
         raise ValueError(f"{name} is {setting!r}, but must be a number of steps or a fraction")
     if isinstance(setting, int) and setting < 0:
         raise ValueError(f"{name} is {setting}, but a number of steps cannot be negative")

@@ -7,10 +7,10 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
 
+from diffattn._checks import did_you_mean
 from diffattn.lora.errors import LoraError
 
 # The first is ours; the others are those of Hugging Face's image and video folders.
@@ -52,8 +52,7 @@ def captioned_clips(
         clip = known.get(_plain(folder / name))
         if clip is None:
             names = [path.relative_to(folder).as_posix() for path in clips]
-            close = get_close_matches(name, names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(name, names)
             raise LoraError(f"{table}, line {line}: there is no clip {name!r} in {folder}{hint}")
         if clip in captions:
             raise LoraError(f"{table}, line {line}: {name!r} has a caption already: remove one")

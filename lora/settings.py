@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from diffattn._checks import (
+    FLAG,
+    Allowed,
+    check_fields,
+    choice,
+    did_you_mean,
+    lists_to_tuples,
+    number,
+    whole,
+)
 from diffattn.lora.errors import LoraError
 from diffattn.methods import from_dict
-from diffattn.methods.base import nearest
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -108,18 +117,21 @@ class TrainSettings:
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("targets", "trackers"):
-            if isinstance(getattr(self, name), list):  # as JSON and TOML have it
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, check in _CHECKS.items():
-            value = getattr(self, name)
-            if not (value is None and _DEFAULTS[name] is None):
-                check(name, value)
+        lists_to_tuples(self, "targets", "trackers")
+        check_fields(self, _ALLOWED, LoraError)
+        if not self.targets:
+            raise LoraError(
+                f"targets is empty: name at least one layer, such as {', '.join(TARGETS)}"
+            )
+        try:
+            method = from_dict(self.attention)
+        except (ValueError, TypeError) as error:
+            raise LoraError(error) from None
         if self.rank is None and self.alpha is not None:
             raise LoraError(
                 f"alpha is {self.alpha:g}, but means nothing without a rank: give both or neither"
             )
-        if from_dict(self.attention).type == "dense":
+        if method.type == "dense":
             raise LoraError(
                 "the method is dense, which needs no adapting: choose a sparse one, such as radial"
             )
@@ -179,7 +191,9 @@ class TrainSettings:
         names = [item.name for item in dataclasses.fields(cls)]
         for name in settings:
             if name not in names:
-                raise LoraError(f"unknown setting {name!r}: {nearest(name, names)}")
+                raise LoraError(
+                    f"unknown setting {name!r}{did_you_mean(name, names, or_list=True)}"
+                )
         return cls(**settings)
 
 
@@ -187,88 +201,38 @@ def _or_else(value: Any, advised: Any) -> Any:
     return advised if value is None else value
 
 
-def _whole(least: int) -> Callable[[str, Any], None]:
-    def check(name: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise LoraError(f"{name} is {value!r}, but must be a whole number of at least {least}")
-
-    return check
+def _are_names(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(one, str) and one for one in value)
 
 
-def _number(least: float, *, above: bool = False, most: float = math.inf) -> Callable[..., None]:
-    allowed = f"above {least:g}" if above else f"of at least {least:g}"
-    allowed += "" if most == math.inf else f" and below {most:g}"
-
-    def check(name: str, value: Any) -> None:
-        good = isinstance(value, int | float) and not isinstance(value, bool)
-        if not good or not (least < value if above else least <= value) or not value < most:
-            raise LoraError(f"{name} is {value!r}, but must be a number {allowed}")
-
-    return check
-
-
-def _choice(allowed: tuple[str, ...]) -> Callable[[str, Any], None]:
-    def check(name: str, value: Any) -> None:
-        if value not in allowed:
-            raise LoraError(f"{name} is {value!r}, but must be one of {', '.join(allowed)}")
-
-    return check
-
-
-def _flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise LoraError(f"{name} is {value!r}, but must be true or false")
-
-
-def _names(name: str, value: Any) -> None:
-    if not isinstance(value, tuple) or not all(isinstance(one, str) and one for one in value):
-        raise LoraError(f"{name} is {value!r}, but must be a list of names")
-
-
-def _some_names(name: str, value: Any) -> None:
-    _names(name, value)
-    if not value:
-        raise LoraError(f"{name} is empty: name at least one layer, such as {', '.join(TARGETS)}")
-
-
-def _method(name: str, value: Any) -> None:
-    if not isinstance(value, Mapping):
-        raise LoraError(f"{name} is {value!r}, but must be a method's settings with its type")
-    try:
-        from_dict(value)
-    except (ValueError, TypeError) as error:
-        raise LoraError(error) from None
-
-
-_DEFAULTS = {item.name: item.default for item in dataclasses.fields(TrainSettings)}
-
-_CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "attention": _method,
-    "rank": _whole(1),
-    "alpha": _number(0, above=True),
-    "targets": _some_names,
-    "dropout": _number(0, most=1),
-    "dora": _flag,
-    "rslora": _flag,
-    "denoiser": _choice(("transformer", "transformer_2", "unet")),
-    "objective": _number(0),
-    "prediction": _number(0),
-    "attention_output": _number(0),
-    "attention_every": _whole(1),
-    "steps": _whole(1),
-    "batch_size": _whole(1),
-    "accumulation": _whole(1),
-    "learning_rate": _number(0, above=True),
-    "schedule": _choice(SCHEDULES),
-    "warmup_steps": _whole(0),
-    "weight_decay": _number(0),
-    "max_grad_norm": _number(0, above=True),
-    "shift": _number(0, above=True),
-    "caption_dropout": _number(0, most=1),
-    "seed": _whole(0),
-    "mixed_precision": _choice(PRECISIONS),
-    "gradient_checkpointing": _flag,
-    "checkpoint_every": _whole(1),
-    "keep_checkpoints": _whole(1),
-    "trackers": _names,
+_NAMES = Allowed("a list of names", _are_names)
+_ALLOWED: Mapping[str, Allowed] = {
+    "attention": Allowed("a method's settings with its type", lambda it: isinstance(it, Mapping)),
+    "rank": whole(1),
+    "alpha": number(above=0),
+    "targets": _NAMES,
+    "dropout": number(at_least=0, below=1),
+    "dora": FLAG,
+    "rslora": FLAG,
+    "denoiser": choice(("transformer", "transformer_2", "unet")),
+    "objective": number(at_least=0),
+    "prediction": number(at_least=0),
+    "attention_output": number(at_least=0),
+    "attention_every": whole(1),
+    "steps": whole(1),
+    "batch_size": whole(1),
+    "accumulation": whole(1),
+    "learning_rate": number(above=0),
+    "schedule": choice(SCHEDULES),
+    "warmup_steps": whole(0),
+    "weight_decay": number(at_least=0),
+    "max_grad_norm": number(above=0),
+    "shift": number(above=0),
+    "caption_dropout": number(at_least=0, below=1),
+    "seed": whole(0),
+    "mixed_precision": choice(PRECISIONS),
+    "gradient_checkpointing": FLAG,
+    "checkpoint_every": whole(1),
+    "keep_checkpoints": whole(1),
+    "trackers": _NAMES,
 }

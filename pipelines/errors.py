@@ -1,14 +1,6 @@
-"""The one exception that means "the user can put this right", and how names are suggested."""
+"""The one exception that means "the user can put this right"."""
 
-from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the known name nearest to ``word``, or nothing."""
-    matches = get_close_matches(word, list(known), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def one_line(message: object) -> str:

@@ -5,7 +5,6 @@ denoised at the large size under FreeSwim's window, guided by what all tokens to
 """
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ import cv2
 import numpy as np
 import torch
 
+from diffattn._checks import check, choice, number
 from diffattn.methods import FreeSwimAttn
 from diffattn.methods.freeswim.dual_path import (
     DualPath,
@@ -333,8 +333,7 @@ def check_target(preset: str | None, height: int | None, width: int | None) -> N
     if preset is not None:
         if height is not None or width is not None:
             raise ValueError("give a preset, or height and width, not both")
-        if preset not in PRESETS:
-            raise ValueError(f"preset is {preset!r}, but must be one of {', '.join(PRESETS)}")
+        check("preset", preset, choice(PRESETS))
     for name, pixels in (("height", height), ("width", width)):
         if pixels is not None and pixels < 1:
             raise ValueError(f"{name} is {pixels}, but must be at least 1")
@@ -407,9 +406,6 @@ def check_refinement(
             f"cache_steps is {cache_steps}, but must be at least 1, or None for guidance in every"
             f" step, without the prompt too"
         )
-    if interpolation not in INTERPOLATIONS:
-        allowed = ", ".join(INTERPOLATIONS)
-        raise ValueError(f"interpolation is {interpolation!r}, but must be one of {allowed}")
-    if not 0 < flow_shift < math.inf:
-        raise ValueError(f"flow_shift is {flow_shift}, but must be a number above 0")
+    check("interpolation", interpolation, choice(INTERPOLATIONS))
+    check("flow_shift", flow_shift, number(above=0))
     check_place(store)

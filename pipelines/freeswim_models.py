@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import numpy as np
 import torch
 
+from diffattn.models.wan import encode_all_frames, frames_to_ask_for
+
 Text: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 """Encoded prompts, (prompts, tokens, channels), and which of the tokens count, if not all."""
 
@@ -102,9 +104,7 @@ class Wan:
     least_steps: ClassVar[int] = 1
 
     def base_arguments(self, num_frames: int) -> dict[str, Any]:
-        # The pipeline takes every number of frames for one too few if its VAE keeps them all.
-        quirk = self.pipe.vae_scale_factor_temporal == 1
-        return {"num_frames": num_frames - 1 if quirk else num_frames}
+        return {"num_frames": frames_to_ask_for(self.pipe, num_frames)}
 
     def encode_prompts(
         self, prompts: list[str], negative: list[str], guided: bool, max_sequence_length: int
@@ -151,14 +151,11 @@ class Wan:
         return torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        stride = self.pipe.vae_scale_factor_temporal
-        wanted = (pixels.shape[2] - 1) // stride + 1
-        # The encoder takes one frame and then fours, also where it keeps every frame, and leaves
-        # out what is no whole four. It is causal: what follows a frame does not change it.
-        missing = -(pixels.shape[2] - 1) % 4
-        pixels = torch.cat([pixels, *[pixels[:, :, -1:]] * missing], 2)
-        latents: torch.Tensor = self.pipe.vae.encode(pixels).latent_dist.mode()
-        return latents[:, :, :wanted]
+        return encode_all_frames(
+            lambda frames: self.pipe.vae.encode(frames).latent_dist.mode(),
+            pixels,
+            self.pipe.vae_scale_factor_temporal,
+        )
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         video: torch.Tensor = self.pipe.vae.decode(latents, return_dict=False)[0]

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError, did_you_mean, one_line
+from diffattn._checks import did_you_mean
+
+from .errors import UserError, one_line
 from .request import BUNDLED_MODEL, Request
 
 if TYPE_CHECKING:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffattn._checks import did_you_mean, lists_to_tuples
+
 from .attention_settings import MethodOptions, attention_settings
-from .errors import RunInterruptedError, UserError, did_you_mean
+from .errors import RunInterruptedError, UserError
 from .loading import LoadedModel, load_model
 from .machine import quiet_libraries
 from .processes import rank
@@ -64,8 +66,7 @@ class TrainJob:
             )
         if self.captions is not None and self.data is None:
             raise UserError("--captions are those of the clips of --data, which is not given")
-        if isinstance(self.validation_prompts, list):  # as a config file has it
-            object.__setattr__(self, "validation_prompts", tuple(self.validation_prompts))
+        lists_to_tuples(self, "validation_prompts")
         if bool(self.validation_prompts) != (self.validate_every is not None):
             raise UserError("--validate-every and --validation-prompt go together")
         if self.validate_every is not None and self.validate_every < 1:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffattn._checks import whole
+
 from .attention_settings import make_method, read_arguments
 from .errors import UserError
 from .grid_text import read_grid
 from .loading import find_model, read_defaults
-from .request import BUNDLED_MODEL, option
+from .request import BUNDLED_MODEL, check_option
 
 if TYPE_CHECKING:
     from diffattn import Plan
@@ -51,11 +53,8 @@ def make_plan(options: PlanOptions) -> "Plan | Estimate":
     method = make_method({"type": options.method} | arguments)
     numbers = dict(options.numbers)
     for name, value in numbers.items():
-        least = 0 if name == "text" else 1
-        if value is not None and value < least:
-            raise UserError(
-                f"{option(name)} must be a whole number of at least {least}, not {value}"
-            )
+        if value is not None:
+            check_option(name, value, whole(0 if name == "text" else 1))
     target: diffattn.TokenGrid | str | Path
     if options.grid is not None:
         target = read_grid(options.grid)

@@ -1,12 +1,21 @@
 """Every setting of one video, as plain data that can be written down and read back."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import UserError, did_you_mean
+from diffattn._checks import (
+    FLAG,
+    Allowed,
+    choice,
+    did_you_mean,
+    number,
+    refused,
+    whole,
+)
+
+from .errors import UserError
 
 BUNDLED_MODEL = "moving-shapes"
 """Name of the model that comes with the package."""
@@ -42,11 +51,8 @@ class Request:
 
     def __post_init__(self) -> None:
         """Refuse what no model could do, with the option's name."""
-        for name, check in _CHECKS.items():
-            value = getattr(self, name)
-            optional = _DEFAULTS[name] is None
-            if not (optional and value is None):
-                check(option(name), value)
+        for name in refused(self, _ALLOWED):
+            check_option(name, getattr(self, name), _ALLOWED[name])
         if self.compare and self.attention["type"] == "dense":
             raise UserError(
                 "--compare needs a sparse method to compare with dense, not --attn dense"
@@ -83,79 +89,35 @@ def option(name: str) -> str:
     )
 
 
-def _text(name: str, value: object) -> None:
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{name} must be text, not {value!r}")
+def check_option(name: str, value: object, allowed: Allowed) -> None:
+    """Raise :class:`UserError`, in the words of the command line, unless a setting is allowed."""
+    if not allowed.holds(value):
+        hint = did_you_mean(str(value), allowed.names)
+        raise UserError(f"{option(name)} must be {allowed.words}, not {value!r}{hint}")
 
 
-def _any_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise UserError(f"{name} must be text, not {value!r}")
+def _is_entry(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("type"), str)
 
 
-def _method(name: str, value: object) -> None:
-    if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):
-        raise UserError(f'{name} must be an object with a "type", not {value!r}')
+_TEXT = Allowed("text", lambda value: isinstance(value, str) and value.strip() != "")
 
-
-def _whole(least: int, most: int | None = None) -> Callable[[str, object], None]:
-    allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
-
-    def check(name: str, value: object) -> None:
-        good = isinstance(value, int) and not isinstance(value, bool)
-        if not good or value < least or (most is not None and value > most):  # type: ignore[operator]
-            raise UserError(f"{name} must be a whole number {allowed}, not {value!r}")
-
-    return check
-
-
-def _number(above: float) -> Callable[[str, object], None]:
-    def check(name: str, value: object) -> None:
-        good = isinstance(value, int | float) and not isinstance(value, bool)
-        if not good or not math.isfinite(value) or value <= above:  # type: ignore[arg-type,operator]
-            raise UserError(f"{name} must be a number above {above:g}, not {value!r}")
-
-    return check
-
-
-def _finite(name: str, value: object) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not math.isfinite(value):  # type: ignore[arg-type]
-        raise UserError(f"{name} must be a finite number, not {value!r}")
-
-
-def _choice(choices: tuple[str, ...]) -> Callable[[str, object], None]:
-    def check(name: str, value: object) -> None:
-        if value not in choices:
-            hint = did_you_mean(str(value), choices)
-            raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}{hint}")
-
-    return check
-
-
-def _flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise UserError(f"{name} must be true or false, not {value!r}")
-
-
-_DEFAULTS = {item.name: item.default for item in dataclasses.fields(Request)}
-
-_CHECKS: dict[str, Callable[[str, object], None]] = {
-    "prompt": _text,
-    "model": _text,
-    "attention": _method,
-    "negative_prompt": _any_text,
-    "height": _whole(1),
-    "width": _whole(1),
-    "num_frames": _whole(1),
-    "steps": _whole(1),
-    "guidance_scale": _finite,
-    "seed": _whole(0, LARGEST_SEED),
-    "fps": _number(0),
-    "dtype": _choice(DTYPES),
-    "device": _text,
-    "offload": _choice(OFFLOADS),
-    "context_parallel": _choice(CONTEXT_PARALLEL),
-    "lora": _text,
-    "compare": _flag,
+_ALLOWED: Mapping[str, Allowed] = {
+    "prompt": _TEXT,
+    "model": _TEXT,
+    "attention": Allowed('an object with a "type"', _is_entry),
+    "negative_prompt": Allowed("text", lambda value: isinstance(value, str)),
+    "height": whole(1),
+    "width": whole(1),
+    "num_frames": whole(1),
+    "steps": whole(1),
+    "guidance_scale": number(),
+    "seed": whole(0, LARGEST_SEED),
+    "fps": number(above=0),
+    "dtype": choice(DTYPES),
+    "device": _TEXT,
+    "offload": choice(OFFLOADS),
+    "context_parallel": choice(CONTEXT_PARALLEL),
+    "lora": _TEXT,
+    "compare": FLAG,
 }

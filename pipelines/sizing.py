@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from diffattn.models.wan import frames_to_ask_for
+
 from .errors import UserError
 from .loading import DEFAULTS_FILE, LoadedModel
 from .request import Request, option
@@ -81,7 +83,8 @@ def call_arguments(request: Request, loaded: LoadedModel) -> dict[str, Any]:
         for name, argument in _ARGUMENTS.items()
         if argument in parameters
     }
-    arguments["num_frames"] = _frames_to_ask_for(loaded.pipe, arguments["num_frames"])
+    if type(loaded.pipe).__module__.startswith("diffusers.pipelines.wan."):
+        arguments["num_frames"] = frames_to_ask_for(loaded.pipe, arguments["num_frames"])
     if "frame_rate" in parameters:
         arguments["frame_rate"] = request.fps
     extra = loaded.defaults.keys() - arguments.keys() - {"fps"}
@@ -99,13 +102,3 @@ def _check_pipeline(pipe: "DiffusionPipeline", parameters: Mapping[str, inspect.
                 f"{name} needs {parameter.name!r}, which this command cannot give: call it from "
                 "Python with pipe.set_attn_processor(...)"
             )
-
-
-def _frames_to_ask_for(pipe: "DiffusionPipeline", frames: int) -> int:
-    """Undo a quirk of Wan's rounding: without temporal compression it renders one frame more.
-
-    ``num_frames % 1`` is never 1, so the pipeline always "rounds" n to n + 1.
-    """
-    factor = getattr(pipe, "vae_scale_factor_temporal", None)
-    quirk = type(pipe).__module__.startswith("diffusers.pipelines.wan.") and factor == 1
-    return frames - 1 if quirk else frames

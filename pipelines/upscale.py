@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from diffattn._checks import whole
+
 from .errors import RunInterruptedError, UserError, one_line
 from .loading import LoadedModel, load_model
 from .machine import describe_device, quiet_libraries
 from .outputs import Outputs, check_outputs, on_disk, plan_outputs, staged
 from .progress import clock, watched
-from .request import Request, option
+from .request import Request, check_option
 from .sidecar import versions
 from .sizing import complete
 from .video import write_video
@@ -90,8 +92,8 @@ def upscale(
 def check_counts(**counts: int | None) -> None:
     """Refuse counts below 1 by the names that ``upscale`` has for them, where they are given."""
     for name, count in counts.items():
-        if count is not None and count < 1:
-            raise UserError(f"{option(name)} must be a whole number of at least 1, not {count}")
+        if count is not None:
+            check_option(name, count, whole(1))
 
 
 def read_cache_steps(text: str) -> int | None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffattn._checks import did_you_mean, whole
+
 from .attention_settings import MethodOptions, attention_settings, make_method
-from .errors import RunInterruptedError, UserError, did_you_mean, one_line
+from .errors import RunInterruptedError, UserError, one_line
 from .flux_ladder import STEPS as FLUX_STEPS
 from .flux_ladder import STRENGTH as FLUX_STRENGTH
 from .flux_ladder import upscale_flux
@@ -28,7 +30,7 @@ from .loading import LoadedModel, find_model, load_model
 from .machine import describe_device, quiet_libraries
 from .outputs import Outputs, check_writable, slug, staged
 from .progress import clock, watched
-from .request import Request, option
+from .request import Request, check_option, option
 from .sidecar import versions
 
 if TYPE_CHECKING:
@@ -165,8 +167,8 @@ def read_picture(path: Path) -> "Image":
 
 def _check_settings(request: Request, settings: PictureSettings) -> None:
     """Refuse what is wrong for every model, before the time that loading one takes."""
-    if settings.steps is not None and settings.steps < 1:
-        raise UserError(f"--steps must be a whole number of at least 1, not {settings.steps}")
+    if settings.steps is not None:
+        check_option("steps", settings.steps, whole(1))
     if settings.input is not None:
         for name in ("height", "width", "steps"):
             if getattr(request, name) is not None:
@@ -345,8 +347,8 @@ def _plan_sizes(
 def _goal(height: int | None, width: int | None, shape: Size) -> Size:
     """What the user asked for: one side gives the other by the shape, none twice the size."""
     for name, value in (("height", height), ("width", width)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be a whole number of at least 1, not {value}")
+        if value is not None:
+            check_option(name, value, whole(1))
     if height is None and width is None:
         return 2 * shape[0], 2 * shape[1]
     if height is None:

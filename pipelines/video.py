@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import UserError, did_you_mean
+from diffattn._checks import did_you_mean
+
+from .errors import UserError
 
 FORMATS = (".mp4", ".gif", ".png")
 

@@ -517,9 +517,9 @@ class TestRefusals:
     GRID: ClassVar = TokenGrid(2, 4, 4)
 
     def test_unknown_models(self):
-        with pytest.raises(ValueError, match="neither a folder nor a model whose shape is known: "):
+        with pytest.raises(ValueError, match="neither a folder nor a model whose shape is known; "):
             plan("nobody/knows-this", DenseAttn())
-        with pytest.raises(ValueError, match=r"did you mean Wan-AI/Wan2.1-T2V-14B\?"):
+        with pytest.raises(ValueError, match=r"did you mean 'Wan-AI/Wan2.1-T2V-14B'\?"):
             plan("Wan-AI/Wan2.1-T2V-14", DenseAttn())
         with pytest.raises(ValueError, match=r"choose from Lightricks/LTX-Video, Skywork/SkyReels"):
             plan("?", DenseAttn())

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from diffattn._checks import did_you_mean
 from diffattn.methods.agent import AgentAttn
-from diffattn.methods.base import Method, Site, StaticMaskMethod, nearest
+from diffattn.methods.base import Method, Site, StaticMaskMethod
 from diffattn.methods.clear import CLEARAttn
 from diffattn.methods.dense import DenseAttn
 from diffattn.methods.freeswim import FreeSwimAttn
@@ -40,11 +41,13 @@ def from_dict(entry: Mapping[str, Any]) -> Method:
     parameters = dict(entry)
     name = parameters.pop("type", None)
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}: {nearest(str(name), list(METHODS))}")
+        hint = did_you_mean(str(name), METHODS, or_list=True)
+        raise ValueError(f"unknown method {name!r}{hint}")
     known = [f.name for f in fields(METHODS[name]) if f.init]
     for parameter in parameters:
         if parameter not in known:
-            raise ValueError(f"{name} has no parameter {parameter!r}: {nearest(parameter, known)}")
+            hint = did_you_mean(parameter, known, or_list=True)
+            raise ValueError(f"{name} has no parameter {parameter!r}{hint}")
     return METHODS[name](**parameters)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
 
+from diffattn._checks import check_fields, count
 from diffattn.attention import attention
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
@@ -139,8 +139,7 @@ class Method(ABC):
     )
 
     def __post_init__(self) -> None:
-        if self.dense_layers is not None:
-            check_count("dense_layers", self.dense_layers, at_least=0)
+        check_fields(self, {"dense_layers": count(0)})
         if self.dense_steps is not None:
             check_steps("dense_steps", self.dense_steps)
         check_steps("last_dense_steps", self.last_dense_steps)
@@ -332,27 +331,3 @@ class StaticMaskMethod(Method):
 def is_mask_alone(method: Method) -> TypeIs[StaticMaskMethod]:
     """Is attention by this method attention under its mask, and nothing else?"""
     return isinstance(method, StaticMaskMethod) and method.is_mask_alone
-
-
-def check_count(name: str, value: Any, *, at_least: int) -> None:
-    """Raise ValueError unless `value` is an integer of at least `at_least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"{name} is {value!r}, but must be an integer of at least {at_least}")
-
-
-def check_flag(name: str, value: object) -> None:
-    """Raise ValueError unless `value` is true or false."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}, but must be true or false")
-
-
-def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(allowed)}")
-
-
-def nearest(name: str, names: list[str]) -> str:
-    """' Did you mean ...?' for the closest of `names`, or their list when none is close."""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"choose from {', '.join(sorted(names))}"

@@ -7,16 +7,18 @@ of Light", arXiv 2504.16922. Its code is NATTEN, whose words for the parameters 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 
+from diffattn._checks import FLAG, Allowed, check, count, is_whole, lists_to_tuples
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask
 from diffattn.methods.base import StaticMaskMethod
 from diffattn.methods.neighbourhood import AxisWindow, NeighbourhoodMask, block_size_for
+from diffattn.models import makes_images
 from diffattn.orders import TileOrder, tiles_that_fit
 
 Size: TypeAlias = int | float | str  # of a window along an axis
@@ -46,7 +48,16 @@ _HUNYUANVIDEO = _Recommended((30, 48, 80), (18, 24, 24), (16, 8, 8), (2, 8, 8), 
 _FLUX = _Recommended((1, 256, 256), (1, 80, 80), (1, 16, 16), (1, 16, 8), dense_steps=0.325)
 _COSMOS = _Recommended((16, 44, 80), (16, 32, 48), (1, 8, 16), (4, 4, 8), dense_steps=0.345)
 _LARGEST_SHARE = 5 / 8  # of an axis, where the paper's share of it would leave a narrow window
-_IMAGE_FAMILIES = ("flux", "flux.2", "sd3", "qwen-image", "unet")
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """The parameters that may be None, once a model and a grid have settled them."""
+
+    window: Size | tuple[Size, ...]
+    stride: int | tuple[int, ...]
+    dense_layers: int
+    dense_steps: int | float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +110,11 @@ class GNAAttn(StaticMaskMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, (allowed, words) in _CHECKS.items():
+        lists_to_tuples(self, *_ALLOWED)
+        for name, allowed in _ALLOWED.items():
             value = getattr(self, name)
-            if isinstance(value, list):  # as JSON has it
-                value = tuple(value)
-                object.__setattr__(self, name, value)
             if value is not None or name not in ("window", "stride"):
-                _check_values(name, value, allowed, words)
+                _check_values(name, value, allowed)
         for axis in range(3):
             window, stride = _along(self.window, axis), _along(self.stride, axis)
             if isinstance(window, int) and stride is not None and stride > window:
@@ -124,7 +133,10 @@ class GNAAttn(StaticMaskMethod):
         the stride is the shortest with which windows begin and end with a tile. The first 30 to
         35 % of the steps are dense, as the paper has it where it reports the quality kept.
         """
-        if family in _IMAGE_FAMILIES or (grid is not None and grid.frames == 1):
+        return replace(self, **asdict(self._settled(family, grid)))
+
+    def _settled(self, family: str, grid: TokenGrid | None) -> _Settled:
+        if makes_images(family) or (grid is not None and grid.frames == 1):
             best = _FLUX
         else:
             best = _HUNYUANVIDEO if family == "hunyuanvideo" else _COSMOS
@@ -132,8 +144,7 @@ class GNAAttn(StaticMaskMethod):
         if window is None:
             window, recommended = _fitted(best, grid)
             stride = recommended if stride is None else _limited(stride, window)
-        return replace(
-            self,
+        return _Settled(
             window=window,
             stride=1 if stride is None else stride,
             dense_layers=0 if self.dense_layers is None else self.dense_layers,
@@ -154,17 +165,22 @@ class GNAAttn(StaticMaskMethod):
         Raises:
             ValueError: if the parameters do not fit the grid; names the axis and what is allowed.
         """
-        method = self.for_model("", grid)
+        settled = self._settled("", grid)
         sizes = (grid.frames, grid.height, grid.width)
-        for name in _CHECKS:
-            _check_tuple_fits(name, getattr(method, name), sizes)
-        frames, height, width = (method._axis(axis, size) for axis, size in enumerate(sizes))
+        for name, value in (
+            ("window", settled.window),
+            ("stride", settled.stride),
+            ("dilation", self.dilation),
+            ("is_causal", self.is_causal),
+        ):
+            _check_tuple_fits(name, value, sizes)
+        frames, height, width = (self._axis(settled, axis, n) for axis, n in enumerate(sizes))
         return frames, height, width
 
-    def _axis(self, axis: int, size: int) -> AxisWindow:
+    def _axis(self, settled: _Settled, axis: int, size: int) -> AxisWindow:
         if size == 1:
             return AxisWindow(1, 1)
-        window = _tokens(_along(self.window, axis), size)
+        window = _tokens(_along(settled.window, axis), size)
         dilation = _along(self.dilation, axis)
         if window * dilation > size:
             most = size // window
@@ -172,7 +188,7 @@ class GNAAttn(StaticMaskMethod):
                 f"dilation along {_AXES[axis]} is {dilation}, but a window of {window} on an axis"
                 f" of {size} tokens allows {f'1 to {most}' if most > 1 else 'only 1'}"
             )
-        stride = min(_along(self.stride, axis), window)
+        stride = min(_along(settled.stride, axis), window)
         return AxisWindow(size, window, stride, dilation, _along(self.is_causal, axis))
 
     def block_size_on(self, grid: TokenGrid) -> int:
@@ -356,15 +372,13 @@ def _where(name: str, axis: int, *values: Any) -> str:
     return f"{name} along {_AXES[axis]}" if per_axis else name
 
 
-def _check_values(name: str, value: Any, allowed: Callable[[Any], bool], words: str) -> None:
+def _check_values(name: str, value: Any, allowed: Allowed) -> None:
     if isinstance(value, tuple) and not 1 <= len(value) <= len(_AXES):
         raise ValueError(
             f"{name} has {len(value)} values, but must have 1 to 3: for frames, height and width"
         )
     for axis in range(3 - len(value) if isinstance(value, tuple) else 2, 3):
-        entry = _along(value, axis)
-        if not allowed(entry):
-            raise ValueError(f"{_where(name, axis, value)} is {entry!r}, but must be {words}")
+        check(_where(name, axis, value), _along(value, axis), allowed)
 
 
 def _check_tuple_fits(name: str, value: Any, sizes: Sequence[int]) -> None:
@@ -381,20 +395,16 @@ def _check_tuple_fits(name: str, value: Any, sizes: Sequence[int]) -> None:
 def _is_window(value: Any) -> bool:
     if isinstance(value, float):
         return 0 < value <= 1
-    return value == "full" if isinstance(value, str) else _is_count(value) and value >= 2
+    return value == "full" if isinstance(value, str) else is_whole(value) and value >= 2
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-# What each parameter may be along an axis, and the words for it.
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "window": (
-        _is_window,
+# What each parameter may be along an axis.
+_ALLOWED = {
+    "window": Allowed(
         "an integer of at least 2, a fraction of the axis above 0.0 and up to 1.0, or 'full'",
+        _is_window,
     ),
-    "stride": (_is_count, "an integer of at least 1"),
-    "dilation": (_is_count, "an integer of at least 1"),
-    "is_causal": (lambda value: isinstance(value, bool), "true or false"),
+    "stride": count(1),
+    "dilation": count(1),
+    "is_causal": FLAG,
 }

@@ -6,15 +6,16 @@ Generation", arXiv 2506.19852.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar, Self, TypeVar
 
 import torch
 
+from diffattn._checks import FLAG, check_fields, choice, count, number
 from diffattn.blocks import EMPTY, FULL
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask, Blocking, BlockMapMask
-from diffattn.methods.base import StaticMaskMethod, check_choice, check_count
+from diffattn.methods.base import StaticMaskMethod
 from diffattn.methods.fragments import any_in_block, cut
 
 _T = TypeVar("_T")
@@ -54,6 +55,33 @@ _RECOMMENDED = {
     "mochi": _Recommended(28, 1.0, sink=True, block_size=128, dense_steps=0.25),
 }
 _ANY_FAMILY = _Recommended(1 << 30, 1.0, sink=True, block_size=128, dense_steps=0.25)
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """The parameters that may be None, once a model and a grid have settled them."""
+
+    decay_factor: float
+    sink: bool
+    first_distance_width: str
+    split_threshold: int
+    block_size: int
+    dense_layers: int
+    dense_steps: int | float
+
+
+# Equation 4 of the paper has none of these.
+_OF_BLOCK_RULE = ("decay_factor", "first_distance_width", "split_threshold")
+
+_ALLOWED = {
+    "rule": choice(("block", "paper")),
+    "block_rule": choice(("covering", "reference")),
+    "first_distance_width": choice(("full", "half")),
+    "decay_factor": number(at_least=0),
+    "sink": FLAG,
+    "split_threshold": count(1),
+    "block_size": count(1),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,26 +137,9 @@ class RadialAttn(StaticMaskMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("rule", self.rule, ("block", "paper"))
-        check_choice("block_rule", self.block_rule, ("covering", "reference"))
-        if self.first_distance_width is not None:
-            check_choice("first_distance_width", self.first_distance_width, ("full", "half"))
-        if self.decay_factor is not None and (
-            isinstance(self.decay_factor, bool)
-            or not isinstance(self.decay_factor, int | float)
-            or not 0 <= self.decay_factor < float("inf")
-        ):
-            raise ValueError(
-                f"decay_factor is {self.decay_factor!r}, but must be a number of at least 0"
-            )
-        if self.sink is not None and not isinstance(self.sink, bool):
-            raise ValueError(f"sink is {self.sink!r}, but must be true or false")
-        if self.split_threshold is not None:
-            check_count("split_threshold", self.split_threshold, at_least=1)
-        if self.block_size is not None:
-            check_count("block_size", self.block_size, at_least=1)
+        check_fields(self, _ALLOWED)
         if self.rule == "paper":
-            for name in ("decay_factor", "first_distance_width", "split_threshold"):
+            for name in _OF_BLOCK_RULE:
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"{name} is {getattr(self, name)!r}, but Equation 4 of the paper"
@@ -141,25 +152,26 @@ class RadialAttn(StaticMaskMethod):
         Videos of 1.5 times the model's own length and more take the paper's long-video setting,
         which it uses together with a LoRA. Frames of fewer than 8 blocks take smaller blocks.
         """
+        settled = asdict(self._settled(family, grid))
+        if self.rule == "paper":
+            for name in _OF_BLOCK_RULE:
+                del settled[name]
+        return replace(self, **settled)
+
+    def _settled(self, family: str, grid: TokenGrid | None) -> _Settled:
         best = _RECOMMENDED.get(family, _ANY_FAMILY)
         if grid is not None and grid.frames >= _LONG_FROM * best.frames:
             best = _LONG_VIDEO
         block_size = self.block_size or _block_size_that_fits(best.block_size, grid)
-        out = replace(
-            self,
+        threshold = _PUBLISHED_SPLIT_THRESHOLD if block_size >= 64 else block_size
+        return _Settled(
+            decay_factor=_given(self.decay_factor, best.decay_factor),
             sink=_given(self.sink, self.rule == "paper" or best.sink),
+            first_distance_width=_given(self.first_distance_width, "full"),
+            split_threshold=_given(self.split_threshold, threshold),
             block_size=block_size,
             dense_layers=_given(self.dense_layers, best.dense_layers),
             dense_steps=_given(self.dense_steps, best.dense_steps),
-        )
-        if self.rule == "paper":
-            return out
-        return replace(
-            out,
-            decay_factor=_given(self.decay_factor, best.decay_factor),
-            first_distance_width=_given(self.first_distance_width, "full"),
-            split_threshold=self.split_threshold
-            or (_PUBLISHED_SPLIT_THRESHOLD if block_size >= 64 else block_size),
         )
 
     def video_mask(self, grid: TokenGrid) -> AttentionMask:
@@ -168,14 +180,13 @@ class RadialAttn(StaticMaskMethod):
         Parameters left at None take the values for a model without a recommendation of its own;
         attached to a pipeline, they take that model's.
         """
-        method = self.for_model("", grid)
-        assert method.block_size is not None
-        if method.rule == "paper":
-            return FrameBandMask(grid, method.half_widths(grid), bool(method.sink))
-        return BlockMapMask(grid, method.block_map(grid), method.block_size)
+        settled = self._settled("", grid)
+        if self.rule == "paper":
+            return FrameBandMask(grid, self._half_widths(settled, grid), settled.sink)
+        return BlockMapMask(grid, self._block_map(settled, grid), settled.block_size)
 
     def block_size_on(self, grid: TokenGrid) -> int:
-        return self.for_model("", grid).block_size or _SMALLEST_BLOCK
+        return self._settled("", grid).block_size
 
     def half_widths(self, grid: TokenGrid) -> torch.Tensor:
         """What frames at each distance see of each other, before the sink.
@@ -184,31 +195,30 @@ class RadialAttn(StaticMaskMethod):
             int64 `(frames,)`: a token sees the tokens of a frame at distance d that are at most
             `half_widths[d]` positions from its own place in the frame; -1 where it sees none.
         """
-        method = self.for_model("", grid)
+        return self._half_widths(self._settled("", grid), grid)
+
+    def _half_widths(self, settled: _Settled, grid: TokenGrid) -> torch.Tensor:
         size = grid.frame_tokens
-        if method.rule == "paper":
+        if self.rule == "paper":
             widths = [_paper_half_width(d, size) for d in range(grid.frames)]
         else:
-            widths = [method._block_half_width(d, size) for d in range(grid.frames)]
+            widths = [self._block_half_width(settled, d, size) for d in range(grid.frames)]
         return torch.tensor(widths)
 
-    def _block_half_width(self, distance: int, frame_tokens: int) -> int:
+    def _block_half_width(self, settled: _Settled, distance: int, frame_tokens: int) -> int:
         """Section 1.2 of the public code's rule, for one temporal distance."""
-        assert self.decay_factor is not None
-        assert self.block_size is not None
-        assert self.split_threshold is not None
         if distance == 0:
             return frame_tokens
         # A power of two strictly above the frame, halved with every octave of the distance.
         band = (1 << frame_tokens.bit_length()) / (1 << distance.bit_length())
         keeps_neighbours = self.block_rule == "covering" and distance == 1
-        if band < self.split_threshold and not keeps_neighbours:
-            every = int(self.split_threshold / band)
+        if band < settled.split_threshold and not keeps_neighbours:
+            every = int(settled.split_threshold / band)
             if distance % every:
                 return -1
         if distance == 1:
-            return frame_tokens if self.first_distance_width == "full" else frame_tokens // 2
-        return int(max(band * self.decay_factor, self.block_size))
+            return frame_tokens if settled.first_distance_width == "full" else frame_tokens // 2
+        return int(max(band * settled.decay_factor, settled.block_size))
 
     def block_map(self, grid: TokenGrid) -> torch.Tensor:
         """Which blocks of the sequence attend under `rule="block"`.
@@ -218,17 +228,18 @@ class RadialAttn(StaticMaskMethod):
             the last block may be short. Blocks of text alone are left to the text rule, except
             under `block_rule="reference"`, where every block that touches text is dense.
         """
-        method = self.for_model("", grid)
-        assert method.block_size is not None
-        block = method.block_size
+        return self._block_map(self._settled("", grid), grid)
+
+    def _block_map(self, settled: _Settled, grid: TokenGrid) -> torch.Tensor:
+        block = settled.block_size
         blocks = -(-grid.tokens // block)
-        reference = method.block_rule == "reference"
+        reference = self.block_rule == "reference"
         fragments = cut(grid, block, torch.device("cpu"))
 
-        half_width = method.half_widths(grid)
+        half_width = self._half_widths(settled, grid)
         distance = (fragments.frame[:, None] - fragments.frame[None, :]).abs()
         width = half_width[distance]
-        if method.sink:
+        if settled.sink:
             width[:, fragments.frame == 0] = grid.frame_tokens
 
         # A key column counts as seen when more than a third of the rows see it; the block is kept

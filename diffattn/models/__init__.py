@@ -88,6 +88,11 @@ def family_of(model: torch.nn.Module) -> Family:
     )
 
 
+def makes_images(name: str) -> bool:
+    """Does the family of this name make images? False for names of no family."""
+    return any(family.images for family in FAMILIES if family.name == name)
+
+
 def denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
     """The denoisers of a pipeline, by the name of the component that holds them.
 
@@ -127,6 +132,7 @@ __all__ = [
     "SizeRules",
     "denoisers",
     "family_of",
+    "makes_images",
     "pipeline_grid",
     "size_rules",
 ]

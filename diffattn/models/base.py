@@ -102,6 +102,8 @@ class Family:
             product of what is valid, per pair; or as a bias that is 0 where a key counts.
         rotary: position and name of the argument of its sites' calls that holds the tables of the
             rotary position embedding, cosines and sines for neighbouring channels, the same twice.
+        images: whether its models make images, or frames that each attend to themselves alone;
+            methods that recommend other settings for images than for videos ask for it.
         flow: where its video tokens may be put in another order for a whole forward; None where
             something between its blocks knows them by their place.
         tested: what the project's tests run of it: tiny models, and pipelines where those can be
@@ -119,6 +121,7 @@ class Family:
     grid_modules: re.Pattern[str] | None = None
     padding: Literal["keys", "pairs", "bias"] = "keys"
     rotary: tuple[int, str] | None = None
+    images: bool = False
     flow: TokenFlow | None = None
     tested: Literal["model", "model, pipeline"] = "model, pipeline"
 

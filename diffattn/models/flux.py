@@ -89,6 +89,7 @@ FLUX = Family(
     grid=partial(_grid, position=4),
     sizes=_sizes,
     text="before",
+    images=True,
     rotary=(3, "image_rotary_emb"),
     flow=TokenFlow(
         model_class="FluxTransformer2DModel",
@@ -106,4 +107,5 @@ FLUX2 = Family(
     grid=partial(_grid, position=3),
     sizes=_sizes,
     text="before",
+    images=True,
 )

@@ -40,7 +40,7 @@ class LinearWork:
         return cls(12 * channels**2 + 4 * channels * feed_forward + attends, attends * channels)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """All that planning needs of a model.
 
@@ -137,12 +137,12 @@ def _wan(
 ) -> ModelShape:
     height, width, num_frames = size
     return ModelShape(
-        name,
-        variant,
-        heads,
-        128,
-        tuple(range(layers)),
-        SizeRules(token_pixels, frame_stride=4, frame_offset=1),
+        name=name,
+        variant=variant,
+        heads=heads,
+        head_dim=128,
+        block_of_site=tuple(range(layers)),
+        sizes=SizeRules(token_pixels, frame_stride=4, frame_offset=1),
         linear=LinearWork.apart(heads * 128, feed_forward, context),
         height=height,
         width=width,
@@ -170,23 +170,27 @@ def _joint(
 ) -> ModelShape:
     height, width, num_frames = size
     return ModelShape(
-        name,
-        variant,
-        heads,
-        head_dim,
-        tuple(range(layers)),
-        sizes,
-        text_before,
-        text_after,
-        LinearWork.joint(heads * head_dim),
-        height,
-        width,
-        num_frames,
-        steps,
+        name=name,
+        variant=variant,
+        heads=heads,
+        head_dim=head_dim,
+        block_of_site=tuple(range(layers)),
+        sizes=sizes,
+        text_before=text_before,
+        text_after=text_after,
+        linear=LinearWork.joint(heads * head_dim),
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        steps=steps,
     )
 
 
-_cogvideox = partial(_joint, variant="cogvideox", head_dim=64, text_before=226, steps=50)
+_cogvideox = partial(
+    _joint, variant="cogvideox", size=(480, 720, 49),
+    sizes=SizeRules(16, frame_stride=4, frame_offset=1),
+    head_dim=64, text_before=226, steps=50,
+)  # fmt: skip
 _flux = partial(
     _joint, variant="flux", size=(1024, 1024, 1), sizes=SizeRules.images(16),
     heads=24, head_dim=128, layers=57, text_before=512,
@@ -219,26 +223,28 @@ _SHAPES: tuple[ModelShape, ...] = (
     _hunyuanvideo("hunyuanvideo-community/HunyuanVideo"),
     _hunyuanvideo("tencent/HunyuanVideo"),
     _joint(
-        "genmo/mochi-1-preview", "mochi", (480, 848, 163), SizeRules(16, 6, 1),
+        "genmo/mochi-1-preview", variant="mochi", size=(480, 848, 163),
+        sizes=SizeRules(16, frame_stride=6, frame_offset=1),
         heads=24, head_dim=128, layers=48, text_after=256, steps=64,
     ),
-    _cogvideox(
-        "zai-org/CogVideoX-2b", size=(480, 720, 49), sizes=SizeRules(16, 4, 1), heads=30, layers=30
-    ),
-    _cogvideox(
-        "zai-org/CogVideoX-5b", size=(480, 720, 49), sizes=SizeRules(16, 4, 1), heads=48, layers=42
-    ),
+    _cogvideox("zai-org/CogVideoX-2b", heads=30, layers=30),
+    _cogvideox("zai-org/CogVideoX-5b", heads=48, layers=42),
     _cogvideox(
         "zai-org/CogVideoX1.5-5B", size=(768, 1360, 81),
-        sizes=SizeRules(16, 4, 1, frames_per_token=2), heads=48, layers=42,
+        sizes=SizeRules(16, frame_stride=4, frame_offset=1, frames_per_token=2),
+        heads=48, layers=42,
     ),
     ModelShape(
-        "Lightricks/LTX-Video", "ltx", 32, 64, tuple(range(28)), SizeRules(32, 8, 1),
+        name="Lightricks/LTX-Video", variant="ltx",
+        heads=32, head_dim=64, block_of_site=tuple(range(28)),
+        sizes=SizeRules(32, frame_stride=8, frame_offset=1),
         linear=LinearWork.apart(2048, 4 * 2048, context=128),
         height=512, width=704, num_frames=161, steps=50,
     ),
     ModelShape(
-        "rhymes-ai/Allegro", "allegro", 24, 96, tuple(range(32)), SizeRules(16, 4, 0),
+        name="rhymes-ai/Allegro", variant="allegro",
+        heads=24, head_dim=96, block_of_site=tuple(range(32)),
+        sizes=SizeRules(16, frame_stride=4, frame_offset=0),
         linear=LinearWork.apart(2304, 4 * 2304, context=512),
         height=720, width=1280, num_frames=88, steps=100,
     ),

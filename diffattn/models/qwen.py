@@ -42,4 +42,5 @@ QWEN_IMAGE = Family(
     grid=_grid,
     sizes=_sizes,
     text="before",
+    images=True,
 )

@@ -28,4 +28,5 @@ SD3 = Family(
     grid=_grid,
     sizes=_sizes,
     text="after",
+    images=True,
 )

@@ -40,4 +40,5 @@ UNET = Family(
     grid=_grid,
     grid_modules=re.compile(_TRANSFORMER),
     sizes=_sizes,
+    images=True,
 )

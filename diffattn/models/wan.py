@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,38 @@ from diffattn.models.base import Family, SizeRules, first_input, latent_grid
 from diffattn.models.token_flow import TokenFlow
 
 _TI2V_5B_CHANNELS = 48
+
+
+def frames_to_ask_for(pipe: Any, num_frames: int) -> int:
+    """The argument `num_frames` with which one of Wan's pipelines makes so many frames.
+
+    The pipelines round numbers up to a multiple of the VAE's temporal factor, and 1. Where the VAE
+    keeps every frame, that is one frame more for every number: `num_frames % 1` is never 1.
+    """
+    return num_frames - 1 if pipe.vae_scale_factor_temporal == 1 else num_frames
+
+
+def encode_all_frames(
+    encode: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor, stride: int
+) -> torch.Tensor:
+    """Latents of a video by Wan's VAE, which by itself may leave out frames at the end.
+
+    Args:
+        encode: makes latents of pixels.
+        pixels: (batch, channels, frames, height, width).
+        stride: frames per latent frame, the pipeline's `vae_scale_factor_temporal`.
+
+    Returns:
+        (batch, channels, latent frames, rows, columns); the first frame has a latent frame of its
+        own, and frames that fill no latent frame have none.
+    """
+    # The encoder takes one frame and then fours, also where it keeps every frame, and leaves out
+    # what is no whole four. It is causal: what follows a frame does not change it.
+    after_first = pixels.shape[2] - 1
+    missing = -after_first % 4
+    latents = encode(torch.cat([pixels, *[pixels[:, :, -1:]] * missing], 2))
+    surplus = (after_first + missing) // stride - after_first // stride
+    return latents[:, :, : latents.shape[2] - surplus]
 
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:

@@ -16,6 +16,7 @@ from diffattn.lora.recipes.base import (
     per_channel,
     refuse_conditions,
 )
+from diffattn.models.wan import encode_all_frames, frames_to_ask_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +32,11 @@ class WanRecipe(Recipe):
 
     def encode_clip(self, pipe: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
         """See `Recipe.encode_clip`; the VAE has a mean and a deviation for each channel."""
-        # The encoder takes one frame and then fours, also where it keeps every frame, and leaves
-        # out what is no whole four. It is causal: what follows a frame does not change it.
-        missing = -(pixels.shape[2] - 1) % 4
-        pixels = torch.cat([pixels, *[pixels[:, :, -1:]] * missing], 2)
-        latents = encode_pixels(pipe, pixels, generator)
-        latents = latents[:, :, : latents.shape[2] - missing // pipe.vae_scale_factor_temporal]
+        latents = encode_all_frames(
+            lambda frames: encode_pixels(pipe, frames, generator),
+            pixels,
+            pipe.vae_scale_factor_temporal,
+        )
         config = pipe.vae.config
         mean, std = (per_channel(x, latents) for x in (config.latents_mean, config.latents_std))
         return (latents - mean) / std
@@ -71,13 +71,8 @@ class WanRecipe(Recipe):
         return out
 
     def call_arguments(self, pipe: Any, num_frames: int) -> dict[str, Any]:
-        """See `Recipe.call_arguments`.
-
-        Without temporal compression the pipeline makes one frame more than it is asked for: it
-        rounds every number up, since `num_frames % 1` is never 1.
-        """
-        asked = num_frames - 1 if pipe.vae_scale_factor_temporal == 1 else num_frames
-        return super().call_arguments(pipe, asked)
+        """See `Recipe.call_arguments`."""
+        return super().call_arguments(pipe, frames_to_ask_for(pipe, num_frames))
 
 
 def wan_recipe(pipe: Any, denoiser: str, text_length: int | None) -> WanRecipe:

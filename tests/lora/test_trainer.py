@@ -361,7 +361,7 @@ class TestSettings:
                 "objective, prediction and attention_output are all 0: there is nothing to learn;"
                 " give one of them a weight",
             ),
-            ({"step": 3}, "unknown setting 'step': did you mean steps?"),
+            ({"step": 3}, "unknown setting 'step'; did you mean 'steps'?"),
         ],
     )  # fmt: skip
     def test_refusals(self, change: dict[str, Any], message: str) -> None:
@@ -370,5 +370,5 @@ class TestSettings:
         assert str(error.value) == message
 
     def test_the_method_s_own_words(self) -> None:
-        with pytest.raises(LoraError, match=r"^unknown method 'radiall': did you mean radial"):
+        with pytest.raises(LoraError, match=r"^unknown method 'radiall'; did you mean 'radial'"):
             TrainSettings(attention={"type": "radiall"})

@@ -339,9 +339,9 @@ def test_bad_parameters(parameters: dict, message: str) -> None:
 
 
 def test_unknown_method_and_parameter_name_the_nearest() -> None:
-    with pytest.raises(ValueError, match="unknown method 'radical': did you mean radial"):
+    with pytest.raises(ValueError, match="unknown method 'radical'; did you mean 'radial'"):
         from_dict({"type": "radical"})
-    with pytest.raises(ValueError, match="no parameter 'decay': did you mean decay_factor"):
+    with pytest.raises(ValueError, match="no parameter 'decay'; did you mean 'decay_factor'"):
         from_dict({"type": "radial", "decay": 0.2})
-    with pytest.raises(ValueError, match=r"unknown method None: choose from .*dense, .*radial"):
+    with pytest.raises(ValueError, match=r"unknown method None; choose from .*dense, .*radial"):
         from_dict({"decay_factor": 0.2})

@@ -467,10 +467,13 @@ def test_chunks_larger_than_the_grid_are_all_of_it() -> None:
         ({"chunk_1d": True}, "chunk_1d is True, but must be a number of frames"),
         (
             {"chunk_2d": (3, 4, 5)},
-            r"chunk_2d is \(3, 4, 5\), but must be rows, columns: 2 int",
+            r"chunk_2d is \(3, 4, 5\), but must be rows and columns of tokens: two int",
         ),
         ({"chunk_2d": (3, 0)}, r"chunk_2d is \(3, 0\), .* integers of at least 1"),
-        ({"chunk_3d": 4}, "chunk_3d is 4, but must be frames, rows, columns: 3 integers of at lea"),
+        (
+            {"chunk_3d": 4},
+            "chunk_3d is 4, but must be frames, rows and columns of tokens: three integers",
+        ),
         ({"select": "best"}, "select is 'best', but must be one of topk, threshold"),
         ({"scope": "all"}, "scope is 'all', but must be one of query, head, unpublished-block, un"),
         ({"topk": 0}, "topk is 0, but must be an integer of at least 1, or three of them"),

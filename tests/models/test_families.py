@@ -10,7 +10,7 @@ import torch
 from tiny_families import CASES, Case
 
 import diffattn
-from diffattn import DenseAttn, TokenGrid, VMoBAAttn
+from diffattn import AgentAttn, DenseAttn, GNAAttn, TokenGrid, VMoBAAttn
 
 EXACT = {"atol": 1e-5, "rtol": 1e-4}
 
@@ -160,3 +160,17 @@ def test_gradients_through_checkpoints_are_those_of_the_stock_model(case: Case) 
     assert gradients[0].keys() == gradients[1].keys()
     for name, want in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], want, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_families_of_images_have_grids_of_one_frame(case: Case) -> None:
+    family = diffattn.models.family_of(case.build())
+    assert family.images == all(grid.frames == 1 for grid in case.grids)
+    assert diffattn.models.makes_images(family.name) == family.images
+
+
+def test_methods_agree_on_which_families_make_images() -> None:
+    for family in diffattn.models.FAMILIES:
+        image = family.images
+        assert (AgentAttn().for_model(family.name).cell == (1, 4, 4)) == image, family.name
+        assert (GNAAttn().for_model(family.name).dense_steps == 0.325) == image, family.name
+    assert not diffattn.models.makes_images("a model of nobody's")

@@ -96,11 +96,11 @@ class TestOptions:
 class TestMethod:
     def test_an_unknown_method(self, generate):
         error = generate(PROMPT, "-o", "out.mp4", "--attn", "radail").error
-        assert error == "unknown method 'radail': did you mean radial?"
+        assert error == "unknown method 'radail'; did you mean 'radial'?"
 
     def test_an_unknown_parameter(self, generate):
         error = generate(PROMPT, "-o", "out.mp4", "--attn-arg", "decay_facto=1").error
-        assert error == "radial has no parameter 'decay_facto': did you mean decay_factor?"
+        assert error == "radial has no parameter 'decay_facto'; did you mean 'decay_factor'?"
 
     @pytest.mark.parametrize(
         ("argument", "message"),
@@ -443,7 +443,7 @@ class TestRecord:
             ({"compare": "yes"}, "--compare must be true or false, not 'yes'"),
             ({"prompt": 7}, "the prompt must be text, not 7"),
             ({"attention": "radial"}, "the record must give the method as an object with"),
-            ({"attention": {"type": "radail"}}, "unknown method 'radail': did you mean radial?"),
+            ({"attention": {"type": "radail"}}, "unknown method 'radail'; did you mean 'radial'?"),
             ({"model": 3}, "--model must be text, not 3"),
             ({}, "there is no model folder /no/where"),
         ],

@@ -192,13 +192,13 @@ class TestPlan:
                 ["--grid", "2x2x2", "--model", "moving-shapes"],
                 "give exactly one of --model and --grid",
             ),
-            (["--grid", "2x2x2", "--method", "nothing"], "unknown method 'nothing': choose from"),
+            (["--grid", "2x2x2", "--method", "nothing"], "unknown method 'nothing'; choose from"),
             (["--grid", "2x2x2", "--arg", "sink"], "--arg takes name=value, not 'sink'"),
             (
                 ["--grid", "2x2x2", "--arg", "type=gna"],
                 "--arg cannot change the method; use --method",
             ),
-            (["--grid", "2x2x2", "--arg", "sunk=1"], "radial has no parameter 'sunk': did you"),
+            (["--grid", "2x2x2", "--arg", "sunk=1"], "radial has no parameter 'sunk'; did you"),
             (["--grid", "2x2x2", "--height", "4"], "height cannot be given here: a token grid"),
             (["--grid", "2x2x2", "--heads", "0"], "--heads must be a whole number of at least 1"),
             (["--model", "moving-shapes", "--text", "-1"], "--text must be a whole number of at l"),
@@ -305,7 +305,7 @@ class TestMask:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--method", "gno"], "unknown method 'gno': did you mean gna?"),
+            (["--method", "gno"], "unknown method 'gno'; did you mean 'gna'?"),
             (["--arg", "sink"], "--arg takes name=value, not 'sink'"),
             (["--method", "gna", "--arg", "window=1"], "window is 1, but must be an integer of at"),
             (

@@ -7,12 +7,22 @@ transformers, means over boxes of tokens, are not in the paper.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
+from diffattn._checks import (
+    FLAG,
+    Allowed,
+    check,
+    check_fields,
+    count,
+    is_number,
+    lists_to_tuples,
+    number,
+    sides,
+)
 from diffattn.grid import TokenGrid
 from diffattn.methods.agent.agents import (
     Agents,
@@ -23,7 +33,8 @@ from diffattn.methods.agent.agents import (
     dense_attention,
     gather_values,
 )
-from diffattn.methods.base import Adaptation, Method, Site, SiteWeights, Work, check_count
+from diffattn.methods.base import Adaptation, Method, Site, SiteWeights, Work
+from diffattn.models import family_of, makes_images
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,9 +42,29 @@ if TYPE_CHECKING:
 _UNET = "unet"
 # About as many tokens as AgentSD has for an agent in a picture; a few times as many in a video,
 # which makes attention some 30 times cheaper at 480p.
-_IMAGE_FAMILIES = ("flux", "flux.2", "sd3", "qwen-image")
 _IMAGE_CELL = (1, 4, 4)
 _VIDEO_CELL = (3, 5, 4)
+
+
+def _are_factors(value: Any) -> bool:
+    numbers = value if isinstance(value, tuple) else (value,)
+    return len(numbers) > 0 and all(is_number(one) for one in numbers)
+
+
+_FACTORS = Allowed("a finite number, or one for each block of the model", _are_factors)
+_SHARE = replace(number(at_least=0, at_most=1), words="a share of the tokens, 0 to 1")
+_ALLOWED = {
+    "k_scale2": _FACTORS,
+    "k_shortcut": _FACTORS,
+    "cell": sides(3),
+    "stride": sides(2),
+    "late_stride": sides(2),
+    "ratio": _SHARE,
+    "agent_ratio": _SHARE,
+    "max_downsample": count(1),
+    "merge_crossattn": FLAG,
+    "merge_mlp": FLAG,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,38 +153,10 @@ class AgentAttn(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("k_scale2", "k_shortcut", "cell", "stride", "late_stride"):
-            if isinstance(getattr(self, name), list):  # as JSON has it
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("k_scale2", "k_shortcut"):
-            value = getattr(self, name)
-            if not _are_numbers(value if isinstance(value, tuple) else (value,)):
-                raise ValueError(
-                    f"{name} is {value!r}, but must be a finite number, or one for each block of"
-                    f" the model"
-                )
-        if self.cell is not None and not _are_counts(self.cell, 3):
-            raise ValueError(
-                f"cell is {self.cell!r}, but must be frames, rows and columns of tokens: three"
-                f" integers of at least 1"
-            )
-        for name in ("stride", "late_stride"):
-            if not _are_counts(getattr(self, name), 2):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, but must be rows and columns of tokens:"
-                    f" two integers of at least 1"
-                )
-        for name in ("ratio", "agent_ratio"):
-            value = getattr(self, name)
-            if not _are_numbers((value,)) or not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value!r}, but must be a share of the tokens, 0 to 1")
-        if self.max_downsample is not None:
-            check_count("max_downsample", self.max_downsample, at_least=1)
-        for name in ("merge_crossattn", "merge_mlp"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be true or false")
+        lists_to_tuples(self, "k_scale2", "k_shortcut", "cell", "stride", "late_stride")
+        check_fields(self, _ALLOWED)
         if self.seed is not None:
-            check_count("seed", self.seed, at_least=0)
+            check("seed", self.seed, count(0))
 
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
         """The method with the boxes for videos or for images; no block is dense.
@@ -162,14 +165,12 @@ class AgentAttn(Method):
         """
         return replace(
             self,
-            cell=self.cell or (_IMAGE_CELL if family in _IMAGE_FAMILIES else _VIDEO_CELL),
+            cell=self.cell or (_IMAGE_CELL if makes_images(family) else _VIDEO_CELL),
             dense_layers=self.dense_layers or 0,
             dense_steps=self.dense_steps or 0,
         )
 
     def adaptation(self, model: torch.nn.Module) -> Adaptation | None:
-        from diffattn.models import family_of
-
         family = family_of(model)
         blocks = max(family.layers(model).values()) + 1
         for name in ("k_scale2", "k_shortcut"):
@@ -317,21 +318,3 @@ def with_dense_text(
 
 def _at(value: float | tuple[float, ...], layer: int) -> float:
     return value[layer] if isinstance(value, tuple) else value
-
-
-def _are_numbers(values: tuple[Any, ...]) -> bool:
-    return len(values) > 0 and all(
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        for value in values
-    )
-
-
-def _are_counts(values: Any, count: int) -> bool:
-    return (
-        isinstance(values, tuple)
-        and len(values) == count
-        and all(
-            isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            for value in values
-        )
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,15 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from diffattn.methods.checkpoint import (
+    check_names,
+    check_shapes,
+    models_in,
+    parameters_by_own_name,
+    shapes_in,
+)
 from diffattn.methods.clear.method import CLEARAttn
-from diffattn.models import denoisers, family_of
+from diffattn.models import family_of
 
 # What is fine-tuned of an attention module. Those of the text's own stream are not.
 _PROJECTION = re.compile(r"to_(q|k|v|out\.\d+)\.(weight|bias)")
@@ -43,25 +50,19 @@ def load_clear_checkpoint(target: Any, path: str | PathLike[str]) -> None:
             f"there is no checkpoint {path}; download one from"
             f" https://huggingface.co/Huage001/CLEAR first"
         )
-    for model in _models(target):
+    for model in models_in(target):
         with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            goals = _goals(model, shapes, path)
+            goals = _goals(model, shapes_in(file), path)
             for key, parameter in goals.items():
                 with torch.no_grad():
                     parameter.copy_(file.get_tensor(key).view(parameter.shape))
-
-
-def _models(target: Any) -> Iterable[torch.nn.Module]:
-    return [target] if isinstance(target, torch.nn.Module) else denoisers(target).values()
 
 
 def _goals(
     model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], path: Path
 ) -> dict[str, torch.nn.Parameter]:
     """Which parameter of the model each key of the checkpoint is for."""
-    # LoRA puts a layer's own weights aside.
-    parameters = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()}
+    parameters = parameters_by_own_name(model)
     sites = list(family_of(model).layers(model))
     expected = {
         name
@@ -77,28 +78,24 @@ def _goals(
     _check_cells(shapes, cells, path)
     what = f"{path.name} does not fit {type(model).__name__}"
     wanted = expected | cells.keys()
-    for keys, problem in (
-        (shapes.keys() - wanted, "keys that the model has no attention parameter for"),
-        (wanted - shapes.keys(), "no key for parameters of the model's attention"),
-    ):
-        if keys:
-            raise ValueError(
-                f"{what}: it has {problem}, {len(keys)} in all, such as {min(keys)}; it must be a"
-                f" CLEAR checkpoint for this model, whose projections must not be fused"
-            )
+    check_names(
+        what,
+        shapes.keys(),
+        wanted,
+        strange="keys that the model has no attention parameter for",
+        missing="no key for parameters of the model's attention",
+        advice=(
+            "; it must be a CLEAR checkpoint for this model, whose projections must not be fused"
+        ),
+    )
+    # Published cells have axes for batch, heads and channels, all of size 1.
+    squeezed = {
+        key: tuple(cell.shape)
+        for key, cell in cells.items()
+        if math.prod(shapes[key]) == cell.numel()
+    }
     goals = {key: cells[key] if key in cells else parameters[key] for key in sorted(wanted)}
-    for key, parameter in goals.items():
-        # Published cells have axes for batch, heads and channels, all of size 1.
-        same = shapes[key] == tuple(parameter.shape)
-        if not same and not (key in cells and math.prod(shapes[key]) == parameter.numel()):
-            raise ValueError(
-                f"{what}: {key} has shape {shapes[key]}, but the model's {tuple(parameter.shape)}"
-            )
-        if parameter.is_meta:
-            raise ValueError(
-                f"{key} of {type(model).__name__} has been moved away by offloading; load the"
-                f" checkpoint before enabling it"
-            )
+    check_shapes(what, {**shapes, **squeezed}, goals)
     return goals
 
 

@@ -7,23 +7,17 @@ arXiv 2412.16112. The paper is about images; the windows for video are what it b
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
 
+from diffattn._checks import FLAG, check_fields, choice, count, number
 from diffattn.attention import attention
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import BLOCK, AttentionMask
-from diffattn.methods.base import (
-    Site,
-    SiteWeights,
-    StaticMaskMethod,
-    check_choice,
-    check_count,
-    check_flag,
-)
+from diffattn.methods.base import Site, SiteWeights, StaticMaskMethod
 from diffattn.methods.clear.disk import DiskMask, best_tile, disk_limits
 from diffattn.methods.pooling import CellWeights, add_keys, cells, every_pair, mean_weight, pooled
 from diffattn.orders import TileOrder
@@ -35,6 +29,29 @@ _FRAME_RADIUS = 8
 _IMAGE_TILE = (1, 8, 16)
 _TRAINED_TOKENS = 64 * 64 + 512  # of Flux: 1024 x 1024 pixels, and its text
 _STRAY_FACTOR = 10
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """The parameters of the window that may be None, settled; the same for all models."""
+
+    radius: int
+    window: str
+    frame_radius: int
+    first_frame: bool
+
+
+_ALLOWED = {
+    "radius": count(1),
+    "frame_radius": count(1),
+    "window": choice(("ellipsoid", "cylinder")),
+    "first_frame": FLAG,
+    "down_factor": count(1),
+    "trained_tokens": count(2),
+    "proportional_attention": FLAG,
+    "reference_scale": FLAG,
+    "ntk_factor": number(at_least=1),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,29 +128,11 @@ class CLEARAttn(StaticMaskMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("radius", "frame_radius"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), at_least=1)
-        if self.window is not None:
-            check_choice("window", self.window, ("ellipsoid", "cylinder"))
-        if self.first_frame is not None:
-            check_flag("first_frame", self.first_frame)
-        check_count("down_factor", self.down_factor, at_least=1)
-        check_count("trained_tokens", self.trained_tokens, at_least=2)
-        check_flag("proportional_attention", self.proportional_attention)
-        check_flag("reference_scale", self.reference_scale)
+        check_fields(self, _ALLOWED)
         if self.reference_scale and (self.down_factor == 1 or not self.proportional_attention):
             raise ValueError(
                 "reference_scale is True, but the public code's scale differs only with"
                 " proportional_attention=True and a down_factor above 1; leave it out"
-            )
-        if (
-            isinstance(self.ntk_factor, bool)
-            or not isinstance(self.ntk_factor, int | float)
-            or not 1 <= self.ntk_factor < math.inf
-        ):
-            raise ValueError(
-                f"ntk_factor is {self.ntk_factor!r}, but must be a number of at least 1"
             )
 
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
@@ -143,17 +142,22 @@ class CLEARAttn(StaticMaskMethod):
         """
         return replace(
             self,
-            radius=self.radius or _RADIUS,
-            window=self.window or "ellipsoid",
-            frame_radius=self.frame_radius or _FRAME_RADIUS,
-            first_frame=True if self.first_frame is None else self.first_frame,
+            **asdict(self._settled()),
             dense_layers=self.dense_layers or 0,
             dense_steps=self.dense_steps or 0,
         )
 
+    def _settled(self) -> _Settled:
+        return _Settled(
+            radius=self.radius or _RADIUS,
+            window=self.window or "ellipsoid",
+            frame_radius=self.frame_radius or _FRAME_RADIUS,
+            first_frame=True if self.first_frame is None else self.first_frame,
+        )
+
     def video_mask(self, grid: TokenGrid) -> AttentionMask:
         # The one frame of an image is no first frame: it would see all of itself.
-        first_frame = grid.frames > 1 and bool(self.for_model("", grid).first_frame)
+        first_frame = grid.frames > 1 and self._settled().first_frame
         return DiskMask(grid, self._limits(grid), first_frame)
 
     def order_on(self, grid: TokenGrid) -> TileOrder:
@@ -249,11 +253,8 @@ class CLEARAttn(StaticMaskMethod):
         return torch.cat([out[:, : video.start], seen, out[:, video.stop :]], 1)
 
     def _limits(self, grid: TokenGrid) -> torch.Tensor:
-        method = self.for_model("", grid)
-        assert method.radius is not None
-        assert method.frame_radius is not None
-        assert method.window is not None
-        return disk_limits(grid, method.radius, method.frame_radius, method.window)
+        settled = self._settled()
+        return disk_limits(grid, settled.radius, settled.frame_radius, settled.window)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 
 from diffattn import _compat
+from diffattn._checks import check, choice
 from diffattn.attach import set_attn_processor
 from diffattn.attached_model import set_processor, site_names
-from diffattn.methods.base import Site, check_choice
+from diffattn.methods.base import Site
 from diffattn.methods.freeswim.method import FreeSwimAttn
 from diffattn.models import family_of
 
@@ -130,7 +131,7 @@ def store_bytes(model: torch.nn.Module, tokens: int, batch: int = 1) -> int:
 
 def check_place(place: str) -> None:
     """Raise ValueError for an unknown place, or pinned memory where there is no accelerator."""
-    check_choice("store", place, STORE_PLACES)
+    check("store", place, choice(STORE_PLACES))
     if place == "pinned" and not torch.accelerator.is_available():
         raise ValueError(
             "store is 'pinned', but pinned memory is for copies to an accelerator, and torch sees"

@@ -7,12 +7,13 @@ Ultra-High-Resolution Video Generation", arXiv 2511.14712.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Self
 
+from diffattn._checks import FLAG, check, count, lists_to_tuples
 from diffattn.grid import TokenGrid
 from diffattn.mask import AttentionMask
-from diffattn.methods.base import StaticMaskMethod, check_count, check_flag
+from diffattn.methods.base import StaticMaskMethod
 from diffattn.methods.neighbourhood import AxisWindow, NeighbourhoodMask, block_size_for
 from diffattn.orders import TileOrder
 
@@ -32,6 +33,14 @@ _NATIVE = {
     "sd3": (64, 64),
 }
 _ANY_FAMILY = (30, 52)
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """The sizes that may be None, or one number for both axes, settled for a model family."""
+
+    native: tuple[int, int]
+    radius: tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +80,7 @@ class FreeSwimAttn(StaticMaskMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("native", "radius"):
-            if isinstance(getattr(self, name), list):  # as JSON has it
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        lists_to_tuples(self, "native", "radius")
         if self.native is not None:
             if not isinstance(self.native, tuple):
                 raise ValueError(
@@ -86,8 +93,8 @@ class FreeSwimAttn(StaticMaskMethod):
         if isinstance(self.radius, tuple):
             _check_pair("radius", self.radius, at_least=0)
         elif self.radius is not None:
-            check_count("radius", self.radius, at_least=0)
-        check_flag("temperature", self.temperature)
+            check("radius", self.radius, count(0))
+        check("temperature", self.temperature, FLAG)
 
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
         """The method with the native size of a model family, and the window that follows from it.
@@ -95,20 +102,21 @@ class FreeSwimAttn(StaticMaskMethod):
         A family whose size is not known here takes Wan 2.1's, the paper's own. All layers and steps
         are sparse.
         """
-        native = self.native or _NATIVE.get(family, _ANY_FAMILY)
-        radius = (native[0] // 2, native[1] // 2) if self.radius is None else self.radius
         return replace(
             self,
-            native=native,
-            radius=(radius, radius) if isinstance(radius, int) else radius,
+            **asdict(self._settled(family)),
             dense_layers=0 if self.dense_layers is None else self.dense_layers,
             dense_steps=0 if self.dense_steps is None else self.dense_steps,
         )
 
+    def _settled(self, family: str) -> _Settled:
+        native = self.native or _NATIVE.get(family, _ANY_FAMILY)
+        radius = (native[0] // 2, native[1] // 2) if self.radius is None else self.radius
+        return _Settled(native, (radius, radius) if isinstance(radius, int) else radius)
+
     def axes(self, grid: TokenGrid) -> tuple[AxisWindow, AxisWindow, AxisWindow]:
         """The windows along frames, height and width of `grid`."""
-        radius = self.for_model("", grid).radius
-        assert isinstance(radius, tuple)
+        radius = self._settled("").radius
         rows, columns = (
             AxisWindow(size, min(2 * reach + 1, size))
             for size, reach in zip((grid.height, grid.width), radius, strict=True)
@@ -130,9 +138,7 @@ class FreeSwimAttn(StaticMaskMethod):
     def score_scale(self, grid: TokenGrid, head_dim: int, scale: float | None) -> float | None:
         if not self.temperature:
             return scale
-        native = self.for_model("", grid).native
-        assert native is not None
-        tokens = math.prod(native)
+        tokens = math.prod(self._settled("").native)
         own = 1 / math.sqrt(head_dim) if scale is None else scale
         return own * math.sqrt(math.log(2 * tokens) / math.log(tokens))
 
@@ -157,4 +163,4 @@ def _check_pair(name: str, value: tuple[Any, ...], *, at_least: int) -> None:
     if len(value) != 2:
         raise ValueError(f"{name} has {len(value)} values, but must have 2: for height and width")
     for axis, part in zip(("height", "width"), value, strict=True):
-        check_count(f"{name} along {axis}", part, at_least=at_least)
+        check(f"{name} along {axis}", part, count(at_least))

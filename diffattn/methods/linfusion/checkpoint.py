@@ -19,8 +19,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from diffattn.methods.checkpoint import (
+    check_at_hand,
+    check_names,
+    check_shapes,
+    models_in,
+    parameters_by_own_name,
+    shapes_in,
+)
 from diffattn.methods.linfusion.method import LinFusionAttn, LinFusionWeights
-from diffattn.models import denoisers, family_of
+from diffattn.models import family_of
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -67,7 +75,7 @@ def load_linfusion_checkpoint(target: Any, folder: str | PathLike[str]) -> None:
     """
     folder = Path(folder)
     entries = _read_config(folder)
-    for model in _models(target):
+    for model in models_in(target):
         sites = _sites(model, f"{folder.name} is a checkpoint of LinFusion")
         _check_modules(model, sites, entries, folder.name)
         goals: dict[str, torch.nn.Parameter] = {}
@@ -75,8 +83,15 @@ def load_linfusion_checkpoint(target: Any, folder: str | PathLike[str]) -> None:
             for name, parameter in _parameters(sites[entry.module_name]).items():
                 goals[f"{place}.{name}"] = parameter
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            _check_weights(model, goals, shapes, folder.name)
+            what, shapes = _misfit(model, folder.name), shapes_in(file)
+            check_names(
+                what,
+                shapes.keys(),
+                goals.keys(),
+                strange="keys that the model has no parameter for",
+                missing="no key for parameters of the model",
+            )
+            check_shapes(what, shapes, goals)
             for module in sites.values():
                 module.linfusion.keep_teacher(_projections(module))
             with torch.no_grad():
@@ -95,23 +110,19 @@ def save_linfusion_checkpoint(target: Any, folder: str | PathLike[str]) -> None:
         ValueError: if there is no such U-Net, or its weights are not at hand.
     """
     folder = Path(folder)
-    (model,) = _models(target)
+    (model,) = models_in(target)
     entries, tensors = [], {}
     sites = _sites(model, "cannot save weights of LinFusion")
     for place, (name, module) in enumerate(sites.items()):
         width, network = module.to_q.in_features, module.linfusion.to_q_
         entries.append(ModuleEntry(name, width, module.heads, _mid_dim(network)))
         for key, parameter in _parameters(module).items():
-            _check_at_hand(f"{name}.{key}", parameter, "save the checkpoint")
+            check_at_hand(f"{name}.{key}", parameter, "save the checkpoint")
             tensors[f"{place}.{key}"] = parameter.detach().cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     config = {"_class_name": "LinFusion", "modules_list": [asdict(entry) for entry in entries]}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     save_file(tensors, folder / WEIGHTS)
-
-
-def _models(target: Any) -> Iterable[torch.nn.Module]:
-    return [target] if isinstance(target, torch.nn.Module) else denoisers(target).values()
 
 
 def _read_config(folder: Path) -> list[ModuleEntry]:
@@ -157,16 +168,15 @@ def _check_modules(
 ) -> None:
     """Raise unless the configuration lists the attached modules, of their sizes."""
     listed = {entry.module_name for entry in entries}
-    what = f"{name} does not fit {type(model).__name__}"
-    for names, problem in (
-        (listed - sites.keys(), "modules that the method is not attached to"),
-        (sites.keys() - listed, "no entry for modules that the method is attached to"),
-    ):
-        if names:
-            raise ValueError(
-                f"{what}: it has {problem}, {len(names)} in all, such as {min(names)}; it must be"
-                f" for this U-Net, and the method attached to all of it"
-            )
+    what = _misfit(model, name)
+    check_names(
+        what,
+        listed,
+        sites.keys(),
+        strange="modules that the method is not attached to",
+        missing="no entry for modules that the method is attached to",
+        advice="; it must be for this U-Net, and the method attached to all of it",
+    )
     for entry in entries:
         module = sites[entry.module_name]
         found = module.to_q.in_features, module.heads
@@ -183,31 +193,8 @@ def _check_modules(
             )
 
 
-def _check_weights(
-    model: torch.nn.Module,
-    goals: Mapping[str, torch.nn.Parameter],
-    shapes: Mapping[str, tuple[int, ...]],
-    name: str,
-) -> None:
-    """Raise unless there is a weight for every parameter, of its shape, and no other."""
-    what = f"{name} does not fit {type(model).__name__}"
-    for keys, problem in (
-        (shapes.keys() - goals.keys(), "keys that the model has no parameter for"),
-        (goals.keys() - shapes.keys(), "no key for parameters of the model"),
-    ):
-        if keys:
-            raise ValueError(f"{what}: it has {problem}, {len(keys)} in all, such as {min(keys)}")
-    for key, parameter in goals.items():
-        if shapes[key] != tuple(parameter.shape):
-            raise ValueError(
-                f"{what}: {key} has shape {shapes[key]}, but the model's {tuple(parameter.shape)}"
-            )
-        _check_at_hand(key, parameter, "load the checkpoint")
-
-
-def _check_at_hand(name: str, parameter: torch.nn.Parameter, what: str) -> None:
-    if parameter.is_meta:
-        raise ValueError(f"{name} has been moved away by offloading; {what} before enabling it")
+def _misfit(model: torch.nn.Module, name: str) -> str:
+    return f"{name} does not fit {type(model).__name__}"
 
 
 def _parameters(module: Any) -> dict[str, torch.nn.Parameter]:
@@ -221,8 +208,7 @@ def _parameters(module: Any) -> dict[str, torch.nn.Parameter]:
 
 
 def _projections(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    # LoRA puts a layer's own weights aside.
-    parameters = {name.replace(".base_layer.", "."): p for name, p in module.named_parameters()}
+    parameters = parameters_by_own_name(module)
     return {name: p for name, p in parameters.items() if _PROJECTION.fullmatch(name)}
 
 

@@ -7,7 +7,6 @@ with text in the sequence, is this project's own.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,19 +15,13 @@ from typing import Any, ClassVar, Self
 import torch
 import torch.nn.functional as F
 
+from diffattn._checks import FLAG, Allowed, check_fields, count, is_whole, number
 from diffattn.attention import DEFAULT_BACKENDS, attention, choose_backend
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.kernels.linear import CHUNK, linear_attention
-from diffattn.methods.base import (
-    Method,
-    Site,
-    SiteState,
-    SiteWeights,
-    Work,
-    check_count,
-    check_flag,
-)
+from diffattn.methods.base import Method, Site, SiteState, SiteWeights, Work
+from diffattn.methods.checkpoint import parameters_by_own_name
 from diffattn.methods.pooling import add_keys, every_pair
 from diffattn.models import FAMILIES, family_of
 from diffattn.models.projections import with_input_maps
@@ -37,6 +30,24 @@ from diffattn.models.projections import with_input_maps
 FAMILIES_WITH_IT = ("unet", *(family.name for family in FAMILIES if family.rotary is not None))
 
 _IDENTITY = -1
+
+
+def _is_width(mid_dim: Any) -> bool:
+    if isinstance(mid_dim, float):
+        return 0 < mid_dim < 1
+    return is_whole(mid_dim) and (mid_dim >= 1 or mid_dim == _IDENTITY)
+
+
+_ALLOWED = {
+    "mid_dim": Allowed(
+        "an integer of at least 1, a fraction of the layer's width between 0 and 1,"
+        f" {_IDENTITY} for no network, or None",
+        _is_width,
+    ),
+    "eps": number(above=0),
+    "chunk": count(1),
+    "reference_arithmetic": FLAG,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,19 +95,7 @@ class LinFusionAttn(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not _is_width(self.mid_dim):
-            raise ValueError(
-                f"mid_dim is {self.mid_dim!r}, but must be an integer of at least 1, a fraction of"
-                f" the layer's width between 0 and 1, {_IDENTITY} for no network, or None"
-            )
-        if (
-            isinstance(self.eps, bool)
-            or not isinstance(self.eps, int | float)
-            or not 0 < self.eps < math.inf
-        ):
-            raise ValueError(f"eps is {self.eps!r}, but must be a number above 0")
-        check_count("chunk", self.chunk, at_least=1)
-        check_flag("reference_arithmetic", self.reference_arithmetic)
+        check_fields(self, _ALLOWED)
 
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
         """The method with every None but `mid_dim` replaced; the same for all models.
@@ -210,14 +209,6 @@ class LinFusionAttn(Method):
         )
         return torch.cat([of_text[:, : video.start], seen, of_text[:, video.start :]], 1)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Layouts are rebuilt where they are needed: a copy carries the parameters only.
-        return self.to_dict()
-
-    def __setstate__(self, parameters: dict[str, Any]) -> None:
-        del parameters["type"]
-        self.__init__(**parameters)  # type: ignore[misc]
-
 
 class LinFusionWeights(SiteWeights):
     """What a site adapts queries and keys with.
@@ -260,7 +251,7 @@ class LinFusionWeights(SiteWeights):
         """Give the module its own projections back, where a checkpoint has replaced them."""
         if not self._teacher:
             return
-        parameters = {n.replace(".base_layer.", "."): p for n, p in module.named_parameters()}
+        parameters = parameters_by_own_name(module)
         if any(parameters[name].is_meta for name in self._teacher):
             warnings.warn(
                 "the projections of a LinFusion checkpoint stay in the model: offloading has moved"
@@ -271,13 +262,6 @@ class LinFusionWeights(SiteWeights):
         with torch.no_grad():
             for name, kept in self._teacher.items():
                 parameters[name].copy_(kept)
-
-
-def _is_width(mid_dim: Any) -> bool:
-    """Is this a `LinFusionAttn.mid_dim`?"""
-    if isinstance(mid_dim, float):
-        return 0 < mid_dim < 1
-    return mid_dim is None or (type(mid_dim) is int and (mid_dim >= 1 or mid_dim == _IDENTITY))
 
 
 def _middle(width: int, mid_dim: int | float | None) -> int:

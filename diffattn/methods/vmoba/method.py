@@ -5,16 +5,25 @@ Wu et al., "VMoBA: Mixture-of-Block Attention for Video Diffusion Models", arXiv
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import Any, ClassVar, Self
 
 import torch
 
+from diffattn._checks import (
+    FLAG,
+    Allowed,
+    check_fields,
+    choice,
+    count,
+    lists_to_tuples,
+    number,
+    sides,
+)
 from diffattn.blocks import unpack_bits
 from diffattn.grid import TokenGrid
-from diffattn.methods.base import Method, Site, Work, check_choice, check_count, check_flag
+from diffattn.methods.base import Method, Site, Work
 from diffattn.methods.vmoba.chunks import Sides, recommended_chunk
 from diffattn.methods.vmoba.selection import SCOPES, Rule, select_blocks
 from diffattn.partition import Chunk, Partition
@@ -39,6 +48,35 @@ class _Preset:
 _PRESETS = {
     "training-free": _Preset("topk", "query"),
     "training": _Preset("threshold", "head"),
+}
+
+
+def _are_partitions(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) > 0 and all(kind in PARTITIONS for kind in value)
+
+
+def _is_topk(value: Any) -> bool:
+    return count(1).holds(value) or sides(len(PARTITIONS)).holds(value)
+
+
+_ALLOWED = {
+    "preset": choice(_PRESETS),
+    "granularity": choice(("query", "tile")),
+    "select": choice(("topk", "threshold")),
+    "scope": choice(SCOPES),
+    "centre_keys": FLAG,
+    "partitions": Allowed(f"some of {', '.join(PARTITIONS)}", _are_partitions),
+    "chunk_1d": replace(number(above=0), words="a number of frames above 0"),
+    "chunk_2d": sides(2),
+    "chunk_3d": sides(3),
+    "topk": Allowed(
+        f"an integer of at least 1, or three of them, for {', '.join(PARTITIONS)}", _is_topk
+    ),
+    "tau": replace(
+        number(above=0, at_most=1),
+        words="a number above 0 and at most 1, which is dense attention",
+    ),
+    "tile": count(1),
 }
 
 
@@ -121,70 +159,19 @@ class VMoBAAttn(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("partitions", "chunk_2d", "chunk_3d", "topk"):
-            if isinstance(getattr(self, name), list):  # as JSON has it
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        lists_to_tuples(self, "partitions", "chunk_2d", "chunk_3d", "topk")
         if isinstance(self.partitions, str):
             object.__setattr__(self, "partitions", (self.partitions,))
-        check_choice("preset", self.preset, tuple(_PRESETS))
-        check_choice("granularity", self.granularity, ("query", "tile"))
-        if self.select is not None:
-            check_choice("select", self.select, ("topk", "threshold"))
-        if self.scope is not None:
-            check_choice("scope", self.scope, SCOPES)
-        check_flag("centre_keys", self.centre_keys)
-        kinds = self.partitions
-        if not isinstance(kinds, tuple) or not kinds or any(k not in PARTITIONS for k in kinds):
-            raise ValueError(
-                f"partitions is {self.partitions!r}, but must be some of {', '.join(PARTITIONS)}"
-            )
-        self._check_chunks()
+        check_fields(self, _ALLOWED)
         self._check_selection()
-        if self.tile is not None:
-            check_count("tile", self.tile, at_least=1)
-            if self.granularity == "query":
-                raise ValueError(
-                    f"tile is {self.tile}, but has no effect with granularity='query'; leave it out"
-                    f" or use granularity='tile'"
-                )
-
-    def _check_chunks(self) -> None:
-        frames = self.chunk_1d
-        if frames is not None and (
-            isinstance(frames, bool)
-            or not isinstance(frames, int | float)
-            or not 0 < frames < math.inf
-        ):
-            raise ValueError(f"chunk_1d is {frames!r}, but must be a number of frames above 0")
-        for name, words in (
-            ("chunk_2d", ("rows", "columns")),
-            ("chunk_3d", ("frames", "rows", "columns")),
-        ):
-            chunk = getattr(self, name)
-            if chunk is not None and not _are_counts(chunk, len(words)):
-                raise ValueError(
-                    f"{name} is {chunk!r}, but must be {', '.join(words)}: {len(words)} integers of"
-                    f" at least 1"
-                )
+        if self.tile is not None and self.granularity == "query":
+            raise ValueError(
+                f"tile is {self.tile}, but has no effect with granularity='query'; leave it out"
+                f" or use granularity='tile'"
+            )
 
     def _check_selection(self) -> None:
-        preset = _PRESETS[self.preset]
-        select, scope = self.select or preset.select, self.scope or preset.scope
-        given = self.topk if isinstance(self.topk, tuple) else (self.topk,) * 3
-        if self.topk is not None and not _are_counts(given, 3):
-            raise ValueError(
-                f"topk is {self.topk!r}, but must be an integer of at least 1, or three of them,"
-                f" for {', '.join(PARTITIONS)}"
-            )
-        if self.tau is not None and (
-            isinstance(self.tau, bool)
-            or not isinstance(self.tau, int | float)
-            or not 0 < self.tau <= 1
-        ):
-            raise ValueError(
-                f"tau is {self.tau!r}, but must be a number above 0 and at most 1, which is dense"
-                f" attention"
-            )
+        select, scope = self._select, self._scope
         useless = "tau" if select == "topk" else "topk"
         if getattr(self, useless) is not None:
             other = "threshold" if select == "topk" else "topk"
@@ -204,58 +191,75 @@ class VMoBAAttn(Method):
         They are the same for all models. The first quarter of the steps stays dense, as in the
         paper.
         """
-        preset = _PRESETS[self.preset]
-        select = self.select or preset.select
-        out = replace(
-            self,
-            select=select,
-            scope=self.scope or preset.scope,
-            tau=_TAU if self.tau is None and select == "threshold" else self.tau,
-            tile=self.tile or (_TILE if self.granularity == "tile" else None),
-            dense_layers=0 if self.dense_layers is None else self.dense_layers,
-            dense_steps=_DENSE_STEPS if self.dense_steps is None else self.dense_steps,
-        )
-        if grid is None:
-            return out
-        video = replace(grid, text_before=0, text_after=0)
-        chunks: dict[str, Any] = {
-            f"chunk_{kind}": recommended_chunk(kind, video)
-            for kind in PARTITIONS
-            if getattr(out, f"chunk_{kind}") is None
+        settled: dict[str, Any] = {
+            "select": self._select,
+            "scope": self._scope,
+            "tau": self._tau,
+            "tile": self._tile,
+            "dense_layers": 0 if self.dense_layers is None else self.dense_layers,
+            "dense_steps": _DENSE_STEPS if self.dense_steps is None else self.dense_steps,
         }
-        out = replace(out, **chunks)
-        if select == "topk" and out.topk is None:
-            blocks = {kind: len(out._partition(kind, video).lengths()) for kind in PARTITIONS}
-            counts = {kind: max(2, round(_SHARE[kind] * n)) for kind, n in blocks.items()}
-            out = replace(out, topk=(counts["1d"], counts["2d"], counts["3d"]))
-        return out
+        if grid is not None:
+            for kind in PARTITIONS:
+                settled[f"chunk_{kind}"] = self._chunk(kind, grid)
+            if self._select == "topk" and self.topk is None:
+                settled["topk"] = tuple(self._topk(kind, grid) for kind in PARTITIONS)
+        return replace(self, **settled)
+
+    # What becomes of the parameters that may be None, one by one.
+
+    @property
+    def _select(self) -> str:
+        return self.select or _PRESETS[self.preset].select
+
+    @property
+    def _scope(self) -> str:
+        return self.scope or _PRESETS[self.preset].scope
+
+    @property
+    def _tau(self) -> float | None:
+        return _TAU if self.tau is None and self._select == "threshold" else self.tau
+
+    @property
+    def _tile(self) -> int | None:
+        return self.tile or (_TILE if self.granularity == "tile" else None)
+
+    def _chunk(self, kind: str, grid: TokenGrid) -> Sides | float:
+        given: Sides | float | None = getattr(self, f"chunk_{kind}")
+        video = replace(grid, text_before=0, text_after=0)
+        return recommended_chunk(kind, video) if given is None else given
+
+    def _topk(self, kind: str, grid: TokenGrid) -> int | None:
+        if self._select == "threshold":
+            return None
+        if self.topk is None:
+            video = replace(grid, text_before=0, text_after=0)
+            blocks = len(self._known_partition(kind, video).lengths())
+            return max(2, round(_SHARE[kind] * blocks))
+        return self.topk[PARTITIONS.index(kind)] if isinstance(self.topk, tuple) else self.topk
 
     def layer_kind(self, layer: int) -> int:
         return layer % len(self.partitions)
 
     @property
     def heads_apart(self) -> bool:
-        return (self.scope or _PRESETS[self.preset].scope) in ("query", "head")
+        return self._scope in ("query", "head")
+
+    def _kind(self, layer: int) -> str:
+        return self.partitions[self.layer_kind(layer)]
 
     def partition(self, grid: TokenGrid, layer: int) -> Partition:
         """How the tokens of `grid` are cut into blocks in a layer."""
-        kind = self.partitions[self.layer_kind(layer)]
-        return self.for_model("", grid)._partition(kind, grid)
+        return self._known_partition(self._kind(layer), grid)
 
     def rule(self, grid: TokenGrid, layer: int) -> Rule:
         """How blocks are chosen on `grid` in a layer."""
-        method = self.for_model("", grid)
-        kind = self.partitions[self.layer_kind(layer)]
-        topk = method.topk
-        if isinstance(topk, tuple):
-            topk = topk[PARTITIONS.index(kind)]
-        assert method.scope is not None
         return Rule(
-            method.scope,
-            topk=topk,
-            tau=method.tau,
-            centre_keys=method.centre_keys,
-            tile=method.tile or 1,
+            self._scope,
+            topk=self._topk(self._kind(layer), grid),
+            tau=self._tau,
+            centre_keys=self.centre_keys,
+            tile=self._tile or 1,
         )
 
     def attend(
@@ -269,7 +273,7 @@ class VMoBAAttn(Method):
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         query, key, value, key_mask, bits = self._selected(query, key, value, site, key_mask)
-        partition = self._known_partition(site.grid, site.layer)
+        partition = self.partition(site.grid, site.layer)
         out = selected_attention(
             query,
             key,
@@ -302,7 +306,7 @@ class VMoBAAttn(Method):
             bits: of one head and sample, `(tokens, words)`, as `selection` returns them.
             grid, layer: of the call.
         """
-        partition = self._known_partition(grid, layer)
+        partition = self.partition(grid, layer)
         blocks = partition.key_blocks(torch.device("cpu"))
         chosen = unpack_bits(bits.cpu(), blocks.blocks)
         block_of = torch.arange(blocks.blocks).repeat_interleave(blocks.starts.diff().long())
@@ -327,7 +331,7 @@ class VMoBAAttn(Method):
             )
         if groups > 1:
             key, value = (x.repeat_interleave(groups, 2) for x in (key, value))
-        partition = self._known_partition(site.grid, site.layer)
+        partition = self.partition(site.grid, site.layer)
         query, key, value = (partition.to_blocks(x) for x in (query, key, value))
         key_mask = None if key_mask is None else partition.to_blocks(key_mask)
         bits = select_blocks(
@@ -339,16 +343,13 @@ class VMoBAAttn(Method):
         )
         return query, key, value, key_mask, bits
 
-    def _known_partition(self, grid: TokenGrid, layer: int) -> Partition:
-        """`partition`, kept for the next call."""
-        known = grid, self.partitions[self.layer_kind(layer)]
+    def _known_partition(self, kind: str, grid: TokenGrid) -> Partition:
+        """The partition of a kind, kept for the next call."""
+        known = grid, kind
         if known not in self._partitions_known:
-            self._partitions_known[known] = self.partition(grid, layer)
+            chunk = _chunk_on(grid, self._chunk(kind, grid))
+            self._partitions_known[known] = Partition(grid, chunk)
         return self._partitions_known[known]
-
-    def _partition(self, kind: str, grid: TokenGrid) -> Partition:
-        chunk = getattr(self, f"chunk_{kind}")
-        return Partition(grid, _chunk_of(kind, chunk, grid))
 
     def expected_density(self, grid: TokenGrid, layer: int) -> float:
         """About which share of the token pairs of `grid` attend in a layer, text included.
@@ -357,7 +358,7 @@ class VMoBAAttn(Method):
         estimate that takes scores for normally distributed; by the paper, real ones are close.
         """
         rule = self.rule(grid, layer)
-        blocks = len(self._known_partition(grid, layer).lengths())
+        blocks = len(self.partition(grid, layer).lengths())
         if rule.topk is not None:
             share = min(rule.topk, blocks) / blocks
         else:
@@ -369,7 +370,7 @@ class VMoBAAttn(Method):
         channels = heads * head_dim
         rule = self.rule(grid, layer)
         density = self.expected_density(grid, layer)
-        lengths = self._known_partition(grid, layer).lengths()
+        lengths = self.partition(grid, layer).lengths()
         is_dense = rule.tau == 1 or (rule.topk is not None and rule.topk >= len(lengths))
         queries = -(-grid.video_tokens // rule.tile)
         selection = 0 if is_dense else 2 * queries * len(lengths) * channels
@@ -386,14 +387,12 @@ class VMoBAAttn(Method):
         return {"query": blocks, "unpublished-block": queries}.get(rule.scope, queries * blocks)
 
 
-def _chunk_of(kind: str, chunk: Sides | float, grid: TokenGrid) -> Chunk:
-    """The sides of a block on a grid, or the length of a run of frames."""
-    if kind == "1d":
-        assert not isinstance(chunk, tuple)
+def _chunk_on(grid: TokenGrid, chunk: Sides | float) -> Chunk:
+    """The sides of a block on a grid, or the tokens of a run of frames."""
+    if not isinstance(chunk, tuple):
         return (min(max(1, int(chunk * grid.frame_tokens)), grid.video_tokens),)
-    assert isinstance(chunk, tuple)
-    sides = (grid.frames, *chunk) if kind == "2d" else chunk
     sizes = (grid.frames, grid.height, grid.width)
+    sides = (grid.frames, *chunk) if len(chunk) == 2 else chunk
     return tuple(min(side, size) for side, size in zip(sides, sizes, strict=True))
 
 
@@ -413,11 +412,3 @@ def _share_by_threshold(tau: float, pool: int) -> float:
         sum_ = share + spread * normal.pdf(normal.inv_cdf(1 - share))
         low, high = (share, high) if sum_ < tau else (low, share)
     return high
-
-
-def _are_counts(value: Any, count: int) -> bool:
-    return (
-        isinstance(value, tuple)
-        and len(value) == count
-        and all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in value)
-    )
