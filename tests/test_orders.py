@@ -2,9 +2,9 @@
 
 import itertools
 import math
-from pathlib import Path
 from typing import Any
 
+import golden_files
 import numpy as np
 import pytest
 import stock
@@ -50,10 +50,7 @@ def window(grid: TokenGrid, *radius: int) -> AttentionMask:
 
 def golden_permutations() -> dict[str, dict[str, Any]]:
     """NATTEN's permutations by name: grid, tile, dilation, and the tokens of each class."""
-    path = Path(__file__).parents[2] / "shared" / "goldens" / "gna" / "permutations.npz"
-    if not path.is_file():
-        return {}
-    golden = np.load(path)
+    golden = np.load(golden_files.GOLDENS / "gna" / "permutations.npz")
     names = [key.removesuffix("_flip0") for key in golden.files if key.endswith("_flip0")]
     out = {}
     for name in names:

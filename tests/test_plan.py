@@ -6,9 +6,9 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
+import golden_files
 import pytest
 import torch
 
@@ -27,8 +27,6 @@ from diffattn import (
 )
 from diffattn.models.published import PUBLISHED
 from diffattn.simulator import count_tiles
-
-GOLDENS = Path(__file__).parents[2] / "shared" / "goldens"
 
 
 def axes3(sides, fill=1):
@@ -342,9 +340,7 @@ class TestSimulator:
     """gna.md section 2, whose model reproduces the predictions in the paper's tables."""
 
     def test_goldens(self):
-        path = GOLDENS / "gna" / "simulator.json"
-        if not path.is_file():
-            pytest.skip("the golden vectors are not here")
+        path = golden_files.GOLDENS / "gna" / "simulator.json"
         rows = json.loads(path.read_text())["rows"]
         assert len(rows) > 20
         for row in rows:

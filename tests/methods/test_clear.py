@@ -2,9 +2,9 @@
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+import golden_files
 import numpy as np
 import pytest
 import stock
@@ -23,8 +23,7 @@ from diffattn.methods import Site, from_dict
 from diffattn.methods.pooling import add_keys, every_pair
 from diffattn.models import family_of
 
-GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "clear"
-needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")
+GOLDENS = golden_files.GOLDENS / "clear"
 
 
 def golden_mask(golden: Any, name: str) -> np.ndarray:
@@ -34,7 +33,6 @@ def golden_mask(golden: Any, name: str) -> np.ndarray:
     return bits.reshape(rows, columns).astype(bool)
 
 
-@needs_goldens
 @pytest.mark.parametrize("case", range(14))
 def test_mask_is_that_of_the_public_code(case: int) -> None:
     golden = np.load(GOLDENS / "1_masks.npz")
@@ -48,7 +46,6 @@ def test_mask_is_that_of_the_public_code(case: int) -> None:
     assert mask.density == pytest.approx(want.mean(), abs=1e-12)
 
 
-@needs_goldens
 @pytest.mark.parametrize("case", range(6))
 def test_blocks_are_those_of_the_public_code(case: int) -> None:
     golden = np.load(GOLDENS / "2_block_masks.npz")
@@ -70,7 +67,6 @@ def test_blocks_are_those_of_the_public_code(case: int) -> None:
         np.testing.assert_array_equal(ours[:whole, :whole], theirs[:whole, :whole])
 
 
-@needs_goldens
 def test_token_counts_of_whole_disks() -> None:
     golden = np.load(GOLDENS / "1_masks.npz")
     for radius, count in zip(golden["disk_radii"], golden["disk_counts"], strict=True):
@@ -80,7 +76,6 @@ def test_token_counts_of_whole_disks() -> None:
         assert int(mask.allowed(middle, torch.arange(side * side)).sum()) == count
 
 
-@needs_goldens
 @pytest.mark.parametrize("case", range(6))
 def test_windows_of_videos_are_those_of_the_goldens(case: int) -> None:
     golden = np.load(GOLDENS / "8_video_derived.npz")
@@ -481,7 +476,6 @@ def test_text_sees_what_it_sees_without_cells() -> None:
         torch.testing.assert_close(out[:, :5], dense[:, :5].float(), atol=1e-6, rtol=1e-5)
 
 
-@needs_goldens
 def test_bands_of_rows_with_their_halo_are_the_whole() -> None:
     golden = np.load(GOLDENS / "6_halo_derived.npz")
     height, width, text, radius, _, _ = golden["cfg_H_W_T_r_headdim_P"].tolist()
@@ -513,7 +507,6 @@ def test_bands_of_rows_with_their_halo_are_the_whole() -> None:
     torch.testing.assert_close(out[0, :, 0], want, atol=1e-12, rtol=0)
 
 
-@needs_goldens
 def test_pooled_keys_are_those_of_the_public_code() -> None:
     golden = np.load(GOLDENS / "1_masks.npz")
     for case, config in enumerate(golden["configs_H_W_T_r_d"].tolist()):
@@ -526,7 +519,6 @@ def test_pooled_keys_are_those_of_the_public_code() -> None:
             assert not want[:text].any()
 
 
-@needs_goldens
 @pytest.mark.parametrize("scale", ["out", "out_proportional"])
 @pytest.mark.parametrize("name", ["3_local_double", "4_down_double"])
 def test_attention_modules_are_those_of_the_public_code(
@@ -577,7 +569,6 @@ def test_attention_modules_are_those_of_the_public_code(
     torch.testing.assert_close(out, torch.from_numpy(golden[scale]), atol=2e-5, rtol=0)
 
 
-@needs_goldens
 def test_scales_are_those_of_the_public_code() -> None:
     golden = np.load(GOLDENS / "7_scalars.npz")
     local = CLEARAttn(proportional_attention=True)
@@ -776,7 +767,6 @@ def test_compiled_code_has_the_scale_and_no_graph_break() -> None:
     torch.testing.assert_close(forward(model, inputs), want, atol=1e-5, rtol=1e-4)
 
 
-@needs_goldens
 def test_wan_with_a_window_is_that_of_the_goldens() -> None:
     golden = np.load(GOLDENS / "8_video_derived.npz")
     frames, height, width, frame_radius, radius = golden["wan_cfg_F_H_W_rt_rs"].tolist()

@@ -210,14 +210,6 @@ class LinFusionAttn(Method):
         )
         return torch.cat([of_text[:, : video.start], seen, of_text[:, video.start :]], 1)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Layouts are rebuilt where they are needed: a copy carries the parameters only.
-        return self.to_dict()
-
-    def __setstate__(self, parameters: dict[str, Any]) -> None:
-        del parameters["type"]
-        self.__init__(**parameters)  # type: ignore[misc]
-
 
 class LinFusionWeights(SiteWeights):
     """What a site adapts queries and keys with.
