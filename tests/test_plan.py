@@ -47,6 +47,8 @@ class TestByBruteForce:
             (TokenGrid(5, 9, 16, 0, 33), RadialAttn()),
             (TokenGrid(7, 6, 7), RadialAttn(rule="paper")),
             (TokenGrid(1, 1, 129), DenseAttn()),
+            # Partial blocks at the ragged end alone.
+            (TokenGrid(1, 25, 14), GNAAttn(window=(25, 4), stride=(1, 4))),
         ],
         ids=str,
     )

@@ -1,6 +1,7 @@
 """CLEARAttn against the public code's masks and outputs, and its definition pair by pair."""
 
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -586,6 +587,30 @@ def test_scales_are_those_of_the_public_code() -> None:
     # Our own scale counts the tokens of the sequence, with cells or without.
     own = CLEARAttn(proportional_attention=True, down_factor=4)
     assert own.score_scale(TokenGrid(1, 64, 64, 512), 64, None) == pytest.approx(1 / 8)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("text", [{}, {"text_before": 7}, {"text_after": 70}], ids=str)
+@pytest.mark.parametrize("side", [1, 3])
+def test_proportional_attention_counts_every_token_of_the_sequence(
+    side: int, text: dict[str, int], scale: float | None
+) -> None:
+    """Scores grow with the root of the logarithm of tokens, text included and cells not."""
+    grid = TokenGrid(1, 6, 9, **text)
+    method = CLEARAttn(
+        radius=3, down_factor=side, proportional_attention=True, trained_tokens=20
+    ).for_model("", grid)
+    weights = Weights(side)
+    q, k, v = (noise(2, grid.tokens, 2, 16, seed=i) for i in range(3))
+    site = Site("flux", 0, 1, grid, weights=weights if side > 1 else None)
+    out = method.attend(q, k, v, site, scale=scale)
+    sharper = math.sqrt(math.log(54 + sum(text.values())) / math.log(20))
+    scale = sharper * (1 / 4 if scale is None else scale)
+    if side > 1:
+        want = with_cells(q, k, v, grid, method, weights.spatial_weight, scale)
+    else:
+        want = reference_attention(q, k, v, definition(grid, method), scale=scale)[0].float()
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
 
 
 def sdpa_with_cells(model: Any, grid: TokenGrid, method: CLEARAttn) -> Any:
