@@ -1,6 +1,7 @@
 """Masks, their algebra, and the block layouts built from them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from diffattn import AttentionMask, FullMask, PredicateMask, RadialAttn, TokenGrid
 from diffattn.blocks import EMPTY, FULL, PARTIAL, layout_from_states, pack_bits, unpack_bits
-from diffattn.mask import Blocking, BlockMapMask, TextMask
+from diffattn.mask import Blocking, BlockMapMask, TextMask, allowed_pairs
+from diffattn.orders import TileOrder
 
 GRID = TokenGrid(3, 4, 5, text_before=2, text_after=7)
 
@@ -89,6 +91,50 @@ def test_equal_bit_masks_are_stored_once() -> None:
     layout = causal(grid).blocks(16)
     assert layout.partial_blocks == layout.rows
     assert layout.bit_masks.shape == (1, 16, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Repeated(AttentionMask):
+    """A user's mask: every block of 16 below the anti-diagonal holds the same pattern."""
+
+    pattern: torch.Tensor
+
+    def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        below = query // 16 + key // 16 >= self.grid.tokens // 16
+        return below & self.pattern[query % 16, key % 16]
+
+    def block_states(self, blocking: Blocking) -> torch.Tensor:
+        if (blocking.block_q, blocking.block_kv) != (16, 16):
+            return super().block_states(blocking)
+        block = torch.arange(-(-self.grid.tokens // 16), device=blocking.device)
+        below = block[:, None] + block >= self.grid.tokens // 16
+        return torch.where(below, PARTIAL, EMPTY).to(torch.uint8)
+
+    def block_signatures(
+        self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
+    ) -> torch.Tensor | None:
+        whole = (blocking.block_q, blocking.block_kv) == (16, 16)
+        return torch.zeros_like(row) if whole else None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "full_at_the_end"),
+    [
+        pytest.param(lambda query, key: (query + key) % 3 != 1, 0, id="stripes"),
+        pytest.param(lambda query, key: key < 8, 4, id="first-keys"),
+        pytest.param(lambda query, key: query < 8, 4, id="first-queries"),
+        pytest.param(lambda query, key: key >= 8, 0, id="last-keys"),
+    ],
+)
+def test_short_blocks_are_like_no_whole_block_of_their_signature(
+    pattern: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], full_at_the_end: int
+) -> None:
+    place = torch.arange(16)
+    mask = Repeated(TokenGrid(1, 1, 56), pattern(place[:, None], place).expand(16, 16))
+    layout = mask.blocks(16)
+    assert torch.equal(layout.dense()[0, 0], mask.dense())
+    assert layout.full_blocks == full_at_the_end
+    assert allowed_pairs(layout) == int(mask.dense().sum())
 
 
 def test_layout_is_built_once_per_block_size() -> None:

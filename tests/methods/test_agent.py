@@ -4,10 +4,10 @@ import contextlib
 import copy
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import golden_files
 import numpy as np
 import pytest
 import tiny_families
@@ -24,8 +24,7 @@ from diffattn import AgentAttn, TokenGrid
 from diffattn.methods import Site, from_dict
 from diffattn.methods.token_merging import cell_offsets, match, partition
 
-GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "agent"
-needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")
+GOLDENS = golden_files.GOLDENS / "agent"
 EXACT = {"atol": 1e-5, "rtol": 1e-4}
 ALWAYS = {"dense_layers": 0, "dense_steps": 0, "last_dense_steps": 0}
 
@@ -196,7 +195,6 @@ def split_heads(x: np.ndarray, heads: int) -> torch.Tensor:
     return torch.from_numpy(x).unflatten(2, (heads, -1))
 
 
-@needs_goldens
 @pytest.mark.parametrize(
     "name", ["default_d8", "fp32_flag", "k0_short", "no_agent", "too_many_agents_fallback"]
 )
@@ -217,7 +215,6 @@ def test_core_is_that_of_the_public_code(name: str) -> None:
     np.testing.assert_allclose(out.flatten(2).numpy(), golden["out"], atol=3e-6)
 
 
-@needs_goldens
 @pytest.mark.parametrize(
     "name",
     ["16x16_s2_off", "16x16_s4_rand", "7x10_s4_norand", "8x8_s2_norand", "8x8_s2_rand"],
@@ -247,7 +244,6 @@ def test_merging_is_that_of_the_public_code(name: str) -> None:
                 assert apart.min(1).max() < 3e-6
 
 
-@needs_goldens
 @pytest.mark.parametrize(
     ("name", "late"), [("phase1", False), ("defaults", False), ("defaults", True)]
 )

@@ -1,10 +1,11 @@
 """CLEARAttn against the public code's masks and outputs, and its definition pair by pair."""
 
 import json
+import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+import golden_files
 import numpy as np
 import pytest
 import stock
@@ -24,8 +25,7 @@ from diffattn.methods import Site, from_dict
 from diffattn.methods.pooling import add_keys, every_pair
 from diffattn.models import family_of
 
-GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "clear"
-needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")
+GOLDENS = golden_files.GOLDENS / "clear"
 
 
 def golden_mask(golden: Any, name: str) -> np.ndarray:
@@ -35,7 +35,6 @@ def golden_mask(golden: Any, name: str) -> np.ndarray:
     return bits.reshape(rows, columns).astype(bool)
 
 
-@needs_goldens
 @pytest.mark.parametrize("case", range(14))
 def test_mask_is_that_of_the_public_code(case: int) -> None:
     golden = np.load(GOLDENS / "1_masks.npz")
@@ -49,7 +48,6 @@ def test_mask_is_that_of_the_public_code(case: int) -> None:
     assert mask.density == pytest.approx(want.mean(), abs=1e-12)
 
 
-@needs_goldens
 @pytest.mark.parametrize("case", range(6))
 def test_blocks_are_those_of_the_public_code(case: int) -> None:
     golden = np.load(GOLDENS / "2_block_masks.npz")
@@ -71,7 +69,6 @@ def test_blocks_are_those_of_the_public_code(case: int) -> None:
         np.testing.assert_array_equal(ours[:whole, :whole], theirs[:whole, :whole])
 
 
-@needs_goldens
 def test_token_counts_of_whole_disks() -> None:
     golden = np.load(GOLDENS / "1_masks.npz")
     for radius, count in zip(golden["disk_radii"], golden["disk_counts"], strict=True):
@@ -81,7 +78,6 @@ def test_token_counts_of_whole_disks() -> None:
         assert int(mask.allowed(middle, torch.arange(side * side)).sum()) == count
 
 
-@needs_goldens
 @pytest.mark.parametrize("case", range(6))
 def test_windows_of_videos_are_those_of_the_goldens(case: int) -> None:
     golden = np.load(GOLDENS / "8_video_derived.npz")
@@ -482,7 +478,6 @@ def test_text_sees_what_it_sees_without_cells() -> None:
         torch.testing.assert_close(out[:, :5], dense[:, :5].float(), atol=1e-6, rtol=1e-5)
 
 
-@needs_goldens
 def test_bands_of_rows_with_their_halo_are_the_whole() -> None:
     golden = np.load(GOLDENS / "6_halo_derived.npz")
     height, width, text, radius, _, _ = golden["cfg_H_W_T_r_headdim_P"].tolist()
@@ -514,7 +509,6 @@ def test_bands_of_rows_with_their_halo_are_the_whole() -> None:
     torch.testing.assert_close(out[0, :, 0], want, atol=1e-12, rtol=0)
 
 
-@needs_goldens
 def test_pooled_keys_are_those_of_the_public_code() -> None:
     golden = np.load(GOLDENS / "1_masks.npz")
     for case, config in enumerate(golden["configs_H_W_T_r_d"].tolist()):
@@ -527,7 +521,6 @@ def test_pooled_keys_are_those_of_the_public_code() -> None:
             assert not want[:text].any()
 
 
-@needs_goldens
 @pytest.mark.parametrize("scale", ["out", "out_proportional"])
 @pytest.mark.parametrize("name", ["3_local_double", "4_down_double"])
 def test_attention_modules_are_those_of_the_public_code(
@@ -578,7 +571,6 @@ def test_attention_modules_are_those_of_the_public_code(
     torch.testing.assert_close(out, torch.from_numpy(golden[scale]), atol=2e-5, rtol=0)
 
 
-@needs_goldens
 def test_scales_are_those_of_the_public_code() -> None:
     golden = np.load(GOLDENS / "7_scalars.npz")
     local = CLEARAttn(proportional_attention=True)
@@ -596,6 +588,30 @@ def test_scales_are_those_of_the_public_code() -> None:
     # Our own scale counts the tokens of the sequence, with cells or without.
     own = CLEARAttn(proportional_attention=True, down_factor=4)
     assert own.score_scale(TokenGrid(1, 64, 64, 512), 64, None) == pytest.approx(1 / 8)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("text", [{}, {"text_before": 7}, {"text_after": 70}], ids=str)
+@pytest.mark.parametrize("side", [1, 3])
+def test_proportional_attention_counts_every_token_of_the_sequence(
+    side: int, text: dict[str, int], scale: float | None
+) -> None:
+    """Scores grow with the root of the logarithm of tokens, text included and cells not."""
+    grid = TokenGrid(1, 6, 9, **text)
+    method = CLEARAttn(
+        radius=3, down_factor=side, proportional_attention=True, trained_tokens=20
+    ).for_model("", grid)
+    weights = Weights(side)
+    q, k, v = (noise(2, grid.tokens, 2, 16, seed=i) for i in range(3))
+    site = Site("flux", 0, 1, grid, weights=weights if side > 1 else None)
+    out = method.attend(q, k, v, site, scale=scale)
+    sharper = math.sqrt(math.log(54 + sum(text.values())) / math.log(20))
+    scale = sharper * (1 / 4 if scale is None else scale)
+    if side > 1:
+        want = with_cells(q, k, v, grid, method, weights.spatial_weight, scale)
+    else:
+        want = reference_attention(q, k, v, definition(grid, method), scale=scale)[0].float()
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
 
 
 def sdpa_with_cells(model: Any, grid: TokenGrid, method: CLEARAttn) -> Any:
@@ -777,7 +793,6 @@ def test_compiled_code_has_the_scale_and_no_graph_break() -> None:
     torch.testing.assert_close(forward(model, inputs), want, atol=1e-5, rtol=1e-4)
 
 
-@needs_goldens
 def test_wan_with_a_window_is_that_of_the_goldens() -> None:
     golden = np.load(GOLDENS / "8_video_derived.npz")
     frames, height, width, frame_radius, radius = golden["wan_cfg_F_H_W_rt_rs"].tolist()

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import golden_files
 import numpy as np
 import pytest
 import stock
@@ -17,12 +18,7 @@ from diffattn.mask import Blocking
 from diffattn.methods import Site, from_dict
 from diffattn.orders import TileOrder
 
-GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "freeswim"
-needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")
-
-
-def golden_masks() -> list[Path]:
-    return sorted(GOLDENS.glob("mask_*.npz")) if GOLDENS.is_dir() else []
+GOLDENS = golden_files.GOLDENS / "freeswim"
 
 
 def sees(q: int, k: int, size: int, d: int) -> bool:
@@ -61,8 +57,9 @@ GRIDS = [
 
 
 class TestMask:
-    @needs_goldens
-    @pytest.mark.parametrize("path", golden_masks(), ids=lambda p: p.stem)
+    @pytest.mark.parametrize(
+        "path", golden_files.matching("freeswim/mask_*.npz", 7), ids=lambda p: p.stem
+    )
     def test_it_is_the_public_codes_token_for_token(self, path: Path) -> None:
         golden = np.load(path)
         frames, height, width, d_h, d_w, tokens = (
@@ -77,7 +74,6 @@ class TestMask:
             np.testing.assert_array_equal(mask.blocks(block).dense()[0, 0].numpy(), want)
         assert mask.density == pytest.approx(want.mean(), abs=1e-12)
 
-    @needs_goldens
     def test_its_blocks_are_the_public_codes(self) -> None:
         golden = np.load(GOLDENS / "blockmask_t2_24x40_d5_8.npz")
         grid = TokenGrid(*(int(golden[name]) for name in "THW"))

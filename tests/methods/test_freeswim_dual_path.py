@@ -2,10 +2,10 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import golden_files
 import numpy as np
 import pytest
 import tiny_wan
@@ -17,8 +17,7 @@ from diffattn import FreeSwimAttn, TokenGrid
 from diffattn.attached_model import attached_to
 from diffattn.methods.freeswim.dual_path import CrossStore, DualPath, store_bytes
 
-GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "freeswim"
-needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")
+GOLDENS = golden_files.GOLDENS / "freeswim"
 METHOD = FreeSwimAttn(radius=1, native=(3, 5))
 
 
@@ -38,7 +37,6 @@ def projected(model: Any, layer: int, stored: np.ndarray) -> torch.Tensor:
     return model.blocks[layer].attn2.to_out[0](torch.tensor(stored).flatten(2))
 
 
-@needs_goldens
 class TestPublicCode:
     def test_one_forward_in_every_mode(self) -> None:
         golden = np.load(GOLDENS / "model_tiny.npz")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import golden_files
 import numpy as np
 import pytest
 import stock
@@ -29,13 +30,8 @@ from diffattn.methods.gna import is_block_sparse, nearest_block_sparse
 from diffattn.methods.neighbourhood import AxisWindow, NeighbourhoodMask
 from diffattn.orders import TileOrder
 
-GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "gna"
-needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")
+GOLDENS = golden_files.GOLDENS / "gna"
 CPU = torch.device("cpu")
-
-
-def golden_masks() -> list[Path]:
-    return sorted(GOLDENS.glob("m*.npz")) if GOLDENS.is_dir() else []
 
 
 def grid_of(shape: Any, **text: int) -> TokenGrid:
@@ -123,8 +119,7 @@ def grids_and_methods(draw: Any, text: int = 9) -> tuple[TokenGrid, GNAAttn]:
 
 
 class TestMask:
-    @needs_goldens
-    @pytest.mark.parametrize("path", golden_masks(), ids=lambda p: p.stem)
+    @pytest.mark.parametrize("path", golden_files.matching("gna/m*.npz", 18), ids=lambda p: p.stem)
     def test_it_is_nattens_token_for_token(self, path: Path) -> None:
         golden = np.load(path)
         tokens = int(golden["n"])
@@ -511,7 +506,6 @@ ALLOWED_HERE: dict[str, tuple[TokenGrid, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@needs_goldens
 class TestAnswersOfNatten:
     @pytest.fixture
     def answers(self) -> dict[str, str]:
@@ -593,7 +587,6 @@ class TestBlocks:
 
 
 class TestBlockSparsity:
-    @needs_goldens
     def test_the_simulators_verdicts(self) -> None:
         rows = json.loads((GOLDENS / "simulator.json").read_text())["rows"]
         assert rows
@@ -673,7 +666,6 @@ def site(grid: TokenGrid) -> Site:
 
 
 class TestAttention:
-    @needs_goldens
     def test_grouped_heads_of_the_goldens(self) -> None:
         golden = np.load(GOLDENS / "attn_1d_gqa.npz")
         q, k, v = (torch.from_numpy(golden[name]) for name in "qkv")
@@ -684,7 +676,6 @@ class TestAttention:
         want = torch.from_numpy(golden["lse"]).transpose(1, 2)
         torch.testing.assert_close(lse, want, atol=2e-6, rtol=0)
 
-    @needs_goldens
     def test_additional_keys_of_the_goldens_are_text(self) -> None:
         golden = np.load(GOLDENS / "attn_2d_addkv.npz")
         q, k, v = (torch.from_numpy(golden[name]).flatten(1, 2) for name in "qkv")

@@ -1,9 +1,9 @@
 """LinFusion: the public code's numbers, what attaching it does to a model, and what is refused."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
+import golden_files
 import numpy as np
 import pytest
 import tiny_families
@@ -18,8 +18,7 @@ from diffattn.kernels.linear import linear_attention
 from diffattn.methods import from_dict
 from diffattn.methods.linfusion.method import LinFusionWeights
 
-GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "linfusion"
-needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")
+GOLDENS = golden_files.GOLDENS / "linfusion"
 
 UNETS = ["sd1.5", "sdxl"]
 
@@ -71,7 +70,6 @@ class Layer:
         return self.attn.to_out[0](self.method.attend(*self.heads(x, x), site).flatten(2))
 
 
-@needs_goldens
 class TestGoldens:
     @pytest.mark.parametrize(("name", "mid_dim"), [("mid_full", None), ("mid_identity", -1)])
     @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import golden_files
 import numpy as np
 import pytest
 import tiny_families
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import diffattn
 from diffattn import LinFusionAttn, load_linfusion_checkpoint, save_linfusion_checkpoint
 
-GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "linfusion"
+GOLDENS = golden_files.GOLDENS / "linfusion"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CASE = tiny_families.CASES["sd1.5"]
 
@@ -86,7 +87,6 @@ def test_weights_arrive_where_the_list_says_and_go_when_taken_off(
         assert torch.equal(forward(each), want)
 
 
-@pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")
 def test_the_public_codes_unet(tmp_path: Path) -> None:
     with np.load(GOLDENS / "3_unet_tiny_io.npz") as file:
         want = {key: torch.from_numpy(file[key]) for key in file.files if key[:6] != "module"}

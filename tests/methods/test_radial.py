@@ -5,6 +5,7 @@ import math
 import time
 from pathlib import Path
 
+import golden_files
 import numpy as np
 import pytest
 import torch
@@ -14,8 +15,7 @@ from hypothesis import strategies as st
 from diffattn import RadialAttn, TokenGrid
 from diffattn.methods import from_dict
 
-GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "radial"
-needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")
+GOLDENS = golden_files.GOLDENS / "radial"
 
 
 def reference_method(case: dict) -> RadialAttn:
@@ -30,13 +30,13 @@ def reference_method(case: dict) -> RadialAttn:
     )
 
 
-def golden_files(pattern: str) -> list[Path]:
-    return sorted(GOLDENS.glob(pattern)) if GOLDENS.is_dir() else []
-
-
-@needs_goldens
 @pytest.mark.parametrize(
-    "path", [*golden_files("wan*.npz"), *golden_files("hunyuan*.npz")], ids=lambda p: p.stem
+    "path",
+    [
+        *golden_files.matching("radial/wan*.npz", 6),
+        *golden_files.matching("radial/hunyuan*.npz", 2),
+    ],
+    ids=lambda path: path.stem,
 )
 def test_block_map_is_bit_equal_to_the_public_code(path: Path) -> None:
     golden = np.load(path)
@@ -48,7 +48,6 @@ def test_block_map_is_bit_equal_to_the_public_code(path: Path) -> None:
     np.testing.assert_array_equal(ours, golden["block_mask"])
 
 
-@needs_goldens
 def test_production_sparsities_are_those_of_the_public_code() -> None:
     for case in json.loads((GOLDENS / "production_sparsity.json").read_text()):
         frame_tokens = case["video_tokens"] // case["frames"]
@@ -60,7 +59,6 @@ def test_production_sparsities_are_those_of_the_public_code() -> None:
         assert sparsity == pytest.approx(case["sparsity_full"], abs=1e-12), case
 
 
-@needs_goldens
 def test_frame_pair_rules_are_those_of_the_public_code() -> None:
     for case in json.loads((GOLDENS / "frame_pair_rules.json").read_text()):
         grid = TokenGrid(case["d"] + 1, 1, case["s"])
@@ -68,8 +66,9 @@ def test_frame_pair_rules_are_those_of_the_public_code() -> None:
         assert half_width == (case["W"] if case["kept"] else -1), case
 
 
-@needs_goldens
-@pytest.mark.parametrize("path", golden_files("paper*.npz"), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", golden_files.matching("radial/paper*.npz", 2), ids=lambda p: p.stem
+)
 @pytest.mark.parametrize(("sink", "key"), [(False, "eq4_only"), (True, "eq4_band_sink")])
 def test_paper_rule_is_equation_4_of_the_goldens(path: Path, sink: bool, key: str) -> None:
     frames, frame_tokens = (int(part[1:]) for part in path.stem.split("_")[2:])

@@ -5,10 +5,10 @@ import copy
 import json
 import pickle
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import golden_files
 import numpy as np
 import pytest
 import stock
@@ -27,8 +27,7 @@ from diffattn.methods.vmoba.method import PARTITIONS
 from diffattn.selected import dense_mask, selected_attention
 from diffattn.traced import traced_method
 
-GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "vmoba"
-needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")
+GOLDENS = golden_files.GOLDENS / "vmoba"
 
 SPARSE = VMoBAAttn(
     chunk_1d=1, chunk_2d=(2, 2), chunk_3d=(2, 2, 3), topk=2, dense_layers=0, dense_steps=0
@@ -62,7 +61,6 @@ def token_mask(
 # --- outputs
 
 
-@needs_goldens
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

@@ -2,9 +2,9 @@
 
 import math
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
+import golden_files
 import numpy as np
 import pytest
 import torch
@@ -17,8 +17,7 @@ from diffattn.methods.vmoba import selection
 from diffattn.methods.vmoba.selection import Rule, choose, select_blocks
 from diffattn.partition import Chunk, KeyBlocks, Partition
 
-GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "vmoba"
-needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")
+GOLDENS = golden_files.GOLDENS / "vmoba"
 
 SCOPES = {
     "query_head": "query",
@@ -71,7 +70,6 @@ def own_block(blocks: KeyBlocks) -> torch.Tensor:
 # --- partitions
 
 
-@needs_goldens
 @pytest.mark.parametrize(
     ("name", "chunk"),
     [
@@ -157,7 +155,6 @@ def test_blocks_without_tokens_are_refused(lengths: list[int]) -> None:
 # --- the public code's masks
 
 
-@needs_goldens
 @pytest.mark.parametrize("longest_sorted", [1, 1 << 30], ids=["counted", "sorted"])
 @pytest.mark.parametrize(
     "name",
@@ -185,7 +182,6 @@ def test_selection_is_that_of_the_public_code(
         np.testing.assert_array_equal(found, golden["mask"], err_msg=str(dtype))
 
 
-@needs_goldens
 def test_samples_of_any_length_are_selected_in_as_the_public_code_does() -> None:
     golden = np.load(GOLDENS / "g09_topk_query_head_varlen.npz")
     size, first_block = int(golden["block_len"]), 0

@@ -5,11 +5,8 @@ from pathlib import Path
 import imageio.v3 as iio
 import pytest
 
-from diffattn.samples.moving_shapes import MODEL_DIR
 from diffattn.samples.moving_shapes.clips import FRAMES, SIZE
 from diffattn.samples.moving_shapes.evaluate import Sampling
-
-pytestmark = pytest.mark.skipif(not MODEL_DIR.is_dir(), reason="the bundled model is not made yet")
 
 PROMPT = "a red circle moving right on a blue background"
 

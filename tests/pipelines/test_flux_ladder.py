@@ -1,8 +1,8 @@
 """Enlarging a picture with a tiny Flux: the schedule, what is attached, and nothing left behind."""
 
-from pathlib import Path
 from typing import Any
 
+import golden_files
 import numpy as np
 import pytest
 import tiny_families
@@ -16,7 +16,7 @@ from diffattn.attached_model import attached_to
 from diffattn.pipelines.errors import UserError
 from diffattn.pipelines.flux_ladder import upscale_flux
 
-GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "clear"
+GOLDENS = golden_files.GOLDENS / "clear"
 
 
 def flux() -> FluxPipeline:
@@ -79,9 +79,8 @@ def test_each_size_is_denoised_from_the_published_step_on() -> None:
         assert [step[1] for step in part] == pytest.approx(shifted, abs=2e-6)
         assert {step[2:] for step in part} == {(7.5, 100_000)}
     assert len(seen) == 28
-    if GOLDENS.is_dir():
-        golden = np.load(GOLDENS / "7_scalars.npz")["notebook_sigmas"]
-        assert shifted == pytest.approx(golden[6:20].tolist(), abs=2e-6)
+    golden = np.load(GOLDENS / "7_scalars.npz")["notebook_sigmas"]
+    assert shifted == pytest.approx(golden[6:20].tolist(), abs=2e-6)
 
 
 def test_the_pipeline_stays_as_it_is() -> None:

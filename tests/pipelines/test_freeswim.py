@@ -6,6 +6,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+import golden_files
 import numpy as np
 import pytest
 import torch
@@ -26,8 +27,7 @@ from diffattn.pipelines.freeswim import (
 )
 from diffattn.pipelines.freeswim_models import Wan
 
-GOLDENS = Path(__file__).parents[3] / "shared" / "goldens" / "freeswim"
-needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/goldens is not there")
+GOLDENS = golden_files.GOLDENS / "freeswim"
 SMALL: dict[str, Any] = {
     "base_height": 32,
     "base_width": 48,
@@ -63,7 +63,6 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(7)
 
 
-@needs_goldens
 @pytest.mark.parametrize("shift", [3, 5, 9])
 def test_the_noise_schedule_is_the_public_codes(shift: int) -> None:
     golden = np.load(GOLDENS / "schedule_unipc_flow_50.npz")
