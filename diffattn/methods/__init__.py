@@ -2,51 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
-
 from diffattn.methods.agent import AgentAttn
-from diffattn.methods.base import Method, Site, StaticMaskMethod, nearest
+from diffattn.methods.base import Method, Site, StaticMaskMethod
 from diffattn.methods.clear import CLEARAttn
 from diffattn.methods.dense import DenseAttn
 from diffattn.methods.freeswim import FreeSwimAttn
 from diffattn.methods.gna import GNAAttn
 from diffattn.methods.linfusion import LinFusionAttn
 from diffattn.methods.radial import RadialAttn
+from diffattn.methods.registry import METHODS, all_methods, from_dict, register_method
 from diffattn.methods.vmoba import VMoBAAttn
 
-METHODS: dict[str, type[Method]] = {
-    m.type: m
-    for m in (
-        DenseAttn,
-        RadialAttn,
-        CLEARAttn,
-        GNAAttn,
-        FreeSwimAttn,
-        VMoBAAttn,
-        AgentAttn,
-        LinFusionAttn,
-    )
-}
-
-
-def from_dict(entry: Mapping[str, Any]) -> Method:
-    """Read a method from what `Method.to_dict` wrote: its `type` and any of its parameters.
-
-    Raises:
-        ValueError: if the type or a parameter is unknown, or a value is not allowed.
-    """
-    parameters = dict(entry)
-    name = parameters.pop("type", None)
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}: {nearest(str(name), list(METHODS))}")
-    known = [f.name for f in fields(METHODS[name]) if f.init]
-    for parameter in parameters:
-        if parameter not in known:
-            raise ValueError(f"{name} has no parameter {parameter!r}: {nearest(parameter, known)}")
-    return METHODS[name](**parameters)
-
+for _method in (
+    DenseAttn,
+    RadialAttn,
+    CLEARAttn,
+    GNAAttn,
+    FreeSwimAttn,
+    VMoBAAttn,
+    AgentAttn,
+    LinFusionAttn,
+):
+    register_method(_method)
 
 __all__ = [
     "METHODS",
@@ -61,5 +38,7 @@ __all__ = [
     "Site",
     "StaticMaskMethod",
     "VMoBAAttn",
+    "all_methods",
     "from_dict",
+    "register_method",
 ]
