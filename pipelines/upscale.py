@@ -44,6 +44,31 @@ class UpscaleSettings:
     negative_prompt: str | None
 
 
+# The options of the command that are settings of the first video or picture, or of the machine.
+SHARED_OPTIONS = frozenset(
+    {
+        "prompt",
+        "output",
+        "model",
+        "base_height",
+        "base_width",
+        "base_steps",
+        "guidance_scale",
+        "seed",
+        "dtype",
+        "device",
+        "offload",
+    }
+)
+
+# The options that have an effect on videos. All others are refused with videos.
+VIDEO_OPTIONS = frozenset(
+    {item.name for item in dataclasses.fields(UpscaleSettings)}
+    | {"num_frames", "fps"}
+    | SHARED_OPTIONS
+)
+
+
 def upscale(
     request: Request,
     settings: UpscaleSettings,
