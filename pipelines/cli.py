@@ -165,7 +165,7 @@ def generate(
 
     from .generate import generate as make_videos
 
-    make_videos(job.requests, job.outputs, _say, _warn)
+    make_videos(job, _say, _warn)
 
 
 @app.command()

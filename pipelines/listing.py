@@ -22,8 +22,8 @@ def method_lines() -> Iterator[str]:
         width = max(len(item.name) for item in parameters)
         for item in parameters:
             default = "by model" if item.default is None else item.default
-            if default is dataclasses.MISSING:
-                default = item.default_factory()  # type: ignore[misc]
+            if item.default_factory is not dataclasses.MISSING:
+                default = item.default_factory()
             yield f"  {item.name:{width}}  [{default}]  {item.metadata.get('help', '')}".rstrip()
 
 

@@ -102,7 +102,7 @@ def upscale(
         quiet_libraries()
         _check_settings(settings)
         loaded = load_model(request)
-        full = complete(request, loaded)
+        full = complete(request, loaded).request
         warn_of_words(loaded.pipe, request.prompt, warn)
         if request.fps is None and fps is not None:
             full = dataclasses.replace(full, fps=fps)
