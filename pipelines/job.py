@@ -94,9 +94,20 @@ def _attention(
     """Choose the method: what the options name, else what the LoRA given was trained under."""
     if record is None:
         return attention_settings(method, settings.get("attention"))
-    chosen = attention_settings(method, record.method)
-    if chosen != make_method(record.method).to_dict():
-        say(f"note: the LoRA was trained under {_words(record.method)}, not {_words(chosen)}")
+    try:
+        trained = make_method(record.method).to_dict()
+    except UserError as error:
+        name = record.method.get("type")
+        if method.name is None and method.config is None:
+            raise UserError(
+                f"the LoRA was trained under {name}, which cannot be had here ({error}); install"
+                f" the package or the version that has it, or choose another method by --attn"
+            ) from None
+        say(f"note: the LoRA was trained under {name}, which cannot be had here ({error})")
+        return attention_settings(method, None)
+    chosen = attention_settings(method, trained)
+    if chosen != trained:
+        say(f"note: the LoRA was trained under {_words(trained)}, not {_words(chosen)}")
     else:
         say(f"the LoRA was trained under {_words(chosen)}, which is attached (--attn overrides)")
     return chosen

@@ -169,6 +169,16 @@ class TestLora:
         assert result.code == 0, result.err
         assert "the LoRA was trained under strip (rows=0), which is attached" in result.out
         assert record("own.json")["attention"]["method"] == strip(rows=0).to_dict()
+        del METHODS["strip"]
+        assert generate("a cat", "-o", "no.png", "--lora", "run").error == (
+            "the LoRA was trained under strip, which cannot be had here (unknown method 'strip':"
+            " choose from agent, clear, dense, freeswim, gna, linfusion, radial, vmoba); install"
+            " the package or the version that has it, or choose another method by --attn"
+        )
+        result = generate("a cat", "-o", "other.png", "--lora", "run", "--attn", "dense")
+        assert result.code == 0, result.err
+        assert "note: the LoRA was trained under strip, which cannot be had here (" in result.out
+        assert (tmp_path / "other").is_dir()
 
     def test_a_program_that_lacks_it_says_so(
         self, strip: Any, diffattn: Callable[..., Result], tmp_path: Path
