@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffattn import methods, models
 from diffattn._pipeline_method import add_pipeline_method
-from diffattn.attention import attention
+from diffattn.attention import attention, register_backend
 from diffattn.block_forms import from_block_mask
 from diffattn.blocks import BlockLayout
 from diffattn.costs import Estimate
@@ -25,6 +25,7 @@ from diffattn.methods import (
     Method,
     RadialAttn,
     VMoBAAttn,
+    register_method,
 )
 from diffattn.planning import Plan, plan
 
@@ -67,6 +68,8 @@ __all__ = [
     "methods",
     "models",
     "plan",
+    "register_backend",
+    "register_method",
     "save_linfusion_checkpoint",
     "set_attn_processor",
 ]

@@ -42,6 +42,22 @@ Forward = Callable[
 ]
 
 
+BackendGradients = Callable[
+    [
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor,
+        BlockLayout,
+        float | None,
+        torch.Tensor | None,
+    ],
+    Gradients,
+]
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to compute attention over a layout.
@@ -54,20 +70,7 @@ class Backend:
     """
 
     forward: Forward
-    gradients: Callable[
-        [
-            torch.Tensor,
-            torch.Tensor,
-            torch.Tensor,
-            torch.Tensor,
-            torch.Tensor,
-            torch.Tensor,
-            BlockLayout,
-            float | None,
-            torch.Tensor | None,
-        ],
-        Gradients,
-    ]
+    gradients: BackendGradients
 
 
 @overload
@@ -133,7 +136,7 @@ def attention(
         backend: by default the environment variable DIFFATTN_BACKEND, or else the one for the
             tensors' device: "triton" on CUDA, ROCm and XPU, "cpu" on the CPU. "flex" is torch's
             compiled flex_attention (on the CPU without gradients and log-sum-exp), "reference"
-            dense float64; both are for checks.
+            dense float64; both are for checks. `register_backend` adds others.
 
     Returns:
         (batch, tokens, heads, head_dim) in the dtype of `query`; with `return_lse` also the lse.
@@ -147,6 +150,7 @@ def attention(
     """
     _check_inputs(query, key, value, key_mask)
     if mask is None and not return_lse:
+        asked_backend(backend)  # one that there is not is an error, though none is needed here
         if not is_forward_mode():
             return _dense_attention(query, key, value, key_mask, scale)
         # Torch's fused attention has no tangents.
@@ -202,6 +206,59 @@ def attention_gradients(
     return grads
 
 
+def register_backend(
+    name: str, forward: Forward, gradients: BackendGradients | None = None
+) -> None:
+    """Add a backend that `attention(backend=name)` and the variable DIFFATTN_BACKEND can choose.
+
+    Whatever attends under a mask can be computed by it: `attention`, and with it attached and
+    compiled models under every method that is a mask. Attention over selected blocks (VMoBA) and
+    linear attention (LinFusion) have kernels of their own, and refuse it with
+    NotImplementedError. To register the same functions again does nothing.
+
+    Args:
+        name: what it is called.
+        forward: `(query, key, value, layout, scale, key_mask, return_lse) -> (output, lse)`.
+            Tensors are (batch, tokens, heads, head_dim), of any strides; `layout` is the
+            `BlockLayout` of the mask, on their device; `scale` None is 1 / sqrt(head_dim);
+            `key_mask` is bool (batch, tokens), False for hidden keys, or None. The output is
+            contiguous and of the dtype of `query`. The natural log-sum-exp is (batch, heads,
+            tokens) in float32, or float64 for float64 tensors, and may be None unless `return_lse`.
+            A query that sees no key gives 0 and -inf. The function is differentiable by autograd.
+        gradients: `(grad_out, query, key, value, out, lse, layout, scale, key_mask)` -> gradients
+            with respect to query, key and value, which compiled models use; it is called where
+            autograd is off. When None, they come from autograd, by calling `forward` once more.
+
+    Raises:
+        ValueError: if the name is empty or taken.
+        TypeError: if a function cannot be called.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"the backend's name is {name!r}, but must be text")
+    functions = {"forward": forward} | ({} if gradients is None else {"gradients": gradients})
+    for what, function in functions.items():
+        if not callable(function):
+            raise TypeError(f"{what} of backend {name!r} is {function!r}, but must be a function")
+    made = _by_autograd(forward) if gradients is None else Backend(forward, gradients)
+    if BACKENDS.setdefault(name, made) != made:
+        raise ValueError(
+            f"backend {name!r} cannot be registered: the name is taken; choose another one than"
+            f" {', '.join(BACKENDS)}"
+        )
+
+
+def asked_backend(backend: str | None = None) -> str | None:
+    """`backend`, or what the variable DIFFATTN_BACKEND says; None where neither asks for one.
+
+    Raises:
+        ValueError: if there is no such backend.
+    """
+    name = backend or os.environ.get(BACKEND_VARIABLE) or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
+    return name
+
+
 def choose_backend(device: torch.device, backend: str | None = None) -> str:
     """The name of the backend for tensors on `device`, which `backend` overrides.
 
@@ -209,15 +266,13 @@ def choose_backend(device: torch.device, backend: str | None = None) -> str:
         ValueError: if there is no such backend.
         NotImplementedError: if there is no sparse kernel for the device.
     """
-    name = backend or os.environ.get(BACKEND_VARIABLE) or DEFAULT_BACKENDS.get(device.type)
+    name = asked_backend(backend) or DEFAULT_BACKENDS.get(device.type)
     if name is None:
         raise NotImplementedError(
             f"the tensors are on {device}, and there are sparse kernels for"
             f" {', '.join(DEFAULT_BACKENDS)} only; move the pipeline to one of these, or pass"
             f" backend='flex' or, to check results, backend='reference'"
         )
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
     if not torch.compiler.is_compiling():
         _log_choice(name, device.type)
     return name
@@ -300,6 +355,7 @@ def _triton_kernel() -> ModuleType:
     return block_sparse
 
 
+@functools.cache  # the same functions make the same backend
 def _by_autograd(forward: Forward) -> Backend:
     """The backend of a forward whose gradients autograd works out, by computing it once more."""
 

@@ -16,6 +16,9 @@ from diffattn.mask import AttentionMask
 from diffattn.partition import KeyBlocks
 from diffattn.unions import prefers_union, union_attention
 
+# The backends of `attention` that this operator has, too.
+_NAMES = ("triton", "cpu", "reference")
+
 
 def selected_attention(
     query: torch.Tensor,
@@ -41,7 +44,7 @@ def selected_attention(
         bits: what `select_blocks` returns.
         scale: factor of the scores; 1 / sqrt(head_dim) when None.
         key_mask: bool (batch, tokens): False hides a key from every query, as padding does.
-        backend: as for `diffattn.attention`; there is no "flex".
+        backend: "triton", "cpu" or "reference", by default chosen as for `diffattn.attention`.
 
     Returns:
         (batch, tokens, heads, head_dim) in the dtype of `query`.
@@ -52,10 +55,10 @@ def selected_attention(
         ImportError: if the backend is "triton" and Triton cannot be imported.
     """
     name = choose_backend(query.device, backend)
-    if name == "flex":
+    if name not in _NAMES:
         raise NotImplementedError(
-            "backend 'flex' has no attention over selected blocks; leave the backend out, or pass"
-            " backend='reference' to check results"
+            f"backend {name!r} has no attention over selected blocks; leave the backend out, or"
+            f" pass backend='reference' to check results"
         )
     if name == "reference":
         mask = dense_mask(blocks, bits)

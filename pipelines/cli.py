@@ -2,15 +2,16 @@
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
 
+from . import options
 from .errors import RunInterruptedError, UserError, one_line
 from .lora_cli import app as lora_app
-from .request import BUNDLED_MODEL, CONTEXT_PARALLEL, DTYPES, OFFLOADS
+from .request import BUNDLED_MODEL, CONTEXT_PARALLEL, DTYPES, OFFLOADS, option
 
 app = typer.Typer(
     add_completion=False,
@@ -19,6 +20,22 @@ app = typer.Typer(
 )
 
 app.add_typer(lora_app, name="lora")
+
+# What `generate` takes by itself; its other options are settings of a request.
+_NOT_OF_A_REQUEST = (
+    "prompt",
+    "output",
+    "attn",
+    "attn_arg",
+    "attn_config",
+    "prompts_file",
+    "record",
+)
+# The same of `plan`, whose other options are arguments of `diffattn.plan`,
+_NOT_OF_A_PLAN = ("method", "arg", "model", "grid", "as_json")
+# and of `mask`, whose other options are of a run and of a call in it.
+_NOT_OF_A_RUN = ("grid", "method", "arg", "output", "query", "prompt")
+_OF_A_CALL = ("step", "layer", "head")
 
 _BAD_INPUT = 2
 _INTERRUPTED = 130
@@ -73,6 +90,7 @@ def common(
 
 @app.command()
 def generate(
+    context: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="What the video shows.")] = None,
     output: Annotated[
         str | None,
@@ -83,25 +101,15 @@ def generate(
             "overwritten. Without it, a new name made of the prompt.",
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help=f"Pipeline folder or hub id (default: the bundled {BUNDLED_MODEL})."),
-    ] = None,
-    attn: Annotated[
-        str | None,
-        typer.Option(help="Attention method, see `diffattn methods` (default: radial)."),
-    ] = None,
-    attn_arg: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Parameter of the method.")
-    ] = None,
-    attn_config: Annotated[
-        Path | None, typer.Option(help="JSON file with the method and its parameters.")
-    ] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels (default: the model's).")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels (default: the model's).")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Default: the model's.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Default: the model's.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
+    model: options.Model = None,
+    attn: options.Attn = None,
+    attn_arg: options.AttnArg = None,
+    attn_config: options.AttnConfig = None,
+    height: options.Pixels = None,
+    width: options.Pixels = None,
+    num_frames: options.Count = None,
+    steps: options.Count = None,
+    guidance_scale: options.Number = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
     seed: Annotated[
         int | None, typer.Option(help="The same for every prompt (default: 0).")
@@ -147,34 +155,17 @@ def generate(
     from .attention_settings import MethodOptions
     from .job import Source, plan_job
 
-    given = {
-        "model": model,
-        "height": height,
-        "width": width,
-        "num_frames": num_frames,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "negative_prompt": negative_prompt,
-        "seed": seed,
-        "fps": fps,
-        "dtype": dtype,
-        "device": device,
-        "offload": offload,
-        "context_parallel": context_parallel,
-        "lora": lora,
-        "compare": compare,
-    }
     job = plan_job(
         Source(prompt, prompts_file, record),
         MethodOptions(attn, tuple(attn_arg or ()), attn_config),
-        {name: value for name, value in given.items() if value is not None},
+        options.given_options(context, _NOT_OF_A_REQUEST),
         output,
         _say,
     )
 
     from .generate import generate as make_videos
 
-    make_videos(job.requests, job.outputs, _say, _warn)
+    make_videos(job, _say, _warn)
 
 
 @app.command()
@@ -199,10 +190,10 @@ def upscale(
     preset: Annotated[str | None, typer.Option(metavar="1080p|1440p|2160p")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels (default: twice as many).")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels (default: twice as many).")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Default: the model's.")] = None,
+    num_frames: options.Count = None,
     base_height: Annotated[int | None, typer.Option(help="The model's own size.")] = None,
     base_width: Annotated[int | None, typer.Option(help="The model's own size.")] = None,
-    base_steps: Annotated[int | None, typer.Option(help="Default: the model's.")] = None,
+    base_steps: options.Count = None,
     steps: Annotated[
         int | None, typer.Option(help="At the large size, before strength (default: the model's).")
     ] = None,
@@ -217,12 +208,8 @@ def upscale(
     attn: Annotated[
         str | None, typer.Option(help="Pictures: attention method (default: the untouched model).")
     ] = None,
-    attn_arg: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Parameter of the method.")
-    ] = None,
-    attn_config: Annotated[
-        Path | None, typer.Option(help="JSON file with the method and its parameters.")
-    ] = None,
+    attn_arg: options.AttnArg = None,
+    attn_config: options.AttnConfig = None,
     cache_steps: Annotated[
         str,
         typer.Option(
@@ -241,7 +228,7 @@ def upscale(
     negative_prompt: Annotated[
         str | None, typer.Option(help="At the large size (default: the model's, or the paper's).")
     ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
+    guidance_scale: options.Number = None,
     seed: Annotated[int, typer.Option()] = 0,
     fps: Annotated[
         float | None, typer.Option(help="Of the file (default: the input's or the model's).")
@@ -256,15 +243,14 @@ def upscale(
     """
     from .attention_settings import MethodOptions
     from .request import Request
-    from .upscale import UpscaleSettings, check_counts, read_cache_steps
+    from .upscale import VIDEO_OPTIONS, UpscaleSettings, check_counts, read_cache_steps
     from .upscale import upscale as make_large
     from .upscale_picture import (
+        PICTURE_OPTIONS,
         PictureSettings,
         makes_pictures,
         picture_attention,
         read_strengths,
-        refuse_for_pictures,
-        refuse_for_videos,
         upscale_picture,
     )
 
@@ -283,13 +269,8 @@ def upscale(
         device=device,
         offload=offload,
     )
-    given = {
-        name
-        for name in context.params
-        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    }
     if makes_pictures(model):
-        refuse_for_pictures(given)
+        _refuse_others(context, PICTURE_OPTIONS, "pictures")
         method = MethodOptions(attn, tuple(attn_arg or ()), attn_config)
         picture = PictureSettings(
             input=input,
@@ -303,7 +284,7 @@ def upscale(
         )
         upscale_picture(request, picture, output, _say)
         return
-    refuse_for_videos(given)
+    _refuse_others(context, VIDEO_OPTIONS, "videos")
     settings = UpscaleSettings(
         input=input,
         preset=preset,
@@ -318,6 +299,21 @@ def upscale(
         negative_prompt=negative_prompt,
     )
     make_large(request, settings, output, _say, _warn)
+
+
+def _refuse_others(context: typer.Context, known: Collection[str], kind: str) -> None:
+    """Refuse options that were written, but have no effect on what the model makes."""
+    others = [name for name in options.written_options(context) if name not in known]
+    if not others:
+        return
+    hint = ""
+    if kind == "videos":
+        hint = ", whose two paths are FreeSwim's"
+    elif "strength" in others:
+        hint = "; for pictures it is --strengths"
+    raise UserError(
+        f"{', '.join(map(option, others))} cannot be given with a model of {kind}{hint}"
+    )
 
 
 @app.command()
@@ -338,25 +334,18 @@ def models() -> None:
         _say(line)
 
 
-_MethodName = Annotated[str, typer.Option("--method", help="See `diffattn methods`.")]
-_MethodArguments = Annotated[
-    list[str] | None,
-    typer.Option("--arg", metavar="NAME=VALUE", help="Parameter of the method."),
-]
-_GRID_HELP = "Latent frames x height x width in tokens; text tokens as 21x30x52+256 or 256+64x64."
-
-
 @app.command()
 def plan(
-    method: _MethodName = "radial",
-    arg: _MethodArguments = None,
+    context: typer.Context,
+    method: options.MethodName = "radial",
+    arg: options.MethodArg = None,
     model: Annotated[
         str | None, typer.Option(help="Hub id of a well-known model, or a pipeline's folder.")
     ] = None,
-    grid: Annotated[str | None, typer.Option(help=_GRID_HELP)] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels (default: the model's).")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels (default: the model's).")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Default: the model's.")] = None,
+    grid: options.Grid = None,
+    height: options.Pixels = None,
+    width: options.Pixels = None,
+    num_frames: options.Count = None,
     text: Annotated[
         int | None, typer.Option(help="Text tokens in the model's sequence (default: the model's).")
     ] = None,
@@ -369,26 +358,17 @@ def plan(
     """Say what a method costs on a model or grid, without running or downloading anything."""
     from .plan_table import PlanOptions, plan_lines
 
-    numbers = {
-        "height": height,
-        "width": width,
-        "num_frames": num_frames,
-        "text": text,
-        "heads": heads,
-        "head_dim": head_dim,
-        "layers": layers,
-        "steps": steps,
-    }
-    options = PlanOptions(method, tuple(arg or ()), model, grid, numbers)
-    for line in plan_lines(options, as_json):
+    numbers = options.given_options(context, _NOT_OF_A_PLAN)
+    for line in plan_lines(PlanOptions(method, tuple(arg or ()), model, grid, numbers), as_json):
         _say(line)
 
 
 @app.command()
 def mask(
-    grid: Annotated[str | None, typer.Option(help=_GRID_HELP)] = None,
-    method: _MethodName = "radial",
-    arg: _MethodArguments = None,
+    context: typer.Context,
+    grid: options.Grid = None,
+    method: options.MethodName = "radial",
+    arg: options.MethodArg = None,
     output: Annotated[
         Path,
         typer.Option("--output", "-o", help="PNG file; it is overwritten."),
@@ -420,20 +400,9 @@ def mask(
     """Draw which tokens attend to which under a method, on a grid or in a run."""
     from .mask_picture import RunOptions, draw_mask
 
-    settings = {
-        "model": model,
-        "height": height,
-        "width": width,
-        "num_frames": num_frames,
-        "seed": seed,
-        "steps": steps,
-    }
-    call = {"step": step, "layer": layer, "head": head}
-    run = RunOptions(
-        prompt,
-        {name: value for name, value in settings.items() if value is not None},
-        {name: value for name, value in call.items() if value is not None},
-    )
+    settings = options.given_options(context, _NOT_OF_A_RUN)
+    call = {name: settings.pop(name) for name in _OF_A_CALL if name in settings}
+    run = RunOptions(prompt, settings, call)
     for line in draw_mask(method, tuple(arg or ()), grid, query, output, run):
         _say(line)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .attention_settings import make_method
 from .compare import psnr, side_by_side, ssim
 from .errors import RunInterruptedError, UserError, one_line
 from .loading import LoadedModel, load_model
@@ -22,14 +21,14 @@ from .processes import count, rank, spread, together
 from .progress import LoopTimes, clock, watched
 from .request import Request
 from .sidecar import write_record
-from .sizing import call_arguments, complete, token_grid
+from .sizing import Run, call_arguments, complete
 from .video import write_video
 from .vocabulary import warn_of_words
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from diffattn.methods import Method
+    from .job import Job
 
 _WARM_UP = "timed after one untimed step of each"
 _NO_SCHEDULE = {"dense_layers": 0, "dense_steps": 0, "last_dense_steps": 0}
@@ -55,17 +54,11 @@ class Rendering:
         }
 
 
-def generate(
-    requests: Sequence[Request],
-    planned: Sequence[Outputs],
-    say: Callable[[str], None],
-    warn: Callable[[str], None],
-) -> list[Path]:
-    """Render each request, which differ only in their prompts, into its outputs.
+def generate(job: "Job", say: Callable[[str], None], warn: Callable[[str], None]) -> list[Path]:
+    """Render each request of a job into its outputs.
 
     Args:
-        requests: what to make; they share one model and its settings.
-        planned: where each goes.
+        job: what to make, and where each video goes.
         say: takes lines for the user.
         warn: takes one-line warnings.
 
@@ -77,8 +70,8 @@ def generate(
     """
     kept: list[Path] = []
     try:
-        with together(requests[0]):
-            _make_all(requests, planned, kept, say, warn)
+        with together(job.requests[0]):
+            _make_all(job, kept, say, warn)
     except KeyboardInterrupt:
         raise RunInterruptedError(kept) from None
     except UserError as error:
@@ -89,8 +82,7 @@ def generate(
 
 
 def _make_all(
-    requests: Sequence[Request],
-    planned: Sequence[Outputs],
+    job: "Job",
     kept: list[Path],
     say: Callable[[str], None],
     warn: Callable[[str], None],
@@ -98,21 +90,21 @@ def _make_all(
     """Load the model and make the files of every video."""
     quiet_libraries()
     start = time.perf_counter()
-    loaded = load_model(requests[0])
-    jobs = [complete(request, loaded) for request in requests]
-    spread(loaded.pipe, jobs[0])
+    loaded = load_model(job.requests[0], job.record)
+    runs = [complete(request, loaded) for request in job.requests]
+    spread(loaded.pipe, runs[0].request, runs[0].grid)
     load_seconds = time.perf_counter() - start
-    say(_headline(jobs[0], loaded))
-    for request in jobs:
-        warn_of_words(loaded.pipe, request.prompt, warn)
-    for number, (request, outputs) in enumerate(zip(jobs, planned, strict=True), start=1):
-        if len(jobs) > 1:
-            say(f"[{number}/{len(jobs)}] {request.prompt}")
-        _make(request, loaded, outputs, load_seconds, kept, say, warn)
+    say(_headline(runs[0].request, loaded))
+    for run in runs:
+        warn_of_words(loaded.pipe, run.request.prompt, warn)
+    for number, (run, outputs) in enumerate(zip(runs, job.outputs, strict=True), start=1):
+        if len(runs) > 1:
+            say(f"[{number}/{len(runs)}] {run.request.prompt}")
+        _make(run, loaded, outputs, load_seconds, kept, say, warn)
 
 
 def _make(
-    request: Request,
+    run: Run,
     loaded: LoadedModel,
     outputs: Outputs,
     load_seconds: float,
@@ -121,15 +113,15 @@ def _make(
     warn: Callable[[str], None],
 ) -> None:
     """Make the files of one video."""
-    method = make_method(request.attention)
-    with _attached(loaded.pipe, method, request.lora) as attachment:
-        attention = _describe(attachment, request, loaded.pipe)
+    request, method = run.request, run.method
+    with _attached(loaded.pipe, run) as attachment:
+        attention = _describe(attachment, run)
     say(f"attention: {attention.pop('summary')}")
     dense = None
     if request.compare:
-        _warm_up(request, loaded, method)
+        _warm_up(run, loaded)
         dense = render(request, loaded, "dense")
-    with _attached(loaded.pipe, method, request.lora):
+    with _attached(loaded.pipe, run):
         sparse = render(request, loaded, method.type)
     if rank():
         return  # The first process writes the same.
@@ -202,43 +194,44 @@ def _call(
         raise
 
 
-def _warm_up(request: Request, loaded: LoadedModel, method: "Method") -> None:
+def _warm_up(run: Run, loaded: LoadedModel) -> None:
     """Run one untimed step of dense and of sparse attention, so that neither pays for being first.
 
     The first call at a size fills allocator and kernel caches, and compiles kernels on a GPU.
     """
-    step = dataclasses.replace(request, steps=1)
+    step = dataclasses.replace(run.request, steps=1)
     render(step, loaded, "warming up (dense)")
     # A schedule that keeps the first steps dense would leave the sparse kernels cold.
-    sparse = dataclasses.replace(method, **_NO_SCHEDULE)
-    with _attached(loaded.pipe, sparse, request.lora):
-        render(step, loaded, f"warming up ({method.type})")
+    sparse = dataclasses.replace(run.method, **_NO_SCHEDULE)
+    with _attached(loaded.pipe, dataclasses.replace(run, method=sparse)):
+        render(step, loaded, f"warming up ({sparse.type})")
 
 
 @contextmanager
-def _attached(pipe: "DiffusionPipeline", method: "Method", lora: str | None) -> Iterator[Any]:
-    """Have the method in the pipeline for the while; dense means the untouched model.
+def _attached(pipe: "DiffusionPipeline", run: Run) -> Iterator[Any]:
+    """Have a run's method in the pipeline while the block runs; dense is the untouched model.
 
     What a LoRA has trained of the method itself comes with it.
     """
     import diffattn
 
-    if method.type == "dense":
+    if run.method.type == "dense":
         yield None
         return
     try:
-        attachment = diffattn.set_attn_processor(pipe, method)
+        attachment = diffattn.set_attn_processor(pipe, run.method)
     except (ValueError, TypeError) as error:
         raise UserError(error) from None
     try:
-        if lora is not None:
-            load_weights_of_method(pipe, method, lora)
+        if run.record is not None:
+            assert run.request.lora is not None
+            load_weights_of_method(pipe, run.method, run.request.lora, run.record)
         yield attachment
     finally:
         diffattn.set_attn_processor(pipe, None)
 
 
-def _describe(attachment: Any, request: Request, pipe: "DiffusionPipeline") -> dict[str, Any]:
+def _describe(attachment: Any, run: Run) -> dict[str, Any]:
     """Return the attachment's density and schedule as JSON types, with its own words for them."""
     if attachment is None:
         return {
@@ -246,8 +239,8 @@ def _describe(attachment: Any, request: Request, pipe: "DiffusionPipeline") -> d
             "method": {"type": "dense"},
             "density": 1.0,
         }
-    grid = token_grid(request, pipe)
-    description = attachment.describe(grid, request.steps)
+    grid = run.grid
+    description = attachment.describe(grid, run.request.steps)
     facts = {item.name: getattr(description, item.name) for item in dataclasses.fields(description)}
     facts["method"] = description.method.to_dict()
     facts["grid"] = [grid.frames, grid.height, grid.width]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .attention_settings import MethodOptions, attention_settings, make_method
 from .errors import UserError
@@ -13,6 +13,9 @@ from .processes import check_processes
 from .prompts import read_prompts
 from .request import BUNDLED_MODEL, Request
 from .sidecar import read_settings
+
+if TYPE_CHECKING:
+    from diffattn.lora.adapter import LoraRecord
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Job:
 
     requests: list[Request]
     outputs: list[Outputs]
+    record: "LoraRecord | None"
+    """How their LoRA was trained; None without one, or for one that was not trained here."""
 
 
 def plan_job(
@@ -63,7 +68,11 @@ def plan_job(
     for name in ("model", "lora"):
         if name in given:
             settings[name] = _absolute(given[name])
-    settings["attention"] = _attention(method, settings, given.get("lora"), say)
+    lora = settings.get("lora")
+    record = read_lora_record(lora) if isinstance(lora, str) else None
+    # A run that is repeated has its method already.
+    trained = record if "lora" in given else None
+    settings["attention"] = _attention(method, settings, trained, say)
     prompts = _prompts(source, settings, say)
     requests = [Request.from_dict({**settings, "prompt": prompt}) for prompt in prompts]
 
@@ -73,22 +82,32 @@ def plan_job(
         inputs.append(Path(first.lora))
     outputs = plan_outputs(output, prompts, several=source.prompts_file is not None)
     check_outputs(outputs, first.compare, first.fps, inputs)
-    return Job(requests, outputs)
+    return Job(requests, outputs, record)
 
 
 def _attention(
     method: MethodOptions,
     settings: Mapping[str, Any],
-    lora: str | None,
+    record: "LoraRecord | None",
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Choose the method: what the options name, else what the LoRA given was trained under."""
-    record = None if lora is None else read_lora_record(lora)
     if record is None:
         return attention_settings(method, settings.get("attention"))
-    chosen = attention_settings(method, record.method)
-    if chosen != make_method(record.method).to_dict():
-        say(f"note: the LoRA was trained under {_words(record.method)}, not {_words(chosen)}")
+    try:
+        trained = make_method(record.method).to_dict()
+    except UserError as error:
+        name = record.method.get("type")
+        if method.name is None and method.config is None:
+            raise UserError(
+                f"the LoRA was trained under {name}, which cannot be had here ({error}); install"
+                f" the package or the version that has it, or choose another method by --attn"
+            ) from None
+        say(f"note: the LoRA was trained under {name}, which cannot be had here ({error})")
+        return attention_settings(method, None)
+    chosen = attention_settings(method, trained)
+    if chosen != trained:
+        say(f"note: the LoRA was trained under {_words(trained)}, not {_words(chosen)}")
     else:
         say(f"the LoRA was trained under {_words(chosen)}, which is attached (--attn overrides)")
     return chosen

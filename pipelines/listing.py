@@ -6,10 +6,13 @@ from collections.abc import Iterator
 
 
 def method_lines() -> Iterator[str]:
-    """Describe every method: its paper, and its parameters with defaults."""
-    from diffattn.methods import METHODS
+    """Describe every method: its paper, and its parameters with defaults.
 
-    for name, method in METHODS.items():
+    A plug-in that cannot be loaded is left out, with a warning.
+    """
+    from diffattn.methods import all_methods
+
+    for name, method in all_methods().items():
         title = (inspect.getdoc(method) or "").partition("\n")[0].rstrip(".")
         paper = "" if method.paper in title else f" ({method.paper})"
         yield f"{name}: {method.__name__}, {title}{paper}"
@@ -19,6 +22,8 @@ def method_lines() -> Iterator[str]:
         width = max(len(item.name) for item in parameters)
         for item in parameters:
             default = "by model" if item.default is None else item.default
+            if item.default_factory is not dataclasses.MISSING:
+                default = item.default_factory()
             yield f"  {item.name:{width}}  [{default}]  {item.metadata.get('help', '')}".rstrip()
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+    from diffattn.lora.adapter import LoraRecord
+
 DEFAULTS_FILE = "generation.json"
 """Optional file beside model_index.json: arguments of the pipeline's call, and ``fps``."""
 
@@ -32,6 +34,8 @@ class LoadedModel:
     """What the model itself recommends, by the names of the pipeline's arguments, and ``fps``."""
     dtype: str
     device: str
+    record: "LoraRecord | None" = None
+    """How the LoRA in it was trained; None without one, or for one that was not trained here."""
 
 
 def choose_device(name: str | None) -> "torch.device":
@@ -78,8 +82,13 @@ def find_model(model: str) -> Path | str:
     raise UserError(f"there is no model folder {model}{hint}")
 
 
-def load_model(request: Request) -> LoadedModel:
-    """Load the pipeline of a request, its LoRA included, on its device."""
+def load_model(request: Request, record: "LoraRecord | None" = None) -> LoadedModel:
+    """Load the pipeline of a request, its LoRA included, on its device.
+
+    Args:
+        request: a run of the model.
+        record: what its LoRA's file says of how it was trained.
+    """
     import torch
 
     from .lora import load_lora
@@ -92,9 +101,10 @@ def load_model(request: Request) -> LoadedModel:
     dtype = request.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     pipe = _from_pretrained(source, request.model, getattr(torch, dtype))
     if request.lora is not None:
-        load_lora(pipe, request.lora)
+        load_lora(pipe, request.lora, record)
     _place(pipe, device, request.offload)
-    return LoadedModel(pipe, read_defaults(request.model, source), dtype, str(device))
+    defaults = read_defaults(request.model, source)
+    return LoadedModel(pipe, defaults, dtype, str(device), record)
 
 
 def _check_folder(path: Path, shown: str) -> Path:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _FACTOR = re.compile(r"transformer\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
 
 
-def load_lora(pipe: "DiffusionPipeline", path: str) -> None:
-    """Load a LoRA file or folder into every denoiser of the pipeline.
+def load_lora(pipe: "DiffusionPipeline", path: str, record: "LoraRecord | None") -> None:
+    """Load a LoRA file or folder into the denoiser of its record, or into all where there is none.
 
     diffusers only warns when nothing fits, which would render a video without the LoRA.
     """
@@ -36,7 +36,6 @@ def load_lora(pipe: "DiffusionPipeline", path: str) -> None:
     except Exception as error:
         # safetensors, torch and diffusers each have their own errors for files that are none.
         raise UserError(f"cannot read LoRA {path}: {one_line(error)}") from None
-    record = read_lora_record(path)
     for name in _denoisers(pipe) if record is None else [record.denoiser]:
         if getattr(pipe, name, None) is None:
             raise UserError(f"LoRA {path} is for the {name}, which {type(pipe).__name__} lacks")
@@ -60,7 +59,9 @@ def read_lora_record(path: str) -> "LoraRecord | None":
         raise UserError(error) from None
 
 
-def load_weights_of_method(pipe: "DiffusionPipeline", method: "Method", path: str) -> None:
+def load_weights_of_method(
+    pipe: "DiffusionPipeline", method: "Method", path: str, record: "LoraRecord"
+) -> None:
     """Give an attached method the weights of its own that were trained with a LoRA.
 
     Another method than the LoRA's, which the user has asked for, has nothing to take.
@@ -68,8 +69,7 @@ def load_weights_of_method(pipe: "DiffusionPipeline", method: "Method", path: st
     from diffattn.lora.adapter import load_method_weights
     from diffattn.lora.errors import LoraError
 
-    record = read_lora_record(path)
-    if record is None or record.method["type"] != method.type:
+    if record.method["type"] != method.type:
         return
     try:
         load_method_weights(pipe, Path(path).expanduser(), record)

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .request import BUNDLED_MODEL, DTYPES
+from . import options
+from .request import DTYPES
 
 app = typer.Typer(no_args_is_help=True, help="Adapt a model to sparse attention by LoRA.")
 
@@ -49,22 +50,12 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")
     ] = False,
-    model: Annotated[
-        str | None,
-        typer.Option(help=f"Pipeline folder or hub id (default: the bundled {BUNDLED_MODEL})."),
-    ] = None,
-    attn: Annotated[
-        str | None,
-        typer.Option(help="Attention method, see `diffattn methods` (default: radial)."),
-    ] = None,
-    attn_arg: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Parameter of the method.")
-    ] = None,
-    attn_config: Annotated[
-        Path | None, typer.Option(help="JSON file with the method and its parameters.")
-    ] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels (default: the model's).")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels (default: the model's).")] = None,
+    model: options.Model = None,
+    attn: options.Attn = None,
+    attn_arg: options.AttnArg = None,
+    attn_config: options.AttnConfig = None,
+    height: options.Pixels = None,
+    width: options.Pixels = None,
     num_frames: Annotated[
         int | None, typer.Option(help="More than the model's adapt it to longer videos.")
     ] = None,
@@ -141,9 +132,7 @@ def train(
 
     given = {
         _PLURALS.get(name, name): value
-        for name, value in context.params.items()
-        # Options that may be given several times are empty when they are not.
-        if name not in _APART and value is not None and value != ()
+        for name, value in options.given_options(context, _APART).items()
     }
     train_lora(
         given,

@@ -40,7 +40,7 @@ class Validation:
     ) -> None:
         """Render the prompts dense and sparse, unless a run that goes on has done so."""
         self._loaded, self._trainer, self._every, self._say = loaded, trainer, every, say
-        self._requests = [complete(request, loaded) for request in requests]
+        self._requests = [complete(request, loaded).request for request in requests]
         self._folder = trainer.output / _FOLDER
         if rank():
             return

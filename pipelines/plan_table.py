@@ -30,8 +30,8 @@ class PlanOptions:
     """Each --arg, as "name=value"."""
     model: str | None
     grid: str | None
-    numbers: Mapping[str, int | None]
-    """Arguments of :func:`diffattn.plan`."""
+    numbers: Mapping[str, int]
+    """Arguments of :func:`diffattn.plan`, as far as they are given."""
 
 
 def plan_lines(options: PlanOptions, as_json: bool) -> Iterator[str]:
@@ -53,8 +53,7 @@ def make_plan(options: PlanOptions) -> "Plan | Estimate":
     method = make_method({"type": options.method} | arguments)
     numbers = dict(options.numbers)
     for name, value in numbers.items():
-        if value is not None:
-            check_option(name, value, whole(0 if name == "text" else 1))
+        check_option(name, value, whole(0 if name == "text" else 1))
     target: diffattn.TokenGrid | str | Path
     if options.grid is not None:
         target = read_grid(options.grid)
@@ -70,13 +69,13 @@ def make_plan(options: PlanOptions) -> "Plan | Estimate":
         raise UserError(error) from None
 
 
-def _fill(numbers: dict[str, int | None], model: str, folder: Path) -> None:
+def _fill(numbers: dict[str, int], model: str, folder: Path) -> None:
     """Take what the user left out from what the folder's model recommends."""
     defaults = read_defaults(model, folder)
     defaults["steps"] = defaults.get("num_inference_steps")
     for name in _FROM_MODEL:
-        if numbers[name] is None:
-            numbers[name] = defaults.get(name)
+        if name not in numbers and defaults.get(name) is not None:
+            numbers[name] = defaults[name]
 
 
 def _table(plan: "Plan | Estimate") -> Iterator[str]:

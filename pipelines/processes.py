@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 from .request import Request
-from .sizing import token_grid
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
+
+    from diffattn import TokenGrid
 
 _START = "torchrun --nproc-per-node 2 --no-python diffattn generate ..."
 
@@ -94,8 +95,14 @@ def own_device(device: "torch.device", request: Request) -> "torch.device":
     return torch.device(device.type, index)
 
 
-def spread(pipe: "DiffusionPipeline", request: Request) -> None:
-    """Spread the denoisers of a complete request's pipeline over the processes."""
+def spread(pipe: "DiffusionPipeline", request: Request, grid: "TokenGrid") -> None:
+    """Spread the denoisers of a pipeline over the processes.
+
+    Args:
+        pipe: the pipeline.
+        request: a complete one of the run.
+        grid: the tokens of its video.
+    """
     if request.context_parallel == "none":
         return
     from diffusers import ContextParallelConfig
@@ -103,7 +110,7 @@ def spread(pipe: "DiffusionPipeline", request: Request) -> None:
     from diffattn._compat import has_parallel_plan
     from diffattn.models import denoisers
 
-    tokens = token_grid(request, pipe).tokens
+    tokens = grid.tokens
     models: dict[str, Any] = denoisers(pipe)
     for model in models.values():
         name = type(model).__name__

@@ -85,7 +85,7 @@ def draw_selection(
 
     quiet_libraries()
     loaded = load_model(request)
-    request = complete(request, loaded)
+    request = complete(request, loaded).request
     assert request.steps is not None
     step = call.step or request.steps // 2 + 1
     if step > request.steps:

@@ -1,12 +1,17 @@
-"""Filling a request's gaps from the model, and refusing sizes the model would silently round."""
+"""What a run is made of: its request with the model's defaults in, its tokens, its method.
+
+Sizes that the model would silently round are refused.
+"""
 
 import dataclasses
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffattn.models.wan import frames_to_ask_for
 
+from .attention_settings import make_method
 from .errors import UserError
 from .loading import DEFAULTS_FILE, LoadedModel
 from .request import Request, option
@@ -15,6 +20,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from diffattn import TokenGrid
+    from diffattn.lora.adapter import LoraRecord
+    from diffattn.methods import Method
 
 # What a request calls them, and what pipelines call them.
 _ARGUMENTS = {
@@ -32,8 +39,21 @@ _REQUIRED = ("height", "width", "num_frames", "steps")
 _USUAL_FPS = 16.0
 
 
-def complete(request: Request, loaded: LoadedModel) -> Request:
-    """Return the request with no gap left: the model's defaults in, every size checked."""
+@dataclass(frozen=True)
+class Run:
+    """One video to make with a loaded model, with nothing left open."""
+
+    request: Request
+    """Without a gap: the model's defaults are in, every size is checked."""
+    grid: "TokenGrid"
+    """The video's tokens, without text."""
+    method: "Method"
+    record: "LoraRecord | None"
+    """How the LoRA was trained; None without one, or for one that was not trained here."""
+
+
+def complete(request: Request, loaded: LoadedModel) -> Run:
+    """Settle a run: fill the request's gaps from the model, check its sizes, make its method."""
     parameters = inspect.signature(type(loaded.pipe).__call__).parameters
     _check_pipeline(loaded.pipe, parameters)
     for name in loaded.defaults:
@@ -56,19 +76,19 @@ def complete(request: Request, loaded: LoadedModel) -> Request:
         frame_rate = parameters.get("frame_rate")
         usual = _USUAL_FPS if frame_rate is None else frame_rate.default
         filled["fps"] = loaded.defaults.get("fps", usual)
-    out = dataclasses.replace(request, **filled)
-    # Refuses what the pipeline would round.
-    token_grid(out, loaded.pipe)
-    return out
+    full = dataclasses.replace(request, **filled)
+    grid = _token_grid(full, loaded.pipe)
+    return Run(full, grid, make_method(full.attention), loaded.record)
 
 
-def token_grid(request: Request, pipe: "DiffusionPipeline") -> "TokenGrid":
+def _token_grid(request: Request, pipe: "DiffusionPipeline") -> "TokenGrid":
     """Return the grid of a complete request; sizes that do not fit are refused with the nearest."""
     from diffattn.models import pipeline_grid
 
     height, width, num_frames = request.height, request.width, request.num_frames
-    if height is None or width is None or num_frames is None:
-        raise ValueError("only a complete request has a token grid")
+    assert height is not None
+    assert width is not None
+    assert num_frames is not None
     try:
         return pipeline_grid(pipe, height, width, num_frames)
     except ValueError as error:
@@ -76,7 +96,7 @@ def token_grid(request: Request, pipe: "DiffusionPipeline") -> "TokenGrid":
 
 
 def call_arguments(request: Request, loaded: LoadedModel) -> dict[str, Any]:
-    """Return what the pipeline is called with, for a request that :func:`complete` returned."""
+    """Return what the pipeline is called with, for the request of a :class:`Run`."""
     parameters = inspect.signature(type(loaded.pipe).__call__).parameters
     arguments = {
         argument: getattr(request, name)

@@ -46,6 +46,31 @@ class UpscaleSettings:
     negative_prompt: str | None
 
 
+# The options of the command that are settings of the first video or picture, or of the machine.
+SHARED_OPTIONS = frozenset(
+    {
+        "prompt",
+        "output",
+        "model",
+        "base_height",
+        "base_width",
+        "base_steps",
+        "guidance_scale",
+        "seed",
+        "dtype",
+        "device",
+        "offload",
+    }
+)
+
+# The options that have an effect on videos. All others are refused with videos.
+VIDEO_OPTIONS = frozenset(
+    {item.name for item in dataclasses.fields(UpscaleSettings)}
+    | {"num_frames", "fps"}
+    | SHARED_OPTIONS
+)
+
+
 def upscale(
     request: Request,
     settings: UpscaleSettings,
@@ -79,7 +104,7 @@ def upscale(
         quiet_libraries()
         _check_settings(settings)
         loaded = load_model(request)
-        full = complete(request, loaded)
+        full = complete(request, loaded).request
         warn_of_words(loaded.pipe, request.prompt, warn)
         if request.fps is None and fps is not None:
             full = dataclasses.replace(full, fps=fps)

@@ -30,8 +30,9 @@ from .loading import LoadedModel, find_model, load_model
 from .machine import describe_device, quiet_libraries
 from .outputs import Outputs, check_writable, slug, staged
 from .progress import clock, watched
-from .request import Request, check_option, option
+from .request import Request, check_option
 from .sidecar import versions
+from .upscale import SHARED_OPTIONS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,18 +40,6 @@ if TYPE_CHECKING:
 _FORMAT = 1
 _FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 _CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline")
-
-# Options of the command that are about videos.
-_FOR_VIDEOS = (
-    "preset",
-    "num_frames",
-    "strength",
-    "cache_steps",
-    "store",
-    "interpolation",
-    "flow_shift",
-    "fps",
-)
 
 
 @dataclass(frozen=True)
@@ -70,6 +59,15 @@ class PictureSettings:
     """The file that it was read from, if it was."""
 
 
+# The options of the command that have an effect on pictures alone or on both kinds. All others are
+# refused with pictures.
+PICTURE_OPTIONS = frozenset(
+    {item.name for item in dataclasses.fields(PictureSettings)} - {"attention"}
+    | {"attn", "attn_arg"}
+    | SHARED_OPTIONS
+)
+
+
 def makes_pictures(model: str) -> bool:
     """Is a model, by its folder or hub id, a pipeline of pictures that can be made larger?"""
     source = find_model(model)
@@ -81,25 +79,6 @@ def makes_pictures(model: str) -> bool:
     else:
         index = source / "model_index.json"
     return json.loads(index.read_text("utf-8")).get("_class_name") in _CLASSES
-
-
-def refuse_for_pictures(given: Collection[str]) -> None:
-    """Refuse options of the command line that have no effect on pictures."""
-    names = [option(name) for name in _FOR_VIDEOS if name in given]
-    if names:
-        hint = "; for pictures it is --strengths" if "strength" in given else ""
-        raise UserError(f"{', '.join(names)} cannot be given with a model of pictures{hint}")
-
-
-def refuse_for_videos(given: Collection[str]) -> None:
-    """Refuse options of the command line that have no effect on videos."""
-    names = ("strengths", "attn", "attn_arg", "attn_config")
-    wrong = [option(name) for name in names if name in given]
-    if wrong:
-        raise UserError(
-            f"{', '.join(wrong)} cannot be given with a model of videos, whose two paths are"
-            f" FreeSwim's"
-        )
 
 
 def picture_attention(options: MethodOptions) -> Mapping[str, Any] | None:

@@ -119,7 +119,7 @@ class Method(ABC):
     """
 
     type: ClassVar[str]
-    paper: ClassVar[str]
+    paper: ClassVar[str] = ""
     # The largest number of dense layers that `for_model` recommends for any model or video size.
     most_dense_layers: ClassVar[int] = 0
     # Whether `attend` needs nothing but its tensors and the grid, so that compiled code may call it

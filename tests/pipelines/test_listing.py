@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from diffattn.methods import METHODS
+from diffattn.methods import METHODS, DenseAttn
 from diffattn.models import FAMILIES
 
 
@@ -25,6 +25,17 @@ def test_defaults_are_listed(diffattn):
     lines = diffattn("methods").out.splitlines()
     assert any(line.split()[:2] == ["block_rule", "[covering]"] for line in lines)
     assert any(line.split()[:3] == ["decay_factor", "[by", "model]"] for line in lines)
+
+
+def test_a_default_that_is_made_is_listed(diffattn, monkeypatch):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(DenseAttn):
+        steps: tuple[int, ...] = dataclasses.field(default_factory=lambda: (3, 4))
+
+    monkeypatch.setitem(METHODS, "mine", Mine)
+    assert any(
+        line.split() == ["steps", "[(3,", "4)]"] for line in diffattn("methods").out.splitlines()
+    )
 
 
 def test_every_family_with_its_model_classes_is_listed(diffattn):

@@ -85,6 +85,24 @@ class TestTrain:
         assert diffattn("generate", "--from", "own.json", "-o", "again.png").code == 0
         assert (frames("own") == frames("again")).all()
 
+    def test_what_a_run_is_made_of_is_settled_once(
+        self, trained: Path, generate: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from diffattn import models
+        from diffattn.lora import adapter
+
+        asked: list[str] = []
+        for module, name in ((adapter, "read_record"), (models, "pipeline_grid")):
+            answer = getattr(module, name)
+
+            def ask(*arguments: Any, name: str = name, answer: Any = answer) -> Any:
+                asked.append(name)
+                return answer(*arguments)
+
+            monkeypatch.setattr(module, name, ask)
+        assert generate("a cat", "-o", "own.png", "--lora", trained, "--compare").code == 0
+        assert asked == ["read_record", "pipeline_grid"]
+
     def test_stock_diffusers_loads_it(self, trained: Path, tiny_wan: Path) -> None:
         from diffusers import WanPipeline
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffattn import TokenGrid
 from diffattn.pipelines import processes
 from diffattn.pipelines.errors import UserError
 from diffattn.pipelines.request import Request
@@ -19,6 +20,7 @@ from diffattn.pipelines.request import Request
 PROMPT = "a red circle"
 SPARSE = [f"--attn-arg={part}" for part in ("rule=paper", "sink=false", "dense_steps=1")]
 SIZE = ["--height", "32", "--width", "48", "--num-frames", "13", "--steps", "2"]
+GRID = TokenGrid(2, 2, 3)  # of 5 frames of 32 x 48 pixels
 DEADLINE = 180  # far more than it takes on idle processors
 
 
@@ -86,7 +88,7 @@ class TestRefused:
         monkeypatch.setenv("WORLD_SIZE", str(count))
         pipe = WanPipeline.from_pretrained(tiny_wan)
         with pytest.raises(UserError, match=message):
-            processes.spread(pipe, complete(**changes))
+            processes.spread(pipe, complete(**changes), GRID)
 
     @pytest.mark.usefixtures("two_processes")
     def test_a_model_without_a_plan(self, tiny_wan, monkeypatch):
@@ -94,7 +96,7 @@ class TestRefused:
 
         monkeypatch.setattr(WanTransformer3DModel, "_cp_plan", None)
         with pytest.raises(UserError, match="WanTransformer3DModel cannot be spread over proc"):
-            processes.spread(WanPipeline.from_pretrained(tiny_wan), complete())
+            processes.spread(WanPipeline.from_pretrained(tiny_wan), complete(), GRID)
 
     def test_what_a_method_cannot_do(self, generate, monkeypatch):
         from diffattn import RadialAttn

@@ -10,13 +10,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 
 from diffattn._checks import FLAG, Allowed, check_fields, count, is_whole, number
-from diffattn.attention import DEFAULT_BACKENDS, attention, choose_backend
+from diffattn.attention import DEFAULT_BACKENDS, asked_backend, attention, choose_backend
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.kernels.linear import CHUNK, linear_attention
@@ -30,6 +30,15 @@ from diffattn.models.projections import with_input_maps
 FAMILIES_WITH_IT = ("unet", *(family.name for family in FAMILIES if family.rotary is not None))
 
 _IDENTITY = -1
+
+# What computes linear attention under each backend of `attention`: a kernel, or matrix products,
+# which every device has.
+_BACKENDS: dict[str, Literal["torch", "triton"]] = {
+    "triton": "triton",
+    "cpu": "torch",
+    "flex": "torch",
+    "reference": "torch",
+}
 
 
 def _is_width(mid_dim: Any) -> bool:
@@ -158,9 +167,13 @@ class LinFusionAttn(Method):
         rotation: torch.Tensor | None,
         key_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        # Matrix products do for every device that has no kernel.
         device = query.device
-        chosen = choose_backend(device) if device.type in DEFAULT_BACKENDS else "torch"
+        has_kernel = device.type in DEFAULT_BACKENDS
+        chosen = choose_backend(device) if has_kernel else asked_backend() or "cpu"
+        if chosen not in _BACKENDS:
+            raise NotImplementedError(
+                f"backend {chosen!r} has no linear attention; choose from {', '.join(_BACKENDS)}"
+            )
         return linear_attention(
             query,
             key,
@@ -169,7 +182,7 @@ class LinFusionAttn(Method):
             key_mask=key_mask,
             rotation=rotation,
             chunk=self.chunk,
-            backend="triton" if chosen == "triton" else "torch",
+            backend=_BACKENDS[chosen],
         )
 
     # What a layout holds depends on the mask: that cannot be traced, compiled code breaks here.

@@ -1,0 +1,77 @@
+"""Options that commands share, and which of its options a command was given."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .request import BUNDLED_MODEL
+
+_FROM_MODEL = "Default: the model's."
+
+Model = Annotated[
+    str | None,
+    typer.Option(help=f"Pipeline folder or hub id (default: the bundled {BUNDLED_MODEL})."),
+]
+Pixels = Annotated[int | None, typer.Option(help="Pixels (default: the model's).")]
+Count = Annotated[int | None, typer.Option(help=_FROM_MODEL)]
+Number = Annotated[float | None, typer.Option(help=_FROM_MODEL)]
+
+# The attention method of commands that run a model.
+Attn = Annotated[
+    str | None, typer.Option(help="Attention method, see `diffattn methods` (default: radial).")
+]
+AttnArg = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="Parameter of the method.")
+]
+AttnConfig = Annotated[
+    Path | None, typer.Option(help="JSON file with the method and its parameters.")
+]
+
+# That of commands that are about a method.
+MethodName = Annotated[str, typer.Option("--method", help="See `diffattn methods`.")]
+MethodArg = Annotated[
+    list[str] | None,
+    typer.Option("--arg", metavar="NAME=VALUE", help="Parameter of the method."),
+]
+Grid = Annotated[
+    str | None,
+    typer.Option(
+        help="Latent frames x height x width in tokens; text tokens as 21x30x52+256 or 256+64x64."
+    ),
+]
+
+
+def given_options(context: typer.Context, apart: Collection[str]) -> dict[str, Any]:
+    """The options that have a value, by the names of the command's parameters, in their order.
+
+    A command hands them on as settings, whose names are checked there: an option that is no setting
+    is an error, not ignored.
+
+    Args:
+        context: of the command.
+        apart: parameters that are left out: what the command takes by itself.
+    """
+    values = {str(parameter.name): context.params[parameter.name] for parameter in _all(context)}
+    return {
+        name: value
+        for name, value in values.items()
+        # Options that may be given several times are empty when they are not.
+        if name not in apart and value is not None and value != ()
+    }
+
+
+def written_options(context: typer.Context) -> list[str]:
+    """The names of the parameters that the user wrote, whatever the others' defaults."""
+    names = [str(parameter.name) for parameter in _all(context)]
+    return [
+        name
+        for name in names
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+
+
+def _all(context: typer.Context) -> list[Any]:
+    """The parameters of the command; --help is none of them."""
+    return [p for p in context.command.params if p.name in context.params]

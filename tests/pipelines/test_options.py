@@ -1,0 +1,77 @@
+"""No option of a command is ignored: each is a setting of what the command does, or refused."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+
+from diffattn import plan
+from diffattn.lora.settings import TrainSettings
+from diffattn.pipelines import cli, lora_cli, upscale, upscale_picture
+from diffattn.pipelines.lora_train import TrainJob
+from diffattn.pipelines.request import Request
+from diffattn.pipelines.selection_picture import Call
+
+from .conftest import Result
+
+
+def options_of(*path: str) -> set[str]:
+    command = typer.main.get_command(cli.app)
+    for name in path:
+        command = command.commands[name]
+    return {parameter.name for parameter in command.params}
+
+
+def fields_of(*classes: type) -> set[str]:
+    return {item.name for cls in classes for item in dataclasses.fields(cls)}
+
+
+def test_each_option_is_a_setting() -> None:
+    assert options_of("generate") - {*cli._NOT_OF_A_REQUEST} <= fields_of(Request)
+    assert options_of("plan") - {*cli._NOT_OF_A_PLAN} <= {*inspect.signature(plan).parameters}
+    of_run = options_of("mask") - {*cli._NOT_OF_A_RUN} - {*cli._OF_A_CALL}
+    assert of_run <= fields_of(Request)
+    assert {*cli._OF_A_CALL} <= fields_of(Call)
+    of_training = {
+        lora_cli._PLURALS.get(name, name)
+        for name in options_of("lora", "train") - {*lora_cli._APART}
+    }
+    assert of_training <= fields_of(TrainJob, TrainSettings)
+
+
+def test_each_option_of_upscale_has_an_effect_on_videos_or_pictures() -> None:
+    known = upscale.VIDEO_OPTIONS | upscale_picture.PICTURE_OPTIONS
+    assert options_of("upscale") == known
+
+
+def test_an_option_that_is_no_setting_is_an_error(
+    diffattn: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # As if they were new, and nobody had said what becomes of them.
+    monkeypatch.setattr(cli, "_NOT_OF_A_REQUEST", ("prompt", "attn", "attn_arg", "attn_config"))
+    error = diffattn("generate", "a cat", "-o", tmp_path / "a.gif").error
+    assert error == "unknown setting 'output'"
+
+
+@pytest.mark.parametrize("kind", ["videos", "pictures"])
+def test_an_option_of_upscale_that_is_no_setting_is_an_error(
+    kind: str, diffattn: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upscale_picture, "makes_pictures", lambda model: kind == "pictures")
+    for module, name in ((upscale, "VIDEO_OPTIONS"), (upscale_picture, "PICTURE_OPTIONS")):
+        monkeypatch.setattr(module, name, getattr(module, name) - {"seed", "steps"})
+    error = diffattn("upscale", "a cat", "--seed", 3, "--height", 64, "--steps", 2).error
+    assert error.startswith(f"--steps, --seed cannot be given with a model of {kind}")
+
+
+@pytest.mark.parametrize("name", sorted(upscale.VIDEO_OPTIONS - upscale_picture.PICTURE_OPTIONS))
+def test_options_for_videos_are_refused_with_pictures(
+    name: str, diffattn: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upscale_picture, "makes_pictures", lambda model: True)
+    option = "--" + name.replace("_", "-")
+    error = diffattn("upscale", "a cat", option, "1").error
+    assert error.startswith(f"{option} cannot be given with a model of pictures")
