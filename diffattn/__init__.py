@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from diffattn import methods, models
 from diffattn._pipeline_method import add_pipeline_method
-from diffattn.attention import attention, register_backend
 from diffattn.block_forms import from_block_mask
 from diffattn.blocks import BlockLayout
 from diffattn.costs import Estimate
@@ -27,11 +26,12 @@ from diffattn.methods import (
     VMoBAAttn,
     register_method,
 )
+from diffattn.operator import attention, register_backend
 from diffattn.planning import Plan, plan
 
 if TYPE_CHECKING:
     from diffattn.attach import Attachment, set_attn_processor
-    from diffattn.methods.agent.calibration import calibrate_agent
+    from diffattn.calibration import calibrate_agent
     from diffattn.methods.clear.checkpoint import load_clear_checkpoint
     from diffattn.methods.linfusion.checkpoint import (
         load_linfusion_checkpoint,
@@ -80,7 +80,7 @@ add_pipeline_method()
 # Attaching imports diffusers, which takes seconds: it waits until it is asked for.
 _HOMES = {
     "Attachment": "attach",
-    "calibrate_agent": "methods.agent.calibration",
+    "calibrate_agent": "calibration",
     "load_clear_checkpoint": "methods.clear.checkpoint",
     "load_linfusion_checkpoint": "methods.linfusion.checkpoint",
     "save_linfusion_checkpoint": "methods.linfusion.checkpoint",

@@ -17,9 +17,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from diffattn._compat import ContextParallel
-from diffattn.attention import attention
 from diffattn.blocks import BlockLayout
 from diffattn.methods.base import Method, Site, is_mask_alone
+from diffattn.operator import attention
 
 # torch 2.13 has renamed it.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from diffattn.attention import check_triton, choose_backend
 from diffattn.blocks import unpack_bits
 from diffattn.kernels.cpu import gather as gather_cpu
 from diffattn.kernels.reference import reference_attention
 from diffattn.kernels.transforms import is_forward_mode
 from diffattn.mask import AttentionMask
+from diffattn.operator import check_triton, choose_backend
 from diffattn.partition import KeyBlocks
 from diffattn.unions import prefers_union, union_attention
 
@@ -44,7 +44,7 @@ def selected_attention(
         bits: what `select_blocks` returns.
         scale: factor of the scores; 1 / sqrt(head_dim) when None.
         key_mask: bool (batch, tokens): False hides a key from every query, as padding does.
-        backend: "triton", "cpu" or "reference", by default chosen as for `diffattn.attention`.
+        backend: "triton", "cpu" or "reference", by default chosen as for `diffattn.operator`.
 
     Returns:
         (batch, tokens, heads, head_dim) in the dtype of `query`.

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import torch
 
-from diffattn.attention import attention, attention_gradients, choose_backend
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.kernels.transforms import is_forward_mode
+from diffattn.operator import attention, attention_gradients, choose_backend
 from diffattn.orders import TileOrder
 
 _serials = itertools.count()

@@ -12,9 +12,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from diffattn.attention import attention
 from diffattn.blocks import BlockLayout, unpack_bits
 from diffattn.mask import BLOCK
+from diffattn.operator import attention
 from diffattn.partition import KeyBlocks
 
 _WORDS = BLOCK // 32

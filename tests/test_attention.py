@@ -19,7 +19,8 @@ from diffattn import (
     attention,
     from_block_mask,
 )
-from diffattn.attention import (
+from diffattn.kernels.reference import reference_attention
+from diffattn.operator import (
     BACKEND_VARIABLE,
     BACKENDS,
     Backend,
@@ -27,7 +28,6 @@ from diffattn.attention import (
     attention_gradients,
     choose_backend,
 )
-from diffattn.kernels.reference import reference_attention
 
 GRID = TokenGrid(5, 4, 7, text_after=3)
 
@@ -239,7 +239,7 @@ def test_the_choice_is_logged_once(
     monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
     _log_choice.cache_clear()
     q, k, v = inputs()
-    with caplog.at_level(logging.DEBUG, "diffattn.attention"):
+    with caplog.at_level(logging.DEBUG, "diffattn.operator"):
         for backend in (None, "cpu", "reference"):
             attention(q, k, v, MASKS["full"], backend=backend)
     assert [record.getMessage() for record in caplog.records] == [

@@ -11,9 +11,9 @@ from triton_device import triton_device
 
 import diffattn
 from diffattn import FullMask, RadialAttn, TokenGrid, attention
-from diffattn.attention import BACKEND_VARIABLE
 from diffattn.kernels.cpu import block_sparse as cpu_kernel
 from diffattn.kernels.reference import reference_attention
+from diffattn.operator import BACKEND_VARIABLE
 from diffattn.traced import remember, traced_attention
 
 SPARSE = RadialAttn(

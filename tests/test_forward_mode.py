@@ -15,8 +15,8 @@ from triton_device import triton_device
 
 import diffattn
 from diffattn import FullMask, GNAAttn, PredicateMask, RadialAttn, TokenGrid, attention
-from diffattn.attention import BACKEND_VARIABLE, attention_gradients
 from diffattn.kernels.linear import linear_attention
+from diffattn.operator import BACKEND_VARIABLE, attention_gradients
 from diffattn.orders import TileOrder
 from diffattn.partition import KeyBlocks
 from diffattn.selected import dense_mask, selected_attention

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from diffattn.attention import attention
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states
 from diffattn.kernels.common.tile_tables import Choice
 from diffattn.kernels.gather import selected_attention
 from diffattn.kernels.linear import linear_attention
+from diffattn.operator import attention
 from gpu_run import adapter
 from gpu_run.accuracy import Deviation, attend, each
 from gpu_run.adapter import NotTakenError

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 import torch
 
 from diffattn._checks import check_fields, count
-from diffattn.attention import attention
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import BLOCK, AttentionMask, TextMask
 from diffattn.methods.token_merging import Merging
+from diffattn.operator import attention
 from diffattn.orders import TileOrder
 from diffattn.schedule import check_steps
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from diffattn.attention import attention
-from diffattn.blocks import FULL, BlockLayout, layout_from_states
 from diffattn.grid import TokenGrid
-from diffattn.mask import BLOCK
 from diffattn.methods.base import SiteWeights
 
 
@@ -57,44 +54,3 @@ def pooled(x: torch.Tensor, grid: TokenGrid, weight: torch.Tensor) -> torch.Tens
     cells = whole.unflatten(3, (columns, side)).unflatten(2, (rows, side))
     out = torch.einsum("bfyaxche,ac->bfyxhe", cells, weight.to(x.device, x.dtype))
     return out.flatten(1, 3)
-
-
-def every_pair(tokens_q: int, tokens_kv: int, device: torch.device) -> BlockLayout:
-    """The layout of attention from each query to each of other keys."""
-    states = torch.full((-(-tokens_q // BLOCK), -(-tokens_kv // BLOCK)), FULL, dtype=torch.uint8)
-    return layout_from_states(
-        states.to(device),
-        None,
-        tokens_q=tokens_q,
-        tokens_kv=tokens_kv,
-        block_q=BLOCK,
-        block_kv=BLOCK,
-    )
-
-
-def add_keys(
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: BlockLayout,
-    scale: float | None,
-    key_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """What an attention becomes with more keys in the same softmax.
-
-    Args:
-        out: its output, (batch, tokens, heads, head_dim).
-        lse: its log-sum-exp, (batch, heads, tokens).
-        query: its queries.
-        key, value: the keys and values that are to be added.
-        layout: which of them queries see.
-        scale: factor of the scores.
-        key_mask: bool (batch, keys): False for those of them that are padding.
-    """
-    more, lse_of_more = attention(
-        query, key, value, layout, scale=scale, key_mask=key_mask, return_lse=True
-    )
-    share = (lse_of_more - lse).sigmoid().transpose(1, 2)[..., None]
-    return torch.lerp(out, more, share.to(out.dtype))

@@ -22,8 +22,8 @@ from diffattn.blocks import PARTIAL
 from diffattn.kernels.reference import reference_attention
 from diffattn.mask import Blocking
 from diffattn.methods import Site, from_dict
-from diffattn.methods.pooling import add_keys, every_pair
 from diffattn.models import family_of
+from diffattn.operator import add_keys, every_pair
 
 GOLDENS = golden_files.GOLDENS / "clear"
 

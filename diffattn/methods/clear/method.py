@@ -13,13 +13,13 @@ from typing import Any, ClassVar, Self
 import torch
 
 from diffattn._checks import FLAG, check_fields, choice, count, number
-from diffattn.attention import attention
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import BLOCK, AttentionMask
 from diffattn.methods.base import Site, SiteWeights, StaticMaskMethod
 from diffattn.methods.clear.disk import DiskMask, best_tile, disk_limits
-from diffattn.methods.pooling import CellWeights, add_keys, cells, every_pair, mean_weight, pooled
+from diffattn.methods.pooling import CellWeights, cells, mean_weight, pooled
+from diffattn.operator import add_keys, attention, every_pair
 from diffattn.orders import TileOrder
 
 # Of the radii with published weights (8, 16, 32) the smallest that does not repeat patterns in

@@ -16,15 +16,21 @@ import torch
 import torch.nn.functional as F
 
 from diffattn._checks import FLAG, Allowed, check_fields, count, is_whole, number
-from diffattn.attention import DEFAULT_BACKENDS, asked_backend, attention, choose_backend
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.kernels.linear import CHUNK, linear_attention
 from diffattn.methods.base import Method, Site, SiteState, SiteWeights, Work
 from diffattn.methods.checkpoint import parameters_by_own_name
-from diffattn.methods.pooling import add_keys, every_pair
 from diffattn.models import FAMILIES, family_of
 from diffattn.models.projections import with_input_maps
+from diffattn.operator import (
+    DEFAULT_BACKENDS,
+    add_keys,
+    asked_backend,
+    attention,
+    choose_backend,
+    every_pair,
+)
 
 # Transformers where what their attention sites are handed of positions is known, see `Family`.
 FAMILIES_WITH_IT = ("unet", *(family.name for family in FAMILIES if family.rotary is not None))

@@ -1,4 +1,4 @@
-"""attention(): the one differentiable operator, and the only caller of the kernels."""
+"""attention(): softmax attention under a mask, differentiable, by the backend of the device."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal, overload
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from diffattn.block_forms import to_block_mask
 from diffattn.blocks import FULL, BlockLayout, layout_from_states
+from diffattn.flex_backend import flex_forward
 from diffattn.kernels.cpu import block_sparse as cpu_kernel
 from diffattn.kernels.reference import reference_attention
 from diffattn.kernels.transforms import first_order, is_forward_mode
@@ -154,7 +152,7 @@ def attention(
         if not is_forward_mode():
             return _dense_attention(query, key, value, key_mask, scale)
         # Torch's fused attention has no tangents.
-        mask = _dense_layout(query, key)
+        mask = every_pair(query.shape[1], key.shape[1], query.device)
     chosen = BACKENDS[choose_backend(query.device, backend)]
     layout = _layout_of(mask, query, key, order)
     if order is not None:
@@ -257,6 +255,34 @@ def asked_backend(backend: str | None = None) -> str | None:
     if name is not None and name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
     return name
+
+
+def add_keys(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: BlockLayout,
+    scale: float | None,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What an attention becomes with more keys in the same softmax.
+
+    Args:
+        out: its output, (batch, tokens, heads, head_dim).
+        lse: its log-sum-exp, (batch, heads, tokens).
+        query: its queries.
+        key, value: the keys and values that are to be added.
+        layout: which of them queries see.
+        scale: factor of the scores.
+        key_mask: bool (batch, keys): False for those of them that are padding.
+    """
+    more, lse_of_more = attention(
+        query, key, value, layout, scale=scale, key_mask=key_mask, return_lse=True
+    )
+    share = (lse_of_more - lse).sigmoid().transpose(1, 2)[..., None]
+    return torch.lerp(out, more, share.to(out.dtype))
 
 
 def choose_backend(device: torch.device, backend: str | None = None) -> str:
@@ -396,96 +422,10 @@ def _reference_forward(
     return out.to(query.dtype).contiguous(), lse.to(lse_dtype)
 
 
-def _flex_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: BlockLayout,
-    scale: float | None,
-    key_mask: torch.Tensor | None,
-    return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if query.dtype not in FLEX_DTYPES:
-        raise ValueError(
-            f"backend 'flex' computes in {', '.join(map(str, FLEX_DTYPES))}, not {query.dtype}"
-        )
-    if is_forward_mode():
-        raise NotImplementedError(
-            "backend 'flex' has no forward-mode derivatives (torch.func.jvp, dual_level); leave the"
-            " backend out, or pass backend='reference' to check results"
-        )
-    if query.device.type == "cpu":
-        needs_grad = any(x.requires_grad for x in (query, key, value))
-        for wanted, what in (
-            (return_lse, "log-sum-exp"),
-            (needs_grad and torch.is_grad_enabled(), "gradients"),
-        ):
-            if wanted:
-                raise NotImplementedError(
-                    f"backend 'flex' has no {what} on the CPU; leave the backend out, or pass"
-                    f" backend='cpu'"
-                )
-        # It refuses tensors that require gradients even where none are recorded.
-        query, key, value = query.detach(), key.detach(), value.detach()
-    if key_mask is not None:
-        block_mask = to_block_mask(layout, key_mask=key_mask)
-    elif layout in _block_masks:
-        block_mask = _block_masks[layout]
-    else:
-        block_mask = _block_masks[layout] = to_block_mask(layout)
-    with torch._dynamo.config.patch(recompile_limit=FLEX_VARIANTS):
-        out, lse = _compiled_flex()(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            block_mask,
-            scale,
-            return_lse,
-        )
-    return out.transpose(1, 2).contiguous(), lse
-
-
-_block_masks: WeakKeyDictionary[BlockLayout, BlockMask] = WeakKeyDictionary()
-
-
-@functools.cache
-def _compiled_flex() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    # In one graph or not at all: eager flex_attention works out every token pair. Once for every
-    # shape: Inductor's C++ of tables whose shapes vary does not compile.
-    return torch.compile(_flex, fullgraph=True, dynamic=False)
-
-
-def _flex(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    block_mask: BlockMask,
-    scale: float | None,
-    return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "backend 'flex' needs torch.compile, which is switched off here (TORCHDYNAMO_DISABLE or"
-            " torch.compiler.set_stance); switch it on, or choose another backend"
-        )
-    out, aux = flex_attention(
-        query,
-        key,
-        value,
-        block_mask=block_mask,
-        scale=scale,
-        return_aux=AuxRequest(lse=return_lse),
-    )
-    return out, aux.lse
-
-
-FLEX_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FLEX_VARIANTS = 64  # shapes of layouts and tensors that it is compiled for in one process
-
 BACKENDS: dict[str, Backend] = {
     "triton": _kernel_backend(_triton_kernel),
     "cpu": _kernel_backend(lambda: cpu_kernel),
-    "flex": _by_autograd(_flex_forward),
+    "flex": _by_autograd(flex_forward),
     "reference": _by_autograd(_reference_forward),
 }
 
@@ -510,11 +450,11 @@ def _dense_attention(
     return out.transpose(1, 2)
 
 
-def _dense_layout(query: torch.Tensor, key: torch.Tensor) -> BlockLayout:
-    tokens_q, tokens_kv = query.shape[1], key.shape[1]
-    blocks = (-(-tokens_q // BLOCK), -(-tokens_kv // BLOCK))
+def every_pair(tokens_q: int, tokens_kv: int, device: torch.device) -> BlockLayout:
+    """The layout of attention from each query to each of other keys."""
+    states = torch.full((-(-tokens_q // BLOCK), -(-tokens_kv // BLOCK)), FULL, dtype=torch.uint8)
     return layout_from_states(
-        torch.full(blocks, FULL, dtype=torch.uint8, device=query.device),
+        states.to(device),
         None,
         tokens_q=tokens_q,
         tokens_kv=tokens_kv,
