@@ -35,8 +35,8 @@ from cpu import CLOCKS, DTYPES, dense_attention, environment, milliseconds, peak
 
 from diffattn import AgentAttn, LinFusionAttn, Method, TokenGrid
 from diffattn.methods import Site
+from diffattn.methods.agent.merging import cell_offsets, match, partition
 from diffattn.methods.linfusion.method import LinFusionWeights
-from diffattn.methods.token_merging import cell_offsets, match, partition
 
 SIZES = (4096, 8192, 16384, 32768, 65536)
 

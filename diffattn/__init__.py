@@ -30,7 +30,7 @@ from diffattn.operator import attention, register_backend
 from diffattn.planning import Plan, plan
 
 if TYPE_CHECKING:
-    from diffattn.attach import Attachment, set_attn_processor
+    from diffattn.attach.attachment import Attachment, set_attn_processor
     from diffattn.calibration import calibrate_agent
     from diffattn.methods.clear.checkpoint import load_clear_checkpoint
     from diffattn.methods.linfusion.checkpoint import (

@@ -28,7 +28,7 @@ def add_pipeline_method() -> None:
 
 def set_attn_processor(self: Any, processor: Any) -> Any:
     """Attend by a method of diffattn; see `diffattn.set_attn_processor`."""
-    from diffattn.attach import set_attn_processor
+    from diffattn.attach.attachment import set_attn_processor
 
     return set_attn_processor(self, processor)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from diffattn.attach import Attachment, set_attn_processor
+from diffattn.attach.attachment import Attachment, set_attn_processor
 from diffattn.methods.agent.agents import dense_attention
 from diffattn.methods.agent.method import AgentAttn, asking, sharpness
 from diffattn.methods.base import Site, SiteWeights

@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from diffattn.attached_model import attached_to, site_names
+from diffattn.attach.denoiser import attached_to
+from diffattn.attach.sites import site_names
 from diffattn.lora.errors import LoraError
 from diffattn.lora.settings import TrainSettings
 from diffattn.models import family_of

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from diffattn.attached_model import site_names
+from diffattn.attach.sites import site_names
 from diffattn.lora.recipes.base import Recipe
 from diffattn.lora.settings import TrainSettings
 from diffattn.models import family_of
 
 if TYPE_CHECKING:
-    from diffattn.attach import Attachment
+    from diffattn.attach.attachment import Attachment
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffattn.attached_model import attached_to
+from diffattn.attach.denoiser import attached_to
 from diffattn.lora.cache import (
     CachedClips,
     entry_key,

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
 
-from diffattn.attach import Attachment, set_attn_processor
+from diffattn.attach.attachment import Attachment, set_attn_processor
 from diffattn.lora.adapter import LORA_FILE, LoraRecord, add_adapter, save_adapter
 from diffattn.lora.cache import fingerprint
 from diffattn.lora.checkpoint import (

@@ -11,10 +11,10 @@ from triton_device import triton_device
 
 import diffattn
 from diffattn import FullMask, RadialAttn, TokenGrid, attention
+from diffattn.attach.compiled import remember, traced_attention
 from diffattn.kernels.cpu import block_sparse as cpu_kernel
 from diffattn.kernels.reference import reference_attention
 from diffattn.operator import BACKEND_VARIABLE
-from diffattn.traced import remember, traced_attention
 
 SPARSE = RadialAttn(
     decay_factor=0.0, split_threshold=8, block_size=4, dense_layers=0, dense_steps=0

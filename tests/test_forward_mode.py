@@ -15,12 +15,12 @@ from triton_device import triton_device
 
 import diffattn
 from diffattn import FullMask, GNAAttn, PredicateMask, RadialAttn, TokenGrid, attention
+from diffattn.attach.compiled import remember, traced_attention, traced_method
 from diffattn.kernels.linear import linear_attention
 from diffattn.operator import BACKEND_VARIABLE, attention_gradients
 from diffattn.orders import TileOrder
 from diffattn.partition import KeyBlocks
 from diffattn.selected import dense_mask, selected_attention
-from diffattn.traced import remember, traced_attention, traced_method
 
 Tensors = tuple[torch.Tensor, ...]
 Function = Callable[..., Any]

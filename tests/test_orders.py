@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffattn import AttentionMask, FullMask, PredicateMask, RadialAttn, TokenGrid
+from diffattn.attach.compiled import remember, traced_attention
+from diffattn.attach.context_parallel import attend_queries
 from diffattn.kernels.reference import reference_attention
 from diffattn.mask import Blocking, BlockMapMask, TextMask
 from diffattn.methods import DenseAttn, Site
 from diffattn.methods.neighbourhood import AxisWindow, NeighbourhoodMask
 from diffattn.operator import attention, attention_gradients
 from diffattn.orders import TileOrder, tile_for
-from diffattn.parallel import attend_queries
-from diffattn.traced import remember, traced_attention
 
 GRIDS = [
     TokenGrid(5, 7, 11),

@@ -19,8 +19,8 @@ from parallel_worker import REFUSED, RUNS, SECONDS_TO_WAIT, MoreThanAMask
 from stock import NEARBY
 
 from diffattn import RadialAttn, TokenGrid, _compat
+from diffattn.attach.context_parallel import _rows_of, _sort_parts, _unsort_parts, attend_queries
 from diffattn.methods import Site
-from diffattn.parallel import _rows_of, _sort_parts, _unsort_parts, attend_queries
 
 DEADLINE = 120 + SECONDS_TO_WAIT  # far more than it takes on idle processors
 

@@ -10,11 +10,11 @@ from stock import NEARBY
 
 import diffattn
 from diffattn import FullMask, LinFusionAttn, PredicateMask, TokenGrid, VMoBAAttn, attention
+from diffattn.attach.compiled import remember, traced_attention
 from diffattn.blocks import BlockLayout
 from diffattn.kernels.reference import reference_attention
 from diffattn.methods import Site
 from diffattn.operator import BACKEND_VARIABLE, BACKENDS
-from diffattn.traced import remember, traced_attention
 
 GRID = TokenGrid(2, 3, 4, text_after=2)
 MASK = PredicateMask(GRID, lambda q, k: (q - k).abs() < 7)

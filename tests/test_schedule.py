@@ -2,7 +2,8 @@
 
 import pytest
 
-from diffattn.schedule import RunClock, check_steps, resolve_steps
+from diffattn.attach.run_clock import RunClock
+from diffattn.schedule import check_steps, resolve_steps
 
 
 class Scheduler:

@@ -19,7 +19,7 @@ from peft import LoraConfig
 
 import diffattn
 from diffattn import RadialAttn
-from diffattn.attached_model import attached_to
+from diffattn.attach.denoiser import attached_to
 
 SPARSE = RadialAttn(
     decay_factor=0.0, split_threshold=8, block_size=4, dense_layers=0, dense_steps=0

@@ -12,13 +12,14 @@ from diffattn._checks import check_fields, count
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import BLOCK, AttentionMask, TextMask
-from diffattn.methods.token_merging import Merging
 from diffattn.operator import attention
 from diffattn.orders import TileOrder
 from diffattn.schedule import check_steps
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
+
+    from diffattn.methods.agent.merging import Merging
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,33 @@ class SiteState(Protocol):
     """What may be asked of a site between its calls.
 
     Attributes:
+        method: the method that is attached, settled for the model.
+        video: the video tokens of the current call; None before a call.
         sparse: whether calls go to the method now; if not they are the model's own.
+        merging: how the tokens of the current call were merged; None where they were not.
     """
 
+    method: Method
+    video: TokenGrid | None
     sparse: bool
+    merging: Merging | None
+
+
+class AttachedSites(Protocol):
+    """The sites of a denoiser while methods are attached."""
+
+    @property
+    def step(self) -> int:
+        """The denoising step that the next call belongs to, from 0."""
+
+    def group_at(self, name: str) -> SiteState | None:
+        """The state of the site of a name; None where nothing is attached."""
 
 
 class Adaptation(Protocol):
     """A change of a denoiser outside of its attention sites, while a method is attached."""
 
-    def apply(self) -> None: ...
+    def apply(self, sites: AttachedSites) -> None: ...
 
     def undo(self) -> None: ...
 

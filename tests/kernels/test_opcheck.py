@@ -115,7 +115,7 @@ def opcheck(name: str, arguments: Arguments) -> None:
 
 
 def test_no_operator_is_left_out() -> None:
-    """Those of `diffattn.traced` are checked with what they are for, in tests/test_compile.py."""
+    """Those of `diffattn.attach.compiled` are checked in tests/test_compile.py."""
     registered = {
         name.removeprefix("diffattn::")
         for name in torch._C._dispatch_get_all_op_names()

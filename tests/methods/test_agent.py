@@ -22,7 +22,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import diffattn
 from diffattn import AgentAttn, TokenGrid
 from diffattn.methods import Site, from_dict
-from diffattn.methods.token_merging import cell_offsets, match, partition
+from diffattn.methods.agent.merging import cell_offsets, match, partition
 
 GOLDENS = golden_files.GOLDENS / "agent"
 EXACT = {"atol": 1e-5, "rtol": 1e-4}
@@ -573,7 +573,7 @@ def test_numbers_for_another_count_of_blocks_are_refused() -> None:
     model = CASES["hunyuanvideo"].build()
     with pytest.raises(ValueError, match=r"k_shortcut has 3 numbers, but Huny.* has 4 blocks"):
         diffattn.set_attn_processor(model, AgentAttn(k_shortcut=(0.1, 0.2, 0.3)))
-    assert diffattn.attached_model.attached_to(model) is None
+    assert diffattn.attach.attached_to(model) is None
 
 
 @pytest.mark.parametrize(
@@ -625,7 +625,7 @@ def test_merging_needs_no_table_of_all_pairs(monkeypatch: pytest.MonkeyPatch) ->
     x = noise(3, 11 * 13, 8)
     parts = partition(11, 13, (2, 3), cell_offsets(11, 13, (2, 3), (5,)))
     whole = match(x, *parts, 0.3, 0.8)
-    monkeypatch.setattr("diffattn.methods.token_merging._SCORES", 7 * len(parts[1]))
+    monkeypatch.setattr("diffattn.methods.agent.merging._SCORES", 7 * len(parts[1]))
     split = match(x, *parts, 0.3, 0.8)
     assert torch.equal(split.owner, whole.owner)
     assert whole.agent_of is not None

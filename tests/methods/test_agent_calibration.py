@@ -128,4 +128,4 @@ def test_runs_without_agents_are_refused() -> None:
         diffattn.calibrate_agent(pipe, lambda: run(pipe), AgentAttn(cell=(1, 1, 2)))
     with pytest.raises(ValueError, match="k_scale2 is empty: give at least one value"):
         diffattn.calibrate_agent(pipe, lambda: run(pipe), k_scale2=())
-    assert diffattn.attached_model.attached_to(pipe.transformer) is None
+    assert diffattn.attach.attached_to(pipe.transformer) is None

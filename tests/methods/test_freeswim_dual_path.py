@@ -14,7 +14,7 @@ from diffusers import WanTransformer3DModel
 from tiny_families import CASES, noise
 
 from diffattn import FreeSwimAttn, TokenGrid
-from diffattn.attached_model import attached_to
+from diffattn.attach.denoiser import attached_to
 from diffattn.methods.freeswim.dual_path import CrossStore, DualPath, store_bytes
 
 GOLDENS = golden_files.GOLDENS / "freeswim"

@@ -20,7 +20,7 @@ from tiny_families import BATCH, CASES, Case, noise
 
 import diffattn
 from diffattn import GNAAttn, TokenGrid
-from diffattn.attached_model import attached_to
+from diffattn.attach.denoiser import attached_to
 from diffattn.blocks import FULL
 from diffattn.kernels.reference import reference_attention
 from diffattn.mask import Blocking

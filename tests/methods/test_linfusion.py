@@ -436,7 +436,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=rf"attached to {type(model).__name__}: .* unet, wan"):
             diffattn.set_attn_processor(model, LinFusionAttn())
         assert not own_weights(model)
-        assert diffattn.attached_model.attached_to(model) is None
+        assert diffattn.attach.attached_to(model) is None
 
     @pytest.mark.parametrize(
         ("parameters", "message"),

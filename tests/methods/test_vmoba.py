@@ -20,12 +20,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffattn
 from diffattn import TokenGrid, VMoBAAttn
+from diffattn.attach.compiled import traced_method
 from diffattn.kernels.reference import reference_attention
 from diffattn.methods import Site, from_dict
 from diffattn.methods.vmoba.method import PARTITIONS
 from diffattn.operator import BACKEND_VARIABLE
 from diffattn.selected import dense_mask, selected_attention
-from diffattn.traced import traced_method
 
 GOLDENS = golden_files.GOLDENS / "vmoba"
 

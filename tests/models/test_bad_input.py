@@ -185,7 +185,7 @@ def test_a_processor_that_cannot_be_attached_leaves_the_model_as_it_was() -> Non
     with pytest.raises(ValueError, match=f"{name} has a AttnProcessor, which does not call"):
         diffattn.set_attn_processor(model, stock.NEARBY)
     assert all(model.attn_processors[name] is before[name] for name in before)
-    assert diffattn.attached_model.attached_to(model) is None
+    assert diffattn.attach.attached_to(model) is None
 
 
 def test_sites_that_share_a_processor_get_it_back() -> None:

@@ -26,7 +26,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def attached_sites(model: torch.nn.Module) -> list[str]:
-    attached = diffattn.attached_model.attached_to(model)
+    attached = diffattn.attach.attached_to(model)
     assert attached is not None
     return list(attached.sites)
 

@@ -24,7 +24,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffattn
 from diffattn import DenseAttn, TokenGrid
-from diffattn.attached_model import Group, attached_to
+from diffattn.attach.backend import Group
+from diffattn.attach.denoiser import attached_to
 from diffattn.methods import Method
 from diffattn.models import FAMILIES, family_of
 from diffattn.models.token_flow import TokenFlow
@@ -562,7 +563,7 @@ class TestRefusals:
         group = attached_to(model).groups[0]
         assert not group.sparse
         group.reordered = TileOrder(GRID, IN_TILES.tile)
-        backend = diffattn.attached_model._backend(group)
+        backend = diffattn.attach.backend.backend_of(group)
         x = torch.randn(1, GRID.tokens, 2, 24)
         return lambda **options: backend(x, x, x, **options)
 

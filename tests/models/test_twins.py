@@ -58,7 +58,7 @@ def test_bfloat16(name: str) -> None:
     with torch.no_grad():
         want = model(**inputs, return_dict=False)[0]
         diffattn.set_attn_processor(model, diffattn.DenseAttn(dense_layers=99))
-        attached = diffattn.attached_model.attached_to(model)
+        attached = diffattn.attach.attached_to(model)
         assert attached is not None
         got = model(**inputs, return_dict=False)[0]
     assert attached.sparse_calls == 0

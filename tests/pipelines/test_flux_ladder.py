@@ -12,7 +12,7 @@ from PIL import Image
 
 import diffattn
 from diffattn import CLEARAttn, TokenGrid
-from diffattn.attached_model import attached_to
+from diffattn.attach.denoiser import attached_to
 from diffattn.pipelines.errors import UserError
 from diffattn.pipelines.flux_ladder import upscale_flux
 

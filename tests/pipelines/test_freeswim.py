@@ -14,7 +14,7 @@ from accelerate.hooks import CpuOffload
 
 import diffattn
 from diffattn import FreeSwimAttn, GNAAttn
-from diffattn.attached_model import attached_to
+from diffattn.attach.denoiser import attached_to
 from diffattn.methods.freeswim.dual_path import DualPath
 from diffattn.models import SizeRules
 from diffattn.pipelines.freeswim import (

@@ -13,26 +13,31 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from diffattn.attached_model import Group, attached_to
-from diffattn.methods.agent.method import AgentAttn
-from diffattn.methods.token_merging import Merging, cell_offsets, match, partition
+from diffattn.methods.agent.merging import Merging, cell_offsets, match, partition
+from diffattn.methods.base import AttachedSites, Method, SiteState
 from diffattn.models import family_of
 from diffattn.models.base import argument, first_input
 
 
 @dataclass(frozen=True)
 class MergedBlocks:
-    """All blocks of a U-Net that have sites; those merge whose site has AgentAttn attached."""
+    """All blocks of a U-Net that have sites; those merge whose site has Agent Attention attached.
+
+    Attributes:
+        model: the U-Net.
+        agent: the class of the method whose sites merge.
+    """
 
     model: torch.nn.Module
+    agent: type[Method]
     _handles: list[RemovableHandle] = field(default_factory=list, repr=False, compare=False)
 
-    def apply(self) -> None:
+    def apply(self, sites: AttachedSites) -> None:
         latents = _Latents(_finest(self.model))
         hooks = [self.model.register_forward_pre_hook(latents.learn, with_kwargs=True)]
         for name, layer in family_of(self.model).layers(self.model).items():
             block: Any = self.model.get_submodule(name.rpartition(".")[0])
-            merged = _Block(self.model, name, layer, latents)
+            merged = _Block(sites, self.agent, name, layer, latents)
             hooks += [
                 block.register_forward_pre_hook(merged.enter, with_kwargs=True),
                 block.register_forward_hook(merged.leave, always_call=True),
@@ -84,13 +89,14 @@ class _Latents:
 class _Block:
     """The hooks of one transformer block."""
 
-    model: torch.nn.Module
+    sites: AttachedSites
+    agent: type[Method]
     site: str
     layer: int
     latents: _Latents
     _input: torch.Tensor | None = None
     _merging: Merging | None = None
-    _group: Group | None = None
+    _group: SiteState | None = None
 
     def enter(self, block: torch.nn.Module, args: Any, kwargs: Any) -> None:
         self._input = first_input(args, kwargs)
@@ -102,13 +108,12 @@ class _Block:
     @torch.compiler.disable
     def merge(self, attn: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         """Merge the tokens that go into self-attention, if they are to be."""
-        attached = attached_to(self.model)
-        group = None if attached is None else attached.group_at(self.site)
-        if group is None or not isinstance(group.method, AgentAttn) or self._input is None:
+        group = self.sites.group_at(self.site)
+        if group is None or not isinstance(group.method, self.agent) or self._input is None:
             return None
-        assert attached is not None
         assert group.video is not None
-        method, grid = group.method, group.video
+        method: Any = group.method
+        grid = group.video
         stride = method.stride if group.sparse else method.late_stride
         if not self.latents.is_touched(grid.height, method.max_downsample) or (
             method.ratio == 0 and not group.sparse
@@ -122,7 +127,7 @@ class _Block:
                 f" several, which a mask may treat differently; attach another method, or leave the"
                 f" mask out"
             )
-        seed = None if method.seed is None else (method.seed, attached.owner.clock.step, self.layer)
+        seed = None if method.seed is None else (method.seed, self.sites.step, self.layer)
         offsets = cell_offsets(grid.height, grid.width, stride, seed)
         parts = partition(grid.height, grid.width, stride, offsets)
         agent_ratio = method.agent_ratio if group.sparse else 0.0

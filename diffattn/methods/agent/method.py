@@ -185,7 +185,7 @@ class AgentAttn(Method):
         # It imports diffusers.
         from diffattn.methods.agent.merged_blocks import MergedBlocks
 
-        return MergedBlocks(model)
+        return MergedBlocks(model, type(self))
 
     def layer_weights(self, layer: int) -> SiteWeights | None:
         if not isinstance(self.k_scale2, tuple) and not isinstance(self.k_shortcut, tuple):

@@ -16,7 +16,7 @@ from diffattn._checks import FLAG, check_fields, choice, count, number
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.mask import BLOCK, AttentionMask
-from diffattn.methods.base import Site, SiteWeights, StaticMaskMethod
+from diffattn.methods.base import AttachedSites, Site, SiteWeights, StaticMaskMethod
 from diffattn.methods.clear.disk import DiskMask, best_tile, disk_limits
 from diffattn.methods.pooling import CellWeights, cells, mean_weight, pooled
 from diffattn.operator import add_keys, attention, every_pair
@@ -265,7 +265,7 @@ class RopeBase:
     theta: float
     factor: float
 
-    def apply(self) -> None:
+    def apply(self, sites: AttachedSites) -> None:
         self.embedding.theta = self.theta * self.factor
 
     def undo(self) -> None:

@@ -20,8 +20,8 @@ import torch
 
 from diffattn import _compat
 from diffattn._checks import check, choice
-from diffattn.attach import set_attn_processor
-from diffattn.attached_model import set_processor, site_names
+from diffattn.attach.attachment import set_attn_processor
+from diffattn.attach.sites import set_processor, site_names
 from diffattn.methods.base import Site
 from diffattn.methods.freeswim.method import FreeSwimAttn
 from diffattn.models import family_of

@@ -1,6 +1,6 @@
 """Attaching a method to a diffusers pipeline or model, and taking it off again.
 
-What is done to each denoiser is in `attached_model`; here is what a pipeline's denoisers share: the
+What is done to each denoiser is in `denoiser`; here is what a pipeline's denoisers share: the
 choice of methods, the count of denoising steps, and the way back.
 """
 
@@ -19,12 +19,14 @@ import torch
 
 from diffattn import _compat
 from diffattn._checks import did_you_mean
-from diffattn.attached_model import AttachedModel, attached_to, set_processor, site_names
+from diffattn.attach.denoiser import AttachedModel, attached_to
+from diffattn.attach.run_clock import CountedMethod, RunClock, skipped_timesteps
+from diffattn.attach.sites import set_processor, site_names
 from diffattn.grid import TokenGrid
 from diffattn.mask import allowed_pairs
 from diffattn.methods.base import Method, StaticMaskMethod
 from diffattn.models import denoisers, family_of
-from diffattn.schedule import CountedMethod, RunClock, resolve_steps, skipped_timesteps
+from diffattn.schedule import resolve_steps
 
 # The methods of schedulers that say where a run is.
 _COUNTED = ("set_timesteps", "step")
