@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import numpy as np
 import torch
 
+from diffattn._checks import check, number
 from diffattn.models.wan import encode_all_frames, frames_to_ask_for
 
 Text: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
@@ -66,8 +67,7 @@ def model_of(pipe: Any, frame_rate: float | None) -> FreeSwimModel:
     """
     if type(pipe).__name__ == "LTXPipeline":
         rate = given_or_default(pipe, "frame_rate", frame_rate)
-        if not 0 < rate < math.inf:
-            raise ValueError(f"frame_rate is {rate}, but must be a number above 0")
+        check("frame_rate", rate, number(above=0))
         return LTX(pipe, rate)
     check_pipeline(pipe)
     if frame_rate is not None:

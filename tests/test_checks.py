@@ -16,6 +16,8 @@ from diffattn._checks import (
     choice,
     count,
     did_you_mean,
+    is_number,
+    is_whole,
     lists_to_tuples,
     number,
     refused,
@@ -79,6 +81,13 @@ def test_what_is_allowed(
             check("size", value, allowed)
         said = f"size is {value!r}, but must be {words}" if value != HUGE else str(error.value)
         assert str(error.value) == said
+
+
+def test_numbers_are_finite_and_no_bools() -> None:
+    assert all(is_number(value) for value in (0, -3, 0.5, 1e300, HUGE))
+    assert not any(is_number(value) for value in NO_NUMBERS)
+    assert is_whole(HUGE)
+    assert not any(is_whole(value) for value in (1.0, *NO_NUMBERS))
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,9 @@ class Work:
     is_exact: bool = True
 
 
+_ALLOWED = {"dense_layers": count(0)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """An attention method with its parameters.
@@ -157,7 +160,7 @@ class Method(ABC):
     )
 
     def __post_init__(self) -> None:
-        check_fields(self, {"dense_layers": count(0)})
+        check_fields(self, _ALLOWED)
         if self.dense_steps is not None:
             check_steps("dense_steps", self.dense_steps)
         check_steps("last_dense_steps", self.last_dense_steps)
