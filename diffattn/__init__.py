@@ -13,7 +13,7 @@ from diffattn.block_forms import from_block_mask
 from diffattn.blocks import BlockLayout
 from diffattn.costs import Estimate
 from diffattn.grid import TokenGrid
-from diffattn.mask import AttentionMask, Blocking, FullMask, PredicateMask
+from diffattn.masks.base import AttentionMask, Blocking, FullMask, PredicateMask
 from diffattn.methods import (
     AgentAttn,
     CLEARAttn,

@@ -15,7 +15,7 @@ import torch
 
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout
 from diffattn.grid import TokenGrid
-from diffattn.mask import AttentionMask, allowed_pairs
+from diffattn.masks.base import AttentionMask, allowed_pairs
 from diffattn.methods.base import Method, StaticMaskMethod
 from diffattn.schedule import resolve_steps
 

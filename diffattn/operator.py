@@ -18,7 +18,7 @@ from diffattn.flex_backend import flex_forward
 from diffattn.kernels.cpu import block_sparse as cpu_kernel
 from diffattn.kernels.reference import reference_attention
 from diffattn.kernels.transforms import first_order, is_forward_mode
-from diffattn.mask import BLOCK, AttentionMask
+from diffattn.masks.base import BLOCK, AttentionMask
 from diffattn.orders import TileOrder
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from diffattn._checks import did_you_mean
 from diffattn.blocks import BlockLayout
 from diffattn.costs import Cost, Estimate
 from diffattn.grid import TokenGrid
-from diffattn.mask import allowed_pairs
+from diffattn.masks.base import allowed_pairs
 from diffattn.methods.base import Method, StaticMaskMethod
 from diffattn.methods.gna import GNAAttn, Tile, nearest_block_sparse
 from diffattn.models.base import SizeRules

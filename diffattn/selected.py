@@ -11,7 +11,7 @@ from diffattn.blocks import unpack_bits
 from diffattn.kernels.cpu import gather as gather_cpu
 from diffattn.kernels.reference import reference_attention
 from diffattn.kernels.transforms import is_forward_mode
-from diffattn.mask import AttentionMask
+from diffattn.masks.base import AttentionMask
 from diffattn.operator import check_triton, choose_backend
 from diffattn.partition import KeyBlocks
 from diffattn.unions import prefers_union, union_attention

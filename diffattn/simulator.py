@@ -13,7 +13,7 @@ import torch
 
 from diffattn.grid import TokenGrid
 from diffattn.methods.gna import GNAAttn, Tile, is_block_sparse
-from diffattn.methods.neighbourhood import AxisWindow
+from diffattn.masks.neighbourhood import AxisWindow
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from diffattn.blocks import BlockLayout, unpack_bits
-from diffattn.mask import BLOCK
+from diffattn.masks.base import BLOCK
 from diffattn.operator import attention
 from diffattn.partition import KeyBlocks
 

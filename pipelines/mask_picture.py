@@ -122,7 +122,7 @@ def _static_method(made: "Method", grid: "TokenGrid") -> "StaticMaskMethod":
 def _figures(method: "StaticMaskMethod", grid: "TokenGrid") -> Iterator[str]:
     import torch
 
-    from diffattn.mask import allowed_pairs
+    from ..masks.base import allowed_pairs
 
     start = time.perf_counter()
     layout = method.layout(grid, torch.device("cpu"), method.order(grid))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from diffattn import AttentionMask, FullMask, PredicateMask, RadialAttn, TokenGrid
 from diffattn.blocks import EMPTY, FULL, PARTIAL, layout_from_states, pack_bits, unpack_bits
-from diffattn.mask import Blocking, BlockMapMask, TextMask, allowed_pairs
+from diffattn.masks.base import Blocking, BlockMapMask, TextMask, allowed_pairs
 
 GRID = TokenGrid(3, 4, 5, text_before=2, text_after=7)
 

@@ -23,7 +23,7 @@ from diffattn.attach.denoiser import AttachedModel, attached_to
 from diffattn.attach.run_clock import CountedMethod, RunClock, skipped_timesteps
 from diffattn.attach.sites import set_processor, site_names
 from diffattn.grid import TokenGrid
-from diffattn.mask import allowed_pairs
+from diffattn.masks.base import allowed_pairs
 from diffattn.methods.base import Method, StaticMaskMethod
 from diffattn.models import denoisers, family_of
 from diffattn.schedule import resolve_steps

@@ -11,7 +11,7 @@ import torch
 from diffattn._checks import check_fields, count
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
-from diffattn.mask import BLOCK, AttentionMask, TextMask
+from diffattn.masks.base import BLOCK, AttentionMask, TextMask
 from diffattn.operator import attention
 from diffattn.orders import TileOrder
 from diffattn.schedule import check_steps

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from diffattn.grid import TokenGrid
-from diffattn.mask import AttentionMask, FullMask
+from diffattn.masks.base import AttentionMask, FullMask
 from diffattn.methods.base import StaticMaskMethod
 
 

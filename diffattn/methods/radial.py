@@ -14,9 +14,9 @@ import torch
 from diffattn._checks import FLAG, check_fields, choice, count, number
 from diffattn.blocks import EMPTY, FULL
 from diffattn.grid import TokenGrid
-from diffattn.mask import AttentionMask, Blocking, BlockMapMask
+from diffattn.masks.base import AttentionMask, Blocking, BlockMapMask
 from diffattn.methods.base import StaticMaskMethod
-from diffattn.methods.fragments import any_in_block, cut
+from diffattn.masks.block_geometry import any_in_block, cut
 
 _T = TypeVar("_T")
 

@@ -20,7 +20,7 @@ import diffattn
 from diffattn import CLEARAttn, DenseAttn, TokenGrid
 from diffattn.blocks import PARTIAL
 from diffattn.kernels.reference import reference_attention
-from diffattn.mask import Blocking
+from diffattn.masks.base import Blocking
 from diffattn.methods import Site, from_dict
 from diffattn.models import family_of
 from diffattn.operator import add_keys, every_pair

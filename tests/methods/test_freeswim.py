@@ -14,7 +14,7 @@ from tiny_families import CASES
 
 import diffattn
 from diffattn import FreeSwimAttn, TokenGrid
-from diffattn.mask import Blocking
+from diffattn.masks.base import Blocking
 from diffattn.methods import Site, from_dict
 from diffattn.orders import TileOrder
 

@@ -23,11 +23,11 @@ from diffattn import GNAAttn, TokenGrid
 from diffattn.attach.denoiser import attached_to
 from diffattn.blocks import FULL
 from diffattn.kernels.reference import reference_attention
-from diffattn.mask import Blocking
+from diffattn.masks.base import Blocking
 from diffattn.methods import Site, from_dict
-from diffattn.methods.boxes import boxes_of
+from diffattn.masks.block_geometry import boxes_of
 from diffattn.methods.gna import is_block_sparse, nearest_block_sparse
-from diffattn.methods.neighbourhood import AxisWindow, NeighbourhoodMask
+from diffattn.masks.neighbourhood import AxisWindow, NeighbourhoodMask
 from diffattn.orders import TileOrder
 
 GOLDENS = golden_files.GOLDENS / "gna"

@@ -9,9 +9,9 @@ import torch
 
 from diffattn.blocks import EMPTY, FULL
 from diffattn.grid import TokenGrid
-from diffattn.mask import AttentionMask, Blocking
-from diffattn.methods.boxes import Boxes, boxes_of, outlines_of
-from diffattn.methods.fragments import any_in_block
+from diffattn.masks.base import AttentionMask, Blocking
+from diffattn.masks.block_geometry import Boxes, boxes_of, outlines_of
+from diffattn.masks.block_geometry import any_in_block
 from diffattn.orders import tiles_that_fit
 
 

@@ -15,7 +15,7 @@ import torch
 from diffattn._checks import FLAG, check_fields, choice, count, number
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
-from diffattn.mask import BLOCK, AttentionMask
+from diffattn.masks.base import BLOCK, AttentionMask
 from diffattn.methods.base import AttachedSites, Site, SiteWeights, StaticMaskMethod
 from diffattn.methods.clear.disk import DiskMask, best_tile, disk_limits
 from diffattn.methods.pooling import CellWeights, cells, mean_weight, pooled

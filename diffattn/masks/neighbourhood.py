@@ -15,8 +15,8 @@ import torch
 
 from diffattn.blocks import EMPTY, FULL, PARTIAL
 from diffattn.grid import TokenGrid
-from diffattn.mask import BLOCK, AttentionMask, Blocking
-from diffattn.methods.boxes import boxes_of, outlines_of
+from diffattn.masks.base import BLOCK, AttentionMask, Blocking
+from diffattn.masks.block_geometry import boxes_of, outlines_of
 
 _ENTRIES_PER_CHUNK = 1 << 20  # of a table that is summed up query by query
 _SMALLEST_BLOCK = 16
