@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from diffattn.grid import TokenGrid
-from diffattn.methods.gna import GNAAttn, Tile, is_block_sparse
 from diffattn.masks.neighbourhood import AxisWindow
+from diffattn.methods.gna import GNAAttn, Tile, is_block_sparse
 
 
 @dataclass(frozen=True)

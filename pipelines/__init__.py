@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .freeswim import FreeSwimPipeline
+    from .freeswim.pipeline import FreeSwimPipeline
     from .image_ladder import LadderPipeline
 
 __all__ = ["FreeSwimPipeline", "LadderPipeline"]
@@ -12,7 +12,7 @@ __all__ = ["FreeSwimPipeline", "LadderPipeline"]
 def __getattr__(name: str) -> Any:
     # It imports torch, which the command line does not do before it must.
     if name == "FreeSwimPipeline":
-        from .freeswim import FreeSwimPipeline
+        from .freeswim.pipeline import FreeSwimPipeline
 
         return FreeSwimPipeline
     if name == "LadderPipeline":

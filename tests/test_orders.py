@@ -17,8 +17,8 @@ from diffattn.attach.compiled import remember, traced_attention
 from diffattn.attach.context_parallel import attend_queries
 from diffattn.kernels.reference import reference_attention
 from diffattn.masks.base import Blocking, BlockMapMask, TextMask
-from diffattn.methods import DenseAttn, Site
 from diffattn.masks.neighbourhood import AxisWindow, NeighbourhoodMask
+from diffattn.methods import DenseAttn, Site
 from diffattn.operator import attention, attention_gradients
 from diffattn.orders import TileOrder, tile_for
 

@@ -16,8 +16,8 @@ import torch
 from diffattn._checks import FLAG, Allowed, check, count, is_whole, lists_to_tuples
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import AttentionMask
-from diffattn.methods.base import StaticMaskMethod
 from diffattn.masks.neighbourhood import AxisWindow, NeighbourhoodMask, block_size_for
+from diffattn.methods.base import StaticMaskMethod
 from diffattn.models import makes_images
 from diffattn.orders import TileOrder, tiles_that_fit
 

@@ -15,8 +15,8 @@ from diffattn._checks import FLAG, check_fields, choice, count, number
 from diffattn.blocks import EMPTY, FULL
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import AttentionMask, Blocking, BlockMapMask
-from diffattn.methods.base import StaticMaskMethod
 from diffattn.masks.block_geometry import any_in_block, cut
+from diffattn.methods.base import StaticMaskMethod
 
 _T = TypeVar("_T")
 

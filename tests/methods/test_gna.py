@@ -24,10 +24,10 @@ from diffattn.attach.denoiser import attached_to
 from diffattn.blocks import FULL
 from diffattn.kernels.reference import reference_attention
 from diffattn.masks.base import Blocking
-from diffattn.methods import Site, from_dict
 from diffattn.masks.block_geometry import boxes_of
-from diffattn.methods.gna import is_block_sparse, nearest_block_sparse
 from diffattn.masks.neighbourhood import AxisWindow, NeighbourhoodMask
+from diffattn.methods import Site, from_dict
+from diffattn.methods.gna import is_block_sparse, nearest_block_sparse
 from diffattn.orders import TileOrder
 
 GOLDENS = golden_files.GOLDENS / "gna"

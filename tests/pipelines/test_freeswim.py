@@ -15,9 +15,10 @@ from accelerate.hooks import CpuOffload
 import diffattn
 from diffattn import FreeSwimAttn, GNAAttn
 from diffattn.attach.denoiser import attached_to
-from diffattn.methods.freeswim.dual_path import DualPath
 from diffattn.models import SizeRules
-from diffattn.pipelines.freeswim import (
+from diffattn.pipelines.freeswim.dual_path import DualPath
+from diffattn.pipelines.freeswim.models import Wan
+from diffattn.pipelines.freeswim.pipeline import (
     FreeSwimPipeline,
     enlarge,
     legal_frames,
@@ -25,7 +26,6 @@ from diffattn.pipelines.freeswim import (
     target_size,
     with_shift,
 )
-from diffattn.pipelines.freeswim_models import Wan
 
 GOLDENS = golden_files.GOLDENS / "freeswim"
 SMALL: dict[str, Any] = {

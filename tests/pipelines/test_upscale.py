@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffattn.pipelines import upscale as upscale_module
-from diffattn.pipelines.freeswim import NEGATIVE_PROMPT
+from diffattn.pipelines.freeswim.pipeline import NEGATIVE_PROMPT
 from diffattn.pipelines.loading import read_defaults
 from diffattn.pipelines.request import BUNDLED_MODEL
 from diffattn.pipelines.video import write_video

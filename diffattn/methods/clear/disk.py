@@ -10,8 +10,7 @@ import torch
 from diffattn.blocks import EMPTY, FULL
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import AttentionMask, Blocking
-from diffattn.masks.block_geometry import Boxes, boxes_of, outlines_of
-from diffattn.masks.block_geometry import any_in_block
+from diffattn.masks.block_geometry import Boxes, any_in_block, boxes_of, outlines_of
 from diffattn.orders import tiles_that_fit
 
 

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Self
 from diffattn._checks import FLAG, check, count, lists_to_tuples
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import AttentionMask
-from diffattn.methods.base import StaticMaskMethod
 from diffattn.masks.neighbourhood import AxisWindow, NeighbourhoodMask, block_size_for
+from diffattn.methods.base import StaticMaskMethod
 from diffattn.orders import TileOrder
 
 # Rows and columns of tokens at the resolution that a model was trained on. Wan 2.1 is the 1.3B of

@@ -15,7 +15,7 @@ from tiny_families import CASES, noise
 
 from diffattn import FreeSwimAttn, TokenGrid
 from diffattn.attach.denoiser import attached_to
-from diffattn.methods.freeswim.dual_path import CrossStore, DualPath, store_bytes
+from diffattn.pipelines.freeswim.dual_path import CrossStore, DualPath, store_bytes
 
 GOLDENS = golden_files.GOLDENS / "freeswim"
 METHOD = FreeSwimAttn(radius=1, native=(3, 5))

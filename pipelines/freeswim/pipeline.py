@@ -16,16 +16,10 @@ import torch
 
 from diffattn._checks import check, choice, number
 from diffattn.methods import FreeSwimAttn
-from diffattn.methods.freeswim.dual_path import (
-    DualPath,
-    Guidance,
-    StorePlace,
-    check_place,
-    store_bytes,
-)
 from diffattn.models import SizeRules, size_rules
 
-from .freeswim_models import FreeSwimModel, Text, check_pipeline, given_or_default, model_of
+from .dual_path import DualPath, Guidance, StorePlace, check_place, store_bytes
+from .models import FreeSwimModel, Text, check_pipeline, given_or_default, model_of
 
 PRESETS = {"1080p": (1088, 1920), "1440p": (1440, 2560), "2160p": (2160, 3840)}
 """Height and width in pixels."""

@@ -23,7 +23,7 @@ from diffattn._checks import check, choice
 from diffattn.attach.attachment import set_attn_processor
 from diffattn.attach.sites import set_processor, site_names
 from diffattn.methods.base import Site
-from diffattn.methods.freeswim.method import FreeSwimAttn
+from diffattn.methods.freeswim import FreeSwimAttn
 from diffattn.models import family_of
 
 # own: one path, the text as it sees it. override: two paths, the second's text for both. store:

@@ -1,0 +1,5 @@
+"""FreeSwim's upscaling: two paths through a denoiser, and the pipeline that runs them."""
+
+from .pipeline import FreeSwimPipeline
+
+__all__ = ["FreeSwimPipeline"]
