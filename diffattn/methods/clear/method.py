@@ -17,8 +17,8 @@ from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import BLOCK, AttentionMask
 from diffattn.methods.base import AttachedSites, Site, SiteWeights, StaticMaskMethod
+from diffattn.methods.clear.cells import CellWeights, cells, mean_weight, pooled
 from diffattn.methods.clear.disk import DiskMask, best_tile, disk_limits
-from diffattn.methods.pooling import CellWeights, cells, mean_weight, pooled
 from diffattn.operator import add_keys, attention, every_pair
 from diffattn.orders import TileOrder
 

@@ -21,8 +21,8 @@ from diffattn.grid import TokenGrid
 from diffattn.kernels.linear import CHUNK, linear_attention
 from diffattn.methods.base import Method, Site, SiteState, SiteWeights, Work
 from diffattn.methods.checkpoint import parameters_by_own_name
+from diffattn.methods.linfusion.projections import with_input_maps
 from diffattn.models import FAMILIES, family_of
-from diffattn.models.projections import with_input_maps
 from diffattn.operator import (
     DEFAULT_BACKENDS,
     add_keys,
