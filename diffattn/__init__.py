@@ -11,7 +11,6 @@ from diffattn import methods, models
 from diffattn._pipeline_method import add_pipeline_method
 from diffattn.block_forms import from_block_mask
 from diffattn.blocks import BlockLayout
-from diffattn.costs import Estimate
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import AttentionMask, Blocking, FullMask, PredicateMask
 from diffattn.methods import (
@@ -27,7 +26,8 @@ from diffattn.methods import (
     register_method,
 )
 from diffattn.operator import attention, register_backend
-from diffattn.planning import Plan, plan
+from diffattn.planning.costs import Estimate
+from diffattn.planning.plans import Plan, plan
 
 if TYPE_CHECKING:
     from diffattn.attach.attachment import Attachment, set_attn_processor

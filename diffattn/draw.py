@@ -20,7 +20,7 @@ from diffattn.methods.base import Method, StaticMaskMethod
 from diffattn.schedule import resolve_steps
 
 if TYPE_CHECKING:
-    from diffattn.planning import Plan
+    from diffattn.planning.plans import Plan
     from diffattn.selected import SelectionMask
 
 Image: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]  # (height, width, 3), red, green, blue

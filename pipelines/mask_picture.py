@@ -49,7 +49,8 @@ def draw_mask(
     """
     from diffattn import draw
     from diffattn.methods.vmoba.method import VMoBAAttn
-    from diffattn.planning import check_tokens
+
+    from ..planning.plan import check_tokens
 
     made = make_method({"type": method} | read_arguments(arguments, "--arg", "--method"))
     output = output.expanduser()

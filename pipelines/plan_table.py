@@ -16,7 +16,8 @@ from .request import BUNDLED_MODEL, check_option
 
 if TYPE_CHECKING:
     from diffattn import Plan
-    from diffattn.costs import Estimate
+
+    from ..planning.costs import Estimate
 
 _FROM_MODEL = ("height", "width", "num_frames", "steps")
 

@@ -11,6 +11,7 @@ from typing import ClassVar
 import golden_files
 import pytest
 import torch
+from natten_sim import count_tiles
 
 import diffattn
 from diffattn import (
@@ -25,8 +26,7 @@ from diffattn import (
     VMoBAAttn,
     plan,
 )
-from diffattn.models.published import PUBLISHED
-from diffattn.simulator import count_tiles
+from diffattn.planning.published import PUBLISHED
 
 
 def axes3(sides, fill=1):
@@ -574,7 +574,7 @@ class TestRefusals:
 def test_the_function_is_not_hidden_by_a_module():
     assert importlib.util.find_spec("diffattn.plan") is None
     assert callable(diffattn.plan)
-    assert diffattn.plan is importlib.import_module("diffattn.planning").plan
+    assert diffattn.plan is importlib.import_module("diffattn.planning.plans").plan
     assert {"plan", "Plan"} <= set(diffattn.__all__)
     assert isinstance(plan(TokenGrid(1, 1, 1), DenseAttn()), diffattn.Plan)
     assert math.isfinite(plan(TokenGrid(1, 1, 1), RadialAttn()).attention_speedup)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from diffattn.models import denoisers, family_of
-from diffattn.models.published import PUBLISHED, LinearWork, ModelShape
+from diffattn.planning.published import PUBLISHED, LinearWork, ModelShape
 
 _INDEX = "model_index.json"
 _CONFIG = "config.json"

@@ -13,14 +13,14 @@ import torch
 
 from diffattn._checks import did_you_mean
 from diffattn.blocks import BlockLayout
-from diffattn.costs import Cost, Estimate
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import allowed_pairs
 from diffattn.methods.base import Method, StaticMaskMethod
 from diffattn.methods.gna import GNAAttn, Tile, nearest_block_sparse
 from diffattn.models.base import SizeRules
-from diffattn.models.published import PUBLISHED, ModelShape, published_shape
 from diffattn.orders import TileOrder, tiles_that_fit
+from diffattn.planning.costs import Cost, Estimate
+from diffattn.planning.published import PUBLISHED, ModelShape, published_shape
 from diffattn.schedule import resolve_steps
 
 # Blocks are counted in tables of blocks x blocks, which take gigabytes beyond this.
@@ -185,7 +185,7 @@ def model_shape(model: str | Path) -> ModelShape:
         return published
     folder = Path(model).expanduser()
     if folder.is_dir():
-        from diffattn.models.folder import folder_shape  # which imports diffusers
+        from diffattn.planning.folder import folder_shape  # which imports diffusers
 
         return folder_shape(folder)
     raise ValueError(

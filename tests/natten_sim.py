@@ -1,7 +1,7 @@
 """How many tiles of keys the worst tile of queries visits under GNA, for tiles of any shape.
 
-What NATTEN calls NATTENSim, which it announced and has not released: an upper bound of the speed-up
-of kernels other than this library's too. `diffattn.plan` counts the blocks that this library makes.
+NATTEN's own model of its kernels, NATTENSim: the golden counts check GNA's windows and classes, and
+the predictions of the paper's tables follow from them.
 """
 
 from __future__ import annotations
