@@ -40,8 +40,8 @@ import torch.nn.functional as F
 from diffattn import TokenGrid, VMoBAAttn
 from diffattn.methods import Site
 from diffattn.methods.vmoba.selection import select_blocks
-from diffattn.selected import selected_attention
-from diffattn.unions import selected_pairs, union_pairs
+from diffattn.selected.attention import selected_attention
+from diffattn.selected.tiles import selected_pairs, union_pairs
 
 SHAPES = {
     "6K": TokenGrid(4, 30, 52),

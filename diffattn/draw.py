@@ -21,7 +21,7 @@ from diffattn.schedule import resolve_steps
 
 if TYPE_CHECKING:
     from diffattn.planning.plans import Plan
-    from diffattn.selected import SelectionMask
+    from diffattn.selected.attention import SelectionMask
 
 Image: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]  # (height, width, 3), red, green, blue
 Color: TypeAlias = tuple[int, int, int]

@@ -19,8 +19,8 @@ from diffattn.attach.compiled import remember, traced_attention, traced_method
 from diffattn.kernels.linear import linear_attention
 from diffattn.operator import BACKEND_VARIABLE, attention_gradients
 from diffattn.orders import TileOrder
-from diffattn.partition import KeyBlocks
-from diffattn.selected import dense_mask, selected_attention
+from diffattn.selected.attention import dense_mask, selected_attention
+from diffattn.selected.key_blocks import KeyBlocks
 
 Tensors = tuple[torch.Tensor, ...]
 Function = Callable[..., Any]

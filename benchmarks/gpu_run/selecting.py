@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from diffattn import TokenGrid, VMoBAAttn
 from diffattn.methods import Site
 from diffattn.methods.vmoba.selection import select_blocks
-from diffattn.selected import selected_attention
-from diffattn.unions import selected_pairs
+from diffattn.selected.attention import selected_attention
+from diffattn.selected.tiles import selected_pairs
 from gpu_run.rates import dense, heads_first
 from gpu_run.setting import Setting
 from gpu_run.timing import Call, Spread, describe, interleave, median_ratio

@@ -25,7 +25,7 @@ from diffattn.kernels.reference import reference_attention
 from diffattn.methods import Site, from_dict
 from diffattn.methods.vmoba.method import PARTITIONS
 from diffattn.operator import BACKEND_VARIABLE
-from diffattn.selected import dense_mask, selected_attention
+from diffattn.selected.attention import dense_mask, selected_attention
 
 GOLDENS = golden_files.GOLDENS / "vmoba"
 

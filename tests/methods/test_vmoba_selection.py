@@ -15,7 +15,7 @@ from diffattn import TokenGrid
 from diffattn.blocks import unpack_bits
 from diffattn.methods.vmoba import selection
 from diffattn.methods.vmoba.selection import Rule, choose, select_blocks
-from diffattn.partition import Chunk, KeyBlocks, Partition
+from diffattn.selected.key_blocks import Chunk, KeyBlocks, Partition
 
 GOLDENS = golden_files.GOLDENS / "vmoba"
 

@@ -26,8 +26,8 @@ from diffattn.grid import TokenGrid
 from diffattn.methods.base import Method, Site, Work
 from diffattn.methods.vmoba.chunks import Sides, recommended_chunk
 from diffattn.methods.vmoba.selection import SCOPES, Rule, select_blocks
-from diffattn.partition import Chunk, Partition
-from diffattn.selected import SelectionMask, selected_attention
+from diffattn.selected.attention import SelectionMask, selected_attention
+from diffattn.selected.key_blocks import Chunk, Partition
 
 PARTITIONS = ("1d", "2d", "3d")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from diffattn.blocks import pack_bits
-from diffattn.partition import KeyBlocks
+from diffattn.selected.key_blocks import KeyBlocks
 
 # What is ranked together, of one sample: the blocks of a query, or all pairs of query and block of
 # a head. The public code has two more, which the paper does not mention: all pairs of a block over

@@ -7,12 +7,13 @@ import pytest
 import torch
 from triton_device import triton_device
 
-from diffattn import TokenGrid, unions
+from diffattn import TokenGrid
 from diffattn.blocks import pack_bits
 from diffattn.kernels.reference import reference_attention
-from diffattn.partition import KeyBlocks, Partition
-from diffattn.selected import dense_mask, selected_attention
-from diffattn.unions import prefers_union, selected_pairs, union_attention, union_pairs
+from diffattn.selected import tiles as unions
+from diffattn.selected.attention import dense_mask, selected_attention
+from diffattn.selected.key_blocks import KeyBlocks, Partition
+from diffattn.selected.tiles import prefers_union, selected_pairs, union_attention, union_pairs
 
 
 def call(
@@ -132,10 +133,10 @@ def test_the_choice_changes_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
         used.append("union")
         return plain(*args, **options)
 
-    monkeypatch.setattr("diffattn.selected.union_attention", spied)
+    monkeypatch.setattr("diffattn.selected.attention.union_attention", spied)
     outs = []
     for choice in (False, True):
-        monkeypatch.setattr("diffattn.selected.prefers_union", lambda *_, c=choice: c)
+        monkeypatch.setattr("diffattn.selected.attention.prefers_union", lambda *_, c=choice: c)
         outs.append(selected_attention(*qkv, blocks, bits, backend="triton"))
     assert used == ["union"]
     want, _ = reference_attention(*qkv, dense_mask(blocks, bits))

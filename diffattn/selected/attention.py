@@ -13,8 +13,8 @@ from diffattn.kernels.reference import reference_attention
 from diffattn.kernels.transforms import is_forward_mode
 from diffattn.masks.base import AttentionMask
 from diffattn.operator import check_triton, choose_backend
-from diffattn.partition import KeyBlocks
-from diffattn.unions import prefers_union, union_attention
+from diffattn.selected.key_blocks import KeyBlocks
+from diffattn.selected.tiles import prefers_union, union_attention
 
 # The backends of `attention` that this operator has, too.
 _NAMES = ("triton", "cpu", "reference")

@@ -15,7 +15,7 @@ import torch
 from diffattn.blocks import BlockLayout, unpack_bits
 from diffattn.masks.base import BLOCK
 from diffattn.operator import attention
-from diffattn.partition import KeyBlocks
+from diffattn.selected.key_blocks import KeyBlocks
 
 _WORDS = BLOCK // 32
 # Bit masks that are made at once; heads take turns where all of them would need more.
