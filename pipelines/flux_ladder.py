@@ -56,9 +56,8 @@ def upscale_flux(
     from PIL.Image import Resampling
 
     from diffattn import CLEARAttn, set_attn_processor
+    from diffattn.attach import attached_to
     from diffattn.models import size_rules
-
-    from ..attach.denoiser import attached_to
 
     if not isinstance(pipe, FluxPipeline):
         raise UserError(f"only Flux can be upscaled like this, not {type(pipe).__name__}")

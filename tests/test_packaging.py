@@ -19,7 +19,7 @@ PUBLIC = [
     "diffattn.lora.trainer",
     "diffattn.methods",
     "diffattn.models",
-    "diffattn.pipelines.cli",
+    "diffattn.pipelines.cli.commands",
     "diffattn.samples.moving_shapes",
 ]
 

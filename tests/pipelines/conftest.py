@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffattn.pipelines import cli
+from diffattn.pipelines.cli import app as cli
 
 SIZE = ["--height", "32", "--width", "48", "--num-frames", "5", "--steps", "2"]
 """Options that keep a run of :func:`tiny_wan` short."""

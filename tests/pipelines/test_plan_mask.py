@@ -11,7 +11,7 @@ import pytest
 
 from diffattn import GNAAttn, Method, TokenGrid, draw, plan
 from diffattn.methods import METHODS, from_dict
-from diffattn.pipelines.grid_text import read_grid, read_place
+from diffattn.pipelines.cli.grid_text import read_grid, read_place
 
 GNA = ["--method", "gna", "--arg", "window=2,5,5"]
 

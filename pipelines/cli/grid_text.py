@@ -3,7 +3,7 @@
 import re
 from typing import TYPE_CHECKING
 
-from .errors import UserError
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from diffattn import TokenGrid

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING
 
 from diffattn._checks import whole
 
-from .attention_settings import make_method, read_arguments
-from .errors import UserError
+from ..attention_settings import make_method, read_arguments
+from ..errors import UserError
+from ..loading import find_model, read_defaults
+from ..request import BUNDLED_MODEL, check_option
 from .grid_text import read_grid
-from .loading import find_model, read_defaults
-from .request import BUNDLED_MODEL, check_option
 
 if TYPE_CHECKING:
     from diffattn import Plan
-
-    from ..planning.costs import Estimate
+    from diffattn.planning.costs import Estimate
 
 _FROM_MODEL = ("height", "width", "num_frames", "steps")
 

@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .attention_settings import make_method, read_arguments
-from .errors import UserError
+from ..attention_settings import make_method, read_arguments
+from ..errors import UserError
+from ..outputs import Outputs, check_writable, staged
+from ..request import Request, option
 from .grid_text import read_grid, read_place
-from .outputs import Outputs, check_writable, staged
-from .request import Request, option
 
 if TYPE_CHECKING:
     from diffattn import TokenGrid
@@ -49,8 +49,7 @@ def draw_mask(
     """
     from diffattn import draw
     from diffattn.methods.vmoba.method import VMoBAAttn
-
-    from ..planning.plan import check_tokens
+    from diffattn.planning.plans import check_tokens
 
     made = make_method({"type": method} | read_arguments(arguments, "--arg", "--method"))
     output = output.expanduser()
@@ -123,7 +122,7 @@ def _static_method(made: "Method", grid: "TokenGrid") -> "StaticMaskMethod":
 def _figures(method: "StaticMaskMethod", grid: "TokenGrid") -> Iterator[str]:
     import torch
 
-    from ..masks.base import allowed_pairs
+    from diffattn.masks.base import allowed_pairs
 
     start = time.perf_counter()
     layout = method.layout(grid, torch.device("cpu"), method.order(grid))

@@ -1,0 +1,100 @@
+"""``diffattn generate``: arguments only; the work is in ``run``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..request import CONTEXT_PARALLEL, DTYPES, OFFLOADS
+from . import options
+from .say import say, warn
+
+# What `generate` takes by itself; its other options are settings of a request.
+_NOT_OF_A_REQUEST = (
+    "prompt",
+    "output",
+    "attn",
+    "attn_arg",
+    "attn_config",
+    "prompts_file",
+    "record",
+)
+
+
+def generate(
+    context: typer.Context,
+    prompt: Annotated[str | None, typer.Argument(help="What the video shows.")] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="File (.mp4, .gif, .png for a folder of frames) or folder (ends with /); it is "
+            "overwritten. Without it, a new name made of the prompt.",
+        ),
+    ] = None,
+    model: options.Model = None,
+    attn: options.Attn = None,
+    attn_arg: options.AttnArg = None,
+    attn_config: options.AttnConfig = None,
+    height: options.Pixels = None,
+    width: options.Pixels = None,
+    num_frames: options.Count = None,
+    steps: options.Count = None,
+    guidance_scale: options.Number = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same for every prompt (default: 0).")
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(help="Frames a second of the file (default: the model's or 16)."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="|".join(DTYPES), help="Default: float32 on the CPU, else bfloat16."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, .. (default: the accelerator, if any).")
+    ] = None,
+    offload: Annotated[
+        str | None, typer.Option(metavar="|".join(OFFLOADS), help="What waits in main memory.")
+    ] = None,
+    context_parallel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(CONTEXT_PARALLEL),
+            help="How the processes that torchrun started share the work.",
+        ),
+    ] = None,
+    lora: Annotated[
+        str | None,
+        typer.Option(help="LoRA file or folder; one of `lora train` brings its method."),
+    ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="UTF-8 file with one prompt a line; one video each.")
+    ] = None,
+    compare: Annotated[
+        bool | None,
+        typer.Option("--compare/--no-compare", help="Also render dense, and show both."),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option("--from", help="Repeat the run of a JSON sidecar; other options override it."),
+    ] = None,
+) -> None:
+    """Render a video for a prompt."""
+    from ..attention_settings import MethodOptions
+    from ..job import Source, plan_job
+
+    job = plan_job(
+        Source(prompt, prompts_file, record),
+        MethodOptions(attn, tuple(attn_arg or ()), attn_config),
+        options.given_options(context, _NOT_OF_A_REQUEST),
+        output,
+        say,
+    )
+
+    from ..generate import generate as make_videos
+
+    make_videos(job, say, warn)

@@ -1,0 +1,57 @@
+"""``diffattn mask``: arguments only; the work is in ``mask_picture``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..request import BUNDLED_MODEL
+from . import options
+from .say import say
+
+# What `mask` takes by itself; its other options are of a run and of a call in it.
+_NOT_OF_A_RUN = ("grid", "method", "arg", "output", "query", "prompt")
+_OF_A_CALL = ("step", "layer", "head")
+
+
+def mask(
+    context: typer.Context,
+    grid: options.Grid = None,
+    method: options.MethodName = "radial",
+    arg: options.MethodArg = None,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="PNG file; it is overwritten."),
+    ] = Path("mask.png"),
+    query: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T,Y,X", help="Whose neighbourhood is shown (default: the middle token)."
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="For a method that selects by content: the run to look into, no --grid."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help=f"Of the run (default: the bundled {BUNDLED_MODEL}).")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="Of the run, pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Of the run, pixels.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Of the run.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the run (default: 0).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the run (default: the model's).")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Which one to look into, from 1 (default: the middle).")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="From 0 (default: 0).")] = None,
+    head: Annotated[int | None, typer.Option(help="From 0 (default: 0).")] = None,
+) -> None:
+    """Draw which tokens attend to which under a method, on a grid or in a run."""
+    from .mask_picture import RunOptions, draw_mask
+
+    settings = options.given_options(context, _NOT_OF_A_RUN)
+    call = {name: settings.pop(name) for name in _OF_A_CALL if name in settings}
+    run = RunOptions(prompt, settings, call)
+    for line in draw_mask(method, tuple(arg or ()), grid, query, output, run):
+        say(line)
