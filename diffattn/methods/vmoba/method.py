@@ -56,7 +56,8 @@ def _are_partitions(value: Any) -> bool:
 
 
 def _is_topk(value: Any) -> bool:
-    return count(1).holds(value) or sides(len(PARTITIONS)).holds(value)
+    each = value if isinstance(value, tuple) else (value,) * len(PARTITIONS)
+    return len(each) == len(PARTITIONS) and all(map(count(1).holds, each))
 
 
 _ALLOWED = {
