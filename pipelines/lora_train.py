@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from diffattn._checks import did_you_mean, lists_to_tuples
 
-from .attention_settings import MethodOptions, attention_settings
 from .errors import RunInterruptedError, UserError
-from .loading import LoadedModel, load_model
-from .machine import quiet_libraries
-from .processes import rank
-from .request import BUNDLED_MODEL, Request
+from .run.loading import LoadedModel, load_model
+from .run.machine import quiet_libraries
+from .run.method_settings import MethodOptions, attention_settings
+from .run.processes import rank
+from .run.request import BUNDLED_MODEL, Request
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -27,7 +27,7 @@ from diffattn._checks import (
 from diffattn.lora.errors import LoraError
 from diffattn.lora.settings import TrainSettings
 from diffattn.pipelines.errors import UserError
-from diffattn.pipelines.request import Request, check_option
+from diffattn.pipelines.run.request import Request, check_option
 
 NO_NUMBERS = (True, False, None, "1", "", [1], (1,), {}, 1j, math.nan, math.inf, -math.inf)
 HUGE = 10**400  # no float can hold it

@@ -27,7 +27,7 @@ _INTERRUPTED = 130
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from ..sidecar import versions
+        from ..run.sidecar import versions
 
         say(", ".join(f"{name} {number}" for name, number in versions().items()))
         raise typer.Exit()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..request import CONTEXT_PARALLEL, DTYPES, OFFLOADS
+from ..run.request import CONTEXT_PARALLEL, DTYPES, OFFLOADS
 from . import options
 from .say import say, warn
 
@@ -84,8 +84,8 @@ def generate(
     ] = None,
 ) -> None:
     """Render a video for a prompt."""
-    from ..attention_settings import MethodOptions
-    from ..job import Source, plan_job
+    from ..run.job import Source, plan_job
+    from ..run.method_settings import MethodOptions
 
     job = plan_job(
         Source(prompt, prompts_file, record),
@@ -95,6 +95,6 @@ def generate(
         say,
     )
 
-    from ..generate import generate as make_videos
+    from ..run.generate import generate as make_videos
 
     make_videos(job, say, warn)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..request import DTYPES
+from ..run.request import DTYPES
 from . import options
 
 app = typer.Typer(no_args_is_help=True, help="Adapt a model to sparse attention by LoRA.")
@@ -127,8 +127,8 @@ def train(
     What it writes loads in stock diffusers by `pipe.load_lora_weights`, and `diffattn generate
     --lora` attaches the same method by itself.
     """
-    from ..attention_settings import MethodOptions
     from ..lora_train import train_lora
+    from ..run.method_settings import MethodOptions
 
     given = {
         _PLURALS.get(name, name): value

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..request import BUNDLED_MODEL
+from ..run.request import BUNDLED_MODEL
 from . import options
 from .say import say
 

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..attention_settings import make_method, read_arguments
 from ..errors import UserError
-from ..outputs import Outputs, check_writable, staged
-from ..request import Request, option
+from ..run.method_settings import make_method, read_arguments
+from ..run.outputs import Outputs, check_writable, staged
+from ..run.request import Request, option
 from .grid_text import read_grid, read_place
 
 if TYPE_CHECKING:

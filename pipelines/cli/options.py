@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..request import BUNDLED_MODEL
+from ..run.request import BUNDLED_MODEL
 
 _FROM_MODEL = "Default: the model's."
 

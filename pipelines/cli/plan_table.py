@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from diffattn._checks import whole
 
-from ..attention_settings import make_method, read_arguments
 from ..errors import UserError
-from ..loading import find_model, read_defaults
-from ..request import BUNDLED_MODEL, check_option
+from ..run.loading import find_model, read_defaults
+from ..run.method_settings import make_method, read_arguments
+from ..run.request import BUNDLED_MODEL, check_option
 from .grid_text import read_grid
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from diffattn.methods.base import Site
 from diffattn.methods.vmoba.method import VMoBAAttn
 
 from ..errors import UserError
-from ..loading import load_model
-from ..machine import quiet_libraries
-from ..request import Request
-from ..sizing import call_arguments, complete
+from ..run.loading import load_model
+from ..run.machine import quiet_libraries
+from ..run.request import Request
+from ..run.sizing import call_arguments, complete
 
 if TYPE_CHECKING:
     from diffattn.draw import Image, Place

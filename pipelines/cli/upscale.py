@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from ..request import BUNDLED_MODEL, DTYPES, OFFLOADS, option
+from ..run.request import BUNDLED_MODEL, DTYPES, OFFLOADS, option
 from . import options
 from .say import say, warn
 
@@ -84,11 +84,9 @@ def upscale(
 
     Videos are made by FreeSwim, pictures by doubling them and making their details anew.
     """
-    from ..attention_settings import MethodOptions
-    from ..request import Request
-    from ..upscale import VIDEO_OPTIONS, UpscaleSettings, check_counts, read_cache_steps
-    from ..upscale import upscale as make_large
-    from ..upscale_picture import (
+    from ..run.method_settings import MethodOptions
+    from ..run.request import Request
+    from ..run.upscale_picture import (
         PICTURE_OPTIONS,
         PictureSettings,
         makes_pictures,
@@ -96,6 +94,8 @@ def upscale(
         read_strengths,
         upscale_picture,
     )
+    from ..run.upscale_video import VIDEO_OPTIONS, UpscaleSettings, check_counts, read_cache_steps
+    from ..run.upscale_video import upscale as make_large
 
     check_counts(base_height=base_height, base_width=base_width, base_steps=base_steps, steps=steps)
     request = Request(

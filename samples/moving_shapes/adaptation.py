@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffattn.lora.losses import Batch
 from diffattn.lora.recipes import Recipe
-from diffattn.pipelines.compare import psnr
+from diffattn.pipelines.run.compare import psnr
 
 from .captions import Scene, split_scenes
 from .checker import read_clip

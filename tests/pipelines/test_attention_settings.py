@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from diffattn.pipelines.attention_settings import MethodOptions, attention_settings
 from diffattn.pipelines.errors import UserError
+from diffattn.pipelines.run.method_settings import MethodOptions, attention_settings
 
 
 def read(*arguments: str) -> dict[str, Any]:

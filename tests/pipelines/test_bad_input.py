@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from diffattn.pipelines.request import LARGEST_SEED
+from diffattn.pipelines.run.request import LARGEST_SEED
 
 PROMPT = "a red circle"
 

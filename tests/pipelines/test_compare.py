@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from diffattn.pipelines.compare import psnr, side_by_side, ssim
+from diffattn.pipelines.run.compare import psnr, side_by_side, ssim
 
 
 @pytest.fixture

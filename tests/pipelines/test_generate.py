@@ -301,8 +301,8 @@ class TestLora:
         assert (png_frames(tmp_path / "file") == png_frames(tmp_path / "folder")).all()
 
     def test_both_experts_get_it(self, generate, tiny_lora, tiny_wan_two_experts):
-        from diffattn.pipelines.loading import load_model
-        from diffattn.pipelines.request import Request
+        from diffattn.pipelines.run.loading import load_model
+        from diffattn.pipelines.run.request import Request
 
         request = Request("x", model=str(tiny_wan_two_experts), lora=str(tiny_lora), device="cpu")
         pipe = load_model(request).pipe
@@ -358,7 +358,7 @@ class TestInterrupt:
         assert names(tmp_path) == []
 
     def test_while_the_file_is_written(self, generate, tmp_path, monkeypatch):
-        import diffattn.pipelines.generate as module
+        import diffattn.pipelines.run.generate as module
 
         write = module.write_video
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffattn.pipelines import loading
 from diffattn.pipelines.errors import UserError
+from diffattn.pipelines.run import loading
 
 
 class FakePipe:
@@ -64,7 +64,7 @@ class TestOffload:
 
 class TestDtype:
     def test_the_vae_stays_in_float32(self, tiny_wan: Path):
-        from diffattn.pipelines.request import Request
+        from diffattn.pipelines.run.request import Request
 
         request = Request("x", model=str(tiny_wan), dtype="bfloat16", device="cpu")
         loaded = loading.load_model(request)

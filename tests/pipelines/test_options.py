@@ -10,12 +10,13 @@ import typer
 
 from diffattn import plan
 from diffattn.lora.settings import TrainSettings
-from diffattn.pipelines import upscale, upscale_picture
 from diffattn.pipelines.cli import app as cli
 from diffattn.pipelines.cli import lora as lora_cli
 from diffattn.pipelines.cli.selection_picture import Call
 from diffattn.pipelines.lora_train import TrainJob
-from diffattn.pipelines.request import Request
+from diffattn.pipelines.run import upscale_picture
+from diffattn.pipelines.run import upscale_video as upscale
+from diffattn.pipelines.run.request import Request
 
 from .conftest import Result
 

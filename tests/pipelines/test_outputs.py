@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffattn.pipelines.errors import UserError
-from diffattn.pipelines.outputs import Outputs, check_outputs, plan_outputs, slug, staged
+from diffattn.pipelines.run.outputs import Outputs, check_outputs, plan_outputs, slug, staged
 
 TWO = ["A red circle!", "a red circle"]
 

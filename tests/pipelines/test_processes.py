@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from diffattn import TokenGrid
-from diffattn.pipelines import processes
 from diffattn.pipelines.errors import UserError
-from diffattn.pipelines.request import Request
+from diffattn.pipelines.run import processes
+from diffattn.pipelines.run.request import Request
 
 PROMPT = "a red circle"
 SPARSE = [f"--attn-arg={part}" for part in ("rule=paper", "sink=false", "dense_steps=1")]

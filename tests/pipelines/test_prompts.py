@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from diffattn.pipelines.errors import UserError
-from diffattn.pipelines.prompts import read_prompts
+from diffattn.pipelines.run.prompts import read_prompts
 
 
 def write(tmp_path: Path, data: bytes) -> Path:

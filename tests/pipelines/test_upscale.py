@@ -7,11 +7,11 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from diffattn.pipelines import upscale as upscale_module
 from diffattn.pipelines.freeswim.pipeline import NEGATIVE_PROMPT
-from diffattn.pipelines.loading import read_defaults
-from diffattn.pipelines.request import BUNDLED_MODEL
-from diffattn.pipelines.video import write_video
+from diffattn.pipelines.run import upscale_video as upscale_module
+from diffattn.pipelines.run.loading import read_defaults
+from diffattn.pipelines.run.request import BUNDLED_MODEL
+from diffattn.pipelines.run.video import write_video
 from diffattn.samples.moving_shapes import MODEL_DIR
 
 SIZE = ["--base-height", "32", "--base-width", "48"]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffattn.pipelines.video import write_video
+from diffattn.pipelines.run.video import write_video
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from diffattn.models.wan import frames_to_ask_for
 
-from .attention_settings import make_method
-from .errors import UserError
+from ..errors import UserError
 from .loading import DEFAULTS_FILE, LoadedModel
+from .method_settings import make_method
 from .request import Request, option
 
 if TYPE_CHECKING:

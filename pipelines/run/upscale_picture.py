@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from diffattn._checks import did_you_mean, whole
 
-from .attention_settings import MethodOptions, attention_settings, make_method
-from .errors import RunInterruptedError, UserError, one_line
-from .flux_ladder import STEPS as FLUX_STEPS
-from .flux_ladder import STRENGTH as FLUX_STRENGTH
-from .flux_ladder import upscale_flux
-from .image_ladder import (
+from ..errors import RunInterruptedError, UserError, one_line
+from ..flux_ladder import STEPS as FLUX_STEPS
+from ..flux_ladder import STRENGTH as FLUX_STRENGTH
+from ..flux_ladder import upscale_flux
+from ..image_ladder import (
     STEPS,
     STRENGTHS,
     LadderPipeline,
@@ -28,11 +27,12 @@ from .image_ladder import (
 )
 from .loading import LoadedModel, find_model, load_model
 from .machine import describe_device, quiet_libraries
+from .method_settings import MethodOptions, attention_settings, make_method
 from .outputs import Outputs, check_writable, slug, staged
 from .progress import clock, watched
 from .request import Request, check_option
 from .sidecar import versions
-from .upscale import SHARED_OPTIONS
+from .upscale_video import SHARED_OPTIONS
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -7,7 +7,7 @@ import numpy as np
 
 from diffattn._checks import did_you_mean
 
-from .errors import UserError
+from ..errors import UserError
 
 FORMATS = (".mp4", ".gif", ".png")
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
+from ..errors import UserError
 from .request import Request
 
 if TYPE_CHECKING:

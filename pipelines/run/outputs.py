@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import UserError, one_line
+from ..errors import UserError, one_line
 from .video import FORMATS, check_format, frames_folder
 
 _LONGEST_SLUG = 40

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import RunInterruptedError, UserError, one_line
 from .compare import psnr, side_by_side, ssim
-from .errors import RunInterruptedError, UserError, one_line
 from .loading import LoadedModel, load_model
 from .lora import load_weights_of_method
 from .machine import describe_device, quiet_libraries

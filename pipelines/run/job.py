@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .attention_settings import MethodOptions, attention_settings, make_method
-from .errors import UserError
+from ..errors import UserError
 from .lora import read_lora_record
+from .method_settings import MethodOptions, attention_settings, make_method
 from .outputs import Outputs, check_outputs, plan_outputs
 from .processes import check_processes
 from .prompts import read_prompts

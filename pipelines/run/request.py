@@ -15,7 +15,7 @@ from diffattn._checks import (
     whole,
 )
 
-from .errors import UserError
+from ..errors import UserError
 
 BUNDLED_MODEL = "moving-shapes"
 """Name of the model that comes with the package."""

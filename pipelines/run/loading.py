@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffattn._checks import did_you_mean
 
-from .errors import UserError, one_line
+from ..errors import UserError, one_line
 from .request import BUNDLED_MODEL, Request
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import numpy as np
 
 from diffattn._checks import whole
 
-from .errors import RunInterruptedError, UserError, one_line
+from ..errors import RunInterruptedError, UserError, one_line
 from .loading import LoadedModel, load_model
 from .machine import describe_device, quiet_libraries
 from .outputs import Outputs, check_outputs, on_disk, plan_outputs, staged
@@ -160,7 +160,7 @@ def _refuse_base(request: Request) -> None:
 
 def _check_settings(settings: UpscaleSettings) -> None:
     """Refuse what is wrong for every model, before the time that loading one takes."""
-    from .freeswim.pipeline import check_refinement, check_target
+    from ..freeswim.pipeline import check_refinement, check_target
 
     try:
         check_target(settings.preset, settings.height, settings.width)
@@ -186,7 +186,7 @@ def _make(
 ) -> None:
     import torch
 
-    from .freeswim.pipeline import NEGATIVE_PROMPT, FreeSwimPipeline
+    from ..freeswim.pipeline import NEGATIVE_PROMPT, FreeSwimPipeline
 
     assert request.fps is not None
     # A complete request has them all.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError, one_line
+from ..errors import UserError, one_line
 
 if TYPE_CHECKING:
     import torch

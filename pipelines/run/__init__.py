@@ -1,0 +1,1 @@
+"""What one run passes through: its request, the model, the device, and the files it writes."""
