@@ -127,8 +127,8 @@ def train(
     What it writes loads in stock diffusers by `pipe.load_lora_weights`, and `diffattn generate
     --lora` attaches the same method by itself.
     """
-    from ..lora_train import train_lora
     from ..run.method_settings import MethodOptions
+    from ..train.run import train_lora
 
     given = {
         _PLURALS.get(name, name): value

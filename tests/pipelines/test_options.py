@@ -13,10 +13,10 @@ from diffattn.lora.settings import TrainSettings
 from diffattn.pipelines.cli import app as cli
 from diffattn.pipelines.cli import lora as lora_cli
 from diffattn.pipelines.cli.selection_picture import Call
-from diffattn.pipelines.lora_train import TrainJob
 from diffattn.pipelines.run import upscale_picture
 from diffattn.pipelines.run import upscale_video as upscale
 from diffattn.pipelines.run.request import Request
+from diffattn.pipelines.train.run import TrainJob
 
 from .conftest import Result
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from diffattn._checks import did_you_mean, lists_to_tuples
 
-from .errors import RunInterruptedError, UserError
-from .run.loading import LoadedModel, load_model
-from .run.machine import quiet_libraries
-from .run.method_settings import MethodOptions, attention_settings
-from .run.processes import rank
-from .run.request import BUNDLED_MODEL, Request
+from ..errors import RunInterruptedError, UserError
+from ..run.loading import LoadedModel, load_model
+from ..run.machine import quiet_libraries
+from ..run.method_settings import MethodOptions, attention_settings
+from ..run.processes import rank
+from ..run.request import BUNDLED_MODEL, Request
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from diffattn.lora.settings import TrainSettings
     from diffattn.lora.trainer import Trainer
 
-    from .lora_validation import Validation
+    from .validation import Validation
 
 # Under this name in the output folder, unless --cache says where.
 _CLIPS = "clips"
@@ -287,7 +287,7 @@ def _validation(
 ) -> "Validation | None":
     if job.validate_every is None:
         return None
-    from .lora_validation import Validation
+    from .validation import Validation
 
     _check_whole(trainer.accelerator)
     requests = [

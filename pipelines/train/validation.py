@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .run.compare import in_columns, psnr
-from .run.generate import render
-from .run.loading import LoadedModel
-from .run.outputs import slug
-from .run.processes import rank
-from .run.request import Request
-from .run.sizing import complete
-from .run.video import write_video
+from ..run.compare import in_columns, psnr
+from ..run.generate import render
+from ..run.loading import LoadedModel
+from ..run.outputs import slug
+from ..run.processes import rank
+from ..run.request import Request
+from ..run.sizing import complete
+from ..run.video import write_video
 
 if TYPE_CHECKING:
     from diffattn.lora.trainer import Trainer
