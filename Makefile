@@ -33,9 +33,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-# mypy cannot follow an editable install: it is given a plain copy of the package.
+# mypy cannot follow an editable install: it is given a plain copy of the package. What an earlier
+# build has left in build/ would be copied, too.
 types: $(INSTALLED)
-	rm -rf build/types
+	rm -rf build
 	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p diffattn
 
