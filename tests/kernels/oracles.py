@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from diffattn.blocks import BlockLayout, layout_from_states
+from diffattn.blocks import PARTIAL, BlockLayout, layout_from_states
 from diffattn.kernels.reference import reference_attention
 
 LAYOUT_FIELDS = (
@@ -41,6 +41,37 @@ def random_layout(
         tokens_kv=tokens_kv,
         block_q=block_q,
         block_kv=block_kv,
+    )
+
+
+def inputs(
+    device: str,
+    batch: int,
+    tokens_q: int,
+    tokens_kv: int,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.float32,
+) -> list[torch.Tensor]:
+    """Random q, k and v that want gradients."""
+    return [
+        torch.randn(batch, tokens, heads, head_dim).to(device, dtype).requires_grad_()
+        for tokens in (tokens_q, tokens_kv, tokens_kv)
+    ]
+
+
+def layout_of_mask(dense: torch.Tensor, block: int) -> BlockLayout:
+    """The layout of a token mask `(tokens_q, tokens_kv)` in square blocks."""
+    tokens_q, tokens_kv = dense.shape
+    padded = torch.nn.functional.pad(dense, (0, -tokens_kv % block, 0, -tokens_q % block))
+    blocks = padded.unflatten(0, (-1, block)).unflatten(2, (-1, block)).transpose(1, 2)
+    return layout_from_states(
+        torch.full(blocks.shape[:2], PARTIAL, dtype=torch.uint8),
+        lambda row, column: blocks[row, column],
+        tokens_q=tokens_q,
+        tokens_kv=tokens_kv,
+        block_q=block,
+        block_kv=block,
     )
 
 

@@ -2,60 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracles import assert_matches_eager
+from oracles import assert_matches_eager, inputs
+from selections import packed, random_selection, starts_of, token_mask
 
 from diffattn.kernels.common.tile_tables import TileConfig
 from diffattn.kernels.gather import launch, plan, selected_attention
 from diffattn.kernels.gather.launch import Problem
-from diffattn.kernels.reference import reference_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 Results = tuple[torch.Tensor, torch.Tensor]
-
-
-def inputs(
-    device: str, batch: int, tokens_q: int, tokens_kv: int, heads: int, head_dim: int,
-    dtype: torch.dtype = torch.float32,
-) -> list[torch.Tensor]:  # fmt: skip
-    return [
-        torch.randn(batch, tokens, heads, head_dim).to(device, dtype).requires_grad_()
-        for tokens in (tokens_q, tokens_kv, tokens_kv)
-    ]
-
-
-def starts_of(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)], dtype=torch.int32)
-
-
-def random_selection(*shape: int, share: float = 0.4) -> torch.Tensor:
-    """Bool `(batch, heads, tokens, blocks)`."""
-    return torch.rand(shape) < share
-
-
-def packed(selected: torch.Tensor) -> torch.Tensor:
-    """Bits of `(batch, heads, tokens, blocks)`: int32, a word for 32 blocks."""
-    words = torch.zeros(*selected.shape[:3], -(-selected.shape[3] // 32), dtype=torch.int64)
-    for c in range(selected.shape[3]):
-        words[..., c // 32] += selected[..., c].long() << (c % 32)
-    return words.to(torch.int32)  # wraps: bit 31 is the sign
-
-
-def token_mask(selected: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """Bool `(batch, heads, tokens, keys)`: block by block, as the definition has it."""
-    return torch.cat(
-        [selected[..., c : c + 1].expand(-1, -1, -1, n) for c, n in enumerate(lengths)], -1
-    )
 
 
 def attend(
@@ -147,56 +110,19 @@ def test_more_keys_than_queries(device: str) -> None:
     check(qkv, [40, 30], random_selection(2, 2, 19, 2))
 
 
-def test_queries_that_select_nothing(device: str) -> None:
-    selected = random_selection(1, 2, 40, 3)
-    selected[:, :, 5:20] = False
-    selected[:, 1] = False
-    qkv = inputs(device, 1, 40, 40, 2, 16)
-    out, lse = check(qkv, [10, 10, 20], selected)
-    nothing = ~selected.any(-1).to(device)
-    assert torch.equal(lse == -torch.inf, nothing)
-    assert (out.transpose(1, 2)[nothing] == 0).all()
-
-
 def test_queries_that_select_everything(device: str) -> None:
     qkv = inputs(device, 2, 40, 40, 2, 16)
     out, lse = attend(qkv, [13, 27], torch.ones(2, 2, 40, 2, dtype=torch.bool))
     assert_matches_eager(out, lse, *qkv, None, backward=True)
 
 
-@pytest.mark.usefixtures("small_tiles")
-def test_key_mask(device: str) -> None:
-    qkv = inputs(device, 3, 55, 55, 1, 16)
-    key_mask = torch.rand(3, 55, device=device) < 0.7
-    key_mask[1] = False
-    key_mask[2, :20] = False  # a block of which nothing is left
-    out, lse = check(qkv, [20, 35], random_selection(3, 1, 55, 2, share=0.6), key_mask=key_mask)
-    assert (out[1] == 0).all()
-    assert (lse[1] == -torch.inf).all()
-
-
-def test_key_mask_of_any_strides(device: str) -> None:
-    key_mask = (torch.rand(40, 2, device=device) < 0.7).T
-    qkv = inputs(device, 2, 40, 40, 1, 16)
-    check(qkv, [7, 33], random_selection(2, 1, 40, 2), key_mask=key_mask)
-
-
-def test_any_strides(device: str) -> None:
-    q = torch.randn(2, 16, 40, 3).to(device).permute(0, 2, 3, 1)  # tokens inside
-    k = torch.randn(2, 3, 40, 16).to(device).transpose(1, 2)  # heads first
-    v = torch.randn(2, 40, 1, 16).to(device).expand(2, 40, 3, 16)  # stride 0
-    qkv = [x.requires_grad_() for x in (q, k, v)]
+def test_bits_of_any_strides(device: str) -> None:
+    qkv = inputs(device, 2, 40, 40, 3, 16)
     selected = random_selection(1, 40, 3, 2)
     bits = packed(selected).to(device).transpose(1, 2).expand(2, 3, 40, 1)
     out, lse = selected_attention(*qkv, starts_of([11, 29]).to(device), bits)
     mask = token_mask(selected.transpose(1, 2).expand(2, 3, 40, 2), [11, 29]).to(device)
     assert_matches_eager(out, lse, *qkv, mask, backward=True)
-
-
-def test_slices_of_fused_projections(device: str) -> None:
-    fused = torch.randn(2, 40, 3 * 2 * 24, device=device, requires_grad=True)
-    qkv = [x.unflatten(-1, (2, 24)) for x in fused.chunk(3, -1)]
-    check(qkv, [11, 29], random_selection(2, 2, 40, 2))
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -228,88 +154,6 @@ def test_memory_beyond_32_bits(dim: int, device: str) -> None:
     x = storage.as_strided(shape, stride).copy_(torch.randn(shape))
     qkv = [x.detach().requires_grad_() for _ in range(3)]
     check(qkv, [7, 33], random_selection(2, 2, 40, 2))
-
-
-@pytest.mark.parametrize("scale", [0.9, -0.4, 0.0])
-def test_scale(scale: float, device: str) -> None:
-    qkv = inputs(device, 1, 40, 40, 2, 16)
-    check(qkv, [7, 33], random_selection(1, 2, 40, 2), scale=scale)
-
-
-@pytest.mark.parametrize("which", [0, 1], ids=["out", "lse"])
-def test_gradient_of_one_of_the_results(which: int, device: str) -> None:
-    qkv = inputs(device, 1, 40, 40, 2, 16)
-    selected = random_selection(1, 2, 40, 2)
-    truth = reference_attention(*qkv, token_mask(selected, [7, 33]).to(device))[which]
-    kept = truth.isfinite()
-    found = torch.autograd.grad(attend(qkv, [7, 33], selected)[which][kept].sum(), qkv)
-    expected = torch.autograd.grad(truth[kept].sum(), qkv, materialize_grads=True)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_queries_that_see_nothing_ignore_their_gradient(device: str) -> None:
-    """The gradient of an LSE of -inf is NaN in a merge of two attentions: it means nothing."""
-    qkv = inputs(device, 1, 32, 32, 1, 16)
-    selected = random_selection(1, 1, 32, 2)
-    selected[:, :, :16] = False
-    out, lse = attend(qkv, [16, 16], selected)
-    grad_lse = torch.ones_like(lse)
-    found = torch.autograd.grad((out, lse), qkv, (out, grad_lse), retain_graph=True)
-    grad_lse[..., :16] = torch.nan
-    for a, b in zip(found, torch.autograd.grad((out, lse), qkv, (out, grad_lse)), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.usefixtures("small_tiles")
-def test_what_nobody_selects_is_not_read(device: str) -> None:
-    lengths = [16, 7, 41]
-    selected = random_selection(1, 2, 64, 3)
-    selected[..., 1] = False
-    clean = inputs(device, 1, 64, 64, 2, 16)
-    poisoned = [x.detach().clone() for x in clean]
-    for x in poisoned[1:]:
-        x[:, 16:23] = torch.nan
-    poisoned = [x.requires_grad_() for x in poisoned]
-    results = []
-    for qkv in (clean, poisoned):
-        out, lse = attend(qkv, lengths, selected)
-        results.append((out, lse, *torch.autograd.grad(out.sum(), qkv)))
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
-    assert (results[1][3][:, 16:23] == 0).all()
-
-
-@pytest.mark.usefixtures("small_tiles")
-def test_nan_in_hidden_keys_stays_there(device: str) -> None:
-    selected = random_selection(2, 2, 50, 2)
-    qkv = inputs(device, 2, 50, 50, 2, 16)
-    key_mask = torch.ones(2, 50, dtype=torch.bool, device=device)
-    key_mask[0, 20:] = False
-    poisoned = [x.detach().clone() for x in qkv]
-    poisoned[1][0, 20:] = torch.nan
-    poisoned[2][0, 20:] = torch.inf
-    poisoned = [x.requires_grad_() for x in poisoned]
-    out, lse = attend(poisoned, [17, 33], selected, key_mask=key_mask)
-    mask = token_mask(selected, [17, 33]).to(device)
-    assert_matches_eager(out, lse, *qkv, mask, key_mask=key_mask)
-    gradients = torch.autograd.grad(out.sum(), poisoned)
-    assert all(g.isfinite().all() for g in gradients)
-    assert (gradients[1][0, 20:] == 0).all()
-
-
-@pytest.mark.parametrize("which", [0, 1, 2], ids=["q", "k", "v"])
-def test_nan_that_is_visible_propagates(which: int, device: str) -> None:
-    qkv = [x.detach() for x in inputs(device, 1, 20, 20, 1, 16)]
-    selected = torch.zeros(1, 1, 20, 2, dtype=torch.bool)
-    selected[:, :, :9, 0] = True
-    selected[:, :, 9:, 1] = True
-    clean = attend(qkv, [9, 11], selected)[0]
-    qkv[which][0, 3, 0, 5] = torch.nan
-    out = attend(qkv, [9, 11], selected)[0]
-    expected = reference_attention(*(x[:, :9] for x in qkv), None)[0].float()
-    assert expected.isnan().any()
-    torch.testing.assert_close(out[:, :9], expected, equal_nan=True)
-    assert torch.equal(out[:, 9:], clean[:, 9:])
 
 
 @settings(
@@ -408,32 +252,6 @@ def test_plans_need_no_values() -> None:
         assert tiles.order.shape == (4, 5)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_opcheck(masked: bool, device: str) -> None:
-    key_mask = torch.rand(2, 20, device=device) < 0.8 if masked else None
-    torch.library.opcheck(
-        torch.ops.diffattn.selected_triton.default,
-        (*inputs(device, 2, 20, 20, 2, 8), [starts_of([9, 11]).to(device),
-         packed(random_selection(2, 2, 20, 2)).to(device)], key_mask, 0.3),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_to_one_graph(dynamic: bool, device: str) -> None:
-    torch._dynamo.reset()
-    starts, bits = starts_of([9, 11]).to(device), packed(random_selection(1, 2, 20, 2)).to(device)
-    qkv = inputs(device, 1, 20, 20, 2, 8)
-
-    def function(*qkv: torch.Tensor) -> torch.Tensor:
-        out, lse = selected_attention(*(x * 2 for x in qkv), starts, bits)
-        return out.sum() + torch.where(lse.isfinite(), lse, 0).sum()
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    expected, got = function(*qkv), compiled(*qkv)
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(torch.autograd.grad(got, qkv), torch.autograd.grad(expected, qkv))
-
-
 # Block lengths of the published settings, and a text of seven tokens.
 GPU_LENGTHS = [7, 455, 1365, 64, 1, 768, 129]
 
@@ -519,12 +337,7 @@ def test_compiles_with_inductor_and_cuda_graphs(device: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"k": torch.randn(2, 50, 3, 8).half()}, r"share one dtype of .*torch.float16"),
         ({x: torch.randn(2, 50, 3, 8).double() for x in "qkv"}, "bfloat16; got torch.float64"),
-        ({"q": torch.randn(2, 50, 24)}, r"\(batch, tokens, heads, head_dim\); got \(2, 50, 24\)"),
-        ({"v": torch.randn(2, 49, 3, 8)}, r"same number of tokens; got .* v \(2, 49, 3, 8\)"),
-        ({"k": torch.randn(2, 50, 1, 8)}, "have the batch, heads and head_dim of q"),
-        ({"key_mask": torch.ones(2, 40, dtype=torch.bool)}, r"tokens_kv\) = \(2, 50\); got .*40"),
         ({"v": torch.randn(2, 50, 3, 8, device="meta")}, "v is on meta, but q on "),
         ({x: torch.randn(2, 50, 3, 257) for x in "qkv"}, "head_dim may be 1 to 256; got 257"),
         ({"starts": torch.tensor([0, 50])}, "starts must be torch.int32 on .*; got torch.int64"),
@@ -538,26 +351,11 @@ def test_compiles_with_inductor_and_cuda_graphs(device: str) -> None:
     ],
     ids=lambda x: x if isinstance(x, str) else "-".join(x),
 )  # fmt: skip
-def test_bad_input_is_named(changes: dict[str, torch.Tensor], message: str, device: str) -> None:
+def test_bad_selections_are_named(
+    changes: dict[str, torch.Tensor], message: str, device: str
+) -> None:
     arguments = {x: torch.randn(2, 50, 3, 8) for x in "qkv"}
     arguments |= {"starts": starts_of([20, 30]), "bits": torch.zeros(2, 3, 50, 1).int(), **changes}
     arguments = {k: x if x.device.type == "meta" else x.to(device) for k, x in arguments.items()}
     with pytest.raises(ValueError, match=message):
         selected_attention(**arguments)
-
-
-def test_needs_a_gpu_or_the_interpreter() -> None:
-    code = """
-import torch
-from diffattn.kernels.gather import selected_attention
-x = torch.randn(1, 9, 1, 16)
-bits = torch.ones(1, 1, 9, 1, dtype=torch.int32)
-selected_attention(x, x, x, torch.tensor([0, 9], dtype=torch.int32), bits)
-"""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 1
-    assert "ValueError: the Triton kernels run on a GPU, but q is on cpu" in run.stderr
-    assert "TRITON_INTERPRET=1" in run.stderr

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import assert_within, random_layout, stack_layouts, tensors
+from selections import starts_of
 
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states
 from diffattn.kernels.block_sparse import block_sparse_attention
@@ -265,10 +266,6 @@ def test_tangent_of_one_argument(which: int, kernel: str, device: str) -> None:
     _, truth = torch.func.jvp(exact, (x[which].double(),), (dx[which].double(),))
     for got, want in zip(found, truth, strict=True):
         torch.testing.assert_close(got.cpu().double(), want, atol=1e-5, rtol=1e-5)
-
-
-def starts_of(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)], dtype=torch.int32)
 
 
 def selection(
