@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import LAYOUT_FIELDS, assert_matches_eager, inputs, layout_of_mask, stack_layouts
+from oracles import assert_matches_eager, inputs, layout_of_mask, stack_layouts
 from selections import packed, starts_of, token_mask
 
-from diffattn.kernels import block_sparse, cpu, gather, gather_cpu, row_attention, row_plan
-from diffattn.kernels.block_sparse.configs import TileConfig
+from diffattn.kernels import block_sparse, gather
+from diffattn.kernels.common.tile_tables import TileConfig
+from diffattn.kernels.cpu import block_sparse as cpu
+from diffattn.kernels.cpu import gather as gather_cpu
+from diffattn.kernels.cpu import row_attention, row_plan
 from diffattn.kernels.reference import reference_attention
 
 Results = tuple[torch.Tensor, torch.Tensor]
@@ -57,10 +60,8 @@ class Operator:
             return {name: x.to(self.device) for name, x in arguments.items()}
         masks = token_mask(selected, lengths)
         layouts = [layout_of_mask(mask, BLOCK) for mask in masks.flatten(0, 1)]
-        tensors = stack_layouts(layouts, *masks.shape[:2])
-        arguments = dict(zip(LAYOUT_FIELDS, tensors, strict=True))
-        arguments = {name: x.to(self.device) for name, x in arguments.items()}
-        return arguments | {"block_q": BLOCK, "block_kv": BLOCK}
+        layout = [x.to(self.device) for x in stack_layouts(layouts, *masks.shape[:2])]
+        return {"layout": layout, "block_q": BLOCK, "block_kv": BLOCK}
 
     def attend(
         self,
@@ -403,7 +404,7 @@ from diffattn.blocks import FULL, layout_from_states
 from diffattn.kernels.block_sparse import block_sparse_attention
 states = torch.full((1, 1), FULL, dtype=torch.uint8)
 layout = layout_from_states(states, None, tokens_q=9, tokens_kv=9, block_q=16, block_kv=16)
-block_sparse_attention(x, x, x, *layout.tensors, block_q=16, block_kv=16)
+block_sparse_attention(x, x, x, layout.tensors, block_q=16, block_kv=16)
 """,
             id="triton",
         ),

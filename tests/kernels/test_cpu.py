@@ -22,7 +22,6 @@ from oracles import (
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states
 from diffattn.kernels.cpu import row_attention, row_plan
 from diffattn.kernels.cpu.block_sparse import block_sparse_attention
-from diffattn.kernels.reference import reference_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

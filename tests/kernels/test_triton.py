@@ -28,7 +28,6 @@ from diffattn.kernels.block_sparse import (
 )
 from diffattn.kernels.block_sparse.launch import Problem
 from diffattn.kernels.common.tile_tables import TileConfig
-from diffattn.kernels.reference import reference_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
