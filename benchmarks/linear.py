@@ -35,7 +35,7 @@ from cpu import CLOCKS, DTYPES, dense_attention, environment, milliseconds, peak
 
 from diffattn import AgentAttn, LinFusionAttn, Method, TokenGrid
 from diffattn.methods import Site
-from diffattn.methods.agent.merging import cell_offsets, match, partition
+from diffattn.methods.agent.merging import cell_offsets, match, sources_and_destinations
 from diffattn.methods.linfusion.method import LinFusionWeights
 
 SIZES = (4096, 8192, 16384, 32768, 65536)
@@ -78,7 +78,7 @@ def agent_cells(grid: TokenGrid) -> Attention:
 def agentsd(grid: TokenGrid) -> Attention:
     method = AgentAttn()
     offsets = cell_offsets(grid.height, grid.width, method.stride, None)
-    parts = partition(grid.height, grid.width, method.stride, offsets)
+    parts = sources_and_destinations(grid.height, grid.width, method.stride, offsets)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         merging = match(v.flatten(2), *parts, method.ratio, method.agent_ratio)

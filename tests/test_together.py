@@ -180,7 +180,7 @@ def test_accelerate_hooks_that_replace_forward() -> None:
         assert torch.equal(forward(model), forward(want))
 
 
-def test_two_pipelines_in_two_threads() -> None:
+def test_two_pipelines_in_wall_clock() -> None:
     jobs = [("t2v", (96, 64, 9)), ("ti2v-5b", (64, 64, 5)), ("t2v", (64, 64, 13))]
 
     def render(job: tuple[str, tuple[int, int, int]]) -> torch.Tensor:

@@ -20,7 +20,7 @@ from diffattn.attach.run_clock import RunClock
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.methods.agent.merging import Merging
-from diffattn.methods.base import Method, Site, SiteWeights, StaticMaskMethod, is_mask_alone
+from diffattn.methods.base import Method, Site, SiteWeights, StaticMaskMethod, attends_by_mask_alone
 from diffattn.models import Family
 from diffattn.orders import TileOrder
 
@@ -269,7 +269,7 @@ def _attend_sparse(
         return attend_queries(
             group.method, query, key, value, site, queries, scale=scale, key_mask=key_mask
         )
-    if torch.compiler.is_compiling() and is_mask_alone(group.method):
+    if torch.compiler.is_compiling() and attends_by_mask_alone(group.method):
         return traced_attention(
             query,
             key,

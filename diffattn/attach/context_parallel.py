@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from diffattn._compat import ContextParallel
 from diffattn.blocks import BlockLayout
-from diffattn.methods.base import Method, Site, is_mask_alone
+from diffattn.methods.base import Method, Site, attends_by_mask_alone
 from diffattn.operator import attention
 
 # torch 2.13 has renamed it.
@@ -151,7 +151,7 @@ def attend_queries(
     Raises:
         NotImplementedError: if the method is more than a mask.
     """
-    if not is_mask_alone(method):
+    if not attends_by_mask_alone(method):
         raise NotImplementedError(
             f"{method.type} attention cannot be computed for a part of the queries, as ring"
             f" attention does; use Ulysses: ContextParallelConfig(ulysses_degree=...)"

@@ -12,7 +12,7 @@ from diffattn import _compat
 from diffattn.attach.backend import Group
 from diffattn.attach.sites import AttachedSite
 from diffattn.grid import TokenGrid
-from diffattn.methods.base import is_mask_alone
+from diffattn.methods.base import attends_by_mask_alone
 from diffattn.models import Family
 from diffattn.models.base import argument
 from diffattn.orders import TileOrder
@@ -59,7 +59,7 @@ def _common_order(groups: Sequence[Group], grid: TokenGrid) -> TileOrder | None:
     """The order that all attached methods want the tokens of `grid` in, if it is the same."""
     orders = set()
     for group in groups:
-        if not is_mask_alone(group.method):
+        if not attends_by_mask_alone(group.method):
             return None
         if not group.method.any_order:
             orders.add(group.method.order(grid))

@@ -123,7 +123,7 @@ class Fragments:
         return self.last - self.first + 1
 
 
-def cut(grid: TokenGrid, block_size: int, device: torch.device) -> Fragments:
+def fragments_of(grid: TokenGrid, block_size: int, device: torch.device) -> Fragments:
     """Cut the video tokens of `grid` into fragments for blocks of `block_size` tokens."""
     offset, end = grid.video.start, grid.video.stop
     frame_starts = torch.arange(offset, end, grid.frame_tokens, device=device)

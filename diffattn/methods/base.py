@@ -349,6 +349,6 @@ class StaticMaskMethod(Method):
         return self.mask(grid).blocks(self.block_size_on(grid), device=device, order=order)
 
 
-def is_mask_alone(method: Method) -> TypeIs[StaticMaskMethod]:
-    """Is attention by this method attention under its mask, and nothing else?"""
+def attends_by_mask_alone(method: Method) -> TypeIs[StaticMaskMethod]:
+    """Is the method a static mask, with `is_mask_alone`?"""
     return isinstance(method, StaticMaskMethod) and method.is_mask_alone

@@ -15,7 +15,7 @@ from diffattn._checks import FLAG, check_fields, choice, count, number
 from diffattn.blocks import EMPTY, FULL
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import AttentionMask, Blocking, BlockMapMask
-from diffattn.masks.block_geometry import any_in_block, cut
+from diffattn.masks.block_geometry import any_in_block, fragments_of
 from diffattn.methods.base import StaticMaskMethod
 
 _T = TypeVar("_T")
@@ -234,7 +234,7 @@ class RadialAttn(StaticMaskMethod):
         block = settled.block_size
         blocks = -(-grid.tokens // block)
         reference = self.block_rule == "reference"
-        fragments = cut(grid, block, torch.device("cpu"))
+        fragments = fragments_of(grid, block, torch.device("cpu"))
 
         half_width = self._half_widths(settled, grid)
         distance = (fragments.frame[:, None] - fragments.frame[None, :]).abs()
@@ -302,7 +302,10 @@ class FrameBandMask(AttentionMask):
             return states
         rows, columns = states.shape
         block_q, block_kv, device = blocking.block_q, blocking.block_kv, blocking.device
-        query, key = cut(self.grid, block_q, device), cut(self.grid, block_kv, device)
+        query, key = (
+            fragments_of(self.grid, block_q, device),
+            fragments_of(self.grid, block_kv, device),
+        )
         width = self.half_widths.to(device)[(query.frame[:, None] - key.frame[None, :]).abs()]
         if self.sink:
             width[:, key.frame == 0] = self.grid.frame_tokens

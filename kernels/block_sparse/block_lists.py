@@ -47,7 +47,7 @@ def row_lists(
     """Where the full blocks of a row are listed, how many need no mask, partial ones, short ones.
 
     The block at the end of the sequence may be short, and then it needs a mask though it is full.
-    It is the last of its list: `plan.Rows` sees to that.
+    It is the last of its list: `walk.Rows` sees to that.
     """
     p_full = p_full_index + i_list.to(tl.int64) * full_cap
     n_full = tl.load(p_full_count + i_list)

@@ -18,7 +18,7 @@ from ..common.launch import is_hopper
 from ..common.tile_tables import TileConfig
 from .descriptors import tile_strides
 from .launch import Problem
-from .plan import cached_rows
+from .walk import cached_rows
 
 if TYPE_CHECKING:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor

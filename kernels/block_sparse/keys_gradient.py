@@ -20,7 +20,7 @@ from ..common.tile_tables import TileConfig
 from .block_lists import load_bits
 from .descriptors import tile_descriptor
 from .launch import Problem
-from .plan import cached_transpose
+from .walk import cached_transpose
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from ..common.launch import SMALLEST_SCALE, float32_precision, on_device, padded
 from ..common.tile_tables import TileConfig
 from .configs import fitted, tile_config
 from .descriptors import describable, tile_descriptor
-from .plan import Rows
+from .walk import Rows
 
 # Offsets inside a tile are 32 bits wide up to here.
 _MAX_OFFSET = 2**31 - 1

@@ -19,7 +19,7 @@ from ..common.softmax import add_to_queries, score_gradient
 from ..common.tile_tables import TileConfig
 from .block_lists import load_bits, row_lists
 from .launch import Problem
-from .plan import cached_rows
+from .walk import cached_rows
 
 
 @triton.jit(

@@ -13,7 +13,7 @@ from ..operators import empty_outputs
 from .block_lists import load_bits, row_lists
 from .configs import fitted
 from .launch import Problem
-from .plan import cached_rows
+from .walk import cached_rows
 
 # Four tiles of keys are in shared memory per stage: keys and values, and the tangents of both. What
 # has most of the tensor cores' cycles by the machine code, without products that are computed twice

@@ -13,7 +13,7 @@ from ..common.primitives import LN_2, LOG2_E, tile_of_program
 from ..common.softmax import weigh
 from ..common.tile_tables import TileConfig
 from .launch import Problem
-from .plan import cached_rows
+from .walk import cached_rows
 
 
 @triton.jit

@@ -12,8 +12,8 @@ from ..common.softmax import add_to_keys, add_to_queries
 from ..common.tile_tables import Choice
 from ..common.variants import first_that_compiles, takes_any
 from .forward import group_of_program
-from .launch import Problem
-from .plan import key_tiles, selecting_queries
+from .launch import SelectionProblem
+from .selecting import key_tiles, selecting_queries
 
 
 @triton.jit(do_not_specialize=["first_pair", "tokens_q", "blocks", "chunks", "chunks_per_group"])
@@ -213,7 +213,7 @@ def backward(
     Raises:
         ValueError: if a choice does not take the call.
     """
-    problem = Problem.of(q, k, v, starts, key_mask, out, grad_out)
+    problem = SelectionProblem.of(q, k, v, starts, key_mask, out, grad_out)
     _, tokens, heads, head_dim = q.shape
     sums = row_sums(out, grad_out, lse, grad_lse, block_q=1, wide=problem.wide)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))

@@ -11,8 +11,8 @@ from ..common.primitives import LN_2, LOG2_E, load_tile, store_tile, token_offse
 from ..common.softmax import attend_tile, weigh
 from ..common.tile_tables import Choice
 from ..common.variants import first_that_compiles, takes_any
-from .launch import Problem
-from .plan import selecting_queries
+from .launch import SelectionProblem
+from .selecting import selecting_queries
 
 
 @triton.jit
@@ -179,7 +179,7 @@ def forward(
     Raises:
         ValueError: if the choice does not take the call.
     """
-    problem = Problem.of(q, k, v, starts, key_mask)
+    problem = SelectionProblem.of(q, k, v, starts, key_mask)
     tokens, heads, head_dim = problem.tokens_q, problem.heads, problem.head_dim
 
     def run(best: Choice) -> tuple[torch.Tensor, torch.Tensor]:

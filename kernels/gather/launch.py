@@ -11,7 +11,7 @@ import triton
 
 from ..common.launch import float32_precision, on_device, padded_head_dim
 from ..common.tile_tables import TileConfig
-from . import plan
+from . import selecting
 from .configs import tile_config
 
 # Offsets from the first token of a head are 32 bits wide up to here.
@@ -24,7 +24,7 @@ _MANY_PROGRAMS = 256
 
 
 @dataclass(frozen=True)
-class Problem:
+class SelectionProblem:
     """The arguments of a call as its kernels take them.
 
     Attributes:
@@ -55,12 +55,12 @@ class Problem:
         starts: torch.Tensor,
         key_mask: torch.Tensor | None,
         *more: torch.Tensor,
-    ) -> Problem:
+    ) -> SelectionProblem:
         """Collect them; `more` are further `(batch, tokens, heads, head_dim)` that are read."""
         mask = q if key_mask is None else key_mask.view(torch.uint8)
         batch, tokens_q, heads, head_dim = q.shape
         running = (tokens_q - 1) * head_dim  # of float32 sums, heads apart from one another
-        return Problem(
+        return SelectionProblem(
             device=q.device,
             dtype=q.dtype,
             batch=batch,
@@ -69,7 +69,7 @@ class Problem:
             heads=heads,
             head_dim=head_dim,
             blocks=starts.shape[0] - 1,
-            chunk=plan.CHUNK,
+            chunk=selecting.CHUNK,
             key_mask=mask,
             key_mask_strides=(0, 0) if key_mask is None else (mask.stride(0), mask.stride(1)),
             has_key_mask=key_mask is not None,
@@ -86,12 +86,12 @@ class Problem:
 
     def turns(self, state_floats: int) -> Iterator[tuple[int, int]]:
         """Heads that are worked on at once, where each also needs `state_floats` per query."""
-        each = plan.list_bytes(self.blocks, self.tokens_q) + 4 * state_floats * self.tokens_q
-        return plan.turns(self.batch * self.heads, each)
+        each = selecting.list_bytes(self.blocks, self.tokens_q) + 4 * state_floats * self.tokens_q
+        return selecting.turns(self.batch * self.heads, each)
 
     def chunks_per_group(self, pairs: int) -> int:
         """Chunks of queries per program, where there is a program for every group of every head."""
-        chunks = _MOST_QUERIES // plan.CHUNK
+        chunks = _MOST_QUERIES // selecting.CHUNK
         while chunks > 1 and pairs * triton.cdiv(self.chunks, chunks) < _MANY_PROGRAMS:
             chunks //= 2
         return chunks

@@ -14,7 +14,6 @@ import numpy as np
 from ..errors import RunInterruptedError, UserError, one_line
 from .compare import psnr, side_by_side, ssim
 from .loading import LoadedModel, load_model
-from .lora import load_weights_of_method
 from .machine import describe_device, quiet_libraries
 from .outputs import Outputs, on_disk, staged
 from .processes import count, rank, spread, together
@@ -22,6 +21,7 @@ from .progress import LoopTimes, clock, watched
 from .request import Request
 from .sidecar import write_record
 from .sizing import Run, call_arguments, complete
+from .trained_lora import load_weights_of_method
 from .video import write_video
 from .vocabulary import warn_of_words
 

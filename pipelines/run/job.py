@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .lora import read_lora_record
 from .method_settings import MethodOptions, attention_settings, make_method
 from .outputs import Outputs, check_outputs, plan_outputs
 from .processes import check_processes
 from .prompts import read_prompts
 from .request import BUNDLED_MODEL, Request
 from .sidecar import read_settings
+from .trained_lora import read_lora_record
 
 if TYPE_CHECKING:
     from diffattn.lora.adapter import LoraRecord

@@ -91,8 +91,8 @@ def load_model(request: Request, record: "LoraRecord | None" = None) -> LoadedMo
     """
     import torch
 
-    from .lora import load_lora
     from .processes import own_device
+    from .trained_lora import load_lora
 
     device = own_device(choose_device(request.device), request)
     if device.type == "cpu" and request.offload != "none":

@@ -130,7 +130,7 @@ def operator(
     monkeypatch.setattr(gather.launch, "tile_config", lambda *_, **__: tile)
     monkeypatch.setattr(gather.launch, "_MOST_QUERIES", 32)
     monkeypatch.setattr(gather.launch, "_MANY_PROGRAMS", 0)
-    monkeypatch.setattr(gather.plan, "CHUNK", 16)
+    monkeypatch.setattr(gather.selecting, "CHUNK", 16)
     return Operator(gather.selected_attention, device, True, widest)
 
 

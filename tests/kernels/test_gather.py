@@ -12,8 +12,8 @@ from oracles import assert_matches_eager, inputs
 from selections import packed, random_selection, starts_of, token_mask
 
 from diffattn.kernels.common.tile_tables import TileConfig
-from diffattn.kernels.gather import launch, plan, selected_attention
-from diffattn.kernels.gather.launch import Problem
+from diffattn.kernels.gather import launch, selected_attention, selecting
+from diffattn.kernels.gather.launch import SelectionProblem
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -46,7 +46,7 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(launch, "tile_config", lambda *_, **__: tile)
     monkeypatch.setattr(launch, "_MOST_QUERIES", 32)
     monkeypatch.setattr(launch, "_MANY_PROGRAMS", 0)
-    monkeypatch.setattr(plan, "CHUNK", 16)
+    monkeypatch.setattr(selecting, "CHUNK", 16)
 
 
 @dtypes
@@ -140,7 +140,7 @@ def test_heads_longer_than_32_bits(device: str, monkeypatch: pytest.MonkeyPatch)
 def test_only_heads_need_64_bit_offsets(stride: tuple[int, ...], wide: bool) -> None:
     """Where a head begins is always computed in 64 bits."""
     x = torch.empty_strided((2, 40, 3, 16), stride, device="meta")
-    assert Problem.of(x, x, x, starts_of([40]), None).wide == wide
+    assert SelectionProblem.of(x, x, x, starts_of([40]), None).wide == wide
 
 
 @pytest.mark.gpu
@@ -184,7 +184,7 @@ def test_the_same_bits_every_time_and_in_any_number_of_turns(
     selected = random_selection(3, 1, 40, 2)
     runs = []
     for scratch in (2**30, 2**30, 10000, 1):
-        monkeypatch.setattr(plan, "_SCRATCH_BYTES", scratch)
+        monkeypatch.setattr(selecting, "_SCRATCH_BYTES", scratch)
         out, lse = attend(qkv, [17, 23], selected)
         runs.append((out, lse, *torch.autograd.grad(out.float().square().sum(), qkv)))
     for run in runs[1:]:
@@ -194,18 +194,20 @@ def test_the_same_bits_every_time_and_in_any_number_of_turns(
 
 @given(pairs=st.integers(1, 50), each=st.integers(1, 2**31))
 def test_turns_cover_all_heads_within_the_scratch_memory(pairs: int, each: int) -> None:
-    turns = list(plan.turns(pairs, each))
+    turns = list(selecting.turns(pairs, each))
     assert [i for first, count in turns for i in range(first, first + count)] == [*range(pairs)]
     counts = [count for _, count in turns]
     assert max(counts) - min(counts) <= 1
-    assert max(counts) == 1 or max(counts) * each <= plan._SCRATCH_BYTES
-    at_once = max(1, plan._SCRATCH_BYTES // each)
+    assert max(counts) == 1 or max(counts) * each <= selecting._SCRATCH_BYTES
+    at_once = max(1, selecting._SCRATCH_BYTES // each)
     assert len(turns) == -(-pairs // at_once)
 
 
 def test_lists_are_the_selection_by_blocks(device: str) -> None:
     selected = random_selection(2, 3, 70, 34)
-    lists = plan.selecting_queries(packed(selected).to(device), 34, first_pair=2, pairs=2, chunk=32)
+    lists = selecting.selecting_queries(
+        packed(selected).to(device), 34, first_pair=2, pairs=2, chunk=32
+    )
     assert lists.first.shape == (2, 34, 4)
     by_pair = selected.flatten(0, 1)[2:4]
     for pair in range(2):
@@ -223,8 +225,8 @@ def test_key_tiles_cut_every_block(data: st.DataObject) -> None:
     counts = [data.draw(st.lists(st.integers(0, 9), min_size=len(lengths), max_size=len(lengths)))
               for _ in range(2)]  # fmt: skip
     first = torch.tensor(counts, dtype=torch.int32)[..., None].expand(-1, -1, 3)
-    lists = plan.Lists(first, torch.empty(0))
-    tiles = plan.key_tiles(starts_of(lengths), sum(lengths), size, lists)
+    lists = selecting.Lists(first, torch.empty(0))
+    tiles = selecting.key_tiles(starts_of(lengths), sum(lengths), size, lists)
     found = [
         (block, start)
         for block, start in zip(tiles.block.tolist(), tiles.start.tolist(), strict=True)
@@ -248,7 +250,7 @@ def test_plans_need_no_values() -> None:
     with FakeTensorMode() as mode:
         starts = mode.from_tensor(starts_of([10, 50, 20]))
         first = mode.from_tensor(torch.zeros(4, 3, 2, dtype=torch.int32))
-        tiles = plan.key_tiles(starts, 80, 32, plan.Lists(first, first))
+        tiles = selecting.key_tiles(starts, 80, 32, selecting.Lists(first, first))
         assert tiles.order.shape == (4, 5)
 
 

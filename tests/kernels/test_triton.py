@@ -24,7 +24,7 @@ from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_state
 from diffattn.kernels.block_sparse import (
     block_sparse_attention,
     block_sparse_attention_gradients,
-    plan,
+    walk,
 )
 from diffattn.kernels.block_sparse.launch import Problem
 from diffattn.kernels.common.tile_tables import TileConfig
@@ -305,17 +305,17 @@ def test_plans_need_no_values() -> None:
     layout = tensors(random_layout(70, 90, 16, 16))
     with FakeTensorMode() as mode:
         fake = tuple(mode.from_tensor(x) for x in layout)
-        rows = plan.walk_rows(fake, 90, 16)
+        rows = walk.walk_rows(fake, 90, 16)
         assert rows.order.shape == (1, 5)
         assert rows.full_index.shape == fake[1].shape
-        assert plan.transpose(fake, 6).order.shape == (1, 6)
+        assert walk.transpose(fake, 6).order.shape == (1, 6)
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(1, 1), (2, 3)])
 def test_transposed_lists_are_the_layout_by_columns(batch: int, heads: int) -> None:
     layouts = [random_layout(70, 90, 16, 16) for _ in range(batch * heads)]
     stacked = stack_layouts(layouts, batch, heads)
-    columns = plan.transpose(stacked, 6)
+    columns = walk.transpose(stacked, 6)
     full_count, full_index, partial_count, partial_index, partial_mask, _ = (
         x.flatten(0, 1) if x.ndim > 2 else x for x in stacked
     )
@@ -346,7 +346,7 @@ def test_long_rows_first() -> None:
         [[FULL, EMPTY, EMPTY], [PARTIAL, FULL, FULL], [EMPTY] * 3, [EMPTY, FULL, EMPTY]],
         tokens_q=64, tokens_kv=48, block_q=16, block_kv=16,
     )  # fmt: skip
-    assert plan.walk_rows(tensors(layout), 48, 16).order.tolist() == [[1, 0, 3, 2]]
+    assert walk.walk_rows(tensors(layout), 48, 16).order.tolist() == [[1, 0, 3, 2]]
 
 
 def test_a_short_block_goes_to_the_end_of_its_list() -> None:
@@ -354,14 +354,14 @@ def test_a_short_block_goes_to_the_end_of_its_list() -> None:
     shuffled = layout[1].clone()
     for row, count in zip(shuffled[0, 0], layout[0][0, 0].tolist(), strict=True):
         row[:count] = row[:count].flip(0)
-    full_index = plan.walk_rows((layout[0], shuffled, *layout[2:]), 90, 16).full_index
+    full_index = walk.walk_rows((layout[0], shuffled, *layout[2:]), 90, 16).full_index
     assert full_index is not None
     for row, before, count in zip(
         full_index[0, 0], layout[1][0, 0], layout[0][0, 0].tolist(), strict=True
     ):
         assert sorted(row[:count].tolist()) == before[:count].tolist()
         assert 5 not in row[: max(count - 1, 0)].tolist()
-    assert plan.walk_rows(layout, 96, 16).full_index is None, "no block is short"
+    assert walk.walk_rows(layout, 96, 16).full_index is None, "no block is short"
 
 
 def test_plans_are_made_once_and_die_with_the_layout(
@@ -369,19 +369,19 @@ def test_plans_are_made_once_and_die_with_the_layout(
 ) -> None:
     made = []
     for name in ("walk_rows", "transpose"):
-        make = getattr(plan, name)
-        monkeypatch.setattr(plan, name, lambda *a, m=make, n=name: made.append(n) or m(*a))
+        make = getattr(walk, name)
+        monkeypatch.setattr(walk, name, lambda *a, m=make, n=name: made.append(n) or m(*a))
     layout = random_layout(40, 40, 16, 16).to(device)
     qkv = inputs(device, 1, 40, 40, 1, 16)
     for _ in range(3):
         attend(qkv, layout)[0].sum().backward()
     assert made == ["walk_rows", "transpose"]
-    plans = len(plan._rows), len(plan._transposes)
+    plans = len(walk._rows), len(walk._transposes)
     dead = weakref.ref(layout.full_index)
     del layout
     gc.collect()
     assert dead() is None
-    assert (len(plan._rows), len(plan._transposes)) == (plans[0] - 1, plans[1] - 1)
+    assert (len(walk._rows), len(walk._transposes)) == (plans[0] - 1, plans[1] - 1)
 
 
 def test_plans_follow_changes(device: str) -> None:

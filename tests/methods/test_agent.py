@@ -22,7 +22,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import diffattn
 from diffattn import AgentAttn, TokenGrid
 from diffattn.methods import Site, from_dict
-from diffattn.methods.agent.merging import cell_offsets, match, partition
+from diffattn.methods.agent.merging import cell_offsets, match, sources_and_destinations
 
 GOLDENS = golden_files.GOLDENS / "agent"
 EXACT = {"atol": 1e-5, "rtol": 1e-4}
@@ -222,7 +222,7 @@ def test_core_is_that_of_the_public_code(name: str) -> None:
 def test_merging_is_that_of_the_public_code(name: str) -> None:
     golden = np.load(GOLDENS / f"merge_{name}.npz")
     height, width, stride = int(golden["H"]), int(golden["W"]), (int(golden["sy"]),) * 2
-    parts = partition(height, width, stride, torch.from_numpy(golden["offsets"]))
+    parts = sources_and_destinations(height, width, stride, torch.from_numpy(golden["offsets"]))
     for part, want in zip(parts, ("src_token", "dst_token"), strict=True):
         assert sorted(part.tolist()) == sorted(golden[want].tolist())
     x, y = torch.from_numpy(golden["x"]), torch.from_numpy(golden["y"])
@@ -605,7 +605,7 @@ def test_defaults_have_agents_everywhere() -> None:
         x = noise(1, height * width, 8)
         method = AgentAttn()
         offsets = cell_offsets(height, width, method.stride, (0,))
-        parts = partition(height, width, method.stride, offsets)
+        parts = sources_and_destinations(height, width, method.stride, offsets)
         merging = match(x, *parts, method.ratio, method.agent_ratio)
         assert 0 < 2 * merging.agents < merging.tokens
         if (height, width) == (64, 64):
@@ -623,7 +623,7 @@ def test_defaults_have_agents_everywhere() -> None:
 
 def test_merging_needs_no_table_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     x = noise(3, 11 * 13, 8)
-    parts = partition(11, 13, (2, 3), cell_offsets(11, 13, (2, 3), (5,)))
+    parts = sources_and_destinations(11, 13, (2, 3), cell_offsets(11, 13, (2, 3), (5,)))
     whole = match(x, *parts, 0.3, 0.8)
     monkeypatch.setattr("diffattn.methods.agent.merging._SCORES", 7 * len(parts[1]))
     split = match(x, *parts, 0.3, 0.8)

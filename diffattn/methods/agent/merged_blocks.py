@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from diffattn.methods.agent.merging import Merging, cell_offsets, match, partition
+from diffattn.methods.agent.merging import Merging, cell_offsets, match, sources_and_destinations
 from diffattn.methods.base import AttachedSites, Method, SiteState
 from diffattn.models import family_of
 from diffattn.models.base import argument, first_input
@@ -129,7 +129,7 @@ class _Block:
             )
         seed = None if method.seed is None else (method.seed, self.sites.step, self.layer)
         offsets = cell_offsets(grid.height, grid.width, stride, seed)
-        parts = partition(grid.height, grid.width, stride, offsets)
+        parts = sources_and_destinations(grid.height, grid.width, stride, offsets)
         agent_ratio = method.agent_ratio if group.sparse else 0.0
         self._merging = match(self._input, *parts, method.ratio, agent_ratio)
         self._group, group.merging = group, self._merging

@@ -85,7 +85,7 @@ def cell_offsets(
     return torch.randint(stride[0] * stride[1], cells, generator=generator)
 
 
-def partition(
+def sources_and_destinations(
     height: int, width: int, stride: tuple[int, int], offsets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sources and destinations of a grid, as positions of tokens in order of rows.
@@ -127,7 +127,7 @@ def match(
 
     Args:
         x: what tokens are compared by, (batch, tokens, channels).
-        sources, destinations: positions of tokens, from `partition`.
+        sources, destinations: positions of tokens, from `sources_and_destinations`.
         ratio: share of the tokens that are merged into others; no more than there are sources.
         agent_ratio: the same for agents; without effect unless they are fewer than half of the
             tokens that `ratio` leaves.
