@@ -1,7 +1,7 @@
 """What tests of model families need: small methods, and the same mask done without diffattn."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from unittest import mock
@@ -68,6 +68,39 @@ class Recording(DenseAttn):
 
 
 @contextlib.contextmanager
+def attending_by(
+    attention: Callable[..., torch.Tensor], model: torch.nn.Module, sites: Iterable[str]
+) -> Iterator[None]:
+    """The stock model with another self-attention in the place of PyTorch's under some modules.
+
+    Args:
+        attention: takes PyTorch's attention, the name of the site, and what PyTorch's is called
+            with: query, key, value `(batch, heads, tokens, head_dim)`, the mask or None, the rest.
+        sites: names of these modules.
+    """
+    stock = torch.nn.functional.scaled_dot_product_attention
+    inside: list[str] = []
+
+    def called(query: Any, key: Any, value: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
+        if inside and query.shape[-2] == key.shape[-2]:
+            return attention(stock, inside[-1], query, key, value, attn_mask, **kwargs)
+        return stock(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    with contextlib.ExitStack() as hooks:
+        for name in sites:
+            module = model.get_submodule(name)
+            for hook in (
+                module.register_forward_pre_hook(lambda m, a, n=name: inside.append(n)),
+                module.register_forward_hook(lambda m, a, o: (inside.pop(), None)[1]),
+            ):
+                hooks.callback(hook.remove)
+        hooks.enter_context(
+            mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", called)
+        )
+        yield
+
+
+@contextlib.contextmanager
 def masked(
     model: torch.nn.Module, sites: list[str], grid_of: Callable[[int], TokenGrid], method: Method
 ) -> Iterator[list[int]]:
@@ -80,34 +113,19 @@ def masked(
     Yields:
         The number of tokens of each masked call so far.
     """
-    stock = torch.nn.functional.scaled_dot_product_attention
     masks: dict[int, torch.Tensor] = {}
     calls: list[int] = []
-    inside: list[str] = []
 
-    def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
-        tokens = query.shape[-2]
-        if inside and tokens == key.shape[-2]:
-            calls.append(tokens)
-            if tokens not in masks:
-                masks[tokens] = method.mask(grid_of(tokens)).dense()
-            mask = masks[tokens]
-            if attn_mask is None:
-                attn_mask = mask
-            elif attn_mask.dtype == torch.bool:
-                attn_mask = attn_mask & mask
-            else:
-                attn_mask = attn_mask.masked_fill(~mask, -torch.inf)
-        return stock(query, key, value, attn_mask=attn_mask, **kwargs)
+    def attention(plain: Any, site: str, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
+        tokens = q.shape[-2]
+        calls.append(tokens)
+        if tokens not in masks:
+            masks[tokens] = method.mask(grid_of(tokens)).dense()
+        seen = masks[tokens]
+        if mask is not None:
+            boolean = mask.dtype == torch.bool
+            seen = mask & seen if boolean else mask.masked_fill(~seen, -torch.inf)
+        return plain(q, k, v, attn_mask=seen, **kwargs)
 
-    hooks = []
-    for name in sites:
-        module = model.get_submodule(name)
-        hooks.append(module.register_forward_pre_hook(lambda m, a, n=name: inside.append(n)))
-        hooks.append(module.register_forward_hook(lambda m, a, o: (inside.pop(), None)[1]))
-    try:
-        with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention):
-            yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with attending_by(attention, model, sites):
+        yield calls

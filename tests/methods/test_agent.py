@@ -10,6 +10,7 @@ from unittest import mock
 import golden_files
 import numpy as np
 import pytest
+import stock
 import tiny_families
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -308,35 +309,22 @@ def through_agents(
     model: torch.nn.Module, case: tiny_families.Case, cell: tuple[int, int, int]
 ) -> Iterator[list[int]]:
     """The stock model with the definition in the place of PyTorch's attention at its sites."""
-    stock = torch.nn.functional.scaled_dot_product_attention
     calls: list[int] = []
-    inside: list[str] = []
 
-    def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
-        tokens = query.shape[-2]
-        if not inside or tokens != key.shape[-2]:
-            return stock(query, key, value, attn_mask=attn_mask, **kwargs)
+    def attention(plain: Any, site: str, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
+        tokens = q.shape[-2]
         calls.append(tokens)
-        seen = torch.ones(query.shape[0], tokens, dtype=torch.bool)
-        if attn_mask is not None:
+        seen = torch.ones(q.shape[0], tokens, dtype=torch.bool)
+        if mask is not None:
             # The first row of a mask of pairs is that of a video token.
-            first = attn_mask.reshape(attn_mask.shape[0], -1)[:, :tokens]
+            first = mask.reshape(mask.shape[0], -1)[:, :tokens]
             seen = seen & (first if first.dtype == torch.bool else first == 0)
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        out = by_definition(q, k, v, case.grid_of(tokens), cell, 0.3, 0.075, seen)
-        return out.transpose(1, 2).to(query.dtype)
+        heads_last = (x.transpose(1, 2) for x in (q, k, v))
+        out = by_definition(*heads_last, case.grid_of(tokens), cell, 0.3, 0.075, seen)
+        return out.transpose(1, 2).to(q.dtype)
 
-    hooks = []
-    for name in case.sites:
-        module = model.get_submodule(name)
-        hooks.append(module.register_forward_pre_hook(lambda m, a, n=name: inside.append(n)))
-        hooks.append(module.register_forward_hook(lambda m, a, o: (inside.pop(), None)[1]))
-    try:
-        with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention):
-            yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with stock.attending_by(attention, model, case.sites):
+        yield calls
 
 
 @pytest.mark.parametrize("name", DITS)
@@ -661,11 +649,11 @@ def test_compiled_attention_of_a_unet_merges_alike() -> None:
 def test_planned_work_is_what_attention_multiplies(
     grid: TokenGrid, cell: tuple[int, int, int]
 ) -> None:
-    stock, flops = torch.nn.functional.scaled_dot_product_attention, []
+    plain, flops = torch.nn.functional.scaled_dot_product_attention, []
 
     def counted(query: Any, key: Any, value: Any, **kwargs: Any) -> Any:
         flops.append(4 * query.shape[-2] * key.shape[-2] * query.shape[1] * query.shape[-1])
-        return stock(query, key, value, **kwargs)
+        return plain(query, key, value, **kwargs)
 
     q, k, v = (noise(1, grid.tokens, 2, 8, seed=i) for i in range(3))
     method = AgentAttn(cell=cell)

@@ -6,7 +6,6 @@ import json
 import pickle
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import golden_files
 import numpy as np
@@ -235,32 +234,18 @@ def forward(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 @contextlib.contextmanager
 def selecting(model: torch.nn.Module, case: Case, method: VMoBAAttn) -> Iterator[list[int]]:
     """The stock model with a method's masks in PyTorch's attention under its sites."""
-    plain = torch.nn.functional.scaled_dot_product_attention
     layers = diffattn.models.family_of(model).layers(model)
-    inside: list[str] = []
     calls: list[int] = []
 
-    def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
-        if inside and query.shape[-2] == key.shape[-2]:
-            where = site(case.grid_of(query.shape[-2]), layers[inside[-1]])
-            calls.append(layers[inside[-1]])
-            key_mask = None if attn_mask is None else attn_mask[:, 0, 0]
-            seen = (query.transpose(1, 2), key.transpose(1, 2))
-            mask = token_mask(method, *seen, where, key_mask)
-            attn_mask = mask if attn_mask is None else attn_mask & mask
-        return plain(query, key, value, attn_mask=attn_mask, **kwargs)
+    def attention(plain: Any, name: str, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
+        calls.append(layers[name])
+        where = site(case.grid_of(q.shape[-2]), layers[name])
+        key_mask = None if mask is None else mask[:, 0, 0]
+        seen = token_mask(method, q.transpose(1, 2), k.transpose(1, 2), where, key_mask)
+        return plain(q, k, v, attn_mask=seen if mask is None else mask & seen, **kwargs)
 
-    hooks = []
-    for name in case.sites:
-        module = model.get_submodule(name)
-        hooks.append(module.register_forward_pre_hook(lambda m, a, n=name: inside.append(n)))
-        hooks.append(module.register_forward_hook(lambda m, a, o: (inside.pop(), None)[1]))
-    try:
-        with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention):
-            yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with stock.attending_by(attention, model, case.sites):
+        yield calls
 
 
 @pytest.mark.parametrize("method", [SPARSE, BY_SHARE], ids=["topk", "threshold"])
