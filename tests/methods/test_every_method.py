@@ -1,0 +1,68 @@
+"""Every method by every way in: dictionaries, pipelines, plans, pictures, LoRA settings."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+import tiny_wan
+import torch
+
+import diffattn
+from diffattn import TokenGrid, draw
+from diffattn.lora.settings import TrainSettings
+from diffattn.methods import METHODS, Method, from_dict
+from diffattn.methods.base import StaticMaskMethod
+
+GRID = TokenGrid(3, 8, 8)
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+@every_method
+def test_dictionaries_copies_and_pickles(name: str) -> None:
+    method = METHODS[name]()
+    assert method.type == name
+    assert method.paper or name == "dense"
+    written = json.loads(json.dumps(method.to_dict()))
+    for other in (from_dict(written), copy.deepcopy(method), pickle.loads(pickle.dumps(method))):
+        assert other == method
+        assert type(other) is type(method)
+    namespace = {cls.__name__: cls for cls in METHODS.values()}
+    assert eval(repr(method), namespace) == method
+
+
+@every_method
+def test_attached_and_taken_off(name: str) -> None:
+    model = tiny_wan.transformer()
+    inputs = {
+        "hidden_states": torch.randn(1, model.config.in_channels, 3, 8, 8),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 4, model.config.text_dim),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        before = model(**inputs)[0]
+        attachment = diffattn.set_attn_processor(model, METHODS[name]())
+        assert attachment is not None
+        assert model(**inputs)[0].isfinite().all()
+        assert name in str(attachment.describe(GRID, 10)).lower()
+        diffattn.set_attn_processor(model, None)
+        assert torch.equal(model(**inputs)[0], before)
+
+
+@every_method
+def test_planned_and_drawn(name: str) -> None:
+    method: Method = METHODS[name]()
+    cost = diffattn.plan(GRID, method, heads=2, head_dim=16, layers=4)
+    assert cost.tokens == GRID.tokens
+    if isinstance(method, StaticMaskMethod):
+        picture = draw.picture(method.for_model("wan2.1", GRID), GRID)
+        assert draw.png(picture).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "dense"])
+def test_settings_of_a_lora(name: str) -> None:
+    settings = TrainSettings(attention={"type": name})
+    assert settings.to_dict()["attention"]["type"] == name
