@@ -133,13 +133,10 @@ def _t5_parts() -> dict[str, Any]:
     return {"text_encoder": t5(), "tokenizer": ByT5Tokenizer()}
 
 
-def wan() -> Any:
-    return diffusers.WanPipeline(
-        **_t5_parts(),
-        vae=tiny_wan.vae(),
-        scheduler=FLOW(shift=3.0),
-        transformer=tiny_wan.transformer(),
-    )
+def wan(**changes: Any) -> Any:
+    parts = {"vae": tiny_wan.vae(), "scheduler": FLOW(shift=3.0)}
+    parts |= {"transformer": tiny_wan.transformer()} | changes
+    return diffusers.WanPipeline(**_t5_parts(), **parts)
 
 
 def _wan_two_experts() -> Any:

@@ -33,9 +33,9 @@ _CHANNELS = {
 }
 
 
-def transformer(**changes: Any) -> WanTransformer3DModel:
+def transformer(seed: int = 0, **changes: Any) -> WanTransformer3DModel:
     """A T2V denoiser of three blocks over 16 latent channels."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return WanTransformer3DModel(
         **(_CHANNELS | {"in_channels": 16, "out_channels": 16} | changes)
     ).eval()

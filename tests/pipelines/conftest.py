@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,19 +77,10 @@ def record(tmp_path: Path) -> Callable[[str], dict]:
 @pytest.fixture(scope="session")
 def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A WanPipeline of random weights: 8 pixels and 4 frames a latent, 16 pixels a token."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
-    from transformers import ByT5Tokenizer
+    import tiny_complete
 
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "tiny-wan"
-    pipe = WanPipeline(
-        tokenizer=ByT5Tokenizer(),
-        text_encoder=_text_encoder(),
-        vae=_vae(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=_transformer(),
-    )
-    pipe.save_pretrained(folder)
+    tiny_complete.wan(transformer=_transformer()).save_pretrained(folder)
     # Wan's 512 text tokens are most of the work at this size.
     (folder / "generation.json").write_text(json.dumps({"fps": 8, "max_sequence_length": 32}))
     return folder
@@ -99,9 +91,9 @@ def tiny_wan_two_experts(tmp_path_factory: pytest.TempPathFactory, tiny_wan: Pat
     """The same with Wan 2.2's second expert."""
     from diffusers import WanPipeline
 
-    torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("models") / "tiny-wan-two"
-    pipe = WanPipeline.from_pretrained(tiny_wan, transformer_2=_transformer(), boundary_ratio=0.5)
+    other = _transformer(seed=1)
+    pipe = WanPipeline.from_pretrained(tiny_wan, transformer_2=other, boundary_ratio=0.5)
     pipe.save_pretrained(folder)
     return folder
 
@@ -110,10 +102,11 @@ def tiny_wan_two_experts(tmp_path_factory: pytest.TempPathFactory, tiny_wan: Pat
 def tiny_wan_every_frame(tmp_path_factory: pytest.TempPathFactory, tiny_wan: Path) -> Path:
     """The same with a VAE that compresses space only, as the bundled model's."""
     from diffusers import WanPipeline
+    from tiny_wan import vae
 
-    torch.manual_seed(3)
     folder = tmp_path_factory.mktemp("models") / "tiny-wan-every-frame"
-    pipe = WanPipeline.from_pretrained(tiny_wan, vae=_vae(temporal=False))
+    of_frames = vae(temperal_downsample=[False] * 3, scale_factor_temporal=1)
+    pipe = WanPipeline.from_pretrained(tiny_wan, vae=of_frames)
     pipe.save_pretrained(folder)
     return folder
 
@@ -215,7 +208,7 @@ def tiny_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def wide_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA file for a model of the same layers, twice as wide."""
-    return _save_lora(tmp_path_factory.mktemp("loras"), _transformer(heads=4))
+    return _save_lora(tmp_path_factory.mktemp("loras"), _transformer(num_attention_heads=4))
 
 
 def _text_encoder() -> torch.nn.Module:
@@ -227,34 +220,10 @@ def _text_encoder() -> torch.nn.Module:
     return T5EncoderModel(config).eval()
 
 
-def _vae(temporal: bool = True) -> torch.nn.Module:
-    from diffusers import AutoencoderKLWan
+def _transformer(seed: int = 0, **changes: Any) -> torch.nn.Module:
+    from tiny_wan import transformer
 
-    return AutoencoderKLWan(
-        base_dim=3,
-        z_dim=16,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, temporal, temporal],
-        scale_factor_temporal=4 if temporal else 1,
-    )
-
-
-def _transformer(heads: int = 2) -> torch.nn.Module:
-    from diffusers import WanTransformer3DModel
-
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=heads,
-        attention_head_dim=16,
-        in_channels=16,
-        out_channels=16,
-        text_dim=32,
-        freq_dim=64,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
+    return transformer(seed, **{"attention_head_dim": 16, "num_layers": 2, **changes})
 
 
 def _save_lora(folder: Path, transformer: torch.nn.Module) -> Path:
