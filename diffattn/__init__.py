@@ -77,7 +77,7 @@ __all__ = [
 add_pipeline_method()
 
 
-# Attaching imports diffusers, which takes seconds: it waits until it is asked for.
+# These names import diffusers, which takes seconds: they load on first use.
 _HOMES = {
     "Attachment": "attach",
     "calibrate_agent": "calibration",

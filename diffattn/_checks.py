@@ -1,4 +1,4 @@
-"""What settings may be: one test and one wording for each kind of value, whoever refuses it."""
+"""Checks of settings: one test and one wording for each kind of value, in all packages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, TypeGuard
 
-# Alike enough to be a slip of the pen: "decay" for "decay_factor", but not ".avi" for ".gif".
+# Similarity from which a name counts as misspelt: "decay" for "decay_factor" does, ".avi" for
+# ".gif" does not.
 _ALIKE = 0.55
 
 
@@ -17,9 +18,9 @@ class Allowed:
     """The values that a setting may have.
 
     Attributes:
-        words: how a sentence with "must be" ends, such as "an integer of at least 1".
-        holds: tells whether a value is one of them.
-        names: the values where they are names, so that the nearest can be suggested.
+        words: the end of a sentence with "must be", such as "an integer of at least 1".
+        holds: tells whether a value is allowed.
+        names: the allowed values where they are names; messages suggest the nearest.
     """
 
     words: str
@@ -28,12 +29,12 @@ class Allowed:
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Is this an integer? A bool is none."""
+    """Whether a value is an integer; a bool is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Is this a finite number? A bool is none."""
+    """Whether a value is a finite number; a bool is not."""
     return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
@@ -41,7 +42,7 @@ FLAG = Allowed("true or false", lambda value: isinstance(value, bool))
 
 
 def whole(at_least: int, at_most: int | None = None) -> Allowed:
-    """Whole numbers between two bounds, both included; in the words of settings."""
+    """Whole numbers between two bounds, both included; worded for settings of a run."""
     if at_most is None:
         words, most = f"a whole number of at least {at_least}", math.inf
     else:
@@ -50,7 +51,7 @@ def whole(at_least: int, at_most: int | None = None) -> Allowed:
 
 
 def count(at_least: int) -> Allowed:
-    """The same without an upper bound, in the words of methods, whose parameters are Python's."""
+    """Integers of at least `at_least`; worded for the parameters of methods."""
     return replace(whole(at_least), words=f"an integer of at least {at_least}")
 
 
@@ -61,7 +62,7 @@ def number(
     at_most: float = math.inf,
     below: float = math.inf,
 ) -> Allowed:
-    """Finite numbers between two bounds, of which `at_least` and `at_most` are included."""
+    """Finite numbers between bounds; only `at_least` and `at_most` are themselves allowed."""
     bounds = {"of at least": at_least, "above": above, "at most": at_most, "below": below}
     said = [f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound)]
 
@@ -72,14 +73,14 @@ def number(
 
 
 def choice(names: Iterable[str]) -> Allowed:
-    """Some names."""
+    """The given names."""
     known = tuple(names)
-    # A list, which has no hash, is no name either.
+    # A tuple, not a set: a value without a hash, such as a list, is refused too.
     return Allowed(f"one of {', '.join(known)}", lambda value: value in known, known)
 
 
 def sides(axes: int) -> Allowed:
-    """The sides of a box of tokens along 2 or 3 axes, as a tuple."""
+    """The sides of a box of tokens, a tuple of `axes` integers; `axes` is 2 or 3."""
     names, many = {2: ("rows and columns", "two"), 3: ("frames, rows and columns", "three")}[axes]
 
     side = whole(1)
@@ -91,7 +92,7 @@ def sides(axes: int) -> Allowed:
 
 
 def check(name: str, value: object, allowed: Allowed, error: type[Exception] = ValueError) -> None:
-    """Raise `error` unless a value is allowed; it says the name, the value and what is allowed."""
+    """Raise `error`, with the name, the value and what is allowed, unless the value is allowed."""
     if not allowed.holds(value):
         raise error(f"{name} is {value!r}, but must be {allowed.words}")
 
@@ -99,7 +100,7 @@ def check(name: str, value: object, allowed: Allowed, error: type[Exception] = V
 def check_fields(
     settings: Any, allowed: Mapping[str, Allowed], error: type[Exception] = ValueError
 ) -> None:
-    """Raise `error` for the first of the `refused` fields of a dataclass."""
+    """Raise `error` for the first field of a dataclass that `refused` yields."""
     for name in refused(settings, allowed):
         check(name, getattr(settings, name), allowed[name], error)
 
@@ -117,7 +118,7 @@ def refused(settings: Any, allowed: Mapping[str, Allowed]) -> Iterator[str]:
 
 
 def lists_to_tuples(settings: Any, *names: str) -> None:
-    """Make tuples of lists in fields of a frozen dataclass: JSON and TOML have lists alone."""
+    """Turn lists in fields of a frozen dataclass into tuples; JSON and TOML have only lists."""
     for name in names:
         value = getattr(settings, name)
         if isinstance(value, list):
@@ -125,12 +126,12 @@ def lists_to_tuples(settings: Any, *names: str) -> None:
 
 
 def did_you_mean(word: str, known: Iterable[str], *, or_list: bool = False) -> str:
-    """How a message about an unknown name ends: "; did you mean 'x'?", or nothing.
+    """The end of a message about an unknown name: "; did you mean 'x'?", or nothing.
 
     Args:
         word: the unknown name.
-        known: the names that there are.
-        or_list: end with all of them where none is near, in a message that does not list them.
+        known: the known names.
+        or_list: whether to list all known names where none is near.
     """
     names = list(known)
     near = get_close_matches(word, names, n=1, cutoff=_ALIKE)

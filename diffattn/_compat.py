@@ -1,7 +1,7 @@
-"""The one place that touches private names of diffusers.
+"""The one module that touches private names of diffusers.
 
-What is relied on here is stated as checks in tests/test_compat.py, so that a diffusers release that
-moves something fails in one place.
+tests/test_compat.py checks every assumption of this module, so that a diffusers release that moves
+something fails in one place.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from diffusers.models.attention_processor import Attention, MochiAttention
 # Every class of attention module that has a processor.
 ATTENTION_CLASSES = (Attention, MochiAttention, AttentionModuleMixin)
 
-# diffusers hands a backend those of its keyword arguments that the backend's signature names.
+# diffusers passes a backend only the keyword arguments that the backend's signature names.
 BackendFunction = Callable[..., torch.Tensor]
 
 _serial = itertools.count()
 
-# Where diffusers has the hooks that move or cast weights.
+# Modules of diffusers' hooks that move or cast weights and do not look at tokens.
 _BLIND_HOOKS = ("diffusers.hooks.group_offloading", "diffusers.hooks.layerwise_casting")
 
-# Backends that take part in context parallelism, but cannot merge attention over parts of the keys.
+# Backends that support context parallelism, but cannot merge attention over parts of the keys.
 _WITHOUT_LSE = ("native", "_native_npu")
 
 
@@ -39,12 +39,12 @@ _WITHOUT_LSE = ("native", "_native_npu")
 class ContextParallel:
     """The processes that a sequence is spread over.
 
-    Process `ring_rank * ulysses_degree + ulysses_rank` of `group` has the part of that number.
+    Rank `ring_rank * ulysses_degree + ulysses_rank` of `group` has the part of the same number.
 
     Attributes:
-        group, ring, ulysses: process groups: all of them, and this process's two.
-        ring_degree, ulysses_degree: their sizes.
-        ring_rank, ulysses_rank: this process's place in them.
+        group, ring, ulysses: the process group of all, and this process's ring and Ulysses groups.
+        ring_degree, ulysses_degree: number of processes in `ring` and in `ulysses`.
+        ring_rank, ulysses_rank: this process's rank in `ring` and in `ulysses`.
         uneven: whether the parts may differ in length.
     """
 
@@ -58,10 +58,14 @@ class ContextParallel:
     uneven: bool
 
     def exceeds(self, backend: Any, masked: bool) -> bool:
-        """Is this more than diffusers' own path through `backend` (None: the active one) can do?
+        """Whether a call is more than diffusers' own path through `backend` can compute.
 
-        Some of its backends do not know of parallelism, which they would ignore, some cannot go
-        round a ring, and masks are not passed round.
+        Some of diffusers' backends would ignore the parallelism. Some cannot go round a ring. No
+        backend passes masks between processes.
+
+        Args:
+            backend: a member of diffusers' enumeration; None is the active backend.
+            masked: whether the call has an attention mask.
         """
         if backend is None:
             backend, _ = _AttentionBackendRegistry.get_active_backend()
@@ -81,8 +85,8 @@ def register_backend(function: BackendFunction) -> AttentionBackendName:
             _parallel_config` and returns the attention output, (batch, tokens, heads, head_dim).
 
     Returns:
-        A member of diffusers' backend enumeration, to be set on processors. It is not listed among
-        the enumeration's members: nobody selects it by name.
+        A member of diffusers' backend enumeration, to be set on processors. The enumeration does
+        not list the member, so that nobody selects it by name.
     """
     value = f"diffattn_{next(_serial)}"
     member = str.__new__(AttentionBackendName, value)
@@ -102,7 +106,10 @@ def unregister_backend(member: AttentionBackendName) -> None:
 def dispatch(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, backend: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """diffusers' own attention call; `backend` None is the one the user has made active."""
+    """Call diffusers' attention dispatch; `backend` None is the backend that the user made active.
+
+    Tensors are (batch, tokens, heads, head_dim).
+    """
     parallel_config = kwargs.pop("_parallel_config", None)
     return dispatch_attention_fn(
         query, key, value, backend=backend, parallel_config=parallel_config, **kwargs
@@ -110,26 +117,27 @@ def dispatch(
 
 
 def uses_dispatch(processor: object) -> bool:
-    """Does this attention processor end in diffusers' dispatch call?"""
+    """Whether an attention processor ends in diffusers' dispatch call."""
     return hasattr(processor, "_attention_backend")
 
 
 def processor_backend(processor: object) -> Any:
-    """The backend set on a processor, None for diffusers' active one."""
+    """The backend set on a processor; None for diffusers' active backend."""
     return processor._attention_backend  # type: ignore[attr-defined]
 
 
 def set_processor_backend(processor: object, backend: Any) -> None:
+    """Set the backend that a processor's dispatch call goes to."""
     processor._attention_backend = backend  # type: ignore[attr-defined]
 
 
 def has_parallel_plan(model: object) -> bool:
-    """Does diffusers know how to spread this model's sequence over processes?"""
+    """Whether diffusers knows how to spread a model's sequence over processes."""
     return getattr(model, "_cp_plan", None) is not None
 
 
 def context_parallel(config: Any) -> ContextParallel | None:
-    """What the `parallel_config` of an attention call says of context parallelism."""
+    """The context parallelism in the `parallel_config` of an attention call; None without any."""
     config = None if config is None else config.context_parallel_config
     if config is None:
         return None
@@ -141,16 +149,16 @@ def context_parallel(config: Any) -> ContextParallel | None:
         ulysses_degree=config.ulysses_degree,
         ring_rank=config._ring_local_rank,
         ulysses_rank=config._ulysses_local_rank,
-        # diffusers 0.36 has neither.
+        # diffusers 0.36 has neither attribute.
         uneven=getattr(config, "ulysses_anything", False)
         or getattr(config, "ring_anything", False),
     )
 
 
 def is_watched(module: torch.nn.Module) -> bool:
-    """Has diffusers hooked something into a module that sees or keeps what passes through it?
+    """Whether a hook of diffusers in a module sees or keeps what passes through the module.
 
-    Step caches and guiders do; offloading and casting do not look at it.
+    Hooks of step caches and guiders do. Hooks that offload or cast weights do not.
     """
     registry = module.__dict__.get("_diffusers_hook")
     return registry is not None and any(
@@ -159,12 +167,12 @@ def is_watched(module: torch.nn.Module) -> bool:
 
 
 def processor_parallelism(processor: object) -> Any:
-    """The parallelism enabled on a processor, as `context_parallel` takes it."""
+    """The parallelism enabled on a processor, in the form that `context_parallel` takes."""
     return getattr(processor, "_parallel_config", None)
 
 
 def share_parallelism(source: object, target: object) -> None:
-    """Give a processor the parallelism that was enabled on another."""
+    """Give `target` the parallelism of the processor `source`, if `target` supports any."""
     config = processor_parallelism(source)
     if getattr(target, "_parallel_config", config) is not config:
         target._parallel_config = config  # type: ignore[attr-defined]

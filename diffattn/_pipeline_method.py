@@ -1,7 +1,7 @@
-"""Gives diffusers pipelines their `set_attn_processor`, without importing diffusers.
+"""The method `set_attn_processor` of diffusers' pipelines, added without importing diffusers.
 
-That import takes seconds, which `diffattn --help` should not. So the method is added when somebody
-else imports the pipelines, or at once if somebody has.
+Importing diffusers takes seconds, too long for `diffattn --help`. So the method is added when other
+code imports diffusers' pipelines, or at once if they are imported already.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _add(module: ModuleType) -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds nothing of its own: sees the pipelines' module being imported, and adds to it."""
+    """An import hook that adds the method to the pipelines' module as soon as it is loaded."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname != _PIPELINES:

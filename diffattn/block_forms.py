@@ -1,7 +1,7 @@
 """The blocks of a layout in the index forms of other libraries, and back from torch's BlockMask.
 
 Each form is a small dataclass whose fields have the names of the other library's own arguments, so
-that `vars(form)` can be handed over as keywords. None of those libraries is imported.
+that `vars(form)` can be passed as keywords. None of those libraries is imported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from diffattn.blocks import (
 # The first rows of `TokenRule.bits`; the layout's own bit masks follow.
 _NOTHING, _EVERYTHING, _FIRST_BIT_MASK = 0, 1, 2
 
-# (sample, head, query, key), each one number -> may they attend?
+# (sample, head, query, key), each one number -> whether the query attends to the key
 MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # The block sizes that cuDNN's block sparse attention has kernels for.
@@ -35,15 +35,15 @@ CUDNN_BLOCK_SIZES = (64, 128)
 
 @dataclass(frozen=True)
 class TokenRule:
-    """Which token pairs attend, as two table look-ups: what a `mask_mod` needs to know.
+    """The token pairs that attend, as two table look-ups for a `mask_mod`.
 
     Query `i` of sample `b` and head `h` sees key `j` when, with `w = j % block_kv`, bit `w % 32` of
     `bits[blocks[b, h, i // block_q, j // block_kv], i % block_q, w // 32]` is set.
 
     Attributes:
-        blocks: int32 `(batch|1, heads|1, rows, columns)`, the row of `bits` that a block obeys.
-        bits: int32 `(2 + masks, block_q, ceil(block_kv / 32))`: a mask that hides all, one that
-            hides nothing, and the layout's bit masks.
+        blocks: int32 `(batch|1, heads|1, rows, columns)`, the row of `bits` that each block obeys.
+        bits: int32 `(2 + masks, block_q, ceil(block_kv / 32))`: a mask that hides all keys,
+            a mask that hides none, and the layout's bit masks.
     """
 
     blocks: torch.Tensor
@@ -56,8 +56,8 @@ class FA4Blocks:
 
     Attributes:
         mask_block_cnt, mask_block_idx: int32 `(batch|1, heads|1, rows)` and `(..., rows, cap)`,
-            blocks that its `mask_mod` is asked about; ascending, as compact as in the layout.
-        full_block_cnt, full_block_idx: the same for blocks that attend everywhere.
+            partial blocks, for which the kernel calls `mask_mod`; ascending.
+        full_block_cnt, full_block_idx: the same for full blocks.
         block_size: tokens per query block and per key block, in this order in both directions.
     """
 
@@ -70,16 +70,16 @@ class FA4Blocks:
 
 @dataclass(frozen=True)
 class FA4Layout:
-    """What FlashAttention-4 needs to know of a layout.
+    """A layout in the form of FlashAttention-4.
 
-    Its kernels want key blocks of their own tile's size (128 on Hopper and Blackwell) and query
-    blocks of a multiple of theirs (256 on Blackwell where two tiles share a program).
+    FlashAttention-4 wants key blocks of the size of its key tile (128 on Hopper and Blackwell), and
+    query blocks of a multiple of its query tile (256 on Blackwell where two tiles share a program).
 
     Attributes:
         forward: for every query block, its key blocks.
         backward: for every key block, its query blocks.
-        rule: what the `mask_mod` of the partial blocks has to look up: pass `rule.blocks` and
-            `rule.bits` as `aux_tensors`. None where no block is partial and no `mask_mod` needed.
+        rule: the tables for the `mask_mod` of the partial blocks: pass `rule.blocks` and
+            `rule.bits` as `aux_tensors`. None where no block is partial: no `mask_mod` is needed.
     """
 
     forward: FA4Blocks
@@ -96,7 +96,7 @@ class CuDNNBlocks:
 
     Attributes:
         q2k_block_index: int32 `(batch, heads, rows, cap)`, key blocks of every query block.
-        q2k_block_nums: int32 `(batch, heads, rows)`, how many of them there are.
+        q2k_block_nums: int32 `(batch, heads, rows)`, number of key blocks of every query block.
         block_sizes: int32 `(columns,)`, tokens of every key block: the last may be short.
         sparse_block_size: tokens per block, of queries and keys alike.
         allow_empty_block_nums: whether some query block sees nothing.
@@ -111,7 +111,7 @@ class CuDNNBlocks:
 
 @dataclass(frozen=True)
 class FlashInferBlocks:
-    """Keywords of `plan` of FlashInfer's `BlockSparseAttentionWrapper`, less heads and head_dim.
+    """Keywords of `plan` of FlashInfer's `BlockSparseAttentionWrapper`, but heads and head_dim.
 
     Attributes:
         indptr: int32 `(rows + 1,)`, where each row of blocks starts in `indices`.
@@ -149,14 +149,15 @@ class FlashInferVariableBlocks:
 def from_block_mask(block_mask: BlockMask) -> BlockLayout:
     """The layout of torch's `BlockMask`, on its device.
 
-    Its `mask_mod` is asked about the token pairs of the partial blocks only. A BlockMask with one
-    list of blocks for all samples (or heads) is taken to have one rule for all of them, too.
+    Only the token pairs of partial blocks are looked up in the `mask_mod`. A BlockMask with one
+    list of blocks for all samples (or heads) is taken to have one rule for all samples (or heads).
 
     Args:
         block_mask: of any block sizes, sequence lengths, samples and heads.
 
     Raises:
-        ValueError: if it lists a block that is not there, or not one row per query block.
+        ValueError: if the BlockMask lists a block past the last key block, or does not have one row
+            per query block.
     """
     (tokens_q, tokens_kv), (block_q, block_kv) = block_mask.seq_lengths, block_mask.BLOCK_SIZE
     columns = -(-tokens_kv // block_kv)
@@ -208,7 +209,7 @@ def to_block_mask(layout: BlockLayout, *, key_mask: torch.Tensor | None = None) 
 
 
 def token_rule(layout: BlockLayout) -> TokenRule:
-    """The rule of every block of a layout, the ones not visited included."""
+    """The rule of every block of a layout, including blocks that are not visited."""
     blocks = torch.full(
         (*layout.full_count.shape, layout.columns + 1),
         _NOTHING,
@@ -219,7 +220,7 @@ def token_rule(layout: BlockLayout) -> TokenRule:
         (layout.full_count, layout.full_index, torch.full_like(layout.full_index, _EVERYTHING)),
         (layout.partial_count, layout.partial_index, layout.partial_mask + _FIRST_BIT_MASK),
     ):
-        # What follows a row's last entry means nothing: it goes to a column of its own.
+        # Entries past a row's count mean nothing: they go to an extra column.
         target = index.long().masked_fill(~_listed(count, index), layout.columns)
         blocks.scatter_(3, target, value)
     nothing = layout.bit_masks.new_zeros(1, *layout.bit_masks.shape[1:])
@@ -254,11 +255,11 @@ def to_cudnn(layout: BlockLayout, *, batch: int, heads: int) -> CuDNNBlocks:
 
     Args:
         layout: the blocks, all of them full.
-        batch, heads: samples and query heads of the call: cuDNN wants lists for each of them.
+        batch, heads: samples and query heads of the call: cuDNN wants a list for each head.
 
     Raises:
         ValueError: if a block is partial, blocks are not of 64 x 64 or 128 x 128 tokens, or the
-            layout is one of another number of samples or heads.
+            layout has another number of samples or heads.
     """
     _refuse_partial(layout, "cuDNN's block sparse attention")
     if layout.block_q != layout.block_kv or layout.block_q not in CUDNN_BLOCK_SIZES:
@@ -287,7 +288,7 @@ def to_cudnn(layout: BlockLayout, *, batch: int, heads: int) -> CuDNNBlocks:
 def to_flashinfer(layout: BlockLayout) -> FlashInferBlocks:
     """The block-sparse matrix of FlashInfer's `BlockSparseAttentionWrapper`, partial blocks too.
 
-    It is for one sample at a time, and for the same blocks in every head.
+    The matrix serves one sample at a time, with the same blocks in every head.
 
     Raises:
         ValueError: if the layout differs between samples or heads, or its last key block is short.
@@ -331,8 +332,8 @@ def to_flashinfer_variable(layout: BlockLayout, *, heads: int) -> FlashInferVari
         heads: key and value heads of the call.
 
     Raises:
-        ValueError: if a block is partial, or the layout is one of several samples or of another
-            number of heads.
+        ValueError: if a block is partial, or the layout has several samples or another number of
+            heads.
     """
     _refuse_partial(layout, "FlashInfer's variable block-sparse attention")
     batch, of_layout, _ = layout.full_count.shape
@@ -357,7 +358,7 @@ def _mask_mod(
 ) -> MaskMod:
     batch, heads = rule.blocks.shape[:2]
     blocks, bits = rule.blocks.flatten(0, 1), rule.bits
-    # Steps of 0 make all samples or heads read the table that they share.
+    # With a step of 0, all samples or heads read the table that they share.
     per_sample, per_head = heads * (batch > 1), 1 * (heads > 1)
 
     def mask_mod(
@@ -374,9 +375,9 @@ def _mask_mod(
 
 
 def _bits_by_mask_mod(block_mask: BlockMask, sample: int, head: int) -> BlockBits:
-    """Token masks of blocks, by asking the BlockMask's rule about every pair in them."""
+    """Token masks of blocks, from the BlockMask's `mask_mod` for every token pair."""
     (tokens_q, tokens_kv), (block_q, block_kv) = block_mask.seq_lengths, block_mask.BLOCK_SIZE
-    # A mask_mod is written for single tokens: any other broadcasting is not in its contract.
+    # A mask_mod takes single tokens: broadcasting is not in its contract.
     pairs = torch.vmap(block_mask.mask_mod, in_dims=(None, None, None, 0))
     pairs = torch.vmap(pairs, in_dims=(None, None, 0, None))
     pairs = torch.vmap(pairs, in_dims=(None, None, 0, 0))
@@ -408,24 +409,24 @@ def _visited(name: str, count: torch.Tensor, index: torch.Tensor, columns: int) 
 
 
 def _listed(count: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Bool like `index`: which entries of the lists count."""
+    """Whether each entry of the lists counts, bool in the shape of `index`."""
     return torch.arange(index.shape[-1], device=index.device) < count[..., None]
 
 
 def _lists(visited: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bool `(batch, heads, rows, columns)` to counts and compact ascending indices, int32."""
+    """Counts and compact ascending indices of bool `(batch, heads, rows, columns)`, int32."""
     count, index = index_lists(visited.flatten(0, 2))
     return count.view(visited.shape[:3]), index.view(*visited.shape[:3], -1)
 
 
 def _wide_lists(visited: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_lists` as wide as there are columns, from which BlockMask takes their number."""
+    """`_lists` with indices as wide as the columns; BlockMask takes their number from the width."""
     count, index = _lists(visited)
     return count, torch.nn.functional.pad(index, (0, visited.shape[3] - index.shape[3]))
 
 
 def _stack(layouts: list[BlockLayout], batch: int, heads: int) -> BlockLayout:
-    """One layout of `batch` samples and `heads` heads, from one for each in that order."""
+    """One layout of `batch` samples and `heads` heads, from a layout per head, sample by sample."""
     table = torch.cat([layout.bit_masks for layout in layouts])
     bit_masks, place = torch.unique(table.flatten(1), dim=0, return_inverse=True)
     parts, first = [], 0

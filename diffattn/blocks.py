@@ -1,4 +1,4 @@
-"""BlockLayout: which key blocks each query block visits, the contract between masks and kernels."""
+"""BlockLayout: the key blocks that each query block visits, as masks and kernels exchange them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class BlockLayout:
         tokens_q, tokens_kv: sequence lengths in tokens; any positive number.
         block_q, block_kv: tokens per query block and per key block.
         full_count: int32 `(batch|1, heads|1, rows)`, number of full blocks in each row.
-        full_index: int32 `(batch|1, heads|1, rows, cap)`, their key-block indices, ascending;
-            entries from `full_count` on are 0 and mean nothing.
+        full_index: int32 `(batch|1, heads|1, rows, cap)`, key-block indices of the full blocks,
+            ascending; entries from `full_count` on are 0 and mean nothing.
         partial_count, partial_index: the same for partial blocks.
-        partial_mask: int32, shape of `partial_index`: which row of `bit_masks` the block obeys.
+        partial_mask: int32, shape of `partial_index`: the row of `bit_masks` that each block obeys.
         bit_masks: int32 `(masks, block_q, ceil(block_kv / 32))`, bit `j % 32` of word `j // 32` set
             when key `j` of the block is visible to that query. Equal masks are stored once.
     """
@@ -91,11 +91,11 @@ class BlockLayout:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all index lists and bit masks."""
+        """Memory of all index lists and bit masks, in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def to(self, device: torch.device | str) -> BlockLayout:
-        """The same layout on another device; itself when it is already there."""
+        """The layout on `device`; this object when the layout is already there."""
         device = torch.device(device)
         if self.device == device:
             return self
@@ -103,12 +103,12 @@ class BlockLayout:
 
     def to_block_mask(self) -> BlockMask:
         """The same mask for torch's `flex_attention`, token-exact; see `diffattn.block_forms`."""
-        from diffattn.block_forms import to_block_mask  # which builds on this module
+        from diffattn.block_forms import to_block_mask  # imports this module
 
         return to_block_mask(self)
 
     def dense(self) -> torch.Tensor:
-        """The token mask this layout stands for: bool `(batch|1, heads|1, tokens_q, tokens_kv)`.
+        """The token mask of this layout: bool `(batch|1, heads|1, tokens_q, tokens_kv)`.
 
         Needs memory for every token pair: for tests and pictures.
         """
@@ -140,8 +140,8 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
     padding = -mask.shape[-1] % WORD_BITS
     if padding:
         mask = torch.nn.functional.pad(mask, (0, padding))
-    # Eight bytes of 0 or 1 at once: the product has the j-th of them in bit 56 + j. They are
-    # copied, as a view of a tensor may begin at any byte.
+    # Eight bytes of 0 or 1 at once: bit 56 + j of the product is byte j. The copy is contiguous
+    # and aligned, because a view of a tensor may begin at any byte.
     flags = mask.to(torch.uint8, memory_format=torch.contiguous_format)
     bytes_of_bits = (flags.view(torch.int64) * _GATHER_BITS) >> 56
     return bytes_of_bits.to(torch.uint8).view(torch.int32)
@@ -157,10 +157,11 @@ EMPTY, PARTIAL, FULL = 0, 1, 2  # states of a block, as stored in the uint8 tens
 
 # (rows, columns) of n partial blocks -> their token masks, bool (n, block_q, block_kv)
 BlockBits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-# The same -> int64 (n,): blocks of equal signature have equal token masks; None if not known
+# (rows, columns) of n partial blocks -> int64 (n,): blocks of equal signature have equal token
+# masks; None if not known
 BlockSignatures = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
 
-# Token masks are worked out this many token pairs at a time: few enough for a processor's cache.
+# Token masks are computed for this many token pairs at a time: few enough for a processor's cache.
 _PAIRS_PER_CHUNK = 1 << 20
 
 
@@ -179,12 +180,12 @@ def layout_from_states(
     Args:
         states: uint8 `(rows, columns)` of `EMPTY`, `PARTIAL` or `FULL`. A block marked partial may
             turn out empty or full once its bits are known; it is then stored as such.
-        bits: gives the token masks of the partial blocks, asked for in chunks; may be None when
-            there are none. What it says about tokens past the end of the sequence is ignored.
+        bits: gives the token masks of some partial blocks, chunk by chunk; may be None when no
+            block is partial. Values for tokens past the end of the sequence are ignored.
         tokens_q, tokens_kv: sequence lengths.
         block_q, block_kv: tokens per block.
-        signatures: where known, tells which partial blocks have equal masks, so that `bits` is
-            asked for one of each. Blocks at the ragged end of the sequence are told apart anyway.
+        signatures: gives equal numbers to partial blocks of equal masks, so that `bits` computes
+            one block per number. Blocks at the ragged end of the sequence are kept apart anyway.
 
     Raises:
         ValueError: if `states` does not have one entry per block, or a partial block has no bits.
@@ -224,9 +225,9 @@ def layout_from_states(
 
 
 def index_lists(visited: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bool (rows, columns) -> counts (rows,) and compact ascending indices (rows, cap), int32."""
+    """int32 counts `(rows,)` and ascending indices `(rows, cap)` of bool `(rows, columns)`."""
     count = visited.sum(1)
-    cap = max(1, int(count.max()))  # kernels want a last dimension they can address
+    cap = max(1, int(count.max()))  # kernels cannot address an empty last dimension
     row, column = visited.nonzero(as_tuple=True)
     first = count.cumsum(0) - count
     index = torch.zeros(visited.shape[0], cap, dtype=torch.int32, device=visited.device)
@@ -241,13 +242,13 @@ def _representatives(
     column: torch.Tensor,
     signatures: BlockSignatures | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of one partial block per signature, and for every block which of those it is like."""
+    """One partial block per signature, by index, and for every block its place among these."""
     every = torch.arange(row.numel(), device=row.device)
     kind = None if signatures is None else signatures(row, column)
     if kind is None or not row.numel():
         return every, every
     _, like = kind.unique(return_inverse=True)
-    # A short block at the end holds fewer tokens than its like elsewhere.
+    # A short block at the end holds fewer tokens than a block of equal signature elsewhere.
     end = (row == states.shape[0] - 1) * 1 + (column == states.shape[1] - 1) * 2
     _, like = (like * 4 + end).unique(return_inverse=True)
     first = torch.full((int(like.max()) + 1,), row.numel(), device=row.device)
@@ -264,7 +265,7 @@ def _distinct_masks(
     block_q: int,
     block_kv: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed distinct masks of the partial blocks, and which of them each block has.
+    """The distinct masks of the partial blocks, packed, and the index of each block's mask.
 
     Writes EMPTY or FULL into `states` where the bits say so.
     """
@@ -282,7 +283,7 @@ def _distinct_masks(
         query_exists = r[:, None] * block_q + in_block_q < tokens_q
         key_exists = pack_bits(c[:, None] * block_kv + in_block_kv < tokens_kv)
         exists = key_exists[:, None, :].where(query_exists[:, :, None], 0)
-        # A rule may say the same of all keys, or of all queries, once.
+        # A rule that ignores the key, or the query, may give a mask with a dimension of 1.
         allowed = pack_bits(bits(r, c).expand(len(r), block_q, block_kv)) & exists
         empty = ~allowed.flatten(1).any(1)
         full = (allowed == exists).flatten(1).all(1)

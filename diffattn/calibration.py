@@ -1,4 +1,4 @@
-"""Finding the two factors of AgentAttn for each block of a model, by what dense attention gives."""
+"""Calibration of AgentAttn: its two factors for each block of a model, from dense attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffattn.methods.agent.agents import dense_attention
 from diffattn.methods.agent.method import AgentAttn, asking, sharpness
 from diffattn.methods.base import Site, SiteWeights
 
-# From no scale at all, the sharpest, to one that is softer than the usual 1.
+# From 0, where scores have no scale and are sharpest, to 1.5, which is softer than the usual 1.
 CANDIDATES = tuple(i / 10 for i in range(16))
 
 
@@ -26,12 +26,13 @@ def calibrate_agent(
 ) -> AgentAttn:
     """Choose `k_scale2` and `k_shortcut` for each block of a model, from a few steps of a run.
 
-    Attention stays dense meanwhile. Wherever `method` would have agents, their output is compared
-    with it: of the values of `k_scale2` the one is chosen whose output, with the best `k_shortcut`
-    for it, is nearest in the least squares. What was attached before is taken off.
+    Attention stays dense during the run. In each call where `method` has agents, the output of the
+    agents is compared with the dense output. Each block gets the `k_scale2` whose output, with the
+    best `k_shortcut` for that `k_scale2`, is nearest in least squares. An attachment that `target`
+    had before is removed.
 
-    Blocks with numbers of their own are compiled each for itself: compile the whole denoiser, not
-    its repeated blocks.
+    Blocks with factors of their own are compiled one by one: compile the whole denoiser, not its
+    repeated blocks.
 
         method = calibrate_agent(pipe, lambda: pipe("a cat", num_inference_steps=10))
         pipe.set_attn_processor(method)
@@ -39,15 +40,15 @@ def calibrate_agent(
 
     Args:
         target: a diffusers pipeline, or a denoiser.
-        run: calls it, at the size that the method is to be used at.
-        method: which agents, and in which steps; the default ones when None.
+        run: calls `target`, at the size that the method is to be used at.
+        method: the agents, and the steps that have them; `AgentAttn()` when None.
         k_scale2: the values to choose from.
 
     Returns:
-        The method with a number for each block; blocks that had no agents keep theirs.
+        The method with two factors for each block; blocks without agents keep those of `method`.
 
     Raises:
-        ValueError: if there was no call with agents.
+        ValueError: if no call had agents, or `k_scale2` is empty.
     """
     method = method or AgentAttn()
     candidates = tuple(float(value) for value in k_scale2)
@@ -75,14 +76,16 @@ def calibrate_agent(
 
 
 class _Sums(SiteWeights):
-    """What least squares need of the calls of one or more sites, summed up over all numbers.
+    """Sums over all calls of one or more sites, from which least squares find the factors.
 
-    With the residual r = dense attention - agents' output, one for each candidate:
+    Each candidate has a residual r, the dense output minus the agents' output. The sums are over
+    all elements of the tensors.
 
     Attributes:
-        residual_square: float64 (candidates,), r * r.
-        residual_value: float64 (candidates,), r * value.
-        value_square: float64 (), value * value.
+        layer: index of the sites' block.
+        residual_square: float64 (candidates,), the sums of r * r.
+        residual_value: float64 (candidates,), the sums of r * value.
+        value_square: float64 (), the sum of value * value.
     """
 
     def __init__(self, layer: int, candidates: int) -> None:
@@ -109,7 +112,7 @@ class _Sums(SiteWeights):
 
 @dataclass(frozen=True, kw_only=True)
 class _Comparing(AgentAttn):
-    """Dense attention that keeps how far the agents are from it."""
+    """Dense attention that also sums up the distance of the agents' output from its own."""
 
     candidates: tuple[float, ...]
 
@@ -152,7 +155,7 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _sums_by_layer(attachment: Attachment) -> tuple[int, dict[int, _Sums]]:
-    """How many blocks there are, and what was summed up in each, over all sites and denoisers."""
+    """The number of blocks, and the sums of each block over all its sites and denoisers."""
     total: dict[int, _Sums] = {}
     for sums in _all_sums(attachment):
         if sums.layer in total:

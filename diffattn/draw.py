@@ -27,7 +27,7 @@ Image: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]  # (height, width, 3), re
 Color: TypeAlias = tuple[int, int, int]
 Place: TypeAlias = tuple[int, int, int]
 
-# No pair attends, all do; a block that needs a mask; the query.
+# Colours: no pair attends; all pairs attend; a block that needs a mask; the query.
 NONE, ALL, SOME, QUERY = (232, 236, 241), (23, 64, 140), (242, 150, 40), (214, 30, 40)
 FRAME_LINE, TEXT_LINE = (120, 132, 150), (20, 140, 90)
 _PAPER, _INK, _FAINT = (255, 255, 255), (28, 32, 40), (96, 104, 118)
@@ -40,21 +40,21 @@ _FRAME_GAP = 10
 _FRAME_LABEL = 70  # pixels that `frame 99` takes in width
 _LARGEST_TOKEN = 24  # pixels
 _RAMP = np.linspace(0, 1, 140)[None].repeat(12, 0)  # of a legend
-_PAIRS = 1 << 25  # token pairs looked at for one picture, where one query per pixel is fewer
+_PAIRS = 1 << 25  # token pairs looked at for one picture, unless one query per pixel needs more
 _PAIRS_AT_ONCE = 1 << 22
 
 
 def picture(method: StaticMaskMethod, grid: TokenGrid, query: Place | None = None) -> Image:
-    """Everything that is to be seen of a method on a grid: mask, blocks, and one neighbourhood.
+    """A picture of a method on a grid: mask, blocks, and the neighbourhood of one token.
 
     Args:
-        method: parameters left at None take the values for a model without its own.
+        method: parameters left at None take the values for models without a recommendation.
         grid: the tokens, text included.
         query: frame, row and column of the token whose neighbourhood is shown; the grid's middle
             when None.
 
     Raises:
-        ValueError: if `query` is outside of the grid, or the method does not fit it.
+        ValueError: if `query` is outside of the grid, or the method does not fit the grid.
     """
     query = middle(grid) if query is None else query
     check_query(grid, query)
@@ -106,11 +106,11 @@ def picture(method: StaticMaskMethod, grid: TokenGrid, query: Place | None = Non
 
 
 def selection_picture(mask: SelectionMask, words: list[str], query: Place | None = None) -> Image:
-    """What a head has selected in one call: token pairs, blocks, and one token's neighbourhood.
+    """A picture of a head's selection in one call: token pairs, blocks, one neighbourhood.
 
     Args:
         mask: the selection.
-        words: lines that say whose it is, the first one larger.
+        words: lines of the title; the first line is larger.
         query: frame, row and column of the token whose neighbourhood is shown; the grid's middle
             when None.
 
@@ -159,7 +159,7 @@ def selection_picture(mask: SelectionMask, words: list[str], query: Place | None
 
 
 def schedule_picture(plan: Plan) -> Image:
-    """Which layers attend dense in which steps of a run.
+    """A picture of the layers and steps of a run that stay dense.
 
     Raises:
         ValueError: for a plan without a number of steps.
@@ -197,9 +197,9 @@ def schedule_image(method: Method, layers: int, dense_layers: int, steps: int) -
 
 
 def mask_image(mask: AttentionMask, size: int = _PANEL) -> Image:
-    """The whole mask in at most `size` pixels a side: the darker, the more of the pairs attend.
+    """The whole mask in at most `size` pixels a side, darker where more of the pairs attend.
 
-    Masks of more tokens than pixels are sampled: some queries of each row of pixels, and all keys.
+    Masks of more tokens than pixels are sampled: all keys, and some queries of each row of pixels.
     Lines show where latent frames begin, and in `TEXT_LINE` where text and video meet.
     """
     grid = mask.grid
@@ -236,7 +236,7 @@ def block_image(layout: BlockLayout, size: int = _PANEL) -> Image:
 
 
 def frame_images(mask: AttentionMask, query: Place, scale: float = 1) -> list[Image]:
-    """What one token sees of each latent frame: `ALL` where it attends, `NONE` where not.
+    """An image of each latent frame: `ALL` where one token attends, `NONE` elsewhere.
 
     The token itself is marked in `QUERY`, with a ring around it where it is small.
 
@@ -296,7 +296,7 @@ def check_query(grid: TokenGrid, query: Place) -> None:
 
 
 def method_words(method: Method) -> str:
-    """The method and those of its own parameters that are not what they always are, as a title."""
+    """A title: the method's type, and those of its own parameters that differ from the default."""
     own = [f for f in fields(method) if f.init and f.name in type(method).__annotations__]
     values = {f.name: getattr(method, f.name) for f in own}
     told = (f for f in own if values[f.name] != f.default)
@@ -304,7 +304,7 @@ def method_words(method: Method) -> str:
 
 
 def _extra_words(method: StaticMaskMethod, grid: TokenGrid) -> str:
-    """What of a method's attention is in none of the pictures."""
+    """A sentence about attention of a method that no picture shows; may be empty."""
     extra = method.extra_keys(grid)
     if extra is None:
         return " The method does more than attend under this mask."
@@ -328,7 +328,7 @@ def _ascii(grid: TokenGrid) -> str:
 
 
 def _seen_by(mask: AttentionMask, query: Place) -> torch.Tensor:
-    """Bool `(tokens,)`: the keys that a token of the video sees."""
+    """The keys that a video token sees, bool `(tokens,)`."""
     grid = mask.grid
     frame, row, column = query
     position = grid.video.start + (frame * grid.height + row) * grid.width + column
@@ -338,7 +338,7 @@ def _seen_by(mask: AttentionMask, query: Place) -> torch.Tensor:
 def _sampled(mask: AttentionMask, per_pixel: int) -> np.ndarray[Any, Any]:
     """Share of the pairs that attend in each square of `per_pixel` tokens a side, 0 to 1.
 
-    All keys are looked at, and as many queries of each square, evenly spread, as time allows.
+    All keys are looked at, and some queries of each square, evenly spread; see `_PAIRS`.
     """
     tokens = mask.grid.tokens
     pixels = -(-tokens // per_pixel)
@@ -357,14 +357,14 @@ def _sampled(mask: AttentionMask, per_pixel: int) -> np.ndarray[Any, Any]:
 
 
 def _shaded(density: np.ndarray[Any, Any]) -> Image:
-    """Colours from `NONE` to `ALL`; by the root, so that thin bands are seen."""
+    """Colours from `NONE` to `ALL`, by the root of the density, so that thin bands are visible."""
     depth = np.sqrt(density)[..., None]
     return np.asarray(np.rint(np.array(NONE) * (1 - depth) + np.array(ALL) * depth), np.uint8)
 
 
 def _states(layout: BlockLayout) -> np.ndarray[Any, Any]:
     """(rows, columns): `EMPTY`, `PARTIAL` or `FULL`, of the first sample and head."""
-    # One column more takes the entries of the lists that mean nothing.
+    # An extra column takes the entries of the lists that mean nothing.
     states = torch.full((layout.rows, layout.columns + 1), EMPTY, dtype=torch.uint8)
     for name, state in (("full", FULL), ("partial", PARTIAL)):
         count = getattr(layout, f"{name}_count")[0, 0].cpu()
@@ -376,7 +376,7 @@ def _states(layout: BlockLayout) -> np.ndarray[Any, Any]:
 
 
 def _neighbourhood(mask: AttentionMask, query: Place, width: int) -> Image:
-    """The frames of a neighbourhood side by side, with what they show."""
+    """The frames of a neighbourhood side by side, with a caption and a legend."""
     grid = mask.grid
     scale, columns = _sheet(grid, width)
     cells = frame_images(mask, query, scale)
@@ -426,7 +426,7 @@ def _blend_cross(image: Image, at: int, color: Color, strength: float) -> None:
 
 
 def _ramp_legend(width: int, grid: TokenGrid) -> Image:
-    """The shades of `mask_image`, and what its lines mean."""
+    """A legend of the shades and the lines of `mask_image`."""
     entries = [_label("pairs that attend: none"), _shaded(_RAMP), _label("all")]
     if grid.frames > 1:
         entries += [_swatch(FRAME_LINE), _label("latent frames")]
@@ -459,7 +459,7 @@ def _row(parts: list[Image], width: int) -> Image:
 
 
 def _label(words: str, color: Color = _INK, scale: float = 0.45) -> Image:
-    """One line of text, as wide as it is."""
+    """An image of one line of text, as wide as the text."""
     import cv2
 
     font = cv2.FONT_HERSHEY_SIMPLEX
@@ -469,7 +469,7 @@ def _label(words: str, color: Color = _INK, scale: float = 0.45) -> Image:
 
 
 def _text(words: str, width: int, color: Color = _INK, scale: float = 0.5) -> Image:
-    """Lines of text, broken to fit a width."""
+    """An image of lines of text, broken to fit a width."""
     import cv2
 
     font = cv2.FONT_HERSHEY_SIMPLEX
@@ -500,7 +500,7 @@ def _stacked(parts: list[Image], gap: int = 6) -> Image:
 
 
 def _beside(*parts: Image, gap: int = _GAP) -> Image:
-    """Parts side by side; each but the last takes the width of the widest."""
+    """Parts side by side, aligned at the top."""
     return _stacked([part.swapaxes(0, 1) for part in parts], gap).swapaxes(0, 1)
 
 

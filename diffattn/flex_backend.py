@@ -14,7 +14,7 @@ from diffattn.blocks import BlockLayout
 from diffattn.kernels.transforms import is_forward_mode
 
 FLEX_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FLEX_VARIANTS = 64  # shapes of layouts and tensors that it is compiled for in one process
+FLEX_VARIANTS = 64  # most shapes of layouts and tensors that one process compiles flex for
 
 
 def flex_forward(
@@ -26,6 +26,13 @@ def flex_forward(
     key_mask: torch.Tensor | None,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The `forward` of the backend "flex", see `diffattn.operator.Backend`.
+
+    Raises:
+        ValueError: for a dtype that flex_attention does not compute in.
+        NotImplementedError: in forward mode, and on the CPU for gradients or a log-sum-exp.
+        RuntimeError: if torch.compile is switched off.
+    """
     if query.dtype not in FLEX_DTYPES:
         raise ValueError(
             f"backend 'flex' computes in {', '.join(map(str, FLEX_DTYPES))}, not {query.dtype}"
@@ -46,7 +53,7 @@ def flex_forward(
                     f"backend 'flex' has no {what} on the CPU; leave the backend out, or pass"
                     f" backend='cpu'"
                 )
-        # It refuses tensors that require gradients even where none are recorded.
+        # flex_attention refuses tensors that require gradients, even where no gradient is recorded.
         query, key, value = query.detach(), key.detach(), value.detach()
     if key_mask is not None:
         block_mask = to_block_mask(layout, key_mask=key_mask)
@@ -71,8 +78,8 @@ _block_masks: WeakKeyDictionary[BlockLayout, BlockMask] = WeakKeyDictionary()
 
 @functools.cache
 def _compiled_flex() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    # In one graph or not at all: eager flex_attention works out every token pair. Once for every
-    # shape: Inductor's C++ of tables whose shapes vary does not compile.
+    # fullgraph: after a graph break, eager flex_attention would compute every token pair. Not
+    # dynamic: Inductor's C++ for tables of varying shapes does not compile.
     return torch.compile(_flex, fullgraph=True, dynamic=False)
 
 

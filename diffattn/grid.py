@@ -44,6 +44,7 @@ class TokenGrid:
 
     @property
     def video_tokens(self) -> int:
+        """Tokens of all latent frames."""
         return self.frames * self.frame_tokens
 
     @property
@@ -53,19 +54,22 @@ class TokenGrid:
 
     @property
     def video(self) -> slice:
-        """Where the video tokens are in the sequence."""
+        """The positions of the video tokens in the sequence."""
         return slice(self.text_before, self.text_before + self.video_tokens)
 
     def text_of(self, x: torch.Tensor) -> torch.Tensor:
-        """The text tokens of a sequence `(batch, tokens, ...)`."""
+        """The text tokens of a sequence `(batch, tokens, ...)`, before the video and after it."""
         return torch.cat([x[:, : self.video.start], x[:, self.video.stop :]], 1)
 
     def is_text(self, token: torch.Tensor) -> torch.Tensor:
-        """Bool: which sequence positions hold text."""
+        """Whether each sequence position holds text: bool, in the shape of `token`."""
         return (token < self.text_before) | (token >= self.text_before + self.video_tokens)
 
     def coordinates(self, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(frame, row, column) of sequence positions; meaningless where `is_text`."""
+        """(frame, row, column) of sequence positions, each in the shape of `token`.
+
+        They mean nothing where `is_text`.
+        """
         position = token - self.text_before
         place = position % self.frame_tokens
         return position // self.frame_tokens, place // self.width, place % self.width

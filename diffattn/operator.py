@@ -62,7 +62,7 @@ class Backend:
 
     Attributes:
         forward: (query, key, value, layout, scale, key_mask, return_lse) -> (output, log-sum-exp),
-            differentiable; without `return_lse` the latter may be None.
+            differentiable; the log-sum-exp may be None without `return_lse`.
         gradients: (grad_out, query, key, value, out, lse, layout, scale, key_mask) -> gradients
             with respect to query, key and value.
     """
@@ -115,40 +115,43 @@ def attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over the token pairs of a mask, computing only the blocks it visits.
 
-    Differentiable in query, key and value, once: in reverse mode, and in forward mode by
-    `torch.func.jvp` or `torch.autograd.forward_ad`, as training by sCM or MeanFlow needs it. The
-    tangent is not differentiable in turn. Only `mask` (and `key_mask`) hide anything: a query that
-    sees no key gives 0 and a log-sum-exp of -inf.
+    The output is differentiable once in query, key and value: in reverse mode, and in forward mode
+    by `torch.func.jvp` or `torch.autograd.forward_ad`, as training by sCM or MeanFlow needs it. The
+    tangent is not differentiable. Only `mask` and `key_mask` hide keys. A query that sees no key
+    gives 0 and a log-sum-exp of -inf.
 
     Args:
         query, key, value: (batch, tokens, heads, head_dim), any strides, of one dtype and device.
         mask: an `AttentionMask` (computed in blocks of 128), or a `BlockLayout` built with another
             block size; None is dense attention.
-        order: the order in which the tokens are cut into blocks, and in which a `BlockLayout` has
-            them: a tiled order visits fewer blocks of a local mask. All tensors, results included,
-            are in the sequence's own order; under dense attention the order changes nothing.
+        order: the order in which the tokens are cut into blocks; a `BlockLayout` must have been
+            built in this order. A tiled order visits fewer blocks of a local mask. All tensors,
+            results included, are in the sequence's own order. Dense attention ignores the order.
         key_mask: bool (batch, tokens): False hides a key from every query, as padding does.
         scale: factor of the scores; 1 / sqrt(head_dim) when None.
-        return_lse: also return the natural log-sum-exp of the scores, (batch, heads, tokens), which
-            merges two attentions over disjoint keys: float32, or float64 for float64 tensors.
-        backend: by default the environment variable DIFFATTN_BACKEND, or else the one for the
-            tensors' device: "triton" on CUDA, ROCm and XPU, "cpu" on the CPU. "flex" is torch's
-            compiled flex_attention (on the CPU without gradients and log-sum-exp), "reference"
-            dense float64; both are for checks. `register_backend` adds others.
+        return_lse: also return the natural log-sum-exp of the scores, (batch, heads, tokens), in
+            float32, or float64 for float64 tensors. Two attentions over disjoint keys can be merged
+            by their log-sum-exp.
+        backend: name of the backend. None takes the environment variable DIFFATTN_BACKEND, or else
+            the backend of the tensors' device: "triton" on CUDA, ROCm and XPU, "cpu" on the CPU.
+            "flex" is torch's compiled flex_attention (on the CPU without gradients and
+            log-sum-exp), "reference" is dense float64; both are for checks. `register_backend` adds
+            other backends.
 
     Returns:
-        (batch, tokens, heads, head_dim) in the dtype of `query`; with `return_lse` also the lse.
+        (batch, tokens, heads, head_dim) in the dtype of `query`; with `return_lse` also the
+        log-sum-exp.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not fit together or the mask, or the backend is
             unknown.
-        NotImplementedError: if there is no sparse kernel for the tensors' device, or none that does
-            what is asked; and from whatever asks for a second derivative.
+        NotImplementedError: if the tensors' device has no sparse kernel, or the backend cannot
+            compute the call; and in a second derivative.
         ImportError: if the backend is "triton" and Triton cannot be imported.
     """
     _check_inputs(query, key, value, key_mask)
     if mask is None and not return_lse:
-        asked_backend(backend)  # one that there is not is an error, though none is needed here
+        asked_backend(backend)  # an unknown backend is an error, though dense attention needs none
         if not is_forward_mode():
             return _dense_attention(query, key, value, key_mask, scale)
         # Torch's fused attention has no tangents.
@@ -182,12 +185,19 @@ def attention_gradients(
     key_mask: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> Gradients:
-    """Gradients of `attention` with respect to query, key and value, for those without autograd.
+    """Gradients of `attention` with respect to query, key and value, for callers without autograd.
 
     Args:
         grad_out: gradient of the output, (batch, tokens, heads, head_dim).
-        query, key, value, layout, order, scale, key_mask, backend: what `attention` was given.
-        out, lse: what it returned.
+        query, key, value, layout, order, scale, key_mask, backend: arguments of the forward call.
+        out, lse: results of the forward call.
+
+    Returns:
+        Gradients in the shapes of query, key and value.
+
+    Raises:
+        ValueError: if the backend is unknown.
+        NotImplementedError: if the tensors' device has no sparse kernel.
     """
     chosen = BACKENDS[choose_backend(query.device, backend)]
     if order is not None:
@@ -209,23 +219,23 @@ def register_backend(
 ) -> None:
     """Add a backend that `attention(backend=name)` and the variable DIFFATTN_BACKEND can choose.
 
-    Whatever attends under a mask can be computed by it: `attention`, and with it attached and
-    compiled models under every method that is a mask. Attention over selected blocks (VMoBA) and
-    linear attention (LinFusion) have kernels of their own, and refuse it with
-    NotImplementedError. To register the same functions again does nothing.
+    The backend computes attention under a mask: `attention`, and attached and compiled models under
+    every method that is a mask. Attention over selected blocks (VMoBA) and linear attention
+    (LinFusion) have kernels of their own, and refuse the backend with NotImplementedError.
+    Registering the same functions again does nothing.
 
     Args:
-        name: what it is called.
+        name: name of the backend.
         forward: `(query, key, value, layout, scale, key_mask, return_lse) -> (output, lse)`.
             Tensors are (batch, tokens, heads, head_dim), of any strides; `layout` is the
-            `BlockLayout` of the mask, on their device; `scale` None is 1 / sqrt(head_dim);
+            `BlockLayout` of the mask, on the same device; `scale` None is 1 / sqrt(head_dim);
             `key_mask` is bool (batch, tokens), False for hidden keys, or None. The output is
             contiguous and of the dtype of `query`. The natural log-sum-exp is (batch, heads,
             tokens) in float32, or float64 for float64 tensors, and may be None unless `return_lse`.
             A query that sees no key gives 0 and -inf. The function is differentiable by autograd.
         gradients: `(grad_out, query, key, value, out, lse, layout, scale, key_mask)` -> gradients
-            with respect to query, key and value, which compiled models use; it is called where
-            autograd is off. When None, they come from autograd, by calling `forward` once more.
+            with respect to query, key and value. Compiled models call this function, with autograd
+            switched off. When None, the gradients come from autograd over another `forward`.
 
     Raises:
         ValueError: if the name is empty or taken.
@@ -246,10 +256,10 @@ def register_backend(
 
 
 def asked_backend(backend: str | None = None) -> str | None:
-    """`backend`, or what the variable DIFFATTN_BACKEND says; None where neither asks for one.
+    """`backend`, or else the value of DIFFATTN_BACKEND; None where neither names a backend.
 
     Raises:
-        ValueError: if there is no such backend.
+        ValueError: if the backend is unknown.
     """
     name = backend or os.environ.get(BACKEND_VARIABLE) or None
     if name is not None and name not in BACKENDS:
@@ -267,16 +277,19 @@ def add_keys(
     scale: float | None,
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What an attention becomes with more keys in the same softmax.
+    """Add keys to an attention, in the same softmax.
 
     Args:
-        out: its output, (batch, tokens, heads, head_dim).
-        lse: its log-sum-exp, (batch, heads, tokens).
-        query: its queries.
-        key, value: the keys and values that are to be added.
-        layout: which of them queries see.
-        scale: factor of the scores.
-        key_mask: bool (batch, keys): False for those of them that are padding.
+        out: output of the attention, (batch, tokens, heads, head_dim).
+        lse: log-sum-exp of the attention, (batch, heads, tokens).
+        query: queries of the attention, (batch, tokens, heads, head_dim).
+        key, value: the added keys and values, (batch, keys, heads, head_dim).
+        layout: the blocks of added keys that query blocks see.
+        scale: factor of the scores; 1 / sqrt(head_dim) when None.
+        key_mask: bool (batch, keys): False for added keys that are padding.
+
+    Returns:
+        The output over all keys, in the shape and dtype of `out`.
     """
     more, lse_of_more = attention(
         query, key, value, layout, scale=scale, key_mask=key_mask, return_lse=True
@@ -286,11 +299,11 @@ def add_keys(
 
 
 def choose_backend(device: torch.device, backend: str | None = None) -> str:
-    """The name of the backend for tensors on `device`, which `backend` overrides.
+    """The name of the backend for tensors on `device`; `backend` overrides the choice.
 
     Raises:
-        ValueError: if there is no such backend.
-        NotImplementedError: if there is no sparse kernel for the device.
+        ValueError: if the backend is unknown.
+        NotImplementedError: if the device has no sparse kernel.
     """
     name = asked_backend(backend) or DEFAULT_BACKENDS.get(device.type)
     if name is None:
@@ -304,13 +317,13 @@ def choose_backend(device: torch.device, backend: str | None = None) -> str:
     return name
 
 
-@functools.cache  # once each
+@functools.cache  # logs each choice once
 def _log_choice(name: str, device_type: str) -> None:
     logger.debug("attention on %s is computed by backend %r", device_type, name)
 
 
 def _kernel_backend(load: Callable[[], ModuleType]) -> Backend:
-    """The backend of a module of kernels that take a layout as it is."""
+    """The backend of a module of kernels, which take the tensors of a layout unchanged."""
 
     def forward(
         query: torch.Tensor,
@@ -364,7 +377,7 @@ def _kernel_backend(load: Callable[[], ModuleType]) -> Backend:
 
 def check_triton() -> None:
     """Raise ImportError if Triton cannot be imported."""
-    # Imported late: there are platforms without Triton, and the CPU path is for them, too.
+    # Imported late: the CPU path must work on platforms without Triton.
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -383,7 +396,7 @@ def _triton_kernel() -> ModuleType:
 
 @functools.cache  # the same functions make the same backend
 def _by_autograd(forward: Forward) -> Backend:
-    """The backend of a forward whose gradients autograd works out, by computing it once more."""
+    """The backend of a forward whose gradients come from autograd, over another forward."""
 
     def gradients(
         grad_out: torch.Tensor,
@@ -396,7 +409,7 @@ def _by_autograd(forward: Forward) -> Backend:
         scale: float | None,
         key_mask: torch.Tensor | None,
     ) -> Gradients:
-        # Inside of an operator autograd is switched off as it is in inference mode.
+        # Autograd is off inside an operator, as in inference mode.
         with torch.inference_mode(False), torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (query, key, value)]
             found, _ = forward(leaves[0], leaves[1], leaves[2], layout, scale, key_mask, False)
@@ -429,7 +442,7 @@ BACKENDS: dict[str, Backend] = {
     "reference": _by_autograd(_reference_forward),
 }
 
-# By type of device; ROCm's is "cuda", too.
+# By type of device; the type of ROCm is "cuda".
 DEFAULT_BACKENDS = {"cuda": "triton", "xpu": "triton", "cpu": "cpu"}
 
 
@@ -451,7 +464,7 @@ def _dense_attention(
 
 
 def every_pair(tokens_q: int, tokens_kv: int, device: torch.device) -> BlockLayout:
-    """The layout of attention from each query to each of other keys."""
+    """The layout of dense attention from `tokens_q` queries to `tokens_kv` keys."""
     states = torch.full((-(-tokens_q // BLOCK), -(-tokens_kv // BLOCK)), FULL, dtype=torch.uint8)
     return layout_from_states(
         states.to(device),

@@ -1,4 +1,4 @@
-"""TileOrder: the video tokens of a grid laid out tile by tile, so that blocks of them are compact.
+"""TileOrder: the video tokens of a grid laid out tile by tile, so that blocks are compact boxes.
 
 In raster order a block of 128 tokens is a thin strip of one frame, and most of the blocks that a
 window in space and time visits are partial. Where 128 tokens of the sequence are a box of, say,
@@ -20,17 +20,17 @@ from diffattn.kernels.transforms import is_transformed
 
 @dataclass(frozen=True)
 class TileOrder:
-    """The tokens of `grid` with its video tokens in tiles, each a run of the sequence.
+    """An order of the tokens of `grid` in which each tile of video tokens is a run of the sequence.
 
-    A tile of as many tokens as the kernels' blocks have is one block. The tokens that are left over
-    where the grid is no multiple of the tile follow after all whole tiles, in tiles that are cut to
-    fit and longer along their other axes. Text tokens keep their places; where text stands before
-    the video and is no multiple of a tile, the video's first tokens fill up the last block of text
-    (whose rows and columns text makes dense anyway), so that tiles and blocks stay aligned.
+    A tile with as many tokens as a kernel's block is one block. Where the grid is no multiple of
+    the tile, the leftover tokens follow after all whole tiles. Tiles of leftover tokens are cut to
+    fit, and longer along their other axes. Text tokens keep their places. Where the text before the
+    video is no multiple of a tile, video tokens fill up its last block, so that tiles and blocks
+    stay aligned. The text in that block makes its rows and columns dense anyway.
 
     Attributes:
         grid: the tokens of the sequence.
-        tile: frames, rows and columns of a tile; more than the grid has is allowed.
+        tile: frames, rows and columns of a tile; each may exceed the grid's.
 
     Raises:
         ValueError: for a tile that is not three sizes of at least 1.
@@ -49,7 +49,7 @@ class TileOrder:
             )
 
     def positions(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """int64 `(tokens,)`: where in the model's sequence each token of this order is."""
+        """int64 `(tokens,)`: the position in the model's sequence of each token of this order."""
         return self._permutation(torch.device(device))[0]
 
     def to_tiles(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
@@ -59,7 +59,7 @@ class TileOrder:
             x: has the whole sequence along `dim`, or its video tokens alone.
 
         Raises:
-            ValueError: if it has neither.
+            ValueError: if `x` has another length along `dim`.
         """
         return self._moved(x, dim, into=True)
 
@@ -82,7 +82,7 @@ class TileOrder:
     def _permutation(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """`positions` and its inverse."""
         if device not in self._permutations:
-            # A run in inference mode must leave tensors that training can use.
+            # Training after a run in inference mode must be able to use these tensors.
             with torch.inference_mode(False):
                 order = self._sequence().to(device)
                 self._permutations[device] = order, order.argsort()
@@ -94,7 +94,7 @@ class TileOrder:
         whole = [size // side * side for size, side in zip(sizes, self.tile, strict=True)]
         boxes = [[range(end) for end in whole]]
         for axis in range(3):
-            # What is left over along this axis, beside what those before it have left.
+            # Leftover tokens of this axis, except those that are leftover along an earlier axis.
             box = [range(end) for end in (*whole[:axis], 0, *sizes[axis + 1 :])]
             box[axis] = range(whole[axis], sizes[axis])
             boxes.append(box)
@@ -121,14 +121,14 @@ def tile_for(
 ) -> tuple[int, int, int]:
     """The tile of `block_size` tokens at which a window over `grid` visits the fewest blocks.
 
-    Every way to write `block_size` as frames x rows x columns that fits into the grid is compared
-    by the token pairs in those pairs of tiles that windows touch. The wider the window along an
-    axis, the longer the tile: 128 tokens of a 21 x 30 x 52 grid are best in tiles of 2 x 8 x 8 for
-    a window of 7 x 15 x 15 and of 16 x 4 x 2 for one of 21 x 9 x 9.
+    The tiles of `tiles_that_fit` are compared by the number of token pairs in the pairs of tiles
+    that windows touch. The wider the window along an axis, the longer the tile. On a 21 x 30 x 52
+    grid, the best tiles of 128 tokens are 2 x 8 x 8 for a window of 7 x 15 x 15, and 16 x 4 x 2 for
+    a window of 21 x 9 x 9.
 
     Args:
         grid: the tokens to be tiled.
-        block_size: tokens per tile, those of a kernel's block.
+        block_size: tokens per tile, as many as a kernel's block has.
         window: frames, rows and columns around a token that it attends to; a third of each axis
             when None.
     """
@@ -141,7 +141,10 @@ def tile_for(
 
 
 def tiles_that_fit(grid: TokenGrid, block_size: int = 128) -> list[tuple[int, int, int]]:
-    """Every way to write `block_size` as frames x rows x columns that fits into the grid."""
+    """All tiles of `block_size` tokens, as (frames, rows, columns), that fit into the grid.
+
+    If no tile fits, all tiles of that many tokens.
+    """
     tiles = [
         (frames, rows, block_size // (frames * rows))
         for frames in _divisors(block_size)
@@ -162,7 +165,7 @@ def permuted(x: torch.Tensor, there: torch.Tensor, back: torch.Tensor, dim: int)
 
 
 class _Permuted(torch.autograd.Function):
-    """`index_select` by a permutation whose inverse is known, which makes the backward one too."""
+    """`index_select` by a permutation of known inverse; its backward is an `index_select` too."""
 
     @staticmethod
     def forward(
@@ -177,7 +180,7 @@ class _Permuted(torch.autograd.Function):
 
 
 def _fitted(tile: Sequence[int], sizes: Sequence[int]) -> list[int]:
-    """`tile` cut to fit a box, and lengthened along other axes as long as it has fewer tokens."""
+    """`tile` cut to fit a box, then doubled along other axes to at most the tokens of `tile`."""
     sides = [max(1, min(side, size)) for side, size in zip(tile, sizes, strict=True)]
     while 2 * math.prod(sides) <= math.prod(tile):
         growing = [axis for axis in range(3) if 2 * sides[axis] <= sizes[axis]]
@@ -188,7 +191,7 @@ def _fitted(tile: Sequence[int], sizes: Sequence[int]) -> list[int]:
 
 
 def _touched(size: int, side: int, window: int) -> int:
-    """Token pairs along an axis in the pairs of tiles that a window around the first touches."""
+    """Token pairs along an axis, in pairs of tiles where a window of the first meets the second."""
     pairs = 0
     for start in range(0, size, side):
         stop = min(start + side, size)

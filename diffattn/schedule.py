@@ -10,7 +10,7 @@ def resolve_steps(setting: int | float, num_steps: int) -> int:
 
     Args:
         setting: an int counts steps; a float from 0 to 1 is a fraction of the run.
-        num_steps: length of the run in denoising steps.
+        num_steps: length of the run in denoising steps; the result is at most this.
     """
     count = setting if isinstance(setting, int) else int(setting * num_steps)
     return min(count, num_steps)

@@ -1,7 +1,8 @@
 """Attaching methods to diffusers pipelines and models.
 
-`attachment` is what a pipeline's denoisers share, `denoiser` what is done to each of them,
-`backend` the function that diffusers' dispatch calls, and `sites` the modules that call.
+`attachment` holds the state that a pipeline's denoisers share, and `denoiser` attaches to one
+denoiser. `backend` has the function that diffusers' dispatch calls. `sites` finds the attention
+modules.
 """
 
 from diffattn.attach.attachment import Attachment, Description, set_attn_processor

@@ -1,7 +1,7 @@
 """Attaching a method to a diffusers pipeline or model, and taking it off again.
 
-What is done to each denoiser is in `denoiser`; here is what a pipeline's denoisers share: the
-choice of methods, the count of denoising steps, and the way back.
+The module `denoiser` attaches to one denoiser. This module holds what a pipeline's denoisers share:
+the choice of methods, the count of denoising steps, and the removal.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from diffattn.methods.base import Method, StaticMaskMethod
 from diffattn.models import denoisers, family_of
 from diffattn.schedule import resolve_steps
 
-# The methods of schedulers that say where a run is.
+# The methods of a scheduler whose calls tell the position in a run.
 _COUNTED = ("set_timesteps", "step")
 
 
@@ -43,19 +43,19 @@ def set_attn_processor(
         processor: one of
             - a method, for every video self-attention of the model;
             - a dict of module-name patterns to methods, such as {"blocks.0": DenseAttn(),
-              "blocks.*": RadialAttn()}: the first that matches a site wins, sites that none matches
-              stay as they are;
-            - None, which puts back exactly what was there before;
+              "blocks.*": RadialAttn()}: the first pattern that matches a site wins, and a site
+              without a match stays as it is;
+            - None, to restore the processors from before attaching;
             - a processor of diffusers, or a dict of them, for the denoisers' own
               `set_attn_processor`.
 
     Returns:
-        The attachment, which describes and counts what it does; None where nothing is attached.
+        The attachment; None where nothing is attached.
 
     Raises:
         ValueError: if a model's family is unknown, a pattern matches no site, or a site's processor
             does not go through diffusers' attention dispatch.
-        TypeError: if `processor` is none of these, or a dict mixes methods with something else.
+        TypeError: if `processor` is none of the above, or a dict mixes methods with other values.
     """
     pipe, models = _split(target)
     if isinstance(processor, Method):
@@ -85,19 +85,20 @@ def set_attn_processor(
 
 @dataclass
 class Description:
-    """What an attachment does in a run of a given size and length.
+    """Summary of an attachment, for a run of a given size and length.
 
     Attributes:
         method: the method with every parameter resolved for this model and size.
         density: fraction of the token pairs that attend in a sparse call, text included; None
             for a method whose pairs depend on the data.
         visited_density: fraction of the blocks that a sparse call computes.
-        extra_keys: keys that every video token sees besides, as CLEAR's pooled ones; they are in
-            neither fraction.
-        sites: attention modules that are attached, over all denoisers.
-        layers: blocks of one denoiser.
-        dense_layers, dense_steps, last_dense_steps: how many stay dense.
-        num_steps: length of the run.
+        extra_keys: keys that every video token sees in addition, such as CLEAR's pooled keys;
+            neither fraction counts them.
+        sites: number of attached attention modules, over all denoisers.
+        layers: number of blocks of one denoiser.
+        dense_layers, dense_steps, last_dense_steps: number of blocks, of first steps and of last
+            steps that stay dense.
+        num_steps: length of the run in denoising steps.
     """
 
     method: Method
@@ -128,8 +129,8 @@ class Attachment:
     """A set of methods attached to the denoisers of a pipeline.
 
     Attributes:
-        models: what is attached to each denoiser, by component name.
-        clock: where the current denoising run is.
+        models: the attached denoisers, by component name.
+        clock: the position in the current denoising run.
     """
 
     def __init__(
@@ -153,30 +154,28 @@ class Attachment:
 
     @property
     def sites(self) -> int:
-        """Attention modules attached, over all denoisers."""
+        """Number of attached attention modules, over all denoisers."""
         return sum(len(model.sites) for model in self.models.values())
 
     @property
     def sparse_calls(self) -> int:
-        """Attention calls that ran under a method since it was attached; not counted in
-        compiled code."""
+        """Attention calls that ran under a method since attaching, except in compiled code."""
         return sum(model.sparse_calls for model in self.models.values())
 
     @property
     def dense_calls(self) -> int:
-        """Attention calls of attached sites that the schedule kept dense; not counted in
-        compiled code."""
+        """Attention calls of attached sites that stayed dense, except in compiled code."""
         return sum(model.dense_calls for model in self.models.values())
 
     def remove(self) -> None:
-        """Put back what was there before."""
+        """Detach from all denoisers and from the scheduler."""
         for model in self.models.values():
             model.remove()
         self._leave_scheduler()
 
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """Have every call dense for the while, as the teacher of a sparse model is."""
+        """Keep every call dense while the block runs, as for the teacher of a sparse model."""
         self.clock.always_dense = True
         self.refresh()
         try:
@@ -186,14 +185,14 @@ class Attachment:
             self.refresh()
 
     def leave_run(self) -> None:
-        """Forget the denoising run: calls outside of one, as in training, have no dense steps."""
+        """End the denoising run: calls outside a run, as in training, have no dense steps."""
         self.clock.start(0)
         self.refresh()
 
     def describe(self, grid: TokenGrid, num_steps: int) -> Description:
-        """What happens in a run over `grid` of `num_steps` denoising steps.
+        """Summary of a run over `grid` of `num_steps` denoising steps.
 
-        With several methods attached, it is the first one's.
+        With several methods attached, the summary is that of the first method.
         """
         model = next(model for model in self.models.values() if model.groups)
         method = model.groups[0].chosen.for_model(model.variant, grid)
@@ -217,7 +216,7 @@ class Attachment:
         )
 
     def follow_scheduler(self) -> None:
-        """Count the steps of the pipeline's scheduler, also when the user has put in another."""
+        """Count the steps of the pipeline's scheduler, also after the user has exchanged it."""
         scheduler = getattr(self._alive(), "scheduler", None)
         if scheduler is None or scheduler is self._scheduler:
             return
@@ -225,30 +224,34 @@ class Attachment:
         self._scheduler = scheduler
         for name in _COUNTED:
             setattr(scheduler, name, CountedMethod(scheduler, name, self))
-        # A scheduler put in between two runs may have its timesteps already.
+        # A scheduler exchanged between two runs may have its timesteps already.
         self.started(scheduler)
 
     def started(self, scheduler: Any) -> None:
-        """A scheduler was given its timesteps: a run begins."""
+        """Begin a run: a scheduler was given its timesteps."""
         timesteps = getattr(scheduler, "timesteps", None)
         self.clock.start(0 if timesteps is None else len(timesteps))
         self.refresh()
 
     def stepped(self, scheduler: Any, timestep: Any) -> None:
-        """A scheduler has made a step."""
+        """Count a step that a scheduler has made."""
         if not self.clock.has_stepped:
             self.clock.leave_out(skipped_timesteps(scheduler, timestep))
         self.clock.advance(scheduler)
         self.refresh()
 
     def follower_of_copy(self, memo: dict[int, Any]) -> Attachment:
-        """Who follows a copy of the scheduler: the copied pipeline's attachment, if it is one."""
+        """The attachment that follows a copy of the scheduler.
+
+        With the pipeline in the memo it is the copied attachment, otherwise this attachment.
+        """
         return copy.deepcopy(self, memo) if id(self._alive()) in memo else self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
-        """A copied pipeline is attached as the original is, and apart from it.
+        """The attachment of a copied pipeline, or of a denoiser that is copied alone.
 
-        So is a denoiser that is copied alone, but it leaves the pipeline and with it the steps.
+        The copy shares no state with the original. A denoiser that is copied alone has no pipeline,
+        and so no denoising steps.
         """
         copied = copy.copy(self)
         memo[id(self)] = copied
@@ -272,7 +275,7 @@ class Attachment:
                 group.refresh(self.clock)
 
     def _alive(self) -> Any:
-        """The pipeline, if there is one and it still exists."""
+        """The pipeline; None for a bare denoiser, or once the pipeline is gone."""
         return None if self._pipe is None else self._pipe()
 
     def _leave_scheduler(self) -> None:
@@ -301,14 +304,14 @@ class Attachment:
 
 
 def _split(target: Any) -> tuple[Any, dict[str, torch.nn.Module]]:
-    """(pipeline or None, denoisers) of what the user wants to attach to."""
+    """The pipeline, None for a bare denoiser, and the denoisers by component name."""
     if isinstance(target, torch.nn.Module):
         return None, {"model": target}
     return target, denoisers(target)
 
 
 def _set_stock_processors(model: Any, processor: Any) -> None:
-    """The model's own `set_attn_processor`, also for models that have none."""
+    """Set processors of diffusers, by the model's own `set_attn_processor` where it has one."""
     # diffusers empties the dict it is given.
     processor = dict(processor) if isinstance(processor, Mapping) else processor
     if hasattr(model, "set_attn_processor"):
@@ -340,7 +343,7 @@ def _choose(model: torch.nn.Module, methods: Mapping[str, Method]) -> dict[str, 
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Does a pattern name this module, or a module that it is part of?"""
+    """Whether a pattern matches the name of a module, or of a module around it."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*")
 
 

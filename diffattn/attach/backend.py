@@ -1,4 +1,4 @@
-"""The function that diffusers' attention dispatch calls for attached sites, and what it knows.
+"""The function that diffusers' attention dispatch calls for attached sites, and its state.
 
 diffusers calls a backend with tensors alone. The group of a site holds the rest: the method, the
 grid of the current call, and whether the current denoising step is sparse.
@@ -27,25 +27,40 @@ from diffattn.orders import TileOrder
 
 @dataclass(eq=False)
 class Group:
-    """Sites that always do the same: one backend serves them, so that compiled code is shared.
+    """The sites of a denoiser that always behave alike, and the state of their backend.
 
-    diffusers' registry keeps a group alive as long as its model, so it holds nothing of the model.
+    Sites belong to one group when they have the same method, the same `kind` and the same
+    `previous` backend. One backend serves all sites of a group, so that they share compiled code.
+
+    Compiled code finds its group by a serial number. It can hold a number as a constant, but not
+    the group itself, because an operator of torch takes no Python objects. When the code runs, it
+    looks up the number in the table of `compiled.remember`. The group found there gives the layout
+    of the call, or attends by its method.
+
+    diffusers' registry of backends holds the group. The group holds no reference to its model,
+    because the registry would then keep the model alive.
 
     Attributes:
-        chosen: the method as the user gave it.
-        family: the family of its model.
+        chosen: the method as the user passed it, before its parameters are resolved.
+        family: the family of the model.
         variant: the model's name in the tables of recommended settings.
-        kind: by how many layers it starts, up to where all are sparse, and `Method.layer_kind`.
-        layer: block index of the first of its sites.
-        layers: number of blocks of its model.
-        previous: the backend these sites had before, None for diffusers' active one.
-        member: our backend.
+        kind: two numbers that all layers of the group have in common. The first is the smaller of
+            the block's index and the number of blocks that may stay dense. So each block that may
+            stay dense has a group of its own, and the blocks after them have equal numbers. The
+            second is the method's `layer_kind` of the block.
+        layer: block index of the group's first site.
+        layers: number of blocks of the model.
+        previous: the backend that the sites had before attaching, to which dense calls still go;
+            None for diffusers' active backend.
+        member: the group's own backend, as a member of diffusers' enumeration of backends. The
+            processors of the sites are set to it.
         method: `chosen` with its parameters resolved, for the current grid once there is one.
         video: the video tokens of the current call, without text; None before a call.
-        reordered: the order that the tokens of the current forward are in; None is the model's own.
-        weights, rotary, merging: at the site whose call is running, see `Site`.
-        sparse: whether calls go to `method` now, or to `previous`.
-        serial: by which number code being compiled finds this group.
+        reordered: the order that the current forward has put its tokens in; None for the model's
+            own order.
+        weights, rotary, merging: those of the site whose call is running, see `Site`.
+        sparse: whether calls go to `method` at present; otherwise they go to `previous`.
+        serial: the number by which compiled code finds the group.
         sparse_calls, dense_calls: calls counted since attaching, except in compiled code.
     """
 
@@ -74,20 +89,20 @@ class Group:
         self.serial = remember(self)
 
     def use(self, grid: TokenGrid) -> None:
-        """Make `grid` the video tokens of the calls to come."""
+        """Set the video tokens of the calls to come."""
         self.video = grid
-        # Resolving parameters cannot be traced: compiled code does it when it runs, in `layout`.
+        # Resolving parameters cannot be traced: compiled code does so in `layout`, at run time.
         if not torch.compiler.is_compiling():
             self.method = self._method_on(grid)
 
     def order(self, grid: TokenGrid) -> TileOrder | None:
-        """The order that a method with a static mask cuts the tokens of `grid` into blocks in."""
+        """The order in which a static mask's blocks are cut from `grid`; None is the grid's own."""
         return self._static_method().order(grid)
 
     def layout(
         self, grid: TokenGrid, device: torch.device, order: TileOrder | None = None
     ) -> BlockLayout:
-        """The blocks of a call over `grid`, text included, under a method with a static mask."""
+        """The blocks of a static mask for a call over `grid`, text included, on `device`."""
         return self._static_method().layout(grid, device, order)
 
     def attend(
@@ -100,7 +115,10 @@ class Group:
         scale: float | None,
         key_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention by a method that is traced as a whole, of a call over `grid`."""
+        """Attention of a call over `grid`, by a method that compiled code calls as one operator.
+
+        Tensors are as for `Method.attend`.
+        """
         assert self.video is not None
         site = Site(self.family.name, self.layer, self.layers, grid)
         method = self._method_on(self.video)
@@ -124,20 +142,24 @@ class Group:
         )
 
     def count(self, *, sparse: bool) -> None:
-        # Compiled code would be specialised to the count.
+        # Tracing would specialise the code to the count, and compile it again for each count.
         if not torch.compiler.is_compiling():
             self.sparse_calls += sparse
             self.dense_calls += not sparse
 
     def site(self, tokens: int) -> Site:
-        """What the method is told of a call over `tokens` tokens, text included."""
+        """The `Site` that the method gets for a call over `tokens` tokens, text included.
+
+        Raises:
+            RuntimeError: outside of the model's forward, or if the tokens do not fit its grid.
+        """
         if self.video is None:
             raise RuntimeError(
                 "an attached attention module was called outside of its model's forward, so its"
                 " token grid is unknown; call the model, or set_attn_processor(None)"
             )
         if self.merging is not None:
-            # What is left of merged tokens is no rectangle.
+            # The tokens that merging leaves form no rectangle.
             row = TokenGrid(1, 1, tokens)
             return Site(
                 self.family.name,
@@ -168,7 +190,7 @@ class Group:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
-        """A group of the same kind for the same sites of a copied model."""
+        """The group of a copied model's sites, with a backend and a serial number of its own."""
         copied = Group(
             self.chosen, self.family, self.variant, self.kind, self.layer, self.layers,
             self.previous,
@@ -245,7 +267,7 @@ def backend_of(group: Group) -> _compat.BackendFunction:
 
 
 def _check_any_order(attn_mask: Any, is_causal: bool, key: torch.Tensor, padding: str) -> None:
-    """Raise unless dense attention under this mask is the same for tokens in another order."""
+    """Raise unless dense attention under a mask does not depend on the order of the tokens."""
     if is_causal or isinstance(attn_mask, BlockMask):
         raise RuntimeError(
             "this attention call is causal or has a BlockMask, which is about tokens in the model's"
@@ -263,7 +285,7 @@ def _attend_sparse(
     key_mask: torch.Tensor | None,
     queries: tuple[range, ...] | None,
 ) -> torch.Tensor:
-    """Attention by the group's method, for some positions of the sequence or for all."""
+    """Attention by the group's method, for queries at the positions `queries`; None is all."""
     site = group.site(key.shape[1])
     if queries is not None:
         return attend_queries(
@@ -296,7 +318,7 @@ def _attend_dense(
     key_mask: torch.Tensor | None,
     queries: tuple[range, ...] | None,
 ) -> torch.Tensor:
-    """Dense attention by the backend that the group's sites had before."""
+    """Dense attention by the backend that the group's sites had before attaching."""
     attn_mask = None if key_mask is None else key_mask[:, None, None, :]
     return _compat.dispatch(
         query, key, value, backend=group.previous, attn_mask=attn_mask, scale=scale
@@ -304,10 +326,15 @@ def _attend_dense(
 
 
 def _key_mask(attn_mask: Any, key: torch.Tensor, padding: str) -> torch.Tensor | None:
-    """Reduce the padding masks that models pass to bool (batch, tokens): False hides a key.
+    """Reduce a model's padding mask to bool (batch, tokens), where False hides a key.
 
     Args:
-        padding: how the model writes them, see `Family`.
+        attn_mask: the mask of the call; None without padding.
+        key: (batch, tokens, heads, head_dim).
+        padding: the form of the model's masks, see `Family`.
+
+    Raises:
+        ValueError: if the mask is no padding mask of that form.
     """
     if attn_mask is None:
         return None
@@ -318,7 +345,7 @@ def _key_mask(attn_mask: Any, key: torch.Tensor, padding: str) -> torch.Tensor |
         return attn_mask.reshape(-1, tokens).expand(batch, tokens)
     by_pair = shape == (batch, 1, tokens, tokens)
     if attn_mask.dtype == torch.bool and by_pair and padding == "pairs":
-        # The first token is one of the video: it sees every key that counts.
+        # The first token is a video token: it sees every key that is not padding.
         return attn_mask[:, 0, 0]
     per_head = len(shape) == 4 and (shape[0], *shape[2:]) == (batch, 1, tokens)
     if attn_mask.dtype.is_floating_point and per_head and padding == "bias":

@@ -1,7 +1,9 @@
-"""Attention under a static mask as one operator that torch.compile does not look into.
+"""Attention as operators of torch that torch.compile does not trace into.
 
-Which blocks a mask visits depends on the mask, so the building of a layout cannot be traced. Code
-being compiled names the source and the grid instead, and the layout is looked up when it runs.
+Building a layout cannot be traced, because the sizes of its lists depend on the values in the mask.
+An operator of torch takes tensors and numbers, but no layout. So compiled code holds the sizes of
+the grid and the serial number of a source. When the code runs, the operator looks up the source by
+its number, and the source gives the layout of the grid.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ _sources: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 class LayoutSource(Protocol):
-    """Whoever knows the layout of a call, and the order of tokens that it is best built in."""
+    """An object that knows the layout of a call, and the order of tokens to build the layout in."""
 
     def order(self, grid: TokenGrid) -> TileOrder | None: ...
 
@@ -33,7 +35,10 @@ class LayoutSource(Protocol):
 
 
 def remember(source: LayoutSource | MethodSource) -> int:
-    """Give `source` a number by which it is found, for as long as it lives."""
+    """Enter `source` into the table of sources and return its serial number.
+
+    The table does not keep the source alive.
+    """
     serial = next(_serials)
     _sources[serial] = source
     return serial
@@ -50,17 +55,20 @@ def traced_attention(
     key_mask: torch.Tensor | None = None,
     order: TileOrder | None = None,
 ) -> torch.Tensor:
-    """`attention` over the layout that source number `serial` has for `grid`.
+    """`attention` over the layout that the source of number `serial` has for `grid`.
 
-    The backend is chosen when the call is traced, for the output and its gradients alike: compiled
-    code keeps to it.
+    The backend is chosen when the call is traced, for the output and its gradients. Compiled code
+    keeps to that backend.
 
     Args:
         query, key, value: (batch, tokens, heads, head_dim).
-        grid: the tokens of the call.
-        serial: what `remember` gave.
+        grid: the tokens of the call, text included.
+        serial: the source's number from `remember`.
         scale, key_mask: as for `attention`.
-        order: the order that the tokens come in; the grid's own when None.
+        order: the order that the tensors have their tokens in; the grid's own when None.
+
+    Returns:
+        (batch, tokens, heads, head_dim), in the order of `query`.
 
     Raises:
         NotImplementedError: within `torch.func.jvp` or `dual_level`.
@@ -76,7 +84,7 @@ def traced_attention(
 
 
 class MethodSource(Protocol):
-    """Whoever attends by a method over the tokens of a grid, text included."""
+    """An object that attends by a method over the tokens of a grid, text included."""
 
     def attend(
         self,
@@ -100,10 +108,10 @@ def traced_method(
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention by the method that source number `serial` has for `grid`, whatever it does.
+    """Attention over `grid` by the method of the source of number `serial`.
 
-    Its gradients come from computing it once more. Arguments and errors are those of
-    `traced_attention`.
+    The method need not be traceable. The backward computes the attention once more. Arguments,
+    result and errors are those of `traced_attention`.
     """
     _check_no_tangents()
     size = [grid.frames, grid.height, grid.width, grid.text_before, grid.text_after]
@@ -149,7 +157,7 @@ def _attend_backward(
     serial: int,
     scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # Inside of an operator autograd is switched off as it is in inference mode.
+    # Autograd is off inside an operator, as in inference mode.
     with torch.inference_mode(False), torch.enable_grad():
         query, key, value = (x.detach().requires_grad_() for x in (query, key, value))
         source: MethodSource = _sources[serial]
@@ -189,10 +197,10 @@ _attend.register_autograd(_attend_autograd, setup_context=_setup_attend)
 def _layout(
     size: list[int], serial: int, device: torch.device
 ) -> tuple[BlockLayout, TileOrder | None]:
-    """The layout of a call, and the order that its tokens are still to be put in.
+    """The layout of a call, and the order into which the tokens have yet to be put.
 
     Args:
-        size: of the grid, and of the tile where the tokens come in tiles.
+        size: the five sizes of the grid, and the three of the tile if the tokens come in tiles.
     """
     source, grid, tile = _sources[serial], TokenGrid(*size[:5]), size[5:]
     order = TileOrder(grid, (tile[0], tile[1], tile[2])) if tile else source.order(grid)
@@ -286,7 +294,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _autograd(
     ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
-    # Nothing that is traced uses the lse: only the output has a gradient.
+    # Traced code never uses the log-sum-exp: only the output has a gradient.
     grads = _backward(grad_out, *ctx.saved_tensors, *ctx.options)
     return (*grads, None, None, None, None, None)
 

@@ -1,4 +1,4 @@
-"""Whether what was attached to a denoiser is still called, and who has disconnected it if not."""
+"""Checks that attached sites are still called, and names the call that disconnected them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffattn.attach.sites import AttachedSite
 def complaint(
     model: torch.nn.Module, sites: Mapping[str, AttachedSite], calls: int, *, first_forward: bool
 ) -> str:
-    """What is wrong with the sites of a denoiser after a forward; empty if nothing is.
+    """A message about lost or skipped sites of a denoiser after a forward; empty without any.
 
     Args:
         calls: attention calls of the forward that went through diffattn.
@@ -27,7 +27,7 @@ def complaint(
             f"{len(lost)} of {len(sites)} attention sites of {type(model).__name__} are no"
             f" longer attached: {why} ({name})"
         )
-    # Several calls of each site are right: FreeNoise's split inference makes them in parts.
+    # Several calls of each site are fine: FreeNoise's split inference calls a site part by part.
     if first_forward and _uneven(calls, len(sites)) and not _has_compiled(model):
         return (
             f"{type(model).__name__} made {calls} attention calls through diffattn where it has"
@@ -37,7 +37,7 @@ def complaint(
 
 
 def why_lost(model: torch.nn.Module, name: str, site: AttachedSite) -> str:
-    """What has disconnected a site since it was attached; empty while it is connected."""
+    """The reason that a site is no longer connected, for a message; empty while it is."""
     module: Any = site.module
     if not _is_in_place(model, name, module):
         return "its block was exchanged"
@@ -51,7 +51,10 @@ def why_lost(model: torch.nn.Module, name: str, site: AttachedSite) -> str:
 
 
 def _is_in_place(model: torch.nn.Module, name: str, module: torch.nn.Module) -> bool:
-    """Is a site still part of the model? FreeNoise's split inference wraps what it is in."""
+    """Whether a site is still part of the model.
+
+    FreeNoise's split inference wraps modules around a site, which changes the site's name.
+    """
     try:
         if model.get_submodule(name) is module:
             return True
@@ -61,7 +64,7 @@ def _is_in_place(model: torch.nn.Module, name: str, module: torch.nn.Module) -> 
 
 
 def _culprit(model: torch.nn.Module, processor: Any) -> str:
-    """Which call of diffusers has put a processor of this kind in place, if it can be told."""
+    """The call of diffusers that sets processors of this class, for a message; may be empty."""
     name = type(processor).__name__
     if name.startswith("Fused"):
         return " by fuse_qkv_projections"
@@ -69,16 +72,16 @@ def _culprit(model: torch.nn.Module, processor: Any) -> str:
         return " by enable_xformers_memory_efficient_attention"
     if "Sliced" in name:
         return " by enable_attention_slicing"
-    # Self-attention gets a new processor of the class it had.
+    # load_ip_adapter gives self-attention a new processor of the class that it had.
     others = [type(getattr(module, "processor", None)) for module in model.modules()]
     return " by load_ip_adapter" if any("IPAdapter" in o.__name__ for o in others) else ""
 
 
 def _uneven(calls: int, sites: int) -> bool:
-    """Have some sites not been called, or fewer times than others?"""
+    """Whether, by the number of calls, some sites were called less often than others."""
     return calls == 0 or calls % sites != 0
 
 
 def _has_compiled(model: torch.nn.Module) -> bool:
-    """Is a part of the model compiled? Its calls are not counted."""
+    """Whether a part of the model is compiled, so that its calls are not counted."""
     return any(module._compiled_call_impl is not None for module in model.modules())

@@ -1,8 +1,8 @@
-"""Attention of a sequence that is spread over processes, as diffusers' context parallelism does it.
+"""Attention over a sequence that diffusers' context parallelism spreads over processes.
 
-Under Ulysses each process gives away heads for tokens and attends over the whole sequence; on a
-ring it collects all keys and values and attends for its own tokens. Both are exact: what a method
-computes is what it computes in one process, or some rows of it.
+Under Ulysses each process attends over the whole sequence for some of the heads. On a ring each
+process collects all keys and values, and attends for its own queries. Both are exact: the output is
+that of one process, for some of its heads or some of its queries.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from diffattn.blocks import BlockLayout
 from diffattn.methods.base import Method, Site, attends_by_mask_alone
 from diffattn.operator import attention
 
-# torch 2.13 has renamed it.
+# torch 2.13 has renamed `all_gather_into_tensor`.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# What a process has of a sequence that is [text, video] or [video, text]: its tokens of both parts.
+# Numbers of tokens that a process has of the first and the second part of a sequence, which is
+# [text, video] or [video, text].
 Parts = tuple[int, int]
 
 
 class Attend(Protocol):
     """Attention over a whole sequence for some of its queries, or for all when `queries` is None.
 
-    Tensors are (batch, tokens, heads, head_dim); `queries` are positions of the sequence.
+    Tensors are (batch, tokens, heads, head_dim); `queries` are positions in the sequence.
     """
 
     def __call__(
@@ -57,20 +58,21 @@ def attend_sharded(
 ) -> torch.Tensor:
     """Self-attention of a sequence of which each process has a part; differentiable.
 
-    Every process has its share of the text and its share of the video, in the order of the
-    sequence: over all processes that is [text 0, video 0, text 1, video 1, ...]. `attend` sees
-    [text, video] instead, as it does in one process.
+    Every process has a share of the text and a share of the video. The tokens of all processes,
+    one process after another, are [text 0, video 0, text 1, video 1, ...]. `attend` gets the tokens
+    as [text, video], as it does in one process. If the video stands before the text, text and video
+    change places in both lists.
 
     Args:
-        query, key, value: what this process has, (batch, tokens, heads, head_dim).
-        key_mask: bool (batch, tokens) of the same: False for padded keys.
+        query, key, value: the tokens of this process, (batch, tokens, heads, head_dim).
+        key_mask: bool (batch, tokens) for the tokens of this process: False for padded keys.
         over: the processes.
-        video_tokens: video tokens of the whole sequence; the others are text.
+        video_tokens: video tokens of the whole sequence; all other tokens are text.
         text_first: whether text stands before the video.
-        attend: computes the attention, for some of the heads, of some of the queries.
+        attend: computes the attention of some heads, for some queries.
 
     Returns:
-        The output for the queries of this process, of their shape.
+        The output for the queries of this process, in the shape of `query`.
 
     Raises:
         ValueError: if the heads cannot be divided among the processes.
@@ -106,15 +108,15 @@ def gather_tables(
     video_tokens: int,
     text_first: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """Tables with a row for each token, of a whole sequence: in the order that `attend` sees it.
+    """Collect tables with a row per token from all processes, in the token order of `attend`.
 
     Args:
-        tables: what this process has of them, (..., its tokens, ..., channels), no batch.
-        query: of a call of this process, for its number of tokens.
+        tables: this process's rows of each table, (..., its tokens, ..., channels), without batch.
+        query: the query of a call of this process, which gives the number of its tokens.
         over, video_tokens, text_first: as for `attend_sharded`.
 
     Returns:
-        (all tokens, channels) each.
+        The whole tables, (all tokens, channels) each.
     """
     tokens = _token_counts(query, over)
     parts = _parts(tokens, video_tokens, text_first)
@@ -123,7 +125,7 @@ def gather_tables(
     return tuple(x[0, :, 0] for x in whole)
 
 
-# Which rows a layout has depends on the mask: that cannot be traced, compiled code breaks here.
+# The rows of a layout depend on the mask and cannot be traced: compiled code breaks here.
 @torch.compiler.disable
 def attend_queries(
     method: Method,
@@ -138,18 +140,22 @@ def attend_queries(
 ) -> torch.Tensor:
     """`method.attend` for some of the queries of a site.
 
-    They are moved to where the whole sequence has them in their blocks, so that the rows of its
-    layout serve; a block that they begin or end inside of is computed with empty queries beside
-    them. It is the layout in the sequence's own order, in which the queries of a process are runs
-    of whole blocks, whatever order of tokens the method is quicker in.
+    The call computes rows of the whole sequence's layout. So each query keeps the place in its
+    block that it has in the whole sequence. Where the queries begin or end inside a block, empty
+    queries fill up the block. The layout is always in the sequence's own order, even if the method
+    is faster in another order. In the sequence's own order the queries of a process are runs of
+    blocks.
 
     Args:
         query: (batch, tokens in `queries`, heads, head_dim).
         key, value: (batch, tokens, heads, head_dim), all of the site's tokens.
-        queries: their positions, in order.
+        queries: positions of the queries in the sequence, in order.
+
+    Returns:
+        (batch, tokens in `queries`, heads, head_dim).
 
     Raises:
-        NotImplementedError: if the method is more than a mask.
+        NotImplementedError: if the method does more than attend under a mask.
     """
     if not attends_by_mask_alone(method):
         raise NotImplementedError(
@@ -159,7 +165,7 @@ def attend_queries(
     whole = method.layout(site.grid, query.device)
     size = whole.block_q
     pieces = query.split([len(part) for part in queries], dim=1)
-    # (tokens before, tokens after) that fill up the blocks of each part
+    # (before, after): empty queries that fill up the first and the last block of each part
     margins = [(part.start % size, -part.stop % size) for part in queries]
     padded = [
         F.pad(piece, (0, 0, 0, 0, *margin)) for piece, margin in zip(pieces, margins, strict=True)
@@ -182,14 +188,14 @@ def attend_queries(
     )
 
 
-# Kernels remember what they derive from a layout's tensors as long as those live.
+# Kept with each layout: kernels cache what they derive from tensors while the tensors live.
 _selected: weakref.WeakKeyDictionary[BlockLayout, dict[tuple[range, ...], BlockLayout]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def _rows_of(layout: BlockLayout, queries: tuple[range, ...]) -> BlockLayout:
-    """The rows of a square layout that hold these queries, part by part."""
+    """The rows of a self-attention's layout that hold `queries`, part by part."""
     known = _selected.setdefault(layout, {})
     if queries not in known:
         size = layout.block_q
@@ -214,7 +220,7 @@ def _rows_of(layout: BlockLayout, queries: tuple[range, ...]) -> BlockLayout:
 
 
 def _head_counts(heads: int, over: ContextParallel) -> list[int]:
-    """Heads that each process of a Ulysses group attends for."""
+    """Number of heads that each process of a Ulysses group attends for."""
     processes = over.ulysses_degree
     if heads % processes and not over.uneven:
         raise ValueError(
@@ -227,7 +233,7 @@ def _head_counts(heads: int, over: ContextParallel) -> list[int]:
 
 
 def _token_counts(query: torch.Tensor, over: ContextParallel) -> list[int]:
-    """Tokens that each process has, by rank."""
+    """Number of tokens that each process has, by rank."""
     here = query.shape[1]
     if not over.uneven:
         return [here] * (over.ring_degree * over.ulysses_degree)
@@ -239,7 +245,7 @@ def _token_counts(query: torch.Tensor, over: ContextParallel) -> list[int]:
 
 
 def _parts(tokens: Sequence[int], video_tokens: int, text_first: bool) -> list[Parts]:
-    """How much of the sequence's first and of its second part each process has."""
+    """Tokens that each process has of the sequence's first and of its second part, by rank."""
     video = _nearly_equal(video_tokens, len(tokens))
     text = [total - part for total, part in zip(tokens, video, strict=True)]
     if min(text) < 0:
@@ -252,12 +258,12 @@ def _parts(tokens: Sequence[int], video_tokens: int, text_first: bool) -> list[P
 
 
 def _nearly_equal(total: int, parts: int) -> list[int]:
-    """Sizes of `torch.tensor_split`, by which diffusers cuts sequences."""
+    """The sizes of the pieces that `torch.tensor_split` makes; diffusers cuts sequences by it."""
     return [total // parts + (part < total % parts) for part in range(parts)]
 
 
 def _positions(parts: Sequence[Parts], ranks: slice) -> tuple[range, ...]:
-    """Where the tokens of consecutive ranks are in [all first parts, all second parts]."""
+    """Positions of the tokens of consecutive ranks in [all first parts, all second parts]."""
     out = []
     start = 0
     for sizes in zip(*parts, strict=True):
@@ -269,9 +275,9 @@ def _positions(parts: Sequence[Parts], ranks: slice) -> tuple[range, ...]:
 
 
 def _sort_parts(x: torch.Tensor, parts: Sequence[Parts]) -> torch.Tensor:
-    """Tokens (dim 1) in the order of ranks to [all first parts, all second parts]."""
+    """Reorder tokens (dim 1) from the order of ranks to [all first parts, all second parts]."""
     if not all(map(all, parts)):
-        return x  # There is but one part.
+        return x  # The sequence has only one part.
     pieces = x.split([size for both in parts for size in both], dim=1)
     return torch.cat([*pieces[0::2], *pieces[1::2]], dim=1)
 
@@ -338,7 +344,7 @@ def _gather_mask(mask: torch.Tensor, tokens: Sequence[int], over: ContextParalle
 
 
 class _AllToAll(torch.autograd.Function):
-    """Piece i of a flat tensor goes to process i, and process i's piece comes back for it."""
+    """Exchange of pieces of flat tensors: piece i goes to process i, which sends one in return."""
 
     @staticmethod
     def forward(
@@ -357,7 +363,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 class _AllGather(torch.autograd.Function):
-    """What every process has, one after the other along the first dimension."""
+    """The tensors of all processes, joined along the first dimension in the order of ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, processes: int, group: Any) -> torch.Tensor:

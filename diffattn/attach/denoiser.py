@@ -1,8 +1,8 @@
-"""What is done to one denoiser: its attention sites, their backends, the grid of a call.
+"""Attaching to one denoiser: its attention sites, their backends, the grid of a call.
 
-The stock attention processors stay in place. Each video self-attention site gets a copy of its own
-processor whose last step, diffusers' dispatch call, goes to a private backend of ours; nothing
-process-wide changes.
+The code of diffusers' attention processors stays in use. Each video self-attention site gets a copy
+of its own processor. The copy ends in diffusers' dispatch call, like the original, but the call
+goes to a private backend of diffattn. Nothing process-wide changes.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from diffattn.models.twins import dispatching
 
 _ATTRIBUTE = "_diffattn_attached"
 
-# Backends of models that are gone; they leave diffusers' registry when the next ones come.
+# Backends of models that are gone. They leave diffusers' registry before the next backend enters.
 _retired: list[Any] = []
 
 
 class Owner(Protocol):
-    """What attached denoisers share: the attachment of their pipeline."""
+    """The attachment that the denoisers of a pipeline share."""
 
     clock: RunClock
 
@@ -51,7 +51,7 @@ class Owner(Protocol):
 
 @dataclass
 class _Inside:
-    """The grid that sites inside of a module have by its calls."""
+    """The grid of the sites inside a module, known from the module's calls."""
 
     attached: AttachedModel
     grid: TokenGrid | None = None
@@ -59,7 +59,7 @@ class _Inside:
     def learn(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         self.grid = self.attached.family.grid(module, args, kwargs)
 
-    # Gradient checkpointing calls sites again when other modules have run since.
+    # Each site sets the grid anew: gradient checkpointing calls it again after other modules ran.
     def use(self, *_: Any) -> None:
         if self.grid is not None:
             self.attached._use(self.grid)
@@ -67,7 +67,12 @@ class _Inside:
 
 @dataclass(frozen=True)
 class _WeightsOfCall:
-    """Tells a group whose sites have weights of its method's which of them is being called."""
+    """Hooks that give a group the weights and rotary tables of a site while the site is called.
+
+    Attributes:
+        group: the group of the site.
+        name: name of the method's weights among the submodules of the site.
+    """
 
     group: Group
     name: str
@@ -83,14 +88,16 @@ class _WeightsOfCall:
 
 
 class AttachedModel:
-    """What is attached to one denoiser.
+    """A denoiser with methods attached to its sites.
 
     Attributes:
+        owner: the attachment that the pipeline's denoisers share.
+        family: the family of the denoiser.
         variant: the model's name in the tables of recommended settings.
         layers: number of blocks that have sites.
-        groups: the sites by what they do.
+        groups: the groups of sites that share a backend.
         sites: the attached modules by name.
-        grid: the tokens of the current call; None before the first.
+        grid: the video tokens of the current call; None before the first call.
     """
 
     def __init__(
@@ -116,15 +123,15 @@ class AttachedModel:
         layers = family.layers(model)
         self.layers = max(layers.values()) + 1
         modules: dict[str, Any] = {name: model.get_submodule(name) for name in chosen}
-        # All are made before one is set: an error leaves the model as it was.
+        # All processors are made before the first is set: an error leaves the model as it was.
         processors = {name: dispatching(name, modules[name].processor) for name in chosen}
         self._adaptations = _adaptations(model, chosen)
         for adaptation in self._adaptations:
             adaptation.apply(self)
         for name, method in chosen.items():
             self._attach(name, modules[name], processors[name], method, layers[name])
-        # A model that is dropped while attached takes its backends with it, but not at once: that
-        # may be in the middle of a compilation, which has looked at the registry.
+        # The backends of a model that is dropped while attached leave the registry as well, but
+        # later: a compilation that has read the registry may be running.
         self._retire_with(model)
         self._hooks += [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -148,11 +155,11 @@ class AttachedModel:
         return sum(group.dense_calls for group in self.groups)
 
     def remove(self) -> None:
-        """Put back what the model had before."""
+        """Restore the processors, and remove all weights, adaptations, hooks and backends."""
         for site in self.sites.values():
-            # A processor that somebody has put there since is theirs to keep.
+            # A processor that other code has set since attaching stays.
             if site.module.processor is site.processor:
-                # Parallelism may have been enabled since: the model stays parallel.
+                # Parallelism may have been enabled since attaching: the model stays parallel.
                 _compat.share_parallelism(site.processor, site.original)
                 set_processor(site.module, site.original)
             if site.weights is not None:
@@ -192,7 +199,7 @@ class AttachedModel:
         self.sites[name] = AttachedSite(module, original, processor, group.member, name_of_weights)
 
     def _group(self, method: Method, layer: int, previous: Any) -> Group:
-        """The group of a site: layers that may be dense on their own have one each."""
+        """The group of a site; each layer that may stay dense gets a group of its own."""
         single = method.dense_layers
         dense = min(layer, method.most_dense_layers if single is None else single)
         kind = dense, method.layer_kind(layer)
@@ -214,12 +221,12 @@ class AttachedModel:
         return None if torch.compiler.is_compiling() else self._begin_flow(args, kwargs)
 
     def _begin_flow(self, args: Any, kwargs: Any) -> Any:
-        """Put the tokens of a forward in the order that its blocks are cut in, if there is one.
+        """Put the tokens of a forward in the order of its blocks, where one order serves all calls.
 
         Returns:
-            The arguments of the forward with their tokens in that order, None to leave them.
+            The arguments of the forward with their tokens in that order; None to leave them.
         """
-        self._end_flow()  # that of a forward that was interrupted
+        self._end_flow()  # an interrupted forward may have left its own
         order = order_throughout(
             self._model, self.family, self.groups, self.sites.values(), self.grid, args, kwargs
         )
@@ -232,7 +239,7 @@ class AttachedModel:
         return flow.enter(order, args, kwargs)
 
     def _end_flow(self, *_: Any) -> None:
-        """Leave no trace of `_begin_flow`, also where a forward fails."""
+        """Undo `_begin_flow`, also after a forward that fails."""
         if torch.compiler.is_compiling():
             return
         for hook in self._flow_hooks:
@@ -242,16 +249,16 @@ class AttachedModel:
             group.reordered = None
 
     def _follow(self, name: str, module: torch.nn.Module) -> None:
-        """Give the sites inside of a module the grid of its calls."""
+        """Let the calls of a module set the grid of the sites inside it."""
         sites = [site.module for key, site in self.sites.items() if key.startswith(name + ".")]
         inside = _Inside(self)
         if sites:
             self._hooks.append(module.register_forward_pre_hook(inside.learn, with_kwargs=True))
-        # Others want to know the grid already.
+        # First of the site's hooks: the others read the grid.
         self._hooks += [site.register_forward_pre_hook(inside.use, prepend=True) for site in sites]
 
     def group_at(self, name: str) -> Group | None:
-        """The group of the site of a name; None where nothing is attached."""
+        """The group of the site called `name`; None where nothing is attached."""
         member = self.sites[name].member if name in self.sites else None
         return next((group for group in self.groups if group.member is member), None)
 
@@ -261,11 +268,11 @@ class AttachedModel:
         return self.owner.clock.step
 
     def is_copied(self, memo: dict[int, Any]) -> bool:
-        """Is the denoiser in the memo of a deep copy?"""
+        """Whether the denoiser is in the memo of a deep copy."""
         return id(self._model) in memo
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttachedModel:
-        """Comes with a deep copy of the denoiser, which gets groups and backends of its own."""
+        """The attachment of a copied denoiser, with groups and backends of its own."""
         copied = copy.copy(self)
         memo[id(self)] = copied
         # The groups first: the copied processors must find their new backends in the memo.
@@ -281,7 +288,7 @@ class AttachedModel:
         )
 
     def _use(self, grid: TokenGrid) -> None:
-        """Make `grid` that of the attention calls to come."""
+        """Set the grid of the attention calls to come."""
         if grid == self.grid:
             return
         self.grid = grid
@@ -304,7 +311,11 @@ class AttachedModel:
 
 
 def _adaptations(model: torch.nn.Module, chosen: Mapping[str, Method]) -> list[Adaptation]:
-    """What the methods of a denoiser's sites change in it besides; at most one thing."""
+    """The change that the methods make to a denoiser outside its sites; a list of at most one.
+
+    Raises:
+        ValueError: if the methods want different changes.
+    """
     out: list[Adaptation] = []
     for method in {id(method): method for method in chosen.values()}.values():
         adaptation = method.adaptation(model)
@@ -324,5 +335,5 @@ def _unregister_retired() -> None:
 
 
 def attached_to(model: torch.nn.Module) -> AttachedModel | None:
-    """What is attached to a denoiser."""
+    """The attached denoiser of a model; None where nothing is attached."""
     return model.__dict__.get(_ATTRIBUTE)

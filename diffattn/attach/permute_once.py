@@ -27,11 +27,11 @@ def order_throughout(
     args: Any,
     kwargs: Any,
 ) -> TileOrder | None:
-    """The order that a whole forward may be in; None where each call has to see to its own.
+    """The order that the tokens of a whole forward can be in; None where each call permutes.
 
     Args:
-        model: the denoiser, which has hooks of ours and maybe of others.
-        groups, sites: what is attached to the denoiser.
+        model: the denoiser, which has diffattn's hooks and perhaps others.
+        groups, sites: the denoiser's groups and its attached sites.
         grid: the video tokens of the forward.
         args, kwargs: the arguments of the forward.
     """
@@ -40,8 +40,8 @@ def order_throughout(
         flow is None
         or grid is None
         or type(model).__name__ != flow.model_class
-        # What is run again for the backward pass, by whatever kind of checkpointing, would not
-        # know which order its tokens were in.
+        # Checkpointing of any kind runs modules again in the backward pass, when the order of
+        # their tokens is no longer known.
         or torch.is_grad_enabled()
         or not any(group.sparse for group in groups)
         or (flow.interrupted is not None and flow.interrupted(model, args, kwargs))
@@ -56,7 +56,7 @@ def order_throughout(
 
 
 def _common_order(groups: Sequence[Group], grid: TokenGrid) -> TileOrder | None:
-    """The order that all attached methods want the tokens of `grid` in, if it is the same."""
+    """The one order that all attached methods want the tokens of `grid` in; else None."""
     orders = set()
     for group in groups:
         if not attends_by_mask_alone(group.method):
@@ -67,10 +67,10 @@ def _common_order(groups: Sequence[Group], grid: TokenGrid) -> TileOrder | None:
 
 
 def _is_watched(model: torch.nn.Module) -> bool:
-    """Does code that counts on the model's own order see what passes between its modules?"""
+    """Whether code that relies on the model's own order sees tensors between its modules."""
     inside = (module for module in model.modules() if module is not model)
     return (
-        len(model._forward_pre_hooks) > 1  # besides ours
+        len(model._forward_pre_hooks) > 1  # one hook is diffattn's
         or _compat.is_watched(model)
         or any(
             module._forward_pre_hooks
@@ -83,14 +83,14 @@ def _is_watched(model: torch.nn.Module) -> bool:
 
 
 def _is_parallel(sites: Iterable[AttachedSite]) -> bool:
-    """Is the sequence spread over processes?"""
+    """Whether the sequence is spread over processes."""
     processor = next(iter(sites)).processor
     config = _compat.processor_parallelism(processor)
     return _compat.context_parallel(config) is not None
 
 
 def _has_foreign_processor(module: torch.nn.Module) -> bool:
-    """Does a module attend by code that is neither diffusers' nor ours?"""
+    """Whether a module attends by code of neither diffusers nor diffattn."""
     processor = module.__dict__.get("processor") or module._modules.get("processor")
     package = type(processor).__module__.partition(".")[0]
     return processor is not None and package not in ("diffusers", "diffattn")

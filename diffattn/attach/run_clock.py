@@ -1,4 +1,4 @@
-"""Where a denoising run is, as the calls of its scheduler tell."""
+"""The position in a denoising run, counted from the calls of its scheduler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffattn.schedule import resolve_steps
 
 @dataclass
 class RunClock:
-    """Where a denoising run is, told by the scheduler's calls.
+    """The position in a denoising run, counted from the scheduler's calls.
 
     Attributes:
         step: 0-based index of the denoising step that the next model call belongs to.
@@ -29,28 +29,31 @@ class RunClock:
     )
 
     def start(self, num_steps: int) -> None:
+        """Begin a run of `num_steps` denoising steps; 0 is the state outside a run."""
         self.step, self.num_steps = 0, num_steps
         self._taken.clear()
 
     @property
     def has_stepped(self) -> bool:
-        """Has a scheduler made a step of this run?"""
+        """Whether a scheduler has made a step of this run."""
         return bool(self._taken)
 
     def leave_out(self, skipped: int) -> None:
-        """The run leaves out the first timesteps, as making a video out of another does."""
+        """Shorten the run by the first `skipped` timesteps, which video-to-video leaves out."""
         self.num_steps -= skipped
 
     def advance(self, scheduler: Any) -> None:
-        """A scheduler has made a step; where several do in turn, the one ahead counts.
+        """Count a step of a scheduler.
 
-        Others may still be at work when that one is done: the last step goes on then.
+        Where several schedulers take turns, the scheduler with the most steps gives the position.
+        When that scheduler has made its last step, others may still make steps: the position then
+        stays at the last step.
         """
         self._taken[scheduler] = self._taken.get(scheduler, 0) + 1
         self.step = min(max(self.step, self._taken[scheduler]), max(self.num_steps - 1, 0))
 
     def is_dense_step(self, dense_steps: int | float, last_dense_steps: int | float) -> bool:
-        """Does the current step fall into the dense steps at either end of the run?"""
+        """Whether the current step is among the dense steps at either end of the run."""
         if self.always_dense:
             return True
         if self.num_steps == 0:
@@ -61,7 +64,7 @@ class RunClock:
 
 
 def skipped_timesteps(scheduler: Any, timestep: Any) -> int:
-    """How many of its timesteps a scheduler leaves out whose first step is at `timestep`."""
+    """Number of timesteps that a scheduler leaves out when its first step is at `timestep`."""
     begin = getattr(scheduler, "begin_index", None)
     if begin is not None:
         return begin
@@ -70,7 +73,7 @@ def skipped_timesteps(scheduler: Any, timestep: Any) -> int:
 
 
 class Follower(Protocol):
-    """Who wants to know of a scheduler's calls."""
+    """An object that is informed of a scheduler's calls."""
 
     def started(self, scheduler: Any) -> None: ...
 
@@ -80,10 +83,10 @@ class Follower(Protocol):
 
 
 class CountedMethod:
-    """`set_timesteps` or `step` of a scheduler, in its place, and tells of every call.
+    """A replacement for a scheduler's `set_timesteps` or `step` that reports calls to a follower.
 
-    A copy of the scheduler has its own, which tell the same: LTX-2 makes the steps of its sound
-    with a copy, SkyReels-V2's diffusion forcing those of each frame.
+    A copy of the scheduler gets replacements of its own, so that its calls are reported too. LTX-2
+    steps its sound with a copy of the scheduler, and SkyReels-V2's diffusion forcing each frame.
     """
 
     def __init__(self, scheduler: Any, name: str, follower: Follower) -> None:

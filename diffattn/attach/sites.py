@@ -12,9 +12,14 @@ from diffattn.models import Family
 
 @dataclass(frozen=True)
 class AttachedSite:
-    """One attention module, the processor it had and the one it has now.
+    """An attention module that a method is attached to.
 
-    `weights` is the name of the submodule that its method has added, if it has.
+    Attributes:
+        module: the attention module.
+        original: the module's processor from before attaching.
+        processor: the processor that attaching has set.
+        member: the backend of the site's group.
+        weights: name of the submodule that the method has added; None if it has added none.
     """
 
     module: torch.nn.Module
@@ -25,7 +30,11 @@ class AttachedSite:
 
 
 def site_names(model: torch.nn.Module, family: Family) -> list[str]:
-    """Names of the modules of a denoiser that do video self-attention."""
+    """Names of the modules of a denoiser that do video self-attention.
+
+    Raises:
+        ValueError: if the denoiser has no such module.
+    """
     names = list(family.layers(model))
     if not names:
         raise ValueError(
@@ -35,7 +44,7 @@ def site_names(model: torch.nn.Module, family: Family) -> list[str]:
 
 
 def set_processor(module: torch.nn.Module, processor: Any) -> None:
-    """Put a processor on an attention module, whether or not it has a method for that."""
+    """Set the processor of an attention module, by its `set_processor` where it has one."""
     set_it: Any = getattr(module, "set_processor", None)
     if set_it is None:
         module.processor = processor

@@ -12,17 +12,17 @@ from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_state
 from diffattn.grid import TokenGrid
 from diffattn.orders import TileOrder
 
-BLOCK = 128  # the kernels' block size where nobody asks for another
+BLOCK = 128  # the default block size of the kernels, in tokens
 
 
 @dataclass(frozen=True)
 class Blocking:
-    """How the tokens of a grid are cut into blocks of a mask.
+    """The way in which the tokens of a grid are cut into blocks of a mask.
 
     Attributes:
         block_q: query tokens per block.
         block_kv: key tokens per block.
-        device: the device on which the blocks are worked out.
+        device: the device on which the blocks are computed.
         order: the order that queries and keys are put in before the cut; None leaves them in the
             order of the sequence.
     """
@@ -35,15 +35,15 @@ class Blocking:
 
 @dataclass(frozen=True, eq=False)
 class AttentionMask(ABC):
-    """Which token pairs of a self-attention over `grid` attend.
+    """The token pairs of a self-attention over `grid` that attend.
 
-    Masks combine with `&`, `|` and `~`. Two tokens attend when `allowed(query, key)` says so; the
-    other methods follow from it, and a subclass speeds them up by overriding `block_states`, so
-    that building the blocks never looks at every token pair. Blocks may be cut in another order of
-    the tokens than the sequence's; `allowed` always takes positions of the sequence.
+    Masks combine with `&`, `|` and `~`. Two tokens attend when `allowed(query, key)` is true, and
+    all other methods follow from `allowed`. A subclass overrides `block_states` for speed:
+    building the blocks then does not look at every token pair. Blocks may be cut in another order
+    of the tokens than the sequence's. `allowed` always takes positions in the sequence.
 
     Attributes:
-        grid: the tokens it is over; queries and keys are the same tokens.
+        grid: the tokens, which are queries and keys alike.
     """
 
     grid: TokenGrid
@@ -51,13 +51,20 @@ class AttentionMask(ABC):
 
     @abstractmethod
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Bool: may these sequence positions (int64, broadcast together) attend?"""
+        """Whether pairs of sequence positions attend.
+
+        Args:
+            query, key: int64 positions, of shapes that broadcast together.
+
+        Returns:
+            bool, in the common shape or in a shape that expands to it.
+        """
 
     def block_states(self, blocking: Blocking) -> torch.Tensor:
-        """uint8 `(rows, columns)`: EMPTY, PARTIAL or FULL for every block of the mask.
+        """The state of every block, uint8 `(rows, columns)`: EMPTY, PARTIAL or FULL.
 
-        PARTIAL may be said of any block (its tokens are then looked at one by one); the other two
-        only where they are certain.
+        EMPTY and FULL must be certain. Any block may be PARTIAL: the token pairs of partial blocks
+        are looked at one by one.
         """
         rows = -(-self.grid.tokens // blocking.block_q)
         columns = -(-self.grid.tokens // blocking.block_kv)
@@ -66,9 +73,13 @@ class AttentionMask(ABC):
     def block_signatures(
         self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
     ) -> torch.Tensor | None:
-        """int64 `(n,)` for n blocks: those of equal signature hold equal token masks.
+        """Numbers of n blocks, int64 `(n,)`: blocks of equal number hold equal token masks.
 
-        None where the mask cannot tell without looking at the tokens.
+        None where the mask would have to look at the tokens.
+
+        Args:
+            row, column: int64 `(n,)`, indices of the blocks.
+            blocking: the way in which the tokens are cut into blocks.
         """
         return None
 
@@ -84,9 +95,9 @@ class AttentionMask(ABC):
         Args:
             block_q: query tokens per block.
             block_kv: key tokens per block; `block_q` when None.
-            device: where the lists are built and live.
-            order: what queries and keys are put in before they are cut into blocks; None leaves
-                them in the order of the sequence.
+            device: device of the lists.
+            order: the order that queries and keys are put in before the cut; None leaves them in
+                the order of the sequence.
 
         Raises:
             ValueError: for a block size below 1, or an order of another grid's tokens.
@@ -116,7 +127,7 @@ class AttentionMask(ABC):
             index[:, None] * block + torch.arange(block, device=row.device)
             for index, block in ((row, blocking.block_q), (column, blocking.block_kv))
         )
-        # Positions past the end are read as the last token: the layout drops those bits.
+        # Positions past the end are read as the last token: the layout drops their bits.
         query, key = query.clamp(max=self.grid.tokens - 1), key.clamp(max=self.grid.tokens - 1)
         if blocking.order is not None:
             positions = blocking.order.positions(row.device)
@@ -124,7 +135,7 @@ class AttentionMask(ABC):
         return self.allowed(query[:, :, None], key[:, None, :])
 
     def dense(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Bool `(tokens, tokens)`, rows are queries. Needs memory for every pair."""
+        """The mask as bool `(tokens, tokens)`; rows are queries. Needs memory for every pair."""
         token = torch.arange(self.grid.tokens, device=device)
         allowed = self.allowed(token[:, None], token[None, :])
         return allowed.expand(self.grid.tokens, self.grid.tokens)
@@ -182,7 +193,7 @@ class FullMask(AttentionMask):
 
 @dataclass(frozen=True, eq=False)
 class TextMask(AttentionMask):
-    """Pairs with text in them: text queries see everything, everything sees text keys."""
+    """The pairs with a text token: text queries see all keys, and all queries see text keys."""
 
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return self.grid.is_text(query) | self.grid.is_text(key)
@@ -196,7 +207,7 @@ class TextMask(AttentionMask):
     def block_signatures(
         self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
     ) -> torch.Tensor:
-        # How many tokens of text a block begins and ends with says all there is to say of it.
+        # The numbers of text tokens at the start and at the end of its blocks determine a mask.
         kinds = []
         for index, block in ((row, blocking.block_q), (column, blocking.block_kv)):
             start = index * block
@@ -266,7 +277,7 @@ class BlockMapMask(AttentionMask):
 
 @dataclass(frozen=True, eq=False)
 class _Combination(AttentionMask):
-    """All (`&`) or any (`|`) of its parts."""
+    """The pairs that all parts allow (`&`), or that any part allows (`|`)."""
 
     parts: tuple[AttentionMask, ...]
     all_of: bool
@@ -279,8 +290,8 @@ class _Combination(AttentionMask):
         return out
 
     def block_states(self, blocking: Blocking) -> torch.Tensor:
-        # The states are ordered: the combination of two is their minimum or maximum, except that
-        # two partial blocks may turn out empty or full, which `blocks` finds out from their bits.
+        # The states are ordered: two states combine to their minimum or maximum. Only two partial
+        # blocks may combine to an empty or a full block, which `blocks` finds from the bits.
         states = [part.block_states(blocking) for part in self.parts]
         out = states[0]
         for other in states[1:]:
@@ -319,7 +330,10 @@ class _Complement(AttentionMask):
 
 
 def _overlapped(block_map: torch.Tensor, old: int, new: int, tokens: int, dim: int) -> torch.Tensor:
-    """Regroup one axis from blocks of `old` tokens to `new`: True where any overlap is."""
+    """Regroup an axis from blocks of `old` tokens to blocks of `new` tokens.
+
+    A new block is True where it overlaps an old block that is True.
+    """
     if old == new:
         return block_map
     start = torch.arange(0, tokens, new, device=block_map.device)
@@ -330,7 +344,7 @@ def _overlapped(block_map: torch.Tensor, old: int, new: int, tokens: int, dim: i
 
 
 def allowed_pairs(layout: BlockLayout) -> int:
-    """Token pairs of a shared layout that attend."""
+    """Number of token pairs that attend in a layout that all samples and heads share."""
     column_size = torch.full((layout.columns,), layout.block_kv, device=layout.device)
     column_size[-1] = layout.tokens_kv - (layout.columns - 1) * layout.block_kv
     row_size = torch.full((layout.rows,), layout.block_q, device=layout.device)

@@ -1,4 +1,4 @@
-"""Where the blocks of a token sequence lie: boxes, outlines, and fragments of frames."""
+"""The place of a sequence's blocks in the grid: as boxes, as outlines, and as parts of frames."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from diffattn.orders import TileOrder
 class Boxes:
     """The video tokens of a grid, block by block, as boxes of frames, rows and columns.
 
-    A block of a tile order is one box where it is one tile; in raster order a block is the end of a
-    row, some rows, and the start of a row.
+    In a tile order, a block that is one tile is one box. In raster order, a block is several boxes:
+    the end of a row, some whole rows, and the start of a row.
 
     Attributes:
-        block: int64 `(boxes,)`, ascending: block of the sequence that the box lies in.
-        first, end: int64 `(boxes, 3)`: its first frame, row and column, and those past its last.
+        block: int64 `(boxes,)`, ascending: the block of the sequence that each box lies in.
+        first, end: int64 `(boxes, 3)`: the first frame, row and column of each box, and the last
+            plus 1.
     """
 
     block: torch.Tensor
@@ -30,13 +31,14 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Outlines:
-    """How the video tokens of each block of a sequence lie, and where.
+    """The shape and the place of the video tokens in each block of a sequence.
 
     Attributes:
-        shape: int64 `(blocks,)`: blocks of equal number hold the same tokens but for a shift in
-            time and space, and text in the same places.
-        first, end: int64 `(blocks, 3)`: the first frame, row and column of any of them, and those
-            past the last; of a block of text alone, those of some token.
+        shape: int64 `(blocks,)`, a number for the shape. Two blocks have the same number when a
+            shift in time and space turns the video tokens of the one into those of the other, and
+            both hold text in the same places.
+        first, end: int64 `(blocks, 3)`: the smallest frame, row and column among the block's video
+            tokens, and the largest plus 1. A block of text alone has 0 and 1.
     """
 
     shape: torch.Tensor
@@ -47,19 +49,19 @@ class Outlines:
 def boxes_of(
     grid: TokenGrid, block_size: int, device: torch.device, order: TileOrder | None = None
 ) -> Boxes:
-    """Take the blocks of `block_size` tokens of a sequence apart into boxes.
+    """Split the blocks of a sequence into boxes.
 
     Args:
         grid: the tokens; text tokens are in no box.
         block_size: tokens per block.
-        order: what the tokens are in when they are cut into blocks; None is the grid's own order.
+        order: the order in which the tokens are cut into blocks; None is the grid's own order.
     """
     position = _positions(grid, device, order)
     index = (~grid.is_text(position)).nonzero().flatten()
     block = index // block_size
     frame, row, column = grid.coordinates(position[index])
     place = torch.stack([block, frame, row, column], 1)
-    # Tokens side by side join to runs of a row, runs to rectangles of rows, and those to boxes.
+    # Neighbouring tokens join to runs of a row, runs to rectangles of rows, rectangles to boxes.
     low, high = place, place + 1
     for axis in (3, 2, 1):
         low, high = _joined(low, high, axis)
@@ -69,7 +71,7 @@ def boxes_of(
 def outlines_of(
     grid: TokenGrid, block_size: int, device: torch.device, order: TileOrder | None = None
 ) -> Outlines:
-    """Tell the blocks of a sequence apart by their outlines; arguments as for `boxes_of`."""
+    """The outlines of the blocks of a sequence; arguments as for `boxes_of`."""
     position = _positions(grid, device, order)
     place = torch.stack(grid.coordinates(position), 1)
     is_text = grid.is_text(position)
@@ -91,7 +93,7 @@ def _positions(grid: TokenGrid, device: torch.device, order: TileOrder | None) -
 
 
 def _joined(low: torch.Tensor, high: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join neighbours of a list of (block, frame, row, column) ranges that are one along `axis`."""
+    """Join neighbours in a list of (block, frame, row, column) ranges that meet along `axis`."""
     others = [i for i in range(4) if i != axis]
     same = (low[1:, others] == low[:-1, others]) & (high[1:, others] == high[:-1, others])
     joins = same.all(1) & (low[1:, axis] == high[:-1, axis])
@@ -107,9 +109,9 @@ class Fragments:
     All tensors are int64 `(fragments,)`, in sequence order.
 
     Attributes:
-        block: block of the sequence that the fragment lies in, counted with the text before it.
-        frame: latent frame it belongs to.
-        first, last: its first and last token, counted from the start of the frame.
+        block: the block of the sequence, text included, that each fragment lies in.
+        frame: the latent frame of each fragment.
+        first, last: the first and the last token of each fragment, counted from the frame's start.
     """
 
     block: torch.Tensor
@@ -136,7 +138,7 @@ def fragments_of(grid: TokenGrid, block_size: int, device: torch.device) -> Frag
 
 
 class InBlocks(Protocol):
-    """Pieces of a sequence that know the block they lie in, int64 `(pieces,)`."""
+    """Pieces of a sequence; `block` is the block of each piece, int64 `(pieces,)`."""
 
     @property
     def block(self) -> torch.Tensor: ...
@@ -145,11 +147,11 @@ class InBlocks(Protocol):
 def any_in_block(
     pairs: torch.Tensor, query: InBlocks, key: InBlocks, rows: int, columns: int
 ) -> torch.Tensor:
-    """Which blocks hold a pair of pieces that is marked.
+    """Whether each block holds a marked pair of pieces.
 
     Args:
         pairs: bool `(query pieces, key pieces)`.
-        query, key: where those pieces lie.
+        query, key: the pieces.
         rows, columns: number of query and key blocks of the sequence.
 
     Returns:

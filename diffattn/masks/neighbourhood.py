@@ -1,8 +1,8 @@
-"""NeighbourhoodMask: a window along each axis of the grid, by the rule of GNA.
+"""NeighbourhoodMask: a window along each axis of the grid, by the rule of GNA (arXiv 2504.16922).
 
-The mask of a grid is the product of one mask per axis, so what a pair of blocks holds follows from
-tables over a single axis: a pair of boxes is visited where all of its axes are, and full where all
-of its axes are. No pair of tokens of the grid is looked at.
+The mask of a grid is the product of one mask per axis. So two boxes of tokens have as many
+attending pairs as the product of the pairs along each axis, which tables of single axes give. No
+pair of tokens of the grid is looked at.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from diffattn.grid import TokenGrid
 from diffattn.masks.base import BLOCK, AttentionMask, Blocking
 from diffattn.masks.block_geometry import boxes_of, outlines_of
 
-_ENTRIES_PER_CHUNK = 1 << 20  # of a table that is summed up query by query
+_ENTRIES_PER_CHUNK = 1 << 20  # entries of a table over queries that are computed at a time
 _SMALLEST_BLOCK = 16
 
 
 @dataclass(frozen=True)
 class AxisWindow:
-    """Which tokens attend along one axis: the one-dimensional rule of GNA.
+    """The token pairs that attend along one axis: the one-dimensional rule of GNA.
 
-    With a dilation the axis falls apart into that many interleaved classes of tokens, which do not
-    see each other and are sequences of their own for all that follows. `stride` neighbouring
-    queries form a group that shares the window of its middle query (the right one of two); at the
-    ends of the axis windows are moved inwards, not cut. A causal window ends at the query itself
-    and starts where that of its group's last query does.
+    A dilation splits the axis into that many interleaved classes of tokens. Tokens of different
+    classes do not attend, and the rule holds within each class. `stride` neighbouring queries form
+    a group. A group shares the window of its middle query, or of the right of two middle queries.
+    At the ends of the axis windows are moved inwards, not cut. A causal window ends at the query
+    itself, and starts where the window of the group's last query starts.
 
     Attributes:
         size: tokens of the axis.
-        window: keys that a query sees (a causal one at most).
+        window: keys that a query sees; the most that it sees under a causal window.
         stride: queries that share a window, at most `window`.
         dilation: distance between the keys of a window; `window * dilation` is at most `size`.
-        is_causal: no query sees a key after it.
+        is_causal: whether no query sees a key after itself.
     """
 
     size: int
@@ -47,7 +47,7 @@ class AxisWindow:
     is_causal: bool = False
 
     def bounds(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """First key and the one past the last that a query sees, counted within its class."""
+        """The first key that each query sees, and the last plus 1, counted within the class."""
         place = query // self.dilation
         length = (self.size - query % self.dilation + self.dilation - 1) // self.dilation
         group = place // self.stride * self.stride
@@ -60,7 +60,7 @@ class AxisWindow:
         return first, first + self.window
 
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Bool: may these places along the axis (broadcast together) attend?"""
+        """Whether pairs of places along the axis attend; the places broadcast together."""
         first, end = self.bounds(query)
         place = key // self.dilation
         seen = (first <= place) & (place < end)
@@ -72,8 +72,8 @@ class AxisWindow:
         """Number of pairs that attend between ranges of places.
 
         Args:
-            query: int64 `(n, 2)`, first place of each range and the one past its last.
-            key: int64 `(m, 2)`, the same.
+            query: int64 `(n, 2)`, the first place of each range of queries, and the last plus 1.
+            key: int64 `(m, 2)`, the same for ranges of keys.
 
         Returns:
             int64 `(n, m)`.
@@ -92,23 +92,23 @@ class AxisWindow:
         return in_range[:, which_key[:, 1]] - in_range[:, which_key[:, 0]]
 
     def _seen_before(self, query: torch.Tensor, edge: torch.Tensor) -> torch.Tensor:
-        """int64 `(queries, edges)`: keys before an edge that a query sees."""
+        """Number of keys before each edge that each query sees, int64 `(queries, edges)`."""
         first, end = (bound[:, None] for bound in self.bounds(query))
         place = self._place_from(edge[None, :], query[:, None] % self.dilation)
         return torch.minimum(torch.maximum(place, first), end) - first
 
     def _place_from(self, position: torch.Tensor, of_class: torch.Tensor) -> torch.Tensor:
-        """Place within a class of its first token at or after a position of the axis."""
+        """Place within a class of the class's first token at or after a position of the axis."""
         return (position - of_class + self.dilation - 1).div(self.dilation, rounding_mode="floor")
 
     def kinds(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Tell pairs of ranges apart by the masks they hold.
+        """Number pairs of ranges by the masks that they hold.
 
         Args:
-            query, key: int64 `(n, 2)`, as in `pairs`, but one key range for each query range.
+            query, key: int64 `(n, 2)`, as in `pairs`, but with one key range for each query range.
 
         Returns:
-            int64 `(n,)`: pairs of ranges that are equally long and of one kind hold equal masks.
+            int64 `(n,)`: pairs of equally long ranges with equal numbers hold equal masks.
         """
         length = int((query[:, 1] - query[:, 0]).max())
         place = query[:, :1] + torch.arange(length, device=query.device)
@@ -116,7 +116,7 @@ class AxisWindow:
         place = place.clamp(max=self.size - 1)
         of_class = place % self.dilation
         first, end = self.bounds(place)
-        # A query sees every `dilation`-th key from the first to the last that are in the range.
+        # A query sees every `dilation`-th key from the first to the last one in the range.
         first = torch.maximum(first, self._place_from(key[:, :1], of_class))
         end = torch.minimum(end, self._place_from(key[:, 1:], of_class))
         sees = exists & (first < end)
@@ -125,11 +125,11 @@ class AxisWindow:
         return described.unique(dim=0, return_inverse=True)[1]
 
     def is_block_sparse(self, q_tile: int, kv_tile: int, *, but_for_ends: bool = False) -> bool:
-        """Are all pairs of tiles that attend full? The last tile of the axis may be short.
+        """Whether each pair of tiles attends everywhere or nowhere. The last tile may be short.
 
         Args:
             q_tile, kv_tile: neighbouring tokens of the axis in a tile of queries and of keys.
-            but_for_ends: leave out queries that see keys of a short tile.
+            but_for_ends: whether to leave out queries that see keys of a short tile.
         """
         if self.dilation > 1:
             query, key = self.tiles(q_tile), self.tiles(kv_tile)
@@ -152,7 +152,7 @@ class AxisWindow:
         return torch.stack([start, (start + side).clamp(max=self.size)], 1)
 
     def classes(self) -> tuple[AxisWindow, ...]:
-        """The undilated axes that this one consists of, one of each length."""
+        """The classes of this axis, as axes without dilation, one of each length."""
         lengths = {-(-(self.size - r) // self.dilation) for r in (0, self.dilation - 1)}
         return tuple(
             AxisWindow(length, self.window, self.stride, is_causal=self.is_causal)
@@ -162,13 +162,13 @@ class AxisWindow:
 
 @dataclass(frozen=True, eq=False)
 class NeighbourhoodMask(AttentionMask):
-    """Video tokens see those within a window along every axis; text pairs never attend.
+    """A video token sees the video tokens within a window along every axis; text never attends.
 
     Attributes:
         axes: the windows along frames, rows and columns.
 
     Raises:
-        ValueError: if they are not as long as the grid's axes.
+        ValueError: if the windows' axes are not as long as the grid's.
     """
 
     axes: tuple[AxisWindow, AxisWindow, AxisWindow]
@@ -180,7 +180,7 @@ class NeighbourhoodMask(AttentionMask):
 
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         seen = ~self.grid.is_text(query) & ~self.grid.is_text(key)
-        # Text has no place in the grid: its positions are moved to a token that has one.
+        # Text has no place in the grid: its positions are moved to a video token.
         start, end = self.grid.video.start, self.grid.video.stop - 1
         places = (self.grid.coordinates(x.clamp(start, end)) for x in (query, key))
         for axis, *pair in zip(self.axes, *places, strict=True):
@@ -200,7 +200,7 @@ class NeighbourhoodMask(AttentionMask):
         key = (
             query if block_kv == block_q else boxes_of(self.grid, block_kv, device, blocking.order)
         )
-        # Pairs of two blocks that attend; int32 is half the time and memory where it is enough.
+        # Attending pairs of two boxes; where int32 suffices, it takes half the time and memory.
         dtype = torch.int32 if block_q * block_kv < 1 << 31 else torch.int64
         pairs = torch.ones(len(query.block), len(key.block), dtype=dtype, device=device)
         for i, axis in enumerate(self.axes):
@@ -224,8 +224,8 @@ class NeighbourhoodMask(AttentionMask):
     def block_signatures(
         self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
     ) -> torch.Tensor:
-        # A block's mask follows from where its tokens are relative to each other, the same of its
-        # keys, and the mask of each axis between the ranges that the tokens lie in.
+        # Three things determine a block's mask: the shape of its queries, the shape of its keys,
+        # and the mask of each axis between the ranges of its queries and its keys.
         query, key = (
             outlines_of(self.grid, size, row.device, blocking.order)
             for size in (blocking.block_q, blocking.block_kv)
@@ -242,7 +242,10 @@ class NeighbourhoodMask(AttentionMask):
 
 
 def block_size_for(grid: TokenGrid) -> int:
-    """128, or less on small grids: at least as many blocks as a block has tokens."""
+    """Tokens per block: 128, or less on small grids.
+
+    A grid gets at least as many blocks as a block has tokens, unless blocks would fall below 16.
+    """
     size = BLOCK
     while size > _SMALLEST_BLOCK and size * size > grid.video_tokens:
         size //= 2
@@ -250,7 +253,7 @@ def block_size_for(grid: TokenGrid) -> int:
 
 
 def _ranges(first: torch.Tensor, end: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct ranges `(n, 2)`, and which of them each pair of ends is."""
+    """The distinct ranges `(n, 2)`, and the index among them of each range."""
     ranges, which = torch.stack([first, end], 1).unique(dim=0, return_inverse=True)
     return ranges, which
 

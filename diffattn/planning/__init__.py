@@ -1,4 +1,4 @@
-"""What a method costs before anything runs: plans of models, and estimates where data decide."""
+"""The cost of a method before anything runs: plans of masks, and estimates of other methods."""
 
 from diffattn.planning.costs import Cost, Estimate
 from diffattn.planning.plans import Plan, model_shape, plan

@@ -1,4 +1,4 @@
-"""Costs: what is reckoned alike for every method, and estimates where the data decide."""
+"""Costs: the figures that all methods have in common, and estimates for methods without a mask."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _LINEAR_RATE, _ATTENTION_RATE = 790, 690
 
 @dataclass(frozen=True, kw_only=True)
 class Cost(ABC):
-    """What attention by a method costs, against dense attention.
+    """The cost of attention by a method, relative to dense attention.
 
-    FLOPs are those of a forward on one sample: a multiplication and an addition are two, softmax is
-    not counted, and classifier-free guidance makes two forwards a step. Speed-ups are upper bounds:
-    they take a sparse attention to be as fast at its work as a dense one, and everything but
-    attention and the linear layers to cost nothing.
+    FLOPs are counted for a forward on one sample. A multiplication and an addition are two FLOPs;
+    softmax is not counted. Classifier-free guidance makes two forwards a step. Speed-ups are upper
+    bounds, by two assumptions: sparse attention reaches the FLOP rate of dense attention, and only
+    attention and linear layers take time.
 
     Attributes:
-        model: what was planned for; None for a bare grid.
-        method: the method with its parameters as they are used here.
+        model: name of the model; None for a bare grid.
+        method: the method with its parameters resolved.
         grid: the tokens of an attention call, text included.
-        heads, head_dim: of the attention.
-        layers: attention calls of a forward.
-        dense_layers: those of them that stay dense.
+        heads, head_dim: number of attention heads, and their dimension.
+        layers: number of attention calls of a forward.
+        dense_layers: number of attention calls of a forward that stay dense.
         steps: denoising steps of a run; None where not given.
-        dense_steps: those of them that stay dense; 0 where `steps` is not given.
+        dense_steps: denoising steps that stay dense; 0 where `steps` is None.
         linear_flops: FLOPs of a forward outside self-attention; None where they are not known.
     """
 
@@ -64,7 +64,7 @@ class Cost(ABC):
     @property
     @abstractmethod
     def sparse_forward_flops(self) -> float:
-        """FLOPs of the attention of all layers in a sparse step, those that stay dense included."""
+        """FLOPs of the attention of all layers in a sparse step, dense layers included."""
 
     @property
     def run_density(self) -> float:
@@ -76,7 +76,10 @@ class Cost(ABC):
 
     @property
     def attention_share(self) -> float | None:
-        """Attention's share of the time of a dense forward, at the rates of an H200."""
+        """Attention's share of the time of a dense forward, at the rates of an H200.
+
+        None where `linear_flops` is None.
+        """
         if self.linear_flops is None:
             return None
         attention = self.dense_forward_flops / _ATTENTION_RATE
@@ -84,9 +87,10 @@ class Cost(ABC):
 
     @property
     def model_speedup(self) -> float | None:
-        """Bound of the speed-up of the whole denoiser over a run, by Amdahl's law.
+        """Upper bound of the speed-up of the whole denoiser over a run, by Amdahl's law.
 
-        Dense layers are counted, and dense steps where `steps` is given.
+        Dense layers count, and dense steps where `steps` is given. None where `linear_flops` is
+        None.
         """
         share = self.attention_share
         return None if share is None else 1 / (1 - share * (1 - self.run_density))
@@ -99,33 +103,33 @@ class Cost(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate(Cost):
-    """The cost of a method whose work no mask tells: by its own reckoning, call by call.
+    """The cost of a method without a mask: the method itself states the work of each call.
 
     Attributes:
-        work: of each attention call of a sparse forward that does not stay dense, in their order.
+        work: the work of each attention call that does not stay dense, in the order of a forward.
     """
 
     work: tuple[Work, ...]
 
     @property
     def density(self) -> float | None:
-        """Share of the token pairs that attend in a sparse call, on average; None if none is."""
+        """Mean share of the token pairs that attend, over sparse calls; None if no call has one."""
         found = [work.density for work in self.work if work.density is not None]
         return sum(found) / len(found) if found else None
 
     @property
     def is_exact(self) -> bool:
-        """Is it what is computed, whatever the data are?"""
+        """Whether the figures hold for all data."""
         return all(work.is_exact for work in self.work)
 
     @property
     def sparse_flops(self) -> float:
-        """FLOPs of one layer's attention, on average over those that are not dense."""
+        """FLOPs of one layer's attention, on average over the layers that are not dense."""
         return sum(work.flops for work in self.work) / max(1, len(self.work))
 
     @property
     def selection_flops(self) -> float:
-        """Those of them that decide what attends."""
+        """FLOPs among `sparse_flops` that decide which tokens attend."""
         return sum(work.selection_flops for work in self.work) / max(1, len(self.work))
 
     @property
@@ -134,7 +138,7 @@ class Estimate(Cost):
 
     @property
     def attention_speedup(self) -> float:
-        """Bound of the speed-up of one sparse attention."""
+        """Upper bound of the speed-up of one sparse attention."""
         return self.dense_flops / self.sparse_flops if self.work else 1.0
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What planning has to know of a model on this computer, from its configuration files alone."""
+"""The shape of a model on this computer, from its configuration files alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffattn.planning.published import PUBLISHED, LinearWork, ModelShape
 
 _INDEX = "model_index.json"
 _CONFIG = "config.json"
-# Components that say something of tokens; all others are left out.
+# Components that determine the tokens; all others are left out.
 _PARTS = ("transformer", "transformer_2", "unet", "vae")
 # Families whose blocks are those of `LinearWork.joint`.
 _JOINT = ("flux", "hunyuanvideo", "mochi", "cogvideox", "sd3")
@@ -25,11 +25,11 @@ def folder_shape(folder: Path) -> ModelShape:
     """The shape of the model in a diffusers pipeline's folder; its weights are not read.
 
     Args:
-        folder: holds `model_index.json`; or the denoiser's folder within such a one.
+        folder: a folder with `model_index.json`, or the denoiser's folder within it.
 
     Raises:
-        ValueError: if it is no such folder, a file in it cannot be read, or the pipeline's model
-            is of no known family or has attention on grids of several sizes.
+        ValueError: if `folder` is neither, a file in it cannot be read, or the pipeline's model is
+            of no known family or has attention on grids of several sizes.
     """
     if not (folder / _INDEX).is_file() and (folder / _CONFIG).is_file():
         folder = folder.parent
@@ -67,7 +67,7 @@ def folder_shape(folder: Path) -> ModelShape:
 
 
 def _without_weights(folder: Path) -> Any:
-    """The folder's pipeline with its denoisers and VAE on torch's meta device, and no more."""
+    """The folder's pipeline with only its denoisers and VAE, on torch's meta device."""
     import diffusers
 
     index = _read(folder / _INDEX)
@@ -102,7 +102,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _heads(config: Any) -> tuple[int, int]:
-    """Heads of a denoiser and their dimensions."""
+    """Number of heads of a denoiser, and their dimension."""
     if "axes_dims" in config and "model_dim" in config:  # Kandinsky
         head_dim = sum(config.axes_dims)
         return config.model_dim // head_dim, head_dim

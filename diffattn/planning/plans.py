@@ -1,4 +1,4 @@
-"""plan(): what a method costs on a model and a size of video, before anything is run.
+"""plan(): the cost of a method on a model at a size of video, before anything runs.
 
 The module is not called `plan` because `diffattn.plan` is the function.
 """
@@ -23,7 +23,7 @@ from diffattn.planning.costs import Cost, Estimate
 from diffattn.planning.published import PUBLISHED, ModelShape, published_shape
 from diffattn.schedule import resolve_steps
 
-# Blocks are counted in tables of blocks x blocks, which take gigabytes beyond this.
+# Blocks are counted in tables of blocks x blocks, which take gigabytes beyond this many tokens.
 _MOST_TOKENS = 1 << 21
 
 
@@ -33,21 +33,22 @@ class Plan(Cost):
 
     Attributes:
         density: share of the token pairs that attend, exact; text included.
-        extra_keys: keys that every video token sees besides, as CLEAR's pooled ones. They are in
-            the FLOPs and speed-ups, but not in `density` and the blocks.
+        extra_keys: keys that every video token sees in addition, such as CLEAR's pooled keys. FLOPs
+            and speed-ups include them, `density` and the blocks do not.
         block_size: tokens of a block.
-        tile: frames, rows and columns that are a block; None where blocks are cut from the tokens
-            in their own order.
+        tile: frames, rows and columns of a block; None where blocks are cut from the tokens in
+            their own order.
         blocks: all blocks of a head's attention matrix.
-        full_blocks, partial_blocks: those that are visited, and those of them that need a mask.
+        full_blocks: visited blocks that attend everywhere.
+        partial_blocks: visited blocks that need a bit mask.
         worst_blocks: the most key blocks that a query block without text tokens visits.
         columns: key blocks in a row.
         layout_bytes: memory of the index lists and bit masks, which all heads and layers share.
-        is_block_sparse: whether all blocks that are visited are full, but for those that hold text
-            beside video tokens and those at the ragged end of the sequence.
-        nearest_block_sparse: for GNA, the nearest setting for which that is so: the method itself
-            if it is; None for other methods, and where the grid has whole tiles for none but dense
-            attention.
+        is_block_sparse: whether every visited block is full. Blocks that hold text, and blocks at
+            the ragged end of the sequence, do not count.
+        nearest_block_sparse: for GNA, the nearest setting that is block-sparse, which may be the
+            method itself. None for other methods, and where no setting but dense attention is
+            block-sparse in whole tiles of the grid.
     """
 
     method: StaticMaskMethod
@@ -66,6 +67,7 @@ class Plan(Cost):
 
     @property
     def visited_blocks(self) -> int:
+        """Blocks that are visited, full and partial."""
         return self.full_blocks + self.partial_blocks
 
     @property
@@ -80,23 +82,23 @@ class Plan(Cost):
 
     @property
     def sparse_flops(self) -> float:
-        """FLOPs of one layer's attention in the blocks that are visited, and to extra keys."""
+        """FLOPs of one layer's attention: in the visited blocks, and to extra keys."""
         return self.dense_flops * (self.block_density + self.extra_share)
 
     @property
     def sparse_forward_flops(self) -> float:
-        """FLOPs of the attention of all layers in a sparse step, those that stay dense included."""
+        """FLOPs of the attention of all layers in a sparse step, dense layers included."""
         sparse_layers = self.layers - self.dense_layers
         return self.dense_flops * self.dense_layers + self.sparse_flops * sparse_layers
 
     @property
     def flop_speedup(self) -> float:
-        """Bound of the speed-up of one sparse attention if blocks were no larger than a token."""
+        """Upper bound of the speed-up of one sparse attention if a block were one token."""
         return 1 / (self.density + self.extra_share)
 
     @property
     def attention_speedup(self) -> float:
-        """Bound of the speed-up of one sparse attention, by the blocks visited."""
+        """Upper bound of the speed-up of one sparse attention, by the visited blocks."""
         return self.dense_flops / self.sparse_flops
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,22 +141,24 @@ def plan(
     layers: int | None = None,
     steps: int | None = None,
 ) -> Plan | Estimate:
-    """Work out what `method` costs, without weights, network or accelerator.
-
-    For a method that is a mask it is a `Plan` of its blocks, for others an `Estimate`.
+    """Work out the cost of `method`, without weights, network or accelerator.
 
     Args:
         target: a token grid, the repository id of a published model, or a pipeline's folder.
         method: the method; parameters left at None take the values recommended for the model.
-        height, width: pixels, for a model; its own when None.
-        num_frames: frames of the video, for a model; its own when None.
-        text: text tokens in the model's sequence; what its pipeline pads prompts to when None.
-        heads, head_dim, layers: for a grid: 1 head of 128 in 1 layer when None.
-        steps: denoising steps of a run; the model's own when None.
+        height, width: pixels of a model's video; the model's default when None.
+        num_frames: frames of a model's video; the model's default when None.
+        text: text tokens in a model's sequence; the length that its pipeline pads prompts to when
+            None.
+        heads, head_dim, layers: attention over a grid; 1 head of 128 in 1 layer when None.
+        steps: denoising steps of a run; the model's default when None.
+
+    Returns:
+        A `Plan` for a method that is a mask, an `Estimate` for other methods.
 
     Raises:
-        ValueError: if the model is not known, cannot make the size, or is described by a grid and
-            by sizes at once; if the method does not fit the grid, or does not know its cost.
+        ValueError: if the model is not known or cannot make the size; if sizes come with a grid, or
+            heads with a model; if the method does not fit the grid, or cannot state its cost.
     """
     attention = {"heads": heads, "head_dim": head_dim, "layers": layers}
     size = {"height": height, "width": width, "num_frames": num_frames, "text": text}
@@ -175,17 +179,17 @@ def plan(
 
 
 def model_shape(model: str | Path) -> ModelShape:
-    """What planning knows of a model, by its repository id or its folder.
+    """The shape of a model, by its repository id or its folder.
 
     Raises:
-        ValueError: if there is neither; names the models that are known.
+        ValueError: if `model` is neither; the message names the known models.
     """
     published = published_shape(str(model))
     if published is not None:
         return published
     folder = Path(model).expanduser()
     if folder.is_dir():
-        from diffattn.planning.folder import folder_shape  # which imports diffusers
+        from diffattn.planning.folder import folder_shape  # imports diffusers
 
         return folder_shape(folder)
     raise ValueError(
@@ -249,7 +253,7 @@ def _plan(grid: TokenGrid, method: Method, shape: ModelShape, model: str | None)
 def _of_any_method(
     grid: TokenGrid, method: Method, shape: ModelShape, model: str | None
 ) -> dict[str, Any]:
-    """What costs have in common, but for the method."""
+    """The fields of `Cost`, except the method."""
     steps = shape.steps
     return {
         "model": model,
@@ -266,7 +270,7 @@ def _of_any_method(
 
 def _estimate(grid: TokenGrid, method: Method, shape: ModelShape, model: str | None) -> Estimate:
     sparse = [block for block in shape.block_of_site if block >= (method.dense_layers or 0)]
-    # Layers that do the same cost the same.
+    # Layers of one kind cost the same.
     by_kind = {
         method.layer_kind(block): method.work(grid, block, shape.heads, shape.head_dim)
         for block in sparse
@@ -289,20 +293,20 @@ def _video(grid: TokenGrid) -> TokenGrid:
 
 
 def _dense_steps(method: Method, steps: int) -> int:
-    """Steps of a run that stay dense, at either end."""
+    """Number of steps that stay dense, at both ends of a run."""
     ends = (method.dense_steps or 0, method.last_dense_steps)
     return min(steps, sum(resolve_steps(end, steps) for end in ends))
 
 
 def _has_text(block: int, grid: TokenGrid) -> torch.Tensor:
-    """Bool `(blocks,)`: which blocks of the sequence hold text; it has its place in every order."""
+    """Whether each block of the sequence, in any order, holds text: bool `(blocks,)`."""
     start = torch.arange(0, grid.tokens, block)
     end = (start + block).clamp(max=grid.tokens)
     return (start < grid.video.start) | (end > grid.video.stop)
 
 
 def _has_masked_blocks(layout: BlockLayout, grid: TokenGrid, order: TileOrder | None) -> bool:
-    """Is a block partial that holds whole blocks of video tokens, of queries and of keys?"""
+    """Whether a block of whole query and key blocks without text is partial."""
     whole = ~_has_text(layout.block_q, grid)
     if layout.tokens_q % layout.block_q and bool(whole.any()):
         whole[-1] = False
@@ -312,7 +316,7 @@ def _has_masked_blocks(layout: BlockLayout, grid: TokenGrid, order: TileOrder | 
 
 
 def _nearest_block_sparse(method: GNAAttn, grid: TokenGrid) -> GNAAttn | None:
-    """The nearest setting whose blocks on `grid` are all full, in whatever tiles."""
+    """The nearest setting whose blocks on `grid` are all full, in tiles of any shape."""
     axes = method.axes(grid)
     block_size = method.block_size_on(grid)
     tiles = [

@@ -1,6 +1,6 @@
-"""Published models: what planning has to know of them, so that it needs neither files nor network.
+"""Published models: their shapes, so that planning needs neither files nor network.
 
-The figures are those of the models' own configuration files and pipelines.
+The figures come from the models' own configuration files and pipelines.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from diffattn.models.base import SizeRules
 
 @dataclass(frozen=True)
 class LinearWork:
-    """FLOPs of one forward outside self-attention, per block: projections, feed-forward, context.
+    """FLOPs of one block outside self-attention: projections, feed-forward, cross-attention.
 
     Attributes:
-        per_token: for each token of the sequence.
-        per_call: whatever the length of the sequence is: keys and values of a text apart.
+        per_token: FLOPs for each token of the sequence.
+        per_call: FLOPs that do not depend on the sequence: the cross-attention's keys and values.
     """
 
     per_token: int
@@ -42,17 +42,17 @@ class LinearWork:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """All that planning needs of a model.
+    """The figures of a model that planning needs.
 
     Attributes:
-        name: what messages call it: a repository id, or a folder.
-        variant: its name in the methods' tables of recommended settings.
-        heads, head_dim: of its self-attention.
+        name: repository id or folder of the model, for messages.
+        variant: the model's name in the methods' tables of recommended settings.
+        heads, head_dim: number of self-attention heads, and their dimension.
         block_of_site: index of the transformer block that each attention site lies in.
-        sizes: pixels and frames it can make, and the tokens they become.
-        text_before, text_after: text tokens in its sequence; None where it is up to the prompt.
+        sizes: pixels and frames that the model can make, and the tokens they become.
+        text_before, text_after: text tokens in the sequence; None where the prompt decides.
         linear: work outside self-attention; None where it is not known.
-        height, width, num_frames, steps: what its pipeline makes unless told otherwise.
+        height, width, num_frames, steps: defaults of the pipeline; None where they are not known.
     """
 
     name: str
@@ -82,13 +82,13 @@ class ModelShape:
         """The tokens of a call.
 
         Args:
-            height, width: pixels; the model's own when None.
-            num_frames: frames of the video; the model's own when None.
-            text: text tokens in the sequence; what pipelines pad prompts to when None.
+            height, width: pixels; the model's default when None.
+            num_frames: frames of the video; the model's default when None.
+            text: text tokens in the sequence; the length that prompts are padded to when None.
 
         Raises:
-            ValueError: if the model cannot make that size (names the nearest that it can), or a
-                size or number of text tokens is missing.
+            ValueError: if the model cannot make that size (the message names the nearest sizes), or
+                a size or the number of text tokens is missing.
         """
         given = {"height": height, "width": width, "num_frames": num_frames}
         sizes = {n: getattr(self, n) if value is None else value for n, value in given.items()}

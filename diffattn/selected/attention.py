@@ -16,7 +16,7 @@ from diffattn.operator import check_triton, choose_backend
 from diffattn.selected.key_blocks import KeyBlocks
 from diffattn.selected.tiles import prefers_union, union_attention
 
-# The backends of `attention` that this operator has, too.
+# The backends of `attention` that also compute this operator.
 _NAMES = ("triton", "cpu", "reference")
 
 
@@ -33,25 +33,26 @@ def selected_attention(
 ) -> torch.Tensor:
     """Softmax attention of every query over the blocks it has selected; differentiable.
 
-    A query that sees no key gives 0. On the CPU the queries of each block are gathered. So they are
-    by the Triton kernel, but without gradients tiles of queries are computed as they are where
-    earlier calls over the same blocks have shown that neighbours select alike, and for forward-mode
-    derivatives always.
+    A query that sees no key gives 0. The CPU kernel and the Triton kernel gather the queries of
+    each block. On Triton, tiles of neighbouring queries are computed instead (`union_attention`) in
+    two cases: for forward-mode derivatives, and in calls without gradients where earlier calls over
+    the same blocks have shown that neighbours select alike.
 
     Args:
         query, key, value: (batch, tokens, heads, head_dim), in the order of the blocks.
         blocks: the blocks of the sequence.
-        bits: what `select_blocks` returns.
+        bits: int32 (batch, heads, tokens, ceil(blocks / 32)): bit `c % 32` of word `c // 32` is set
+            where a query has selected block `c`.
         scale: factor of the scores; 1 / sqrt(head_dim) when None.
         key_mask: bool (batch, tokens): False hides a key from every query, as padding does.
-        backend: "triton", "cpu" or "reference", by default chosen as for `diffattn.operator`.
+        backend: "triton", "cpu" or "reference", by default chosen as for `diffattn.attention`.
 
     Returns:
         (batch, tokens, heads, head_dim) in the dtype of `query`.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not fit together, or the backend is unknown.
-        NotImplementedError: if there is no kernel for the tensors' device or the backend.
+        NotImplementedError: if the tensors' device or the backend has no kernel.
         ImportError: if the backend is "triton" and Triton cannot be imported.
     """
     name = choose_backend(query.device, backend)
@@ -65,7 +66,7 @@ def selected_attention(
         out, _ = reference_attention(query, key, value, mask, scale=scale, key_mask=key_mask)
         return out.to(query.dtype)
     is_trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    # The gather's kernel has no tangents, that of the union has.
+    # The kernel that gathers has no tangents; the kernel of the union has.
     if name == "triton" and (is_forward_mode() or (not is_trained and prefers_union(blocks, bits))):
         return union_attention(
             query, key, value, blocks, bits, scale=scale, key_mask=key_mask, backend=name
@@ -84,11 +85,12 @@ def _triton_gather() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
 
 @dataclass(frozen=True, eq=False)
 class SelectionMask(AttentionMask):
-    """What the queries of one head have selected in one call.
+    """The selection of one head in one call, as a mask.
 
     Attributes:
-        chosen: bool `(tokens, blocks)`, for tokens in the model's order.
-        block_of: int64 `(tokens,)`, the block of each.
+        chosen: bool `(tokens, blocks)`, the blocks that each query has selected; tokens are in the
+            model's order.
+        block_of: int64 `(tokens,)`, the block of each token.
     """
 
     chosen: torch.Tensor
@@ -98,7 +100,7 @@ class SelectionMask(AttentionMask):
         return self.chosen[query, self.block_of[key]]
 
     def block_shares(self) -> torch.Tensor:
-        """float `(blocks, blocks)`: which share of a block's queries has selected a block."""
+        """Share of each block's queries (rows) that has selected each block, `(blocks, blocks)`."""
         blocks = self.chosen.shape[1]
         counts = torch.zeros(blocks, blocks).index_add_(0, self.block_of, self.chosen.float())
         return counts / torch.bincount(self.block_of, minlength=blocks)[:, None]

@@ -1,4 +1,4 @@
-"""Partitions: the video tokens of a grid in blocks, each a run of the sequence in their order."""
+"""Key blocks, and the order of the tokens in which each key block is a run of the sequence."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Chunk: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class KeyBlocks:
-    """A sequence cut into blocks of any lengths, those of video tokens between those of text.
+    """A sequence cut into blocks of any lengths: blocks of video tokens, between blocks of text.
 
     Attributes:
-        starts: int32 `(blocks + 1,)`, where each block begins in the sequence, and the end of it.
-        text_before, text_after: text tokens at either end, a block each where there are any.
+        starts: int32 `(blocks + 1,)`, the start of each block, and the end of the sequence.
+        text_before, text_after: text tokens at either end; the text at an end is one block.
         members: int64 `(video blocks, longest)`, the video tokens of each block, counted from the
-            first of the video; the number of them all stands for none in shorter blocks.
-        sizes: int64 `(video blocks,)`, the length of each.
-        block_of: int64 `(video tokens,)`, the video block of each.
-        lengths: the sizes, for those who must not wait for a device.
+            first video token. Shorter blocks are filled up with the number of all video tokens.
+        sizes: int64 `(video blocks,)`, the tokens of each video block.
+        block_of: int64 `(video tokens,)`, the video block of each video token.
+        lengths: `sizes` as Python integers, which can be read without waiting for a device.
     """
 
     starts: torch.Tensor
@@ -47,10 +47,10 @@ class KeyBlocks:
         text_before: int = 0,
         text_after: int = 0,
     ) -> KeyBlocks:
-        """Cut a sequence into video blocks of these lengths, with so many tokens of text around.
+        """Cut a sequence into video blocks of `lengths` tokens, with text tokens around them.
 
         Raises:
-            ValueError: if there is no block, or one without tokens.
+            ValueError: if there is no block, or a block without tokens.
         """
         if not lengths or min(lengths) < 1:
             raise ValueError(f"blocks need at least one token each, but are of {list(lengths)}")
@@ -74,24 +74,25 @@ class KeyBlocks:
 
     @property
     def blocks(self) -> int:
-        """All blocks, text included."""
+        """Number of all blocks, text included."""
         return self.starts.numel() - 1
 
     @property
     def video_blocks(self) -> int:
+        """Number of blocks of video tokens."""
         return self.members.shape[0]
 
     @property
     def video(self) -> slice:
-        """Where the video tokens are in the sequence."""
+        """The positions of the video tokens in the sequence."""
         return slice(self.text_before, self.text_before + self.block_of.numel())
 
     def padded(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Every block, text included, filled up to a multiple of `size` tokens.
 
         Returns:
-            int64 `(padded tokens,)`, the token at each place, their number where there is none; and
-            int64 `(padded tokens / size,)`, the block of each run of `size`.
+            int64 `(padded tokens,)`, the token at each place, or the number of all tokens at places
+            of padding; and int64 `(padded tokens / size,)`, the block of each run of `size` places.
         """
         if size not in self._padded:
             with torch.inference_mode(False):
@@ -113,22 +114,22 @@ class KeyBlocks:
 
         Args:
             x: `(batch, video tokens, heads, head_dim)`.
-            counted: bool `(batch, video tokens)`, false for tokens that are left out.
+            counted: bool `(batch, video tokens)`, False for tokens that are left out.
 
         Returns:
-            `(batch, video blocks, heads, head_dim)`; 0 for a block without a token that counts.
+            `(batch, video blocks, heads, head_dim)`; 0 for a block without a counted token.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         if counted is None:
             tokens = self.sizes[None]
         else:
-            # Whatever a caller leaves in padding must not become a NaN.
+            # A NaN in padding must not reach a sum.
             x = x.masked_fill(~counted[:, :, None, None], 0)
             tokens = self._sums(counted[:, :, None, None], torch.int64)[:, :, 0, 0]
         return self._sums(x, dtype) / tokens.clamp(min=1)[:, :, None, None]
 
     def _sums(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        # Sums of whole rows, not scattered additions: those have no fixed order on a GPU.
+        # Sums of whole rows: scattered additions have no fixed order on a GPU.
         if len(set(self.lengths)) == 1:
             return x.unflatten(1, tuple(self.members.shape)).sum(2, dtype=dtype)
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1))
@@ -136,7 +137,7 @@ class KeyBlocks:
         return rows.sum(2, dtype=dtype)
 
     def cut(self, tile: int) -> KeyBlocks:
-        """The same video tokens in tiles of at most so many tokens, none of them in two blocks."""
+        """The video tokens alone in tiles of at most `tile` tokens; no tile lies in two blocks."""
         if tile not in self._tiles:
             lengths = []
             for length in self.lengths:
@@ -148,14 +149,14 @@ class KeyBlocks:
 
 @dataclass(frozen=True)
 class Partition:
-    """The tokens of `grid` with its video tokens block by block; text keeps its places.
+    """An order of the tokens of `grid`: the video tokens block by block, text in its places.
 
     Blocks at the ends of an axis that is no multiple of the chunk are shorter.
 
     Attributes:
         grid: the tokens of the sequence.
-        chunk: of blocks that are boxes, frames, rows and columns; of runs of tokens in the
-            grid's own order, their length alone. More than the grid has is all of it.
+        chunk: the size of a block: (frames, rows, columns) of a box, or (tokens,) of a run in the
+            grid's own order. Sizes beyond the grid's are allowed.
     """
 
     grid: TokenGrid
@@ -165,7 +166,7 @@ class Partition:
     )
 
     def lengths(self) -> list[int]:
-        """Video tokens of each block."""
+        """Number of video tokens of each block."""
         return torch.bincount(self._block_of_place()).tolist()
 
     def key_blocks(self, device: torch.device) -> KeyBlocks:
@@ -176,7 +177,7 @@ class Partition:
         """Bring the tokens `(batch, tokens, ...)` into the partition's order; differentiable.
 
         Raises:
-            ValueError: if there are not as many tokens as in the grid.
+            ValueError: if `x` does not have the grid's number of tokens.
         """
         self._check_tokens(x)
         if self._keeps_order:
@@ -193,7 +194,7 @@ class Partition:
         return permuted(x, back, there, 1)
 
     def positions(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """int64 `(tokens,)`: where in the model's sequence each token of this order is."""
+        """int64 `(tokens,)`: the position in the model's sequence of each token of this order."""
         return self._known(torch.device(device))[1]
 
     def _check_tokens(self, x: torch.Tensor) -> None:
@@ -209,7 +210,7 @@ class Partition:
 
     def _known(self, device: torch.device) -> tuple[KeyBlocks, torch.Tensor, torch.Tensor]:
         if device not in self._on:
-            # A run in inference mode must leave tensors that training can use.
+            # Training after a run in inference mode must be able to use these tensors.
             with torch.inference_mode(False):
                 grid = self.grid
                 block = self._block_of_place()

@@ -1,8 +1,9 @@
-"""Selected blocks on the block-sparse kernels: what any query of a tile has selected, tile by tile.
+"""Selected blocks on the block-sparse kernels: each tile of queries computes a union of blocks.
 
-Where neighbouring queries select alike, whole tiles of queries and keys are computed with little
-waste, at the rate of dense attention; bits hide from each query what it has not selected. Blocks
-are filled up to whole tiles, so that no tile lies in two of them.
+The union of a tile holds the blocks that any of its queries has selected. Bit masks hide from each
+query the blocks that it has not selected. Where neighbouring queries select alike, little work is
+wasted, and tiles run at the rate of dense attention. Blocks are filled up to whole tiles, so that
+no tile lies in two blocks.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from diffattn.operator import attention
 from diffattn.selected.key_blocks import KeyBlocks
 
 _WORDS = BLOCK // 32
-# Bit masks that are made at once; heads take turns where all of them would need more.
+# Bytes of bit masks that are made at a time; heads take turns where all heads would need more.
 _MASK_BYTES = 1 << 28
-# The union is taken where it computes at most so many times the pairs that are selected: by the
-# model of the gather's traffic, not measured.
+# The union is taken where it computes at most this many times the selected pairs. The factor comes
+# from a model of the gather's memory traffic, not from a measurement.
 _MOST_PAIRS = 1.5
 
 
@@ -36,7 +37,7 @@ def union_attention(
     key_mask: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """What `diffattn.selected.selected_attention` computes, with the arguments it takes."""
+    """`diffattn.selected.selected_attention` by unions of blocks; arguments are the same."""
     batch, tokens, heads, _ = query.shape
     token, block = blocks.padded(BLOCK)
     there = token < tokens
@@ -51,13 +52,13 @@ def union_attention(
         q, k, v = (_filled(x[:, :, some], token) for x in (query, key, value))
         layout = _layout(blocks, bits[:, some], token, block)
         outs.append(attention(q, k, v, layout, scale=scale, key_mask=counted, backend=backend))
-    # Each token has one place: those that are filled up have none to go back to.
+    # Each token has one place. Places of padding come last in the sort, and are dropped.
     place = token.argsort(stable=True)[:tokens]
     return torch.cat(outs, 2).index_select(1, place)
 
 
 def union_pairs(blocks: KeyBlocks, bits: torch.Tensor) -> torch.Tensor:
-    """Pairs that `union_attention` computes, of the pairs of dense attention: a number."""
+    """Share of the pairs of dense attention that `union_attention` computes, a scalar."""
     token, block = blocks.padded(BLOCK)
     some, _ = _tiles(blocks, bits, token)
     dense = (bits.shape[2] / BLOCK) ** 2
@@ -65,7 +66,7 @@ def union_pairs(blocks: KeyBlocks, bits: torch.Tensor) -> torch.Tensor:
 
 
 def selected_pairs(blocks: KeyBlocks, bits: torch.Tensor) -> torch.Tensor:
-    """Pairs that are selected, of the pairs of dense attention: a number."""
+    """Share of the pairs of dense attention that are selected, a scalar."""
     shares = unpack_bits(bits, blocks.blocks).float().mean((0, 1, 2))
     lengths = blocks.starts.diff()
     return (shares * lengths).sum() / lengths.sum()
@@ -73,7 +74,12 @@ def selected_pairs(blocks: KeyBlocks, bits: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Measurement:
-    """Numbers on their way from a device, `union_pairs` and `selected_pairs`."""
+    """`union_pairs` and `selected_pairs` of a call, on their way from the device.
+
+    Attributes:
+        numbers: float `(2,)` on the CPU, the two numbers.
+        arrived: the event after which `numbers` may be read.
+    """
 
     numbers: torch.Tensor
     arrived: torch.Event
@@ -84,9 +90,10 @@ _chosen: WeakKeyDictionary[KeyBlocks, bool] = WeakKeyDictionary()
 
 
 def prefers_union(blocks: KeyBlocks, bits: torch.Tensor) -> bool:
-    """Did calls over the same blocks select so much alike that the union was the less work?
+    """Whether the union of blocks was less work in earlier calls over the same blocks.
 
-    It is measured on the device and read in a later call, without waiting: the first calls say no.
+    Each call measures on the device, and a later call reads the result without waiting. Before the
+    first result the answer is False.
     """
     if bits.is_cuda and torch.cuda.is_current_stream_capturing():
         return _chosen.get(blocks, False)
@@ -105,7 +112,7 @@ def prefers_union(blocks: KeyBlocks, bits: torch.Tensor) -> bool:
 
 
 def _filled(x: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """`(batch, tokens, ...)` with blocks filled up to whole tiles, by zeros."""
+    """`x`, `(batch, tokens, ...)`, with its blocks filled up to whole tiles by zeros."""
     padding = (0, 0) * (x.ndim - 2) + (0, 1)
     return torch.nn.functional.pad(x, padding).index_select(1, token)
 
@@ -113,21 +120,25 @@ def _filled(x: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
 def _tiles(
     blocks: KeyBlocks, bits: torch.Tensor, token: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bool `(batch, heads, query tiles, blocks)`: has some query selected a block; have all?"""
+    """Whether some query of a tile, and whether every query, has selected each block.
+
+    Both are bool `(batch, heads, query tiles, blocks)`.
+    """
     chosen = _by_tile(bits, token)
     some = _any(chosen)
-    # A place without a query takes part in nothing.
+    # A place of padding counts neither as selecting a block nor as missing a block.
     missing = _any(_by_tile(~bits, token))
     return unpack_bits(some, blocks.blocks), ~unpack_bits(missing, blocks.blocks)
 
 
 def _by_tile(bits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """`(batch, heads, query tiles, BLOCK, words)`, 0 where there is no query."""
+    """The bits tile by tile, `(batch, heads, query tiles, BLOCK, words)`, 0 at padding."""
     padded = torch.nn.functional.pad(bits, (0, 0, 0, 1))
     return padded.index_select(2, token).unflatten(2, (-1, BLOCK))
 
 
 def _any(bits: torch.Tensor) -> torch.Tensor:
+    """The bitwise or over the queries of each tile, `(batch, heads, query tiles, words)`."""
     while bits.shape[3] > 1:
         bits = bits[:, :, :, 0::2] | bits[:, :, :, 1::2]
     return bits[:, :, :, 0]
