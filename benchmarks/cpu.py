@@ -9,22 +9,23 @@ writes cpu.json and cpu.md; options choose a part, for example
 How the figures are made:
 
 - One process. Every repetition times dense attention and all patterns one after another, so that
-  other load on the machine falls on all of them; the times are the best of the repetitions (the
-  medians are in cpu.json). The first call of each is not counted.
+  other load on the machine falls on all of them. The times are the best of the repetitions; the
+  medians are in cpu.json. The first call of each pattern is not counted.
 - With `--clock cpu` times are CPU seconds of the process, of use with `--threads 1` on a machine
-  that is busy with other work; `wall` is what a user waits.
-- Where other processes want the same cores, threads that spin while they wait for each other slow
-  every small call down: set OMP_WAIT_POLICY=passive before Python starts.
+  that is busy with other work. With `--clock wall` times are those that a user waits.
+- Threads that spin while they wait for each other slow every small call down, if other processes
+  want the same cores: set OMP_WAIT_POLICY=passive before Python starts.
 - "% of ideal" is the speed-up over 1 / density, where density is the fraction of the blocks that
   are visited. More than 100 % is possible: bfloat16 matrix products can be faster than torch's
-  dense attention is in bfloat16, and keys of a partial block that none of the queries sees are left
-  out.
+  dense attention in bfloat16, and the kernel leaves out keys of a partial block that no query sees.
 - "fwd+bwd" is a forward pass and the gradients of q, k and v.
 - "flex ms" is torch's compiled flex_attention with the BlockMask of the same layout. It has no
-  gradients on the CPU. Where it did not compile, the reason follows the table. `--no-flex` leaves
-  it out: it needs a C++ compiler, and compiles for each pattern and shape.
+  gradients on the CPU. Where flex_attention did not compile, the reason follows the table.
+  `--no-flex` leaves flex_attention out: it needs a C++ compiler, and compiles for each pattern and
+  shape.
 - Memory is the peak of live bytes of torch's allocator during one call, from torch's profiler,
-  inputs not counted, results counted. Scratch space inside oneDNN and MKL is not seen by it.
+  inputs not counted, results counted. The profiler does not see scratch space inside oneDNN and
+  MKL.
 """
 
 from __future__ import annotations
@@ -58,7 +59,12 @@ TILES = {32: (2, 4, 4), 64: (4, 4, 4), 128: (8, 4, 4)}  # frames, height, width 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; times in ms, memory in MiB."""
+    """One line of the table; times in ms, memory in MiB.
+
+    Attributes:
+        density: share of the blocks that are visited.
+        flex_note: the reason why `flex_ms` is None; empty otherwise.
+    """
 
     tokens: int
     head_dim: int
@@ -73,7 +79,7 @@ class Row:
     dense_mib: float
     sparse_mib: float
     flex_ms: float | None
-    flex_note: str  # why flex_ms is None
+    flex_note: str
 
     @property
     def speed_up(self) -> float:
@@ -81,12 +87,12 @@ class Row:
 
     @property
     def of_ideal(self) -> float:
-        """Fraction of the speed-up that the density allows."""
+        """The speed-up as a share of the speed-up that the density allows."""
         return self.speed_up * self.density
 
 
 def tile3d(tokens: int) -> BlockLayout:
-    """A window of 3 x 3 x 3 tiles of 128 tokens: several runs of keys per row."""
+    """A window of 3 x 3 x 3 tiles of 128 tokens: each row sees several runs of keys."""
     tiles = TILES[tokens // BLOCK]
     place = torch.cartesian_prod(*(torch.arange(n) for n in tiles))
     near = (place[:, None] - place[None]).abs().amax(-1) <= 1
@@ -94,13 +100,13 @@ def tile3d(tokens: int) -> BlockLayout:
 
 
 def band(tokens: int) -> BlockLayout:
-    """Every row sees its nearest blocks, about a sixth of all: one run of keys per row."""
+    """Every row sees its nearest blocks, about a sixth of all blocks, in a single run of keys."""
     block = torch.arange(tokens // BLOCK)
     return from_visited((block[:, None] - block).abs() <= len(block) // 11, tokens)
 
 
 def ragged_band(tokens: int) -> BlockLayout:
-    """The band token by token: the blocks at its two edges are partial."""
+    """A band of tokens, not of blocks: the blocks at its two edges are partial."""
     width = tokens // 11 - 50
     block, inside = torch.arange(tokens // BLOCK), torch.arange(BLOCK)
     distance = (block[:, None] - block).abs() * BLOCK
@@ -122,14 +128,14 @@ def wide_band(tokens: int) -> BlockLayout:
 
 
 def scattered(tokens: int, share: float) -> BlockLayout:
-    """Blocks at random: no two rows see the same, and there are no runs of keys."""
+    """Random blocks, a share of all: no two rows see the same blocks, and keys form no runs."""
     blocks = tokens // BLOCK
     chance = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(0))
     return from_visited(chance < share, tokens)
 
 
 def radial(tokens: int) -> BlockLayout:
-    """Radial attention, narrow enough to be sparse here, on frames of 16 x 32 tokens."""
+    """Radial attention on frames of 16 x 32 tokens, with a decay that makes the mask sparse."""
     method = RadialAttn(
         decay_factor=0.1, block_size=BLOCK, split_threshold=512, first_distance_width="half"
     )
@@ -137,7 +143,7 @@ def radial(tokens: int) -> BlockLayout:
 
 
 def gna(tokens: int) -> BlockLayout:
-    """GNA on frames of 16 x 32 tokens, in tiles of 4 x 4 x 8 of which every visited one is full."""
+    """GNA on frames of 16 x 32 tokens, in tiles of 4 x 4 x 8; every visited tile is full."""
     method = GNAAttn(window=(4, 12, 24), stride=(4, 4, 8))
     grid = diffattn.TokenGrid(tokens // 512, 16, 32)
     return method.mask(grid).blocks(BLOCK, order=TileOrder(grid, (4, 4, 8)))
@@ -151,7 +157,7 @@ def freeswim(tokens: int) -> BlockLayout:
 
 
 def clear(tokens: int) -> BlockLayout:
-    """CLEAR's circle of radius 8 on an image 64 tokens wide, or 128, in tiles of 8 x 16."""
+    """CLEAR's circle of radius 8 on an image 64 or 128 tokens wide, in tiles of 8 x 16."""
     method = CLEARAttn(radius=8)
     width = 128 if tokens == 16384 else 64
     grid = diffattn.TokenGrid(1, tokens // width, width)
@@ -193,11 +199,12 @@ def milliseconds(call: Callable[[], object], clock: str) -> float:
 
 
 def failure(call: Callable[[], object]) -> str:
-    """Why a call cannot be made, in one line; nothing if it can be, and has been."""
-    torch.compiler.reset()  # or the shapes of one pattern after another pass dynamo's limit
+    """Make a call; give the reason in one line if it fails, else an empty text."""
+    # Without a reset the shapes of all patterns together exceed dynamo's limit of compilations.
+    torch.compiler.reset()
     try:
         call()
-    except Exception as error:  # whatever a compiler raises
+    except Exception as error:  # compilers raise errors of many types
         lines = str(error).splitlines()
         told = [x for x in lines if "error:" in x] or lines
         return f"{type(error).__name__}: {told[0].strip()[:200]}"
@@ -205,7 +212,7 @@ def failure(call: Callable[[], object]) -> str:
 
 
 def peak_mib(call: Callable[[], object]) -> float:
-    """Peak of live bytes of torch's CPU allocator during a call, relative to before it."""
+    """Peak of live bytes of torch's CPU allocator during a call, in MiB above the start."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -230,7 +237,7 @@ def measure(
     clock: str,
     flex: bool,
 ) -> Iterator[Row]:
-    """All rows of one shape and dtype, dense, patterns and flex_attention interleaved."""
+    """All rows of one shape and dtype; dense, patterns and flex_attention take turns."""
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(1, tokens, heads, head_dim, dtype=DTYPES[dtype]).requires_grad_()

@@ -4,18 +4,20 @@
 
 writes linear.json and linear.md. How the figures are made:
 
-- One attention call of one image, as a U-Net's layer makes it: without the projections around it,
-  which all have alike, but with what a method does besides at each call. What LinFusion adapts its
-  queries and keys with is a cost of its own, "adapt ms": two networks as wide as the layer.
-- Agents are on an image of a transformer: "agent" are 256 of them whatever the size, each of which
-  stands for a larger part of a larger image; "agent 4x4" is one for 4 x 4 tokens, as by default,
-  8 times cheaper than softmax at every size. "agentsd" is what a U-Net has by default: one for 4 x
-  4 tokens too, with 40 % of the tokens merged before, and finding out which at each call.
+- A row is one attention call on one image, as a layer of a U-Net makes the call. The projections
+  around the call are left out, since all methods share them; all other work of a method at each
+  call is included. The networks that adapt LinFusion's queries and keys are a cost of their own,
+  "adapt ms": two networks as wide as the layer.
+- "agent" has 256 agents on an image of a transformer at every size, so that an agent stands for a
+  larger part of a larger image. "agent 4x4" has an agent for every 4 x 4 tokens, as by default: 8
+  times cheaper than softmax at every size. "agentsd" is the default in a U-Net: also an agent for
+  every 4 x 4 tokens, with 40 % of the tokens merged before, and a new choice of these tokens at
+  each call.
 - One process. Every repetition times all methods one after another, so that other load on the
-  machine falls on all of them; the times are the best of the repetitions. The first call of each is
-  not counted.
-- "growth" is the time over that of the next smaller size, divided by how many times more tokens
-  there are: 1 is linear, 2 quadratic for twice the tokens.
+  machine falls on all of them. The times are the best of the repetitions. The first call of each
+  method is not counted.
+- "growth" is the time over that of the next smaller size, divided by the growth of the number of
+  tokens: 1 is linear, 2 quadratic for twice the tokens.
 - "fwd+bwd" is a forward pass and the gradients of q, k and v.
 - Memory is the peak of live bytes of torch's allocator during one call, from torch's profiler,
   inputs not counted, results counted.
@@ -40,13 +42,18 @@ from diffattn.methods.linfusion.method import LinFusionWeights
 
 SIZES = (4096, 8192, 16384, 32768, 65536)
 
-# q, k, v of a grid to their attention.
+# Takes q, k and v over a grid, gives their attention.
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; times in ms, memory in MiB."""
+    """One line of the table; times in ms, memory in MiB.
+
+    Attributes:
+        growth: see above; None for the smallest size.
+        adapt_ms: time of LinFusion's networks; None for other methods.
+    """
 
     tokens: int
     dtype: str
@@ -95,7 +102,7 @@ def _attend(
     return method.attend(q, k, v, site)
 
 
-# A method by name: what it computes over a grid.
+# The attention of each method over a grid, by name.
 METHODS: dict[str, Callable[[TokenGrid], Attention]] = {
     "softmax": softmax,
     "linfusion": linfusion,
@@ -106,7 +113,7 @@ METHODS: dict[str, Callable[[TokenGrid], Attention]] = {
 
 
 class Layer(torch.nn.Module):
-    """The sizes of an attention layer, which LinFusion's networks are made for."""
+    """A stand-in for an attention layer, whose sizes LinFusion's networks take."""
 
     def __init__(self, heads: int, head_dim: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -115,7 +122,7 @@ class Layer(torch.nn.Module):
 
 
 def grid_of(tokens: int) -> TokenGrid:
-    """An image of so many tokens, as wide as it is high or twice."""
+    """An image of `tokens` tokens, a power of two: a square, or twice as wide as high."""
     height = 1 << ((tokens.bit_length() - 1) // 2)
     return TokenGrid(1, height, tokens // height)
 
@@ -124,10 +131,11 @@ def measure(
     tokens: int, heads: int, head_dim: int, dtype: str, *, methods: list[str], repeats: int,
     clock: str, smaller: dict[tuple[str, str, str], Row],
 ) -> list[Row]:  # fmt: skip
-    """All rows of one size and dtype, the methods interleaved.
+    """All rows of one size and dtype; the methods take turns.
 
     Args:
-        smaller: the rows of the next smaller size, by dtype, direction and method.
+        smaller: the rows of the next smaller size, by dtype, direction and method; replaced by the
+            rows of this size.
     """
     torch.manual_seed(0)
     q, k, v = (

@@ -1,26 +1,26 @@
-"""How much of what a sparse mask costs the bundled model a LoRA brings back.
+"""How much a LoRA recovers of the loss that a sparse mask adds to the bundled model.
 
     python benchmarks/lora.py --output benchmarks
 
-writes a file per row into benchmarks/lora/ as it is finished, and benchmarks/lora.md from all that
-are there. Rows that are there are not made again, and a row that was stopped goes on from its last
-checkpoint: the run may be cut into parts, and several processes may share it (--methods).
+writes each finished row into a file of benchmarks/lora/, and benchmarks/lora.md from all files in
+that folder. An existing row is not made again, and a row that was stopped goes on from its last
+checkpoint. So a run may be cut into parts, and several processes may share the run (--methods).
 
 How the figures are made:
 
-- The bundled model (16 x 12 x 12 tokens, 4 layers), every layer and every step sparse: the models'
-  own schedules keep some dense, which hides what the mask costs.
+- The bundled model (16 x 12 x 12 tokens, 4 layers), with every layer and every step sparse: the
+  default schedules of the methods keep some dense, which hides the cost of the mask.
 - "loss" is flow matching on held-out clips at fixed noise levels with fixed noise, the same for
-  every column. "recovered" is the part of the gap between sparse and dense that the LoRA closes.
-- "distance" is the mean square of what it predicts for these clips less what the dense model does.
-  Unlike the loss it does not fall when the LoRA goes on with the model's own training, which was
-  short.
-- "PSNR" is the mean over generated clips to what the dense model makes of the same caption and
-  noise. "right" is the part of the colours, backgrounds and directions that the checker reads as
+  every column. "recovered" is the share of the gap between sparse and dense that the LoRA closes.
+- "distance" is the mean squared difference between the model's predictions for these clips and
+  those of the dense model. The model's own training was short: a LoRA that continues this training
+  lowers the loss, but not the distance.
+- "PSNR" is the mean over generated clips, against the dense model's clip of the same caption and
+  noise. "right" is the share of the colours, backgrounds and directions that the checker reads as
   the caption says.
 - The LoRA is trained on rendered clips of other captions. The learning rate falls along a cosine.
-- Density is the part of the token pairs that attend; methods that select by content, or have no
-  pairs, have none.
+- Density is the share of the token pairs that attend. Methods that select by content, or that have
+  no pairs, have no density.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from diffattn.samples.moving_shapes.evaluate import Sampling
 
 GRID = diffattn.TokenGrid(16, 12, 12)
 DENSE = "dense"
-# Of each method two settings, the one with more tokens first.
+# Two settings of each method; the first lets more tokens attend.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "radial": ({}, {"sink": False, "first_distance_width": "half", "split_threshold": 48}),
     "gna": ({"window": (7, 7, 7)}, {"window": (5, 5, 5)}),
@@ -82,10 +82,10 @@ class Row:
 
     Attributes:
         method: as its `to_dict()` gives it.
-        density: part of the token pairs that attend; None where the data decide.
-        dense, sparse, trained: the model as it was, under the method, and with the LoRA.
+        density: share of the token pairs that attend; None where the data decide.
+        dense, sparse, trained: figures of the dense model, under the method, and with the LoRA.
         settings: of the training.
-        minutes: that the training took.
+        minutes: duration of the training.
     """
 
     method: dict[str, Any]
@@ -98,12 +98,12 @@ class Row:
 
     @property
     def recovered(self) -> float:
-        """The part of the loss gap that the LoRA closes."""
+        """The share of the loss gap that the LoRA closes."""
         return (self.sparse.loss - self.trained.loss) / (self.sparse.loss - self.dense.loss)
 
 
 def load() -> Any:
-    # The pipeline warns of its own rounding.
+    # The pipeline warns of its own rounding of the number of frames.
     diffusers.utils.logging.set_verbosity_error()
     pipe = WanPipeline.from_pretrained(MODEL_DIR, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
@@ -111,12 +111,12 @@ def load() -> Any:
 
 
 def cases(names: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-    """The first setting of every method, then the second ones: a part of a run is of use."""
+    """The first setting of every method, then the second: a part of a run is of use already."""
     return [(name, CASES[name][turn]) for turn in (0, 1) for name in names]
 
 
 def method_settings(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
-    """The method with nothing dense about it."""
+    """The method's settings with every layer and every step sparse."""
     everywhere = {"dense_layers": 0, "dense_steps": 0, "last_dense_steps": 0}
     method = from_dict({"type": name, **parameters, **everywhere})
     return json.loads(json.dumps(method.for_model("wan2.1", GRID).to_dict()))
@@ -135,7 +135,7 @@ def density_of(settings: dict[str, Any]) -> float | None:
 def measure_dense(
     held_out: HeldOut, pipe: Any, work: Path
 ) -> tuple[Figures, list[NDArray[np.uint8]]]:
-    """The dense model's figures and clips, made once."""
+    """The dense model's figures and clips, made once and kept in `work`."""
     count = len(held_out.scenes)
     kept = work / f"dense-{count}.npz"
     if kept.is_file():
@@ -155,12 +155,12 @@ def measure(
     held_out: HeldOut,
     dense: tuple[Figures, list[NDArray[np.uint8]]],
 ) -> Row:
-    """Train under a method, and look before and after."""
+    """Train under a method, and measure the model before and after the training."""
     pipe = load()
     recipe = recipe_for(pipe)
     clips = RenderedClips(pipe, recipe, CLIPS)
     trainer = Trainer(pipe, clips, clips.empty, settings, folder, recipe=recipe, resume=True)
-    # A run that goes on has looked before: its LoRA is no more what it was.
+    # A resumed run was measured before its first step; by now weights of the method are trained.
     before = folder / "sparse.json"
     if not before.is_file():
         trainer.model.disable_adapters()
@@ -214,7 +214,7 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def write(folder: Path, name: str, row: Row, facts: dict[str, Any]) -> None:
-    """Write a row, and the table of all that there are."""
+    """Write a row, and the table of all rows that exist."""
     rows = folder / "lora"
     rows.mkdir(parents=True, exist_ok=True)
     partial = rows / f".{name}.tmp"

@@ -2,11 +2,11 @@
 
     python benchmarks/lora_gpu.py --output benchmarks/lora_gpu.json
 
-for a machine with a GPU, diffusers and peft. The weights are random, bfloat16, the LoRA float32 of
-rank 128 on q, k, v and o, gradient checkpointing is on, the loss is the model's own, and a step is
-forward, backward and AdamW on one sample. 81 frames of 480 x 832 are 32,760 tokens. The first step
-of each is not counted; the time is the median of the others, the memory the most that was
-allocated. Methods attend sparsely in every layer.
+needs a machine with a GPU, diffusers and peft. The weights are random and bfloat16. The LoRA is
+float32 of rank 128 on q, k, v and o. Gradient checkpointing is on, the loss is the model's own, and
+a step is forward, backward and AdamW on one sample. 81 frames of 480 x 832 are 32,760 tokens. The
+first step of each method is not counted; the time is the median of the other steps, the memory the
+peak of allocated memory. Methods attend sparsely in every layer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from diffattn.lora.trainer import memory_in_use
 from diffattn.methods import METHODS, from_dict
 from diffattn.methods.base import StaticMaskMethod
 
-# Wan 2.1 1.3B's, see its transformer/config.json.
+# The sizes of Wan 2.1 1.3B, see its transformer/config.json.
 HEADS, HEAD_DIM, FFN, LAYERS, TEXT_DIM, TEXT = 12, 128, 8960, 30, 4096, 512
 DENSE = "dense"
 
@@ -57,7 +57,7 @@ def make_pipeline(layers: int, heads: int, device: torch.device) -> Any:
 def measure(
     name: str, pipe: Any, sizes: tuple[int, int, int], steps: int, rank: int
 ) -> dict[str, Any]:
-    """Step time in ms, memory in MiB and density under a method, or dense."""
+    """Step time in ms, memory in MiB and density under a method, or of the dense model."""
     frames, height, width = sizes
     model, device = pipe.transformer, pipe.transformer.device
     everywhere = {"dense_layers": 0, "dense_steps": 0, "last_dense_steps": 0}

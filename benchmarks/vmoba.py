@@ -4,18 +4,19 @@
 
 writes vmoba.json and vmoba.md (vmoba_gpu.json and vmoba_gpu.md on a GPU). How the figures are made:
 
-- Every line is one layer's attention of one sample: "total" is what a layer pays, that is putting
-  q, k, v into the order of the blocks and the output back, the selection, and the attention over
-  what was selected. Dense is torch's scaled_dot_product_attention on the same tensors.
+- Every line is one layer's attention of one sample. "total" is the whole cost of a layer: q, k and
+  v are put into the order of the blocks and the output is put back, blocks are selected, and the
+  selected blocks are attended to. Dense is torch's scaled_dot_product_attention on the same
+  tensors.
 - Every repetition times dense attention and all settings one after another, so that other load on
-  the machine falls on all of them; times are the best of the repetitions, the first call of each is
-  not counted. With `--clock cpu` they are CPU seconds of the process, of use with `--threads 1` on
-  a machine that is busy with other work.
-- Queries and keys are a smooth random field over the grid, and as much noise of the same size on
-  the queries as `--noise` says: real ones are neither, and the more neighbours agree, the smaller
-  the union.
-- "ideal" is 1 / density. "union" is the share of the pairs that a kernel computes which works on
-  whole tiles of 128 queries and keys of one block each: what any query of a tile has selected.
+  the machine falls on all of them. Times are the best of the repetitions; the first call of each
+  setting is not counted. With `--clock cpu` times are CPU seconds of the process, of use with
+  `--threads 1` on a machine that is busy with other work.
+- Queries, keys and values are smooth random fields over the grid. Noise is added to the queries,
+  with the standard deviation `--noise` in units of the field's. Queries and keys of real models are
+  different, and the union is the smaller, the more neighbours agree.
+- "ideal" is 1 / density. "union" is the share of the pairs that a kernel computes if it works on
+  whole tiles: 128 queries, and the keys of each block that any query of the tile has selected.
 - "fwd+bwd" is a forward pass and the gradients of q, k and v.
 """
 
@@ -88,14 +89,14 @@ class Row:
 def smooth_inputs(
     grid: TokenGrid, heads: int, head_dim: int, noise: float, device: torch.device
 ) -> list[torch.Tensor]:
-    """q, k and v: smooth fields over the grid, of unit size, and noise on q."""
+    """q, k and v: smooth fields over the grid of standard deviation 1, and noise on q."""
     torch.manual_seed(0)
     sizes = (grid.frames, grid.height, grid.width)
     fields = []
     for _ in range(3):
         coarse = torch.randn(1, heads * head_dim, *(max(2, size // 4) for size in sizes))
         field = F.interpolate(coarse.to(device), size=sizes, mode="trilinear", align_corners=True)
-        # Contiguous, or dense attention would not run in torch's fused kernel.
+        # Torch's fused kernel for dense attention takes contiguous tensors only.
         field = field.flatten(2).transpose(1, 2).contiguous().unflatten(2, (heads, head_dim))
         fields.append(field / field.std())
     fields[0] = fields[0] + noise * torch.randn_like(fields[0])
@@ -120,7 +121,7 @@ def milliseconds(call: Callable[[], object], clock: str, device: torch.device) -
 
 @dataclass(frozen=True)
 class Parts:
-    """What one layer's attention consists of, each part by itself."""
+    """The parts of one layer's attention, each as a call by itself, and the whole."""
 
     order: Callable[[], object]
     select: Callable[[], object]
@@ -135,7 +136,10 @@ def parts_of(
     qkv: list[torch.Tensor],
     grad: torch.Tensor | None,
 ) -> tuple[Parts, torch.Tensor]:
-    """The parts of a layer, with gradients where `grad` is that of the output, and the bits."""
+    """The parts of a layer, and the bits of the selection.
+
+    With `grad`, the gradient of the output, the calls compute the gradients of q, k and v too.
+    """
     partition, rule = method.partition(grid, layer), method.rule(grid, layer)
     blocks = partition.key_blocks(qkv[0].device)
     inside = [partition.to_blocks(x).detach().requires_grad_(grad is not None) for x in qkv]
@@ -164,7 +168,7 @@ def parts_of(
 def measure(
     shape: str, dtype: str, direction: str, args: argparse.Namespace, device: torch.device
 ) -> Iterator[Row]:
-    """All rows of one shape, dtype and direction, dense and settings interleaved."""
+    """All rows of one shape, dtype and direction; dense and the settings take turns."""
     grid = SHAPES[shape]
     inputs = smooth_inputs(grid, args.heads, args.head_dim, args.noise, device)
     qkv = [x.to(DTYPES[dtype]).requires_grad_(direction != "fwd") for x in inputs]
@@ -301,7 +305,7 @@ def main() -> None:
                     rows.append(row)
                     print(line(row), flush=True)
                 if args.output:
-                    # A run of hours leaves what it has.
+                    # A run of hours writes the rows that it has so far.
                     finish(rows)
 
 

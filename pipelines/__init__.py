@@ -1,4 +1,6 @@
-"""The command line, and the pipelines that are more than a method in a stock pipeline."""
+"""The command line, and pipelines that do more than run a method in a stock pipeline."""
+
+from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ __all__ = ["FreeSwimPipeline", "LadderPipeline"]
 
 
 def __getattr__(name: str) -> Any:
-    # It imports torch, which the command line does not do before it must.
+    # This module imports torch, which the command line imports only for commands that need it.
     if name == "FreeSwimPipeline":
         from .freeswim.pipeline import FreeSwimPipeline
 

@@ -1,4 +1,4 @@
-"""``python -m diffattn.pipelines`` is the ``diffattn`` command."""
+"""`python -m diffattn.pipelines` is the `diffattn` command."""
 
 from .cli import main
 

@@ -1,10 +1,12 @@
-"""The one exception that means "the user can put this right"."""
+"""The exceptions that end a command: bad input, and Ctrl-C."""
+
+from __future__ import annotations
 
 from pathlib import Path
 
 
 def one_line(message: object) -> str:
-    """Return a message of any library as one line without surplus blanks."""
+    """The message of any library as one line, without surplus blanks."""
     return " ".join(str(message).split())
 
 

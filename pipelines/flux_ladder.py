@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from diffattn import Method
 
-# Of the public code of CLEAR (arXiv 2412.16112). It switches off the shift that grows with the
-# size; what remains is the one that Flux's scheduler comes with.
+# The values of CLEAR's public code (arXiv 2412.16112). That code switches off the shift that grows
+# with the size; the fixed shift of Flux's scheduler remains.
 SHIFT = 3.0
 STRENGTH = 0.7
 STEPS = 20
@@ -36,21 +36,26 @@ def upscale_flux(
 ) -> Image:
     """Enlarge a picture in one or several steps, each of which draws its details anew (SDEdit).
 
-    The pipeline stays as it is: what is changed for the time of the call is put back.
+    Every change that the call makes to the pipeline is undone at its end.
 
     Args:
         pipe: a `FluxPipeline`.
-        image: the picture, made at a size that the model was trained on.
+        image: the picture to start from, of a size that the model was trained on.
         sizes: height and width of each step in pixels; doubling is recommended.
-        method: what its transformer attends by. By default what is attached to it, or, where
-            nothing is, CLEAR with the scale and the position embedding for large sizes.
-        strength: share of the denoising steps that is done, at the end of them.
-        steps: denoising steps that it is a share of.
-        guidance_scale: the distilled guidance.
-        call: more arguments of diffusers' `FluxImg2ImgPipeline`: `prompt`, `generator`, ...
+        method: attention method of the transformer. By default a method that is attached already
+            stays; where none is attached, CLEAR is attached with proportional attention and the
+            position embedding for large sizes.
+        strength: share of the denoising steps that is done; the first steps are left out.
+        steps: denoising steps that `strength` is a share of.
+        guidance_scale: scale of Flux's distilled guidance.
+        call: further arguments of diffusers' `FluxImg2ImgPipeline`: `prompt`, `generator`, ...
+
+    Returns:
+        The picture at the last size.
 
     Raises:
-        UserError: if the pipeline is no Flux, or a size none that it can make.
+        UserError: if the pipeline is not Flux, `sizes` is empty, the model cannot make one of the
+            sizes, or `method` is given although a method is attached.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
     from PIL.Image import Resampling
@@ -86,7 +91,7 @@ def upscale_flux(
         )
         set_attn_processor(refining, chosen)
     try:
-        # The picture is encoded and decoded at a size at which it would not fit into memory whole.
+        # At the large sizes a whole picture would not fit into memory while it is en- or decoded.
         vae.enable_tiling()
         for height, width in sizes:
             image = refining(

@@ -1,7 +1,7 @@
 """Pictures of Stable Diffusion beyond its own size: doubled and refined, size by size (SDEdit).
 
-It is how LinFusion (arXiv 2409.02097) makes its largest pictures. A method whose cost grows with
-the tokens, such as LinFusion or Agent Attention, is what makes the last sizes affordable.
+LinFusion (arXiv 2409.02097) makes its largest pictures this way. A method that is cheaper than
+softmax attention, such as LinFusion or Agent Attention, makes the last sizes affordable.
 """
 
 from __future__ import annotations
@@ -15,38 +15,46 @@ from .errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Of LinFusion's public notebook, for pictures of twice, four, eight and sixteen times the size.
+# The values of LinFusion's public notebook, for 2, 4, 8 and 16 times the size.
 STRENGTHS = (0.4, 0.3, 0.2, 0.1)
 STEPS = 50
 
-# Numbers per token and channel that a block of a U-Net holds at once.
+# How many numbers a block of a U-Net holds at once, per token and channel: a block with attention,
+# and a block of convolutions alone.
 _ATTENDING = 18
 _CONVOLVING = 6
 
+# Height and width in pixels.
 Size = tuple[int, int]
-"""Height and width in pixels."""
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One size on the way up: the picture is enlarged to it and partly made anew."""
+    """One size on the way up: the picture is enlarged to this size and partly made anew.
+
+    Attributes:
+        height, width: of the picture in pixels.
+        strength: share of the denoising steps that is done; the first steps are left out.
+    """
 
     height: int
     width: int
     strength: float
-    """Share of the denoising steps that is done, at the end of them."""
 
 
 class LadderPipeline:
     """A Stable Diffusion pipeline that makes its pictures larger, size by size."""
 
     def __init__(self, pipe: Any) -> None:
-        """Take over a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
+        """Use a stock pipeline, which is not changed.
 
-        It stays as it is, and what is attached to it works here, before or after.
+        A method attached to the pipeline's U-Net works here too, attached before or later.
+
+        Args:
+            pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
 
         Raises:
-            UserError: if it is another.
+            UserError: if `pipe` is another pipeline.
         """
         _image_to_image(pipe)
         self.pipe = pipe
@@ -69,20 +77,26 @@ class LadderPipeline:
         """Make a large picture.
 
         Args:
-            prompt: what it shows; None if `call` has it encoded.
-            height, width: of the picture in pixels.
-            image: a picture to start from; one is made when None.
-            start: height and width of the one that is made; as long as the model's own on its
-                shorter side when None.
-            start_steps: its denoising steps.
-            strengths: share of the steps that is done at each larger size; the last holds for more.
+            prompt: what the picture shows; None if `call` holds embeddings of the prompt.
+            height, width: of the large picture in pixels.
+            image: a picture to start from; when None, the first picture is made from the prompt.
+            start: height and width of the first picture, ignored with `image`; when None, the
+                shorter side is the model's own size.
+            start_steps: denoising steps of the first picture.
+            strengths: share of the denoising steps that is done at each larger size; further sizes
+                take the last strength.
             steps: denoising steps that a strength is a share of.
             seed: of the noise, the same at each size.
             say: takes lines for the user: the memory needed, then each size.
-            call: more arguments of both of diffusers' pipelines, such as `guidance_scale`.
+            call: further arguments for both of diffusers' pipelines, from text and from an image,
+                such as `guidance_scale`.
+
+        Returns:
+            The picture of `height` x `width` pixels.
 
         Raises:
-            UserError: if the model cannot make a size, or a strength or size is out of range.
+            UserError: if the model cannot make one of the sizes, or a strength or size is out of
+                range.
         """
         from diffattn.models import size_rules
 
@@ -111,15 +125,15 @@ class LadderPipeline:
 
 
 def ladder_sizes(start: Size, goal: Size, multiple: int) -> list[Size]:
-    """Sizes from one to another: each twice the one before, but the last, which may be nearer.
+    """The sizes from a start to a goal: each doubles the size before, and the goal is the last.
 
     Args:
-        start: height and width of the picture there is, which is not among them.
-        goal: those of the last one.
-        multiple: what those between are rounded to.
+        start: height and width of the first picture, which is not among the sizes.
+        goal: height and width of the last picture.
+        multiple: pixels; sizes before the goal are rounded to multiples of this number.
 
     Raises:
-        UserError: if the goal is no larger, or of another shape.
+        UserError: if the goal is not larger on both sides, or has another shape.
     """
     if goal[0] <= start[0] or goal[1] <= start[1]:
         raise UserError(
@@ -141,22 +155,22 @@ def ladder_sizes(start: Size, goal: Size, multiple: int) -> list[Size]:
 
 
 def first_size(goal: Size, native: int, multiple: int) -> Size:
-    """The size of the goal's shape whose shorter side is the model's own."""
+    """The size in the goal's shape whose shorter side is the model's own, `native`, in pixels."""
     scale = native / min(goal)
     return _round(scale * goal[0], multiple), _round(scale * goal[1], multiple)
 
 
 def native_pixels(pipe: Any) -> int:
-    """Side of the square pictures that a model was trained on."""
+    """Side in pixels of the square pictures that a model was trained on."""
     size = pipe.unet.config.sample_size
     return (size if isinstance(size, int) else min(size)) * pipe.vae_scale_factor
 
 
 def rungs(sizes: Sequence[Size], strengths: Sequence[float], steps: int) -> list[Rung]:
-    """The sizes with their strengths; the last of these holds for all sizes that come after.
+    """Give each size its strength; sizes beyond the last strength take the last strength.
 
     Raises:
-        UserError: for a strength out of range, or one that leaves no step to do.
+        UserError: if a strength is out of range, or leaves no denoising step to do.
     """
     if not strengths:
         raise UserError("strengths is empty: give at least one number above 0, up to 1")
@@ -172,15 +186,17 @@ def rungs(sizes: Sequence[Size], strengths: Sequence[float], steps: int) -> list
 
 
 def step_bytes(pipe: Any, height: int, width: int, samples: int) -> int:
-    """Memory that a picture of a size takes besides the weights: an estimate, from the shapes.
+    """Estimate the memory in bytes that a picture takes in addition to the weights.
 
-    The skip connections of the U-Net are counted and, for the rest of a forward, what a block holds
-    at once: where it has attention, 18 times the channels of its tokens, of which most are the
-    feed-forward's hidden layer. Attention adds nothing, unless it is done by tables of all pairs.
+    The estimate follows from the shapes. It counts the skip connections of the U-Net and the
+    largest block. A block with attention holds 18 numbers per token and channel at once, most of
+    them in the feed-forward's hidden layer; a block of convolutions alone holds 6. Attention itself
+    adds nothing, unless a method builds tables of all pairs.
 
     Args:
-        height, width: pixels.
-        samples: in a forward; 2 with guidance.
+        pipe: the pipeline.
+        height, width: of the picture in pixels.
+        samples: samples in a forward; 2 with guidance.
     """
     unet = pipe.unet
     rows, columns = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
@@ -193,7 +209,7 @@ def step_bytes(pipe: Any, height: int, width: int, samples: int) -> int:
             kept += -(-numbers // 4)
         most = max(most, numbers * (_ATTENDING if hasattr(block, "attentions") else _CONVOLVING))
     itemsize = next(unet.parameters()).dtype.itemsize
-    # The picture as the VAE gives it, its copy in tiles, and as pixels of a file.
+    # Three copies of the picture: the VAE's output, the VAE's tiles, the pixels of the file.
     picture = height * width * 3 * (4 + 4 + 1)
     return samples * (kept + most) * itemsize + picture
 
@@ -210,20 +226,23 @@ def refine(
 ) -> Image:
     """Take a picture up a ladder of sizes.
 
-    What is attached to the pipeline's U-Net stays attached, and goes through its phases at each
-    size. The VAE works in tiles meanwhile; the pipeline stays as it is.
+    A method attached to the pipeline's U-Net stays attached, and goes through its schedule of steps
+    at each size. The VAE works in tiles during the call; the pipeline is not changed otherwise.
 
     Args:
         pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
         image: the picture to start from.
-        ladder: the sizes in turn, from `rungs`.
+        ladder: the sizes in turn, as `rungs` gives them.
         steps: denoising steps that a strength is a share of.
         seed: of the noise, the same at each size.
         say: takes a line for each size.
-        call: more arguments of diffusers' image-to-image pipelines: `prompt`, `guidance_scale`, ...
+        call: further arguments of diffusers' image-to-image pipelines: `prompt`, ...
+
+    Returns:
+        The picture at the last size.
 
     Raises:
-        UserError: if the pipeline is another, or a size none that it can make.
+        UserError: if `pipe` is another pipeline, or the model cannot make one of the sizes.
     """
     from PIL.Image import Resampling
 
@@ -250,7 +269,7 @@ def refine(
 
 
 def _image_to_image(pipe: Any) -> Any:
-    """The pipeline that makes pictures of pictures with the parts of another, and shares them."""
+    """The image-to-image pipeline that shares the parts of a Stable Diffusion pipeline."""
     from diffusers import (
         StableDiffusionImg2ImgPipeline,
         StableDiffusionPipeline,
@@ -278,14 +297,14 @@ def _image_to_image(pipe: Any) -> Any:
 
 
 def show_progress_alike(pipe: Any, other: Any) -> None:
-    """Show the progress of another pipeline as that of `pipe` is shown."""
+    """Show the progress of `other` in the way that `pipe` shows its own."""
     other.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
-    if "progress_bar" in vars(pipe):  # somebody watches it
+    if "progress_bar" in vars(pipe):  # replaced on this object, as `run.progress.watched` does
         other.progress_bar = pipe.progress_bar
 
 
 def check_sizes(pipe: Any, ladder: Sequence[Rung]) -> None:
-    """Raise UserError if a size is none that the model can make."""
+    """Raise UserError if the model cannot make one of the sizes."""
     from diffattn.models import size_rules
 
     try:
@@ -296,10 +315,10 @@ def check_sizes(pipe: Any, ladder: Sequence[Rung]) -> None:
 
 
 def noise_generator(seed: int) -> Any:
-    """What noise is drawn from, the same for every size."""
+    """A generator to draw noise from."""
     import torch
 
-    # On the CPU it gives the same noise whatever the device.
+    # A generator on the CPU gives the same noise for every device.
     return torch.Generator("cpu").manual_seed(seed)
 
 

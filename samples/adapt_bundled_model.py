@@ -2,13 +2,17 @@
 
     python -m diffattn.samples.adapt_bundled_model --output outputs/adapted
 
-Every layer and step is sparse here, under a mask that the model cannot bear as it is. The LoRA
-learns the model's own objective and what the dense model predicts, from rendered clips or, with
---teacher, from videos that the dense model makes itself. Before and after: the loss on held-out
-clips, and how close generated clips are to the dense model's.
+Every layer and every step is sparse here, under a mask that breaks the untrained model. The LoRA
+learns the model's own objective and the predictions of the dense model, from rendered clips or,
+with --teacher, from videos of the dense model. The script prints, before and after the training,
+the loss on held-out clips and the PSNR of generated clips to those of the dense model.
 
-`diffattn generate --lora outputs/adapted "a red circle moving up on a blue background"` uses it.
+This command uses the LoRA:
+
+    diffattn generate --lora outputs/adapted "a red circle moving up on a blue background"
 """
+
+from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
@@ -29,23 +33,24 @@ from .moving_shapes.clips import FRAMES, SIZE
 from .moving_shapes.evaluate import Sampling, load_pipeline
 
 EVERYWHERE = {"dense_layers": 0, "dense_steps": 0, "last_dense_steps": 0}
+# Under this mask 15 % of the token pairs attend.
 MASK = {"type": "gna", "window": [7, 7, 7], **EVERYWHERE}
-"""15 % of the token pairs."""
 
 
 def adapt(settings: TrainSettings, output: Path, prompts: int, teacher: int) -> tuple[Figures, ...]:
-    """Train, and look before and after.
+    """Train a LoRA, and measure the model before and after the training.
 
     Args:
         settings: of the training.
-        output: folder for the LoRA; a run that was stopped there goes on.
+        output: folder for the LoRA; a run that was stopped in this folder goes on.
         prompts: held-out captions to generate.
-        teacher: videos for the dense model to make and the LoRA to learn from; 0 to render them.
+        teacher: number of videos that the dense model makes for the LoRA to learn from; 0 for
+            rendered clips instead.
 
     Returns:
-        Figures of the dense model, of the sparse one, and of the sparse one with its LoRA.
+        Figures of the dense model, of the sparse model, and of the sparse model with its LoRA.
     """
-    # The pipeline warns of its own rounding.
+    # The pipeline warns of its own rounding of the number of frames.
     diffusers.utils.logging.set_verbosity_error()
     pipe = load_pipeline(MODEL_DIR)
     recipe = recipe_for(pipe)
@@ -55,7 +60,7 @@ def adapt(settings: TrainSettings, output: Path, prompts: int, teacher: int) -> 
         _taught(pipe, recipe, output, teacher) if teacher else RenderedClips(pipe, recipe, 1024)
     )
     trainer = Trainer(pipe, clips, clips.empty, settings, output, recipe=recipe, resume=True)
-    # A LoRA that has learnt nothing yet, or is switched off, leaves the model under the mask.
+    # A resumed LoRA has learnt something: the sparse model is measured with the LoRA switched off.
     trainer.model.disable_adapters()
     sparse, _ = held_out.figures(pipe, trainer.attachment, made)
     trainer.model.enable_adapters()
@@ -66,7 +71,7 @@ def adapt(settings: TrainSettings, output: Path, prompts: int, teacher: int) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the script with command-line arguments."""
     parser = argparse.ArgumentParser(description="Adapt the bundled model to a sparse mask.")
     parser.add_argument("--output", type=Path, default=Path("outputs/adapted"))
     parser.add_argument("--steps", type=int, default=150)
@@ -103,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _taught(pipe: Any, recipe: Any, output: Path, videos: int) -> Any:
-    """Videos that the dense model makes of training captions."""
+    """Encoded videos that the dense model makes from training captions."""
     training, _ = split_scenes()
     chosen = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))[:videos]
     prompts = [training[index].caption for index in chosen.tolist()]

@@ -1,4 +1,4 @@
-"""The ``diffattn`` command: a file for each sub-command."""
+"""The `diffattn` command: one file for each sub-command."""
 
 from .commands import app, main, run
 

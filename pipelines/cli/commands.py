@@ -1,4 +1,6 @@
-"""The ``diffattn`` command: its sub-commands, and what becomes of errors and warnings."""
+"""The `diffattn` command: its sub-commands, and how errors and warnings are shown."""
+
+from __future__ import annotations
 
 import sys
 import warnings
@@ -56,7 +58,7 @@ def _run(command: Any, arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _fail(str(RunInterruptedError([])), _INTERRUPTED)
     except Exception as error:
-        # Typer carries click's usage errors, under another module in each of its versions.
+        # Typer has a copy of click's usage errors, whose module differs between Typer's versions.
         if not hasattr(error, "format_message"):
             raise
         return _fail(one_line(error.format_message()), _BAD_INPUT)
@@ -101,7 +103,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Show a library's warning as one line: where in its code it was raised helps no user."""
+    """Show a library's warning as one line, without the place in the library's code."""
     warn(one_line(message))
 
 

@@ -1,4 +1,6 @@
-"""``diffattn generate``: arguments only; the work is in ``run``."""
+"""`diffattn generate`: its arguments; `run.generate` does the work."""
+
+from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +11,7 @@ from ..run.request import CONTEXT_PARALLEL, DTYPES, OFFLOADS
 from . import options
 from .say import say, warn
 
-# What `generate` takes by itself; its other options are settings of a request.
+# Parameters that `generate` reads itself; all other options are settings of a request.
 _NOT_OF_A_REQUEST = (
     "prompt",
     "output",
@@ -69,7 +71,7 @@ def generate(
     ] = None,
     lora: Annotated[
         str | None,
-        typer.Option(help="LoRA file or folder; one of `lora train` brings its method."),
+        typer.Option(help="LoRA file or folder; a LoRA of `lora train` brings its method."),
     ] = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="UTF-8 file with one prompt a line; one video each.")

@@ -1,4 +1,6 @@
-"""Grids and places in them as the command line writes them."""
+"""Token grids, and places in a grid, as the command line writes them."""
+
+from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING
@@ -17,8 +19,12 @@ _GRID = re.compile(
 _PLACE = re.compile(rf"({_NUMBER}),({_NUMBER}),({_NUMBER})")
 
 
-def read_grid(text: str) -> "TokenGrid":
-    """Read ``21x30x52``, ``64x64`` (one frame), ``21x30x52+256`` or ``512+64x64`` (with text)."""
+def read_grid(text: str) -> TokenGrid:
+    """Read `21x30x52`, `64x64` (one frame), `21x30x52+256` or `512+64x64` (with text).
+
+    Raises:
+        UserError: if `text` is no grid.
+    """
     from diffattn import TokenGrid
 
     match = _GRID.fullmatch(re.sub(r"\s", "", text).lower())
@@ -41,7 +47,11 @@ def read_grid(text: str) -> "TokenGrid":
 
 
 def read_place(text: str) -> tuple[int, int, int]:
-    """Read the frame, row and column of a token, ``10,15,26``."""
+    """Read the frame, row and column of a token, such as `10,15,26`.
+
+    Raises:
+        UserError: if `text` is no such place.
+    """
     match = _PLACE.fullmatch(re.sub(r"\s", "", text))
     if match is None:
         raise UserError(

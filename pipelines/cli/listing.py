@@ -1,4 +1,6 @@
-"""What there is: the tables behind ``diffattn methods`` and ``diffattn models``."""
+"""The tables that `diffattn methods` and `diffattn models` print."""
+
+from __future__ import annotations
 
 import dataclasses
 import inspect
@@ -17,7 +19,7 @@ def method_lines() -> Iterator[str]:
         paper = "" if method.paper in title else f" ({method.paper})"
         yield f"{name}: {method.__name__}, {title}{paper}"
         parameters = [item for item in dataclasses.fields(method) if item.init]
-        # What the method shares with all others comes last.
+        # Parameters that all methods share come last.
         parameters.sort(key=lambda item: item.name not in method.__annotations__)
         width = max(len(item.name) for item in parameters)
         for item in parameters:
@@ -28,7 +30,7 @@ def method_lines() -> Iterator[str]:
 
 
 def model_lines() -> Iterator[str]:
-    """A table of the model families."""
+    """Yield the lines of a table of the model families."""
     from diffattn.models import FAMILIES
 
     head = ("family", "text", "tested on", "attention sites", "models")
@@ -50,7 +52,7 @@ def model_lines() -> Iterator[str]:
 
 
 def _readable(pattern: str) -> str:
-    """The pattern of module names as people write them: `*` for a number."""
+    """A pattern of module names in the form that people write, with `*` for a number."""
     for regular, plain in ((r"(?P<layer>\d+)", "*"), ("?P<layer>", ""), (r"\d+", "*"), ("?:", "")):
         pattern = pattern.replace(regular, plain)
     return pattern.replace("\\", "")

@@ -1,4 +1,6 @@
-"""``diffattn lora``: arguments only; the work is in the other modules."""
+"""`diffattn lora`: its arguments; `train.run` does the work."""
+
+from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
@@ -10,9 +12,9 @@ from . import options
 
 app = typer.Typer(no_args_is_help=True, help="Adapt a model to sparse attention by LoRA.")
 
-# What is not a setting of the training.
+# Parameters that are not settings of the training.
 _APART = ("output", "config", "resume", "attn", "attn_arg", "attn_config")
-# Options that may be given several times, and the settings they are gathered in.
+# Options that may be repeated, and the setting that takes all values of each.
 _PLURALS = {
     "target": "targets",
     "tracker": "trackers",
@@ -57,20 +59,23 @@ def train(
     height: options.Pixels = None,
     width: options.Pixels = None,
     num_frames: Annotated[
-        int | None, typer.Option(help="More than the model's adapt it to longer videos.")
+        int | None,
+        typer.Option(help="More frames than the model's own adapt the model to longer videos."),
     ] = None,
     fps: Annotated[
         float | None, typer.Option(help="Frames a second to take of a clip (default: all).")
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Videos of each of --prompts.")] = None,
     teacher_steps: Annotated[
-        int | None, typer.Option(help="Denoising steps of each (default: the model's).")
+        int | None, typer.Option(help="Denoising steps of each such video (default: the model's).")
     ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder of encoded clips (default: clips in --output).")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps (default: 1000).")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Of one process (default: 1).")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples in a forward of one process (default: 1).")
+    ] = None,
     accumulation: Annotated[int | None, typer.Option(help="Forwards a step (default: 1).")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: 1e-4.")] = None,
     schedule: Annotated[str | None, typer.Option(metavar="constant|linear|cosine")] = None,
@@ -114,7 +119,8 @@ def train(
     ] = None,
     validation_prompt: Annotated[list[str] | None, typer.Option()] = None,
     validation_steps: Annotated[
-        int | None, typer.Option(help="Denoising steps of them (default: the model's).")
+        int | None,
+        typer.Option(help="Denoising steps of validation videos (default: the model's)."),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -124,8 +130,8 @@ def train(
 ) -> None:
     """Train a LoRA under a method; several processes by `accelerate launch -m diffattn.pipelines`.
 
-    What it writes loads in stock diffusers by `pipe.load_lora_weights`, and `diffattn generate
-    --lora` attaches the same method by itself.
+    The LoRA loads in stock diffusers by `pipe.load_lora_weights`, and `diffattn generate --lora`
+    attaches the same method by itself.
     """
     from ..run.method_settings import MethodOptions
     from ..train.run import train_lora

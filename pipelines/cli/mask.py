@@ -1,4 +1,6 @@
-"""``diffattn mask``: arguments only; the work is in ``mask_picture``."""
+"""`diffattn mask`: its arguments; `mask_picture` does the work."""
+
+from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +11,7 @@ from ..run.request import BUNDLED_MODEL
 from . import options
 from .say import say
 
-# What `mask` takes by itself; its other options are of a run and of a call in it.
+# Parameters that `mask` reads itself; all other options describe a run, or a call in the run.
 _NOT_OF_A_RUN = ("grid", "method", "arg", "output", "query", "prompt")
 _OF_A_CALL = ("step", "layer", "head")
 
@@ -26,12 +28,14 @@ def mask(
     query: Annotated[
         str | None,
         typer.Option(
-            metavar="T,Y,X", help="Whose neighbourhood is shown (default: the middle token)."
+            metavar="T,Y,X", help="Token whose neighbourhood is shown (default: the middle)."
         ),
     ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option(help="For a method that selects by content: the run to look into, no --grid."),
+        typer.Option(
+            help="For a method that selects by content, instead of --grid: prompt of a run."
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help=f"Of the run (default: the bundled {BUNDLED_MODEL}).")
@@ -42,7 +46,7 @@ def mask(
     seed: Annotated[int | None, typer.Option(help="Of the run (default: 0).")] = None,
     steps: Annotated[int | None, typer.Option(help="Of the run (default: the model's).")] = None,
     step: Annotated[
-        int | None, typer.Option(help="Which one to look into, from 1 (default: the middle).")
+        int | None, typer.Option(help="Denoising step to draw, from 1 (default: the middle).")
     ] = None,
     layer: Annotated[int | None, typer.Option(help="From 0 (default: 0).")] = None,
     head: Annotated[int | None, typer.Option(help="From 0 (default: 0).")] = None,

@@ -1,4 +1,6 @@
-"""``diffattn mask``: the density of a mask, its blocks, and a picture of both."""
+"""`diffattn mask`: the density of a mask, its blocks, and a picture of both."""
+
+from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line says of the run that is drawn of a method that selects by content."""
+    """The options for a method that selects by content: a run, and the attention call to draw.
+
+    Attributes:
+        prompt: of the run.
+        settings: further settings of the run that the user gave, by the names of `Request`.
+        call: those of `step`, `layer` and `head` that the user gave.
+    """
 
     prompt: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of the run: names of a :class:`Request`, as far as they are given."""
     call: Mapping[str, int] = field(default_factory=dict)
-    """Of the call in it: ``step``, ``layer`` and ``head``, as far as they are given."""
 
 
 def draw_mask(
@@ -38,14 +44,17 @@ def draw_mask(
     output: Path,
     run: RunOptions,
 ) -> Iterator[str]:
-    """Write the picture, and say what the mask holds.
+    """Write the picture of a mask, and yield lines about the mask.
 
     Args:
-        method: its name.
-        arguments: its parameters, each as "name=value".
+        method: name of the method.
+        arguments: parameters of the method, each as "name=value".
         grid, query: as the user wrote them; without a query the middle of the grid is shown.
         output: the PNG file.
-        run: for methods that select by content, in place of the grid.
+        run: the run to draw for a method that selects by content, in place of the grid.
+
+    Raises:
+        UserError: if the method, the grid, the query, the run or the output is refused.
     """
     from diffattn import draw
     from diffattn.methods.vmoba.method import VMoBAAttn
@@ -79,7 +88,7 @@ def draw_mask(
 
 
 def _draw_run(
-    method: "VMoBAAttn", grid: str | None, query: str | None, output: Path, run: RunOptions
+    method: VMoBAAttn, grid: str | None, query: str | None, output: Path, run: RunOptions
 ) -> Iterator[str]:
     from .selection_picture import Call, draw_selection
 
@@ -99,7 +108,7 @@ def _draw_run(
     yield from draw_selection(method, request, Call(**run.call), place, write)
 
 
-def _write(image: "Image", output: Path) -> Path:
+def _write(image: Image, output: Path) -> Path:
     from diffattn import draw
 
     with staged(Outputs(output), []) as folder:
@@ -107,7 +116,7 @@ def _write(image: "Image", output: Path) -> Path:
     return output
 
 
-def _static_method(made: "Method", grid: "TokenGrid") -> "StaticMaskMethod":
+def _static_method(made: Method, grid: TokenGrid) -> StaticMaskMethod:
     from diffattn.methods import StaticMaskMethod
 
     fitted = made.for_model("", replace(grid, text_before=0, text_after=0))
@@ -119,7 +128,7 @@ def _static_method(made: "Method", grid: "TokenGrid") -> "StaticMaskMethod":
     return fitted
 
 
-def _figures(method: "StaticMaskMethod", grid: "TokenGrid") -> Iterator[str]:
+def _figures(method: StaticMaskMethod, grid: TokenGrid) -> Iterator[str]:
     import torch
 
     from diffattn.masks.base import allowed_pairs

@@ -1,4 +1,6 @@
-"""Options that commands share, and which of its options a command was given."""
+"""Options that commands share, and the options that the user gave to a command."""
+
+from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
@@ -29,7 +31,7 @@ AttnConfig = Annotated[
     Path | None, typer.Option(help="JSON file with the method and its parameters.")
 ]
 
-# That of commands that are about a method.
+# The attention method of commands that describe a method.
 MethodName = Annotated[str, typer.Option("--method", help="See `diffattn methods`.")]
 MethodArg = Annotated[
     list[str] | None,
@@ -44,26 +46,26 @@ Grid = Annotated[
 
 
 def given_options(context: typer.Context, apart: Collection[str]) -> dict[str, Any]:
-    """The options that have a value, by the names of the command's parameters, in their order.
+    """The options that have a value, by the names and in the order of the command's parameters.
 
-    A command hands them on as settings, whose names are checked there: an option that is no setting
-    is an error, not ignored.
+    The command passes these options on as settings. The names of settings are checked there: an
+    option that is no setting is an error.
 
     Args:
         context: of the command.
-        apart: parameters that are left out: what the command takes by itself.
+        apart: parameters to leave out, which the command reads itself.
     """
     values = {str(parameter.name): context.params[parameter.name] for parameter in _all(context)}
     return {
         name: value
         for name, value in values.items()
-        # Options that may be given several times are empty when they are not.
+        # An option that may be repeated is empty where the user did not give it.
         if name not in apart and value is not None and value != ()
     }
 
 
 def written_options(context: typer.Context) -> list[str]:
-    """The names of the parameters that the user wrote, whatever the others' defaults."""
+    """The names of the parameters that the user wrote on the command line."""
     names = [str(parameter.name) for parameter in _all(context)]
     return [
         name
@@ -73,5 +75,5 @@ def written_options(context: typer.Context) -> list[str]:
 
 
 def _all(context: typer.Context) -> list[Any]:
-    """The parameters of the command; --help is none of them."""
+    """The parameters of the command, without --help."""
     return [p for p in context.command.params if p.name in context.params]

@@ -1,4 +1,6 @@
-"""``diffattn plan``: arguments only; the work is in ``plan_table``."""
+"""`diffattn plan`: its arguments; `plan_table` does the work."""
+
+from __future__ import annotations
 
 from typing import Annotated
 
@@ -7,7 +9,7 @@ import typer
 from . import options
 from .say import say
 
-# What `plan` takes by itself; its other options are arguments of `diffattn.plan`.
+# Parameters that `plan` reads itself; all other options are arguments of `diffattn.plan`.
 _NOT_OF_A_PLAN = ("method", "arg", "model", "grid", "as_json")
 
 

@@ -1,4 +1,6 @@
-"""``diffattn plan``: what a method costs, as a table or as JSON."""
+"""`diffattn plan`: what a method costs, as a table or as JSON."""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
@@ -23,19 +25,24 @@ _FROM_MODEL = ("height", "width", "num_frames", "steps")
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What the command line says."""
+    """The options of `diffattn plan`.
+
+    Attributes:
+        method: name of the method.
+        arguments: each --arg, as "name=value".
+        model, grid: as the user wrote them.
+        numbers: further arguments of `diffattn.plan` that the user gave.
+    """
 
     method: str
     arguments: tuple[str, ...]
-    """Each --arg, as "name=value"."""
     model: str | None
     grid: str | None
     numbers: Mapping[str, int]
-    """Arguments of :func:`diffattn.plan`, as far as they are given."""
 
 
 def plan_lines(options: PlanOptions, as_json: bool) -> Iterator[str]:
-    """Plan, and return the lines to print."""
+    """Plan, and yield the lines to print."""
     result = make_plan(options)
     if as_json:
         yield json.dumps(result.to_dict(), indent=2)
@@ -43,8 +50,12 @@ def plan_lines(options: PlanOptions, as_json: bool) -> Iterator[str]:
         yield from _table(result)
 
 
-def make_plan(options: PlanOptions) -> "Plan | Estimate":
-    """Return the plan of the options; bad ones are refused in the library's own words."""
+def make_plan(options: PlanOptions) -> Plan | Estimate:
+    """The plan of the options.
+
+    Raises:
+        UserError: for bad options, in the library's own words.
+    """
     import diffattn
 
     if (options.model is None) == (options.grid is None):
@@ -70,7 +81,7 @@ def make_plan(options: PlanOptions) -> "Plan | Estimate":
 
 
 def _fill(numbers: dict[str, int], model: str, folder: Path) -> None:
-    """Take what the user left out from what the folder's model recommends."""
+    """Fill in the numbers that the user left out, as the folder's model recommends."""
     defaults = read_defaults(model, folder)
     defaults["steps"] = defaults.get("num_inference_steps")
     for name in _FROM_MODEL:
@@ -78,7 +89,7 @@ def _fill(numbers: dict[str, int], model: str, folder: Path) -> None:
             numbers[name] = defaults[name]
 
 
-def _table(plan: "Plan | Estimate") -> Iterator[str]:
+def _table(plan: Plan | Estimate) -> Iterator[str]:
     from rich.console import Console
     from rich.table import Table
 
@@ -91,7 +102,7 @@ def _table(plan: "Plan | Estimate") -> Iterator[str]:
     yield from (line.rstrip() for line in capture.get().splitlines())
 
 
-def _rows(plan: "Plan | Estimate") -> Iterator[tuple[str, str]]:
+def _rows(plan: Plan | Estimate) -> Iterator[tuple[str, str]]:
     from diffattn import Plan
     from diffattn.draw import method_words
 
@@ -126,8 +137,8 @@ def _rows(plan: "Plan | Estimate") -> Iterator[tuple[str, str]]:
     )
 
 
-def _estimated_rows(plan: "Estimate") -> Iterator[tuple[str, str]]:
-    """What there is to say of a method that is no mask."""
+def _estimated_rows(plan: Estimate) -> Iterator[tuple[str, str]]:
+    """Rows of a method that has no mask."""
     if plan.density is not None:
         kind = "exact" if plan.is_exact else "an estimate: what attends depends on the data"
         yield "token density", f"{plan.density:.2%} on average over the layers, {kind}"
@@ -138,8 +149,8 @@ def _estimated_rows(plan: "Estimate") -> Iterator[tuple[str, str]]:
         )
 
 
-def _block_rows(plan: "Plan") -> Iterator[tuple[str, str]]:
-    """What there is to say of a mask and the blocks that it visits."""
+def _block_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Rows of a mask and of the blocks that the mask visits."""
     yield "token density", f"{plan.density:.2%}"
     if plan.extra_keys:
         yield (
@@ -159,7 +170,7 @@ def _block_rows(plan: "Plan") -> Iterator[tuple[str, str]]:
     yield "block-sparse", _block_sparse(plan)
 
 
-def _block_sparse(plan: "Plan") -> str:
+def _block_sparse(plan: Plan) -> str:
     if plan.is_block_sparse:
         but = " but those with text or at the end" if plan.partial_blocks else ""
         return f"yes: no block needs a mask{but}"
@@ -173,7 +184,7 @@ def _block_sparse(plan: "Plan") -> str:
 
 
 def _flops(count: float) -> str:
-    """FLOPs as people write them."""
+    """A number of FLOPs with its unit."""
     for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if count >= size:
             return f"{count / size:.4g} {unit}FLOP"

@@ -1,5 +1,7 @@
 """How the command line speaks: lines on stdout, warnings on stderr."""
 
+from __future__ import annotations
+
 import typer
 
 

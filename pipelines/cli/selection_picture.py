@@ -1,4 +1,6 @@
-"""``diffattn mask`` for a method that selects by content: a run up to one call, and its picture."""
+"""`diffattn mask` for a method that selects by content: a run up to one call, and a picture."""
+
+from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -23,15 +25,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Call:
-    """Which attention call is drawn: denoising step from 1, layer and head from 0."""
+    """The attention call to draw.
+
+    Attributes:
+        step: denoising step, counted from 1; the middle step when None.
+        layer, head: counted from 0.
+    """
 
     step: int | None = None
-    """The middle one when None."""
     layer: int = 0
     head: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what no model has."""
+        """Raise UserError for a number before the first step, layer or head."""
         if self.step is not None and self.step < 1:
             raise UserError(f"--step counts denoising steps from 1, and is {self.step}")
         for name in ("layer", "head"):
@@ -40,12 +46,16 @@ class Call:
 
 
 class _SeenError(Exception):
-    """Ends a run once there is something to draw."""
+    """Ends the run once the selection of the call is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Watched(VMoBAAttn):
-    """The method, and somebody who sees what its calls are given."""
+    """The method, with a function that sees the arguments of each call.
+
+    Attributes:
+        watch: takes the method and the call's query, key, site and key mask.
+    """
 
     watch: Callable[[VMoBAAttn, torch.Tensor, torch.Tensor, Site, torch.Tensor | None], None] = (
         field(default=lambda *_: None, compare=False, repr=False)
@@ -69,17 +79,21 @@ def draw_selection(
     method: VMoBAAttn,
     request: Request,
     call: Call,
-    place: "Place | None",
-    write: Callable[["Image"], Path],
+    place: Place | None,
+    write: Callable[[Image], Path],
 ) -> Iterator[str]:
-    """Run the pipeline until the call, say what was selected in it, and write the picture.
+    """Run the pipeline up to one call, yield lines about its selection, and write the picture.
 
     Args:
-        method: the method, as the user wants it.
-        request: the run; its method is left alone.
-        call: which call of it.
-        place: the token whose neighbourhood is shown; the grid's middle when None.
-        write: takes the picture and returns where it is.
+        method: the method as the user gave it.
+        request: the run; the method of the request is not used.
+        call: the call to draw.
+        place: frame, row and column of the token whose neighbourhood is shown; the middle of the
+            grid when None.
+        write: takes the picture and returns the path of its file.
+
+    Raises:
+        UserError: if the run has no such step, layer, head or token, or the call stays dense.
     """
     from diffattn import draw
 
@@ -117,7 +131,7 @@ def draw_selection(
 def _seen(
     method: VMoBAAttn, request: Request, loaded: Any, step: int, call: Call
 ) -> tuple[VMoBAAttn, Site, torch.Tensor]:
-    """The method as it is used, the site, and the bits of the heads, (heads, tokens, words)."""
+    """Run up to the call: the fitted method, the site, and the bits (heads, tokens, words)."""
     import diffattn
 
     found: list[tuple[VMoBAAttn, Site, torch.Tensor]] = []
@@ -162,7 +176,7 @@ def _seen(
 
 
 def _sites(pipe: Any, layer: int) -> list[Any]:
-    """The first attention module of a layer, of each denoiser."""
+    """The first attention module of a layer in each denoiser."""
     from diffattn.models import denoisers, family_of
 
     out = []

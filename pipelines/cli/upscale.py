@@ -1,4 +1,6 @@
-"""``diffattn upscale``: arguments only; the work is in ``run``."""
+"""`diffattn upscale`: its arguments; `run` does the work."""
+
+from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
@@ -57,8 +59,9 @@ def upscale(
         str,
         typer.Option(
             metavar="N|none",
-            help="All tokens guide every so many steps, and the others reuse it; 1: they guide in "
-            "each; none: in each, and without the prompt too, as in the public code's slower mode.",
+            help="All tokens guide every N steps, and the other steps reuse that guidance; 1: they "
+            "guide in each step; none: in each step, and without the prompt too, as in the public "
+            "code's slower mode.",
         ),
     ] = "2",
     store: Annotated[
@@ -145,7 +148,7 @@ def upscale(
 
 
 def _refuse_others(context: typer.Context, known: Collection[str], kind: str) -> None:
-    """Refuse options that were written, but have no effect on what the model makes."""
+    """Refuse options that the user wrote, but that have no effect on what the model makes."""
     others = [name for name in options.written_options(context) if name not in known]
     if not others:
         return

@@ -1,4 +1,4 @@
-"""FreeSwim's upscaling: two paths through a denoiser, and the pipeline that runs them."""
+"""FreeSwim's upscaling: two paths through a denoiser, and the pipeline that runs both."""
 
 from .pipeline import FreeSwimPipeline
 

@@ -1,12 +1,12 @@
-"""FreeSwim's two paths through a denoiser: details from a window, what they show from everything.
+"""FreeSwim's two paths through a denoiser: a window gives the details, all tokens the content.
 
-A guided call has twice the samples. Those of the first half attend to FreeSwim's window, the same
-samples in the second half to all tokens; what the second half finds in the text, the output of each
-block's cross-attention, takes the place of the first half's own. Kept, it guides later calls that
-have the first half alone.
+A guided call has every sample twice. In the first half of the samples, tokens attend to FreeSwim's
+window (arXiv 2511.14712); in the second half, to all tokens. Each block's cross-attention output of
+the second half replaces that of the first half. The output can be stored, and then guides later
+calls, which have the first half alone.
 
-The blocks are the stock model's. Self-attention goes the way of every method, cross-attention gets
-a processor around its own, which computes neither what is replaced nor what is at hand.
+The blocks are the stock model's. Self-attention is attached as with every method. Cross-attention
+gets a processor around its own, which computes no output that is replaced or stored already.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from diffattn.methods.base import Site
 from diffattn.methods.freeswim import FreeSwimAttn
 from diffattn.models import family_of
 
-# own: one path, the text as it sees it. override: two paths, the second's text for both. store:
-# the same, and kept. reuse: one path, the text as it was kept.
+# The cross-attention output of the first path. own: its own, without a second path. override: that
+# of the second path. store: the same, and stored. reuse: the stored output, without a second path.
 Guidance: TypeAlias = Literal["own", "override", "store", "reuse"]
 StorePlace: TypeAlias = Literal["device", "cpu", "pinned"]
 
@@ -40,31 +40,31 @@ class DualPath:
     """A denoiser of the Wan or LTX family with FreeSwim attached, until `remove`.
 
     Attributes:
-        store: what cross-attention gave in the last call with guidance "store".
+        store: the outputs of cross-attention in the last call with guidance "store".
     """
 
     def __init__(
         self, model: torch.nn.Module, method: FreeSwimAttn, place: StorePlace = "device"
     ) -> None:
-        """Attach; whatever method was attached before is taken off.
+        """Attach FreeSwim; a method that is attached already is taken off.
 
         Args:
             model: the denoiser.
             method: the window of the first path, and the temperature of both.
-            place: where outputs of cross-attention are kept: "device" is the model's own, "cpu"
-                main memory, "pinned" main memory that a GPU copies from faster.
+            place: where outputs of cross-attention are stored: "device" is the model's device,
+                "cpu" main memory, "pinned" main memory that a GPU copies from faster.
 
         Raises:
-            ValueError: if the model is of another family, or `place` is not possible here.
+            ValueError: if the model is neither Wan nor LTX, or `place` is not possible here.
         """
         names = _cross_attentions(model)
         self.store = CrossStore(place)
+        # All errors are raised above, before the model is changed.
         set_attn_processor(model, None)
         self._model = model
         self._guidance: Guidance = "own"
         self._set = []
         first: Any = model.get_submodule(site_names(model, family_of(model))[0])
-        # Everything may be refused up to here, and nothing of the model is changed yet.
         backend = _compat.processor_backend(first.processor)
         parameters = {f.name: getattr(method, f.name) for f in fields(FreeSwimAttn) if f.init}
         set_attn_processor(model, _TwoPaths(path=self, backend=backend, **parameters))
@@ -76,20 +76,20 @@ class DualPath:
 
     @property
     def guidance(self) -> Guidance:
-        """Where the text comes from in the calls to come."""
+        """The guidance of the next calls."""
         return self._guidance
 
     @property
     def has_two(self) -> bool:
-        """Are the calls to come made of two halves?"""
+        """Whether the next calls have both paths, each with one half of the samples."""
         return self._guidance in _TWO_PATHS
 
     @contextmanager
     def guided(self, guidance: Guidance) -> Iterator[None]:
-        """Have calls in the block guided this way; if one fails, what was kept is given up.
+        """Guide the calls in the block this way; after a failure the store is empty.
 
         Raises:
-            RuntimeError: for "reuse" when nothing is kept.
+            RuntimeError: for "reuse" when the store is empty.
         """
         if guidance == "reuse" and not self.store:
             raise RuntimeError("there is nothing to reuse: call with guidance 'store' first")
@@ -105,21 +105,21 @@ class DualPath:
             self._guidance = "own"
 
     def remove(self) -> None:
-        """Put back the processors that the model had, and give up what was kept."""
+        """Put back the processors that the model had, and empty the store."""
         self.store.clear()
         set_attn_processor(self._model, None)
         for module, processor in self._set:
-            # A processor that somebody has put there since is theirs to keep.
+            # A processor that somebody else has set since then stays.
             if module.processor is processor:
                 set_processor(module, processor.inner)
         self._set = []
 
 
 def store_bytes(model: torch.nn.Module, tokens: int, batch: int = 1) -> int:
-    """Memory that a call with guidance "store" over `tokens` tokens of `batch` videos will keep.
+    """Bytes that a call with guidance "store" stores for `batch` videos of `tokens` tokens.
 
     Raises:
-        ValueError: if the model is of another family than `DualPath` takes.
+        ValueError: if the model is neither Wan nor LTX.
     """
     projections: list[Any] = [
         model.get_submodule(f"{name}.to_out.0") for name in _cross_attentions(model)
@@ -130,7 +130,7 @@ def store_bytes(model: torch.nn.Module, tokens: int, batch: int = 1) -> int:
 
 
 def check_place(place: str) -> None:
-    """Raise ValueError for an unknown place, or pinned memory where there is no accelerator."""
+    """Raise ValueError for an unknown place, or for pinned memory without an accelerator."""
     check("store", place, choice(STORE_PLACES))
     if place == "pinned" and not torch.accelerator.is_available():
         raise ValueError(
@@ -140,7 +140,7 @@ def check_place(place: str) -> None:
 
 
 def _cross_attentions(model: torch.nn.Module) -> list[str]:
-    """The names of the cross-attention modules beside the sites."""
+    """The names of the cross-attention modules, each beside a site of self-attention."""
     family = family_of(model)
     if family.name not in _FAMILIES:
         raise ValueError(
@@ -154,7 +154,7 @@ class CrossStore:
     """Outputs of cross-attention, layer by layer, after their projection.
 
     Raises:
-        ValueError: for an unknown place, or pinned memory where there is no accelerator.
+        ValueError: for an unknown place, or for pinned memory without an accelerator.
     """
 
     def __init__(self, place: StorePlace) -> None:
@@ -189,7 +189,8 @@ class _TwoPaths(FreeSwimAttn):
     """The window for the first half of the samples, dense attention for the second.
 
     Attributes:
-        backend: diffusers' name for what computes dense attention; None is its active one.
+        path: says whether a call has both halves.
+        backend: diffusers' backend for dense attention; None for its active backend.
     """
 
     path: DualPath = field(compare=False, repr=False)
@@ -228,7 +229,7 @@ class _TwoPaths(FreeSwimAttn):
 
 
 class _GuidedCross:
-    """The cross-attention of a block, by its own processor where it is computed at all."""
+    """The cross-attention of a block: the output of its own processor, or the stored output."""
 
     def __init__(self, path: DualPath, layer: int, inner: Any) -> None:
         self.inner = inner

@@ -1,7 +1,10 @@
-"""What FreeSwim's two stages need to know of a stock pipeline: those of Wan and of LTX-Video.
+"""Stock pipelines of Wan and LTX-Video, in the terms of FreeSwim's two stages.
 
-Latents are (batch, channels, frames, height, width), normalised as the model wants them.
+Latents are (batch, channels, frames, height, width). Those of the denoiser are normalised to mean 0
+and variance 1 by `statistics`; those of the VAE are not.
 """
+
+from __future__ import annotations
 
 import inspect
 import math
@@ -14,8 +17,8 @@ import torch
 from diffattn._checks import check, number
 from diffattn.models.wan import encode_all_frames, frames_to_ask_for
 
+# Encoded prompts (prompts, tokens, channels), and the mask of tokens that count, if not all count.
 Text: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
-"""Encoded prompts, (prompts, tokens, channels), and which of the tokens count, if not all."""
 
 
 class FreeSwimModel(Protocol):
@@ -23,47 +26,47 @@ class FreeSwimModel(Protocol):
 
     @property
     def least_steps(self) -> int:
-        """Denoising steps that the pipeline's scheduler needs."""
+        """The smallest number of denoising steps that the pipeline's scheduler takes."""
 
     def base_arguments(self, num_frames: int) -> dict[str, Any]:
-        """Arguments of the pipeline's call that are its own, for a video of so many frames."""
+        """Arguments that only this pipeline takes in this form, for `num_frames` frames."""
 
     def encode_prompts(
         self, prompts: list[str], negative: list[str], guided: bool, max_sequence_length: int
     ) -> tuple[Text, Text | None]:
-        """Encode the prompts and, if ``guided``, what to avoid."""
+        """Encode the prompts and, if `guided`, the negative prompts."""
 
     def set_timesteps(self, scheduler: Any, steps: int, device: torch.device) -> None:
-        """Give a scheduler the steps that the pipeline gives its own."""
+        """Set the timesteps of a scheduler as the pipeline sets those of its own."""
 
     def model_at(self, timestep: torch.Tensor | None) -> Any:
-        """The denoiser for a timestep; the first one for None."""
+        """The denoiser for a timestep; for None the first denoiser."""
 
     def predict(
         self, model: Any, latents: torch.Tensor, timestep: torch.Tensor, text: Text
     ) -> torch.Tensor:
-        """Call a denoiser; a batch of latents may be several times as large as that of texts."""
+        """Call a denoiser; the batch of latents may be a multiple of the batch of texts."""
 
     def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of each channel of what the VAE makes of videos."""
+        """Mean and standard deviation of the VAE's latents, (channels,) each."""
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The likeliest latents of a video (1, 3, frames, height, width) in [-1, 1]."""
+        """The VAE's likeliest latents of a video (1, 3, frames, height, width) in [-1, 1]."""
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """The video of latents of one sample."""
+        """The video (1, 3, frames, height, width) of the VAE's latents of one sample."""
 
 
 def model_of(pipe: Any, frame_rate: float | None) -> FreeSwimModel:
-    """Return what is to be known of a pipeline.
+    """A stock pipeline in the terms of FreeSwim.
 
     Args:
         pipe: a stock pipeline.
-        frame_rate: frames a second, for a pipeline that is told them; its own default when None.
+        frame_rate: frames a second, for a pipeline that takes the frame rate; the default of its
+            call when None.
 
     Raises:
-        ValueError: for another pipeline than those of Wan and LTX-Video, or a frame rate that it
-            does not take.
+        ValueError: if the pipeline is not one of Wan or LTX-Video, or refuses the frame rate.
     """
     if type(pipe).__name__ == "LTXPipeline":
         rate = given_or_default(pipe, "frame_rate", frame_rate)
@@ -79,7 +82,7 @@ def model_of(pipe: Any, frame_rate: float | None) -> FreeSwimModel:
 
 
 def check_pipeline(pipe: Any) -> None:
-    """Raise ValueError unless a pipeline is one of those that are known here."""
+    """Raise ValueError unless the pipeline is a `WanPipeline` or an `LTXPipeline`."""
     name = type(pipe).__name__
     if name not in ("WanPipeline", "LTXPipeline"):
         raise ValueError(
@@ -89,7 +92,7 @@ def check_pipeline(pipe: Any) -> None:
 
 
 def given_or_default(pipe: Any, argument: str, given: Any) -> Any:
-    """Return what is given, or else what the pipeline's own call takes."""
+    """The given value, or else the default of the pipeline's call."""
     if given is not None:
         return given
     return inspect.signature(type(pipe).__call__).parameters[argument].default
@@ -97,7 +100,7 @@ def given_or_default(pipe: Any, argument: str, given: Any) -> Any:
 
 @dataclass(frozen=True)
 class Wan:
-    """A :class:`diffusers.WanPipeline`, of one expert or two."""
+    """A `diffusers.WanPipeline` with one expert or two."""
 
     pipe: Any
 
@@ -164,14 +167,14 @@ class Wan:
 
 @dataclass(frozen=True)
 class LTX:
-    """A :class:`diffusers.LTXPipeline`, whose time embedding knows the frame rate."""
+    """A `diffusers.LTXPipeline`, whose position embedding depends on the frame rate."""
 
     pipe: Any
     frame_rate: float
 
     @property
     def least_steps(self) -> int:
-        # Steps that are stretched to end at a given noise need a first and a last.
+        # Steps that are stretched to end at a given noise level need a first and a last.
         return 2 if self.pipe.scheduler.config.get("shift_terminal") else 1
 
     def base_arguments(self, num_frames: int) -> dict[str, Any]:
@@ -201,7 +204,7 @@ class LTX:
         spatial = self.pipe.vae_spatial_compression_ratio
         temporal = self.pipe.vae_temporal_compression_ratio
         sizes = latents.shape[2:]
-        # Here the text goes with the latents sample by sample.
+        # LTX takes one text for each sample of the latents.
         times = len(latents) // len(text[0])
         words, mask = (None if x is None else torch.cat([x] * times) for x in text)
         out: torch.Tensor = model(
@@ -229,7 +232,7 @@ class LTX:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self.pipe.vae
-        # As the pipeline does by default: of latents without noise.
+        # The pipeline's default: latents without noise.
         timestep = latents.new_zeros(1) if vae.config.timestep_conditioning else None
         video: torch.Tensor = vae.decode(latents, timestep, return_dict=False)[0]
         return video

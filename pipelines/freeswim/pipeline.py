@@ -1,8 +1,11 @@
 """FreeSwim: a video far beyond the size that its model was trained on, without training.
 
-The model's own size is made first, or a video is given; it is enlarged as a picture, noised, and
-denoised at the large size under FreeSwim's window, guided by what all tokens together see.
+The paper is arXiv 2511.14712. A base video is made at the model's own size, or is given. The frames
+are enlarged as pictures, noised, and denoised at the large size under FreeSwim's window. Attention
+over all tokens guides the denoising, see `dual_path`.
 """
+
+from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
@@ -21,8 +24,8 @@ from diffattn.models import SizeRules, size_rules
 from .dual_path import DualPath, Guidance, StorePlace, check_place, store_bytes
 from .models import FreeSwimModel, Text, check_pipeline, given_or_default, model_of
 
+# Height and width in pixels.
 PRESETS = {"1080p": (1088, 1920), "1440p": (1440, 2560), "2160p": (2160, 3840)}
-"""Height and width in pixels."""
 
 INTERPOLATIONS = {
     "nearest": cv2.INTER_NEAREST,
@@ -30,46 +33,52 @@ INTERPOLATIONS = {
     "bicubic": cv2.INTER_CUBIC,
     "lanczos": cv2.INTER_LANCZOS4,
 }
+# The negative prompt of the public code.
 NEGATIVE_PROMPT = (
     "repeating patterns, Blurry face, low detail, distorted features, extra limbs, cartoon style,"
     " smooth plastic skin, low resolution, flat colors, lack of texture"
 )
-"""What the public code asks to avoid."""
 
-_PROPORTIONS = 1.05  # a change of them that nobody sees: 832 x 480 is not quite 16 to 9
+# Up to this factor nobody sees a change of the proportions: 832 x 480 is not quite 16 to 9.
+_PROPORTIONS = 1.05
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FreeSwimOutput:
-    """A video and how it came about; arrays are float32 in [0, 1].
+    """Large videos, the base videos, and what the upscaling took.
 
-    ``frames`` and ``base`` are (prompts, frames, height, width, 3): the large video and the small
-    one it was made from.
+    Attributes:
+        frames: the large videos, (prompts, frames, height, width, 3), float32 in [0, 1].
+        base: the base videos, in the same form.
+        steps: denoising steps that were made at the large size.
+        guide_steps: steps among these in which all tokens see each other. A second expert begins
+            with one more.
+        store_bytes: memory for cross-attention between guide steps, in bytes.
     """
 
     frames: np.ndarray
     base: np.ndarray
     steps: int
-    """Denoising steps at the large size, after strength."""
     guide_steps: int
-    """Those of them in which all tokens see each other; a second expert begins with one more."""
     store_bytes: int
-    """Memory for cross-attention between guide steps."""
 
 
 class FreeSwimPipeline:
     """Generation and upscaling by FreeSwim with a stock text-to-video pipeline."""
 
     def __init__(self, pipe: Any) -> None:
-        """Take a :class:`diffusers.WanPipeline` or :class:`diffusers.LTXPipeline`.
+        """Use a stock pipeline.
 
-        It stays as it is between calls, but for a method of attention that is attached to it: the
-        base video is made with that, and it is taken off before the large one.
+        A call changes nothing about the pipeline but its attention: the base video is made with a
+        method that is attached, and this method is taken off before the large video.
+
+        Args:
+            pipe: a `diffusers.WanPipeline` or `diffusers.LTXPipeline`.
 
         Raises:
-            ValueError: if it is another pipeline.
+            ValueError: if `pipe` is another pipeline.
         """
         check_pipeline(pipe)
         self.pipe = pipe
@@ -105,36 +114,36 @@ class FreeSwimPipeline:
 
         Args:
             prompt: what the videos show.
-            video: frames to start from, (frames, height, width, 3), uint8 or float in [0, 1]; made
-                at the base size when None. Frames past the last that the model can take are left
-                out.
-            preset: a key of :data:`PRESETS`, instead of ``height`` and ``width``; turned for
-                videos that are higher than wide.
-            height, width: pixels, rounded to what the model can make; with one given the other
-                keeps the proportions, with none both are doubled.
-            num_frames: frames of the base video; the pipeline's own number when None.
-            base_height, base_width: the size that the model was trained on: of the base video, and
-                of the window. The pipeline's own when None.
+            video: the base video, (frames, height, width, 3), uint8 or float in [0, 1]; made from
+                the prompt when None. Frames past the last that the model can take are left out.
+            preset: a key of `PRESETS`, instead of `height` and `width`; turned for videos that are
+                higher than wide.
+            height, width: pixels of the large video, rounded to a size that the model can make.
+                With one side given, the other keeps the proportions; with none, both are doubled.
+            num_frames: frames of the base video; the pipeline's default when None.
+            base_height, base_width: pixels of the size that the model was trained on: the size of
+                the base video and of the window. The pipeline's default when None.
             base_steps: denoising steps of the base video.
-            num_inference_steps: steps at the large size, of which the last ``strength`` are made;
-                where that is none, the enlarged video is returned.
-            strength: how much is made anew, above 0 and up to 1.
-            guidance_scale: none for 1 and less; the pipeline's own when None.
-            negative_prompt: for the large size; the base video has the model's own.
-            flow_shift: of the noise schedule at the large size; 9 is the public code's for Wan,
-                whose own are 3 and 5.
-            cache_steps: every so many steps all tokens guide; None for each step, and without the
-                prompt too, as in the public code's slower mode.
-            store: where guidance waits for the steps that reuse it.
-            interpolation: a key of :data:`INTERPOLATIONS`.
-            method: another window or temperature.
+            num_inference_steps: steps at the large size, of which only the share `strength` is
+                made, at the end. If no step remains, the enlarged base video is returned.
+            strength: share of the steps that is made, above 0 and up to 1.
+            guidance_scale: 1 or less for no guidance; the pipeline's default when None.
+            negative_prompt: for the large size; the base video has the pipeline's default.
+            flow_shift: of the noise schedule at the large size. The public code has 9 for Wan,
+                whose own shifts are 3 and 5.
+            cache_steps: all tokens guide once in so many steps. None: they guide in each step, and
+                without the prompt too, as in the public code's slower mode.
+            store: where guidance is stored for the steps that reuse it: "device", "cpu" or
+                "pinned".
+            interpolation: a key of `INTERPOLATIONS`.
+            method: another window or temperature than FreeSwim's default for the base size.
             generator: for the noise of both sizes.
-            max_sequence_length: tokens of a prompt; the pipeline's own when None.
-            frame_rate: frames a second, which LTX is told; the pipeline's own when None.
+            max_sequence_length: tokens of a prompt; the pipeline's default when None.
+            frame_rate: frames a second, only for LTX; the pipeline's default when None.
             say: takes one line on the sizes and one on the memory, before the work starts.
 
         Raises:
-            ValueError: for an argument out of range; it names what is allowed.
+            ValueError: for an argument out of range; the message names what is allowed.
         """
         model = model_of(self.pipe, frame_rate)
         counts = {"num_inference_steps": num_inference_steps, "base_steps": base_steps}
@@ -223,7 +232,7 @@ class FreeSwimPipeline:
         store: StorePlace,
         generator: torch.Generator | None,
     ) -> torch.Tensor:
-        """Noise latents and denoise them; ``cache_steps`` of 0 is without guidance."""
+        """Noise latents and denoise them; with 0 `cache_steps` no tokens guide."""
         from diffusers.utils.torch_utils import randn_tensor
 
         model.set_timesteps(scheduler, num_inference_steps, latents.device)
@@ -237,7 +246,7 @@ class FreeSwimPipeline:
             with self.pipe.progress_bar(total=steps) as bar:
                 for step, timestep in enumerate(scheduler.timesteps[start:]):
                     if model.model_at(timestep) is not denoiser:
-                        # What one expert has kept is nothing to the other.
+                        # The stored outputs of one expert are of no use to the other.
                         if path is not None:
                             path.remove()
                         denoiser = model.model_at(timestep)
@@ -281,14 +290,18 @@ def _guided(
     text: Text,
     guidance: Guidance,
 ) -> torch.Tensor:
-    """Call the model, and return what the path with the window gives."""
+    """The model's prediction by the path with the window."""
     with path.guided(guidance):
         rows = latents.to(text[0].dtype).repeat(2 if path.has_two else 1, 1, 1, 1, 1)
         return predict(rows, timestep, text)[: len(latents)]
 
 
 def as_floats(video: np.ndarray) -> np.ndarray:
-    """Return frames as float32 in [0, 1]."""
+    """Convert frames to float32 in [0, 1].
+
+    Raises:
+        ValueError: unless the frames are (frames, height, width, 3), uint8 or floats in [0, 1].
+    """
     if video.ndim != 4 or video.shape[3] != 3 or not len(video):
         raise ValueError(
             f"video has shape {video.shape}, but must be frames x height x width x 3 colours"
@@ -309,7 +322,11 @@ def legal_frames(video: np.ndarray, rules: SizeRules) -> np.ndarray:
 def target_size(
     from_size: tuple[int, int], preset: str | None, height: int | None, width: int | None
 ) -> tuple[int, int]:
-    """Return the height and width that are asked for."""
+    """The height and width in pixels that the arguments ask for.
+
+    Raises:
+        ValueError: for an unknown preset, a size below 1, or a preset and a size at once.
+    """
     check_target(preset, height, width)
     if preset is not None:
         height, width = PRESETS[preset]
@@ -323,7 +340,7 @@ def target_size(
 
 
 def check_target(preset: str | None, height: int | None, width: int | None) -> None:
-    """Raise ValueError for a size to be made that is none, or two at once."""
+    """Raise ValueError for an unknown preset, a size below 1, or a preset and a size at once."""
     if preset is not None:
         if height is not None or width is not None:
             raise ValueError("give a preset, or height and width, not both")
@@ -334,7 +351,7 @@ def check_target(preset: str | None, height: int | None, width: int | None) -> N
 
 
 def _stretched(from_size: tuple[int, int], size: tuple[int, int]) -> str:
-    """Words for a change of the proportions that is to be seen."""
+    """A note for the user if a change of the proportions can be seen; else nothing."""
     before, after = (width / height for height, width in (from_size, size))
     if 1 / _PROPORTIONS < after / before < _PROPORTIONS:
         return ""
@@ -345,23 +362,27 @@ def _stretched(from_size: tuple[int, int], size: tuple[int, int]) -> str:
 
 
 def legal_size(size: tuple[int, int], rules: SizeRules) -> tuple[int, int]:
-    """Round a height and width to the nearest that the model can make, up from the middle."""
+    """Round a height and width to the nearest that the model can make, halves upwards."""
     unit = rules.spatial_multiple
     height, width = (max(1, (pixels + unit // 2) // unit) * unit for pixels in size)
     return height, width
 
 
 def enlarge(clip: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
-    """Return float frames at another height and width."""
+    """Resize float frames (frames, height, width, 3) to a height and width."""
     flag = INTERPOLATIONS[interpolation]
     frames = [cv2.resize(frame, size[::-1], interpolation=flag) for frame in clip]
-    # Bicubic and Lanczos go beyond what they are given.
+    # Bicubic and Lanczos interpolation leave the range of their input.
     return np.stack(frames).clip(0, 1)
 
 
 def with_shift(scheduler: Any, flow_shift: float) -> Any:
-    """Return a scheduler of the same kind whose noise schedule has another shift."""
-    # A shift that follows from the number of tokens, which grows without end, gives way to it.
+    """A scheduler of the same class whose noise schedule has another shift.
+
+    Raises:
+        ValueError: if the scheduler has no shift.
+    """
+    # A dynamic shift is switched off: it grows with the number of tokens, without end.
     dynamic = "use_dynamic_shifting"
     fixed = {dynamic: False} if dynamic in scheduler.config else {}
     for name in ("flow_shift", "shift"):
@@ -371,7 +392,7 @@ def with_shift(scheduler: Any, flow_shift: float) -> Any:
 
 
 def _guidance_of(step: int, cache_steps: int | None, kept: bool) -> tuple[Guidance, Guidance]:
-    """Return the guidance of a step's calls with the prompt and without."""
+    """The guidance of a step's two calls: with the prompt, and without."""
     if cache_steps is None:
         return "override", "override"
     if cache_steps == 0:

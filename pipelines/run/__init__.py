@@ -1,1 +1,1 @@
-"""What one run passes through: its request, the model, the device, and the files it writes."""
+"""The parts of one run: its request, the model, the device, and the files that the run writes."""

@@ -1,5 +1,7 @@
 """How close two renderings are, and a picture of both."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 
@@ -18,7 +20,7 @@ _GAP = 4
 
 
 def psnr(reference: np.ndarray, other: np.ndarray) -> float:
-    """Return the peak signal-to-noise ratio in dB of uint8 frames; infinite when they are equal.
+    """The peak signal-to-noise ratio in dB of uint8 frames; infinite for equal frames.
 
     The squared error is averaged over the whole clip before the logarithm is taken.
     """
@@ -28,10 +30,10 @@ def psnr(reference: np.ndarray, other: np.ndarray) -> float:
 
 
 def ssim(reference: np.ndarray, other: np.ndarray) -> float:
-    """Return the mean structural similarity of uint8 frames (count, height, width, 3).
+    """The mean structural similarity (Wang et al. 2004) of uint8 frames (count, height, width, 3).
 
-    Each channel of each frame is compared under an 11x11 Gaussian window of sigma 1.5, where the
-    window lies wholly inside the frame.
+    Each channel of each frame is compared under an 11x11 Gaussian window of sigma 1.5, at every
+    place where the window lies wholly inside the frame.
     """
     pairs = zip(reference, other, strict=True)
     return float(np.mean([_frame_ssim(a, b) for a, b in pairs]))
@@ -40,12 +42,12 @@ def ssim(reference: np.ndarray, other: np.ndarray) -> float:
 def side_by_side(
     left: np.ndarray, right: np.ndarray, left_label: str, right_label: str
 ) -> np.ndarray:
-    """Return frames that show two clips (count, height, width, 3) beside each other, labelled."""
+    """Join two clips (count, height, width, 3) beside each other, with labels."""
     return in_columns([(left_label, left), (right_label, right)])
 
 
 def in_columns(clips: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
-    """Return frames that show clips of one size beside each other, each under its label.
+    """Join clips of one size beside each other, each under its label.
 
     Small clips are enlarged by a whole factor so that the labels can be read.
     """

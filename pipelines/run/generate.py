@@ -1,5 +1,7 @@
 """The run: load, attach, render, compare, write."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import time
@@ -36,17 +38,23 @@ _NO_SCHEDULE = {"dense_layers": 0, "dense_steps": 0, "last_dense_steps": 0}
 
 @dataclass(frozen=True)
 class Rendering:
-    """Frames (count, height, width, 3), uint8, and what they took."""
+    """A video and the time that its rendering took.
+
+    Attributes:
+        frames: (count, height, width, 3), uint8.
+        total_seconds: of the whole pipeline call: text encoding, denoising, decoding; without
+            loading and writing.
+        loop_seconds: of the denoising loop alone.
+        step_seconds: of each denoising step.
+    """
 
     frames: np.ndarray
     total_seconds: float
-    """The whole pipeline call: text encoding, denoising, decoding.  No loading, no writing."""
     loop_seconds: float
-    """The denoising loop alone."""
     step_seconds: list[float]
 
     def timings(self) -> dict[str, Any]:
-        """Return the times as the record holds them."""
+        """The times as the record holds them."""
         return {
             "total_seconds": round(self.total_seconds, 4),
             "loop_seconds": round(self.loop_seconds, 4),
@@ -54,11 +62,11 @@ class Rendering:
         }
 
 
-def generate(job: "Job", say: Callable[[str], None], warn: Callable[[str], None]) -> list[Path]:
+def generate(job: Job, say: Callable[[str], None], warn: Callable[[str], None]) -> list[Path]:
     """Render each request of a job into its outputs.
 
     Args:
-        job: what to make, and where each video goes.
+        job: the videos to make, and the path of each.
         say: takes lines for the user.
         warn: takes one-line warnings.
 
@@ -66,7 +74,8 @@ def generate(job: "Job", say: Callable[[str], None], warn: Callable[[str], None]
         The videos written.
 
     Raises:
-        RunInterruptedError: on Ctrl-C; it names the finished videos, which are kept.
+        UserError: if the model, a size, the LoRA or an output is refused.
+        RunInterruptedError: on Ctrl-C; the message names the finished videos, which are kept.
     """
     kept: list[Path] = []
     try:
@@ -82,7 +91,7 @@ def generate(job: "Job", say: Callable[[str], None], warn: Callable[[str], None]
 
 
 def _make_all(
-    job: "Job",
+    job: Job,
     kept: list[Path],
     say: Callable[[str], None],
     warn: Callable[[str], None],
@@ -124,7 +133,7 @@ def _make(
     with _attached(loaded.pipe, run):
         sparse = render(request, loaded, method.type)
     if rank():
-        return  # The first process writes the same.
+        return  # The first process has the same frames and writes the files.
     if len(sparse.frames) != request.num_frames:
         warn(f"the model made {len(sparse.frames)} frames, not {request.num_frames}")
 
@@ -158,7 +167,11 @@ def _make(
 
 
 def render(request: Request, loaded: LoadedModel, label: str) -> Rendering:
-    """Call the pipeline, timed."""
+    """Call the pipeline, and time the call.
+
+    Raises:
+        UserError: if the pipeline refuses its arguments, runs out of memory or gives NaN.
+    """
     with watched(loaded.pipe, label) as times:
         start = clock()
         frames = _call(loaded.pipe, call_arguments(request, loaded), request.seed, times)
@@ -172,11 +185,11 @@ def render(request: Request, loaded: LoadedModel, label: str) -> Rendering:
 
 
 def _call(
-    pipe: "DiffusionPipeline", arguments: Mapping[str, Any], seed: int, times: LoopTimes
+    pipe: DiffusionPipeline, arguments: Mapping[str, Any], seed: int, times: LoopTimes
 ) -> np.ndarray:
     import torch
 
-    # A generator on the CPU gives the same noise whatever the device.
+    # A generator on the CPU gives the same noise for every device.
     generator = torch.Generator("cpu").manual_seed(seed)
     try:
         return np.asarray(pipe(**arguments, generator=generator, output_type="np").frames[0])
@@ -208,10 +221,10 @@ def _warm_up(run: Run, loaded: LoadedModel) -> None:
 
 
 @contextmanager
-def _attached(pipe: "DiffusionPipeline", run: Run) -> Iterator[Any]:
-    """Have a run's method in the pipeline while the block runs; dense is the untouched model.
+def _attached(pipe: DiffusionPipeline, run: Run) -> Iterator[Any]:
+    """Attach a run's method to the pipeline while the block runs; dense is the untouched model.
 
-    What a LoRA has trained of the method itself comes with it.
+    Weights of the method that were trained with the run's LoRA are loaded too.
     """
     import diffattn
 
@@ -232,7 +245,7 @@ def _attached(pipe: "DiffusionPipeline", run: Run) -> Iterator[Any]:
 
 
 def _describe(attachment: Any, run: Run) -> dict[str, Any]:
-    """Return the attachment's density and schedule as JSON types, with its own words for them."""
+    """The attachment's density and schedule as JSON types, with a summary in words."""
     if attachment is None:
         return {
             "summary": "dense, the untouched model",

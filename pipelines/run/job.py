@@ -1,4 +1,6 @@
-"""From the options of ``diffattn generate`` to what is made and where it goes."""
+"""From the options of `diffattn generate` to the videos to make and their paths."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,22 +22,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the prompts come from; exactly one is given."""
+    """The source of the prompts; exactly one of the attributes is given.
+
+    Attributes:
+        prompt: the prompt itself.
+        prompts_file: UTF-8 file with one prompt a line.
+        record: the JSON sidecar of a run to repeat.
+    """
 
     prompt: str | None
     prompts_file: Path | None
     record: Path | None
-    """The JSON sidecar of a run to repeat."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Videos to make, which differ only in their prompts, and where each goes."""
+    """Videos that differ only in their prompts, and the files of each.
+
+    Attributes:
+        requests: one for each video.
+        outputs: the files of each video.
+        record: how the LoRA of the requests was trained; None without a LoRA, and for a LoRA that
+            was not trained by `diffattn lora train`.
+    """
 
     requests: list[Request]
     outputs: list[Outputs]
-    record: "LoraRecord | None"
-    """How their LoRA was trained; None without one, or for one that was not trained here."""
+    record: LoraRecord | None
 
 
 def plan_job(
@@ -50,14 +63,17 @@ def plan_job(
     Args:
         source: the prompts, or a recorded run.
         method: the attention method.
-        given: the settings that the user gave, by the names of :class:`Request`.
+        given: the settings that the user gave, by the names of `Request`.
         output: the file or folder that the user named.
         say: takes lines for the user.
+
+    Raises:
+        UserError: if a source, a setting, the method, the LoRA or an output is refused.
     """
     if sum(one is not None for one in (source.prompt, source.prompts_file, source.record)) != 1:
         raise UserError("give exactly one of PROMPT, --prompts-file and --from")
     settings: dict[str, Any] = {}
-    # Files that are read, or that a record was made with: no output may replace them.
+    # Files that the run reads, and files of the repeated run: no output may replace these.
     inputs = [path for path in (source.prompts_file, method.config) if path is not None]
     if source.record is not None:
         settings, recorded_files, changes = read_settings(source.record)
@@ -70,7 +86,7 @@ def plan_job(
             settings[name] = _absolute(given[name])
     lora = settings.get("lora")
     record = read_lora_record(lora) if isinstance(lora, str) else None
-    # A run that is repeated has its method already.
+    # A repeated run keeps the method of its record.
     trained = record if "lora" in given else None
     settings["attention"] = _attention(method, settings, trained, say)
     prompts = _prompts(source, settings, say)
@@ -88,10 +104,10 @@ def plan_job(
 def _attention(
     method: MethodOptions,
     settings: Mapping[str, Any],
-    record: "LoraRecord | None",
+    record: LoraRecord | None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Choose the method: what the options name, else what the LoRA given was trained under."""
+    """Choose the method: that of the options, else the LoRA's, else that of the repeated run."""
     if record is None:
         return attention_settings(method, settings.get("attention"))
     try:
@@ -114,7 +130,7 @@ def _attention(
 
 
 def _words(method: Mapping[str, Any]) -> str:
-    """Return a method's name and what was set of it."""
+    """A method's name, and its parameters that differ from the defaults."""
     plain = make_method({"type": method["type"]}).to_dict()
     given = [f"{name}={value}" for name, value in method.items() if value != plain.get(name)]
     return f"{method['type']} ({', '.join(given)})" if given else str(method["type"])
@@ -133,6 +149,6 @@ def _prompts(
 
 
 def _absolute(path: str) -> str:
-    """Make paths that exist absolute, so that a record works from any folder."""
+    """Make the path of an existing file absolute, so that a record works from any folder."""
     found = path != BUNDLED_MODEL and Path(path).expanduser().exists()
     return str(Path(path).expanduser().resolve()) if found else path

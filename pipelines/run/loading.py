@@ -1,4 +1,6 @@
-"""Finding a model and making a stock diffusers pipeline of it, on the device that was asked for."""
+"""Find a model, and load its stock diffusers pipeline on the requested device."""
+
+from __future__ import annotations
 
 import json
 import re
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 
     from diffattn.lora.adapter import LoraRecord
 
+# An optional file beside model_index.json: arguments of the pipeline's call, and `fps`.
 DEFAULTS_FILE = "generation.json"
-"""Optional file beside model_index.json: arguments of the pipeline's call, and ``fps``."""
 
 _INDEX_FILE = "model_index.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -27,19 +29,30 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A pipeline that is ready to be called."""
+    """A pipeline that is ready to be called.
 
-    pipe: "DiffusionPipeline"
+    Attributes:
+        pipe: the pipeline, with its LoRA if the request has one.
+        defaults: the model's recommendations, by the names of the pipeline's arguments, and `fps`.
+        dtype: of all parts but the VAE.
+        device: of the computation.
+        record: how the LoRA in the pipeline was trained; None without a LoRA, and for a LoRA that
+            was not trained by `diffattn lora train`.
+    """
+
+    pipe: DiffusionPipeline
     defaults: Mapping[str, Any]
-    """What the model itself recommends, by the names of the pipeline's arguments, and ``fps``."""
     dtype: str
     device: str
-    record: "LoraRecord | None" = None
-    """How the LoRA in it was trained; None without one, or for one that was not trained here."""
+    record: LoraRecord | None = None
 
 
-def choose_device(name: str | None) -> "torch.device":
-    """Return the named device, or the accelerator if there is one, else the CPU."""
+def choose_device(name: str | None) -> torch.device:
+    """The named device; without a name the accelerator, or the CPU where there is none.
+
+    Raises:
+        UserError: if torch sees no such device.
+    """
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -61,10 +74,12 @@ def choose_device(name: str | None) -> "torch.device":
 
 
 def find_model(model: str) -> Path | str:
-    """Return the folder of a bundled or local pipeline, or a hub id that can be loaded.
+    """The folder of a bundled or local pipeline, or the hub id of a pipeline that can be loaded.
 
-    Everything is refused here that can be refused from ``model_index.json`` alone: large
-    weights are neither downloaded nor read for a model that will not run.
+    The check reads `model_index.json` alone, before large weights are downloaded or read.
+
+    Raises:
+        UserError: if there is no such model, or the model is of no known family.
     """
     if model == BUNDLED_MODEL:
         from diffattn.samples.moving_shapes import MODEL_DIR
@@ -82,12 +97,15 @@ def find_model(model: str) -> Path | str:
     raise UserError(f"there is no model folder {model}{hint}")
 
 
-def load_model(request: Request, record: "LoraRecord | None" = None) -> LoadedModel:
+def load_model(request: Request, record: LoraRecord | None = None) -> LoadedModel:
     """Load the pipeline of a request, its LoRA included, on its device.
 
     Args:
         request: a run of the model.
-        record: what its LoRA's file says of how it was trained.
+        record: how the LoRA of the request was trained, if that is known.
+
+    Raises:
+        UserError: if the device, the model or the LoRA is refused.
     """
     import torch
 
@@ -120,7 +138,7 @@ def _check_folder(path: Path, shown: str) -> Path:
 
 
 def _check_hub(model: str) -> None:
-    """Ask the hub for the index, once and with a short wait: the client's own retries take long."""
+    """Ask the hub for the index once, with a short wait: the client's own retries take long."""
     from huggingface_hub import hf_hub_download, model_info, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -148,13 +166,13 @@ def _check_hub(model: str) -> None:
     except EntryNotFoundError:
         raise UserError(f"{model} is not a diffusers pipeline: it has no {_INDEX_FILE}") from None
     except Exception as error:
-        # The hub's client changed its HTTP library between versions, and with it the errors.
+        # The hub's client changed its HTTP library once, and with the library its errors.
         raise UserError(f"{unknown}, and the hub cannot be reached: {error}") from None
     _check_index(Path(index), model)
 
 
 def _check_index(index: Path, shown: str) -> None:
-    """Refuse a pipeline none of whose models has a family."""
+    """Refuse a pipeline without a model of a known family."""
     from diffattn.models import FAMILIES
 
     entries = _read_json(index, shown)
@@ -171,7 +189,7 @@ def _check_index(index: Path, shown: str) -> None:
 
 
 def read_defaults(model: str, source: Path | str) -> dict[str, Any]:
-    """Return what a model that :func:`find_model` found recommends, as in :class:`LoadedModel`."""
+    """The recommendations of a model that `find_model` found, see `LoadedModel.defaults`."""
     defaults = _bundled_defaults() if model == BUNDLED_MODEL else {}
     if isinstance(source, Path) and (source / DEFAULTS_FILE).is_file():
         defaults |= _read_json(source / DEFAULTS_FILE, model)
@@ -179,7 +197,7 @@ def read_defaults(model: str, source: Path | str) -> dict[str, Any]:
 
 
 def _bundled_defaults() -> dict[str, Any]:
-    """Return what the bundled model was trained and is tested with."""
+    """The settings that the bundled model was trained with and is tested with."""
     from diffattn.samples.moving_shapes.clips import FRAMES, SIZE
     from diffattn.samples.moving_shapes.evaluate import Sampling
 
@@ -189,7 +207,7 @@ def _bundled_defaults() -> dict[str, Any]:
         "num_frames": FRAMES,
         "num_inference_steps": Sampling.steps,
         "guidance_scale": Sampling.guidance,
-        # It knows the words of its captions only.
+        # The bundled model knows only the words of its captions.
         "negative_prompt": "",
         "fps": 8,
     }
@@ -205,21 +223,21 @@ def _read_json(path: Path, shown: str) -> dict[str, Any]:
     return data
 
 
-def _from_pretrained(source: Path | str, shown: str, dtype: "torch.dtype") -> "DiffusionPipeline":
+def _from_pretrained(source: Path | str, shown: str, dtype: torch.dtype) -> DiffusionPipeline:
     import torch
     from diffusers import DiffusionPipeline
 
-    # Wan's VAE is published in float32 and decodes visibly worse below; the others follow along,
-    # since decoding is a small part of a run.
+    # Wan's VAE is published in float32, and decodes visibly worse in less. The VAEs of other models
+    # are loaded in float32 too, since decoding is a small part of a run.
     dtypes = {"default": dtype, "vae": torch.float32}
     try:
-        # Newer releases call it dtype; all that are supported take the old name.
+        # Newer releases call the argument dtype; all supported releases take the old name.
         return DiffusionPipeline.from_pretrained(source, torch_dtype=dtypes)
     except (OSError, ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise UserError(f"cannot load {shown}: {one_line(error)}") from None
 
 
-def _place(pipe: "DiffusionPipeline", device: "torch.device", offload: str) -> None:
+def _place(pipe: DiffusionPipeline, device: torch.device, offload: str) -> None:
     import torch
 
     if offload == "model":

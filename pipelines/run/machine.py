@@ -1,4 +1,6 @@
-"""What a run's figures depend on: the device, and how loud the libraries are."""
+"""The device as a record describes it, and the messages of other libraries."""
+
+from __future__ import annotations
 
 import os
 import platform
@@ -8,7 +10,7 @@ from typing import Any
 
 
 def describe_device(device: str) -> dict[str, Any]:
-    """Return the device as a record needs it: its name, and for the CPU the thread count."""
+    """The type and the name of a device for a record; for the CPU also the number of threads."""
     import torch
 
     kind = torch.device(device).type
@@ -22,7 +24,8 @@ def describe_device(device: str) -> dict[str, Any]:
 def quiet_libraries() -> None:
     """Keep other libraries' bars, advice and deprecations off the screen.
 
-    What matters in them is checked by this package.  DIFFUSERS_VERBOSITY brings them back.
+    This package itself checks what matters. The environment variable DIFFUSERS_VERBOSITY brings the
+    messages back.
     """
     if "DIFFUSERS_VERBOSITY" in os.environ:
         return

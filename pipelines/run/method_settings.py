@@ -1,5 +1,7 @@
 """From the command line's words for an attention method to the method's own settings."""
 
+from __future__ import annotations
+
 import ast
 import json
 from collections.abc import Mapping, Sequence
@@ -15,21 +17,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """What the command line says of the method."""
+    """The options of a command that describe the attention method.
+
+    Attributes:
+        name: of --attn.
+        arguments: each --attn-arg, as "name=value"; these override all other settings.
+        config: of --attn-config, a JSON file with a method's `to_dict()`.
+    """
 
     name: str | None
-    """--attn"""
     arguments: tuple[str, ...]
-    """Each --attn-arg, as "name=value"; they win over everything else."""
     config: Path | None
-    """--attn-config, a JSON file with a method's ``to_dict()``."""
 
 
 def attention_settings(options: MethodOptions, recorded: object) -> dict[str, Any]:
-    """Return the complete settings of the method that the options describe.
+    """The complete settings of the method that the options describe.
 
-    ``recorded`` is the method of the run that is repeated, or None; it counts when the options
-    name no other.
+    Args:
+        options: the options of the command.
+        recorded: settings of the method of a repeated run or of a LoRA, or None; these are used
+            where the options name no method.
+
+    Returns:
+        The method's `to_dict()`.
+
+    Raises:
+        UserError: if the options contradict each other, or the method is refused.
     """
     name, config = options.name, options.config
     if name is not None and config is not None:
@@ -49,12 +62,15 @@ def attention_settings(options: MethodOptions, recorded: object) -> dict[str, An
 
 
 def read_arguments(arguments: Sequence[str], option: str, method_option: str) -> dict[str, Any]:
-    """Return the parameters of a method that were given as "name=value".
+    """The parameters of a method that the user gave as "name=value".
 
     Args:
         arguments: each as the user wrote it.
-        option: the option they were given with.
-        method_option: the one that names the method.
+        option: the option that takes the arguments, for messages.
+        method_option: the option that names the method, for messages.
+
+    Raises:
+        UserError: if an argument is not "name=value", or names the type.
     """
     parameters: dict[str, Any] = {}
     for argument in arguments:
@@ -67,8 +83,12 @@ def read_arguments(arguments: Sequence[str], option: str, method_option: str) ->
     return parameters
 
 
-def make_method(settings: Mapping[str, Any]) -> "Method":
-    """Build the method, with the library's own words for what is wrong."""
+def make_method(settings: Mapping[str, Any]) -> Method:
+    """Build the method.
+
+    Raises:
+        UserError: if the settings are wrong, in the library's own words.
+    """
     from diffattn.methods import from_dict
 
     try:
@@ -87,7 +107,7 @@ def _read_json(config: Path) -> Any:
 
 
 def _parse(text: str) -> Any:
-    """Read a value as JSON or Python writes it; anything else is a word, or several with commas."""
+    """Read a value as JSON or Python writes it; other text is a word, or words at commas."""
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)

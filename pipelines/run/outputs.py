@@ -1,4 +1,6 @@
-"""Where the files of a run go: their names, whether they can be written, all or none of them."""
+"""The files of a run: their names, the check that they can be written, writing all or none."""
+
+from __future__ import annotations
 
 import re
 import shutil
@@ -17,7 +19,7 @@ _LONGEST_SLUG = 40
 
 @dataclass(frozen=True)
 class Outputs:
-    """The files of one video; the side ones lie beside it under its name."""
+    """The files of one video; the other files lie beside the video under its name."""
 
     video: Path
 
@@ -37,13 +39,13 @@ class Outputs:
         return self.video.with_suffix(".json")
 
     def files(self, compare: bool) -> list[Path]:
-        """Every path this run creates: with extension .png, the folders of frames."""
+        """Every path that the run creates; for the extension .png, the folders of frames."""
         videos = [self.video, self.dense, self.comparison] if compare else [self.video]
         return [*(on_disk(path) for path in videos), self.sidecar]
 
 
 def on_disk(video: Path) -> Path:
-    """Return what the reader finds: the file, or the folder of PNG frames."""
+    """The path that the run creates for a video: the file, or the folder of PNG frames."""
     return frames_folder(video) if video.suffix.lower() == ".png" else video
 
 
@@ -51,10 +53,13 @@ def plan_outputs(output: str | None, prompts: Sequence[str], several: bool) -> l
     """Name the output of each prompt.
 
     Args:
-        output: what the user gave: a file, a folder (one that exists, or a name with a slash at the
-            end), or None for names made from the prompts in the current folder.
+        output: what the user gave: a file, a folder (an existing folder, or a name with a slash at
+            the end), or None for names made from the prompts, in the current folder.
         prompts: the prompts in order.
-        several: the prompts come from a file, so that names are numbered even for one.
+        several: whether the prompts come from a file; names are numbered then, even for one prompt.
+
+    Raises:
+        UserError: if `output` is no folder and has no extension.
     """
     digits = max(2, len(str(len(prompts))))
     numbers = [f"{number:0{digits}d}-" if several else "" for number in range(1, len(prompts) + 1)]
@@ -81,7 +86,17 @@ def plan_outputs(output: str | None, prompts: Sequence[str], several: bool) -> l
 def check_outputs(
     planned: Iterable[Outputs], compare: bool, fps: float | None, inputs: Iterable[Path]
 ) -> None:
-    """Refuse outputs that could not be written, before the long run instead of after it."""
+    """Refuse outputs that could not be written, before the long run instead of after the run.
+
+    Args:
+        planned: the outputs.
+        compare: whether the run makes a comparison.
+        fps: frames a second of the videos; None if the model decides.
+        inputs: files that no output may replace.
+
+    Raises:
+        UserError: if an output is refused.
+    """
     protected = {path.expanduser().resolve() for path in inputs}
     for outputs in planned:
         check_format(outputs.video, fps)
@@ -94,10 +109,13 @@ def check_outputs(
 
 @contextmanager
 def staged(outputs: Outputs, kept: list[Path]) -> Iterator[Path]:
-    """Give a folder to write files in; they all move to their places, or all vanish.
+    """Yield a folder to write files in; at the end all files move to their places, or all vanish.
 
-    The folder lies where the outputs will, so that moving is renaming.  Once everything has moved,
-    the video's path is added to ``kept``.
+    The folder lies beside the outputs, so that a move is a renaming. After the moves the path of
+    the video is added to `kept`.
+
+    Raises:
+        UserError: if a file cannot be written.
     """
     folder = Path(tempfile.mkdtemp(prefix=".diffattn-", dir=outputs.video.parent))
     try:
@@ -116,7 +134,7 @@ def staged(outputs: Outputs, kept: list[Path]) -> Iterator[Path]:
 
 
 def slug(prompt: str) -> str:
-    """Return a short file name made of a prompt's words."""
+    """A short file name made of a prompt's words."""
     words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")
     return words[:_LONGEST_SLUG].strip("-") or "video"
 
@@ -135,7 +153,7 @@ def _interrupts_wait() -> Iterator[None]:
 
 
 def _unused(path: Path) -> Outputs:
-    """Number a made-up name until it overwrites nothing."""
+    """Number a name made from the prompt until no file has that name."""
     outputs, number = Outputs(path), 1
     while any(file.exists() for file in outputs.files(compare=True)):
         number += 1
@@ -160,7 +178,7 @@ def _is_frame(path: Path) -> bool:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder that no file can be made in; make it where there is none."""
+    """Make the folder if there is none; raise UserError if it takes no file."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -1,5 +1,7 @@
 """Several processes that make one video together, as torchrun starts them."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 from collections.abc import Iterator
@@ -18,17 +20,17 @@ _START = "torchrun --nproc-per-node 2 --no-python diffattn generate ..."
 
 
 def rank() -> int:
-    """Return this process's number; the first, 0, is the one that talks and writes."""
+    """The number of this process; process 0 speaks to the user and writes the files."""
     return int(os.environ.get("RANK", "0"))
 
 
 def count() -> int:
-    """Return how many processes torchrun started, 1 without it."""
+    """The number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_processes(request: Request) -> None:
-    """Refuse several processes that would all do the same, and one that waits for others."""
+    """Refuse several processes that would all do the same, and a single one that would wait."""
     if request.context_parallel == "none":
         if count() > 1:
             raise UserError(
@@ -44,7 +46,7 @@ def check_processes(request: Request) -> None:
 
 @contextlib.contextmanager
 def together(request: Request) -> Iterator[None]:
-    """Connect the processes for the while; only the first one's output is shown."""
+    """Connect the processes while the block runs; only the output of process 0 is shown."""
     if request.context_parallel == "none":
         yield
         return
@@ -65,13 +67,17 @@ def together(request: Request) -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         yield
-    # After an error the others may never come to this point: torchrun ends them.
+    # After an error the other processes may never reach this line: torchrun ends them.
     if ours:
         dist.destroy_process_group()
 
 
-def own_device(device: "torch.device", request: Request) -> "torch.device":
-    """Return the device of this process, of the kind that was asked for."""
+def own_device(device: torch.device, request: Request) -> torch.device:
+    """The device of this process, of the type of `device`.
+
+    Raises:
+        UserError: if the processes cannot have a device each.
+    """
     if request.context_parallel == "none":
         return device
     import torch
@@ -95,13 +101,17 @@ def own_device(device: "torch.device", request: Request) -> "torch.device":
     return torch.device(device.type, index)
 
 
-def spread(pipe: "DiffusionPipeline", request: Request, grid: "TokenGrid") -> None:
+def spread(pipe: DiffusionPipeline, request: Request, grid: TokenGrid) -> None:
     """Spread the denoisers of a pipeline over the processes.
 
     Args:
         pipe: the pipeline.
-        request: a complete one of the run.
+        request: the complete request of the run.
         grid: the tokens of its video.
+
+    Raises:
+        UserError: if diffusers has no plan for a denoiser, or the heads or tokens cannot be divided
+            among the processes.
     """
     if request.context_parallel == "none":
         return

@@ -1,5 +1,7 @@
 """The denoising loop on the screen and on the clock."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-# Where there is no terminal to draw a bar on, this many lines a run say where it is.
+# Without a terminal to draw a bar on, so many lines a run report the progress.
 _LINES_PER_RUN = 4
 
 
 def clock() -> float:
-    """Return the time in seconds, once the accelerator has done everything it was given."""
+    """The time in seconds, once the accelerator has done all its work."""
     import torch
 
     if torch.accelerator.is_available():
@@ -25,18 +27,18 @@ def clock() -> float:
 
 @dataclass
 class LoopTimes:
-    """What a run's denoising loop took."""
+    """The time in seconds that the denoising loop of a run took, and that each step took."""
 
     loop_seconds: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
 
 
 @contextmanager
-def watched(pipe: "DiffusionPipeline", label: str) -> Iterator[LoopTimes]:
-    """Time the pipeline's denoising loop and show its progress under ``label``.
+def watched(pipe: DiffusionPipeline, label: str) -> Iterator[LoopTimes]:
+    """Time the pipeline's denoising loop and show its progress under `label`.
 
-    The pipeline's own progress bar is replaced for the while: it opens when the loop starts, moves
-    once a step and closes when the loop ends, in every pipeline.
+    The pipeline's own progress bar is replaced while the block runs. In every pipeline the bar
+    opens when the loop starts, moves once a step, and closes when the loop ends.
     """
     times = LoopTimes()
     with _display(label) as show:
@@ -61,7 +63,7 @@ class _Loop:
         self._total = total
         self._show = show
 
-    def __enter__(self) -> "_Loop":
+    def __enter__(self) -> _Loop:
         self._done = 0
         self._start = self._last = clock()
         self._show(0, self._total, 0.0)

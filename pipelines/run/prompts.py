@@ -1,5 +1,7 @@
 """Files of prompts: UTF-8 text, one prompt a line."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,15 +10,23 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class PromptFile:
-    """What a prompt file holds."""
+    """The content of a prompt file.
+
+    Attributes:
+        prompts: in the order of the file.
+        blank_lines: numbers of the skipped lines, counted from 1.
+    """
 
     prompts: tuple[str, ...]
     blank_lines: tuple[int, ...]
-    """Numbers of the skipped lines, counted from 1."""
 
 
 def read_prompts(path: Path) -> PromptFile:
-    """Read one prompt a line; blank lines are skipped and their numbers kept."""
+    """Read one prompt a line; blank lines are skipped and their numbers kept.
+
+    Raises:
+        UserError: if the file cannot be read, is not UTF-8, or holds no prompt.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -24,13 +34,13 @@ def read_prompts(path: Path) -> PromptFile:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # The decoder counts from behind a byte order mark, which only a UTF-8 file can have.
+        # The decoder counts from the end of a byte order mark, which only a UTF-8 file can have.
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"prompt file {path} is not UTF-8: byte 0x{data[error.start]:02x} at offset "
             f"{error.start} (line {line})"
         ) from None
-    # Not splitlines(): it also breaks at characters that may stand inside a sentence.
+    # str.splitlines() also breaks at characters that may stand inside a sentence.
     lines = [line.strip() for line in text.split("\n")]
     if lines and not lines[-1]:
         lines.pop()

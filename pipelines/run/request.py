@@ -1,5 +1,7 @@
 """Every setting of one video, as plain data that can be written down and read back."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,8 +19,8 @@ from diffattn._checks import (
 
 from ..errors import UserError
 
+# Name of the model that comes with the package.
 BUNDLED_MODEL = "moving-shapes"
-"""Name of the model that comes with the package."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "group")
@@ -28,12 +30,21 @@ LARGEST_SEED = 2**64 - 1
 
 @dataclass(frozen=True)
 class Request:
-    """One video to make.  ``None`` leaves a setting to the model or the machine."""
+    """One video to make. `None` leaves a setting to the model or the machine.
+
+    Attributes:
+        model: pipeline folder, hub id, or name of the bundled model.
+        attention: a method as its `to_dict()` gives it.
+        height, width: in pixels.
+        steps: denoising steps.
+        fps: frames a second of the file.
+        lora: file or folder of a LoRA.
+        compare: whether the dense video is rendered too.
+    """
 
     prompt: str
     model: str = BUNDLED_MODEL
     attention: Mapping[str, Any] = field(default_factory=lambda: {"type": "radial"})
-    """A method as its ``to_dict()`` gives it."""
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
@@ -50,7 +61,7 @@ class Request:
     compare: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what no model could do, with the option's name."""
+        """Raise UserError, with the name of the option, for a setting that no model could use."""
         for name in refused(self, _ALLOWED):
             check_option(name, getattr(self, name), _ALLOWED[name])
         if self.compare and self.attention["type"] == "dense":
@@ -67,12 +78,16 @@ class Request:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON types."""
+        """The settings as JSON types."""
         return {**dataclasses.asdict(self), "attention": dict(self.attention)}
 
     @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> "Request":
-        """Build a request from :meth:`to_dict`'s form; unknown names are refused."""
+    def from_dict(cls, settings: Mapping[str, Any]) -> Request:
+        """Build a request from the form that `to_dict` gives.
+
+        Raises:
+            UserError: for an unknown name, a wrong value, or settings without a prompt.
+        """
         names = [item.name for item in dataclasses.fields(cls)]
         for name in settings:
             if name not in names:
@@ -83,14 +98,14 @@ class Request:
 
 
 def option(name: str) -> str:
-    """Return how the command line spells a setting."""
+    """The name of a setting as the command line spells it."""
     return {"prompt": "the prompt", "attention": "the attention method"}.get(
         name, "--" + name.replace("_", "-")
     )
 
 
 def check_option(name: str, value: object, allowed: Allowed) -> None:
-    """Raise :class:`UserError`, in the words of the command line, unless a setting is allowed."""
+    """Raise UserError, in the words of the command line, unless the value is allowed."""
     if not allowed.holds(value):
         hint = did_you_mean(str(value), allowed.names)
         raise UserError(f"{option(name)} must be {allowed.words}, not {value!r}{hint}")

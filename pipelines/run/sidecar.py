@@ -1,5 +1,7 @@
 """The JSON record beside each video, from which the run can be repeated."""
 
+from __future__ import annotations
+
 import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +16,7 @@ _PACKAGES = ("diffattn", "torch", "diffusers", "transformers")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that decide what a run computes."""
+    """The versions, by package, that decide what a run computes."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -25,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def write_record(path: Path, request: Request, facts: dict[str, Any]) -> None:
-    """Write every setting of a run and what is known about it."""
+    """Write every setting of a run, the versions, and facts about the run."""
     record = {
         "diffattn_record": _FORMAT,
         "settings": request.to_dict(),
@@ -41,8 +43,11 @@ def read_settings(path: Path) -> tuple[dict[str, Any], list[Path], list[str]]:
     """Read a record.
 
     Returns:
-        The settings, the files the recorded run wrote, and one line for each version that differs
-        from what runs now.
+        The settings, the paths of the record and of the files that its run wrote, and one line for
+        each version that differs from the present version.
+
+    Raises:
+        UserError: if the file cannot be read, or is no record.
     """
     try:
         record = json.loads(path.read_text("utf-8"))
@@ -65,6 +70,6 @@ def read_settings(path: Path) -> tuple[dict[str, Any], list[Path], list[str]]:
 
 
 def _table(record: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return an entry that only serves to warn: one that was edited away warns of nothing."""
+    """An entry that only serves for warnings; empty if the record lacks the entry."""
     entry = record.get(name)
     return entry if isinstance(entry, dict) else {}

@@ -1,7 +1,9 @@
-"""What a run is made of: its request with the model's defaults in, its tokens, its method.
+"""A run with nothing left open: the request with the model's defaults, the tokens, the method.
 
 Sizes that the model would silently round are refused.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import inspect
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from diffattn.lora.adapter import LoraRecord
     from diffattn.methods import Method
 
-# What a request calls them, and what pipelines call them.
+# Names of settings in a request, and in the calls of pipelines.
 _ARGUMENTS = {
     "prompt": "prompt",
     "negative_prompt": "negative_prompt",
@@ -35,25 +37,35 @@ _ARGUMENTS = {
 }
 _REQUIRED = ("height", "width", "num_frames", "steps")
 
-# Wan's, and the most common one among the others; no pipeline says it anywhere.
+# Wan's frame rate, and the most common of other models. Most pipelines do not state theirs.
 _USUAL_FPS = 16.0
 
 
 @dataclass(frozen=True)
 class Run:
-    """One video to make with a loaded model, with nothing left open."""
+    """One video to make with a loaded model, with nothing left open.
+
+    Attributes:
+        request: complete: the model's defaults are filled in, every size is checked.
+        grid: the tokens of the video, without text.
+        method: the attention method.
+        record: how the LoRA was trained; None without a LoRA, and for a LoRA that was not trained
+            by `diffattn lora train`.
+    """
 
     request: Request
-    """Without a gap: the model's defaults are in, every size is checked."""
-    grid: "TokenGrid"
-    """The video's tokens, without text."""
-    method: "Method"
-    record: "LoraRecord | None"
-    """How the LoRA was trained; None without one, or for one that was not trained here."""
+    grid: TokenGrid
+    method: Method
+    record: LoraRecord | None
 
 
 def complete(request: Request, loaded: LoadedModel) -> Run:
-    """Settle a run: fill the request's gaps from the model, check its sizes, make its method."""
+    """Settle a run: fill the request's gaps from the model, check its sizes, make its method.
+
+    Raises:
+        UserError: if the pipeline does not make videos, does not take a setting, or cannot make the
+            size.
+    """
     parameters = inspect.signature(type(loaded.pipe).__call__).parameters
     _check_pipeline(loaded.pipe, parameters)
     for name in loaded.defaults:
@@ -81,8 +93,8 @@ def complete(request: Request, loaded: LoadedModel) -> Run:
     return Run(full, grid, make_method(full.attention), loaded.record)
 
 
-def _token_grid(request: Request, pipe: "DiffusionPipeline") -> "TokenGrid":
-    """Return the grid of a complete request; sizes that do not fit are refused with the nearest."""
+def _token_grid(request: Request, pipe: DiffusionPipeline) -> TokenGrid:
+    """The grid of a complete request; the error for a size that does not fit names the nearest."""
     from diffattn.models import pipeline_grid
 
     height, width, num_frames = request.height, request.width, request.num_frames
@@ -96,7 +108,7 @@ def _token_grid(request: Request, pipe: "DiffusionPipeline") -> "TokenGrid":
 
 
 def call_arguments(request: Request, loaded: LoadedModel) -> dict[str, Any]:
-    """Return what the pipeline is called with, for the request of a :class:`Run`."""
+    """The arguments of the pipeline's call for the request of a `Run`."""
     parameters = inspect.signature(type(loaded.pipe).__call__).parameters
     arguments = {
         argument: getattr(request, name)
@@ -111,7 +123,7 @@ def call_arguments(request: Request, loaded: LoadedModel) -> dict[str, Any]:
     return {**arguments, **{name: loaded.defaults[name] for name in extra}}
 
 
-def _check_pipeline(pipe: "DiffusionPipeline", parameters: Mapping[str, inspect.Parameter]) -> None:
+def _check_pipeline(pipe: DiffusionPipeline, parameters: Mapping[str, inspect.Parameter]) -> None:
     name = type(pipe).__name__
     if "num_frames" not in parameters:
         raise UserError(f"{name} does not make videos: its call takes no num_frames")

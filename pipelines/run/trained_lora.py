@@ -1,8 +1,10 @@
-"""Loading a LoRA, after checking that every one of its layers has a place in the model.
+"""Load a LoRA, after a check that the model has a place for each of its layers.
 
-One that was trained here, by ``diffattn lora train``, says under which method it was, and may have
-weights of the method's own beside it.
+A LoRA of `diffattn lora train` records the method that it was trained under. Trained weights of the
+method itself may lie beside the LoRA.
 """
+
+from __future__ import annotations
 
 import re
 from collections.abc import Mapping
@@ -21,10 +23,13 @@ if TYPE_CHECKING:
 _FACTOR = re.compile(r"transformer\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
 
 
-def load_lora(pipe: "DiffusionPipeline", path: str, record: "LoraRecord | None") -> None:
-    """Load a LoRA file or folder into the denoiser of its record, or into all where there is none.
+def load_lora(pipe: DiffusionPipeline, path: str, record: LoraRecord | None) -> None:
+    """Load a LoRA file or folder into the denoiser of its record; without a record, into all.
 
-    diffusers only warns when nothing fits, which would render a video without the LoRA.
+    Where nothing fits, diffusers only warns, and would render a video without the LoRA.
+
+    Raises:
+        UserError: if there is no LoRA at `path`, or the LoRA does not fit the model.
     """
     source = Path(path).expanduser()
     if not source.exists():
@@ -34,7 +39,7 @@ def load_lora(pipe: "DiffusionPipeline", path: str, record: "LoraRecord | None")
     try:
         factors = pipe.lora_state_dict(source)
     except Exception as error:
-        # safetensors, torch and diffusers each have their own errors for files that are none.
+        # safetensors, torch and diffusers each raise their own errors for other files.
         raise UserError(f"cannot read LoRA {path}: {one_line(error)}") from None
     for name in _denoisers(pipe) if record is None else [record.denoiser]:
         if getattr(pipe, name, None) is None:
@@ -48,8 +53,8 @@ def load_lora(pipe: "DiffusionPipeline", path: str, record: "LoraRecord | None")
             raise UserError(f"LoRA {path} does not fit the model: {one_line(error)}") from None
 
 
-def read_lora_record(path: str) -> "LoraRecord | None":
-    """Return how the LoRA at ``path`` was trained; None if there is none, or not one from here."""
+def read_lora_record(path: str) -> LoraRecord | None:
+    """How the LoRA at `path` was trained; None unless `diffattn lora train` has trained it."""
     from diffattn.lora.adapter import read_record
     from diffattn.lora.errors import LoraError
 
@@ -60,11 +65,11 @@ def read_lora_record(path: str) -> "LoraRecord | None":
 
 
 def load_weights_of_method(
-    pipe: "DiffusionPipeline", method: "Method", path: str, record: "LoraRecord"
+    pipe: DiffusionPipeline, method: Method, path: str, record: LoraRecord
 ) -> None:
-    """Give an attached method the weights of its own that were trained with a LoRA.
+    """Load the weights of an attached method that were trained together with a LoRA.
 
-    Another method than the LoRA's, which the user has asked for, has nothing to take.
+    Nothing is loaded if the user chose another method than the LoRA's.
     """
     from diffattn.lora.adapter import load_method_weights
     from diffattn.lora.errors import LoraError
@@ -77,12 +82,12 @@ def load_weights_of_method(
         raise UserError(error) from None
 
 
-def _denoisers(pipe: "DiffusionPipeline") -> list[str]:
+def _denoisers(pipe: DiffusionPipeline) -> list[str]:
     names = ("transformer", "transformer_2")
     return [name for name in names if getattr(pipe, name, None) is not None]
 
 
-def _check_fit(model: "torch.nn.Module", factors: Mapping[str, Any], path: str) -> None:
+def _check_fit(model: torch.nn.Module, factors: Mapping[str, Any], path: str) -> None:
     layers = dict(model.named_modules())
     matches = [match for key in factors if (match := _FACTOR.fullmatch(key))]
     if not matches:

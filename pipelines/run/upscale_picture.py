@@ -1,4 +1,6 @@
-"""``diffattn upscale`` with a model that makes pictures, from start to file."""
+"""`diffattn upscale` with a model that makes pictures, from start to file."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
@@ -44,19 +46,26 @@ _CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipelin
 
 @dataclass(frozen=True)
 class PictureSettings:
-    """Every setting of a run beyond those of the first picture; ``None`` leaves it to the model."""
+    """Settings of the larger sizes; `None` leaves a setting to the model.
+
+    Attributes:
+        input: a picture to start from, instead of a first picture from the prompt.
+        height, width: of the large picture in pixels.
+        steps: denoising steps at a larger size, before the strength.
+        strengths: share of the steps that is done at each larger size.
+        negative_prompt: for all sizes.
+        attention: a method as its `to_dict()` gives it.
+        attn_config: the file that `attention` was read from, if any.
+    """
 
     input: Path | None
-    """A picture to start from instead of one that is made."""
     height: int | None
     width: int | None
     steps: int | None
     strengths: tuple[float, ...] | None
     negative_prompt: str | None
     attention: Mapping[str, Any] | None
-    """A method as its ``to_dict()`` gives it."""
     attn_config: Path | None
-    """The file that it was read from, if it was."""
 
 
 # The options of the command that have an effect on pictures alone or on both kinds. All others are
@@ -69,12 +78,12 @@ PICTURE_OPTIONS = frozenset(
 
 
 def makes_pictures(model: str) -> bool:
-    """Is a model, by its folder or hub id, a pipeline of pictures that can be made larger?"""
+    """Whether a model, given by folder or hub id, makes pictures that can be made larger."""
     source = find_model(model)
     if isinstance(source, str):
         from huggingface_hub import hf_hub_download
 
-        # It is in the cache: finding the model has looked into it.
+        # `find_model` has read the index, which is in the cache now.
         index = Path(hf_hub_download(source, "model_index.json"))
     else:
         index = source / "model_index.json"
@@ -82,7 +91,7 @@ def makes_pictures(model: str) -> bool:
 
 
 def picture_attention(options: MethodOptions) -> Mapping[str, Any] | None:
-    """Return the settings of the method that the options describe, None for the untouched model."""
+    """The settings of the method that the options describe; None for the untouched model."""
     if options.name is None and options.config is None:
         if options.arguments:
             raise UserError("--attn-arg needs a method: give --attn too")
@@ -91,7 +100,11 @@ def picture_attention(options: MethodOptions) -> Mapping[str, Any] | None:
 
 
 def read_strengths(text: str | None) -> tuple[float, ...] | None:
-    """Read what the user gave for --strengths: numbers with commas between."""
+    """Read --strengths: numbers with commas between.
+
+    Raises:
+        UserError: for anything else.
+    """
     if text is None:
         return None
     try:
@@ -109,7 +122,7 @@ def upscale_picture(
 
     Args:
         request: the prompt, the model, where it runs, and the first picture.
-        settings: how it is made large.
+        settings: the larger sizes.
         output: the file or folder that the user named.
         say: takes lines for the user.
 
@@ -117,6 +130,7 @@ def upscale_picture(
         The file written.
 
     Raises:
+        UserError: if a setting, a size, the model or the output is refused.
         RunInterruptedError: on Ctrl-C; nothing is written then.
     """
     _check_settings(request, settings)
@@ -132,8 +146,12 @@ def upscale_picture(
     return path
 
 
-def read_picture(path: Path) -> "Image":
-    """Read a picture file, without an alpha channel."""
+def read_picture(path: Path) -> Image:
+    """Read a picture file, without an alpha channel.
+
+    Raises:
+        UserError: if there is no such picture.
+    """
     from PIL import Image, UnidentifiedImageError
 
     if not path.is_file():
@@ -145,7 +163,7 @@ def read_picture(path: Path) -> "Image":
 
 
 def _check_settings(request: Request, settings: PictureSettings) -> None:
-    """Refuse what is wrong for every model, before the time that loading one takes."""
+    """Refuse settings that are wrong for every model, before a model is loaded."""
     if settings.steps is not None:
         check_option("steps", settings.steps, whole(1))
     if settings.input is not None:
@@ -158,7 +176,7 @@ def _check_settings(request: Request, settings: PictureSettings) -> None:
 
 
 def _plan_output(output: str | None, prompt: str, inputs: Collection[Path]) -> Path:
-    """Where the picture goes; refused now if it could not be written later."""
+    """The path of the picture; a path that cannot be written is refused before the run."""
     name = f"{slug(prompt)}.png"
     if output is None:
         path, number = Path(name), 1
@@ -186,7 +204,7 @@ def _plan_output(output: str | None, prompt: str, inputs: Collection[Path]) -> P
 def _make(
     request: Request,
     settings: PictureSettings,
-    image: "Image | None",
+    image: Image | None,
     loaded: LoadedModel,
     path: Path,
     say: Callable[[str], None],
@@ -198,7 +216,7 @@ def _make(
     pipe: Any = loaded.pipe
     is_flux = type(pipe).__name__ == "FluxPipeline"
     denoiser = pipe.transformer if is_flux else pipe.unet
-    # Where it is kept more precise, its pipelines do not convert what they give it.
+    # The pipelines do not convert latents and pictures for a VAE of a more precise type.
     pipe.vae.to(dtype=next(denoiser.parameters()).dtype)
     request, settings = _complete(request, settings, loaded)
     start, sizes = _plan_sizes(request, settings, image, pipe)
@@ -258,7 +276,7 @@ def _record(
     path: Path,
     seconds: float,
 ) -> dict[str, Any]:
-    """What the JSON file beside the picture says of its run."""
+    """The record of the run, for the JSON file beside the picture."""
     return {
         "diffattn_picture_record": _FORMAT,
         "base": request.to_dict() | {"height": start[0], "width": start[1]},
@@ -279,7 +297,7 @@ def _record(
 def _complete(
     request: Request, settings: PictureSettings, loaded: LoadedModel
 ) -> tuple[Request, PictureSettings]:
-    """Take from the model what the user left to it."""
+    """Fill the settings that the user left out with the recommendations of the model."""
     defaults = loaded.defaults
     if settings.negative_prompt is not None and type(loaded.pipe).__name__ == "FluxPipeline":
         raise UserError("--negative-prompt has no effect on Flux, whose guidance is distilled")
@@ -294,9 +312,9 @@ def _complete(
 
 
 def _plan_sizes(
-    request: Request, settings: PictureSettings, image: "Image | None", pipe: Any
+    request: Request, settings: PictureSettings, image: Image | None, pipe: Any
 ) -> tuple[Size, list[Size]]:
-    """The size of the first picture, and those after it."""
+    """The size of the first picture, and the larger sizes in turn."""
     from diffattn.models import size_rules
 
     rules = size_rules(pipe)
@@ -324,7 +342,7 @@ def _plan_sizes(
 
 
 def _goal(height: int | None, width: int | None, shape: Size) -> Size:
-    """What the user asked for: one side gives the other by the shape, none twice the size."""
+    """The size to make: a single side gives the other by the shape; no side, twice the size."""
     for name, value in (("height", height), ("width", width)):
         if value is not None:
             check_option(name, value, whole(1))
@@ -349,12 +367,12 @@ def _ladder(
 def _make_flux(
     request: Request,
     pipe: Any,
-    image: "Image | None",
+    image: Image | None,
     start: Size,
     ladder: list[Rung],
     steps: int,
     say: Callable[[str], None],
-) -> "Image":
+) -> Image:
     arguments = _arguments(request, None)
     if image is None:
         say(f"{start[1]}x{start[0]}: made from the prompt")
@@ -381,7 +399,7 @@ def _make_flux(
 
 
 def _arguments(request: Request, negative_prompt: str | None) -> dict[str, Any]:
-    """Arguments of every call of a pipeline: those that the user gave."""
+    """The arguments for every call of a pipeline: those that the user gave."""
     given = {
         "prompt": request.prompt,
         "guidance_scale": request.guidance_scale,

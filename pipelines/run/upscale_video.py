@@ -1,4 +1,6 @@
-"""``diffattn upscale``: a video by FreeSwim beyond the model's own size, from start to file."""
+"""`diffattn upscale`: a video by FreeSwim beyond the model's own size, from start to file."""
+
+from __future__ import annotations
 
 import dataclasses
 import inspect
@@ -30,10 +32,13 @@ _DEFAULT_STEPS = 50
 
 @dataclass(frozen=True)
 class UpscaleSettings:
-    """Every setting of a run beyond those of the base video; ``None`` leaves it to the model."""
+    """Settings of the large video, see `FreeSwimPipeline`; `None` leaves a setting to the model.
+
+    Attributes:
+        input: a video to start from, instead of a base video from the prompt.
+    """
 
     input: Path | None
-    """A video to start from instead of the base generation."""
     preset: str | None
     height: int | None
     width: int | None
@@ -82,15 +87,16 @@ def upscale(
 
     Args:
         request: the prompt, the model, where it runs, and the base video.
-        settings: how it is made large.
+        settings: of the large video.
         output: the file or folder that the user named.
         say: takes lines for the user.
-        warn: takes lines that the user should not miss.
+        warn: takes one-line warnings.
 
     Returns:
         The video written.
 
     Raises:
+        UserError: if a setting, a size, the model or the output is refused.
         RunInterruptedError: on Ctrl-C; nothing is written then.
     """
     if settings.input is not None:
@@ -115,14 +121,18 @@ def upscale(
 
 
 def check_counts(**counts: int | None) -> None:
-    """Refuse counts below 1 by the names that ``upscale`` has for them, where they are given."""
+    """Raise UserError for a count below 1; the names are those of the options, None is allowed."""
     for name, count in counts.items():
         if count is not None:
             check_option(name, count, whole(1))
 
 
 def read_cache_steps(text: str) -> int | None:
-    """Read ``--cache-steps``, a number of steps or ``none``."""
+    """Read `--cache-steps`, a number of steps or `none`.
+
+    Raises:
+        UserError: for anything else.
+    """
     if text.strip().lower() == "none":
         return None
     if re.fullmatch(r"\s*\d{1,9}\s*", text) is None or int(text) < 1:
@@ -134,7 +144,14 @@ def read_cache_steps(text: str) -> int | None:
 
 
 def read_video(path: Path) -> tuple[np.ndarray, float | None]:
-    """Read a video file: frames (count, height, width, 3), uint8, and how many a second."""
+    """Read a video file.
+
+    Returns:
+        Frames (count, height, width, 3), uint8, and frames a second, None if unknown.
+
+    Raises:
+        UserError: if there is no such video.
+    """
     import imageio.v3 as iio
 
     if not path.is_file():
@@ -142,7 +159,7 @@ def read_video(path: Path) -> tuple[np.ndarray, float | None]:
     try:
         frames = np.asarray(iio.imread(path, plugin="FFMPEG"))
         fps = iio.immeta(path, plugin="FFMPEG").get("fps")
-    except Exception as error:  # whatever the plugin raises for what is no video
+    except Exception as error:  # the plugin has errors of its own for other files
         raise UserError(f"cannot read {path} as a video: {one_line(error)}") from None
     if frames.ndim != 4 or not len(frames):
         raise UserError(f"cannot read {path} as a video: it has no frames")
@@ -150,7 +167,7 @@ def read_video(path: Path) -> tuple[np.ndarray, float | None]:
 
 
 def _refuse_base(request: Request) -> None:
-    """Refuse what is said of a base video where there is none."""
+    """Refuse settings of a base video where --input takes its place."""
     for name, flag in (("num_frames", "--num-frames"), ("steps", "--base-steps")):
         if getattr(request, name) is not None:
             raise UserError(
@@ -159,7 +176,7 @@ def _refuse_base(request: Request) -> None:
 
 
 def _check_settings(settings: UpscaleSettings) -> None:
-    """Refuse what is wrong for every model, before the time that loading one takes."""
+    """Refuse settings that are wrong for every model, before a model is loaded."""
     from ..freeswim.pipeline import check_refinement, check_target
 
     try:
@@ -189,7 +206,7 @@ def _make(
     from ..freeswim.pipeline import NEGATIVE_PROMPT, FreeSwimPipeline
 
     assert request.fps is not None
-    # A complete request has them all.
+    # A complete request has all these settings.
     assert request.num_frames is not None
     assert request.height is not None
     assert request.width is not None
@@ -199,7 +216,7 @@ def _make(
     extra: dict[str, Any] = {length: loaded.defaults[length]} if length in loaded.defaults else {}
     if "frame_rate" in inspect.signature(type(loaded.pipe).__call__).parameters:
         extra["frame_rate"] = request.fps
-    # A generator on the CPU gives the same noise whatever the device.
+    # A generator on the CPU gives the same noise for every device.
     generator = torch.Generator("cpu").manual_seed(request.seed)
     choices: dict[str, Any] = dataclasses.asdict(settings)
     del choices["input"]
@@ -252,7 +269,7 @@ def _make(
         "store_bytes": out.store_bytes,
         "timings": {
             "total_seconds": round(seconds, 4),
-            # Those of the base video come before.
+            # The steps of the base video come first, and are left out.
             "step_seconds": [
                 round(s, 4) for s in times.step_seconds[len(times.step_seconds) - out.steps :]
             ],

@@ -1,5 +1,7 @@
 """Writing frames: MP4 through imageio's ffmpeg, GIF, or a folder of PNG files."""
 
+from __future__ import annotations
+
 import subprocess
 from pathlib import Path
 
@@ -16,7 +18,7 @@ _FASTEST_GIF = 50
 
 
 def check_format(path: Path, fps: float | None) -> None:
-    """Refuse, before anything is rendered, what :func:`write_video` could not write."""
+    """Raise UserError, before anything is rendered, for a file that `write_video` cannot write."""
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
         hint = did_you_mean(suffix, FORMATS)
@@ -31,14 +33,14 @@ def check_format(path: Path, fps: float | None) -> None:
 
 
 def frames_folder(path: Path) -> Path:
-    """Return the folder that holds the frames of ``path`` with extension .png."""
+    """The folder that holds the frames of a `path` with extension .png."""
     return path.with_suffix("")
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Write frames (count, height, width, 3), uint8, in the format the extension names.
+    """Write frames (count, height, width, 3), uint8, in the format that the extension names.
 
-    ``path`` with extension .png names the folder that takes ``frame_0000.png`` and so on; the
+    A `path` with extension .png names the folder that takes `frame_0000.png` and so on; the
     folder must not exist.
     """
     writers = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}
@@ -51,7 +53,7 @@ def _check_ffmpeg() -> None:
         import imageio_ffmpeg
 
         executable = imageio_ffmpeg.get_ffmpeg_exe()
-        # The package only checks executables that it looked for itself.
+        # imageio-ffmpeg only checks executables that it has found itself.
         subprocess.run([executable, "-version"], check=True, capture_output=True, timeout=30)
     except (ImportError, RuntimeError, OSError, subprocess.SubprocessError):
         raise UserError(f"no working ffmpeg for MP4 files: {advice}") from None

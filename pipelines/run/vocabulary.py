@@ -1,5 +1,7 @@
 """Words that a model with a small vocabulary has never seen."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -11,17 +13,17 @@ if TYPE_CHECKING:
 _LARGEST_LIST = 200
 
 
-def warn_of_words(pipe: "DiffusionPipeline", prompt: str, warn: Callable[[str], None]) -> None:
-    """Tell the user of words in the prompt that the model does not know, if there are any."""
+def warn_of_words(pipe: DiffusionPipeline, prompt: str, warn: Callable[[str], None]) -> None:
+    """Warn of the words in the prompt that the model does not know, if there are any."""
     strange, known = unknown_words(pipe, prompt)
     if strange:
         warn(f"the model does not know {', '.join(strange)}; its words are: {' '.join(known)}")
 
 
-def unknown_words(pipe: "DiffusionPipeline", prompt: str) -> tuple[list[str], list[str]]:
-    """Return the prompt's words that the tokenizer does not know, and the words it knows.
+def unknown_words(pipe: DiffusionPipeline, prompt: str) -> tuple[list[str], list[str]]:
+    """The words of the prompt that the tokenizer does not know, and all words that it knows.
 
-    Both are empty for tokenizers that can spell any word.
+    Both lists are empty for tokenizers that can spell any word.
     """
     tokenizer = getattr(pipe, "tokenizer", None)
     unknown = getattr(tokenizer, "unk_token_id", None)

@@ -1,1 +1,1 @@
-"""LoRA training from the command line: the run, and the clips it renders on the way."""
+"""LoRA training from the command line: the run, and the videos rendered during the run."""

@@ -1,4 +1,6 @@
-"""The run of ``diffattn lora train``: settings, model, data, training."""
+"""The run of `diffattn lora train`: settings, model, data, training."""
+
+from __future__ import annotations
 
 import dataclasses
 import inspect
@@ -28,13 +30,31 @@ if TYPE_CHECKING:
 
     from .validation import Validation
 
-# Under this name in the output folder, unless --cache says where.
+# Folder of encoded clips in the output folder, unless --cache names another folder.
 _CLIPS = "clips"
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What a LoRA is trained on.  ``None`` leaves a setting to the model or the machine."""
+    """The data that a LoRA is trained on. `None` leaves a setting to the model or the machine.
+
+    Attributes:
+        model: pipeline folder or hub id.
+        data: folder of clips and pictures.
+        captions: table of file names and captions of `data`.
+        prompts: file of prompts from which the dense model makes the clips, instead of `data`.
+        cache: folder of the encoded clips.
+        height, width: of the clips in pixels.
+        num_frames: frames of a clip.
+        fps: frames a second to take of a clip.
+        samples: videos of each prompt.
+        teacher_steps: denoising steps of each such video.
+        validate_every: optimiser steps between validation videos.
+        validation_prompts: prompts of the validation videos.
+        validation_steps: denoising steps of the validation videos.
+        dtype: of the frozen model.
+        device: "cpu", or the type of the accelerator.
+    """
 
     model: str = BUNDLED_MODEL
     data: str | None = None
@@ -54,8 +74,14 @@ class TrainJob:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        for name in ("model", "data", "captions", "prompts", "cache"):  # a config file's
+        """Raise UserError for settings of a wrong type, or that contradict each other."""
+        for name in (
+            "model",
+            "data",
+            "captions",
+            "prompts",
+            "cache",
+        ):  # a config file may hold any type
             value = getattr(self, name)
             if not isinstance(value, str | Path | None):
                 raise UserError(f"{name} is {value!r}, but must be a path")
@@ -73,7 +99,7 @@ class TrainJob:
             raise UserError(f"--validate-every must be at least 1, not {self.validate_every}")
 
     def request(self, prompt: str = "a video") -> Request:
-        """The settings of one video of the model, as ``diffattn generate`` has them."""
+        """A request for one video of the model, as `diffattn generate` takes it."""
         return Request(
             prompt,
             model=self.model,
@@ -98,16 +124,17 @@ def train_lora(
     """Check the settings, prepare the data, train, and write the LoRA.
 
     Args:
-        given: settings that the user gave, by the names of ``TrainJob`` and ``TrainSettings``.
+        given: settings that the user gave, by the names of `TrainJob` and `TrainSettings`.
         method: the attention method.
         output: folder of the run.
-        config: file with more settings, which ``given`` overrides.
-        resume: go on from the last checkpoint in ``output``.
+        config: file with more settings, which `given` overrides.
+        resume: go on from the last checkpoint in `output`.
         say: takes lines for the user.
         warn: takes one-line warnings.
 
     Raises:
-        RunInterruptedError: on Ctrl-C; it names the checkpoints, which are kept.
+        UserError: if a setting, the data, the model or the output folder is refused.
+        RunInterruptedError: on Ctrl-C; the message names the checkpoints, which are kept.
     """
     settings = ({} if config is None else read_config(config)) | dict(given)
     attention = attention_settings(method, settings.pop("attention", None))
@@ -119,7 +146,7 @@ def train_lora(
     from diffattn.lora.settings import TrainSettings
 
     def nowhere(line: str) -> None:
-        """Take what another process says already."""
+        """Drop a line that the first process says already."""
 
     try:
         training = TrainSettings.from_dict({**settings, "attention": attention})
@@ -131,7 +158,11 @@ def train_lora(
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a TOML or JSON file of settings; unknown names are refused."""
+    """Read a TOML or JSON file of settings.
+
+    Raises:
+        UserError: if the file cannot be read, or holds an unknown name.
+    """
     from diffattn.lora.settings import TrainSettings
 
     try:
@@ -153,7 +184,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _run(
     job: TrainJob,
-    settings: "TrainSettings",
+    settings: TrainSettings,
     output: Path,
     resume: bool,
     say: Callable[[str], None],
@@ -177,7 +208,7 @@ def _run(
         recipe = recipe_for(loaded.pipe, settings.denoiser, text_length).at_rate(job.fps)
     except ValueError as error:
         raise LoraError(error) from None
-    # One process encodes, the others find it done.
+    # The first process encodes the clips; the other processes find them in the folder.
     with accelerator.main_process_first():
         clips = _prepare(job, loaded, recipe, output, say, warn)
     say(f"{len(clips)} clips, {job.num_frames} frames {job.width}x{job.height}")
@@ -206,7 +237,7 @@ def _run(
 
 
 def _complete(job: TrainJob, loaded: LoadedModel) -> TrainJob:
-    """Fill in the size, from what the model recommends or its pipeline's call has for a default."""
+    """Fill in the size from the model's recommendations, else from the call's defaults."""
     parameters = inspect.signature(type(loaded.pipe).__call__).parameters
     filled: dict[str, Any] = {}
     for name in ("height", "width", "num_frames"):
@@ -226,12 +257,12 @@ def _complete(job: TrainJob, loaded: LoadedModel) -> TrainJob:
 def _prepare(
     job: TrainJob,
     loaded: LoadedModel,
-    recipe: "Recipe",
+    recipe: Recipe,
     output: Path,
     say: Callable[[str], None],
     warn: Callable[[str], None],
-) -> "CachedClips":
-    """Encode the clips, or have the dense model make them; what is there already is kept."""
+) -> CachedClips:
+    """Encode the clips, or have the dense model make them; clips in the folder are kept."""
     from diffattn.lora.captions import captioned_clips, read_prompts
     from diffattn.lora.clips import find_clips
     from diffattn.lora.encoding import prepare
@@ -273,8 +304,8 @@ def _prepare(
     )
 
 
-def _put_away(loaded: LoadedModel, recipe: "Recipe") -> None:
-    """Leave the accelerator to the denoiser: nothing else is needed any more."""
+def _put_away(loaded: LoadedModel, recipe: Recipe) -> None:
+    """Move all parts but the denoiser to main memory: the training needs no other part."""
     import torch
 
     for name, part in loaded.pipe.components.items():
@@ -283,8 +314,8 @@ def _put_away(loaded: LoadedModel, recipe: "Recipe") -> None:
 
 
 def _validation(
-    job: TrainJob, loaded: LoadedModel, trainer: "Trainer", say: Callable[[str], None]
-) -> "Validation | None":
+    job: TrainJob, loaded: LoadedModel, trainer: Trainer, say: Callable[[str], None]
+) -> Validation | None:
     if job.validate_every is None:
         return None
     from .validation import Validation
@@ -297,8 +328,8 @@ def _validation(
     return Validation(loaded, trainer, requests, job.validate_every, say)
 
 
-def _check_whole(accelerator: "Accelerator") -> None:
-    """Refuse to call a model of which every process has a part."""
+def _check_whole(accelerator: Accelerator) -> None:
+    """Refuse validation where each process holds only a part of the model."""
     kind = accelerator.distributed_type.value
     if kind in ("FSDP", "DEEPSPEED"):
         raise UserError(

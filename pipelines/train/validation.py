@@ -1,4 +1,6 @@
-"""Videos of a LoRA in training: dense, sparse without it, sparse with it."""
+"""Videos of a LoRA in training: dense, sparse without the LoRA, sparse with the LoRA."""
+
+from __future__ import annotations
 
 import json
 import math
@@ -25,20 +27,20 @@ _LOG = "validation.jsonl"
 
 
 class Validation:
-    """Renders the same prompts every so many steps, side by side with what there was before.
+    """Renders the same prompts every so many steps, beside the dense and the untrained video.
 
-    The videos lie in the run's folder, and with them how close each is to the dense one.
+    The videos lie in a folder of the run. A log in that folder has the PSNR to the dense videos.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
-        trainer: "Trainer",
+        trainer: Trainer,
         requests: Sequence[Request],
         every: int,
         say: Callable[[str], None],
     ) -> None:
-        """Render the prompts dense and sparse, unless a run that goes on has done so."""
+        """Render the prompts dense and sparse, unless the run is resumed and has done so."""
         self._loaded, self._trainer, self._every, self._say = loaded, trainer, every, say
         self._requests = [complete(request, loaded).request for request in requests]
         self._folder = trainer.output / _FOLDER
@@ -50,7 +52,7 @@ class Validation:
                 self._render_untrained(number, request)
 
     def look(self, step: int) -> None:
-        """Render the prompts with the LoRA as it is, if it is time for that."""
+        """Render the prompts with the LoRA in its present state, if `step` is due."""
         if step % self._every and step != self._trainer.settings.steps:
             return
         folder = self._folder / f"step-{step:06d}"

@@ -1,7 +1,9 @@
-"""The bundled model under a sparse mask: data to adapt it with, and how far it is from dense.
+"""The bundled model under a sparse mask: data to adapt the model, and its distance from dense.
 
-Clips are rendered when they are asked for, in latents at once.
+Clips are rendered on request, and encoded to latents without the VAE.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +24,8 @@ from .clips import render_clips
 from .evaluate import Sampling, generate
 from .vae import clip_latents
 
+# Attributes that the dense model draws right; the shapes that it draws are blobs.
 ATTRIBUTES = ("colour", "background", "direction")
-"""What the model draws right when it is dense; its shapes are blobs."""
 
 _TRAINING_SEED = 100_000
 _HELD_OUT_SEED = 200_000
@@ -33,11 +35,12 @@ class RenderedClips:
     """Clips of the training captions, each rendered with a size and place of its own.
 
     Attributes:
-        keys: of the clips, in their order.
+        keys: number and caption of each clip, in the order of the clips.
+        empty: conditions of the empty caption, without batch axis.
     """
 
     def __init__(self, pipe: Any, recipe: Recipe, count: int) -> None:
-        """Encode the captions of ``count`` clips."""
+        """Choose `count` clips and encode their captions."""
         training, _ = split_scenes()
         order = np.random.default_rng(_TRAINING_SEED).permutation(len(training))
         self._scenes = [training[order[index % len(training)]] for index in range(count)]
@@ -61,13 +64,13 @@ class RenderedClips:
 
 @dataclass(frozen=True)
 class Figures:
-    """How well the model does as it is attached now.
+    """How well the model does in its present state.
 
     Attributes:
-        loss: flow matching on held-out clips, the same noise every time.
-        distance: to what the dense model predicts for the same noisy clips, mean of the squares.
-        psnr_db: mean distance of generated clips to the dense model's; None for the dense model.
-        accuracy: part of the generated clips with each attribute right, as the checker reads them.
+        loss: flow-matching loss on held-out clips, with the same noise every time.
+        distance: mean squared difference to the dense model's predictions for the same noisy clips.
+        psnr_db: mean PSNR in dB of generated clips to the dense model's; None for the dense model.
+        accuracy: share of the generated clips with each attribute right, as the checker reads them.
     """
 
     loss: float
@@ -80,13 +83,13 @@ class HeldOut:
     """Held-out clips with fixed noise, and held-out captions to generate.
 
     Attributes:
-        scenes: what is generated.
+        scenes: the scenes whose captions are generated.
     """
 
     def __init__(self, pipe: Any, recipe: Recipe, clips: int, prompts: int, sampling: Sampling):
-        """Prepare ``clips`` clips at as many noise levels, and choose ``prompts`` captions.
+        """Prepare `clips` clips at as many noise levels, and choose `prompts` captions.
 
-        The pipeline is the dense model.
+        The pipeline must be the dense model: its predictions are kept for `losses`.
         """
         _, held_out = split_scenes()
         shown = [held_out[index * len(held_out) // clips] for index in range(clips)]
@@ -105,9 +108,10 @@ class HeldOut:
         self._taught = [self._predict(pipe, batch) for batch in self._batches]
 
     def losses(self, pipe: Any, attachment: Any = None) -> tuple[float, float]:
-        """Mean loss of the denoiser as it is, and its mean distance to the dense model.
+        """Mean loss of the denoiser in its present state, and mean distance to the dense model.
 
-        ``attachment``, of the method if one is attached, is told that no run is going on.
+        `attachment` is that of the attached method, if any; it leaves its denoising run, since the
+        calls here belong to no run.
         """
         pairs = []
         for batch, taught in zip(self._batches, self._taught, strict=True):
@@ -125,7 +129,7 @@ class HeldOut:
         return self._recipe.predict(pipe.transformer, noisy, batch.times, batch.conditions)
 
     def clips(self, pipe: Any) -> list[NDArray[np.uint8]]:
-        """Generate each caption, (frames, height, width, 3), with a seed of its own."""
+        """Generate each caption with a seed of its own: (frames, height, width, 3), uint8."""
         made = []
         for index, scene in enumerate(self.scenes):
             sampling = Sampling(self._sampling.steps, self._sampling.guidance, index)
@@ -139,12 +143,12 @@ class HeldOut:
         attachment: Any = None,
         dense: Sequence[NDArray[np.uint8]] | None = None,
     ) -> tuple[Figures, list[NDArray[np.uint8]]]:
-        """How well the model does, and the clips that it has made.
+        """The figures of the model in its present state, and the clips that the model made.
 
         Args:
-            pipe: the pipeline as it is.
-            attachment: of the method, if one is attached.
-            dense: the dense model's clips, if there are any to compare with.
+            pipe: the pipeline.
+            attachment: of the attached method, if any.
+            dense: the dense model's clips to compare with, if any.
         """
         loss, distance = self.losses(pipe, attachment)
         made = self.clips(pipe)

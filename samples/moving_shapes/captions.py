@@ -1,9 +1,12 @@
 """The language of the moving-shapes clips and its split into training and held-out prompts."""
 
+from __future__ import annotations
+
 import random
 from dataclasses import dataclass
 from itertools import product
 
+# 8-bit RGB of each colour name.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
     "green": (40, 180, 70),
@@ -12,17 +15,16 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (240, 240, 240),
     "black": (25, 25, 25),
 }
-"""Colour name to 8-bit RGB."""
 
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle")
 
+# The unit step (x, y) of each direction name, in image coordinates: y grows downwards.
 DIRECTIONS: dict[str, tuple[int, int]] = {
     "left": (-1, 0),
     "right": (1, 0),
     "up": (0, -1),
     "down": (0, 1),
 }
-"""Direction name to the unit step (x, y) in image coordinates, y growing downwards."""
 
 HELD_OUT_COUNT = 50
 SPLIT_SEED = 20
@@ -30,7 +32,7 @@ SPLIT_SEED = 20
 
 @dataclass(frozen=True)
 class Scene:
-    """What one clip shows."""
+    """The content of one clip."""
 
     colour: str
     shape: str
@@ -38,7 +40,7 @@ class Scene:
     background: str
 
     def __post_init__(self) -> None:
-        """Refuse words the renderer does not know."""
+        """Raise ValueError for words that the renderer does not know."""
         _require("colour", self.colour, COLOURS)
         _require("shape", self.shape, SHAPES)
         _require("direction", self.direction, DIRECTIONS)
@@ -56,7 +58,11 @@ class Scene:
 
 
 def parse_caption(caption: str) -> Scene:
-    """Read a caption written by :attr:`Scene.caption` back into its scene."""
+    """The scene of a caption that `Scene.caption` has written.
+
+    Raises:
+        ValueError: if the caption has another form or unknown words.
+    """
     words = caption.split()
     if len(words) == 9:
         colour, shape, direction, background = words[1], words[2], words[4], words[7]
@@ -70,7 +76,7 @@ def parse_caption(caption: str) -> Scene:
 
 
 def all_scenes() -> list[Scene]:
-    """Every scene the grammar can name, in a fixed order."""
+    """Every scene that the grammar can name, in a fixed order."""
     return [
         Scene(colour, shape, direction, background)
         for colour, shape, direction, background in product(COLOURS, SHAPES, DIRECTIONS, COLOURS)
@@ -79,7 +85,7 @@ def all_scenes() -> list[Scene]:
 
 
 def split_scenes() -> tuple[list[Scene], list[Scene]]:
-    """Return (training, held-out) scenes: disjoint, fixed by :data:`SPLIT_SEED`."""
+    """The training scenes and the held-out scenes: disjoint, fixed by `SPLIT_SEED`."""
     scenes = all_scenes()
     held_out = set(random.Random(SPLIT_SEED).sample(range(len(scenes)), HELD_OUT_COUNT))
     training = [scene for index, scene in enumerate(scenes) if index not in held_out]

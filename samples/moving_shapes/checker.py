@@ -1,8 +1,10 @@
-"""Read a clip back: which shape, which colours, which way it moves.
+"""Read a clip back: the shape, its colour, the background, the direction of the motion.
 
-The checker sees frames only, never the prompt.  Where the frames do not say, an attribute is None:
-a coloured smear has no shape kind, a blob that wanders about has no direction.
+The checker sees frames only, never the prompt. An attribute that the frames do not show is None: a
+coloured smear has no kind of shape, a blob that wanders about has no direction.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -11,22 +13,22 @@ from numpy.typing import NDArray
 
 from .captions import COLOURS, DIRECTIONS, SHAPES, Scene
 
+# Smallest share of the frame that an object may cover.
 MIN_AREA = 0.01
-"""Smallest part of the frame an object may cover."""
+# Largest share of the frame that an object may cover.
 MAX_AREA = 0.5
-"""Largest part of the frame an object may cover."""
+# Smallest RGB distance between an object and its background.
 MIN_CONTRAST = 40.0
-"""Smallest RGB distance between an object and its background."""
+# Share of the frames that must show an object.
 MIN_VISIBLE = 0.6
-"""Part of the frames that must show an object."""
+# Shortest distance from start to end, as a share of the frame's width.
 MIN_TRAVEL = 0.15
-"""Shortest distance from start to end, as a part of the frame's width."""
+# Least ratio of the motion along the main axis to the motion across this axis.
 MIN_STRAIGHTNESS = 2.0
-"""How many times the motion along the main axis must exceed the one across it."""
+# Share of the variance of the positions that a uniform motion must explain.
 MIN_STEADINESS = 0.6
-"""Part of the variance of the positions a uniform motion must explain."""
+# Smallest mean overlap with the best matching ideal shape.
 MIN_OVERLAP = 0.7
-"""Smallest mean overlap with the best matching ideal shape."""
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -34,7 +36,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Reading:
-    """What a clip shows; None where it cannot be told.
+    """The content of a clip; None for an attribute that the frames do not show.
 
     Attributes:
         colour: colour of the object.
@@ -42,7 +44,7 @@ class Reading:
         direction: direction of motion.
         shape: kind of shape.
         overlap: mean intersection over union with the best matching ideal shape, 0 to 1.
-        purity: part of the foreground pixels that belong to the one largest object, 0 to 1.
+        purity: share of the foreground pixels that belong to the largest object, 0 to 1.
     """
 
     colour: str | None
@@ -53,7 +55,7 @@ class Reading:
     purity: float
 
     def agreement(self, scene: Scene) -> dict[str, bool]:
-        """Compare with what was asked for: one truth value per attribute, and ``all``."""
+        """Compare with the intended scene: whether each attribute agrees, and whether `all` do."""
         parts = {
             "colour": self.colour == scene.colour,
             "background": self.background == scene.background,
@@ -68,6 +70,10 @@ def read_clip(frames: NDArray[np.generic]) -> Reading:
 
     Args:
         frames: (frames, height, width, 3), uint8 in [0, 255] or floats in [0, 1].
+
+    Raises:
+        ValueError: for another shape, or floats out of range.
+        TypeError: for another type.
     """
     pixels = _as_rgb255(frames)
     background_rgb = np.median(_border(pixels), axis=0)
@@ -110,7 +116,7 @@ def _as_rgb255(frames: NDArray[np.generic]) -> Array:
 
 
 def _border(pixels: Array) -> Array:
-    """Pixels of a rim of one sixteenth of the width, (count, 3)."""
+    """Pixels of the frames' rim, as wide as one sixteenth of a frame, (count, 3)."""
     rim = max(1, pixels.shape[2] // 16)
     inside = np.zeros(pixels.shape[1:3], dtype=bool)
     inside[rim:-rim, rim:-rim] = True
@@ -118,7 +124,7 @@ def _border(pixels: Array) -> Array:
 
 
 def _nearest_colour(rgb: Array) -> str | None:
-    """Name of the nearest palette colour; None if it is nearly as far as from its rival."""
+    """Name of the nearest palette colour; None if the second nearest is nearly as near."""
     names = list(COLOURS)
     distances = np.linalg.norm(np.array(list(COLOURS.values())) - rgb, axis=1)
     best, second = np.argsort(distances)[:2]
@@ -126,7 +132,7 @@ def _nearest_colour(rgb: Array) -> str | None:
 
 
 def _foreground(pixels: Array, background_rgb: Array) -> tuple[Mask, Array] | None:
-    """Return the mask of the foreground (frames, height, width) and its colour (3,)."""
+    """The mask of the foreground (frames, height, width) and its colour (3,); None if empty."""
     contrast = np.linalg.norm(pixels - background_rgb, axis=-1)
     # The most contrasting hundredth of the pixels is the inside of the object, if there is one.
     threshold = max(MIN_CONTRAST, 0.7 * float(np.quantile(contrast, 0.99)))
@@ -160,7 +166,7 @@ def _largest_objects(mask: Mask) -> Mask:
 
 
 def _flood(seed: Mask, allowed: Mask) -> Mask:
-    """Grow ``seed`` to everything connected with it inside ``allowed``."""
+    """Grow `seed` to all pixels of `allowed` that are connected with it."""
     region, size = seed, 0
     while (grown_size := int(region.sum())) > size:
         size = grown_size
@@ -204,7 +210,7 @@ def _direction(times: NDArray[np.intp], centres: Array, width: int) -> str | Non
 
 
 def _shape_kind(objects: Mask, centres: Array) -> tuple[str | None, float]:
-    """Best matching ideal shape of equal area and centre, with the mean overlap."""
+    """The best matching ideal shape of equal area and centre, and its mean overlap."""
     overlaps = {
         shape: float(
             np.mean([_overlap(m, c, shape) for m, c in zip(objects, centres, strict=True)])

@@ -3,6 +3,8 @@
 Lengths are fractions of the frame's width, so a clip looks the same at every resolution.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,28 +13,33 @@ from torch import Tensor
 
 from .captions import COLOURS, DIRECTIONS, SHAPES, Scene
 
+# Frames of a whole clip.
 FRAMES = 16
-"""Frames of a whole clip."""
+# Width and height of a frame in pixels.
 SIZE = 96
-"""Width and height of a frame in pixels."""
 
+# Distance from the first position to the last; the path is centred in the frame.
 TRAVEL = 0.5
-"""Distance from the first to the last position; the path is centred in the frame."""
+# Largest shift of the path along its direction.
 START_JITTER = 0.04
-"""Largest shift of the path along its direction."""
+# Largest shift of the path across its direction.
 SIDE_JITTER = 0.10
-"""Largest shift of the path across its direction."""
+# Radius of the circle; the other shapes are scaled to about the same area.
 RADIUS_RANGE = (0.15, 0.19)
-"""Radius of the circle; the other shapes are scaled to about its area."""
 
-# With these the square and the triangle have the area of the circle.
+# Multiples of the radius that give the square and the triangle the area of the circle.
 _SQUARE_HALF_SIDE = 0.886
 _TRIANGLE_INRADIUS = 0.777
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a caption leaves open, one entry per clip: all tensors of shape (batch,)."""
+    """The geometry that a caption leaves open, (batch,) each.
+
+    Attributes:
+        radius: of the circle.
+        along, across: shifts of the path along and across its direction.
+    """
 
     radius: Tensor
     along: Tensor
@@ -40,7 +47,7 @@ class Geometry:
 
 
 def draw_geometry(batch: int, generator: torch.Generator) -> Geometry:
-    """Draw sizes and path shifts for ``batch`` clips from ``generator`` (on its device)."""
+    """Draw sizes and path shifts of `batch` clips, on the device of the generator."""
     low, high = RADIUS_RANGE
     unit = torch.rand(3, batch, generator=generator, device=generator.device)
     return Geometry(
@@ -55,7 +62,7 @@ def render(scenes: Sequence[Scene], geometry: Geometry, frames: Tensor, size: in
 
     Args:
         scenes: one scene per clip.
-        geometry: sizes and path shifts, (batch,) each; its device is the renderer's.
+        geometry: sizes and path shifts, (batch,) each; the clips are rendered on their device.
         frames: frame numbers in [0, FRAMES), shape (batch, frames).
         size: width and height in pixels.
 
@@ -82,7 +89,7 @@ def render(scenes: Sequence[Scene], geometry: Geometry, frames: Tensor, size: in
 
 
 def render_clips(scenes: Sequence[Scene], seed: int, size: int = SIZE) -> Tensor:
-    """Render whole clips, (batch, 3, FRAMES, size, size) in [-1, 1], reproducibly from ``seed``."""
+    """Render whole clips, (batch, 3, FRAMES, size, size) in [-1, 1], reproducibly from `seed`."""
     generator = torch.Generator().manual_seed(seed)
     geometry = draw_geometry(len(scenes), generator)
     return render(scenes, geometry, torch.arange(FRAMES).expand(len(scenes), -1), size)
@@ -95,7 +102,7 @@ def palette_tensor(names: Sequence[str], device: torch.device | str = "cpu") -> 
 
 
 def _distance(kind: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """Signed distance to the outline, negative inside; all arguments broadcast together."""
+    """Signed distance to the outline, negative inside; all arguments broadcast."""
     circle = (x * x + y * y).sqrt() - radius
     square = torch.maximum(x.abs(), y.abs()) - _SQUARE_HALF_SIDE * radius
     # Equilateral, apex up, centroid at the origin: the intersection of three half-planes.

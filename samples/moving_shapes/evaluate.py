@@ -1,7 +1,9 @@
 """Generate the held-out prompts and read the clips back.
 
-``python -m diffattn.samples.moving_shapes.evaluate`` prints how often each attribute is right.
+`python -m diffattn.samples.moving_shapes.evaluate` prints how often each attribute is right.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -29,7 +31,7 @@ ATTRIBUTES = ("colour", "background", "direction", "shape", "all")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How clips are generated."""
+    """Settings of the generation of clips; `attn` is "dense" or the name of a method."""
 
     steps: int = 20
     guidance: float = 3.0
@@ -38,7 +40,7 @@ class Sampling:
 
 
 def load_pipeline(folder: Path = MODEL_DIR, attn: str = "dense") -> Any:
-    """Load the pipeline offline; a sparse method is attached by name unless ``attn`` is dense."""
+    """Load the pipeline offline, and attach the method named `attn` unless that is "dense"."""
     pipeline = WanPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     if attn != "dense":
@@ -66,7 +68,7 @@ def generate(pipeline: Any, prompt: str, sampling: Sampling) -> NDArray[np.float
 
 
 def accuracy(scenes: Sequence[Scene], readings: Sequence[Reading]) -> dict[str, float]:
-    """Part of the clips with each attribute right, and with all four right."""
+    """Share of the clips with each attribute right, and with all four right."""
     agreements = [reading.agreement(scene) for scene, reading in zip(scenes, readings, strict=True)]
     return {name: float(np.mean([a[name] for a in agreements])) for name in ATTRIBUTES}
 
@@ -74,7 +76,7 @@ def accuracy(scenes: Sequence[Scene], readings: Sequence[Reading]) -> dict[str, 
 def evaluate(
     folder: Path, sampling: Sampling, scenes: Sequence[Scene], save_clips: Path | None = None
 ) -> dict[str, Any]:
-    """Generate one clip per scene, clip i with seed ``sampling.seed`` + i, and read it back."""
+    """Generate one clip per scene, clip i with seed `sampling.seed` + i, and read the clips."""
     pipeline = load_pipeline(folder, sampling.attn)
     clips, seconds = [], []
     for index, scene in enumerate(scenes):
@@ -108,7 +110,7 @@ def evaluate(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the script with command-line arguments."""
     parser = argparse.ArgumentParser(description="Generate the held-out prompts and check them.")
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--steps", type=int, default=Sampling.steps)
@@ -133,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _revision() -> str | None:
-    """Git revision of the checkout, with a mark if files differ; None outside a checkout."""
+    """Git revision of the checkout, marked if files differ; None outside a checkout."""
     try:
         answer = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],

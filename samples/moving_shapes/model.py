@@ -1,4 +1,6 @@
-"""The diffusion model of the moving-shapes pipeline and what is special about training it."""
+"""The diffusion model of the moving-shapes pipeline, and the parts that only training needs."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,8 +48,8 @@ def make_transformer(size: ModelSize) -> WanTransformer3DModel:
 class FrameRope(nn.Module):
     """Rotary positions of chosen frames, so that a few frames can stand for a whole clip.
 
-    It replaces ``transformer.rope`` while training.  The tables are those of ``rope``; only their
-    rows along time are selected, per clip, by ``frames`` of shape (batch, frames).
+    The module replaces `transformer.rope` while training. Its tables are those of `rope`, of which
+    `frames`, (batch, frames), selects the rows along time for each clip.
     """
 
     def __init__(self, rope: Any) -> None:
@@ -56,7 +58,7 @@ class FrameRope(nn.Module):
         self.frames: Tensor | None = None
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines, (batch, tokens, 1, head_dim) each."""
+        """Cosines and sines, (batch, tokens, 1, head_dim) each."""
         assert self.frames is not None
         _, patch_height, patch_width = self.rope.patch_size
         height = hidden_states.shape[3] // patch_height
@@ -83,16 +85,16 @@ class FrameRope(nn.Module):
 class TrainingAttention:
     """Wan attention for training: cheaper on CPUs, and with merged text padding.
 
-    On CPUs it writes attention out, because a compiled softmax between two matrix products is more
-    than twice as fast as the fused CPU kernel's forward and backward.
+    On CPUs attention is written out, because a compiled softmax between two matrix products is more
+    than twice as fast as the forward and backward of the fused CPU kernel.
 
-    In cross-attention the last text position stands for many equal ones: a user's prompt is padded
-    with zero vectors to ``max_sequence_length`` (512 unless told otherwise) and the model attends
-    to them.  Equal keys can be merged exactly: n copies of a key weigh as much as one key whose
+    In cross-attention the last text position stands for many equal positions. The pipeline pads a
+    prompt with zero vectors to `max_sequence_length`, by default 512, and the model attends to this
+    padding. Equal keys can be merged exactly: n copies of a key weigh as much as a single key whose
     logit is raised by log n.
     """
 
-    # Read by diffusers.
+    # diffusers reads both attributes.
     _attention_backend = None
     _parallel_config = None
 
@@ -108,7 +110,7 @@ class TrainingAttention:
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Attend to the video itself, or to the text with the current bias."""
+        """Self-attention, or cross-attention to the text with the current bias."""
         is_cross = encoder_hidden_states is not None
         source = encoder_hidden_states if is_cross else hidden_states
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
@@ -149,14 +151,17 @@ def _attend(
     return weights @ value
 
 
+# Blocks whose self-attention is guided along paths. The first block has not yet seen the text.
 GUIDED_LAYERS = slice(1, 3)
-"""Blocks whose self-attention is guided along paths: the first has not yet seen the text."""
 
 
 class TrainingView:
-    """A transformer called on chosen frames and merged padding.
+    """A transformer that is called on chosen frames and merged padding.
 
-    The transformer's own parameters are used; :meth:`restore` makes it a stock model again.
+    The view changes the transformer itself; `restore` makes it a stock model again.
+
+    Attributes:
+        paths: guidance of the attention along the path of motion.
     """
 
     def __init__(self, transformer: WanTransformer3DModel) -> None:
@@ -197,8 +202,8 @@ class TrainingView:
             sigma: noise levels in [0, 1], (batch,).
             text: embeddings (batch, positions, dim), zero behind the sentence's end.
             frames: frame numbers (batch, frames).
-            padded_length: the ``max_sequence_length`` to imitate, (batch,); above ``positions``.
-            motion: (batch, 2) what :attr:`paths` is to be told of the motion.
+            padded_length: the `max_sequence_length` to imitate, (batch,), above `positions`.
+            motion: (batch, 2), the motion for `PathGuide.follow`; None for no guidance.
         """
         batch, positions, _ = text.shape
         text = torch.cat([text, text.new_zeros(batch, 1, text.shape[2])], dim=1)
@@ -218,7 +223,7 @@ def _attentions(transformer: WanTransformer3DModel) -> list[Any]:
 def draw_noise_levels(batch: int, shifts: Sequence[float], generator: torch.Generator) -> Tensor:
     """Draw noise levels in (0, 1), (batch,), from shifted logit-normal distributions.
 
-    Neighbouring clips use the shifts in turn; a larger shift favours high noise.
+    Neighbouring clips take the shifts in turn; a larger shift favours high noise.
     """
     normal = torch.randn(batch, generator=generator, device=generator.device)
     shift = torch.tensor(shifts, device=generator.device)[torch.arange(batch) % len(shifts)]

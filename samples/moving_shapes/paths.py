@@ -1,28 +1,35 @@
 """Guidance of attention along the path of motion, while training."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
+# Standard deviation of a path, in tokens.
 WIDTH = 0.8
-"""Standard deviation of a path, in tokens."""
 
+# Least distance in frames to a token on a path. In nearer frames all directions are within WIDTH.
 START = 5
-"""Frames from which on a path is looked at: nearer by, all directions are within its width."""
 
 
 class PathGuide:
     """Measures how much attention follows the path that the caption names.
 
-    Rotary positions are relative and their logits a sum over the axes, so "one frame later, a step
-    to the right" can only be learnt as two asymmetric profiles at once, one over time and one over
-    space, each useless without the other: from a symmetric start the gradient of both is zero, and
-    of 5750 steps none told left from right.  A penalty on attention off the path breaks the tie.
-    Head 0 is to look ahead in time along the path, head 1 back.
+    Rotary positions are relative, and their logits are a sum over the axes. So the model can learn
+    "one frame later, a step to the right" only as two asymmetric profiles at once, over time and
+    over space. Each profile is useless without the other: from a symmetric start the gradient of
+    both is zero, and 5750 steps did not teach the model left from right. A penalty on attention off
+    the path breaks the tie. Head 0 shall look ahead in time along the path, head 1 back.
+
+    Attributes:
+        penalty: sum over the attention calls since `follow`; None before the first call.
+        motion: tokens per frame, (batch, 2), see `follow`.
+        frames: frame numbers, (batch, frames).
+        side: tokens along the height and the width of a frame.
     """
 
     def __init__(self) -> None:
         self.penalty: Tensor | None = None
-        """Sum over the attentions since :meth:`follow`; None before the first."""
         self.motion: Tensor | None = None
         self.frames: Tensor | None = None
         self.side = 0
@@ -32,8 +39,8 @@ class PathGuide:
 
         Args:
             frames: frame numbers (batch, frames).
-            motion: (batch, 2), tokens per frame along x and y, zero where no caption tells; None
-                to leave attention alone.
+            motion: (batch, 2), tokens per frame along x and y, zero for an empty caption; None for
+                no guidance.
             side: tokens along the height and the width of a frame.
         """
         self.frames, self.motion, self.side, self.penalty = frames, motion, side, None
@@ -41,7 +48,7 @@ class PathGuide:
     def observe(self, weights: Tensor) -> None:
         """Add the penalty of attention weights (batch, heads, tokens, tokens).
 
-        It is the mean of -log of the share of a token's attention that lies on its path.
+        The penalty is the mean of -log of the share of a token's attention on the token's path.
         """
         assert self.frames is not None
         assert self.motion is not None
@@ -60,7 +67,7 @@ class PathGuide:
         sides = (later >= START, later <= -START)
         for found, side in zip(weights.unbind(1), sides, strict=False):
             path = near * side
-            # A path that leaves the picture, or the clip, has no tokens to look at.
+            # A path that leaves the picture or the clip has no tokens to attend to.
             exists = (path.sum(dim=-1) > 1) & told
             share = (found.float() * path).sum(dim=-1)
             misses = -torch.log(share + 1e-3) * exists

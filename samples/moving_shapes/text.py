@@ -1,5 +1,7 @@
 """Word-level tokenizer and the small UMT5 encoder of the moving-shapes pipeline."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +13,10 @@ from .captions import vocabulary
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
+# Width of the text embeddings.
 TEXT_DIM = 64
-"""Width of the text embeddings."""
 
-# T5's buckets of the relative position: the first half looks back, the second half ahead.
+# T5's buckets of relative positions: the first half looks back, the second half ahead.
 _PREVIOUS_WORD, _NEXT_WORD = 1, 17
 _NEIGHBOUR_BIAS = 5.0
 
@@ -38,12 +40,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_text_encoder(vocab_size: int) -> UMT5EncoderModel:
-    """Build an untrained one-layer encoder (no dropout: it is trained on few, clean captions).
+    """Build an untrained one-layer encoder, without dropout: the captions are few and clean.
 
-    Its attention is set by hand and frozen: one head looks at the next word, one at the previous
-    word.  That is all the grammar needs.  Trained attention locked on to single words within a few
-    hundred steps, and the encoder stayed a bag of words: both colours of a caption were known, but
-    not which one is the background's.
+    The attention is set by hand and frozen: head 0 looks at the next word, head 1 at the previous
+    word. The grammar needs no more. Trained attention locked on to single words within a few
+    hundred steps, and the encoder stayed a bag of words: it knew both colours of a caption, but not
+    which colour is that of the background.
     """
     config = UMT5Config(
         vocab_size=vocab_size,
@@ -72,6 +74,6 @@ def make_text_encoder(vocab_size: int) -> UMT5EncoderModel:
 def tokenize(
     tokenizer: PreTrainedTokenizerFast, captions: Sequence[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (ids, mask), both (captions, longest caption), padded on the right."""
+    """Token ids and mask, both (captions, longest caption), padded on the right."""
     batch = tokenizer(list(captions), padding=True, return_tensors="pt")
     return batch.input_ids, batch.attention_mask

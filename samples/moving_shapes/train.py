@@ -1,14 +1,16 @@
 """Train the moving-shapes pipeline and export it.
 
-The run is a list of stages.  Early stages show the transformer only a few frames of each clip, at
+The run is a list of stages. Early stages show the transformer only a few frames of each clip, at
 their true rotary positions: the spatial layout is that of the final grid from the first step on, at
-a fraction of the cost.  The last stages show whole clips.  The first and the last frame are always
-among the chosen ones, because rotary positions are relative: without them a frame could not tell
-where in the clip it is.
+a fraction of the cost. The last stages show whole clips. The first and the last frame of a clip are
+always shown, because rotary positions are relative: without both ends the place of a frame in the
+clip would be unknown.
 
-Everything random comes from two seeded generators that are part of the checkpoint, so a resumed
-run continues as if it had never stopped.
+All random numbers come from two seeded generators that are part of the checkpoint, so a resumed run
+continues as if it had never stopped.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -30,23 +32,23 @@ from .model import ModelSize, TrainingView, draw_noise_levels, make_transformer
 from .text import make_text_encoder, make_tokenizer, tokenize
 from .vae import PATCH, clip_latents, make_vae, train_decoder
 
+# Motion of a shape in tokens per frame.
 MOTION = TRAVEL * (SIZE // PATCH // 2) / (FRAMES - 1)
-"""How far a shape moves from one frame to the next, in tokens."""
 
+# Time shift of the exported scheduler.
 SCHEDULER_SHIFT = 3.0
-"""Time shift of the exported scheduler."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """``steps`` optimiser steps on ``batch`` clips of ``frames`` frames each."""
+    """`steps` optimiser steps on `batch` clips of `frames` frames each."""
 
     frames: int
     batch: int
     steps: int
 
     def __post_init__(self) -> None:
-        """Refuse stages that cannot be drawn."""
+        """Raise ValueError for a stage that cannot be drawn."""
         if not 2 <= self.frames <= FRAMES:
             raise ValueError(f"a stage shows 2 to {FRAMES} frames, not {self.frames}")
         if self.batch < 1 or self.steps < 1:
@@ -67,7 +69,20 @@ DEFAULT_STAGES = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that determines a run."""
+    """Everything that determines a run.
+
+    Attributes:
+        stages: in turn.
+        decay_steps: the learning rate falls linearly to zero over the last `decay_steps` steps.
+        ema_decay: decay per step of the averaged weights.
+        caption_drop: share of the clips that are shown with the empty caption.
+        shifts: shifts of the noise levels in training, taken in turn. A clip has so few colours
+            that the average of its latents shows them even through strong noise. Facts that only
+            the caption tells are learnt above a noise level of 0.9, which the usual shift of 3
+            hardly visits.
+        path_weight: weight of the penalty on attention off the path of motion, see `PathGuide`.
+        precision: "bf16" for autocast, or "fp32".
+    """
 
     stages: tuple[Stage, ...] = DEFAULT_STAGES
     size: ModelSize = field(default_factory=ModelSize)
@@ -76,18 +91,10 @@ class Settings:
     adam_rate: float = 2e-3
     warmup_steps: int = 100
     decay_steps: int = 1000
-    """The learning rate falls linearly to zero over the last ``decay_steps``."""
     ema_decay: float = 0.998
     caption_drop: float = 0.1
     shifts: tuple[float, ...] = (3.0, 15.0)
-    """Shifts of the noise levels seen in training, used in turn.
-
-    A clip has so few colours that averaging over its latents reveals them through strong noise:
-    what only the caption can tell is learnt above a noise level of 0.9, which the usual shift of 3
-    hardly visits.
-    """
     path_weight: float = 0.02
-    """Weight of the penalty on attention off the path of motion, see ``paths.py``."""
     precision: str = "bf16"
 
     @property
@@ -96,7 +103,11 @@ class Settings:
         return sum(stage.steps for stage in self.stages)
 
     def stage_at(self, step: int) -> Stage:
-        """The stage that step number ``step`` belongs to."""
+        """The stage of step number `step`.
+
+        Raises:
+            IndexError: for a step behind the last stage.
+        """
         end = 0
         for stage in self.stages:
             end += stage.steps
@@ -142,15 +153,15 @@ class Trainer:
 
         self.scenes, _ = split_scenes()
         captions = [scene.caption for scene in self.scenes]
-        # The empty caption stands behind the others; padding makes all of them equally long.
+        # The empty caption is the last; padding makes all captions equally long.
         ids, mask = tokenize(self.tokenizer, [*captions, ""])
         self.ids, self.mask = ids.to(self.device), mask.to(self.device)
         steps = [DIRECTIONS[scene.direction] for scene in self.scenes]
-        # Tokens per frame; the empty caption tells nothing.
+        # Tokens per frame; the empty caption names no motion.
         self.motion = torch.tensor([*steps, (0, 0)], device=self.device) * MOTION
 
     def train_step(self) -> Tensor:
-        """Make one step; return the flow-matching loss and the loss with its penalty, (2,)."""
+        """Make one step; give the flow-matching loss without and with the penalty, (2,)."""
         settings = self.settings
         self._set_rates(settings.rate_at(self.step))
         error, loss = self._loss(settings.stage_at(self.step))
@@ -166,7 +177,7 @@ class Trainer:
         return torch.stack([error.detach(), loss.detach()])
 
     def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs."""
+        """Everything that a resumed run needs."""
         return {
             "settings": asdict(self.settings),
             "step": self.step,
@@ -179,7 +190,11 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state`; the model size must be the same."""
+        """Continue from the result of `state`.
+
+        Raises:
+            ValueError: if the state is of a model of another size.
+        """
         saved = state["settings"]["size"]
         if saved != asdict(self.settings.size):
             raise ValueError(f"the checkpoint holds a model of size {saved}, not this run's")
@@ -246,7 +261,7 @@ def choose_frames(batch: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def save_checkpoint(trainer: Trainer, path: Path) -> None:
-    """Write the trainer's state; ``path`` never holds half a file."""
+    """Write the trainer's state; `path` never holds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     torch.save(trainer.state(), temporary)
@@ -254,7 +269,12 @@ def save_checkpoint(trainer: Trainer, path: Path) -> None:
 
 
 def load_checkpoint(trainer: Trainer, path: Path) -> None:
-    """Continue from a checkpoint written by :func:`save_checkpoint`."""
+    """Continue from a checkpoint of `save_checkpoint`.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if the checkpoint is of a model of another size.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     trainer.load_state(torch.load(path, map_location=trainer.device, weights_only=True))
@@ -266,7 +286,7 @@ def run(
     report_every: int = 50,
     report: Callable[[str], None] = print,
 ) -> Iterator[int]:
-    """Train up to step ``until``; report the mean loss and the pace, yield after each report."""
+    """Train up to step `until`; report the mean loss and the pace, yield after each report."""
     losses: list[Tensor] = []
     started = time.perf_counter()
     while trainer.step < until:
@@ -285,10 +305,10 @@ def run(
 
 
 def export(trainer: Trainer, vae: nn.Module, folder: Path) -> None:
-    """Write the pipeline with averaged weights: fp16, but the small text encoder in fp32.
+    """Write the pipeline with averaged weights, in fp16, but the small text encoder in fp32.
 
-    transformers loads the text encoder in the type it is stored in, diffusers loads in fp32, and a
-    pipeline in two types would surprise.
+    transformers loads the text encoder in the type of its file, diffusers loads other models in
+    fp32. With a file in fp32 all parts of the loaded pipeline have the same type.
     """
     copy = Trainer(trainer.settings)
     copy.load_state(trainer.state())
@@ -308,7 +328,7 @@ def export(trainer: Trainer, vae: nn.Module, folder: Path) -> None:
 def _use_old_tokenizer_name(folder: Path) -> None:
     """Name the tokenizer's class so that transformers 4 finds it too.
 
-    transformers 5 writes the new name, and knows the old one.
+    transformers 5 writes the new name, and knows the old name.
     """
     for file in (folder / "model_index.json", folder / "tokenizer" / "tokenizer_config.json"):
         text = file.read_text()
@@ -316,7 +336,11 @@ def _use_old_tokenizer_name(folder: Path) -> None:
 
 
 def parse_stages(text: str) -> tuple[Stage, ...]:
-    """Read stages written as ``FRAMESxBATCHxSTEPS,...``."""
+    """Read stages written as `FRAMESxBATCHxSTEPS,...`.
+
+    Raises:
+        argparse.ArgumentTypeError: for another form, or numbers out of range.
+    """
     stages = []
     for part in text.split(","):
         numbers = part.split("x")
@@ -332,7 +356,7 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
 
 
 def trained_vae(path: Path, steps: int, device: str) -> nn.Module:
-    """Return the VAE, with the decoder from ``path`` if it was trained before."""
+    """The VAE, with the decoder from `path` if there is one, else with a newly trained decoder."""
     vae = make_vae()
     if path.is_file():
         vae.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -347,7 +371,7 @@ def trained_vae(path: Path, steps: int, device: str) -> nn.Module:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, checkpoint and export."""
+    """Train, write checkpoints, and export."""
     parser = argparse.ArgumentParser(description="Train the moving-shapes pipeline and export it.")
     parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--export", type=Path, help="folder to write the pipeline to at the end")
@@ -398,7 +422,7 @@ def _print_now(line: str) -> None:
 def _split_parameters(
     transformer: Any, text_encoder: Any
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return (matrices of the blocks, everything else): Muon is meant for hidden matrices only."""
+    """The matrices of the blocks, for Muon, which is meant for hidden matrices; and all others."""
     muon = [p for p in transformer.blocks.parameters() if p.ndim == 2]
     chosen = {id(p) for p in muon}
     others = [*transformer.parameters(), *text_encoder.parameters()]

@@ -1,12 +1,14 @@
 """The moving-shapes VAE: an AutoencoderKLWan whose encoder is set by hand.
 
 A latent is the mean colour of a 4x4 pixel patch in three opponent axes, scaled so that the palette
-has mean 0 and variance 1.  The diffusion model then sees small flat pictures, which it learns far
-faster than learned latents.  The decoder starts as the exact box upsampling and is trained
-to put sharp edges back (:func:`train_decoder`).
+has mean 0 and variance 1. The diffusion model then sees small flat pictures, and learns them far
+faster than trained latents. The decoder starts as the exact box upsampling; `train_decoder` trains
+the decoder to restore sharp edges.
 
 The VAE works frame by frame: every convolution tap that looks at earlier frames is zero.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +21,8 @@ from torch.nn import functional as F
 from .captions import COLOURS, all_scenes
 from .clips import FRAMES, draw_geometry, palette_tensor, render
 
+# Pixels along each side of the patch behind one latent.
 PATCH = 4
-"""Pixels along each side of the patch behind one latent."""
 LATENT_CHANNELS = 3
 
 _BASE_DIM = 32
@@ -31,6 +33,7 @@ _ENCODER_CONSTANT = 512.0
 _DECODER_CONSTANT = 64.0
 _LOG_VARIANCE = -20.0
 
+# Orthonormal rows: light to dark, red to green, yellow to blue.
 _OPPONENT_AXES = torch.tensor(
     [
         [1 / 3**0.5, 1 / 3**0.5, 1 / 3**0.5],
@@ -38,7 +41,6 @@ _OPPONENT_AXES = torch.tensor(
         [1 / 6**0.5, 1 / 6**0.5, -2 / 6**0.5],
     ]
 )
-"""Orthonormal rows: light-dark, red-green, yellow-blue."""
 
 
 def latent_statistics() -> tuple[Tensor, Tensor]:
@@ -54,7 +56,7 @@ def clip_latents(clip: Tensor) -> Tensor:
         clip: (batch, 3, frames, height, width) in [-1, 1].
 
     Returns:
-        (batch, 3, frames, height / 4, width / 4); what the hand-set encoder computes, but cheaper.
+        (batch, 3, frames, height / 4, width / 4): the hand-set encoder's result, at less cost.
     """
     mean, std = (value.to(clip.device).view(1, -1, 1, 1, 1) for value in latent_statistics())
     pooled = F.avg_pool3d(clip, (1, PATCH, PATCH))
@@ -93,10 +95,13 @@ def train_decoder(
     device: str = "cpu",
     report: Callable[[str], None] = print,
 ) -> float:
-    """Train the decoder on rendered frames with blurred and noisy latents mixed in.
+    """Train the decoder on rendered frames, half of them with noisy latents.
 
-    Returns the PSNR in dB over the last hundred steps.  The diffusion model's latents are never
-    exact, so half of the latents get a little noise: the decoder learns to clean flat areas.
+    The diffusion model's latents are never exact, so half of the latents get a little noise: the
+    decoder learns to clean flat areas.
+
+    Returns:
+        The PSNR in dB over the last hundred steps.
     """
     scenes = all_scenes()
     generator = torch.Generator(device).manual_seed(seed)
@@ -206,7 +211,7 @@ def _set_decoder(vae: AutoencoderKLWan) -> None:
         if gamma is not None:
             gamma.fill_(_DECODER_CONSTANT / _BASE_DIM**0.5)
     for resnet in _resnets(decoder):
-        # Inside a block the constant is worth one: a bias, not an overwhelming input.
+        # Inside a block the constant has the value 1: a bias, not an overwhelming input.
         resnet.norm1.gamma[constant] = 1 / _BASE_DIM**0.5
         resnet.norm2.gamma.fill_(1)
     decoder.norm_out.gamma[constant] = 0
