@@ -69,7 +69,7 @@ class _Latents:
     """The size of the latents in the current call of a U-Net.
 
     Attributes:
-        finest: how many times smaller than the latents the U-Net's finest attention grid is.
+        finest: the factor by which the U-Net's finest attention grid is smaller than the latents.
         height: rows of the latents in the current call.
     """
 
@@ -181,7 +181,7 @@ def _with_first(args: Any, kwargs: Any, tokens: torch.Tensor) -> tuple[Any, Any]
 
 
 def _finest(unet: Any) -> int:
-    """How many times smaller than the latents the U-Net's finest attention grid is."""
+    """The factor by which the U-Net's finest attention grid is smaller than the latents."""
     attends = [bool(len(getattr(block, "attentions", ()))) for block in unet.down_blocks]
     level = attends.index(True) if True in attends else len(attends) - 1
     return int(2**level)

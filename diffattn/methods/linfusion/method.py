@@ -147,7 +147,7 @@ class LinFusionAttn(Method):
         return with_input_maps(processor, self.type, state)
 
     def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work:
-        """What a call costs, with what adapts queries and keys; features are not counted."""
+        """The cost of a call, with the adapting networks and without computing the features."""
         channels = heads * head_dim
         video, text = grid.video_tokens, grid.tokens - grid.video_tokens
         width = 0 if self.mid_dim == _IDENTITY else _middle(channels, self.mid_dim)
