@@ -81,6 +81,6 @@ def check_shapes(
 
 
 def check_at_hand(name: str, parameter: torch.nn.Parameter, what: str) -> None:
-    """Raise ValueError if offloading has moved a parameter away; `what` is the step to do first."""
+    """Raise ValueError if offloading has moved a parameter away, before the step called `what`."""
     if parameter.is_meta:
         raise ValueError(f"{name} has been moved away by offloading; {what} before enabling it")

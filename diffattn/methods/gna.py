@@ -267,10 +267,10 @@ def nearest_block_sparse(
 ) -> GNAAttn | None:
     """The method with the window and stride nearest to its own that are perfectly block-sparse.
 
-    Each axis is searched by itself. A window is block-sparse if it is so with some stride. The
-    search takes the block-sparse window nearest to the method's window, and of two equally near
-    windows the longer, which leaves out less. For this window the search takes the nearest stride,
-    and of two equally near strides the shorter.
+    Each axis is searched by itself. The search takes the window nearest to the method's window that
+    is block-sparse with any stride; of two equally near windows the longer, which leaves out less.
+    With this window the search takes the nearest stride that is block-sparse; of two equally near
+    strides the shorter.
 
     Args:
         method, grid, q_tile, kv_tile, within_classes, but_for_ends: see `is_block_sparse`.

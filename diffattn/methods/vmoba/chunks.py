@@ -51,9 +51,9 @@ def _sides(size: int) -> list[int]:
 
 
 def _unfit(chunk: Sides, sizes: Sides, blocks: int) -> float:
-    """A penalty for another number of blocks than `blocks`, for uneven blocks, and for long ones.
+    """A penalty for another number of blocks than `blocks`, uneven blocks, and uneven axes.
 
-    The last part compares the numbers of parts along the axes.
+    Axes are uneven if they are cut into different numbers of parts.
     """
     parts = [-(-size // side) for size, side in zip(sizes, chunk, strict=True)]
     padded = math.prod(n * side for n, side in zip(parts, chunk, strict=True))
