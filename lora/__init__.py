@@ -1,11 +1,11 @@
-"""Adapting a pipeline to the sparse attention it runs under, by LoRA.
+"""Training of a LoRA that adapts a pipeline to its sparse attention.
 
     settings = TrainSettings(attention=RadialAttn().to_dict(), steps=500)
     recipe = recipe_for(pipe)
     clips = prepare(pipe, recipe, clips_with_captions, folder, height, width, num_frames)
     Trainer(pipe, clips, clips.empty, settings, output).train()
 
-`diffattn lora train` does all of it. What is written loads by `pipe.load_lora_weights`.
+`diffattn lora train` runs all these steps. `pipe.load_lora_weights` loads the LoRA.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from diffattn.lora.teacher import teach
     from diffattn.lora.trainer import StepReport, Trainer
 
-# They import peft, accelerate and diffusers, which takes seconds: that waits until it must be.
+# These modules import peft, accelerate and diffusers, which takes seconds: they load when needed.
 _HOMES = {
     "CachedClips": "cache",
     "LoraRecord": "adapter",

@@ -1,8 +1,8 @@
-"""What is trained of a denoiser: the LoRA of its attention sites, and its method's own weights.
+"""The trained weights of a denoiser: the LoRA of its attention sites, and the method's own weights.
 
-They are saved as diffusers saves a LoRA, so that stock `pipe.load_lora_weights` reads it. Its file
-says in its header which method it was trained under; the method's own weights, where it has some,
-lie in a file beside it.
+The LoRA's file has the format of diffusers: stock `pipe.load_lora_weights` reads it. The header of
+the file names the method that the LoRA was trained under. The method's own weights, if there are
+any, are in a second file in the same folder.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 METHOD_FILE = "diffattn_method_weights.safetensors"
 
 _HEADER = "diffattn"
-# peft and diffusers both call the first adapter so.
+# The name of the first adapter in peft and in diffusers.
 _ADAPTER = "default"
 
 
 @dataclass(frozen=True)
 class LoraRecord:
-    """What the header of a LoRA's file says of how it was made.
+    """The record of a training in the header of a LoRA's file.
 
     Attributes:
-        method: the method that it was trained under, as its `to_dict()` gives it.
-        denoiser: the pipeline's component that it is for.
-        steps: optimiser steps that it was trained for.
+        method: the `to_dict()` of the attention method in the training.
+        denoiser: the pipeline's component that the LoRA is for.
+        steps: number of optimiser steps.
         latents: shape of a sample, (channels, latent frames, height, width).
-        settings: all of the training's settings.
+        settings: the `to_dict()` of the training's settings.
     """
 
     method: Mapping[str, Any]
@@ -55,14 +55,14 @@ class LoraRecord:
 
 
 def add_adapter(model: Any, settings: TrainSettings) -> dict[str, torch.nn.Parameter]:
-    """Give the attention sites of a denoiser a LoRA, and freeze everything else of it.
+    """Add a LoRA to the attention sites of a denoiser, and freeze the denoiser's own weights.
 
-    Weights of the attached method's own at its sites, see `Method.site_weights`, are trained too.
-    All that is trained is in float32, whatever the model is in.
+    The attached method's weights, see `Method.site_weights`, are trained, too. Trained parameters
+    are in float32 for a model of any dtype.
 
     Args:
         model: the denoiser, with a method attached.
-        settings: of the training.
+        settings: the settings of the training.
 
     Returns:
         The parameters to train, by name.
@@ -88,7 +88,7 @@ def add_adapter(model: Any, settings: TrainSettings) -> dict[str, torch.nn.Param
         init_lora_weights=True,
     )
     model.requires_grad_(False)
-    # The factors start from random numbers.
+    # The LoRA's factors start from random numbers.
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model.add_adapter(config)
@@ -106,13 +106,14 @@ def save_adapter(
     folder: Path,
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write the LoRA of a pipeline's denoiser, and its method's own weights, into a folder.
+    """Write the LoRA of a pipeline's denoiser, and the method's own weights, into a folder.
 
     Args:
         pipe: the pipeline.
-        record: for the LoRA's header.
-        folder: is made if there is none.
-        weights: the denoiser's, by name, where it is spread over processes.
+        record: the record for the header of the LoRA's file.
+        folder: the folder; made if missing.
+        weights: the denoiser's weights by name, for a denoiser that is spread over processes; None
+            to read them from the denoiser.
     """
     from peft import get_peft_model_state_dict
 
@@ -123,7 +124,7 @@ def save_adapter(
     arguments: dict[str, Any] = {f"{part}_lora_layers": _compact(factors)}
     known = inspect.signature(type(pipe).save_lora_weights).parameters
     if f"{part}_lora_adapter_metadata" in known:
-        # diffusers makes a loaded LoRA's layers in training mode, where they would drop inputs.
+        # diffusers leaves the layers of a loaded LoRA in training mode: dropout would be active.
         metadata = model.peft_config[_ADAPTER].to_dict() | {"lora_dropout": 0.0}
         arguments[f"{part}_lora_adapter_metadata"] = metadata
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,13 +140,16 @@ def save_adapter(
 
 
 def read_record(path: Path) -> LoraRecord | None:
-    """What the LoRA at `path`, a file or a folder with one, says of how it was trained.
+    """The record in the header of a LoRA's file.
+
+    Args:
+        path: the LoRA's file, or the folder of the file.
 
     Returns:
-        None for a LoRA that was not made here.
+        The record; None for a LoRA that diffattn did not train.
 
     Raises:
-        LoraError: if the file cannot be read, or was written by a later version.
+        LoraError: if the file cannot be read, or was written by another version of diffattn.
     """
     file = path / LORA_FILE if path.is_dir() else path
     if file.suffix != ".safetensors" or not file.is_file():
@@ -167,18 +171,18 @@ def read_record(path: Path) -> LoraRecord | None:
 
 
 def load_method_weights(pipe: DiffusionPipeline, path: Path, record: LoraRecord) -> int:
-    """Load the weights of a method's own that were trained with a LoRA.
+    """Load the method's own weights that were trained together with a LoRA.
 
     Args:
-        pipe: with the method attached.
-        path: the LoRA's file, or the folder it is in.
-        record: what `read_record` said of it.
+        pipe: the pipeline, with the method attached.
+        path: the LoRA's file, or the folder of the file.
+        record: the result of `read_record`.
 
     Returns:
-        How many sites have got theirs; 0 if there is nothing to load.
+        The number of sites whose weights were loaded; 0 if there is nothing to load.
 
     Raises:
-        LoraError: if they are not those of the method that is attached.
+        LoraError: if the weights do not fit the attached method.
     """
     file = (path if path.is_dir() else path.parent) / METHOD_FILE
     if not file.is_file():
@@ -208,7 +212,11 @@ def load_method_weights(pipe: DiffusionPipeline, path: Path, record: LoraRecord)
 
 
 def _target_names(model: torch.nn.Module, targets: tuple[str, ...]) -> list[str]:
-    """Full names of the layers that `targets` means."""
+    """The full names of the layers of all sites that `targets` names.
+
+    Raises:
+        LoraError: if a target is a linear layer of no site.
+    """
     sites = site_names(model, family_of(model))
     found: list[str] = []
     for target in targets:
@@ -239,7 +247,7 @@ def _part(module: torch.nn.Module, name: str) -> torch.nn.Module | None:
 
 
 def _method_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The weights of the attached method's own, by the names of their modules."""
+    """The modules with the attached method's own weights, by name."""
     attached = attached_to(model)
     if attached is None:
         return {}

@@ -1,8 +1,8 @@
-"""Encoded clips on the disk: each in a file of its own that is whole or not there.
+"""Encoded clips on the disk, each in a file of its own that is either complete or missing.
 
-A file is named by a hash of all that it depends on, so that a run which was stopped goes on where
-it was, and a clip is encoded again only if it, its caption, the size or the model changes. The
-index, which is written last, lists the files of one data set.
+A file is named by a hash of everything that its content depends on: the clip, the caption, the
+size, the model. So a stopped run continues where it was, and a clip is encoded again only after a
+change. The index, which is written last, lists the files of one data set.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ _LATENTS = "latents"
 _CONDITION = "conditions."
 _PARTIAL = ".partial-"
 
-# Values of each weight that a model's fingerprint looks at.
+# Number of values of each weight in a model's fingerprint.
 _SAMPLES = 16
 
 
 class CachedClips(Dataset[dict[str, Any]]):
-    """A data set of latents of one shape, with what the denoiser is told of each.
+    """A data set of latents of one shape, with the denoiser's conditions for each clip.
 
-    Item i is {"latents": (channels, frames, height, width), "conditions": {name: tensor without
-    batch axis}, "key": str}.
+    Item i is {"latents": (channels, latent frames, height, width), "conditions": {name: tensor
+    without batch axis}, "key": str}.
 
     Attributes:
-        folder: where it is.
-        keys: of the clips, in their order.
-        facts: what the index says beyond them, such as the family and the size.
+        folder: the folder of the data set.
+        keys: the keys of the clips, in order.
+        facts: other entries of the index, such as the family and the size.
     """
 
     def __init__(self, folder: Path) -> None:
         """Open the data set in a folder.
 
         Raises:
-            LoraError: if there is none, or a part of it is missing.
+            LoraError: if the folder has no index, or a file of the data set is missing.
         """
         self.folder = folder
         index = _read_index(folder)
@@ -74,31 +74,34 @@ class CachedClips(Dataset[dict[str, Any]]):
 
     @property
     def empty(self) -> dict[str, Tensor]:
-        """What the denoiser is told of the empty caption, without batch axis."""
+        """The denoiser's conditions for the empty caption, without batch axis."""
         return _conditions(_load(_path(self.folder, self._empty)))
 
 
 def entry_key(depends_on: Mapping[str, Any]) -> str:
-    """The name of what depends on these things, which must be JSON types."""
+    """The key of an entry: a hash of everything that the entry depends on, given as JSON types."""
     text = json.dumps(depends_on, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def seed_of(key: str) -> int:
-    """A seed for what is random about an entry, whenever and wherever it is made."""
+    """The seed for everything random about the entry with this key."""
     return int(key[:8], 16)
 
 
 def fingerprint(*parts: Any) -> str:
     """A hash that tells models, and configurations of models or schedulers, apart.
 
-    It looks at every name, shape and type in a model's state, and at a few values of each tensor.
+    The hash covers every name, shape and dtype in a model's state, and a few values of each tensor.
+
+    Args:
+        parts: models, schedulers, or mappings of settings.
     """
     digest = hashlib.sha256()
     for part in parts:
         config = getattr(part, "config", part)
         settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-        # Where it was loaded from, and by which version of what, is no part of it.
+        # The origin of a model and the versions of libraries do not count.
         hidden = {k for k in settings if k.startswith("_") or k.endswith("_version")}
         plain = {k: v for k, v in settings.items() if k not in hidden}
         digest.update(json.dumps(plain, sort_keys=True, default=str).encode())
@@ -113,10 +116,10 @@ def fingerprint(*parts: Any) -> str:
 
 
 def open_folder(folder: Path) -> None:
-    """Make a folder ready for entries; what a killed run left half written goes.
+    """Make a folder ready for entries, and remove incomplete files of a killed run.
 
     Raises:
-        LoraError: if it cannot be written to.
+        LoraError: if the folder cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +130,7 @@ def open_folder(folder: Path) -> None:
 
 
 def is_stored(folder: Path, key: str) -> bool:
-    """Whether an entry is there, and so is whole."""
+    """Whether a folder has an entry; every entry is complete."""
     return _path(folder, key).is_file()
 
 
@@ -141,31 +144,39 @@ def store(
     """Write an entry.
 
     Args:
-        folder, key: where.
-        latents: (1, channels, frames, height, width), if it has any.
-        conditions: what the denoiser is told, with a batch axis of 1.
-        about: for people who look into the file.
+        folder: the folder of the data set.
+        key: the key of the entry.
+        latents: (1, channels, latent frames, height, width); None for an entry without latents.
+        conditions: the denoiser's conditions, with a batch axis of 1.
+        about: notes in the file for people.
 
     Raises:
-        LoraError: if it cannot be written; then nothing is there.
+        LoraError: if the entry cannot be written; no part of the entry is left.
     """
     tensors = {_CONDITION + name: value[0] for name, value in conditions.items()}
     if latents is not None:
         tensors[_LATENTS] = latents[0]
-    # What is part of a larger tensor, or permuted, would be refused.
+    # safetensors refuses views of larger tensors and permuted tensors.
     tensors = {name: _packed(value) for name, value in tensors.items()}
-    # One entry: the format writes several in any order, and files are to be the same every time.
+    # The format writes several metadata entries in any order. With one entry a file is always the
+    # same.
     header = {"clip": json.dumps(about, ensure_ascii=False)}
     _write(_path(folder, key), lambda path: save_file(tensors, path, metadata=header))
 
 
 def write_index(folder: Path, keys: list[str], empty: str, facts: Mapping[str, Any]) -> None:
-    """List the entries of a data set, in place of those that the folder held before.
+    """Write the index of a data set, in place of the folder's former index.
 
-    An index that says the same already is left alone: other processes may be reading it.
+    An equal index is left alone: other processes may be reading the file.
+
+    Args:
+        folder: the folder of the data set.
+        keys: the keys of the clips, in order.
+        empty: the key of the empty caption.
+        facts: other entries of the index, JSON types.
 
     Raises:
-        LoraError: if it cannot be written; then the former index stays.
+        LoraError: if the index cannot be written; the former index stays.
     """
     index = {"diffattn_clips": _FORMAT, "keys": keys, "empty": empty, "facts": dict(facts)}
     text = json.dumps(index, indent=1, ensure_ascii=False) + "\n"
@@ -214,7 +225,7 @@ def _path(folder: Path, key: str) -> Path:
 
 
 def _write(target: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name, and give it its own when all of it is on the disk."""
+    """Write a file under a temporary name, and rename the file once it is complete on the disk."""
     partial = target.with_name(f"{_PARTIAL}{os.getpid()}-{target.name}")
     try:
         write(partial)

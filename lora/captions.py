@@ -1,4 +1,4 @@
-"""Captions of clips: a text file beside each, or one table for all; files of prompts."""
+"""Captions of clips, from a text file beside each clip or from a table; files of prompts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 from diffattn._checks import did_you_mean
 from diffattn.lora.errors import LoraError
 
-# The first is ours; the others are those of Hugging Face's image and video folders.
+# The first name is ours, the second name that of Hugging Face's image and video folders.
 _FILE_COLUMNS = ("file", "file_name")
 _CAPTION_COLUMNS = ("caption", "text")
 
 
 @dataclass(frozen=True)
 class CaptionedClip:
-    """A clip and what it shows."""
+    """A clip and its caption."""
 
     path: Path
     caption: str
@@ -29,20 +29,20 @@ class CaptionedClip:
 def captioned_clips(
     folder: Path, clips: Sequence[Path], table: Path | None = None
 ) -> tuple[list[CaptionedClip], list[Path]]:
-    """Give clips their captions.
+    """Read the captions of clips.
 
     Args:
-        folder: where the clips are.
-        clips: files in it.
-        table: a .csv file, or a .jsonl file with an object a line, of file names and captions;
-            without it, each clip has a .txt file of its own name beside it.
+        folder: the folder of the clips.
+        clips: the clips, files in this folder.
+        table: a .csv file, or a .jsonl file with an object a line, of file names and captions. None
+            if each clip has a .txt file of the same name beside it.
 
     Returns:
-        The clips with captions in the order of `clips`, and those that the table leaves out.
+        The clips with captions, in the order of `clips`, and the clips that the table leaves out.
 
     Raises:
-        LoraError: if a caption is missing, empty or twice there, belongs to no clip, or a file
-            cannot be read; says where.
+        LoraError: if a caption is missing, empty, repeated, or for no clip, or if a file cannot be
+            read; names the place.
     """
     if table is None:
         return [CaptionedClip(clip, _caption_beside(clip)) for clip in clips], []
@@ -64,12 +64,12 @@ def captioned_clips(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a UTF-8 file, one a line; blank lines are left out.
+    """The prompts of a UTF-8 file, one prompt a line; blank lines are left out.
 
     Raises:
-        LoraError: if it cannot be read, or holds none.
+        LoraError: if the file cannot be read, or holds no prompt.
     """
-    # Not splitlines(): it also breaks at characters that may stand inside a sentence.
+    # splitlines() would also break at characters that may stand inside a sentence.
     lines = [line.strip() for line in _text(path).split("\n")]
     prompts = [line for line in lines if line]
     if not prompts:
@@ -91,7 +91,7 @@ def _caption_beside(clip: Path) -> str:
 
 
 def _rows(table: Path) -> Iterator[tuple[int, str, str]]:
-    """Number of the line, file name and caption of each row."""
+    """The line number, the file name and the caption of each row of a table."""
     suffix = table.suffix.lower()
     if suffix not in (".csv", ".jsonl"):
         raise LoraError(f"{table} ends in {suffix!r}, but a table of captions is .csv or .jsonl")
@@ -180,5 +180,5 @@ def _one_line(text: str) -> str:
 
 
 def _plain(path: Path) -> Path:
-    """The path without detours, whether or not there is such a file."""
+    """The absolute path without `..`, for files that exist and for files that do not."""
     return Path(os.path.abspath(path))

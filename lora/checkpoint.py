@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there, and how a run goes on from one.
+"""Checkpoints that are either complete or missing, and how a run continues from a checkpoint.
 
-A checkpoint is a folder, written under another name and renamed when all of it is on the disk. It
-holds what accelerate keeps of a run (optimiser, gradient scaler, generators), the trained weights
-by name, and the LoRA as it is at that step, ready for use.
+A checkpoint is a folder. It is written under a temporary name, and renamed once it is complete on
+the disk. It holds accelerate's state of the run (optimiser, gradient scaler, generators), the
+trained weights by name, and the LoRA of the step, ready for use.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d+)")
 _PROGRESS = "progress.json"
 _WEIGHTS = "trained.safetensors"
-# What the libraries raise when a disk is full: torch and safetensors have errors of their own.
+# The errors of a full disk: torch and safetensors raise errors of their own.
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is, and what must be the same for it to go on.
+    """The progress of a run, and the facts that must be the same for the run to continue.
 
     Attributes:
-        step: optimiser steps made.
-        identity: what decides the steps to come: settings, data, processes.
+        step: number of optimiser steps made.
+        identity: the facts that determine the next steps: settings, data, number of processes.
     """
 
     step: int
@@ -47,9 +47,9 @@ class Progress:
 
 
 def keep_trained_only(accelerator: Accelerator, trained: Mapping[str, torch.nn.Parameter]) -> None:
-    """Have accelerate's checkpoints hold the trained weights, not the model they belong to.
+    """Make accelerate's checkpoints hold the trained weights instead of the whole model.
 
-    FSDP and DeepSpeed save models in their own ways, which come before this.
+    FSDP and DeepSpeed save models in their own ways, and before this hook.
     """
 
     def save(models: list[Any], weights: list[Any], folder: str) -> None:
@@ -80,18 +80,21 @@ def save_checkpoint(
     add: Callable[[Path], None],
     keep: int,
 ) -> Path:
-    """Write a checkpoint of all processes, and remove the oldest.
+    """Write a checkpoint of all processes, and remove the oldest checkpoints.
 
     Args:
-        accelerator: of the run.
-        folder: the run's.
-        progress: where the run is.
-        add: writes what else belongs into a checkpoint; called in every process, as reading a
-            model that is spread over them takes all.
-        keep: how many checkpoints stay.
+        accelerator: the accelerator of the run.
+        folder: the output folder of the run.
+        progress: the progress of the run.
+        add: function that writes other files into the checkpoint's folder. Every process calls
+            `add`: reading a model that is spread over processes takes all of them.
+        keep: number of checkpoints to keep.
+
+    Returns:
+        The folder of the checkpoint.
 
     Raises:
-        LoraError: if it cannot be written; those before are untouched.
+        LoraError: if the checkpoint cannot be written; earlier checkpoints are untouched.
     """
     place = folder / FOLDER
     target = place / f"step-{progress.step:06d}"
@@ -121,17 +124,17 @@ def save_checkpoint(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, the oldest first."""
+    """The folders of a run's complete checkpoints, the oldest first."""
     place = folder / FOLDER
     found = [path for path in place.glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=_step)
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    """Where the run of a checkpoint was.
+    """The progress of the run in a checkpoint.
 
     Raises:
-        LoraError: if it does not say.
+        LoraError: if the checkpoint cannot be read.
     """
     try:
         entry = json.loads((checkpoint / _PROGRESS).read_text("utf-8"))
@@ -144,15 +147,15 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, identity: Mapping[str, Any]) -> int:
-    """Put a run where it was.
+    """Put a run into the state of a checkpoint.
 
     Args:
-        accelerator: of the run, with everything prepared.
-        checkpoint: the folder.
-        identity: what decides the steps of this run.
+        accelerator: the accelerator of the run, with everything prepared.
+        checkpoint: the folder of the checkpoint.
+        identity: the facts that determine the steps of this run, see `Progress`.
 
     Returns:
-        Optimiser steps made.
+        The number of optimiser steps made.
 
     Raises:
         LoraError: if the checkpoint is of another run, or cannot be read.
@@ -174,14 +177,14 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, identity: Mappin
 
 
 def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write files into a folder so that each is whole or not there.
+    """Write files into a folder so that each file is either complete or missing.
 
     Args:
-        folder: where they go.
-        write: writes them into the folder that it is given.
+        folder: the folder.
+        write: function that writes the files into the folder in its argument.
 
     Raises:
-        LoraError: if they cannot be written; those that were there are untouched.
+        LoraError: if the files cannot be written; the folder's former files are untouched.
     """
     temporary = folder / ".diffattn.tmp"
     try:
@@ -199,7 +202,7 @@ def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def to_disk(folder: Path) -> None:
-    """Wait until everything in a folder is on the disk, so that a rename cannot overtake it."""
+    """Wait until all files in a folder are on the disk, before the folder is renamed."""
     for path in folder.rglob("*"):
         if path.is_file():
             _sync(path)

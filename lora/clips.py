@@ -1,4 +1,4 @@
-"""Clips and pictures from files: frames at a rate, resized and cropped to a size."""
+"""Clips and pictures from files: frames at a given rate, scaled and cropped to a size."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ VIDEOS = (".avi", ".mkv", ".mov", ".mp4", ".webm")
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 _GIF = ".gif"
 
-# A frame that is to be shown at the very moment when another ends is that other's successor,
-# however the two times were rounded.
+# At the moment when a frame ends, the next frame is shown. The tolerance, in seconds, covers
+# rounding of the two times.
 _INSTANT = 1e-6
 
-# Seconds between frames where a file does not say.
+# Seconds between frames if a file has no rate.
 _USUAL = 1 / 25
 
 
 class ClipError(ValueError):
-    """A clip that cannot be used; the others can."""
+    """A clip that cannot be used; other clips can."""
 
 
 def find_clips(folder: Path) -> list[Path]:
-    """The clips and pictures in a folder and the folders in it, in the order of their names.
+    """The clips and pictures in a folder and in its subfolders, in the order of their names.
 
     Raises:
-        LoraError: if there is no such folder, or nothing in it to train on.
+        LoraError: if there is no such folder, or the folder has no clip and no picture.
     """
     if not folder.is_dir():
         what = "a file" if folder.is_file() else "not there"
@@ -58,9 +58,10 @@ def read_clip(
 
     Args:
         path: the file.
-        height, width: pixels; what is shown is scaled to cover them and cropped at its middle.
-        num_frames: how many.
-        fps: how many a second: the frames that are shown at these times; every frame when None.
+        height, width: pixels. Frames are scaled to cover this size and cropped at the centre.
+        num_frames: number of frames.
+        fps: frames to take a second: the frames shown at multiples of 1 / fps. None takes every
+            frame.
 
     Returns:
         float32 (3, frames, height, width) in [-1, 1].
@@ -78,7 +79,7 @@ def read_clip(
                     break
             if len(chosen) == num_frames:
                 break
-    except Exception as error:  # whatever the decoder raises for what is none
+    except Exception as error:  # decoders raise errors of many kinds for bad files
         raise ClipError(f"cannot read it: {_reason(error)}") from None
     if len(chosen) < num_frames:
         raise ClipError(_too_short(path, len(chosen), end, num_frames, fps))
@@ -87,7 +88,7 @@ def read_clip(
 
 
 def _frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
-    """Frames (height, width, 3), uint8, and the second in which each stops being shown."""
+    """The frames, uint8 (height, width, 3), each with the time in seconds when the frame ends."""
     suffix = path.suffix.lower()
     if suffix in VIDEOS:
         return _video_frames(path)
@@ -104,10 +105,10 @@ def _video_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
         frame, start = None, 0.0
         while True:
             found, following = capture.read()
-            # Phones and screen recorders take frames at uneven times.
+            # Times are read from the file: phones and screen recorders take frames unevenly.
             now = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 if found else start + lasts
             if frame is not None:
-                # Some files have no times at all.
+                # Some files have no times.
                 now = now if now > start else start + lasts
                 lasts = now - start
                 yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), now
@@ -119,8 +120,8 @@ def _video_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
 
 
 def _opened(path: Path) -> cv2.VideoCapture:
-    """OpenCV and the ffmpeg inside it, without what they write to stderr about bad files."""
-    # Looked at when the first file is opened.
+    """The file as opened by OpenCV, whose messages about bad files on stderr are switched off."""
+    # ffmpeg inside OpenCV reads this variable when the first file is opened.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     level = cv2.utils.logging.getLogLevel()
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -136,7 +137,7 @@ def _gif_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
     end = 0
     with Image.open(path) as image:
         for frame in ImageSequence.Iterator(image):
-            # Players show a frame whose delay is missing or 0 for a tenth of a second.
+            # Players show a frame for a tenth of a second if its delay is missing or 0.
             end += frame.info.get("duration") or 100
             yield np.asarray(frame.convert("RGB")), end / 1000
 
@@ -145,16 +146,16 @@ def _picture(path: Path) -> Iterator[tuple[np.ndarray, float]]:
     from PIL import Image, ImageOps
 
     with Image.open(path) as image:
-        # Cameras note how they were held instead of turning the picture.
+        # Cameras store their orientation instead of turning the picture.
         yield np.asarray(ImageOps.exif_transpose(image).convert("RGB")), _INSTANT * 2
 
 
 def _fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scale a frame so that it covers the size, and crop it at its middle."""
+    """Scale a frame to cover the size, and crop the frame at its centre."""
     rows, columns = frame.shape[:2]
     scale = max(height / rows, width / columns)
     rows, columns = max(height, round(rows * scale)), max(width, round(columns * scale))
-    # Averaging over areas is right for shrinking only.
+    # INTER_AREA averages when shrinking only.
     how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     scaled = cv2.resize(frame, (columns, rows), interpolation=how)
     top, left = (rows - height) // 2, (columns - width) // 2

@@ -1,8 +1,8 @@
 """Everything random about a training, as a function of the seed and a sample's number.
 
-Samples are numbered through the run: step after step, within a step forward after forward and
-process after process. So a run that is resumed, or spread over more processes with smaller batches,
-draws the same for the same sample, and nothing about it has to be kept.
+Samples are numbered throughout the run: step after step, within a step forward after forward, and
+within a forward process after process. So a run draws the same for the same sample after it was
+resumed, and on more processes with smaller batches. No state of generators has to be kept.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ _ORDER, _SAMPLE, _DROPOUT = range(3)
 
 
 class Clips(Protocol):
-    """Encoded clips: item i has "latents" (channels, frames, height, width), and "conditions".
+    """Encoded clips, see `CachedClips`.
+
+    Item i has "latents" (channels, latent frames, height, width) and "conditions" (name: tensor).
 
     Attributes:
-        keys: what tells the clips apart, in their order.
+        keys: the keys of the clips, in order.
     """
 
     @property
@@ -39,13 +41,13 @@ class Clips(Protocol):
 def sample_numbers(
     settings: TrainSettings, step: int, part: int, process: int, processes: int
 ) -> list[int]:
-    """The numbers of the samples of one forward: the `part`-th of a step in one process."""
+    """The numbers of the samples of one forward: forward `part` of a step in one process."""
     first = ((step * settings.accumulation + part) * processes + process) * settings.batch_size
     return list(range(first, first + settings.batch_size))
 
 
 def clip_of(number: int, clips: int, seed: int) -> int:
-    """Which of the clips a sample shows: all of them once in random order, then again."""
+    """The index of the clip in a sample; each epoch has every clip once, in random order."""
     epoch, place = divmod(number, clips)
     order = torch.randperm(clips, generator=_generator(seed, _ORDER, epoch))
     return int(order[place])
@@ -59,14 +61,14 @@ def draw_batch(
     settings: TrainSettings,
     numbers: Sequence[int],
 ) -> Batch:
-    """Draw clips, noise, times and dropped captions of the samples with these numbers, on the CPU.
+    """Draw clips, noise, times and dropped captions of samples, on the CPU.
 
     Args:
-        clips: what to choose from.
+        clips: the clips to draw from.
         empty: the conditions of the empty caption, without batch axis.
-        recipe, scheduler: say which times there are.
-        settings: of the training.
-        numbers: of the samples.
+        recipe, scheduler: the source of the times.
+        settings: the settings of the training.
+        numbers: the numbers of the samples.
     """
     drawn = []
     for number in numbers:
@@ -87,7 +89,7 @@ def draw_batch(
 
 
 def seed_dropout(settings: TrainSettings, numbers: Sequence[int]) -> None:
-    """Seed torch's own generators for a forward, whose LoRA may drop inputs."""
+    """Seed torch's default generators for the dropout of a forward on these samples."""
     torch.manual_seed(_seed(settings.seed, _DROPOUT, numbers[0]))
 
 
@@ -96,5 +98,5 @@ def _generator(seed: int, stream: int, number: int) -> torch.Generator:
 
 
 def _seed(seed: int, stream: int, number: int) -> int:
-    # torch's generator on the CPU looks at 32 bits only, which must differ in more than the last.
+    # torch's generator on the CPU uses 32 bits of a seed, and needs seeds that differ in many bits.
     return int(np.random.SeedSequence((seed, stream, number)).generate_state(1)[0])

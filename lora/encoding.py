@@ -1,4 +1,4 @@
-"""Encoding a folder of clips with captions, once for all trainings on them."""
+"""Encoding of a folder of clips with captions, once for all trainings on these clips."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from diffattn.lora.errors import LoraError
 from diffattn.lora.recipes import Recipe
 from diffattn.models import size_rules
 
-# In the keys of all that is encoded here; to be raised when what is encoded changes.
+# Part of every key of this module; to be raised when the encoding changes.
 _FORMAT = 1
 
-# The components that decide what a prompt becomes.
+# The components that determine the encoding of a prompt.
 _TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
@@ -45,27 +45,28 @@ def prepare(
     report: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> CachedClips:
-    """Encode clips and captions, those that are not encoded yet.
+    """Encode the clips and captions that are not encoded yet.
 
-    For one process at a time: one that finds everything encoded writes nothing.
+    Only one process at a time may encode. A process that finds everything encoded writes nothing.
 
     Args:
         pipe: the pipeline with its VAE and text encoders.
-        recipe: of the pipeline.
-        clips: what to encode.
-        folder: where to; may hold other clips and those of a run that was stopped.
-        height, width, num_frames: of what is encoded, in pixels; pictures have one frame.
+        recipe: the recipe of the pipeline.
+        clips: the clips to encode.
+        folder: the folder of the data set; may hold other clips, and clips of a stopped run.
+        height, width: pixels of the encoded clips.
+        num_frames: frames of the encoded clips; 1 for pictures.
         fps: frames a second to take; every frame when None.
-        seed: of what is drawn from the VAE's posterior.
-        report: told of each clip that is skipped, and why: those that cannot be read or are too
+        seed: seed of the samples from the VAE's posterior.
+        report: called with a line for each clip that is skipped because it cannot be read or is too
             short.
-        progress: told how many clips are done, of how many.
+        progress: called with the number of finished clips and the number of all clips.
 
     Returns:
-        The data set, of one shape.
+        The data set; all clips have the same shape.
 
     Raises:
-        LoraError: if the pipeline has no VAE or text encoder, the model cannot make that size, no
+        LoraError: if the pipeline has no VAE or text encoder, the model cannot make the size, no
             clip can be used, or `folder` cannot be written to.
     """
     if pipe.vae is None:
@@ -108,7 +109,7 @@ def prepare(
 
 
 def check_size(pipe: Any, height: int, width: int, num_frames: int) -> None:
-    """Refuse a size that the model cannot make; names the nearest that it can."""
+    """Raise LoraError, naming the nearest legal sizes, if the model cannot make a size."""
     try:
         size_rules(pipe).check(height, width, num_frames)
     except ValueError as error:
@@ -116,7 +117,7 @@ def check_size(pipe: Any, height: int, width: int, num_frames: int) -> None:
 
 
 def text_identity(pipe: Any, recipe: Recipe) -> str:
-    """What decides what a prompt becomes.
+    """A hash of everything that determines the encoding of a prompt.
 
     Raises:
         LoraError: if the pipeline has no text encoder.
@@ -134,7 +135,17 @@ def text_identity(pipe: Any, recipe: Recipe) -> str:
 
 
 def store_empty(pipe: Any, recipe: Recipe, folder: Path, text: str) -> str:
-    """Encode the empty prompt, which stands for captions that are dropped; return its key."""
+    """Encode and store the empty prompt, which replaces dropped captions.
+
+    Args:
+        pipe: the pipeline.
+        recipe: the recipe of the pipeline.
+        folder: the folder of the data set.
+        text: the result of `text_identity`.
+
+    Returns:
+        The key of the entry.
+    """
     key = entry_key({"format": _FORMAT, "text": text, "caption": ""})
     if not is_stored(folder, key):
         store(folder, key, None, recipe.encode_prompt(pipe, [""]), {"caption": ""})

@@ -1,8 +1,8 @@
-"""The error of lora/ that means "the user can put this right"."""
+"""The error of lora/ for mistakes that the user can correct."""
 
 
 class LoraError(ValueError):
-    """Bad input: one line that says what was wrong and what to do."""
+    """Bad input; the message is one line with the mistake and the cure."""
 
     def __init__(self, message: object) -> None:
         super().__init__(" ".join(str(message).split()))

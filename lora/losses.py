@@ -1,14 +1,14 @@
-"""What a sparse denoiser is trained to do: its own objective, and what the dense model does.
+"""The losses of a sparse denoiser: the model's own objective, and the distances to the dense model.
 
-Three losses, each a mean over everything and in float32, each with a weight:
+There are three losses. Each is a float32 mean over all elements, and has a weight:
 
-- objective: the model's own, flow matching or the prediction of noise or velocity;
-- prediction: the distance to what the dense model predicts for the same input (distillation);
-- attention: the distance to the dense model's attention outputs, each model on its own hidden
-  states, averaged over sites.
+- objective: the model's own objective, flow matching or the prediction of noise or velocity;
+- prediction: the distance to the dense model's prediction for the same input (distillation);
+- attention: the distance to the dense model's attention outputs, averaged over sites; each model
+  runs on its own hidden states.
 
-With the weights 1, 0.5 and 0.5 they are CLEAR's and LinFusion's. The dense model is the same one
-with its LoRA switched off and dense attention: no second copy is kept.
+CLEAR and LinFusion use the weights 1, 0.5 and 0.5. The dense model is the same denoiser with the
+LoRA switched off and dense attention: there is no second copy.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples with everything random about them drawn.
+    """Samples after all random draws.
 
     Attributes:
         latents: (batch, channels, latent frames, height, width).
-        noise: the same shape.
-        times: (batch,), as the recipe draws them.
-        conditions: what the denoiser is told, batch first.
+        noise: (batch, channels, latent frames, height, width).
+        times: (batch,), as `Recipe.sample_times` draws them.
+        conditions: the denoiser's conditions by name, batch first.
     """
 
     latents: torch.Tensor
@@ -50,8 +50,8 @@ class Batch:
 class Student(torch.nn.Module):
     """A sparse denoiser with its losses: the module that is trained.
 
-    It holds the denoiser and calls it twice where there is something to learn from the dense one,
-    so that everything a training framework wraps around it sees one call.
+    The module calls the denoiser twice if a loss compares it with the dense model. Wrappers of a
+    training framework around the module see a single call.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Student(torch.nn.Module):
         self._recipe, self._scheduler, self._attachment = recipe, scheduler, attachment
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The losses that have a weight, and "loss", their weighted sum."""
+        """The losses with a weight above 0 by name, and their weighted sum, "loss"."""
         recipe, scheduler = self._recipe, self._scheduler
         noisy = recipe.add_noise(scheduler, batch.latents, batch.noise, batch.times)
         self._attachment.leave_run()
@@ -100,19 +100,19 @@ class Student(torch.nn.Module):
     def _predict(
         self, noisy: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The prediction, and the attention outputs if they are compared."""
+        """The prediction, and the attention outputs if the attention loss has a weight."""
         with ExitStack() as stack:
             outputs: list[torch.Tensor] = []
             if self.weights["attention"]:
                 outputs = stack.enter_context(attention_outputs(self._sites))
             predicted = self._recipe.predict(self.model, noisy, batch.times, batch.conditions)
-            # A copy: computing activations again for the backward pass calls the sites again.
+            # The copy stays unchanged when gradient checkpointing calls the sites again.
             return predicted, list(outputs)
 
 
 @contextmanager
 def dense_teacher(model: Any, attachment: Attachment) -> Iterator[None]:
-    """Make a denoiser the dense model that its LoRA started from, for the while."""
+    """Make a denoiser the dense model without its LoRA while the block runs."""
     model.disable_adapters()
     try:
         with attachment.dense():
@@ -123,9 +123,12 @@ def dense_teacher(model: Any, attachment: Attachment) -> Iterator[None]:
 
 @contextmanager
 def attention_outputs(sites: Sequence[torch.nn.Module]) -> Iterator[list[torch.Tensor]]:
-    """Collect what attention modules return, in the order of their calls.
+    """Collect the outputs of attention modules, in the order of their calls.
 
-    Those of joint attention return video and text tokens: the video's are kept.
+    Modules of joint attention return video and text tokens; only the video tokens are kept.
+
+    Yields:
+        The list of outputs, which grows while the block runs.
     """
     outputs: list[torch.Tensor] = []
 
@@ -143,7 +146,7 @@ def attention_outputs(sites: Sequence[torch.nn.Module]) -> Iterator[list[torch.T
 def mean_distance(
     outputs: Sequence[torch.Tensor], references: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """The mean over pairs of their mean squared distance in float32."""
+    """The mean squared distance of each pair of tensors in float32, averaged over the pairs."""
     distances = [
         F.mse_loss(output.float(), reference.float())
         for output, reference in zip(outputs, references, strict=True)

@@ -1,4 +1,4 @@
-"""A training on the screen: loss, learning rate, pace, time left, memory."""
+"""The display of a training: loss, learning rate, pace, time left, memory."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from contextlib import contextmanager
 
 from diffattn.lora.trainer import StepReport
 
-# Where there is no terminal to draw a bar on, this many lines a run say where it is.
+# Number of lines in a run without a terminal, which has no bar.
 _LINES_PER_RUN = 20
-# Of the running mean of the loss and the pace that are shown.
+# Weight of the past in the running means of loss and pace.
 _SMOOTHING = 0.9
 
 
 @contextmanager
 def shown(steps: int, made: int = 0) -> Iterator[Callable[[StepReport], None]]:
-    """Show a training's steps, with a bar on a terminal and by lines elsewhere.
+    """Show the steps of a training, by a bar on a terminal and by lines elsewhere.
 
     Args:
-        steps: of the whole run.
-        made: of them before, when a run goes on.
+        steps: number of steps of the whole run.
+        made: number of steps made before, in a resumed run.
 
     Yields:
-        What to call with the report of each step.
+        A function to call with the report of each step.
     """
     from rich.console import Console
 
@@ -57,7 +57,7 @@ def shown(steps: int, made: int = 0) -> Iterator[Callable[[StepReport], None]]:
 
 
 class _Smoothed:
-    """Running means of what jumps from step to step."""
+    """Running means of the loss and of the seconds per step."""
 
     def __init__(self) -> None:
         self.loss = self.seconds = 0.0

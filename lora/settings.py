@@ -1,4 +1,4 @@
-"""Every setting of a training, as plain data that can be written down and read back."""
+"""The settings of a training, as plain data that can be written to JSON and read back."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ PRECISIONS = ("no", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class Advice:
-    """What a method's paper trains with.
+    """The training settings of a method's paper.
 
     Attributes:
-        rank, alpha: of the LoRA, whose factor is alpha / rank.
-        objective, prediction, attention: weights of the losses, see `losses`.
-        attention_every: the attention loss is over every so many layers.
+        rank, alpha: rank of the LoRA, and numerator of the LoRA's factor alpha / rank.
+        objective, prediction, attention: weights of the losses, see `diffattn.lora.losses`.
+        attention_every: the attention loss compares every n-th site for this n.
     """
 
     rank: int = 64
@@ -44,46 +44,52 @@ class Advice:
     attention_every: int = 1
 
 
+# The settings by the method's type. The papers of all other methods train all weights on the
+# model's own objective, or nothing.
 ADVICE: Mapping[str, Advice] = {
-    # Its paper says rank 128; the alpha is that of FastVideo, whose checkpoint format it reads.
+    # The paper has rank 128. The alpha is FastVideo's, whose checkpoints the public code reads.
     "radial": Advice(rank=128, alpha=256),
-    # These two train the projections themselves, with the dense model for a teacher.
+    # These papers train the projections themselves, with the dense model as teacher.
     "clear": Advice(prediction=0.5, attention=0.5, attention_every=4),
     "linfusion": Advice(prediction=0.5, attention=0.5),
 }
-"""By the method's type; the others' papers train all weights on the model's own objective, or
-nothing at all."""
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How a LoRA is trained. `None` leaves a setting to the method's paper, see `ADVICE`.
+    """The settings of a LoRA training.
+
+    None in `rank`, `alpha`, `attention_every` and the weights of the losses takes the setting of
+    the method's paper, see `ADVICE`.
 
     Attributes:
-        attention: the method as its `to_dict()` gives it.
-        rank, alpha: of the LoRA, whose factor is alpha / rank (alpha / sqrt(rank) with rslora).
-        targets: the layers inside of each attention site that get a LoRA.
-        dropout: of what goes into the LoRA.
-        dora, rslora: the variants of LoRA that peft knows under these names.
-        denoiser: the pipeline's component, the first where there are two; "transformer_2" is the
+        attention: the `to_dict()` of the method.
+        rank, alpha: rank of the LoRA, and numerator of the LoRA's factor alpha / rank (with rslora,
+            alpha / sqrt(rank)).
+        targets: names of the layers inside each attention site that get a LoRA.
+        dropout: fraction of the LoRA's inputs to drop.
+        dora, rslora: peft's variants of LoRA with these names.
+        denoiser: the pipeline's component to train; None for the first. "transformer_2" is the
             second expert of Wan 2.2.
-        objective, prediction, attention_output: weights of the losses, see `losses`.
-        attention_every: the attention loss is over every so many sites.
-        steps: optimiser steps.
+        objective, prediction, attention_output: weights of the losses, see `diffattn.lora.losses`.
+        attention_every: the attention loss compares every n-th site for this n.
+        steps: number of optimiser steps.
         batch_size: samples of one process in one forward.
         accumulation: forwards per optimiser step.
-        learning_rate: its largest value.
-        schedule: what it does after the warm-up: stay ("constant"), or fall to zero along a line
-            ("linear") or a cosine ("cosine").
-        warmup_steps: steps in which it rises.
-        weight_decay, max_grad_norm: of AdamW, and where gradients are clipped.
-        shift: moves noise levels up for large videos; None for the scheduler's own.
+        learning_rate: the largest learning rate.
+        schedule: the learning rate after the warm-up: it stays ("constant"), or falls to zero along
+            a line ("linear") or a cosine ("cosine").
+        warmup_steps: number of steps in which the learning rate rises.
+        weight_decay: weight decay of AdamW.
+        max_grad_norm: norm that gradients are clipped to.
+        shift: time shift of the noise levels; above 1 favours strong noise, for large videos. None
+            for the scheduler's own shift.
         caption_dropout: fraction of the samples that are trained with the empty caption.
-        seed: decides everything random.
-        mixed_precision: no, bf16 or fp16; None for what `accelerate launch` was told.
-        gradient_checkpointing: compute activations twice instead of keeping them.
-        checkpoint_every: steps between checkpoints, and at the end; the last `keep_checkpoints`
-            stay.
+        seed: seed of everything random.
+        mixed_precision: no, bf16 or fp16; None for the setting of `accelerate launch`.
+        gradient_checkpointing: whether to compute activations twice instead of keeping them.
+        checkpoint_every: number of steps between checkpoints; the end of a run also has one.
+        keep_checkpoints: number of checkpoints to keep.
         trackers: names of accelerate's trackers, such as tensorboard and wandb.
     """
 
@@ -148,10 +154,10 @@ class TrainSettings:
             )
 
     def completed(self) -> Self:
-        """The same settings with every None that the method's paper answers replaced."""
+        """The settings with None replaced by the settings of the method's paper, see `ADVICE`."""
         advice = self._advice()
         rank = _or_else(self.rank, advice.rank)
-        # A rank of one's own comes with the factor that the paper's rank has.
+        # The user's rank keeps the paper's factor alpha / rank.
         alpha = rank * advice.alpha / advice.rank if self.alpha is None else self.alpha
         return dataclasses.replace(
             self,
@@ -187,7 +193,11 @@ class TrainSettings:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` wrote; unknown names are refused."""
+        """The settings from the mapping that `to_dict` gives.
+
+        Raises:
+            LoraError: if a name is unknown or a value is not allowed.
+        """
         names = [item.name for item in dataclasses.fields(cls)]
         for name in settings:
             if name not in names:

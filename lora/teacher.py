@@ -1,4 +1,4 @@
-"""Training data that the dense model makes itself, from a list of prompts."""
+"""Training data that the dense model itself makes from a list of prompts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from diffattn.lora.errors import LoraError
 from diffattn.lora.recipes import Recipe
 from diffattn.models import denoisers
 
-# In the keys of all that is made here; to be raised when what is made changes.
+# Part of every key of this module; to be raised when the generated data change.
 _FORMAT = 1
 
 
@@ -43,30 +43,32 @@ def teach(
     progress: Callable[[int, int], None] = lambda done, of: None,
     **call: Any,
 ) -> CachedClips:
-    """Generate latents with the pipeline as it is, those that are not there yet.
+    """Generate the latents that do not exist yet with a dense pipeline.
 
-    What the denoiser ends with is what is learnt from: nothing is decoded and encoded again. For
-    one process at a time: one that finds everything there writes nothing.
+    The training data are the final latents of the denoiser: nothing is decoded and encoded again.
+    Only one process at a time may generate. A process that finds all latents writes nothing.
 
     Args:
-        pipe: the pipeline, dense.
-        recipe: of the pipeline.
-        prompts: what to generate.
-        folder: where to; may hold other clips and those of a run that was stopped.
-        height, width, num_frames: pixels and frames of a video; images have one frame.
-        samples: videos of each prompt.
-        steps: denoising steps.
-        seed: decides the noise.
-        progress: told how many videos are done, of how many.
+        pipe: the pipeline, without sparse attention.
+        recipe: the recipe of the pipeline.
+        prompts: the prompts.
+        folder: the folder of the data set; may hold other clips, and clips of a stopped run.
+        height, width: pixels.
+        num_frames: frames of a video; 1 for images.
+        samples: number of videos for each prompt.
+        steps: number of denoising steps.
+        seed: seed of the noise.
+        progress: called with the number of finished videos and the number of all videos.
         call: more arguments of the pipeline's call, such as `guidance_scale`; JSON types.
 
     Returns:
-        The data set, of one shape: all samples of the first prompt come first.
+        The data set; all videos have the same shape. The samples of a prompt stand together, in the
+        order of the prompts.
 
     Raises:
         LoraError: if sparse attention is attached, the pipeline has no text encoder, the model
-            cannot make that size or does not take an argument, there are no prompts, or `folder`
-            cannot be written to.
+            cannot make the size or does not take an argument, there are no prompts, the latents are
+            not finite, or `folder` cannot be written to.
     """
     models = denoisers(pipe)
     if any(attached_to(model) is not None for model in models.values()):

@@ -1,4 +1,4 @@
-"""The training loop, on accelerate: one process or many, by the same numbers."""
+"""The training loop on accelerate; one process or many draw the same random numbers."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ if TYPE_CHECKING:
 LOG_FILE = "losses.jsonl"
 SETTINGS_FILE = "settings.json"
 
-# What may differ when a run goes on. The number of steps decides a learning rate that falls.
+# Settings that may change when a run is resumed. A falling learning rate also depends on `steps`.
 _FREE = ("steps", "checkpoint_every", "keep_checkpoints", "trackers", "gradient_checkpointing")
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step came to.
+    """The result of an optimiser step.
 
     Attributes:
-        step: optimiser steps made, this one included.
-        steps: of the whole run.
-        losses: by name, without their weights; "loss" is the weighted sum.
-        learning_rate: of this step.
-        seconds: that it took.
-        memory: the most bytes in use so far, of the accelerator, or of the process on a CPU.
+        step: number of optimiser steps made, this step included.
+        steps: number of steps of the whole run.
+        losses: the losses by name, without their weights; "loss" is the weighted sum.
+        learning_rate: the learning rate of the step.
+        seconds: the duration of the step.
+        memory: the most bytes in use so far, on the accelerator, or by the process on a CPU.
     """
 
     step: int
@@ -69,8 +69,14 @@ class Trainer:
     """A pipeline whose LoRA is being trained.
 
     Attributes:
-        pipe: with the method attached and the LoRA in place, ready to be called between steps.
-        step: optimiser steps made.
+        pipe: the pipeline with the method and the LoRA, ready to be called between steps.
+        settings: the settings, without a None that the method's paper replaces.
+        output: the folder of the run.
+        accelerator: the accelerator of the run.
+        recipe: the recipe of the pipeline.
+        model: the denoiser.
+        attachment: the attached method.
+        step: number of optimiser steps made.
     """
 
     def __init__(
@@ -85,21 +91,22 @@ class Trainer:
         accelerator: Accelerator | None = None,
         resume: bool = False,
     ) -> None:
-        """Attach the method, add the LoRA, and go on from the last checkpoint if there is one.
+        """Attach the method, add the LoRA, and load the last checkpoint if there is one.
 
         Args:
-            pipe: a stock pipeline; the denoiser's device is chosen by accelerate.
-            clips: what is learnt from.
-            empty: conditions of the empty caption, without batch axis.
-            settings: of the training.
+            pipe: a stock pipeline; accelerate chooses the denoiser's device.
+            clips: the training data.
+            empty: the conditions of the empty caption, without batch axis.
+            settings: the settings of the training.
             output: folder for the LoRA, the checkpoints and the log.
-            recipe: how this pipeline is trained, if not by `recipe_for`.
-            accelerator: if not one made from the settings.
-            resume: go on with what `output` holds, instead of refusing it.
+            recipe: the recipe of the pipeline; the result of `recipe_for` when None.
+            accelerator: the accelerator of the run; made from the settings when None.
+            resume: whether to continue a run in `output`; otherwise such a run is an error.
 
         Raises:
-            LoraError: if the pipeline cannot be trained like this, there are no clips, `output`
-                holds a run and `resume` is not set, or that run is another one.
+            LoraError: if the pipeline cannot be trained with these settings, there are no clips,
+                `output` holds a run and `resume` is False, or the run in `output` has other
+                settings or data.
         """
         self.pipe, self.settings, self.output = pipe, settings.completed(), output
         self.step = 0
@@ -118,7 +125,7 @@ class Trainer:
         try:
             self.recipe = recipe or recipe_for(pipe, settings.denoiser)
             self.model: Any = getattr(pipe, self.recipe.denoiser)
-            # Before a method adds weights of its own, which may start from random numbers.
+            # The fingerprint comes before the method adds weights, which may start at random.
             self._base = fingerprint(self.model)
             self.attachment = self._attach()
         except (ValueError, TypeError) as error:
@@ -144,15 +151,16 @@ class Trainer:
         report: Callable[[StepReport], None] = lambda _: None,
         between: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """Make the steps that are left, with checkpoints, and write the LoRA.
+        """Make the remaining steps with their checkpoints, and write the LoRA.
 
         Args:
-            until: stop after this many steps of the whole run; all of them when None.
-            report: called after every step in the main process.
-            between: called in the main process after every step, when checkpoints are written.
+            until: the last step to make, counted from the start of the run; None for all steps.
+            report: called in the main process after every step, with the step's report.
+            between: called in the main process after every step and its checkpoint, with the number
+                of steps made.
 
         Raises:
-            LoraError: if the loss is no number, or something cannot be written.
+            LoraError: if the loss is not finite, or a file cannot be written.
         """
         last = self.settings.steps if until is None else min(until, self.settings.steps)
         while self.step < last:
@@ -169,7 +177,7 @@ class Trainer:
         self.accelerator.end_training()
 
     def save_checkpoint(self) -> None:
-        """Write a checkpoint of this step."""
+        """Write a checkpoint of the current step."""
         save_checkpoint(
             self.accelerator,
             self.output,
@@ -179,7 +187,11 @@ class Trainer:
         )
 
     def save(self) -> Path:
-        """Write the LoRA into the output folder."""
+        """Write the LoRA into the output folder.
+
+        Returns:
+            The LoRA's file.
+        """
         weights = self._weights()
         if self.accelerator.is_main_process:
             replace_files(
@@ -189,7 +201,7 @@ class Trainer:
         return self.output / LORA_FILE
 
     def loss(self, numbers: Sequence[int]) -> dict[str, float]:
-        """The losses of a batch of samples, without learning from them."""
+        """The losses of the samples with these numbers, by name, without a training step."""
         with torch.no_grad():
             losses = self._student(self._draw(numbers))
         return {name: float(loss) for name, loss in losses.items()}
@@ -197,7 +209,7 @@ class Trainer:
     def _make_step(self) -> StepReport:
         start = time.perf_counter()
         settings, accelerator = self.settings, self.accelerator
-        # accelerate keeps it for all trainings of a process.
+        # accelerate keeps this number for all trainings of a process.
         accelerator.gradient_accumulation_steps = settings.accumulation
         self._student.train()
         rate = settings.rate_at(self.step)
@@ -214,14 +226,14 @@ class Trainer:
                 losses = self._student(batch)
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients:
-                    # All parameters, frozen ones too: by these accelerate knows a model that FSDP
-                    # has spread, whose parameters are no longer those that were made.
+                    # Frozen parameters are passed, too: accelerate recognises a model that FSDP has
+                    # spread by all of the model's parameters, which FSDP has replaced.
                     accelerator.clip_grad_norm_(self._student.parameters(), settings.max_grad_norm)
                 self._optimizer.step()
                 self._optimizer.zero_grad()
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0) + loss.detach() / settings.accumulation
-        # Between steps the pipeline may be called, where nothing is dropped.
+        # Between steps the pipeline may be called, without dropout.
         self._student.eval()
         means = accelerator.reduce(torch.stack(list(totals.values())).float(), "mean").tolist()
         self.step += 1
@@ -252,7 +264,7 @@ class Trainer:
         return attachment
 
     def _weights(self) -> Mapping[str, torch.Tensor]:
-        """The denoiser's weights by name, gathered from all processes where they are spread."""
+        """The denoiser's weights by name, gathered if they are spread over processes."""
         prefix = "model."
         state = self.accelerator.get_state_dict(self._student)
         return {name.removeprefix(prefix): weight for name, weight in state.items()}
@@ -281,11 +293,11 @@ class Trainer:
             "processes": self.accelerator.num_processes,
             "clips": hashlib.sha256("\n".join(self._clips.keys).encode()).hexdigest()[:16],
         }
-        # As it is read back: JSON has no tuples.
+        # The identity in a checkpoint went through JSON, which has no tuples.
         return json.loads(json.dumps(identity))
 
     def _write_settings(self) -> None:
-        """Write down what is run, and forget logged steps that are made again."""
+        """Write the settings of the run, and cut the log after the last step made."""
         log = self.output / LOG_FILE
         lines = log.read_text("utf-8").splitlines(keepends=True) if log.is_file() else []
         kept = lines[: self.step]
@@ -314,10 +326,10 @@ def check_output(output: Path, resume: bool) -> None:
 
     Args:
         output: the folder.
-        resume: whether a run that it holds is to go on.
+        resume: whether the folder may hold a run to continue.
 
     Raises:
-        LoraError: if it holds a run that is not, or cannot be written to.
+        LoraError: if the folder holds a run and `resume` is False, or the folder cannot be made.
     """
     found = checkpoints(output)
     if found and not resume:
@@ -332,15 +344,15 @@ def check_output(output: Path, resume: bool) -> None:
 
 
 def make_accelerator(settings: TrainSettings, output: Path, *, on_cpu: bool = False) -> Accelerator:
-    """Make what runs the training, by the settings and what `accelerate launch` has said.
+    """Make the accelerator of a run, from the settings and the options of `accelerate launch`.
 
     Args:
-        settings: of the training.
-        output: where trackers write to.
-        on_cpu: leave an accelerator alone.
+        settings: the settings of the training.
+        output: the folder for the trackers' files.
+        on_cpu: whether to run on the CPU even if there is a GPU.
 
     Raises:
-        LoraError: if a tracker is unknown or not installed, or accelerate cannot do what is asked.
+        LoraError: if a tracker is unknown or not installed, or accelerate refuses the settings.
     """
     available = [str(getattr(name, "value", name)) for name in get_available_trackers()]
     for name in settings.trackers:
@@ -350,7 +362,7 @@ def make_accelerator(settings: TrainSettings, output: Path, *, on_cpu: bool = Fa
                 f" diffattn[wandb]); installed are: {', '.join(available) or 'none'}"
             )
     method = from_dict(settings.attention)
-    # Weights of a method's own have no gradient in layers that stay dense.
+    # The method's own weights have no gradient in layers that stay dense.
     unused = type(method).site_weights is not Method.site_weights and method.dense_layers != 0
     try:
         accelerator = Accelerator(
@@ -370,7 +382,7 @@ def make_accelerator(settings: TrainSettings, output: Path, *, on_cpu: bool = Fa
 
 
 def memory_in_use() -> int:
-    """The most bytes in use so far: of the accelerator, or of this process on a CPU."""
+    """The most bytes in use so far, on the accelerator, or by this process on a CPU."""
     if torch.accelerator.is_available():
         return int(torch.accelerator.max_memory_allocated())
     import resource

@@ -1,4 +1,4 @@
-"""What every attention method is: a frozen dataclass of parameters that knows its attention."""
+"""The base of every attention method: a frozen dataclass of parameters with an `attend`."""
 
 from __future__ import annotations
 
@@ -24,19 +24,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Site:
-    """Where an attention call comes from.
+    """The origin of an attention call: model family, layer and tokens.
 
     Attributes:
         family: the model family's name, as in `diffattn.models.FAMILIES`.
-        layer: index of the block among the model's blocks, from 0.
+        layer: index of the block among the model's blocks, from 0. Blocks that a method treats
+            alike form a group and have the index of the group's first block.
         layers: number of blocks.
         grid: the tokens of this call.
-        order: the order they come in where the model's forward has put them in another than the
-            grid's; only methods that are no more than a mask meet it.
-        weights: what `Method.site_weights` has made for the module that calls.
-        rotary: cosines and sines that the model has rotated queries and keys by, as it has them;
-            only where there are weights, and None where nothing was rotated.
-        merging: how the tokens of this call were merged; `grid` is a row of what is left then.
+        order: the order of the tokens if the model's forward has permuted them; None for the
+            grid's own order. Only methods with `is_mask_alone` meet permuted tokens.
+        weights: the weights that `Method.site_weights` or `Method.layer_weights` made for the
+            module; None if neither made any.
+        rotary: the cosines and sines that the model rotated queries and keys by, in the model's
+            own format; None without `weights` and where the model rotated nothing.
+        merging: how the tokens of this call were merged; None if they were not. The grid of merged
+            tokens is one row, 1 x 1 x tokens.
     """
 
     family: str
@@ -49,33 +52,33 @@ class Site:
     merging: Merging | None = field(default=None, compare=False)
 
 
-# Others are storage formats, which nothing can be trained in.
+# Other dtypes are storage formats: nothing can be trained in them.
 _TRAINABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class SiteWeights(torch.nn.Module):
-    """Trainable weights of a method's own at an attention module."""
+    """Trainable weights that a method adds to an attention module."""
 
     def place_beside(self, module: torch.nn.Module) -> None:
         """Move to the device and the dtype of another module's weights."""
         for other in module.parameters():
             if other.dtype in _TRAINABLE:
-                # Weights that offloading has moved elsewhere are "meta" where they were.
+                # Offloading leaves a "meta" tensor in place of weights that it has moved away.
                 self.to("cpu" if other.is_meta else other.device, other.dtype)
                 break
 
     def leave(self, module: torch.nn.Module) -> None:
-        """Undo what was done to the module on their account: they are taken off."""
+        """Undo every change of `module` that these weights needed, as they are about to go."""
 
 
 class SiteState(Protocol):
-    """What may be asked of a site between its calls.
+    """The state of an attached site, readable between its calls.
 
     Attributes:
-        method: the method that is attached, settled for the model.
-        video: the video tokens of the current call; None before a call.
-        sparse: whether calls go to the method now; if not they are the model's own.
-        merging: how the tokens of the current call were merged; None where they were not.
+        method: the attached method, with the recommended values for the model.
+        video: the video tokens of the current call; None before the first call.
+        sparse: whether the method computes the next calls; if not, the model's own attention does.
+        merging: how the tokens of the current call were merged; None if they were not.
     """
 
     method: Method
@@ -92,11 +95,11 @@ class AttachedSites(Protocol):
         """The denoising step that the next call belongs to, from 0."""
 
     def group_at(self, name: str) -> SiteState | None:
-        """The state of the site of a name; None where nothing is attached."""
+        """The state of the site called `name`; None if nothing is attached there."""
 
 
 class Adaptation(Protocol):
-    """A change of a denoiser outside of its attention sites, while a method is attached."""
+    """A change of a denoiser outside its attention sites, in force while a method is attached."""
 
     def apply(self, sites: AttachedSites) -> None: ...
 
@@ -105,14 +108,14 @@ class Adaptation(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """What one sparse attention call costs, of a method that is no mask.
+    """The cost of one sparse attention call of a method that is no mask.
 
     Attributes:
-        flops: all of them; a multiplication and an addition are two.
-        density: share of the token pairs that attend, text included; None if that is not what the
-            method does.
-        selection_flops: those of `flops` that decide what attends.
-        is_exact: whether the data change nothing of it.
+        flops: all floating-point operations; a multiplication and an addition count as two.
+        density: share of the token pairs that attend, text included; None for a method that does
+            not choose token pairs.
+        selection_flops: the part of `flops` that selects the token pairs.
+        is_exact: whether the cost is the same for all data; if not, it is an estimate.
     """
 
     flops: float
@@ -130,21 +133,22 @@ class Method(ABC):
 
     Instances are immutable, may be attached to several pipelines at once, and are written out by
     `to_dict` and `repr`. A parameter left at None takes the value that the paper or its code
-    recommends for the model it is attached to, see `for_model`.
+    recommends for the model, see `for_model`.
 
     Attributes:
         dense_layers: number of blocks at the start of the model that keep dense attention.
         dense_steps: denoising steps at the start of a run that stay dense: a count, or a fraction
             of the run such as 0.25.
-        last_dense_steps: the same at the end of the run.
+        last_dense_steps: denoising steps at the end of a run that stay dense: a count or a
+            fraction.
     """
 
     type: ClassVar[str]
     paper: ClassVar[str] = ""
     # The largest number of dense layers that `for_model` recommends for any model or video size.
     most_dense_layers: ClassVar[int] = 0
-    # Whether `attend` needs nothing but its tensors and the grid, so that compiled code may call it
-    # as one operator; its own parts need not be traceable then.
+    # Whether `attend` needs nothing but its tensors and the grid. Compiled code then calls `attend`
+    # as one operator, and the code inside `attend` need not be traceable.
     traced_whole: ClassVar[bool] = False
 
     dense_layers: int | None = field(
@@ -170,8 +174,8 @@ class Method(ABC):
         """The same method with every None replaced by the recommended value.
 
         Args:
-            family: a name from `diffattn.models.FAMILIES`, or of one of its variants.
-            grid: the size of the video, where recommendations depend on it.
+            family: the name of a family in `diffattn.models.FAMILIES`, or of a variant of a family.
+            grid: the tokens of the video, for recommendations that depend on the size.
         """
 
     @abstractmethod
@@ -185,68 +189,80 @@ class Method(ABC):
         scale: float | None = None,
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of one call. Tensors are (batch, tokens, heads, head_dim), before and after.
+        """Attention of one call.
 
         Args:
-            query, key, value: after normalisation and RoPE, text tokens included.
-            site: which layer of which model calls, over which tokens.
+            query, key, value: (batch, tokens, heads, head_dim), after normalisation and RoPE, text
+                tokens included.
+            site: the layer and the tokens of the call.
             scale: factor of the scores; 1 / sqrt(head_dim) when None.
             key_mask: bool (batch, tokens): False for padded keys.
+
+        Returns:
+            (batch, tokens, heads, head_dim).
         """
 
     def site_weights(self, module: torch.nn.Module, joint: bool) -> SiteWeights | None:
-        """Trainable weights of the method's own at an attention module; None if it has none.
+        """New trainable weights for an attention module; None if the method needs none.
 
-        As long as the method is attached they are a submodule of `module` with the method's `type`
-        for a name, where optimizers, `state_dict` and `to` find them, and come in `Site.weights`.
+        While the method is attached, the weights are a submodule of `module`, named by the method's
+        `type`: optimizers, `state_dict` and `to` find them there. `Site.weights` gives them to
+        `attend`.
 
         Args:
+            module: the attention module.
             joint: whether text tokens stand in the module's sequence.
         """
         return None
 
     def layer_weights(self, layer: int) -> SiteWeights | None:
-        """The same for what differs from block to block; only where there are no `site_weights`.
+        """Weights that differ from block to block, for a method without `site_weights`.
 
         Args:
-            layer: index of the block, as `Site.layer` would be if each block had its own.
+            layer: index of the block, from 0; `Site.layer` is the same for a whole group of blocks.
         """
         return None
 
     def site_processor(self, processor: Any, state: SiteState) -> Any:
-        """What is to do a site's calls: `processor`, a copy of its own, unless more is to change.
+        """The processor for a site's calls: `processor` itself, changed or not.
 
-        It must be of the class of `processor`, or derived from it.
+        Args:
+            processor: a copy of the site's processor, for this site alone.
+            state: the state of the site.
+
+        Returns:
+            A processor of the class of `processor` or of a subclass.
         """
         return processor
 
     def adaptation(self, model: torch.nn.Module) -> Adaptation | None:
-        """What is to be changed in a denoiser besides its attention; None if nothing is.
+        """The change that the method makes to a denoiser beside its attention; None for no change.
 
-        Those of several methods attached to one denoiser must be equal.
+        Several methods on one denoiser may give equal adaptations, which are applied once;
+        different adaptations are refused.
 
         Raises:
-            ValueError: if this cannot be done to `model`.
+            ValueError: if the method cannot be attached to `model`.
         """
         return None
 
     @property
     def heads_apart(self) -> bool:
-        """Is what a head attends to no matter of the other heads?"""
+        """Whether each head attends independently of the other heads."""
         return True
 
     def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work | None:
-        """What a sparse call costs, of a method that is no mask; None if it cannot tell.
+        """The cost of a sparse call of a method that is no mask; None if the cost is unknown.
 
         Args:
             grid: the tokens of the call, text included.
             layer: index of the block.
-            heads, head_dim: of the attention.
+            heads, head_dim: number of heads, and channels of a head.
         """
         return None
 
     def layer_kind(self, layer: int) -> int:
-        """Which of the things that layers do by turns this one does; 0 if all do the same."""
+        """The index of a layer's variant where layers take turns; 0 if all layers do the same."""
         return 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -255,7 +271,7 @@ class Method(ABC):
         return {"type": self.type} | parameters
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is derived is worked out again: a copy or a pickle carries the parameters only.
+        # A copy or a pickle carries the parameters only, and derives everything else anew.
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     def __setstate__(self, parameters: dict[str, Any]) -> None:
@@ -267,7 +283,7 @@ class StaticMaskMethod(Method):
     """A method whose token pairs depend on the grid alone.
 
     Attributes:
-        any_order: whether its blocks are as good in one order of the tokens as in another.
+        any_order: whether the number of blocks to visit is the same in every order of the tokens.
     """
 
     any_order: ClassVar[bool] = False
@@ -280,7 +296,7 @@ class StaticMaskMethod(Method):
     )
 
     def mask(self, grid: TokenGrid) -> AttentionMask:
-        """The token pairs that attend over `grid`, text included; kept for the next call."""
+        """The token pairs that attend over `grid`, text included; the method keeps the mask."""
         if grid not in self._masks:
             mask = self.video_mask(grid)
             if grid.text_before or grid.text_after:
@@ -290,32 +306,37 @@ class StaticMaskMethod(Method):
 
     @abstractmethod
     def video_mask(self, grid: TokenGrid) -> AttentionMask:
-        """The method's rule among the video tokens of `grid`; what it says of text is ignored."""
+        """The token pairs that attend among the video tokens of `grid`; text pairs are ignored."""
 
     def block_size_on(self, grid: TokenGrid) -> int:
-        """Tokens per block that attention under this method is computed in on `grid`."""
+        """Tokens per block for attention under this method on `grid`."""
         return BLOCK
 
     def order_on(self, grid: TokenGrid) -> TileOrder | None:
-        """The order in which the tokens of `grid` are cut into blocks; None is the grid's own."""
+        """The order in which the tokens of `grid` form blocks; None for the grid's own order."""
         return None
 
     @property
     def is_mask_alone(self) -> bool:
-        """Is attention by this method attention under its mask, and nothing else?"""
+        """Whether the method does nothing but attend under its mask."""
         return type(self).attend is StaticMaskMethod.attend
 
     def extra_keys(self, grid: TokenGrid) -> int | None:
-        """Keys that every video token of `grid` sees besides those of the tokens.
+        """Number of keys that every video token of `grid` sees in addition to the tokens' own keys.
 
-        None where the method does more than attend under its mask and to such keys.
+        None for a method that does more than attend under its mask and to such keys.
         """
         return 0 if self.is_mask_alone else None
 
     def score_scale(self, grid: TokenGrid, head_dim: int, scale: float | None) -> float | None:
-        """The factor of the scores of a call over `grid` for which the model asks for `scale`.
+        """The factor of the scores of a call over `grid`.
 
-        None is 1 / sqrt(head_dim).
+        Args:
+            grid: the tokens of the call, text included.
+            head_dim: channels of a head.
+            scale: the factor that the model asks for.
+
+        In `scale` and in the result, None is 1 / sqrt(head_dim).
         """
         return scale
 
@@ -333,11 +354,11 @@ class StaticMaskMethod(Method):
         order = site.order or self.order(site.grid)
         layout = self.layout(site.grid, query.device, order)
         if site.order is not None:
-            order = None  # the tensors come in it
+            order = None  # the tensors are in this order already
         return attention(query, key, value, layout, order=order, scale=scale, key_mask=key_mask)
 
     def order(self, grid: TokenGrid) -> TileOrder | None:
-        """What `order_on` says, kept for the next call with the permutation it stands for."""
+        """The result of `order_on`, kept together with its permutation for the next call."""
         if grid not in self._orders:
             self._orders[grid] = self.order_on(grid)
         return self._orders[grid]
@@ -345,10 +366,10 @@ class StaticMaskMethod(Method):
     def layout(
         self, grid: TokenGrid, device: torch.device, order: TileOrder | None = None
     ) -> BlockLayout:
-        """The blocks of a call over `grid` with its tokens in `order`; kept for the next call."""
+        """The blocks of a call over `grid` with the tokens in `order`; kept for the next call."""
         return self.mask(grid).blocks(self.block_size_on(grid), device=device, order=order)
 
 
 def attends_by_mask_alone(method: Method) -> TypeIs[StaticMaskMethod]:
-    """Is the method a static mask, with `is_mask_alone`?"""
+    """Whether the method is a `StaticMaskMethod` with `is_mask_alone`."""
     return isinstance(method, StaticMaskMethod) and method.is_mask_alone

@@ -1,4 +1,4 @@
-"""What loading published weights of any method needs: whose they are, and whether they fit."""
+"""Checks for loading published weights of any method: names, shapes, and presence in memory."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from diffattn.models import denoisers
 
 
 def models_in(target: Any) -> Iterable[torch.nn.Module]:
-    """The denoisers of a pipeline, or a model itself."""
+    """The denoisers of a pipeline; `target` itself if it is a model."""
     return [target] if isinstance(target, torch.nn.Module) else denoisers(target).values()
 
 
 def parameters_by_own_name(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The parameters of a module, by the names that they have without a LoRA.
+    """The parameters of a module, by their names without a LoRA.
 
-    A LoRA puts a layer's own weights aside, as a `base_layer` in the layer.
+    A LoRA moves a layer's own weights into a submodule `base_layer` of the layer.
     """
     return {name.replace(".base_layer.", "."): p for name, p in module.named_parameters()}
 
 
 def shapes_in(file: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in an open safetensors file, which are not read."""
+    """The shapes of the tensors in an open safetensors file; no tensor is read."""
     return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
@@ -37,13 +37,18 @@ def check_names(
     missing: str,
     advice: str = "",
 ) -> None:
-    """Raise ValueError unless the names in a checkpoint are those that are wanted.
+    """Compare the names in a checkpoint with the wanted names.
 
     Args:
-        what: how the message begins.
-        given, wanted: the names.
-        strange, missing: what the checkpoint has if it has more names, or fewer, than are wanted.
-        advice: how the message ends.
+        what: the beginning of the message.
+        given: the names in the checkpoint.
+        wanted: the names that the checkpoint must have.
+        strange: the phrase of the message for names that are given but not wanted.
+        missing: the phrase of the message for names that are wanted but not given.
+        advice: the end of the message.
+
+    Raises:
+        ValueError: if the two sets of names differ.
     """
     for names, problem in ((given - wanted, strange), (wanted - given, missing)):
         if names:
@@ -57,12 +62,15 @@ def check_shapes(
     shapes: Mapping[str, tuple[int, ...]],
     parameters: Mapping[str, torch.nn.Parameter],
 ) -> None:
-    """Raise ValueError unless each parameter is at hand, and of the shape in the checkpoint.
+    """Compare the shapes in a checkpoint with the parameters to load.
 
     Args:
-        what: how the message about a shape begins.
-        shapes: of the checkpoint's tensors, at least those that are to be loaded.
-        parameters: those to load into, by the checkpoint's keys.
+        what: the beginning of the message about a shape.
+        shapes: the shapes of the checkpoint's tensors, by key; must cover the keys of `parameters`.
+        parameters: the parameters to load, by the checkpoint's keys.
+
+    Raises:
+        ValueError: if a shape differs, or offloading has moved a parameter away.
     """
     for key, parameter in parameters.items():
         if shapes[key] != tuple(parameter.shape):
@@ -73,6 +81,6 @@ def check_shapes(
 
 
 def check_at_hand(name: str, parameter: torch.nn.Parameter, what: str) -> None:
-    """Raise ValueError if a parameter has been moved away, before `what` is done to it."""
+    """Raise ValueError if offloading has moved a parameter away, before the step called `what`."""
     if parameter.is_meta:
         raise ValueError(f"{name} has been moved away by offloading; {what} before enabling it")

@@ -1,4 +1,4 @@
-"""Dense attention, as a method: what a layer keeps when it is left out of the others."""
+"""Dense attention as a method, for layers that no sparse method is to change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffattn.methods.base import StaticMaskMethod
 
 @dataclass(frozen=True, kw_only=True)
 class DenseAttn(StaticMaskMethod):
-    """Full attention through diffattn's own path, for layers that are to stay dense."""
+    """Full attention, computed by diffattn's own operator, for layers that are to stay dense."""
 
     type: ClassVar[str] = "dense"
     paper: ClassVar[str] = "arXiv 1706.03762"

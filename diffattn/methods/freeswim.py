@@ -1,4 +1,4 @@
-"""FreeSwim's window: every token sees as much around it as the model was trained on, of all frames.
+"""FreeSwim's window: in every frame a token sees an area as large as the trained resolution.
 
 Wu et al., "FreeSwim: Revisiting Sliding-Window Attention Mechanisms for Training-Free
 Ultra-High-Resolution Video Generation", arXiv 2511.14712.
@@ -17,8 +17,8 @@ from diffattn.masks.neighbourhood import AxisWindow, NeighbourhoodMask, block_si
 from diffattn.methods.base import StaticMaskMethod
 from diffattn.orders import TileOrder
 
-# Rows and columns of tokens at the resolution that a model was trained on. Wan 2.1 is the 1.3B of
-# the paper, at 480 x 832 pixels; its 14B has (45, 80).
+# Rows and columns of tokens at the resolution that a model was trained on. The entry of Wan 2.1 is
+# for the paper's 1.3B at 480 x 832 pixels; the 14B has (45, 80).
 _NATIVE = {
     "wan2.1": (30, 52),
     "wan2.2": (45, 80),
@@ -37,7 +37,7 @@ _ANY_FAMILY = (30, 52)
 
 @dataclass(frozen=True)
 class _Settled:
-    """The sizes that may be None, or one number for both axes, settled for a model family."""
+    """`native` and `radius` after a model family has settled them: rows and columns each."""
 
     native: tuple[int, int]
     radius: tuple[int, int]
@@ -48,18 +48,18 @@ class FreeSwimAttn(StaticMaskMethod):
     """The inward sliding window of FreeSwim (arXiv 2511.14712), for sizes beyond the native one.
 
     A token sees the tokens of all frames that are at most `radius` rows and columns away. At the
-    borders the window is moved inwards and not cut, so that every token sees equally many; a window
-    that is longer than the grid is all of it. What it leaves out is the rest of larger grids: up to
-    the native resolution attention is dense, but for the temperature.
+    borders the window is moved inwards and not cut: every token sees equally many tokens. A window
+    longer than an axis of the grid covers the axis. On grids up to the native resolution every
+    token therefore sees all tokens, and only the temperature changes attention.
 
     Attributes:
-        native: rows and columns of tokens at the resolution that the model was trained on; the
-            model family's when None.
-        radius: rows and columns to either side, or one number for both; half of `native` when None,
-            which makes a window of 31 x 53 tokens for the 30 x 52 of Wan 2.1 at 480 x 832 pixels.
-        temperature: sharpen attention by sqrt(log(2n) / log(n)), n being the native tokens of a
-            frame, as the public code does at every target size (1.046 for Wan 2.1). False leaves
-            the model's own scale.
+        native: rows and columns of tokens at the resolution that the model was trained on. None
+            takes the size of the model family.
+        radius: rows and columns to either side, or one number for both. None takes half of
+            `native`: the 30 x 52 tokens of Wan 2.1 at 480 x 832 pixels give a window of 31 x 53.
+        temperature: sharpen attention by sqrt(log(2n) / log(n)), where n is the native tokens of a
+            frame, as the public code does at every target size (1.046 for Wan 2.1). False keeps the
+            model's own scale.
 
     Raises:
         ValueError: for a parameter out of range.
@@ -97,10 +97,10 @@ class FreeSwimAttn(StaticMaskMethod):
         check("temperature", self.temperature, FLAG)
 
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
-        """The method with the native size of a model family, and the window that follows from it.
+        """The method with the native size of a model family and the window for this size.
 
-        A family whose size is not known here takes Wan 2.1's, the paper's own. All layers and steps
-        are sparse.
+        A family without a known size takes the size of Wan 2.1, the paper's model. All layers and
+        steps are sparse. The grid has no influence.
         """
         return replace(
             self,
@@ -115,7 +115,7 @@ class FreeSwimAttn(StaticMaskMethod):
         return _Settled(native, (radius, radius) if isinstance(radius, int) else radius)
 
     def axes(self, grid: TokenGrid) -> tuple[AxisWindow, AxisWindow, AxisWindow]:
-        """The windows along frames, height and width of `grid`."""
+        """The windows along the frames, the height and the width of `grid`."""
         radius = self._settled("").radius
         rows, columns = (
             AxisWindow(size, min(2 * reach + 1, size))
@@ -124,14 +124,14 @@ class FreeSwimAttn(StaticMaskMethod):
         return AxisWindow(grid.frames, grid.frames), rows, columns
 
     def is_full_on(self, grid: TokenGrid) -> bool:
-        """Does every video token of `grid` see all others?"""
+        """Whether every video token of `grid` sees all other video tokens."""
         return all(axis.window == axis.size for axis in self.axes(grid))
 
     def video_mask(self, grid: TokenGrid) -> AttentionMask:
         """The token pairs that attend among the video tokens.
 
-        Parameters left at None take the values for a model without a native size of its own;
-        attached to a pipeline, they take that model's.
+        Parameters left at None take the values for a family without a known native size. Attached
+        to a pipeline, the method has the values for the pipeline's model instead.
         """
         return NeighbourhoodMask(grid, self.axes(grid))
 
@@ -146,10 +146,10 @@ class FreeSwimAttn(StaticMaskMethod):
         return block_size_for(grid)
 
     def order_on(self, grid: TokenGrid) -> TileOrder | None:
-        """Patches of the picture through all frames, of about a block each.
+        """Tiles of all frames by a patch of the picture, each of about one block of tokens.
 
-        In the model's own order a block is a strip as wide as the picture, which windows of any
-        width touch.
+        In the model's own order a block is a strip as wide as the picture: every window in the same
+        rows touches the strip, however narrow the window is.
         """
         places = max(1, self.block_size_on(grid) // grid.frames)
         rows = max(1, math.isqrt(places))

@@ -1,7 +1,7 @@
 """Generalized neighborhood attention: a window along each axis, shared by strides of queries.
 
 Hassani et al., "Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed
-of Light", arXiv 2504.16922. Its code is NATTEN, whose words for the parameters these are.
+of Light", arXiv 2504.16922. The parameters have the names of NATTEN, the paper's code.
 """
 
 from __future__ import annotations
@@ -25,15 +25,19 @@ Size: TypeAlias = int | float | str  # of a window along an axis
 Tile: TypeAlias = tuple[int, int, int]
 
 _AXES = ("frames", "height", "width")
-# What a pair of tokens in a block that is partly masked costs, beyond one in a block that is not.
+# Extra cost of a token pair in a partly masked block, in units of a pair in a full block.
 _COST_OF_MASKING = 0.5
 
 
 @dataclass(frozen=True)
 class _Recommended:
-    """A row of the paper's settings that it reports to keep the quality without training.
+    """A setting that keeps the quality without training, according to the paper.
 
-    `grid` is the model's own there, `tile` the tile of keys that window and stride are made for.
+    Attributes:
+        grid: the paper's grid of the model, as frames, height and width.
+        window, stride: the setting on this grid.
+        tile: the tile of keys that window and stride are made for.
+        dense_steps: fraction of the run that stays dense at the start.
     """
 
     grid: Tile
@@ -47,12 +51,12 @@ class _Recommended:
 _HUNYUANVIDEO = _Recommended((30, 48, 80), (18, 24, 24), (16, 8, 8), (2, 8, 8), dense_steps=0.3)
 _FLUX = _Recommended((1, 256, 256), (1, 80, 80), (1, 16, 16), (1, 16, 8), dense_steps=0.325)
 _COSMOS = _Recommended((16, 44, 80), (16, 32, 48), (1, 8, 16), (4, 4, 8), dense_steps=0.345)
-_LARGEST_SHARE = 5 / 8  # of an axis, where the paper's share of it would leave a narrow window
+_LARGEST_SHARE = 5 / 8  # of an axis: the limit of windows above the paper's share of the axis
 
 
 @dataclass(frozen=True)
 class _Settled:
-    """The parameters that may be None, once a model and a grid have settled them."""
+    """The parameters after a model and a grid have replaced every None."""
 
     window: Size | tuple[Size, ...]
     stride: int | tuple[int, ...]
@@ -65,30 +69,30 @@ class GNAAttn(StaticMaskMethod):
     """Generalized neighborhood attention (arXiv 2504.16922).
 
     A token sees a box of `window` tokens around itself. `stride` neighbouring queries along an axis
-    share the window of the middle one (the right one of two), `dilation` is the distance between
-    the keys of a window, and along a causal axis a token sees none after itself. At the ends of an
-    axis windows are moved inwards and not cut: every token sees equally many keys, except along
-    causal axes. Stride 1 is neighborhood attention, stride = window is blocked attention.
+    share the window of the query in the middle (of two middle queries, the right one). `dilation`
+    is the distance between the keys of a window. Along a causal axis a token sees no token after
+    itself. At the ends of an axis windows are moved inwards and not cut: every token sees equally
+    many keys, except along causal axes. Stride 1 is neighborhood attention, stride = window is
+    blocked attention.
 
-    A parameter is one value for every axis, or a tuple of values for frames, height and width. What
-    it says of an axis of one token is ignored, so that a video setting also fits an image. A tuple
-    may leave out axes at its start where the grid has one token along them: (height, width) for
-    images. A window or stride of None is what `for_model` recommends, but with a window of your own
-    the stride is 1 where you give none.
+    A parameter is one value for every axis, or a tuple of values for frames, height and width. The
+    value for an axis of one token is ignored: a video setting also fits an image. A tuple may leave
+    out leading axes of one token: (height, width) for images. A window or stride of None takes the
+    recommendation of `for_model`; with a given window, a stride of None is 1.
 
     Attributes:
         window: tokens that a query sees along an axis: an integer of at least 2, a fraction of the
             axis (a float up to 1.0, rounded to at least 2 tokens), or "full". A window longer than
-            the axis is all of it, so that one setting serves every size: the tokens that such a
-            window reaches on a larger grid are all here (NATTEN refuses it).
-        stride: queries that share a window, at most as many as it has tokens. Where the window is
-            shortened by a small grid, so is a stride that would no longer fit it.
+            the axis covers the axis, unlike in NATTEN, which refuses such a window: one setting
+            serves grids of every size.
+        stride: queries that share a window, at most the tokens of the window. A small grid that
+            shortens the window also shortens a stride that would be longer than the window.
         dilation: distance between the keys of a window; at most the axis divided by the window.
-        is_causal: tokens see none after themselves along this axis.
+        is_causal: whether tokens see no token after themselves along the axis.
 
     Raises:
-        ValueError: for a parameter out of range. What depends on the grid is refused by `mask`: a
-            dilated window longer than its axis, and a tuple that leaves out axes the grid has.
+        ValueError: for a parameter out of range. `mask` refuses parameters that do not fit a grid:
+            a dilated window longer than its axis, and a tuple without a value for an axis.
     """
 
     type: ClassVar[str] = "gna"
@@ -126,12 +130,14 @@ class GNAAttn(StaticMaskMethod):
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
         """The method with the paper's settings for a model, fitted to a grid.
 
-        HunyuanVideo and Flux have their own; other video models take those of Cosmos, the paper's
-        mildest (56 % sparse), and other image models those of Flux. On another grid than the
-        paper's a window keeps its share of each axis; where that is less than half of the paper's
-        tokens, it is that half, up to 5/8 of the axis. It is rounded to whole tiles of keys, and
-        the stride is the shortest with which windows begin and end with a tile. The first 30 to
-        35 % of the steps are dense, as the paper has it where it reports the quality kept.
+        HunyuanVideo and Flux have settings of their own. Other video models take the settings of
+        Cosmos, the paper's mildest (56 % sparse), and other image models the settings of Flux.
+
+        On another grid than the paper's, a window keeps its share of each axis. If half of the
+        paper's tokens is more, the window has this half instead, limited to 5/8 of the axis. The
+        window is rounded to whole tiles of keys. The stride is the shortest stride with which
+        windows begin and end with a tile. The first 30 to 35 % of the steps are dense, as in the
+        paper's settings that keep the quality.
         """
         return replace(self, **asdict(self._settled(family, grid)))
 
@@ -154,16 +160,17 @@ class GNAAttn(StaticMaskMethod):
     def video_mask(self, grid: TokenGrid) -> AttentionMask:
         """The token pairs that attend among the video tokens.
 
-        Parameters left at None take the values for a model without a recommendation of its own;
-        attached to a pipeline, they take that model's.
+        Parameters left at None take the values for a model without a recommendation. Attached to a
+        pipeline, the method has the values for the pipeline's model instead.
         """
         return NeighbourhoodMask(grid, self.axes(grid))
 
     def axes(self, grid: TokenGrid) -> tuple[AxisWindow, AxisWindow, AxisWindow]:
-        """The windows along frames, height and width of `grid`, all parameters resolved.
+        """The windows along the frames, the height and the width of `grid`, without any None.
 
         Raises:
-            ValueError: if the parameters do not fit the grid; names the axis and what is allowed.
+            ValueError: if the parameters do not fit the grid; names the axis and the allowed
+                values.
         """
         settled = self._settled("", grid)
         sizes = (grid.frames, grid.height, grid.width)
@@ -195,9 +202,9 @@ class GNAAttn(StaticMaskMethod):
         return block_size_for(grid)
 
     def order_on(self, grid: TokenGrid) -> TileOrder | None:
-        """The tiles in which attention costs least, by the blocks visited and those full.
+        """The tiles with the least cost of attention, by visited blocks and full blocks.
 
-        Where window and stride are multiples of a tile, that is one in which all blocks are full.
+        If window and stride are multiples of a tile, all visited blocks are full in the result.
         """
         sizes = (grid.frames, grid.height, grid.width)
         block_size = self.block_size_on(grid)
@@ -228,18 +235,19 @@ def is_block_sparse(
     within_classes: bool = False,
     but_for_ends: bool = False,
 ) -> bool:
-    """Is attention in tiles perfectly block-sparse: is every tile of keys that is visited full?
+    """Whether attention in tiles is perfectly block-sparse: every visited tile of keys is full.
 
     Args:
-        method: window, stride and all else.
+        method: the method with its window, stride, dilation and causal axes.
         grid: the tokens.
         q_tile: frames, rows and columns of a tile of queries; tiles at the ends may be short.
-        kv_tile: the same for keys; `q_tile` when None.
+        kv_tile: frames, rows and columns of a tile of keys; `q_tile` when None.
         within_classes: cut each class of a dilated axis into tiles by itself, as NATTEN does.
-            Attention in this library tiles the axis as it is, where a dilated window fills no tile.
+            Attention in this library tiles the whole axis, and a dilated window fills no tile.
         but_for_ends: along axes that are no multiple of the tile of keys, leave out the queries
-            that see the last few tokens. The last window, moved inwards, begins in the middle of a
-            tile there, so that without this only a window as long as such an axis qualifies.
+            that see the last few tokens. The last window of such an axis is moved inwards and
+            begins in the middle of a tile: without this option only a window as long as the axis
+            qualifies.
 
     Raises:
         ValueError: if the method does not fit the grid.
@@ -259,13 +267,18 @@ def nearest_block_sparse(
 ) -> GNAAttn | None:
     """The method with the window and stride nearest to its own that are perfectly block-sparse.
 
-    Each axis for itself keeps its window if any stride suits it, and otherwise takes the nearest
-    that one does (the longer of two, which leaves out less); of the strides it takes the nearest
-    (the shorter of two). Arguments are those of `is_block_sparse`.
+    Each axis is searched by itself. The search takes the window nearest to the method's window that
+    is block-sparse with any stride; of two equally near windows the longer, which leaves out less.
+    With this window the search takes the nearest stride that is block-sparse; of two equally near
+    strides the shorter.
+
+    Args:
+        method, grid, q_tile, kv_tile, within_classes, but_for_ends: see `is_block_sparse`.
 
     Returns:
-        The method with windows and strides in tokens; None if there is no such setting, as along
-        causal and (unless `within_classes`) dilated axes with tiles of more than one token.
+        The method with windows and strides in tokens; None if there is no such setting, as with
+        tiles of more than one token along causal axes, or along dilated axes without
+        `within_classes`.
 
     Raises:
         ValueError: if the method does not fit the grid.
@@ -296,8 +309,8 @@ def _nearest_along(
     if _is_block_sparse(axis, q_tile, kv_tile, within_classes, but_for_ends):
         return axis
     longest = axis.size // axis.dilation
-    # Unless it is as long as the axis, a window ends where a tile does: the first of all begins
-    # where the axis does.
+    # The first window begins at the start of the axis. To end at the end of a tile, a window must
+    # be a multiple of the tile or as long as the axis.
     windows = {*range(kv_tile, longest, kv_tile), longest} - {1}
     for window in sorted(windows, key=lambda w: (abs(w - axis.window), -w)):
         own = min(axis.stride, window)
@@ -309,9 +322,9 @@ def _nearest_along(
 
 
 def _pairs_in_tiles(axis: AxisWindow, side: int) -> tuple[int, int]:
-    """Pairs of tokens along an axis in the pairs of tiles that are visited, and that are full.
+    """The numbers of token pairs along an axis in visited pairs of tiles and in full pairs.
 
-    A short tile at the end does not count as full: what is left over is tiled in another shape.
+    A short tile at the end does not count as full, as its tokens are tiled in another shape.
     """
     tiles = axis.tiles(side)
     size = tiles[:, 1] - tiles[:, 0]
@@ -320,14 +333,14 @@ def _pairs_in_tiles(axis: AxisWindow, side: int) -> tuple[int, int]:
 
 
 def _fitted(best: _Recommended, grid: TokenGrid | None) -> tuple[tuple[Size, ...], Tile]:
-    """Window and stride of a recommendation on a grid."""
+    """The window and the stride of a recommendation, fitted to a grid; `best.grid` for None."""
     sizes = best.grid if grid is None else (grid.frames, grid.height, grid.width)
     window: list[Size] = []
     stride: list[int] = []
     for axis, size in enumerate(sizes):
         own, tokens, apart = best.grid[axis], best.window[axis], best.stride[axis]
         if sizes != best.grid:
-            # Tiles that leave room for a window of several of them.
+            # The tile must be small enough for a window of several tiles.
             tile = min(best.tile[axis], 1 << (max(1, size // 8).bit_length() - 1))
             wanted = max(size * tokens / own, min(tokens / 2, _LARGEST_SHARE * size))
             tiles = max(1, int(wanted / tile + 0.5))
@@ -340,7 +353,7 @@ def _fitted(best: _Recommended, grid: TokenGrid | None) -> tuple[tuple[Size, ...
 
 
 def _limited(stride: int | tuple[int, ...], window: tuple[Size, ...]) -> tuple[int, ...]:
-    """A stride that is nowhere longer than the window."""
+    """The stride, cut to the length of the window along each axis."""
     strides = (_along(stride, axis) for axis in range(len(_AXES)))
     return tuple(
         min(s, w) if isinstance(w, int) else s
@@ -350,7 +363,7 @@ def _limited(stride: int | tuple[int, ...], window: tuple[Size, ...]) -> tuple[i
 
 
 def _tokens(window: Size, size: int) -> int:
-    """Tokens of a window on an axis of so many."""
+    """The tokens of a window on an axis of `size` tokens."""
     if isinstance(window, str):
         return size
     if isinstance(window, float):
@@ -359,7 +372,7 @@ def _tokens(window: Size, size: int) -> int:
 
 
 def _along(value: Any, axis: int) -> Any:
-    """What a parameter says of an axis; None where its tuple leaves the axis out."""
+    """The value of a parameter for an axis; None if the parameter's tuple leaves the axis out."""
     if not isinstance(value, tuple):
         return value
     index = axis - len(_AXES) + len(value)
@@ -367,7 +380,7 @@ def _along(value: Any, axis: int) -> Any:
 
 
 def _where(name: str, axis: int, *values: Any) -> str:
-    """How messages name a parameter: with the axis, unless one value is for all axes."""
+    """The name of a parameter in messages, with the axis if any of `values` is a tuple."""
     per_axis = any(isinstance(value, tuple) for value in values)
     return f"{name} along {_AXES[axis]}" if per_axis else name
 
@@ -398,7 +411,7 @@ def _is_window(value: Any) -> bool:
     return value == "full" if isinstance(value, str) else is_whole(value) and value >= 2
 
 
-# What each parameter may be along an axis.
+# The allowed values of each parameter along an axis.
 _ALLOWED = {
     "window": Allowed(
         "an integer of at least 2, a fraction of the axis above 0.0 and up to 1.0, or 'full'",

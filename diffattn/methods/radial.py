@@ -1,4 +1,4 @@
-"""Radial attention: what a token sees of another frame halves each time the distance doubles.
+"""Radial attention: the band of tokens that a token sees halves each time the distance doubles.
 
 Li et al., "Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long Video
 Generation", arXiv 2506.19852.
@@ -27,9 +27,11 @@ _BLOCKS_PER_FRAME = 8  # a frame of fewer blocks leaves no room for a band narro
 
 @dataclass(frozen=True)
 class _Recommended:
-    """A row of the settings that the paper and its code use.
+    """A setting of the paper or its code.
 
-    `frames` are the latent frames the model was trained on; `long` is for videos beyond them.
+    Attributes:
+        frames: latent frames that the model was trained on.
+        decay_factor, sink, block_size, dense_steps, dense_layers: as in `RadialAttn`.
     """
 
     frames: int
@@ -45,8 +47,8 @@ _LONG_VIDEO = _Recommended(
 )
 _LONG_FROM = 1.5  # times the trained length; the paper's long videos are 2x and 4x
 
-# Scripts of the public code; 12 of 50 steps (Wan 2.2: 11 of 40). Any other family: the paper's own
-# rule without the code's decay factor.
+# From the scripts of the public code, with 12 of 50 dense steps (Wan 2.2: 11 of 40). Every other
+# family takes the paper's own rule without the code's decay factor.
 _RECOMMENDED = {
     "wan2.1": _Recommended(21, 0.2, sink=True, block_size=128, dense_steps=0.25),
     "wan2.2": _Recommended(21, 0.8, sink=True, block_size=64, dense_steps=0.275),
@@ -59,7 +61,7 @@ _ANY_FAMILY = _Recommended(1 << 30, 1.0, sink=True, block_size=128, dense_steps=
 
 @dataclass(frozen=True)
 class _Settled:
-    """The parameters that may be None, once a model and a grid have settled them."""
+    """The parameters after a model and a grid have replaced every None."""
 
     decay_factor: float
     sink: bool
@@ -70,7 +72,7 @@ class _Settled:
     dense_steps: int | float
 
 
-# Equation 4 of the paper has none of these.
+# Parameters that Equation 4 of the paper does not have.
 _OF_BLOCK_RULE = ("decay_factor", "first_distance_width", "split_threshold")
 
 _ALLOWED = {
@@ -88,26 +90,30 @@ _ALLOWED = {
 class RadialAttn(StaticMaskMethod):
     """Radial attention (arXiv 2506.19852).
 
-    Two frames at temporal distance d see each other within a band of tokens whose width halves
-    each time d doubles; where the band would be narrower than `split_threshold` tokens, only every
-    second, fourth, ... distance is kept instead. The own and the next frame are kept whole.
+    Two frames at temporal distance d see each other within a band of tokens. The width of the band
+    halves each time d doubles. A band narrower than `split_threshold` tokens keeps its width at
+    every second, fourth, ... distance only, and is empty at the others. By default a token sees its
+    own frame and the neighbouring frames whole.
 
     Attributes:
-        decay_factor: scales the band at distances of 2 frames and more. Larger is denser.
-        sink: every token sees all of the first frame.
-        first_distance_width: what neighbouring frames (d = 1) see of each other: "full", or "half"
-            (a band of half a frame to either side, as the public code had for Wan until 11/2025).
+        decay_factor: factor of the band's width at distances of 2 frames and more; larger is
+            denser.
+        sink: whether every token sees the whole first frame.
+        first_distance_width: the band between neighbouring frames (d = 1): "full" for the whole
+            frame, or "half" for half a frame to either side, as in the public code for Wan until
+            11/2025.
         split_threshold: band width in tokens below which whole distances are left out.
         block_size: tokens per block; the band is never narrower than a block to either side.
         rule: "block", the rule of the public code, which keeps or drops whole blocks; or "paper",
-            the token-exact Equation 4, which has none of the parameters above but `sink`.
+            the token-exact Equation 4, without `decay_factor`, `first_distance_width` and
+            `split_threshold`.
         block_rule: how "block" turns a band of tokens into blocks. "covering" judges a block by the
-            rows it really holds and works on every grid; "reference" is bit-equal to the public
-            code, which judges blocks at the ends of a frame by the neighbouring frame's pattern and
-            may leave rows that see nothing when frames are not a multiple of the block.
+            rows in the block and works on every grid. "reference" is bit-equal to the public code:
+            a block at the end of a frame is judged by the pattern of the neighbouring frame, and
+            rows may see nothing if a frame is no multiple of the block.
 
     Raises:
-        ValueError: for a parameter out of range, or one that `rule="paper"` does not have.
+        ValueError: for a parameter out of range, or a parameter that `rule="paper"` does not have.
     """
 
     type: ClassVar[str] = "radial"
@@ -147,10 +153,11 @@ class RadialAttn(StaticMaskMethod):
                     )
 
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
-        """The method with the settings published for a model family and video length.
+        """The method with the published settings for a model family and video length.
 
         Videos of 1.5 times the model's own length and more take the paper's long-video setting,
-        which it uses together with a LoRA. Frames of fewer than 8 blocks take smaller blocks.
+        which the paper uses together with a LoRA. Frames of fewer than 8 blocks take smaller
+        blocks.
         """
         settled = asdict(self._settled(family, grid))
         if self.rule == "paper":
@@ -177,8 +184,8 @@ class RadialAttn(StaticMaskMethod):
     def video_mask(self, grid: TokenGrid) -> AttentionMask:
         """The token pairs that attend among the video tokens.
 
-        Parameters left at None take the values for a model without a recommendation of its own;
-        attached to a pipeline, they take that model's.
+        Parameters left at None take the values for a model without a recommendation. Attached to a
+        pipeline, the method has the values for the pipeline's model instead.
         """
         settled = self._settled("", grid)
         if self.rule == "paper":
@@ -189,11 +196,11 @@ class RadialAttn(StaticMaskMethod):
         return self._settled("", grid).block_size
 
     def half_widths(self, grid: TokenGrid) -> torch.Tensor:
-        """What frames at each distance see of each other, before the sink.
+        """Half the width of the band at each temporal distance, without the sink.
 
         Returns:
-            int64 `(frames,)`: a token sees the tokens of a frame at distance d that are at most
-            `half_widths[d]` positions from its own place in the frame; -1 where it sees none.
+            int64 `(frames,)`: in a frame at distance d a token sees the tokens at most
+            `half_widths[d]` positions from its own place in the frame; no token for -1.
         """
         return self._half_widths(self._settled("", grid), grid)
 
@@ -206,7 +213,7 @@ class RadialAttn(StaticMaskMethod):
         return torch.tensor(widths)
 
     def _block_half_width(self, settled: _Settled, distance: int, frame_tokens: int) -> int:
-        """Section 1.2 of the public code's rule, for one temporal distance."""
+        """Half the width of the band of the public code's rule at a temporal distance."""
         if distance == 0:
             return frame_tokens
         # A power of two strictly above the frame, halved with every octave of the distance.
@@ -221,12 +228,12 @@ class RadialAttn(StaticMaskMethod):
         return int(max(band * settled.decay_factor, settled.block_size))
 
     def block_map(self, grid: TokenGrid) -> torch.Tensor:
-        """Which blocks of the sequence attend under `rule="block"`.
+        """The pairs of blocks that attend under `rule="block"`.
 
         Returns:
-            bool `(blocks, blocks)` on the CPU, rows are query blocks, over all tokens of the grid;
-            the last block may be short. Blocks of text alone are left to the text rule, except
-            under `block_rule="reference"`, where every block that touches text is dense.
+            bool `(query blocks, key blocks)` on the CPU, over all tokens of the grid; the last
+            block may be short. Blocks of text alone are left to the text rule, except under
+            `block_rule="reference"`: there every block that touches text is dense.
         """
         return self._block_map(self._settled("", grid), grid)
 
@@ -242,9 +249,9 @@ class RadialAttn(StaticMaskMethod):
         if settled.sink:
             width[:, fragments.frame == 0] = grid.frame_tokens
 
-        # A key column counts as seen when more than a third of the rows see it; the block is kept
-        # when that holds for more than 60 % of the columns that any row sees. Columns are an
-        # interval, and so are those that enough rows see: no token pair is looked at.
+        # A key column counts as seen if more than a third of the rows see the column. A block is
+        # kept if more than 60 % of the columns that any row sees count as seen. Both sets of
+        # columns are intervals: only their ends are computed, never a token pair.
         rows = fragments.size if not reference else torch.full_like(fragments.size, block)
         enough = rows[:, None] // 3 + 1
         top, bottom = fragments.first[:, None], fragments.last[:, None]
@@ -257,8 +264,8 @@ class RadialAttn(StaticMaskMethod):
         seen[(fragments.size[:, None] < enough) | (2 * width + 1 < enough)] = 0
         kept = (5 * seen > 3 * touched) & (width >= 0)
         if reference:
-            # The public code looks at ceil(frame / block) blocks of a frame, even where the frame
-            # starts inside a block and so reaches into one more.
+            # The public code looks at ceil(frame / block) blocks of a frame, even if the frame
+            # starts inside a block and reaches into another block.
             first_block = (grid.video.start + fragments.frame * grid.frame_tokens) // block
             looked_at = fragments.block - first_block < -(-grid.frame_tokens // block)
             kept &= looked_at[:, None] & looked_at[None, :]
@@ -272,11 +279,11 @@ class RadialAttn(StaticMaskMethod):
 
 @dataclass(frozen=True, eq=False)
 class FrameBandMask(AttentionMask):
-    """Video tokens see those at about the same place of other frames; text pairs never attend.
+    """A token sees the tokens near its own place in other frames; text pairs never attend.
 
     Attributes:
         half_widths: int64 `(frames,)`, see `RadialAttn.half_widths`.
-        sink: every token sees all of the first frame.
+        sink: whether every token sees the whole first frame.
     """
 
     half_widths: torch.Tensor
@@ -285,8 +292,8 @@ class FrameBandMask(AttentionMask):
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         size = self.grid.frame_tokens
         is_text = self.grid.is_text(query), self.grid.is_text(key)
-        # Text has no place in a frame: its positions are moved to a token that has one. Half the
-        # width of int64 is twice the speed where this runs over many blocks.
+        # Text has no place in a frame and borrows the place of a video token. int32 is twice as
+        # fast as int64 over many blocks.
         start, end = self.grid.video.start, self.grid.video.stop - 1
         query, key = ((x.clamp(start, end) - start).to(torch.int32) for x in (query, key))
         distance = (query // size - key // size).abs_()
@@ -330,8 +337,9 @@ class FrameBandMask(AttentionMask):
         size, block_q, block_kv = self.grid.frame_tokens, blocking.block_q, blocking.block_kv
         if blocking.order is not None or size < max(block_q, block_kv):
             return None
-        # A block of at most two frames is known by where it changes frame, by how far its tokens
-        # are apart in their frames, and by what the frames involved see of each other.
+        # A signature of blocks that touch at most two frames has three parts: the place in each
+        # block where the frame changes, the shift between query and key in their frames, and the
+        # bands between the frames involved.
         device = row.device
         starts = row * block_q - self.grid.video.start, column * block_kv - self.grid.video.start
         (query_frame, query), (key_frame, key) = ((s // size, s % size) for s in starts)
@@ -353,7 +361,7 @@ class FrameBandMask(AttentionMask):
             (query - key + size, 2 * size),
         ):
             out = out * values + part
-        # Blocks that reach past either end of the video hold text: each is its own kind.
+        # A block that reaches past either end of the video holds text and has a signature alone.
         past = torch.stack(starts).amin(0) < 0
         ends = torch.stack([starts[0] + block_q, starts[1] + block_kv]).amax(0)
         past |= ends > self.grid.video_tokens
@@ -365,12 +373,16 @@ def _given(value: _T | None, recommended: _T) -> _T:
 
 
 def _interval(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """Number of integers from `first` to `last`, 0 if there are none."""
+    """The number of integers from `first` to `last`; 0 if `last` is below `first`."""
     return (last - first + 1).clamp(min=0)
 
 
 def _paper_half_width(distance: int, frame_tokens: int) -> int:
-    """Equation 4: |k - l| + 1 <= s / b, or, once b > s, every ceil(b / s)-th distance and k = l."""
+    """The largest |k - l| of Equation 4, and -1 for none.
+
+    The equation wants |k - l| + 1 <= s / b. Once b > s, it wants k = l at every ceil(b / s)-th
+    distance.
+    """
     b = 1 << (max(distance, 1).bit_length() - 1)
     if b <= frame_tokens:
         return frame_tokens // b - 1

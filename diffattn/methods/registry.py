@@ -1,4 +1,4 @@
-"""The methods by their names: those of diffattn, those a program registers, those of plug-ins.
+"""The methods by their names: methods of diffattn, of the running program, and of plug-ins.
 
 A plug-in is an installed distribution with an entry point of the group `diffattn.methods`. Entry
 points are loaded when their name is looked up, or when all methods are listed.
@@ -18,33 +18,34 @@ from diffattn.methods.base import Method
 
 GROUP = "diffattn.methods"
 
+# The registered methods. The method of a plug-in joins them when its name is first looked up.
 METHODS: dict[str, type[Method]] = {}
-"""The methods that are registered by now. A plug-in's is among them once its name was looked up."""
 
 AnyMethod = TypeVar("AnyMethod", bound=type[Method])
 
-# The name is also that of a submodule, where a method has weights of its own.
+# A method with weights uses its name for a submodule, too.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
 def register_method(cls: AnyMethod) -> AnyMethod:
-    """Make a method of one's own known by its `type`, as those of diffattn are known by theirs.
+    """Make a method known by its `type`.
 
-    `from_dict`, configuration files, LoRA settings and the command line of the same process take
-    the name from then on. `METHODS` lists the class. May be used as a decorator above
-    `@dataclass(frozen=True, kw_only=True)`. To register a class again does nothing; a class that
-    was defined anew in the same place (a notebook's cell that is run again) replaces the old one.
+    From then on `from_dict`, configuration files, LoRA settings and the command line of the same
+    process accept the name, and `METHODS` lists the class. The function also works as a decorator
+    above `@dataclass(frozen=True, kw_only=True)`. Registering a class again does nothing. A class
+    that is defined anew in the same place, as by a notebook's cell that runs again, replaces the
+    old class.
 
     Args:
-        cls: a dataclass derived from `Method` or `StaticMaskMethod`, with `type` for its name and a
+        cls: a dataclass derived from `Method` or `StaticMaskMethod`, with a name in `type` and a
             default for each parameter.
 
     Returns:
         The class.
 
     Raises:
-        TypeError: if it is no such class.
-        ValueError: if its name is missing, not allowed, or taken by another class.
+        TypeError: if `cls` is no such class.
+        ValueError: if the name is missing, not allowed, or taken by another class.
     """
     _check_class(cls)
     _check_name(cls)
@@ -60,10 +61,10 @@ def register_method(cls: AnyMethod) -> AnyMethod:
 
 
 def method_class(name: str) -> type[Method]:
-    """The class of the method that is called `name`; a plug-in with this name is loaded.
+    """The class of the method called `name`, loaded from a plug-in if need be.
 
     Raises:
-        ValueError: if no method is called so, or its plug-in cannot be loaded.
+        ValueError: if no method has this name, or its plug-in cannot be loaded.
     """
     if name in METHODS:
         return METHODS[name]
@@ -79,7 +80,7 @@ def all_methods() -> Mapping[str, type[Method]]:
     """Every method by its name, plug-ins included.
 
     Warns:
-        UserWarning: of each plug-in that cannot be loaded. It is left out.
+        UserWarning: for each plug-in that cannot be loaded; the result leaves it out.
     """
     for name, plugins in _plugins().items():
         try:
@@ -90,7 +91,10 @@ def all_methods() -> Mapping[str, type[Method]]:
 
 
 def from_dict(entry: Mapping[str, Any]) -> Method:
-    """Read a method from what `Method.to_dict` wrote: its `type` and any of its parameters.
+    """A method from the mapping that `Method.to_dict` gives.
+
+    Args:
+        entry: the method's `type`, and any of its parameters; the others keep their defaults.
 
     Raises:
         ValueError: if the type or a parameter is unknown, or a value is not allowed.
@@ -107,7 +111,7 @@ def from_dict(entry: Mapping[str, Any]) -> Method:
 
 
 def _plugins() -> dict[str, list[EntryPoint]]:
-    """The entry points of the installed distributions, by the names they give their methods."""
+    """The entry points of the installed distributions, by the names of the methods."""
     found: dict[str, list[EntryPoint]] = {}
     for entry_point in entry_points(group=GROUP):
         found.setdefault(entry_point.name, []).append(entry_point)
@@ -115,10 +119,11 @@ def _plugins() -> dict[str, list[EntryPoint]]:
 
 
 def _load(plugins: list[EntryPoint]) -> None:
-    """Register the method of the entry points of one name, of which there must be one.
+    """Load and register the method of the entry points that share one name.
 
     Raises:
-        ValueError: with the distributions' names, if it cannot be loaded.
+        ValueError: if there are several entry points, or the method cannot be loaded; names the
+            distributions.
     """
     plugin, *others = plugins
     if others:
@@ -134,7 +139,7 @@ def _load(plugins: list[EntryPoint]) -> None:
                 f"its `type` is {name!r}, but must be the entry point's name, {plugin.name!r}"
             )
         register_method(cls)
-    # Anything may go wrong in code of somebody else's, but Ctrl-C and exits are no failures.
+    # Code of other authors may raise anything. Ctrl-C and exits are no failures and pass.
     except Exception as error:
         raise ValueError(
             f"the entry point {plugin.name} = {plugin.value} of {_distribution(plugin)} cannot be"
@@ -160,7 +165,7 @@ def _check_class(cls: Any) -> None:
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
     if missing:
         raise TypeError(f"{_place(cls)} is not complete: it lacks {', '.join(missing)}")
-    # A class that derives from a dataclass has its fields, but none of those that it writes itself.
+    # Without the decorator a subclass of a dataclass has the inherited fields, but not its own.
     if "__dataclass_fields__" not in vars(cls):
         raise TypeError(
             f"{_place(cls)} is no dataclass: put @dataclass(frozen=True, kw_only=True) above it"

@@ -43,7 +43,7 @@ FAMILIES: tuple[Family, ...] = (
     EASYANIMATE,
 )
 
-# Models of diffusers whose attention has no rectangular grid, and what it has instead.
+# Models of diffusers without a rectangular grid or without token pairs, and the reason.
 _WITHOUT_GRID = {
     "AnyFlowFARTransformer3DModel": "keys of earlier chunks come from a cache",
     "Cosmos3OmniTransformer": "text and video share a packed sequence",
@@ -61,7 +61,7 @@ _WITHOUT_GRID = {
     "WanAnimate2Transformer3DModel": "keys of earlier chunks come from a cache",
 }
 
-# Where pipelines keep their denoisers.
+# The components of a pipeline that may be denoisers.
 _DENOISERS = ("transformer", "transformer_2", "unet")
 
 
@@ -69,9 +69,10 @@ def family_of(model: torch.nn.Module) -> Family:
     """The family of a denoiser.
 
     Raises:
-        ValueError: if its class is in no family; names those that are, or says why it cannot be.
+        ValueError: if the denoiser's class is in no family; names the classes that are, or says why
+            the class cannot be in one.
     """
-    # A subclass of a known model is that model with additions.
+    # A subclass of a known model belongs to the family of the known model.
     names = {cls.__name__ for cls in type(model).__mro__}
     for family in FAMILIES:
         if names & set(family.model_classes):
@@ -89,15 +90,15 @@ def family_of(model: torch.nn.Module) -> Family:
 
 
 def makes_images(name: str) -> bool:
-    """Does the family of this name make images? False for names of no family."""
+    """Whether the family called `name` makes images; False if there is no such family."""
     return any(family.images for family in FAMILIES if family.name == name)
 
 
 def denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
-    """The denoisers of a pipeline, by the name of the component that holds them.
+    """The denoisers of a pipeline, by the names of their components.
 
     Raises:
-        ValueError: if the pipeline has none.
+        ValueError: if the pipeline has no denoiser.
     """
     parts = {name: getattr(pipe, name, None) for name in _DENOISERS}
     found = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
@@ -109,7 +110,7 @@ def denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
 
 
 def size_rules(pipe: Any) -> SizeRules:
-    """Which heights, widths and numbers of frames a pipeline can make."""
+    """The heights, widths and numbers of frames that a pipeline can make."""
     return family_of(next(iter(denoisers(pipe).values()))).sizes(pipe)
 
 
@@ -117,11 +118,15 @@ def pipeline_grid(pipe: Any, height: int, width: int, num_frames: int) -> TokenG
     """The token grid of a pipeline's call.
 
     Args:
+        pipe: the pipeline.
         height, width: pixels.
-        num_frames: frames of the video that comes out.
+        num_frames: frames of the finished video.
+
+    Returns:
+        The video tokens, without text.
 
     Raises:
-        ValueError: if the model cannot make that size; names the nearest that it can.
+        ValueError: if the model cannot make the size; names the nearest sizes that it can make.
     """
     return size_rules(pipe).grid(height, width, num_frames)
 

@@ -1,4 +1,4 @@
-"""What diffattn knows of a model family: its self-attention sites and the grid of a call."""
+"""A model family: its self-attention sites, the grid of a call, and the sizes of its pipelines."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from diffattn.models.token_flow import TokenFlow
 
 @dataclass(frozen=True)
 class SizeRules:
-    """Which sizes a pipeline can make, in pixels and frames, and the tokens they become.
+    """The sizes that a pipeline can make, in pixels and frames, and the tokens of a size.
 
     Attributes:
-        spatial_multiple: height and width are multiples of it.
-        frame_stride, frame_offset: a number of frames is `frame_stride * k + frame_offset`, k >= 0;
-            a stride of 0 is a pipeline that makes images.
-        token_pixels: pixels per token along height and width; the multiple where it is None.
-        frames_per_token: latent frames per token; pipelines pad those that are left over.
-        frames_apart: whether each frame attends to itself alone, on a grid of its own.
+        spatial_multiple: height and width in pixels are multiples of this number.
+        frame_stride, frame_offset: a number of frames is `frame_stride * k + frame_offset`, k >= 0.
+            A stride of 0 is a pipeline that makes images.
+        token_pixels: pixels per token along height and width; None for `spatial_multiple`.
+        frames_per_token: latent frames per token; pipelines pad the last token.
+        frames_apart: whether each frame attends to itself alone, on a grid of one frame.
     """
 
     spatial_multiple: int
@@ -35,11 +35,19 @@ class SizeRules:
 
     @classmethod
     def images(cls, spatial_multiple: int) -> SizeRules:
-        """The rules of a pipeline that makes images."""
+        """The rules of a pipeline that makes images of multiples of `spatial_multiple` pixels."""
         return cls(spatial_multiple, frame_stride=0, frame_offset=1)
 
     def check(self, height: int, width: int, num_frames: int) -> None:
-        """Raise ValueError, naming the nearest legal sizes, unless the size fits."""
+        """Check a size.
+
+        Args:
+            height, width: pixels.
+            num_frames: frames of the video; 1 for images.
+
+        Raises:
+            ValueError: if the pipeline cannot make the size; names the nearest legal sizes.
+        """
         for name, pixels in (("height", height), ("width", width)):
             if pixels < 1 or pixels % self.spatial_multiple:
                 raise ValueError(
@@ -59,8 +67,12 @@ class SizeRules:
     def grid(self, height: int, width: int, num_frames: int) -> TokenGrid:
         """The video tokens of a size.
 
+        Args:
+            height, width: pixels.
+            num_frames: frames of the video; 1 for images.
+
         Raises:
-            ValueError: if the size does not fit; names the nearest that do.
+            ValueError: if the pipeline cannot make the size; names the nearest legal sizes.
         """
         self.check(height, width, num_frames)
         alone = self.frames_apart or self.frame_stride == 0
@@ -80,34 +92,39 @@ def _both_sides(value: int, multiple: int, offset: int) -> str:
 
 @dataclass(frozen=True)
 class Family:
-    """A row of the table of models: all that is particular to a family of denoisers.
+    """A row of the table of models: everything particular to a family of denoisers.
 
     Attributes:
-        name: what configuration files and methods call the family.
-        title: what people call it.
-        model_classes: the diffusers classes of its denoisers.
-        sites: pattern of the names of the modules that do video self-attention; its group `layer`
-            tells their blocks apart, which are numbered in the order of `named_modules()`.
-        grid: gives the video tokens of a call from the denoiser (or the module that `grid_modules`
-            names) and the arguments of its forward, without reading tensor values again and again:
-            that would wait for the device and cannot be compiled.
-        sizes: the legal sizes of a pipeline of this family.
-        variants: which of the family's models a pipeline or denoiser holds, for recommended
-            settings; the family's name where there is but one.
-        text: where text tokens stand in the sequence of a site, if they do; how many there are is
-            seen in the call.
-        grid_modules: pattern of the names of the modules inside the denoiser whose calls have a
-            grid each, for the sites within them; without it the denoiser's call has one for all.
-        padding: how the model's attention masks say which keys are padding: by key; by the outer
-            product of what is valid, per pair; or as a bias that is 0 where a key counts.
-        rotary: position and name of the argument of its sites' calls that holds the tables of the
-            rotary position embedding, cosines and sines for neighbouring channels, the same twice.
-        images: whether its models make images, or frames that each attend to themselves alone;
-            methods that recommend other settings for images than for videos ask for it.
-        flow: where its video tokens may be put in another order for a whole forward; None where
-            something between its blocks knows them by their place.
-        tested: what the project's tests run of it: tiny models, and pipelines where those can be
-            built offline.
+        name: the family's name in configuration files and in the tables of methods.
+        title: the family's name for people.
+        model_classes: names of the diffusers classes of the denoisers.
+        sites: pattern of the names of the modules that do video self-attention. The group `layer`
+            of the pattern identifies a block; blocks are numbered in the order of
+            `named_modules()`.
+        grid: function of a module and the positional and keyword arguments of its forward; gives
+            the video tokens of the call. The module is the denoiser, or a module of `grid_modules`.
+            The function should read shapes only: reading values waits for the device and cannot be
+            compiled.
+        sizes: function of a pipeline; gives the legal sizes.
+        variants: function of a pipeline, which may be None, and a denoiser; gives the model's name
+            in the tables of recommended settings. None if the family's name serves all models.
+        text: where text tokens stand in the sequence of a site; None if the sequence has no text.
+            The number of text tokens follows from each call.
+        grid_modules: pattern of the names of the modules inside the denoiser that have a grid of
+            their own in each call, for the sites inside them. None if the denoiser's call has one
+            grid for all sites.
+        padding: the format of the model's attention masks. "keys": True for each key that counts.
+            "pairs": True for each pair of query and key that both count. "bias": 0 for each key
+            that counts.
+        rotary: position and name of the argument of a site's call that holds the rotary position
+            embedding: cosines and sines for pairs of neighbouring channels, every number twice.
+            None if the sites have no such argument.
+        images: whether the models make images, or frames that each attend to themselves alone.
+            Some methods recommend other settings for images than for videos.
+        flow: where video tokens enter and leave the blocks, to permute them once per forward; None
+            if something between the blocks depends on the place of a token.
+        tested: the parts that the project's tests run: tiny models, and pipelines that can be built
+            offline.
     """
 
     name: str
@@ -130,7 +147,7 @@ class Family:
         return self.name if self.variants is None else self.variants(pipe, model)
 
     def layers(self, model: torch.nn.Module) -> dict[str, int]:
-        """The attention sites of a denoiser by name, and the index of the block each is in."""
+        """The attention sites of a denoiser by name, with the index of each site's block."""
         matches = [self.sites.fullmatch(name) for name, _ in model.named_modules()]
         blocks: dict[str, int] = {}
         return {
@@ -139,7 +156,7 @@ class Family:
 
 
 def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
-    """An argument of a forward call, None where it is not given."""
+    """An argument of a forward call by position or name; None if the call does not have it."""
     return args[position] if len(args) > position else kwargs.get(name)
 
 

@@ -12,7 +12,7 @@ from diffattn.models.token_flow import TokenFlow
 
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
-    # (batch, frames, channels, height, width), unlike all others
+    # (batch, frames, channels, height, width)
     _, frames, _, height, width = first_input(args, kwargs).shape
     patch, patch_t = model.config.patch_size, _frames_per_token(model)
     return TokenGrid(frames // patch_t, height // patch, width // patch)
@@ -34,7 +34,8 @@ def _sizes(pipe: Any) -> SizeRules:
 
 
 def _has_attention_arguments(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    # Attention processors are handed them: a mask among them would be in the model's order.
+    # The model passes these arguments to attention processors. A mask among them would be in the
+    # model's own order of tokens.
     return bool(argument(args, kwargs, 6, "attention_kwargs"))
 
 

@@ -14,13 +14,21 @@ from diffattn.grid import TokenGrid
 from diffattn.models.base import Family, SizeRules, argument, first_input
 from diffattn.models.token_flow import TokenFlow
 
-# The last position ids read, by their shape, and the grid they say. Reading waits for the device
-# and cannot be compiled, and a pipeline passes the same ids in all its steps.
+# The position ids that were read last, by shape, and their grid. Reading waits for the device and
+# cannot be compiled; a pipeline passes the same ids in all its steps.
 _read: dict[tuple[int, ...], tuple[weakref.ref[torch.Tensor], TokenGrid]] = {}
 
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int) -> TokenGrid:
-    """Latents come as a sequence of tokens; only the values of `img_ids` tell rows and columns."""
+    """The grid of a call on a sequence of tokens, whose rows and columns only `img_ids` has.
+
+    Args:
+        position: position of the argument `img_ids`.
+
+    Raises:
+        ValueError: if the tokens are no rectangular grid in order.
+        RuntimeError: if the call is compiled and ids of this shape have never been read.
+    """
     ids = argument(args, kwargs, position, "img_ids")
     tokens = first_input(args, kwargs).shape[1]
     shape = tuple(ids.shape)
@@ -47,7 +55,7 @@ def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], position
 
 
 def _read_grid(model: torch.nn.Module, ids: torch.Tensor) -> TokenGrid:
-    """The grid whose rows and columns, in order, are the second and third of the position ids."""
+    """The grid of position ids (tokens, 3 or more): the second and third are row and column."""
     places = (ids if ids.ndim == 2 else ids[0])[:, 1:3].long().cpu()
     height, width = (int(x) + 1 for x in places.amax(0))
     expected = torch.cartesian_prod(torch.arange(height), torch.arange(width))
@@ -70,8 +78,8 @@ def _sizes(pipe: Any) -> SizeRules:
 
 
 def _has_residuals_or_masks(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    # Residuals of a ControlNet and what attention processors are handed, such as masks of an
-    # IP-Adapter, are in the model's order.
+    # Residuals of a ControlNet and arguments for attention processors, such as masks of an
+    # IP-Adapter, are in the model's own order of tokens.
     names = "joint_attention_kwargs controlnet_block_samples controlnet_single_block_samples"
     positions = (7, 8, 9)
     given = [argument(args, kwargs, *at) for at in zip(positions, names.split(), strict=True)]

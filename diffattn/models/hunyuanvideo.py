@@ -26,7 +26,7 @@ def _sizes(pipe: Any) -> SizeRules:
 
 
 def _replaces_tokens(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    # Blocks of this kind treat the tokens of the first frame, those that come first, on their own.
+    # Blocks of this kind treat the tokens of the first frame apart, by their place in the sequence.
     return bool(model.config.image_condition_type == "token_replace")
 
 

@@ -13,7 +13,14 @@ from diffattn.models.token_flow import TokenFlow
 
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int) -> TokenGrid:
-    """Latents come as a sequence of tokens, the grid beside them, `position` arguments later."""
+    """The grid of a call on a sequence of tokens, from the call's numbers of frames, rows, columns.
+
+    Args:
+        position: position of the argument `num_frames`; `height` and `width` follow.
+
+    Raises:
+        ValueError: if the call has no such numbers, or other tokens in addition.
+    """
     names = ("num_frames", "height", "width")
     sizes = [argument(args, kwargs, position + i, name) for i, name in enumerate(names)]
     tokens = first_input(args, kwargs).shape[1]

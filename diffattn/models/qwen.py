@@ -11,7 +11,7 @@ from diffattn.models.base import Family, SizeRules, argument, first_input
 
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
-    # By sample the shapes of its images, or (diffusers before 0.37) of its only image.
+    # For each sample a list of image shapes, or (diffusers before 0.37) the shape of one image.
     samples = argument(args, kwargs, 4, "img_shapes")
     shapes = [samples[0]] if isinstance(samples[0][0], int) else samples[0]
     tokens = first_input(args, kwargs).shape[1]

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: images; 3.5 medium has a second attention, of the image alone."""
+"""Stable Diffusion 3 and 3.5: images. 3.5 medium has a second attention over the image alone."""
 
 from __future__ import annotations
 

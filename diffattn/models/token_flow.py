@@ -1,8 +1,8 @@
-"""TokenFlow: how the video tokens of a denoiser can be in another order while its blocks run.
+"""TokenFlow: how to put the video tokens of a denoiser in another order while its blocks run.
 
-Where all that a model does between its first block and its last treats video tokens one by one,
-attention excepted, it gives the same for tokens in any order, if what belongs to them (position
-embeddings, timesteps of their own) comes in that order too. Permuting once per forward replaces
+Between the first and the last block, most models treat each video token by itself, except in
+attention. Such a model gives the same result for tokens in any order, if position embeddings and
+timesteps of single tokens come in the same order. Permuting once per forward then replaces
 permuting queries, keys, values and output in every block.
 """
 
@@ -20,20 +20,22 @@ from diffattn.orders import TileOrder
 
 @dataclass(frozen=True)
 class TokenFlow:
-    """Where a denoiser's video tokens, and what belongs to them, enter its blocks and leave them.
+    """The places where video tokens, and embeddings of tokens, enter and leave a denoiser's blocks.
 
-    A dimension is the one along which tokens lie; where several do, such as frames, rows and
-    columns, it is the last of them. It may hold the text of the same sequence as well.
+    The dimension of a place is the dimension of the tokens in its tensor. If tokens have several
+    dimensions, such as frames, rows and columns, the dimension is the last of these. The dimension
+    may also hold the text of the same sequence.
 
     Attributes:
-        model_class: the class of diffusers this holds for, and for no subclass, which may do more.
-        arguments: position, name and dimension of the arguments of forward that have tokens. In a
-            call where one has not (None, or one timestep for all tokens) it is left as it is.
-        outputs: names of modules whose outputs have tokens, with the dimension.
-        leave: name of the module whose output, dimension 1, is the last thing with tokens.
-        text: position and name of the argument whose dimension 1 is the text that stands in the
-            sequence of a site.
-        interrupted: whether a call has something in between that knows the tokens by their place.
+        model_class: name of the diffusers class. Subclasses may do more and are left out.
+        arguments: position, name and dimension of the arguments of forward with tokens. An argument
+            without tokens in a call (None, or one timestep for all tokens) stays as it is.
+        outputs: names of the modules whose outputs have tokens, with the dimension.
+        leave: name of the module whose output is the last tensor with tokens, in dimension 1.
+        text: position and name of the argument whose dimension 1 is the text in the sequence of a
+            site; None if the sequence has no text.
+        interrupted: function of the denoiser and the arguments of a call: whether the call has
+            tensors between the blocks that depend on the place of a token. None for never.
     """
 
     model_class: str
@@ -46,7 +48,7 @@ class TokenFlow:
     def enter(
         self, order: TileOrder, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call with their tokens in `order`."""
+        """The positional and keyword arguments of a call with their tokens in `order`."""
         values, named = list(args), dict(kwargs)
         for position, name, dim in self.arguments:
             if position < len(values):
@@ -56,7 +58,7 @@ class TokenFlow:
         return tuple(values), named
 
     def follow(self, order: TileOrder, model: torch.nn.Module) -> list[RemovableHandle]:
-        """Hook into the modules where tokens enter and leave, for one call of the model."""
+        """Hooks on the modules where tokens enter and leave, to be removed after one forward."""
 
         def enter(dim: int) -> Callable[..., Any]:
             return lambda module, args, output: _reordered(order, output, dim)
@@ -72,10 +74,11 @@ class TokenFlow:
 
 
 def _reordered(order: TileOrder, x: Any, dim: int, *, optional: bool = False) -> Any:
-    """A tensor, or a tuple of them, with the tokens along `dim` in `order`.
+    """A tensor, or a tuple of tensors, with the tokens along `dim` in `order`.
 
     Args:
-        optional: leave alone what has no tokens there, where otherwise it is an error.
+        optional: whether to leave alone a tensor without tokens along `dim`; otherwise such a
+            tensor is an error.
     """
     if isinstance(x, tuple | list):
         return tuple(_reordered(order, part, dim, optional=optional) for part in x)

@@ -1,9 +1,9 @@
 """Twins of the attention processors of diffusers that call PyTorch's attention themselves.
 
-A twin computes what the processor it is named for computes, and ends in diffusers' attention
-dispatch, where a backend can be put in. All tensors are (batch, tokens, heads, head_dim) on the
-way. `Attention.forward` hands a processor those keyword arguments that its signature names, so the
-signatures are those of diffusers.
+A twin computes the same result as the processor in its name, and ends in diffusers' attention
+dispatch, which accepts a backend. Queries, keys and values are (batch, tokens, heads, head_dim).
+`Attention.forward` passes a processor the keyword arguments that the processor's signature names:
+twins therefore have the signatures of diffusers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from diffattn import _compat
 
 
 class Twin:
-    """What diffusers' dispatch expects to find on a processor."""
+    """The attributes of a processor that diffusers' dispatch expects."""
 
     _attention_backend: Any = None
     _parallel_config: Any = None
@@ -30,7 +30,7 @@ class Twin:
         value: torch.Tensor,
         attn_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention, with the heads joined: (batch, tokens, channels)."""
+        """Attention over (batch, tokens, heads, head_dim), joined to (batch, tokens, channels)."""
         out = _compat.dispatch(
             query,
             key,
@@ -118,7 +118,7 @@ class CogVideoXTwin(Twin):
 
 
 class EasyAnimateTwin(Twin):
-    """EasyAnimateAttnProcessor2_0: text before video, projected apart or (later blocks) alike."""
+    """EasyAnimateAttnProcessor2_0: text before video, through other or the same projections."""
 
     def __call__(
         self,
@@ -144,7 +144,7 @@ class EasyAnimateTwin(Twin):
 
 
 class JointTwin(Twin):
-    """JointAttnProcessor2_0 (Stable Diffusion 3): text after the image, where there is text."""
+    """JointAttnProcessor2_0 (Stable Diffusion 3): text after the image, if there is text."""
 
     def __call__(
         self,
@@ -166,10 +166,10 @@ class JointTwin(Twin):
 
 
 class MochiTwin(Twin):
-    """MochiAttnProcessor2_0: text after video, padded text left out by a mask over keys.
+    """MochiAttnProcessor2_0: text after video, with a mask over keys for padded text.
 
-    The original cuts the padding out of each sample, which waits for the device; text that is
-    padding comes out as zeros from both.
+    The original cuts the padding out of each sample, which waits for the device. Both give zeros
+    for padded text.
     """
 
     def __call__(
@@ -204,10 +204,14 @@ _TWINS: dict[str, type[Twin]] = {
 
 
 def dispatching(site: str, processor: Any) -> Any:
-    """A new processor that does what `processor` does, and ends in diffusers' attention dispatch.
+    """A new processor with the result of `processor` that ends in diffusers' attention dispatch.
+
+    Args:
+        site: the name of the site, for messages.
+        processor: the site's processor.
 
     Raises:
-        ValueError: if there is no such processor; says what to do about that of `site`.
+        ValueError: if there is no such processor; says what to do.
     """
     if _compat.uses_dispatch(processor):
         return copy.copy(processor)
@@ -235,7 +239,7 @@ def _heads(attn: Any, projections: str, *inputs: torch.Tensor) -> list[torch.Ten
 def _joint_heads(
     attn: Any, hidden_states: torch.Tensor, text: torch.Tensor | None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Query, key and value of the video or image and, where it is given, of the text."""
+    """Queries, keys and values: of the video or image, then of the text if `text` is not None."""
     query, key, value = _heads(attn, "to_q to_k to_v", *[hidden_states] * 3)
     queries, keys = [_normalised(attn.norm_q, query)], [_normalised(attn.norm_k, key)]
     values = [value]
@@ -252,7 +256,7 @@ def _normalised(norm: torch.nn.Module | None, x: torch.Tensor) -> torch.Tensor:
 
 
 def _bias(attn: Any, mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:
-    """A mask as diffusers' `Attention` has it, made (batch, heads, 1 or queries, keys)."""
+    """The mask of diffusers' `Attention` as (batch, heads, 1 or queries, keys); None for None."""
     if mask is None:
         return None
     batch, tokens = key.shape[:2]
@@ -261,7 +265,7 @@ def _bias(attn: Any, mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tens
 
 
 def _rotated_after(text: int, x: torch.Tensor, rotary: Any) -> torch.Tensor:
-    """Rotate the tokens that come after the text, if `rotary` is not None."""
+    """Rotate the tokens after the first `text` tokens, if `rotary` is not None."""
     if rotary is None:
         return x
     return torch.cat([x[:, :text], apply_rotary_emb(x[:, text:], rotary, sequence_dim=1)], dim=1)

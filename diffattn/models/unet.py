@@ -9,19 +9,19 @@ from typing import Any
 from diffattn.grid import TokenGrid
 from diffattn.models.base import Family, SizeRules, first_input
 
-# Motion modules attend across frames, at one place each: they are none of these. FreeNoise's split
-# inference wraps a transformer: it is a `module` then.
+# Spatial transformers. Motion modules, which attend across the frames of one place, are left out.
+# FreeNoise's split inference wraps a transformer, whose name then ends in `module`.
 _TRANSFORMER = r"(?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+(?:\.module)?"
 
 
 def _grid(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
-    # (batch, channels, height, width); AnimateDiff's frames are samples of the batch
+    # (batch, channels, height, width); the frames of AnimateDiff are samples of the batch
     height, width = first_input(args, kwargs).shape[2:]
     return TokenGrid(1, height, width)
 
 
 def _sizes(pipe: Any) -> SizeRules:
-    """The pixels per token are those of the largest grid, that of the first attention."""
+    """The sizes, with the pixels per token of the largest grid, which the first attention has."""
     blocks = [len(getattr(block, "attentions", ())) for block in pipe.unet.down_blocks]
     halved = next((i for i, count in enumerate(blocks) if count), len(blocks) - 1)
     multiple = pipe.vae_scale_factor * 2**halved

@@ -18,10 +18,10 @@ _TI2V_5B_CHANNELS = 48
 
 
 def frames_to_ask_for(pipe: Any, num_frames: int) -> int:
-    """The argument `num_frames` with which one of Wan's pipelines makes so many frames.
+    """The argument `num_frames` for a Wan pipeline that is to make `num_frames` frames.
 
-    The pipelines round numbers up to a multiple of the VAE's temporal factor, and 1. Where the VAE
-    keeps every frame, that is one frame more for every number: `num_frames % 1` is never 1.
+    The pipelines round the argument to a multiple of the VAE's temporal factor, plus 1, unless
+    `num_frames % factor` is 1. With a factor of 1 it never is: they make one frame too many.
     """
     return num_frames - 1 if pipe.vae_scale_factor_temporal == 1 else num_frames
 
@@ -29,19 +29,20 @@ def frames_to_ask_for(pipe: Any, num_frames: int) -> int:
 def encode_all_frames(
     encode: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor, stride: int
 ) -> torch.Tensor:
-    """Latents of a video by Wan's VAE, which by itself may leave out frames at the end.
+    """Latents of a video by Wan's VAE, whose encoder may leave out frames at the end.
 
     Args:
-        encode: makes latents of pixels.
+        encode: function from pixels to latents.
         pixels: (batch, channels, frames, height, width).
         stride: frames per latent frame, the pipeline's `vae_scale_factor_temporal`.
 
     Returns:
-        (batch, channels, latent frames, rows, columns); the first frame has a latent frame of its
-        own, and frames that fill no latent frame have none.
+        (batch, channels, latent frames, rows, columns). The first frame has a latent frame alone.
+        Frames at the end that fill no latent frame are left out.
     """
-    # The encoder takes one frame and then fours, also where it keeps every frame, and leaves out
-    # what is no whole four. It is causal: what follows a frame does not change it.
+    # The encoder takes one frame and then groups of four, even if the VAE keeps every frame, and
+    # leaves out an incomplete group. The encoder is causal: frames added at the end change no
+    # latent frame before them.
     after_first = pixels.shape[2] - 1
     missing = -after_first % 4
     latents = encode(torch.cat([pixels, *[pixels[:, :, -1:]] * missing], 2))
@@ -64,7 +65,7 @@ def _sizes(pipe: Any) -> SizeRules:
     patch_t, patch_h, _ = _denoiser(pipe).config.patch_size
     token_pixels = pipe.vae_scale_factor_spatial * patch_h
     return SizeRules(
-        # The pipelines themselves refuse what is not a multiple of 16, whatever the VAE.
+        # The pipelines themselves refuse sizes that are no multiple of 16, for every VAE.
         spatial_multiple=math.lcm(16, token_pixels),
         token_pixels=token_pixels,
         frame_stride=pipe.vae_scale_factor_temporal * patch_t,
@@ -73,7 +74,7 @@ def _sizes(pipe: Any) -> SizeRules:
 
 
 def _denoiser(pipe: Any) -> Any:
-    # Wan 2.2 pipelines may be loaded with one of their two experts.
+    # A pipeline of Wan 2.2 may be loaded with one of its two experts only.
     return pipe.transformer if pipe.transformer is not None else pipe.transformer_2
 
 

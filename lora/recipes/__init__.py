@@ -1,4 +1,4 @@
-"""How each model family is trained, one module each."""
+"""The training recipes of the model families, one module each."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ RECIPES: dict[str, Callable[[Any, str, int | None], Recipe]] = {
 
 
 def recipe_for(pipe: Any, denoiser: str | None = None, text_length: int | None = None) -> Recipe:
-    """How a pipeline's denoiser is trained.
+    """The training recipe of a pipeline's denoiser.
 
     Args:
         pipe: a text-to-video or text-to-image pipeline of diffusers.
-        denoiser: the name of the component to train; the first where there are two experts.
-        text_length: tokens that prompts are padded to; what the pipeline's call does when None.
+        denoiser: the name of the component to train; the pipeline's first denoiser when None.
+        text_length: tokens that prompts are padded to; the default of the pipeline's call when
+            None.
 
     Raises:
-        LoraError: if the pipeline's family has no recipe (names those that have), the model is
-            conditioned on more than text, the scheduler is missing or is none of the family's, or
+        LoraError: if the pipeline's family has no recipe (names the families that have), the model
+            is conditioned on more than text, the scheduler is missing or of the wrong kind, or
             there is no such denoiser.
     """
     models = denoisers(pipe)

@@ -1,4 +1,4 @@
-"""What is particular to training a model family: latents, text, noise, target, and the call."""
+"""The training recipe of a model family: latents, text, noise, target, and the denoiser's call."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from diffattn.lora.recipes.noising import Prediction
 
 @dataclass(frozen=True)
 class Recipe(ABC):
-    """How a denoiser is trained as its pipeline calls it.
+    """The recipe for training a denoiser with the same inputs as in its pipeline.
 
-    Latents are (batch, channels, latent frames, height, width) for every family, normalised as the
-    denoiser takes them; images have one frame. What a denoiser wants to have them as, its
-    `predict` knows.
+    Latents are (batch, channels, latent frames, height, width) for every family, with the
+    denoiser's normalisation; images have one frame. `predict` converts latents to the denoiser's
+    own format.
 
     Attributes:
-        family: name in `diffattn.models.FAMILIES`.
-        denoiser: the pipeline's component that this is for, such as "transformer".
-        prediction: what the denoiser predicts.
-        dtype: that of the denoiser's weights and inputs.
+        family: the family's name in `diffattn.models.FAMILIES`.
+        denoiser: the pipeline's component to train, such as "transformer".
+        prediction: the quantity that the denoiser predicts.
+        dtype: the dtype of the denoiser's weights and inputs.
         text_length: tokens that prompts are padded to.
-        timesteps: how many training timesteps the scheduler counts.
-        noise_range: the noise levels that this denoiser sees in sampling; of a flow only.
-        inverted: whether the denoiser counts from noise to clean, as Mochi does; of a flow only.
+        timesteps: number of the scheduler's training timesteps.
+        noise_range: lowest and highest noise level of this denoiser in sampling; for flows only.
+        inverted: whether time runs from noise to clean, as in Mochi; for flows only.
     """
 
     family: str
@@ -46,14 +46,20 @@ class Recipe(ABC):
 
     @abstractmethod
     def encode_clip(self, pipe: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Latents, float32, of clips (batch, 3, frames, height, width) in [-1, 1].
+        """Encode clips by the pipeline's VAE.
 
-        They are drawn from what the VAE's encoder says with `generator`; its mean without one.
+        Args:
+            pipe: the pipeline.
+            pixels: (batch, 3, frames, height, width) in [-1, 1].
+            generator: draws the latents from the VAE's posterior; None takes the posterior's mode.
+
+        Returns:
+            float32 (batch, channels, latent frames, height, width).
         """
 
     @abstractmethod
     def encode_prompt(self, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-        """What the denoiser is told of each prompt: tensors with the batch first."""
+        """The denoiser's conditions for each prompt: tensors by name, batch first."""
 
     @abstractmethod
     def predict(
@@ -62,30 +68,36 @@ class Recipe(ABC):
         """Call the denoiser as its pipeline does; differentiable.
 
         Args:
-            model: the denoiser, or what wraps it.
+            model: the denoiser, or a wrapper of the denoiser.
             noisy: latents with noise, from `add_noise`.
             times: (batch,), from `sample_times`.
-            conditions: from `encode_prompt`.
+            conditions: the conditions from `encode_prompt`.
 
         Returns:
             The prediction in the shape of `noisy`, to be compared with `target`.
         """
 
     def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """Latents of a recipe from those that its pipeline returns for `output_type="latent"`.
+        """The recipe's latents from a pipeline's result with `output_type="latent"`.
 
         Args:
-            latents: as the pipeline returns them.
+            latents: the pipeline's result.
             height, width: pixels of the pipeline's call.
+
+        Returns:
+            (batch, channels, latent frames, height, width).
         """
         return latents
 
     def at_rate(self, fps: float | None) -> Self:
-        """The recipe for clips of so many frames a second, where the denoiser is told; or None."""
+        """The recipe for clips of `fps` frames a second; None for the pipeline's default.
+
+        Only a denoiser with the frame rate among its inputs has another recipe.
+        """
         return self
 
     def call_arguments(self, pipe: Any, num_frames: int) -> dict[str, Any]:
-        """What the pipeline's call must be given to make so many frames, as the recipe has them."""
+        """Arguments of the pipeline's call for a video of `num_frames` frames by this recipe."""
         ours = {"num_frames": num_frames, "max_sequence_length": self.text_length}
         known = inspect.signature(type(pipe).__call__).parameters
         return {name: value for name, value in ours.items() if name in known}
@@ -97,11 +109,22 @@ class Recipe(ABC):
         generator: torch.Generator,
         shift: float | None = None,
     ) -> Tensor:
-        """Draw times to train at, (batch,), on the generator's device.
+        """Draw the times of a batch.
 
-        For a flow they are noise levels in (0, 1) of a logit-normal distribution with a time shift
-        (the scheduler's own unless given), within `noise_range`; otherwise timesteps, all of them
-        equally often.
+        For a flow, times are noise levels from a logit-normal distribution with a time shift,
+        within `noise_range`. Otherwise times are timesteps from a uniform distribution.
+
+        Args:
+            scheduler: the pipeline's scheduler.
+            batch: number of times.
+            generator: the source of random numbers.
+            shift: the time shift, above 0; None for the scheduler's own. For flows only.
+
+        Returns:
+            (batch,) on the generator's device: float32 for a flow, int64 otherwise.
+
+        Raises:
+            LoraError: if the shift is not above 0, or is given for a model that is no flow.
         """
         if self.prediction == "flow":
             shift = noising.default_shift(scheduler) if shift is None else shift
@@ -117,14 +140,14 @@ class Recipe(ABC):
         return torch.randint(self.timesteps, (batch,), generator=generator, device=device)
 
     def add_noise(self, scheduler: Any, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Latents with as much of the noise as there is at `times`."""
+        """Latents with noise at `times`, in the shape of `latents`."""
         if self.prediction == "flow":
             return noising.mix(latents, noise, times)
         signal, strength = noising.amplitudes(scheduler, times, latents)
         return signal * latents + strength * noise
 
     def target(self, scheduler: Any, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What a perfect denoiser predicts."""
+        """The prediction of a perfect denoiser, in the shape of `latents`."""
         if self.prediction == "flow":
             return latents - noise if self.inverted else noise - latents
         if self.prediction == "epsilon":
@@ -133,7 +156,7 @@ class Recipe(ABC):
         return signal * noise - strength * latents
 
     def model_times(self, times: Tensor) -> Tensor:
-        """The timesteps that the denoiser is told."""
+        """The timesteps among the denoiser's inputs at `times`, (batch,)."""
         if self.prediction != "flow":
             return times
         return (1 - times if self.inverted else times) * self.timesteps
@@ -148,11 +171,15 @@ def common_settings(
         pipe: the pipeline.
         family: name of the family.
         denoiser: name of the component.
-        text_length: tokens that prompts are padded to; those of the pipeline's call when None.
+        text_length: tokens that prompts are padded to; the default of the pipeline's call when
+            None.
         flow: whether models of this family are flows.
 
+    Returns:
+        The attributes of `Recipe`, by name.
+
     Raises:
-        LoraError: if the scheduler is missing or is none for such models.
+        LoraError: if the scheduler is missing, or does not fit models of the family.
     """
     prediction = noising.prediction_of(pipe.scheduler)
     if (prediction == "flow") != flow:
@@ -176,13 +203,13 @@ def common_settings(
 
 
 def call_default(pipe: Any, name: str) -> Any:
-    """What a pipeline's call takes for an argument that is not given."""
+    """The default of an argument of a pipeline's call."""
     return inspect.signature(type(pipe).__call__).parameters[name].default
 
 
 def encode_pixels(pipe: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
-    """What the VAE's encoder makes of pixels, float32, not normalised."""
-    # An offloaded VAE is elsewhere until it is called.
+    """The float32 output of the VAE's encoder, without normalisation; see `Recipe.encode_clip`."""
+    # An offloaded VAE moves to the execution device when called.
     pixels = pixels.to(pipe._execution_device, pipe.vae.dtype)
     with torch.no_grad():
         posterior = pipe.vae.encode(pixels).latent_dist
@@ -191,20 +218,20 @@ def encode_pixels(pipe: Any, pixels: Tensor, generator: torch.Generator | None) 
 
 
 def per_channel(values: Any, latents: Tensor) -> Tensor:
-    """A value per channel, to be combined with latents (batch, channels, ...)."""
+    """Values per channel as a tensor that broadcasts over latents (batch, channels, ...)."""
     shape = (1, -1, *(1 for _ in latents.shape[2:]))
     return torch.as_tensor(values, dtype=latents.dtype, device=latents.device).view(shape)
 
 
 def one_by_one(prompts: list[str], encode: Callable[[str], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Encode each prompt alone, so that what comes out does not depend on the others."""
+    """Encode each prompt alone, so that no result depends on other prompts; batch first."""
     with torch.no_grad():
         encoded = [encode(prompt) for prompt in prompts]
     return {name: torch.cat([each[name] for each in encoded]) for name in encoded[0]}
 
 
 def refuse_conditions(denoiser: Any, wanted: bool) -> None:
-    """Refuse a denoiser that is conditioned on more than text."""
+    """Raise LoraError, for a denoiser that is conditioned on more than text, unless `wanted`."""
     if not wanted:
         raise LoraError(
             f"this {type(denoiser).__name__} is conditioned on more than text (an image, a mask, a"

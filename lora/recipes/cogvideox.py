@@ -20,14 +20,14 @@ from diffattn.lora.recipes.base import (
 
 @dataclass(frozen=True)
 class Rotary:
-    """What the rotary positions of a model are made from; hashable.
+    """The parameters of a model's rotary positions; hashable.
 
     Attributes:
         head_dim: channels of a head.
         patch: latent rows and columns of a token.
-        frames_per_token: latent frames of a token; None for the first models, which stretch the
-            positions of the size that they were made for (1.5 does not).
-        base: rows and columns of tokens of that size.
+        frames_per_token: latent frames of a token; None for the models before 1.5, which stretch
+            the positions of their trained size to other sizes.
+        base: rows and columns of tokens at the trained size.
     """
 
     head_dim: int
@@ -41,24 +41,24 @@ class CogVideoXRecipe(Recipe):
     """CogVideoX's recipe.
 
     Attributes:
-        frames_per_token: latent frames of a token; 1.5 has two.
-        rotary: how positions are told; None for 2b, which has them in its weights.
+        frames_per_token: latent frames of a token; two for 1.5.
+        rotary: the parameters of the rotary positions; None for 2b, which has learnt positions.
     """
 
     frames_per_token: int
     rotary: Rotary | None
 
     def encode_clip(self, pipe: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
-        """See `Recipe.encode_clip`; where a token has two frames, the first may come twice.
+        """See `Recipe.encode_clip`; the first latent frame is repeated to fill whole tokens.
 
-        The pipeline denoises whole tokens, and leaves surplus frames at the front out of the video.
+        The pipeline denoises whole tokens, and leaves surplus frames at the start out of the video.
         """
         latents = encode_pixels(pipe, pixels, generator) * pipe.vae.config.scaling_factor
         surplus = -latents.shape[2] % self.frames_per_token
         return torch.cat([latents[:, :, :1].expand(-1, -1, surplus, -1, -1), latents], dim=2)
 
     def encode_prompt(self, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-        """The padded text: there is no mask."""
+        """The padded text, without a mask."""
 
         def encode(prompt: str) -> dict[str, Tensor]:
             embeds, _ = pipe.encode_prompt(
@@ -94,7 +94,7 @@ class CogVideoXRecipe(Recipe):
 def _rotary_table(
     rotary: Rotary, frames: int, height: int, width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, (tokens, head_dim) each, of latents of this size."""
+    """The cosines and sines, (tokens, head_dim) each, for latents of a size."""
     # Imported late: pipelines import transformers, which looks for a top-level `kernels`.
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
     from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid

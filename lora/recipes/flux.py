@@ -19,8 +19,7 @@ from diffattn.lora.recipes.base import (
     refuse_conditions,
 )
 
-_PATCH = 2
-"""Latent rows and columns of a token."""
+_PATCH = 2  # latent rows and columns of a token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +27,9 @@ class FluxRecipe(Recipe):
     """Flux's recipe.
 
     Attributes:
-        latent_pixels: rows and columns of pixels of a latent.
-        guidance: the scale that the denoiser is told, since guidance is distilled into it; None
-            where it takes none (schnell).
+        latent_pixels: pixels per latent along rows and columns.
+        guidance: the guidance scale among the denoiser's inputs, as guidance is distilled into the
+            denoiser; None for a denoiser without this input (schnell).
     """
 
     latent_pixels: int
@@ -43,7 +42,7 @@ class FluxRecipe(Recipe):
         return ((latents - config.shift_factor) * config.scaling_factor).unsqueeze(2)
 
     def encode_prompt(self, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-        """The padded text (there is no mask), and CLIP's summary of it."""
+        """The padded text, without a mask, and CLIP's pooled embedding of the text."""
 
         def encode(prompt: str) -> dict[str, Tensor]:
             embeds, pooled, _ = pipe.encode_prompt(
@@ -80,13 +79,13 @@ class FluxRecipe(Recipe):
         return self._unpack(latents, height // self.latent_pixels, width // self.latent_pixels)
 
     def _unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        """Latents of so many rows and columns of (batch, tokens, channels of a token)."""
+        """Latents of `height` x `width` from a sequence (batch, tokens, channels of a token)."""
         picture = tokens.transpose(1, 2).unflatten(2, (height // _PATCH, width // _PATCH))
         return F.pixel_shuffle(picture, _PATCH).unsqueeze(2)
 
 
-# The same tensors for every call of a size: reading their values waits for the device, and sparse
-# attention, which must read them, does it once for each tensor.
+# Every call of a size gets the same tensor: sparse attention reads the values of each tensor once,
+# and reading waits for the device.
 @lru_cache(maxsize=8)
 def _image_ids(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(tokens, 3): image, row, column."""

@@ -23,7 +23,8 @@ class HunyuanVideoRecipe(Recipe):
     """HunyuanVideo's recipe.
 
     Attributes:
-        guidance: the scale that the denoiser is told, since guidance is distilled into it.
+        guidance: the guidance scale among the denoiser's inputs, as guidance is distilled into the
+            denoiser.
     """
 
     guidance: float
@@ -33,7 +34,7 @@ class HunyuanVideoRecipe(Recipe):
         return encode_pixels(pipe, pixels, generator) * pipe.vae.config.scaling_factor
 
     def encode_prompt(self, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-        """The text inside the pipeline's template, its mask, and CLIP's summary of it."""
+        """The text in the pipeline's template, the mask, and CLIP's pooled embedding."""
 
         def encode(prompt: str) -> dict[str, Tensor]:
             embeds, pooled, mask = pipe.encode_prompt(prompt, max_sequence_length=self.text_length)

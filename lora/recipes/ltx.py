@@ -24,9 +24,9 @@ class LTXRecipe(Recipe):
     """LTX-Video's recipe.
 
     Attributes:
-        patch: latent frames, rows and columns of a token: the denoiser takes a sequence of tokens.
+        patch: latent frames, rows and columns of a token; the denoiser takes a sequence of tokens.
         compression: frames, rows and columns of pixels of a latent.
-        frame_rate: frames a second that the denoiser is told, through its positions.
+        frame_rate: frames a second, an input of the denoiser in the form of scaled positions.
     """
 
     patch: tuple[int, int, int]
@@ -41,7 +41,7 @@ class LTXRecipe(Recipe):
         return (latents - mean) * vae.config.scaling_factor / std
 
     def encode_prompt(self, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-        """The text and its mask."""
+        """The text and the text's mask."""
 
         def encode(prompt: str) -> dict[str, Tensor]:
             embeds, mask, _, _ = pipe.encode_prompt(
@@ -84,14 +84,14 @@ class LTXRecipe(Recipe):
         return super().call_arguments(pipe, num_frames) | {"frame_rate": self.frame_rate}
 
     def _pack(self, latents: Tensor) -> Tensor:
-        """(batch, tokens, channels of a token) of latents."""
+        """Latents as a sequence of tokens, (batch, tokens, channels of a token)."""
         tokens = latents
         for axis, size in zip((2, 4, 6), self.patch, strict=True):
             tokens = tokens.unflatten(axis, (-1, size))
         return tokens.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
     def _unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        """Latents of so many rows and columns of (batch, tokens, channels of a token)."""
+        """Latents of `height` x `width` from a sequence (batch, tokens, channels of a token)."""
         _, patch_h, patch_w = self.patch
         blocks = tokens.unflatten(1, (-1, height // patch_h, width // patch_w))
         blocks = blocks.unflatten(4, (-1, *self.patch)).permute(0, 4, 1, 5, 2, 6, 3, 7)

@@ -31,7 +31,7 @@ class MochiRecipe(Recipe):
         return latents * config.scaling_factor
 
     def encode_prompt(self, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-        """The text and its mask."""
+        """The text and the text's mask."""
 
         def encode(prompt: str) -> dict[str, Tensor]:
             embeds, mask, _, _ = pipe.encode_prompt(

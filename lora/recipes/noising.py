@@ -1,4 +1,4 @@
-"""How noise is put on latents, how much of it, and what a model is to predict of the mixture."""
+"""Noise in training: the kinds of prediction, noise levels, and mixtures of latents and noise."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Prediction = Literal["flow", "epsilon", "v_prediction"]
 
 
 def prediction_of(scheduler: Any) -> Prediction:
-    """What a pipeline's scheduler takes a model's output for.
+    """The kind of model output that a pipeline's scheduler expects.
 
     Raises:
-        LoraError: if there is no scheduler, or it takes another kind of output.
+        LoraError: if there is no scheduler, or the scheduler expects an unknown kind of output.
     """
     config = getattr(scheduler, "config", None)
     if config is None:
@@ -45,7 +45,8 @@ def prediction_of(scheduler: Any) -> Prediction:
 def default_shift(scheduler: Any) -> float:
     """The time shift of a flow scheduler.
 
-    It is 1 where the shift depends on the number of tokens, as in the published trainers of Flux.
+    The shift is 1 for a scheduler whose shift depends on the number of tokens, as in the published
+    trainers of Flux.
     """
     config = scheduler.config
     if config.get("use_dynamic_shifting", False):
@@ -58,39 +59,40 @@ def sample_levels(
 ) -> Tensor:
     """Draw noise levels from the shifted logit-normal distribution between two bounds.
 
-    A level is `shift * u / (1 + (shift - 1) * u)` where u is the sigmoid of a normal number, given
-    that it falls between the bounds.
+    A level is `shift * u / (1 + (shift - 1) * u)` where u is the sigmoid of a normal number. The
+    distribution is conditioned on levels between the bounds.
 
     Args:
-        batch: how many.
-        generator: on the device that the levels are to be on; one number of it is used for each.
-        shift: above 1 favours strong noise.
+        batch: number of levels.
+        generator: the source of random numbers, one number for each level.
+        shift: the time shift; above 1 favours strong noise.
         bounds: lowest and highest level, 0 <= low < high <= 1.
 
     Returns:
-        float32 (batch,).
+        float32 (batch,), on the generator's device.
     """
-    # The shift adds its logarithm to the logit of u, so that bounds on the level are bounds on the
-    # normal number. float64: near 1, steps of float32 are coarse.
+    # The shift adds its logarithm to the logit of u: bounds on the level are bounds on the normal
+    # number. The dtype is float64, as steps of float32 are coarse near 1.
     edges = torch.tensor(bounds, dtype=torch.float64, device=generator.device)
     low, high = torch.special.ndtr(edges.logit() - torch.tensor(shift).double().log()).unbind()
     even = torch.rand(batch, generator=generator, device=generator.device, dtype=torch.float64)
-    # The ends themselves would be infinite.
+    # The normal numbers for 0 and 1 would be infinite.
     place = (low + (high - low) * even).clamp(1e-12, 1 - 1e-12)
     normal = torch.special.ndtri(place)
     return torch.sigmoid(normal + torch.tensor(shift).double().log()).float()
 
 
 def mix(latents: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-    """Latents at noise levels (batch,): 0 is clean, 1 is noise alone."""
+    """Latents at noise levels (batch,): level 0 is clean, level 1 is noise alone."""
     level = _spread(levels, latents)
     return (1 - level) * latents + level * noise
 
 
 def amplitudes(scheduler: Any, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Amplitude of the signal and of the noise at timesteps (batch,), to multiply `like` with.
+    """The amplitudes of signal and noise at timesteps (batch,), broadcasting to `like`.
 
-    Their squares add up to 1, whatever scaling the scheduler itself uses while sampling.
+    The squares of the two amplitudes add up to 1, for any scaling that the scheduler uses in
+    sampling.
     """
     kept = scheduler.alphas_cumprod.to(times.device)[times]
     return _spread(kept.sqrt(), like), _spread((1 - kept).sqrt(), like)

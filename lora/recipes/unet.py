@@ -29,7 +29,7 @@ class UNetRecipe(Recipe):
         return (latents * pipe.vae.config.scaling_factor).unsqueeze(2)
 
     def encode_prompt(self, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-        """The padded text: there is no mask."""
+        """The padded text, without a mask."""
 
         def encode(prompt: str) -> dict[str, Tensor]:
             embeds, _ = pipe.encode_prompt(prompt, pipe._execution_device, 1, False)
@@ -59,9 +59,9 @@ class XLRecipe(UNetRecipe):
     """The recipe of Stable Diffusion XL.
 
     Attributes:
-        latent_pixels: rows and columns of pixels of a latent: the denoiser is told the picture's
-            size, and that nothing is cropped, as the pipeline tells it.
-        zeros_for_empty: whether an empty prompt is all zeros instead of encoded.
+        latent_pixels: pixels per latent along rows and columns. The denoiser's inputs include the
+            picture's size without a crop, as in the pipeline.
+        zeros_for_empty: whether the conditions of an empty prompt are zeros.
     """
 
     latent_pixels: int
@@ -77,7 +77,7 @@ class XLRecipe(UNetRecipe):
         return (latents * config.scaling_factor).unsqueeze(2)
 
     def encode_prompt(self, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-        """The padded text (there is no mask), and the second encoder's summary of it."""
+        """The padded text, without a mask, and the second encoder's pooled embedding."""
 
         def encode(prompt: str) -> dict[str, Tensor]:
             embeds, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)

@@ -24,8 +24,8 @@ class WanRecipe(Recipe):
     """Wan's recipe.
 
     Attributes:
-        token_pixels: latent rows and columns of a token, where the denoiser is told a timestep for
-            every token (TI2V-5B); None where it is told one for all.
+        token_pixels: latent rows and columns of a token, for a denoiser with a timestep for every
+            token (TI2V-5B); None for a denoiser with one timestep for all tokens.
     """
 
     token_pixels: tuple[int, int] | None
@@ -42,7 +42,7 @@ class WanRecipe(Recipe):
         return (latents - mean) / std
 
     def encode_prompt(self, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-        """The text, zero behind its end: there is no mask."""
+        """The text, padded with zeros, without a mask."""
 
         def encode(prompt: str) -> dict[str, Tensor]:
             embeds, _ = pipe.encode_prompt(

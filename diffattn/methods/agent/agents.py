@@ -1,7 +1,7 @@
-"""Attention through agents: a few queries gather from all keys, and all queries ask the few.
+"""Attention through agents: a few agents gather from all keys, and all queries ask the agents.
 
-Tensors are (batch, tokens, heads, head_dim). All of it is PyTorch's own attention, whose memory is
-linear in the tokens.
+Tensors are (batch, tokens, heads, head_dim). PyTorch's own attention computes both steps, with
+memory linear in the tokens.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from diffattn.grid import TokenGrid
 
 @dataclass(frozen=True)
 class Agents:
-    """Mean queries that stand for many.
+    """Mean queries, each of which stands for many queries.
 
     Attributes:
         mean: float32 (batch, agents, heads, head_dim).
-        exists: bool (batch, agents), false for means over no query; None where all are over some.
+        exists: bool (batch, agents): False for the mean of no query; None if there is no such mean.
     """
 
     mean: torch.Tensor
@@ -33,11 +33,11 @@ class Agents:
 
 @dataclass(frozen=True)
 class Beside:
-    """Keys that are asked directly, beside the agents.
+    """Keys that queries see directly, beside the agents.
 
     Attributes:
         key, value: (batch, tokens, heads, head_dim).
-        mask: bool (batch, tokens), false for padding; None where there is none.
+        mask: bool (batch, tokens): False for padding; None if nothing is padded.
     """
 
     key: torch.Tensor
@@ -52,7 +52,16 @@ def dense_attention(
     scale: float,
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """PyTorch's attention over all keys, but those where `key_mask`, (batch, keys), is false."""
+    """PyTorch's attention over all keys, or over the keys where `key_mask` is True.
+
+    Args:
+        query, key, value: (batch, tokens, heads, head_dim).
+        scale: factor of the scores.
+        key_mask: bool (batch, keys).
+
+    Returns:
+        (batch, tokens, heads, head_dim).
+    """
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     mask = None if key_mask is None else key_mask[:, None, None, :]
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
@@ -66,7 +75,7 @@ def gather_values(
     scale: float,
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What each agent finds as a query: (batch, agents, heads, head_dim)."""
+    """The attention output of each agent as a query: (batch, agents, heads, head_dim)."""
     return dense_attention(agents.mean.to(key.dtype), key, value, scale, key_mask)
 
 
@@ -78,16 +87,21 @@ def ask_agents(
     sharpness: float | torch.Tensor,
     beside: Beside | None = None,
 ) -> torch.Tensor:
-    """Attention of queries with agents for keys, and what these have gathered for values.
+    """Attention of queries with agents as keys and the agents' gathered values as values.
 
     Args:
         query: (batch, tokens, heads, head_dim).
-        gathered: what `gather_values` gives.
-        scale: factor of the scores.
-        sharpness: what scores of agents are multiplied by besides.
-        beside: more keys in the same softmax; their scores are the model's own.
+        agents: the agents.
+        gathered: the result of `gather_values`, (batch, agents, heads, head_dim).
+        scale: factor of all scores.
+        sharpness: another factor of the agents' scores.
+        beside: more keys in the same softmax, with scores without `sharpness`.
+
+    Returns:
+        (batch, tokens, heads, head_dim).
     """
-    # A tensor of one number would make SDPA's scale wait for the device; a factor of the keys not.
+    # SDPA's scale is a number: a tensor there would have to wait for the device. Keys can be
+    # multiplied by a tensor.
     key, value, mask = (agents.mean * sharpness).to(query.dtype), gathered, agents.exists
     if beside is not None:
         if mask is not None or beside.mask is not None:
@@ -102,23 +116,24 @@ def cell_agents(
     cell: tuple[int, int, int],
     mask: torch.Tensor | None = None,
 ) -> Agents:
-    """The mean queries of the cells of a grid; those at its end may be smaller.
+    """The mean queries of the cells of a grid; cells at the end of an axis may be smaller.
 
     Args:
         query: the video tokens of `grid`, (batch, tokens, heads, head_dim).
-        cell: latent frames, rows and columns.
-        mask: bool (batch, tokens), false for tokens that do not count.
+        grid: the tokens.
+        cell: latent frames, rows and columns of a cell.
+        mask: bool (batch, tokens): False for tokens that do not count.
     """
     if mask is None:
         return Agents(_cell_means(query, grid, cell))
     share = _cell_means(mask[..., None, None].float(), grid, cell)
     mean = _cell_means(query.masked_fill(~mask[..., None, None], 0), grid, cell)
-    # Of nothing, the mean is 0 and not 0 / 0.
+    # The mean of no token is 0 and not 0 / 0.
     return Agents(mean / share.clamp(min=torch.finfo(share.dtype).tiny), share[..., 0, 0] > 0)
 
 
 def cell_count(grid: TokenGrid, cell: tuple[int, int, int]) -> int:
-    """How many cells the video tokens of a grid make."""
+    """The number of cells of a grid."""
     frames, rows, columns = cell
     return -(-grid.frames // frames) * -(-grid.height // rows) * -(-grid.width // columns)
 
@@ -126,7 +141,7 @@ def cell_count(grid: TokenGrid, cell: tuple[int, int, int]) -> int:
 def _cell_means(x: torch.Tensor, grid: TokenGrid, cell: tuple[int, int, int]) -> torch.Tensor:
     """float32 means over cells: (batch, tokens, ...) -> (batch, cells, ...).
 
-    A mean over a box is the mean along its axes one after another.
+    The mean over a cell is the mean along its axes, one axis after another.
     """
     x = x.unflatten(1, (grid.frames, grid.height, grid.width))
     for axis in (3, 2, 1):
@@ -135,7 +150,7 @@ def _cell_means(x: torch.Tensor, grid: TokenGrid, cell: tuple[int, int, int]) ->
 
 
 def _axis_means(x: torch.Tensor, axis: int, size: int) -> torch.Tensor:
-    """float32 means over `size` entries along an axis, fewer at its end."""
+    """float32 means over `size` entries along an axis; the last mean may be over fewer."""
     length = x.shape[axis]
     whole = length - length % size
     parts = []
@@ -149,5 +164,5 @@ def _axis_means(x: torch.Tensor, axis: int, size: int) -> torch.Tensor:
 
 
 def _full(mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
-    """A mask over keys, all true where there is none."""
+    """`mask` over the keys, bool (batch, tokens); all True for None."""
     return key.new_ones(key.shape[:2], dtype=torch.bool) if mask is None else mask

@@ -1,7 +1,7 @@
 """The transformer blocks of a U-Net with merged tokens, as AgentSD has them.
 
-What is alike is found by the input of a block, before its first normalisation, which attention does
-not see: hooks keep it, merge what goes into the block's layers and undo that behind them.
+AgentSD compares tokens by the input of a block, before the first normalisation. Attention does not
+see this input. So hooks keep the input, merge the tokens before a layer and unmerge them after it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from diffattn.models.base import argument, first_input
 
 @dataclass(frozen=True)
 class MergedBlocks:
-    """All blocks of a U-Net that have sites; those merge whose site has Agent Attention attached.
+    """Token merging in the blocks of a U-Net whose attention site has Agent Attention attached.
 
     Attributes:
         model: the U-Net.
-        agent: the class of the method whose sites merge.
+        agent: the class of the method whose sites merge tokens.
     """
 
     model: torch.nn.Module
@@ -66,11 +66,11 @@ class MergedBlocks:
 
 @dataclass
 class _Latents:
-    """How large the latents are that a U-Net is called with.
+    """The size of the latents in the current call of a U-Net.
 
     Attributes:
-        finest: how many times smaller the finest grid is that the U-Net attends on.
-        height: of the latents of the current call.
+        finest: the factor by which the U-Net's finest attention grid is smaller than the latents.
+        height: rows of the latents in the current call.
     """
 
     finest: int
@@ -81,7 +81,7 @@ class _Latents:
         self.height = first_input(args, {"hidden_states": kwargs.get(name)}).shape[-2]
 
     def is_touched(self, height: int, max_downsample: int | None) -> bool:
-        """Are blocks whose grids have so many rows to be merged?"""
+        """Whether blocks on a grid of `height` rows merge tokens."""
         return -(-self.height // height) <= (max_downsample or self.finest)
 
 
@@ -104,10 +104,10 @@ class _Block:
     def leave(self, *_: Any) -> None:
         self._input = self._merging = self._group = None
 
-    # What is merged with what depends on the tokens: compiled code breaks here.
+    # The choice of the tokens to merge depends on their values: compiled code breaks here.
     @torch.compiler.disable
     def merge(self, attn: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-        """Merge the tokens that go into self-attention, if they are to be."""
+        """Merge the tokens before self-attention; leave the call alone if nothing is to merge."""
         group = self.sites.group_at(self.site)
         if group is None or not isinstance(group.method, self.agent) or self._input is None:
             return None
@@ -144,7 +144,7 @@ class _Block:
 
     @torch.compiler.disable
     def merge_more(self, setting: str, layer: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-        """Merge what goes into another layer of the block as it was for self-attention."""
+        """Merge the tokens before another layer of the block as before self-attention."""
         if not self._merges(setting):
             return None
         assert self._merging is not None
@@ -174,14 +174,14 @@ class _Block:
 
 
 def _with_first(args: Any, kwargs: Any, tokens: torch.Tensor) -> tuple[Any, Any]:
-    """The arguments of a call with other `hidden_states`."""
+    """The arguments of a call with `tokens` in place of its `hidden_states`."""
     if args:
         return (tokens, *args[1:]), kwargs
     return args, kwargs | {"hidden_states": tokens}
 
 
 def _finest(unet: Any) -> int:
-    """How many times smaller than the latents the finest grid is that a U-Net attends on."""
+    """The factor by which the U-Net's finest attention grid is smaller than the latents."""
     attends = [bool(len(getattr(block, "attentions", ()))) for block in unet.down_blocks]
     level = attends.index(True) if True in attends else len(attends) - 1
     return int(2**level)

@@ -1,8 +1,8 @@
-"""Merging tokens that are alike, and giving every token its part of what became of them.
+"""Merging similar tokens, and copying the result of a merged token back to its parts.
 
-Some tokens of a grid are destinations, one in each cell; the others are sources. Those sources that
-are most like a destination are merged into the one they are most like. Merged with many more, the
-same tokens become agents: each is the mean of a cluster.
+Each cell of a grid has one destination; all other tokens are sources. The sources that are most
+similar to a destination are merged into their most similar destination. Agents arise in the same
+way with more merging: an agent is the mean of a cluster of tokens.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-# Scores of sources against destinations that are in memory at a time, for one sample.
+# Number of scores, of sources against destinations, in memory at a time for one sample.
 _SCORES = 1 << 22
 
 
 @dataclass(frozen=True)
 class Merging:
-    """How the tokens of a call are merged.
+    """The assignment of the tokens of a call to merged tokens and to agents.
 
     Attributes:
-        owner: int64 (batch, tokens): which merged token each has become part of.
-        sizes: float32 (batch, merged tokens): how many tokens each is made of.
-        agent_of: int64 (batch, merged tokens): the agent that each belongs to; None where agents
-            would be no fewer than half of the merged tokens, and save nothing.
-        agents: how many agents there are, 0 for none.
+        owner: int64 (batch, tokens): index of the merged token that contains each token.
+        sizes: float32 (batch, merged tokens): number of tokens in each merged token.
+        agent_of: int64 (batch, merged tokens): index of the agent of each merged token; None if
+            agents would be half as many as merged tokens or more, and so save nothing.
+        agents: number of agents; 0 if `agent_of` is None.
     """
 
     owner: torch.Tensor
@@ -36,20 +36,34 @@ class Merging:
 
     @property
     def tokens(self) -> int:
-        """How many tokens are left."""
+        """The number of merged tokens."""
         return self.sizes.shape[1]
 
     def merge(self, x: torch.Tensor) -> torch.Tensor:
-        """Means over the tokens of each merged one: (batch, tokens, channels), before and after."""
+        """The mean of the tokens in each merged token.
+
+        Args:
+            x: (batch, tokens, channels).
+
+        Returns:
+            (batch, merged tokens, channels).
+        """
         total = _sum_over(x.float(), self.owner, self.tokens)
         return (total / self.sizes[..., None]).to(x.dtype)
 
     def unmerge(self, x: torch.Tensor) -> torch.Tensor:
-        """A copy for every token of what its merged one has: (batch, tokens, channels)."""
+        """For each token a copy of its merged token.
+
+        Args:
+            x: (batch, merged tokens, channels).
+
+        Returns:
+            (batch, tokens, channels).
+        """
         return x.gather(1, self.owner[..., None].expand(-1, -1, x.shape[2]))
 
     def agent_means(self, x: torch.Tensor) -> torch.Tensor:
-        """Means over the clusters of merged tokens, each counting as what it is made of.
+        """The mean of each agent's merged tokens, weighted by the sizes of the merged tokens.
 
         Args:
             x: (batch, merged tokens, heads, head_dim).
@@ -68,12 +82,13 @@ class Merging:
 def cell_offsets(
     height: int, width: int, stride: tuple[int, int], seed: tuple[int, ...] | None
 ) -> torch.Tensor:
-    """Which token of each cell is its destination: int64 (rows of cells, columns of cells).
+    """The place of the destination within each cell: int64 (rows of cells, columns of cells).
 
     Args:
-        height, width: tokens of the grid; rows and columns that fill no cell are in none.
+        height, width: rows and columns of the grid. Rows and columns at the end that fill no cell
+            have no destination.
         stride: rows and columns of a cell.
-        seed: chooses at random, always the same for the same numbers; None is the first token.
+        seed: numbers that determine a random choice; None chooses the first token of each cell.
     """
     cells = height // stride[0], width // stride[1]
     if seed is None:
@@ -88,12 +103,12 @@ def cell_offsets(
 def sources_and_destinations(
     height: int, width: int, stride: tuple[int, int], offsets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sources and destinations of a grid, as positions of tokens in order of rows.
+    """Sources and destinations of a grid, as int64 positions of tokens in row-major order.
 
     Args:
-        height, width: tokens of the grid.
+        height, width: rows and columns of the grid.
         stride: rows and columns of a cell.
-        offsets: what `cell_offsets` gives.
+        offsets: the result of `cell_offsets`.
 
     Raises:
         ValueError: if the grid has no whole cell.
@@ -121,16 +136,16 @@ def match(
     ratio: float,
     agent_ratio: float,
 ) -> Merging:
-    """Merge those of the sources that are most like a destination.
+    """Merge the sources that are most similar to a destination.
 
-    Memory is linear in the tokens: the scores of all pairs are never there at once.
+    Memory is linear in the tokens: the scores of all pairs are never in memory at once.
 
     Args:
-        x: what tokens are compared by, (batch, tokens, channels).
+        x: the vectors to compare tokens by, (batch, tokens, channels).
         sources, destinations: positions of tokens, from `sources_and_destinations`.
-        ratio: share of the tokens that are merged into others; no more than there are sources.
-        agent_ratio: the same for agents; without effect unless they are fewer than half of the
-            tokens that `ratio` leaves.
+        ratio: share of the tokens to merge into others, limited by the number of sources.
+        agent_ratio: share of the tokens to merge when forming agents. There are no agents unless
+            they are fewer than half of the merged tokens.
     """
     batch, tokens = x.shape[:2]
     sources, destinations = sources.to(x.device), destinations.to(x.device)
@@ -155,7 +170,7 @@ def match(
     sizes = _sum_over(ones, owner, left)[..., 0]
     if 2 * agents >= left:
         return Merging(owner, sizes, None, 0)
-    # Tokens that are merged into one belong to one agent: it makes no difference who says so.
+    # All tokens of a merged token have the same agent: the order of the writes does not matter.
     agent_of = owner.new_empty(batch, left).scatter_(1, owner, owners(merged_for_agents))
     return Merging(owner, sizes, agent_of, agents)
 
@@ -163,7 +178,7 @@ def match(
 def _nearest(
     x: torch.Tensor, sources: torch.Tensor, destinations: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score and index of each source's most similar destination, (batch, sources) both."""
+    """Score and index of each source's most similar destination: (batch, sources) each."""
     goals = x[:, destinations].transpose(1, 2)
     parts = [
         (x[:, some] @ goals).max(dim=-1)
@@ -176,6 +191,6 @@ def _nearest(
 
 
 def _sum_over(x: torch.Tensor, owner: torch.Tensor, count: int) -> torch.Tensor:
-    """Sums of the tokens of each owner: (batch, tokens, channels) -> (batch, count, channels)."""
+    """Sums over the tokens of each owner: (batch, tokens, channels) -> (batch, count, channels)."""
     out = x.new_zeros(len(x), count, x.shape[2])
     return out.scatter_add_(1, owner[..., None].expand(-1, -1, x.shape[2]), x)

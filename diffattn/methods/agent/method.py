@@ -1,8 +1,8 @@
 """Agent Attention: a few mean queries gather from all tokens, and all tokens ask these agents.
 
 Han et al., "Agent Attention: On the Integration of Softmax and Linear Attention", arXiv 2312.08874.
-Its AgentSD, for U-Nets that nothing is trained for, merges tokens besides. The agents of video
-transformers, means over boxes of tokens, are not in the paper.
+The paper's AgentSD, for U-Nets without any training, also merges tokens. The agents of video
+transformers, means over cells of tokens, are not in the paper.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _UNET = "unet"
-# About as many tokens as AgentSD has for an agent in a picture; a few times as many in a video,
-# which makes attention some 30 times cheaper at 480p.
+# In a picture an agent stands for about as many tokens as in AgentSD. In a video it stands for a
+# few times as many, and attention at 480p is some 30 times cheaper.
 _IMAGE_CELL = (1, 4, 4)
 _VIDEO_CELL = (3, 5, 4)
 
@@ -71,43 +71,45 @@ _ALLOWED = {
 class AgentAttn(Method):
     """Agent Attention (arXiv 2312.08874), for models that were not trained for it.
 
-    Agents are the means of queries of tokens that belong together. As queries they gather values
-    from all tokens; as keys, with what they gathered for values, they answer all tokens. It is
-    softmax twice, and its cost grows with the tokens times the agents. What agents cannot tell
-    tokens apart is lost, which is why they are for the first, noisy steps.
+    An agent is the mean query of tokens that belong together. As queries, the agents gather values
+    from all tokens. As keys, with the gathered values, the agents answer the queries of all tokens.
+    Both steps are softmax attention, and their cost grows with tokens times agents. Details smaller
+    than an agent's tokens are lost: the method is for the first, noisy steps.
 
-    On transformers an agent is the mean over a box of video tokens. Text queries are dense, and
-    text keys are asked beside the agents, in the same softmax.
+    On transformers an agent is the mean over a cell of video tokens. Text queries are dense. Video
+    queries see text keys beside the agents, in the same softmax.
 
-    On U-Nets (AgentSD) tokens that are alike are merged before attention and get copies of its
-    output after it, with the agents as well as in the steps without them: `dense_steps` and the
-    like leave out the agents and attend densely over the merged tokens. `ratio=0` merges none.
-    Where agents are left out and merging goes on, it is over the finer cells of `late_stride`.
+    On U-Nets (AgentSD) similar tokens are merged before attention, and each token gets a copy of
+    its merged token's output. Merging happens in all steps. Steps and layers that `dense_steps`,
+    `last_dense_steps` or `dense_layers` make dense have no agents: attention there is dense over
+    the merged tokens, and merging uses the finer cells of `late_stride`. `ratio=0` merges nothing.
 
-    Where agents are half as many as tokens or more they save nothing, and attention is dense.
+    Agents that are half as many as the tokens or more save nothing: attention is dense then.
 
     Attributes:
-        k_scale2: scores of agents have the scale `head_dim ** (-0.5 * k_scale2)`, in place of the
-            usual one of 1: the smaller, the sharper. One number, or one for each of the model's
+        k_scale2: the scale of the agents' scores is `head_dim ** (-0.5 * k_scale2)`: 1 is the usual
+            scale, and smaller numbers are sharper. One number, or one for each of the model's
             blocks, see `diffattn.calibrate_agent`.
-        k_shortcut: how much of its own value a token gets besides, whose details agents lose. One
-            number, or one for each block.
-        cell: latent frames, rows and columns of a box of tokens with one agent, on transformers.
-            Boxes at the end of the grid may be smaller.
-        ratio: on U-Nets, the share of the tokens that is merged into others; what fills up all but
-            one token of each cell is the most.
-        agent_ratio: the same for the clusters that agents are the means of.
-        stride: rows and columns of the cells, each of which has a token that others are merged
-            into, while there are agents.
-        late_stride: the same without agents.
-        max_downsample: how many times smaller than the latents the grid of a block of a U-Net may
-            be to be touched at all; None is the finest grid that the U-Net attends on, which is 1
-            for Stable Diffusion 1.5 and 2 for XL. Blocks beyond it are dense and not merged.
-        merge_crossattn, merge_mlp: let cross-attention and feed-forward layers of these blocks have
-            the merged tokens too.
-        seed: which token of each cell others are merged into: at random, but the same for the same
-            seed, step and block, in all samples; None is the first token.
-        last_dense_steps: without agents; the paper has them in the first 40 % of the steps.
+        k_shortcut: share of a token's own value to add to its output, for the details that agents
+            lose. One number, or one for each block.
+        cell: on transformers, latent frames, rows and columns of the tokens of an agent. Cells at
+            the end of the grid may be smaller.
+        ratio: on U-Nets, the share of the tokens to merge into others, limited to all but one token
+            of each cell.
+        agent_ratio: on U-Nets, the share of the tokens to merge when forming the clusters whose
+            means are the agents.
+        stride: on U-Nets, rows and columns of a cell in steps with agents. Each cell has one token
+            that others are merged into.
+        late_stride: rows and columns of a cell in steps without agents.
+        max_downsample: the coarsest grid that is changed, as the number of times that it is smaller
+            than the latents. None is the finest grid that the U-Net attends on: 1 for Stable
+            Diffusion 1.5 and 2 for XL. Blocks on coarser grids are dense and merge nothing.
+        merge_crossattn, merge_mlp: merge tokens before the cross-attention or the feed-forward
+            layers of these blocks, too.
+        seed: chooses the token of each cell that others are merged into, at random: the same for
+            the same seed, step and block, and for all samples. None is the first token of a cell.
+        last_dense_steps: steps at the end of the run without agents; the paper uses agents in the
+            first 40 % of the steps.
 
     Raises:
         ValueError: for a parameter out of range.
@@ -123,7 +125,7 @@ class AgentAttn(Method):
         default=0.3, metadata={"help": "how sharply agents are asked: 1 as usual, less is sharper"}
     )
     k_shortcut: float | tuple[float, ...] = field(
-        default=0.075, metadata={"help": "how much of its own value a token gets besides"}
+        default=0.075, metadata={"help": "share of its own value that a token adds to its output"}
     )
     cell: tuple[int, int, int] | None = field(
         default=None, metadata={"help": "frames,rows,columns of tokens that share an agent"}
@@ -148,7 +150,7 @@ class AgentAttn(Method):
         default=False, metadata={"help": "merge for feed-forward layers too (U-Nets)"}
     )
     seed: int | None = field(
-        default=0, metadata={"help": "of the tokens to merge into; null for the first of a cell"}
+        default=0, metadata={"help": "seeds the choice of tokens to merge into; null: the first"}
     )
 
     def __post_init__(self) -> None:
@@ -159,9 +161,9 @@ class AgentAttn(Method):
             check("seed", self.seed, count(0))
 
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
-        """The method with the boxes for videos or for images; no block is dense.
+        """The method with the cells for videos or for images; no block is dense.
 
-        It does not depend on the grid.
+        The grid has no influence.
         """
         return replace(
             self,
@@ -182,7 +184,7 @@ class AgentAttn(Method):
                 )
         if family.name != _UNET:
             return None
-        # It imports diffusers.
+        # This module imports diffusers.
         from diffattn.methods.agent.merged_blocks import MergedBlocks
 
         return MergedBlocks(model, type(self))
@@ -193,7 +195,7 @@ class AgentAttn(Method):
         return _Factors(_at(self.k_scale2, layer), _at(self.k_shortcut, layer))
 
     def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work:
-        """What a call on a transformer costs; the means themselves are not counted."""
+        """The cost of a call on a transformer, without the cost of computing the means."""
         channels = heads * head_dim
         agents = self._cell_count(grid)
         if agents is None:
@@ -205,7 +207,13 @@ class AgentAttn(Method):
     def agents(
         self, query: torch.Tensor, site: Site, key_mask: torch.Tensor | None = None
     ) -> Agents | None:
-        """The agents of a call; None where they would save nothing."""
+        """The agents of a call; None if agents would save nothing.
+
+        Args:
+            query: (batch, tokens, heads, head_dim), text included.
+            site: the origin of the call.
+            key_mask: bool (batch, tokens): False for padded keys.
+        """
         if site.family == _UNET:
             merging = site.merging
             if merging is None or merging.agent_of is None:
@@ -218,7 +226,7 @@ class AgentAttn(Method):
         return cell_agents(query[:, video], site.grid, self.cell or _VIDEO_CELL, mask)
 
     def _cell_count(self, grid: TokenGrid) -> int | None:
-        """How many agents a call on a transformer has; None where they would save nothing."""
+        """The number of agents of a call on a transformer; None if agents would save nothing."""
         count = cell_count(grid, self.cell or _VIDEO_CELL)
         return count if 2 * count < grid.video_tokens else None
 
@@ -245,7 +253,7 @@ class AgentAttn(Method):
     def _factors(
         self, site: Site, device: torch.device
     ) -> tuple[float | torch.Tensor, float | torch.Tensor]:
-        """`k_scale2` and `k_shortcut` of a site."""
+        """`k_scale2` and `k_shortcut` at a site: numbers, or tensors on `device`."""
         factors: Any = site.weights
         if factors is None:
             assert not isinstance(self.k_scale2, tuple)
@@ -255,7 +263,7 @@ class AgentAttn(Method):
 
 
 class _Factors(SiteWeights):
-    """What differs from block to block, as tensors: numbers would be compiled in for each."""
+    """`k_scale2` and `k_shortcut` of a block, as tensors: compiled code would inline numbers."""
 
     k_scale2: torch.Tensor
     k_shortcut: torch.Tensor
@@ -266,14 +274,14 @@ class _Factors(SiteWeights):
         self.register_buffer("k_shortcut", torch.tensor(k_shortcut), persistent=False)
 
     def place_beside(self, module: torch.nn.Module) -> None:
-        # Numbers for a whole block are worth their precision.
+        # The numbers stay in float32: rounding them would change a whole block.
         for other in module.parameters():
             self.to("cpu" if other.is_meta else other.device)
             break
 
 
 def sharpness(head_dim: int, k_scale2: float | torch.Tensor) -> Any:
-    """What scores of agents are multiplied by, besides the usual `head_dim ** -0.5`."""
+    """The factor of the agents' scores, in addition to the usual `head_dim ** -0.5`."""
     return head_dim ** (0.5 * (1 - k_scale2))
 
 
@@ -286,7 +294,12 @@ def asking(
     scale: float,
     key_mask: torch.Tensor | None,
 ) -> Callable[[Any], torch.Tensor]:
-    """Let the agents of a call gather; returns what its video queries find, by the sharpness."""
+    """Let the agents of a call gather values.
+
+    Returns:
+        A function that gives, for a sharpness, the attention output of the video queries,
+        (batch, video tokens, heads, head_dim).
+    """
     gathered = gather_values(agents, key, value, scale, key_mask)
     video = grid.video
     beside = None
@@ -309,7 +322,7 @@ def with_dense_text(
     scale: float,
     key_mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Put the dense attention of the text's queries around the video's output."""
+    """The output of all tokens: `out` for the video tokens, dense attention for the text tokens."""
     if not grid.text_before and not grid.text_after:
         return out
     text = dense_attention(grid.text_of(query), key, value, scale, key_mask)

@@ -1,4 +1,4 @@
-"""The published weights of CLEAR: the attention projections of a Flux model, and its cells'."""
+"""The published weights of CLEAR: attention projections of a Flux model, and weights of cells."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from diffattn.methods.checkpoint import (
 from diffattn.methods.clear.method import CLEARAttn
 from diffattn.models import family_of
 
-# What is fine-tuned of an attention module. Those of the text's own stream are not.
+# The fine-tuned parameters of an attention module; projections of the text's own stream are not.
 _PROJECTION = re.compile(r"to_(q|k|v|out\.\d+)\.(weight|bias)")
 _PUBLISHED_CELLS = ".processor.spatial_weight"
 _CELLS = f".{CLEARAttn.type}.spatial_weight"
@@ -31,18 +31,19 @@ _CELLS = f".{CLEARAttn.type}.spatial_weight"
 def load_clear_checkpoint(target: Any, path: str | PathLike[str]) -> None:
     """Load a checkpoint of CLEAR, such as clear_local_16.safetensors, into a Flux model.
 
-    The weights replace the model's own and stay when a method is taken off. All keys are checked
-    before the first weight is changed. A checkpoint for pooled keys, such as
-    clear_local_8_down_4.safetensors, wants `CLEARAttn` attached with its `down_factor` before.
+    The weights replace the model's own and stay when the method is taken off. All keys are checked
+    before the first weight changes. A checkpoint for pooled keys, such as
+    clear_local_8_down_4.safetensors, needs a `CLEARAttn` of the same `down_factor` attached before.
 
     Args:
         target: a diffusers pipeline, or its transformer.
-        path: a file of https://huggingface.co/Huage001/CLEAR, or one with the same keys: names of
-            the transformer's parameters, and `<module>.processor.spatial_weight` for pooled keys.
+        path: a file of https://huggingface.co/Huage001/CLEAR, or a file with the same keys: names
+            of the transformer's parameters, and `<module>.processor.spatial_weight` for pooled
+            keys.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file's keys or shapes are not those of the model and the attached method.
+        ValueError: if the file's keys or shapes do not fit the model and the attached method.
     """
     path = Path(path)
     if not path.is_file():
@@ -61,7 +62,7 @@ def load_clear_checkpoint(target: Any, path: str | PathLike[str]) -> None:
 def _goals(
     model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], path: Path
 ) -> dict[str, torch.nn.Parameter]:
-    """Which parameter of the model each key of the checkpoint is for."""
+    """The parameter of the model for each key of the checkpoint."""
     parameters = parameters_by_own_name(model)
     sites = list(family_of(model).layers(model))
     expected = {
@@ -102,7 +103,7 @@ def _goals(
 def _check_cells(
     shapes: Mapping[str, tuple[int, ...]], cells: Mapping[str, torch.nn.Parameter], path: Path
 ) -> None:
-    """Raise unless checkpoint and attached method agree on pooled keys."""
+    """Raise ValueError unless checkpoint and attached method agree on pooled keys."""
     theirs = {math.isqrt(math.prod(shape)) for key, shape in shapes.items() if _is_cells(key)}
     ours = {len(weight) for weight in cells.values()}
     if theirs != ours:

@@ -1,4 +1,4 @@
-"""DiskMask: tokens see those around them, in a disk that may shrink from frame to frame."""
+"""DiskMask: a token sees the tokens in a disk around it, which may shrink from frame to frame."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from diffattn.orders import tiles_that_fit
 
 @dataclass(frozen=True, eq=False)
 class DiskMask(AttentionMask):
-    """Video tokens see those whose squared distance in the plane is small; text pairs never attend.
+    """A token sees the tokens at a small squared distance in the plane; text pairs never attend.
 
     Attributes:
-        limits: int32 `(frames,)`: a token sees those tokens of a frame at distance d whose
-            (rows apart)^2 + (columns apart)^2 is less than `limits[d]`; they never grow with d.
-        first_frame: the tokens of the first frame see everything, and everything sees them.
+        limits: int32 `(frames,)`: in a frame at temporal distance d a token sees the tokens with
+            (rows apart)^2 + (columns apart)^2 < `limits[d]`. The limits never grow with d.
+        first_frame: the tokens of the first frame see all video tokens, and all video tokens see
+            the first frame.
     """
 
     limits: torch.Tensor
@@ -31,8 +32,8 @@ class DiskMask(AttentionMask):
         if query.device.type == "cpu" and query.shape[-1:] == key.shape[-2:-1] == (1,):
             return self._allowed_between(query[..., 0], key[..., 0, :])
         is_text = self.grid.is_text(query), self.grid.is_text(key)
-        # Text has no place in the grid: it is given that of a token that has one. Half the width of
-        # int64 is twice the speed where this runs over many blocks.
+        # Text has no place in the grid and borrows the place of a video token. int32 is twice as
+        # fast as int64 over many blocks.
         start, end = self.grid.video.start, self.grid.video.stop - 1
         query_at, key_at = (
             [x.to(torch.int32) for x in self.grid.coordinates(token.clamp(start, end))]
@@ -48,8 +49,8 @@ class DiskMask(AttentionMask):
     def _allowed_between(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """`allowed` of each query `(..., m)` and each key `(..., n)`, as bool `(..., m, n)`.
 
-        The squared distance less its limit is a product of two matrices, which on a processor takes
-        a fifth of the time. All of its numbers are integers that float64 holds exactly.
+        The squared distance less the limit is a product of two matrices, which takes a fifth of the
+        time on a CPU. All numbers in the product are integers that float64 holds exactly.
         """
         start, end = self.grid.video.start, self.grid.video.stop - 1
         frame_q, *plane_q = self.grid.coordinates(query.clamp(start, end))
@@ -99,8 +100,8 @@ class DiskMask(AttentionMask):
     def block_signatures(
         self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
     ) -> torch.Tensor:
-        # Only how far a block is shifted counts, and which of its tokens are in the first frame;
-        # and only the latter where it is shifted out of reach.
+        # The shift between the blocks decides, and their tokens in the first frame. Out of reach,
+        # the first frame alone decides.
         grid = self.grid
         outlines = [
             outlines_of(grid, size, row.device, blocking.order)
@@ -122,12 +123,16 @@ class DiskMask(AttentionMask):
 def disk_limits(grid: TokenGrid, radius: int, frame_radius: int, window: str) -> torch.Tensor:
     """The limits of a `DiskMask` over `grid`, exact in integers.
 
-    No squared distance reaches the grid's diagonal: they end there, and so fit into int32.
+    No squared distance reaches the grid's squared diagonal. Limits are cut there to fit into int32.
 
     Args:
-        radius: tokens in the plane at this distance are just not seen.
-        frame_radius: frames at this distance are just not seen.
-        window: "ellipsoid", whose disk shrinks towards that distance, or "cylinder".
+        grid: the tokens.
+        radius: distance in the plane, in tokens, from which on tokens are not seen.
+        frame_radius: distance in latent frames from which on frames are not seen.
+        window: "ellipsoid", a disk that shrinks towards `frame_radius`, or "cylinder".
+
+    Returns:
+        int32 `(frames,)`.
     """
     limits = []
     for distance in range(grid.frames):
@@ -144,14 +149,18 @@ def disk_limits(grid: TokenGrid, radius: int, frame_radius: int, window: str) ->
 
 
 def best_tile(grid: TokenGrid, limits: torch.Tensor, block_size: int) -> tuple[int, int, int]:
-    """The tile of `block_size` tokens at which a `DiskMask` visits the fewest blocks.
+    """The tile of `block_size` tokens with the least work for a `DiskMask`.
 
-    Every way to write `block_size` as frames x rows x columns that fits into the grid is compared
-    by the token pairs in those pairs of tiles that see anything of each other.
+    The candidates are all ways to write `block_size` as frames x rows x columns that fit into the
+    grid. The best candidate has the fewest token pairs in pairs of tiles with any attending pair.
 
     Args:
         grid: the tokens to be tiled.
         limits: as for `DiskMask`.
+        block_size: tokens of a tile.
+
+    Returns:
+        Latent frames, rows and columns of the tile.
     """
     sizes = (grid.frames, grid.height, grid.width)
 
@@ -165,10 +174,10 @@ def best_tile(grid: TokenGrid, limits: torch.Tensor, block_size: int) -> tuple[i
 
 
 def _gaps(query: Boxes, key: Boxes, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """int32 `(query boxes, key boxes)`, along an axis.
+    """The distances along an axis between the tokens of query boxes and of key boxes.
 
     Returns:
-        How far apart their closest tokens are, and how far apart tokens of theirs can be.
+        The least and the largest distance, int32 `(query boxes, key boxes)` each.
     """
     (first_q, end_q), (first_kv, end_kv) = (
         (x.first[:, axis].to(torch.int32), x.end[:, axis].to(torch.int32)) for x in (query, key)
@@ -179,7 +188,11 @@ def _gaps(query: Boxes, key: Boxes, axis: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def _pairs_by_gap(size: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gaps between tiles along an axis, int64, and float64 the token pairs in such tiles."""
+    """The distinct gaps between tiles along an axis, and the number of token pairs at each gap.
+
+    Returns:
+        int64 (gaps,) and float64 (gaps,).
+    """
     low = torch.arange(0, size, side)
     high = (low + side).clamp(max=size) - 1
     tokens = (high - low + 1).double()

@@ -1,7 +1,7 @@
-"""CLEAR: image tokens see those within a circle around them, and all text.
+"""CLEAR: an image token sees the image tokens within a circle around it, and all text.
 
 Liu et al., "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up",
-arXiv 2412.16112. The paper is about images; the windows for video are what it becomes there.
+arXiv 2412.16112. The paper is about images; the windows for video are this project's extension.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from diffattn.methods.clear.disk import DiskMask, best_tile, disk_limits
 from diffattn.operator import add_keys, attention, every_pair
 from diffattn.orders import TileOrder
 
-# Of the radii with published weights (8, 16, 32) the smallest that does not repeat patterns in
-# pictures without pooled keys.
+# Published weights exist for the radii 8, 16 and 32. 16 is the smallest of these radii without
+# repeated patterns in pictures that are made without pooled keys.
 _RADIUS = 16
 _FRAME_RADIUS = 8
 _IMAGE_TILE = (1, 8, 16)
-_TRAINED_TOKENS = 64 * 64 + 512  # of Flux: 1024 x 1024 pixels, and its text
+_TRAINED_TOKENS = 64 * 64 + 512  # Flux: 1024 x 1024 pixels, and the text
 _STRAY_FACTOR = 10
 
 
 @dataclass(frozen=True)
 class _Settled:
-    """The parameters of the window that may be None, settled; the same for all models."""
+    """The window's parameters with every None replaced; the same for all models."""
 
     radius: int
     window: str
@@ -58,38 +58,38 @@ _ALLOWED = {
 class CLEARAttn(StaticMaskMethod):
     """CLEAR (arXiv 2412.16112).
 
-    An image token sees the image tokens whose distance in the plane is less than `radius`, at the
-    border as many as there are; text sees everything and is seen by everything. Weights that were
-    fine-tuned for this are published for FLUX.1-dev. Without them pictures lose quality, the less
-    the larger the radius.
+    An image token sees the image tokens at a distance of less than `radius` in the plane. The
+    circle is cut at the border of the image. Text sees everything, and everything sees text.
+    Weights that were fine-tuned for CLEAR are published for FLUX.1-dev. Without these weights
+    pictures lose quality; a larger radius loses less.
 
-    In a video the circle becomes an ellipsoid or a cylinder in time. The paper has neither, and
-    there are no weights for them.
+    In a video the circle becomes an ellipsoid or a cylinder in time. The paper has neither window,
+    and no weights for them exist.
 
     Attributes:
-        radius: tokens in the plane; those at exactly this distance are not seen. 1 is the token
-            alone. A Flux token is 16 pixels.
-        window: what the circle is in a video: "ellipsoid", smaller in frames further away, or
-            "cylinder", the same in all frames within `frame_radius`.
-        frame_radius: latent frames; those at exactly this distance are not seen. The number of
-            latent frames, or more, with "cylinder" is all of the video.
-        first_frame: in a video, every token sees all of the first latent frame, which sees all of
-            the video: there is the picture that image-to-video starts from.
-        down_factor: side of the cells of tokens that are keys besides, and that every token but
-            those of text sees, in the same softmax. What a cell's keys and values are summed up
-            with is trained in each layer; until then it is the mean. 1 is no such cells. They are
-            not counted in the mask and its density, but in `diffattn.plan`, and make attention
-            quadratic again, by 1 / down_factor^2.
+        radius: distance in the plane, in tokens, from which on tokens are not seen. With 1 a token
+            sees itself alone. A Flux token is 16 pixels wide.
+        window: the shape in a video: "ellipsoid", a circle that shrinks with the distance in time,
+            or "cylinder", the same circle in all frames within `frame_radius`.
+        frame_radius: distance in latent frames from which on frames are not seen. With "cylinder",
+            the number of latent frames covers the whole video.
+        first_frame: in a video, every token sees the whole first latent frame, and the first frame
+            sees the whole video: image-to-video starts from the picture in that frame.
+        down_factor: side, in tokens, of the cells whose pooled keys every image or video token sees
+            in the same softmax; 1 for no pooled keys. The weights of the sums over a cell are
+            trained in each layer, and are a mean before. `diffattn.plan` counts pooled keys, the
+            mask and its density do not. Pooled keys make attention quadratic again, at a cost of
+            1 / down_factor^2 of dense attention.
         proportional_attention: sharpen attention for more tokens than the model was trained on, by
-            sqrt(ln(tokens) / ln(trained_tokens)), text included and cells not.
+            sqrt(ln(tokens) / ln(trained_tokens)). The tokens include text, but no pooled keys.
         trained_tokens: tokens, text included, of the size that the model was trained on.
-        reference_scale: with `down_factor`, take ten times the tokens there, as the public code
-            does without saying why.
-        ntk_factor: what the base of the rotary position embedding of Flux is multiplied by, for
-            sizes beyond the trained one; 10 in the public code. It holds for the whole model.
+        reference_scale: with `down_factor`, multiply the tokens in this formula by ten, as the
+            public code does without giving a reason.
+        ntk_factor: factor of the base of Flux's rotary position embedding, for sizes beyond the
+            trained size; 10 in the public code. The factor changes the whole model.
 
     Raises:
-        ValueError: for a parameter out of range, or one that has no effect without another.
+        ValueError: for a parameter out of range, or a parameter without effect beside the others.
     """
 
     type: ClassVar[str] = "clear"
@@ -108,7 +108,7 @@ class CLEARAttn(StaticMaskMethod):
         default=None, metadata={"help": "the first frame of a video sees all and is seen by all"}
     )
     down_factor: int = field(
-        default=1, metadata={"help": "side of the cells that are keys besides; 1 for none"}
+        default=1, metadata={"help": "side of the cells of pooled keys; 1 for no pooled keys"}
     )
     proportional_attention: bool = field(
         default=False, metadata={"help": "sharpen attention for more tokens than trained on"}
@@ -136,9 +136,9 @@ class CLEARAttn(StaticMaskMethod):
             )
 
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
-        """The method with every None replaced; the same for all models.
+        """The method with every None replaced; the values are the same for all models.
 
-        All layers and steps are sparse, as in the paper, whose weights are fine-tuned for that.
+        All layers and steps are sparse, as in the fine-tuning of the paper's weights.
         """
         return replace(
             self,
@@ -156,12 +156,12 @@ class CLEARAttn(StaticMaskMethod):
         )
 
     def video_mask(self, grid: TokenGrid) -> AttentionMask:
-        # The one frame of an image is no first frame: it would see all of itself.
+        # `first_frame` does not apply to an image: every token would see the whole image.
         first_frame = grid.frames > 1 and self._settled().first_frame
         return DiskMask(grid, self._limits(grid), first_frame)
 
     def order_on(self, grid: TokenGrid) -> TileOrder:
-        """Tiles of one block: 8 x 16 tokens of an image, what suits the window in a video."""
+        """Tiles of one block: 8 x 16 tokens in an image, the result of `best_tile` in a video."""
         if grid.frames == 1:
             return TileOrder(grid, _IMAGE_TILE)
         return TileOrder(grid, best_tile(grid, self._limits(grid), BLOCK))
@@ -207,7 +207,7 @@ class CLEARAttn(StaticMaskMethod):
         attend = super().attend if self.is_mask_alone else self._attend_with_cells
         return attend(query, key, value, site, scale=scale, key_mask=key_mask)
 
-    # What a layout holds depends on the mask: that cannot be traced, compiled code breaks here.
+    # The content of a layout depends on the mask and cannot be traced: compiled code breaks here.
     @torch.compiler.disable
     def _attend_with_cells(
         self,
@@ -259,7 +259,13 @@ class CLEARAttn(StaticMaskMethod):
 
 @dataclass(frozen=True)
 class RopeBase:
-    """The base of a rotary position embedding, multiplied by a factor."""
+    """The adaptation that multiplies the base of a rotary position embedding by a factor.
+
+    Attributes:
+        embedding: the model's embedding, with its base in `theta`.
+        theta: the base before.
+        factor: the factor.
+    """
 
     embedding: Any
     theta: float

@@ -1,8 +1,8 @@
-"""The published weights of LinFusion: the attention projections of a U-Net, and what adapts them.
+"""The published weights of LinFusion: attention projections of a U-Net, and adapting networks.
 
-A folder with two files, as diffusers saves a model. `config.json` lists the attention modules,
-`diffusion_pytorch_model.safetensors` has the weights of the one at place i under `{i}.to_q.weight`
-and so on. The projections are not the model's own, but distilled from them.
+A checkpoint is a folder with two files, as diffusers saves a model. `config.json` lists the
+attention modules. `diffusion_pytorch_model.safetensors` has the weights of the module at place i of
+the list under `{i}.to_q.weight` and so on. The projections are distilled from the model's own.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _IDENTITY = -1
 
 @dataclass(frozen=True)
 class ModuleEntry:
-    """What the configuration says of an attention module; the names are the published ones.
+    """An attention module in the configuration; the attributes have the published names.
 
     Attributes:
-        module_name: its name in the U-Net.
-        dim_n: its channels.
-        heads: its heads.
+        module_name: the module's name in the U-Net.
+        dim_n: number of channels.
+        heads: number of heads.
         projection_mid_dim: as `LinFusionAttn.mid_dim`.
     """
 
@@ -59,19 +59,19 @@ class ModuleEntry:
 
 
 def load_linfusion_checkpoint(target: Any, folder: str | PathLike[str]) -> None:
-    """Load a checkpoint of LinFusion into a U-Net that `LinFusionAttn` is attached to.
+    """Load a checkpoint of LinFusion into a U-Net with `LinFusionAttn` attached.
 
-    Its projections replace the model's own, which come back when the method is taken off. All is
-    checked before the first weight is changed.
+    The checkpoint's projections replace the model's own, which come back when the method is taken
+    off. All names and shapes are checked before the first weight changes.
 
     Args:
         target: a diffusers pipeline, or its U-Net.
         folder: a download of https://huggingface.co/Yuanshi/LinFusion-1-5, LinFusion-2-1 or
-            LinFusion-XL, or what `save_linfusion_checkpoint` wrote.
+            LinFusion-XL, or a folder that `save_linfusion_checkpoint` wrote.
 
     Raises:
         FileNotFoundError: if the folder lacks one of the two files.
-        ValueError: if the checkpoint is not for this model and the attached method.
+        ValueError: if the checkpoint does not fit the model and the attached method.
     """
     folder = Path(folder)
     entries = _read_config(folder)
@@ -100,14 +100,14 @@ def load_linfusion_checkpoint(target: Any, folder: str | PathLike[str]) -> None:
 
 
 def save_linfusion_checkpoint(target: Any, folder: str | PathLike[str]) -> None:
-    """Write what `load_linfusion_checkpoint` reads, and the public code as well.
+    """Write a checkpoint that `load_linfusion_checkpoint` and the public code can read.
 
     Args:
-        target: a diffusers pipeline with a U-Net that `LinFusionAttn` is attached to, or the U-Net.
-        folder: is made if it is not there.
+        target: a diffusers pipeline whose U-Net has `LinFusionAttn` attached, or the U-Net.
+        folder: where the two files go; made if missing.
 
     Raises:
-        ValueError: if there is no such U-Net, or its weights are not at hand.
+        ValueError: if the model is no such U-Net, or offloading has moved its weights away.
     """
     folder = Path(folder)
     (model,) = models_in(target)
@@ -143,7 +143,7 @@ def _read_config(folder: Path) -> list[ModuleEntry]:
 
 
 def _sites(model: torch.nn.Module, what: str) -> dict[str, Any]:
-    """The attention modules that the method is attached to, by name."""
+    """The attention modules with the method attached, by name; `what` begins the error messages."""
     if family_of(model).name != "unet":
         raise ValueError(
             f"{what}: that is for the U-Nets of Stable Diffusion, and {type(model).__name__} is"
@@ -166,7 +166,7 @@ def _sites(model: torch.nn.Module, what: str) -> dict[str, Any]:
 def _check_modules(
     model: torch.nn.Module, sites: Mapping[str, Any], entries: list[ModuleEntry], name: str
 ) -> None:
-    """Raise unless the configuration lists the attached modules, of their sizes."""
+    """Raise ValueError unless the configuration lists the attached modules with their sizes."""
     listed = {entry.module_name for entry in entries}
     what = _misfit(model, name)
     check_names(
@@ -198,7 +198,7 @@ def _misfit(model: torch.nn.Module, name: str) -> str:
 
 
 def _parameters(module: Any) -> dict[str, torch.nn.Parameter]:
-    """What a checkpoint has of an attention module, by the names in it."""
+    """The parameters of an attention module that a checkpoint has, by the checkpoint's names."""
     own = {
         f"{part}.{name}": parameter
         for part in ("to_q_", "to_k_")
@@ -213,7 +213,7 @@ def _projections(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def _method_of(entries: Iterable[ModuleEntry]) -> str:
-    """The method that a configuration is for, as one would write it."""
+    """The method for a configuration, as a user would write it."""
     widths: set[float | None] = {entry.projection_mid_dim for entry in entries}
     if len(widths) > 1:
         widths = {entry.mid_dim / entry.dim_n for entry in entries}

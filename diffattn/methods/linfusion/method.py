@@ -1,8 +1,8 @@
 """LinFusion: linear attention over features of queries and keys that a small network adapts.
 
 Liu et al., "LinFusion: 1 GPU, 1 Minute, 16K Image", arXiv 2409.02097. The paper is about the U-Nets
-of Stable Diffusion; what becomes of it in transformers, with their rotary position embedding and
-with text in the sequence, is this project's own.
+of Stable Diffusion. The form for transformers, with their rotary position embedding and with text
+in the sequence, is this project's own.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from diffattn.operator import (
     every_pair,
 )
 
-# Transformers where what their attention sites are handed of positions is known, see `Family`.
+# U-Nets, and transformers whose rotary position embedding can be read at a site, see `Family`.
 FAMILIES_WITH_IT = ("unet", *(family.name for family in FAMILIES if family.rotary is not None))
 
 _IDENTITY = -1
 
-# What computes linear attention under each backend of `attention`: a kernel, or matrix products,
-# which every device has.
+# The backend of linear attention for each backend of `attention`: "triton" is a kernel, "torch" is
+# matrix products, for every device.
 _BACKENDS: dict[str, Literal["torch", "triton"]] = {
     "triton": "triton",
     "cpu": "torch",
@@ -69,24 +69,26 @@ _ALLOWED = {
 class LinFusionAttn(Method):
     """LinFusion (arXiv 2409.02097).
 
-    Its cost is linear in the number of tokens, and every token sees all others, through a state
-    whose size is that of a head. The weights of a model are not made for this: untrained, pictures
-    lose their composition. Weights that were distilled for Stable Diffusion 1.5, 2.1 and XL are
-    published, see `load_linfusion_checkpoint`; for other models there are none.
+    The cost is linear in the number of tokens. Every token sees all other tokens through a state
+    of a fixed size, head_dim x head_dim for each head. The weights of a model are not made for
+    linear attention: without training, pictures lose their composition. Weights that were distilled
+    for Stable Diffusion 1.5, 2.1 and XL are published, see `load_linfusion_checkpoint`. No weights
+    are published for other models.
 
-    What each site adapts its queries and keys with is trained, and begins as nothing: attention is
-    then linear attention over the model's own projections. In transformers positions are rotated
-    into the numerator alone, text sees everything by softmax as before, and video tokens see
-    text by softmax, with a trained weight beside what they see of the video.
+    Each site has a trained network that adapts its queries and keys. Before training the network
+    adds 0: the site computes linear attention over the model's own projections. In transformers the
+    rotary embedding applies to the numerator alone. Text sees everything by softmax, as in the
+    model. Video tokens see text by softmax, and a trained gate weighs text against the video.
 
     Attributes:
-        mid_dim: width of the network that adapts queries and keys: channels, or a fraction of the
-            layer's, such as the 1/16 of the public script for XL. None is as wide as the layer; -1
-            is no network at all, which doubles what is projected, as in the public code.
-        eps: added to the denominator. Published weights were trained with the default.
-        chunk: tokens whose features are in memory at a time, where no GPU kernel is used.
-        reference_arithmetic: compute as the public code does, in the dtype of the model, in
-            which float16 may overflow; for U-Nets. Otherwise features and state are float32.
+        mid_dim: inner width of the network that adapts queries and keys, in channels or as a
+            fraction of the layer's width, such as the 1/16 of the public script for XL. None is as
+            wide as the layer. -1 is no network, which doubles the projected inputs, as in the
+            public code.
+        eps: addend of the denominator. Published weights were trained with the default.
+        chunk: tokens whose features are in memory at a time, if no GPU kernel is used.
+        reference_arithmetic: compute as the public code does, in the dtype of the model, where
+            float16 may overflow; for U-Nets only. Otherwise features and state are float32.
 
     Raises:
         ValueError: for a parameter out of range.
@@ -113,14 +115,19 @@ class LinFusionAttn(Method):
         check_fields(self, _ALLOWED)
 
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
-        """The method with every None but `mid_dim` replaced; the same for all models.
+        """The method with every None but `mid_dim` replaced, by the same values for all models.
 
-        All layers and steps are linear, as in the paper, whose weights are distilled for that.
+        All layers and steps are linear, as in the distillation of the paper's weights.
         """
         return replace(self, dense_layers=self.dense_layers or 0, dense_steps=self.dense_steps or 0)
 
     def adaptation(self, model: torch.nn.Module) -> None:
-        """Nothing, where the model is one that the method can be computed in."""
+        """None for a model that the method works in.
+
+        Raises:
+            ValueError: if the model's position embedding is not known, or a transformer is to have
+                `reference_arithmetic`.
+        """
         family = family_of(model)
         if family.name not in FAMILIES_WITH_IT:
             raise ValueError(
@@ -140,7 +147,7 @@ class LinFusionAttn(Method):
         return with_input_maps(processor, self.type, state)
 
     def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work:
-        """What a call costs, with what adapts queries and keys; features are not counted."""
+        """The cost of a call, with the adapting networks and without computing the features."""
         channels = heads * head_dim
         video, text = grid.video_tokens, grid.tokens - grid.video_tokens
         width = 0 if self.mid_dim == _IDENTITY else _middle(channels, self.mid_dim)
@@ -191,7 +198,7 @@ class LinFusionAttn(Method):
             backend=_BACKENDS[chosen],
         )
 
-    # What a layout holds depends on the mask: that cannot be traced, compiled code breaks here.
+    # The content of a layout depends on the mask and cannot be traced: compiled code breaks here.
     @torch.compiler.disable
     def _attend_jointly(
         self,
@@ -203,7 +210,7 @@ class LinFusionAttn(Method):
         scale: float | None,
         key_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Linear among the tokens of the video, softmax where text is asked or asks."""
+        """Linear attention among video tokens, softmax for text queries and text keys."""
         video = site.grid.video
         of_text = attention(site.grid.text_of(query), key, value, scale=scale, key_mask=key_mask)
         video_mask = text_mask = None
@@ -230,27 +237,34 @@ class LinFusionAttn(Method):
 
 
 class LinFusionWeights(SiteWeights):
-    """What a site adapts queries and keys with.
+    """The weights with which a site adapts queries and keys.
 
     Attributes:
-        to_q_, to_k_: what is added to the inputs of `to_q` and `to_k`: made of them by a linear
-            layer, a normalisation, a leaky ReLU and another linear layer, which begins as 0.
-        text_gate: `(heads,)`, where text stands in the sequence, else None: video tokens weigh text
-            as if each of the other video tokens had this score.
+        to_q_, to_k_: networks of the inputs of `to_q` and `to_k`, whose outputs are added to these
+            inputs: a linear layer, a normalisation, a leaky ReLU, and a linear layer that begins
+            as 0.
+        text_gate: `(heads,)`: video tokens weigh text as if all video tokens had this score. None
+            if no text stands in the sequence.
     """
 
     text_gate: torch.nn.Parameter | None
 
     def __init__(self, module: Any, mid_dim: int | float | None, joint: bool) -> None:
-        """Make the weights for an attention module, on its device and in its dtype."""
+        """Make the weights for an attention module, on the module's device and in its dtype.
+
+        Args:
+            module: the attention module.
+            mid_dim: as `LinFusionAttn.mid_dim`.
+            joint: whether text stands in the module's sequence.
+        """
         super().__init__()
-        # Attaching a method must not change what random numbers come next.
+        # Attaching a method must not change the random numbers that the user draws afterwards.
         with torch.random.fork_rng(devices=[]):
             self.to_q_ = _network(module.to_q, mid_dim)
             self.to_k_ = _network(module.to_k, mid_dim)
         gate = torch.nn.Parameter(torch.zeros(module.heads)) if joint else None
         self.register_parameter("text_gate", gate)
-        # Parameters of the attention module, as they were before a checkpoint replaced them.
+        # Copies of the attention module's parameters from before a checkpoint replaced them.
         self._teacher: dict[str, torch.Tensor] = {}
         self.place_beside(module)
 
@@ -261,13 +275,13 @@ class LinFusionWeights(SiteWeights):
         return x + _on(self.to_k_, x)(x)
 
     def keep_teacher(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        """Keep copies of the module's own projections, in main memory, unless some are kept."""
+        """Copy the module's own projections to main memory, unless copies exist already."""
         self._teacher = self._teacher or {
             name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()
         }
 
     def leave(self, module: torch.nn.Module) -> None:
-        """Give the module its own projections back, where a checkpoint has replaced them."""
+        """Give the module its own projections back, if a checkpoint has replaced them."""
         if not self._teacher:
             return
         parameters = parameters_by_own_name(module)
@@ -284,7 +298,7 @@ class LinFusionWeights(SiteWeights):
 
 
 def _middle(width: int, mid_dim: int | float | None) -> int:
-    """The inner width of what adapts queries and keys of a layer."""
+    """The inner width, in channels, of the adapting network of a layer."""
     if isinstance(mid_dim, float):
         return max(1, int(width * mid_dim))
     return width if mid_dim is None else mid_dim
@@ -304,7 +318,7 @@ def _network(projection: Any, mid_dim: int | float | None) -> torch.nn.Module:
 
 
 def _on(network: torch.nn.Module, x: torch.Tensor) -> torch.nn.Module:
-    """The network, where x is: offloading that was enabled before it was made does not know it."""
+    """The network on the device of `x`; offloading does not move networks made after its start."""
     for weight in network.parameters():
         if weight.device != x.device and not weight.is_meta:
             network.to(x.device)
@@ -313,17 +327,20 @@ def _on(network: torch.nn.Module, x: torch.Tensor) -> torch.nn.Module:
 
 
 def _rotation(site: Site, query: torch.Tensor) -> torch.Tensor | None:
-    """How the video tokens of a call were rotated, as `linear_attention` takes it.
+    """The rotation of the video tokens of a call, in the format of `linear_attention`.
 
-    Queries and keys come rotated. A rotation has an inverse: from the tables that the model has
-    used the kernel gets back what went in, to the rounding that it came with. So the model's own
-    processors do all they do, and calls that stay dense need nothing. (Processors that leave the
-    rotation out would save that rounding, but would have to be sure of who attends next.)
+    The model rotates queries and keys before the call. With the same tables the kernel undoes the
+    rotation, up to rounding. So the model's own processors stay unchanged, and dense calls need no
+    extra step. (A processor without the rotation would save this rounding, but would have to know
+    in advance whether the next call is dense.)
+
+    Returns:
+        float32 (2, video tokens, head_dim / 2), cosines and sines; None if nothing was rotated.
     """
     if site.rotary is None:
         return None
     grid = site.grid
-    # Neighbouring channels are turned together: each table has every number twice.
+    # A rotation turns two neighbouring channels: the tables have every number twice.
     cos, sin = (table.reshape(-1, table.shape[-1])[:, ::2] for table in site.rotary)
     rotation = torch.stack([cos, sin]).to(query.device, torch.float32)
     if rotation.shape[1] == grid.tokens:
@@ -339,10 +356,15 @@ def _rotation(site: Site, query: torch.Tensor) -> torch.Tensor | None:
 def _stand_in_lse(
     out: torch.Tensor, video_mask: torch.Tensor | None, gate: torch.Tensor
 ) -> torch.Tensor:
-    """The log-sum-exp that the video's scores would have if all were the gate's.
+    """The log-sum-exp of a video query's scores if every video key had the score `gate`.
+
+    Args:
+        out: (batch, tokens, heads, head_dim), the output of the video tokens.
+        video_mask: bool (batch, tokens): False for padding.
+        gate: (heads,).
 
     Returns:
-        (batch, heads, tokens).
+        float32 (batch, heads, tokens).
     """
     batch, tokens, heads, _ = out.shape
     if len(gate) != heads:

@@ -1,8 +1,9 @@
-"""Attention processors that change what is projected to queries and keys.
+"""Attention processors that change the inputs of the projections to queries and keys.
 
-They are the model's own, of a class derived from theirs: they are handed the attention module with
-other `to_q` and `to_k`. Hooks on these modules would do for a model as it is, but LoRA puts another
-module in their place, and offloading another `forward`: whatever is there is called.
+Such a processor is the model's own, of a derived class, and is called with an attention module that
+has other `to_q` and `to_k`. Hooks on the two modules would suffice for an unchanged model. But LoRA
+replaces these modules, and offloading replaces their `forward`. The new `to_q` and `to_k` call the
+module that is in place at the time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from diffattn.methods.base import SiteState
 
 
 class InputMaps(Protocol):
-    """What the inputs of the two projections become, (batch, tokens, channels) both."""
+    """Maps of the inputs of the two projections: (batch, tokens, channels), before and after."""
 
     def map_q(self, x: torch.Tensor) -> torch.Tensor: ...
 
@@ -25,12 +26,15 @@ class InputMaps(Protocol):
 
 
 def with_input_maps(processor: Any, name: str, state: SiteState) -> Any:
-    """Have a processor project mapped inputs, in calls that go to the method.
+    """Make a processor project mapped inputs in sparse calls.
 
     Args:
-        processor: is changed, and returned.
-        name: of the attention module's submodule that has the maps.
-        state: tells which calls those are.
+        processor: the processor to change.
+        name: name of the attention module's submodule that is an `InputMaps`.
+        state: the state of the site, which says whether calls are sparse.
+
+    Returns:
+        `processor`.
     """
     own: Any = type(processor)
     if not hasattr(own, "_diffattn_maps"):
@@ -41,10 +45,10 @@ def with_input_maps(processor: Any, name: str, state: SiteState) -> Any:
 
 @functools.cache
 def _mapping_class(cls: type) -> type:
-    """A class of processors like `cls`, which is called with a `_Mapped` attention module."""
+    """A subclass of `cls` that passes a `_Mapped` attention module to `cls.__call__`."""
     own: Callable[..., Any] = cls.__call__
 
-    # diffusers hands a processor the arguments that its signature names.
+    # diffusers passes a processor the arguments that the processor's signature names.
     @functools.wraps(own)
     def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
         name, state = self._diffattn_maps
@@ -52,13 +56,13 @@ def _mapping_class(cls: type) -> type:
             return own(self, attn, *args, **kwargs)
         return own(self, _Mapped(attn, attn.get_submodule(name)), *args, **kwargs)
 
-    # diffusers makes new processors of a class, for IP-Adapters, without telling them anything.
+    # For IP-Adapters, diffusers makes new processors of the class, which no site has a state for.
     untold = {"_diffattn_maps": ("", None)}
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": __name__} | untold)
 
 
 class _Mapped:
-    """An attention module whose queries and keys are those of mapped inputs."""
+    """An attention module that projects mapped inputs to queries and keys."""
 
     def __init__(self, attn: Any, maps: InputMaps) -> None:
         if getattr(attn, "fused_projections", False):

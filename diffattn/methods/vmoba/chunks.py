@@ -1,4 +1,4 @@
-"""Chunks: the sides of VMoBA's blocks, as its paper gives them or as they follow from a grid."""
+"""Chunks: the sides of VMoBA's blocks, from the paper or fitted to a grid."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from diffattn.grid import TokenGrid
 
 Sides: TypeAlias = tuple[int, ...]
 
-# (frames, rows, columns) of the paper's grids, without those whose sides it does not say.
+# The paper's chunks by (frames, rows, columns) of the grid, as far as the paper gives their sides.
 _PUBLISHED: dict[tuple[int, int, int], dict[str, int | Sides]] = {
     (21, 30, 52): {"1d": 3, "2d": (5, 13), "3d": (7, 5, 13)},
     (21, 45, 80): {"1d": 3, "2d": (9, 10), "3d": (7, 15, 20)},
     (24, 36, 64): {"1d": 3, "2d": (6, 8), "3d": (8, 12, 8)},
     (36, 30, 52): {"1d": 3, "2d": (5, 13), "3d": (12, 10, 13)},
 }
-# Blocks that the paper recommends, and the fewest tokens that one is worth on small grids.
+# The numbers of blocks that the paper recommends, and the fewest tokens of a block on small grids.
 _BLOCKS = {"1d": 8, "2d": 48, "3d": 72}
 _SMALLEST_BLOCK = 16
-# No axis is cut into more parts.
+# The largest number of parts of an axis.
 _MOST_PARTS = 12
 
 
 def recommended_chunk(kind: str, grid: TokenGrid) -> int | float | Sides:
-    """The chunk of a partition on a grid.
+    """The recommended chunk of a partition on a grid.
 
     Args:
         kind: "1d", "2d" or "3d".
-        grid: its video tokens.
+        grid: the video tokens.
 
     Returns:
-        Latent frames for "1d", a fraction where there are too few of them; rows and columns for
-        "2d"; frames, rows and columns for "3d".
+        Latent frames for "1d", a fraction if there are fewer frames than recommended blocks; rows
+        and columns for "2d"; latent frames, rows and columns for "3d".
     """
     sizes = (grid.frames, grid.height, grid.width)
     if sizes in _PUBLISHED:
@@ -46,12 +46,15 @@ def recommended_chunk(kind: str, grid: TokenGrid) -> int | float | Sides:
 
 
 def _sides(size: int) -> list[int]:
-    """Sides of blocks along an axis, one for each number of parts that is worth a choice."""
+    """The candidate sides of blocks along an axis, one for each number of parts."""
     return sorted({-(-size // parts) for parts in range(1, min(size, _MOST_PARTS) + 1)})
 
 
 def _unfit(chunk: Sides, sizes: Sides, blocks: int) -> float:
-    """How far a chunk is from the wanted number of blocks, from even blocks and from the shape."""
+    """A penalty for another number of blocks than `blocks`, uneven blocks, and uneven axes.
+
+    Axes are uneven if they are cut into different numbers of parts.
+    """
     parts = [-(-size // side) for size, side in zip(sizes, chunk, strict=True)]
     padded = math.prod(n * side for n, side in zip(parts, chunk, strict=True))
     uneven = padded / math.prod(sizes) - 1

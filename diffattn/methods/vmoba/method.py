@@ -1,4 +1,4 @@
-"""VMoBA: each query attends to the blocks whose mean key it fits best, and to its own block.
+"""VMoBA: each query attends to its own block and to the blocks with the best-fitting mean key.
 
 Wu et al., "VMoBA: Mixture-of-Block Attention for Video Diffusion Models", arXiv 2506.23858.
 """
@@ -33,7 +33,7 @@ PARTITIONS = ("1d", "2d", "3d")
 
 _TAU = 0.25
 _DENSE_STEPS = 0.25
-# Of the paper's settings without training: 3 of 7 blocks of frames, a quarter of the others.
+# The paper's share of selected blocks without training: 3 of 7 "1d" blocks, a quarter of others.
 _SHARE = {"1d": 3 / 7, "2d": 1 / 4, "3d": 1 / 4}
 _TILE = 128  # a row of blocks of the block-sparse kernels
 
@@ -44,7 +44,7 @@ class _Preset:
     scope: str
 
 
-# The paper's names for the scopes are local and global.
+# The paper calls the scope "query" local, and the scope "head" global.
 _PRESETS = {
     "training-free": _Preset("topk", "query"),
     "training": _Preset("threshold", "head"),
@@ -85,39 +85,43 @@ _ALLOWED = {
 class VMoBAAttn(Method):
     """VMoBA (arXiv 2506.23858): mixture of block attention, selected by content.
 
-    The video tokens are cut into blocks, by turns of the layers into runs of frames ("1d"), patches
-    of the picture through all frames ("2d") and boxes ("3d"). A query scores a block by its product
-    with the mean of the block's keys, and attends to its own block and to the blocks it selects.
-    Text sees all and is seen by all. Without training pictures change: quality is kept by the
-    paper's fine-tuning, or by more dense steps.
+    The video tokens are cut into blocks. Layers take turns with runs of frames ("1d"), patches of
+    the picture through all frames ("2d") and chunks of space and time ("3d"). A query's score of a
+    block is the product of the query with the mean of the block's keys. The query attends to its
+    own block and to the selected blocks. Text sees everything, and everything sees text. Without
+    training pictures change; the paper's fine-tuning or more dense steps keep the quality.
 
     Attributes:
-        preset: what the parameters left at None become: "training-free", the paper's for models as
-            they are (the blocks that fit a query best), or "training", its setting for models that
-            are trained with it (a share of a head's similarity).
+        preset: the source of `select` and `scope` at None: "training-free", the paper's setting for
+            untrained models (the best blocks for each query), or "training", the paper's setting
+            for models trained with VMoBA (a share of the similarity in a head).
         partitions: the kinds of blocks that the layers take in turn: some of "1d", "2d" and "3d",
-            in any order, repeated as wanted.
-        chunk_1d: latent frames of a block; may be a fraction, which cuts inside of a frame.
+            in any order, with repetitions.
+        chunk_1d: latent frames of a block. A fraction cuts inside a frame.
         chunk_2d: rows and columns of a block.
-        chunk_3d: latent frames, rows and columns of a block. Chunks left at None are the paper's on
-            the grids it gives them for; on others they make about its default 8, 48 and 72 blocks.
-            A side longer than the grid is all of it; blocks at the ends may be shorter.
-        select: "topk" or "threshold".
-        scope: whose scores are ranked together: those of a "query" (the paper's local) or of all
-            queries of a "head" (its global). The public code has two more without a word in the
-            paper: all heads' queries for each block ("unpublished-block", with a threshold only),
-            and all there is of a sample ("unpublished-all").
-        topk: blocks per query, its own counted; with a scope beyond a query on average. One number,
-            or one each for "1d", "2d" and "3d". As many as there are, or more, is dense attention.
-        tau: share of the similarity that is kept, own blocks counted. 1 is dense attention.
-        centre_keys: leave out of the scores what all blocks have in common, which softmax does not
-            see either. It matters for scopes beyond a query. Not in the paper.
-        granularity: "query" for a selection by each query, or "tile" for one by each run of
-            `tile` queries, from their mean. Faster on a GPU, and another model than the paper's.
-        tile: queries that decide together with `granularity="tile"`.
+        chunk_3d: latent frames, rows and columns of a block. A chunk of None is the paper's chunk
+            on the paper's grids. On other grids None makes about the paper's default number of
+            blocks: 8, 48 and 72. A side longer than the grid covers the grid; blocks at the ends
+            may be shorter.
+        select: "topk" for a number of blocks, or "threshold" for a share of the similarity.
+        scope: the scores that are ranked together: the scores of a "query" (the paper's local), or
+            of all queries of a "head" (the paper's global). Two more scopes are in the public code
+            and not in the paper: the scores of each block by the queries of all heads
+            ("unpublished-block", with a threshold only), and all scores of a sample
+            ("unpublished-all").
+        topk: blocks per query, the own block included; an average if the scope is wider than a
+            query. One number, or one each for "1d", "2d" and "3d". All blocks or more is dense
+            attention.
+        tau: share of the similarity to keep, own blocks included. 1 is dense attention.
+        centre_keys: subtract the mean of all blocks from each block's mean key, which leaves
+            softmax unchanged. Matters for scopes wider than a query. Not in the paper.
+        granularity: "query" for a selection by each query, or "tile" for a selection by the mean
+            of each run of `tile` queries. Tiles are faster on a GPU, but another model than the
+            paper's.
+        tile: queries of a tile with `granularity="tile"`; 128 when None.
 
     Raises:
-        ValueError: for a parameter out of range, or one that has no effect beside another.
+        ValueError: for a parameter out of range, or a parameter without effect beside another.
     """
 
     type: ClassVar[str] = "vmoba"
@@ -187,10 +191,10 @@ class VMoBAAttn(Method):
             )
 
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
-        """The method with the preset's values, and with chunks that fit the grid where it is given.
+        """The method with the preset's values and, for a grid, with chunks that fit the grid.
 
-        They are the same for all models. The first quarter of the steps stays dense, as in the
-        paper.
+        The values are the same for all models. The first quarter of the steps stays dense, as in
+        the paper.
         """
         settled: dict[str, Any] = {
             "select": self._select,
@@ -207,7 +211,7 @@ class VMoBAAttn(Method):
                 settled["topk"] = tuple(self._topk(kind, grid) for kind in PARTITIONS)
         return replace(self, **settled)
 
-    # What becomes of the parameters that may be None, one by one.
+    # The values of the parameters that may be None.
 
     @property
     def _select(self) -> str:
@@ -250,11 +254,11 @@ class VMoBAAttn(Method):
         return self.partitions[self.layer_kind(layer)]
 
     def partition(self, grid: TokenGrid, layer: int) -> Partition:
-        """How the tokens of `grid` are cut into blocks in a layer."""
+        """The blocks of the tokens of `grid` in a layer."""
         return self._known_partition(self._kind(layer), grid)
 
     def rule(self, grid: TokenGrid, layer: int) -> Rule:
-        """How blocks are chosen on `grid` in a layer."""
+        """The rule that selects blocks on `grid` in a layer."""
         return Rule(
             self._scope,
             topk=self._topk(self._kind(layer), grid),
@@ -294,18 +298,20 @@ class VMoBAAttn(Method):
         *,
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The blocks that `attend` would attend to: bits as `select_blocks` returns them.
+        """The selected blocks of `attend` for the same arguments.
 
-        Queries are in the order of the partition.
+        Returns:
+            The bits that `select_blocks` returns, with queries in the order of the partition.
         """
         return self._selected(query, key, key, site, key_mask)[-1]
 
     def selection_mask(self, bits: torch.Tensor, grid: TokenGrid, layer: int) -> SelectionMask:
-        """What one head has selected, as a mask.
+        """The selection of one head as a mask.
 
         Args:
-            bits: of one head and sample, `(tokens, words)`, as `selection` returns them.
-            grid, layer: of the call.
+            bits: the bits of one head and sample from `selection`, `(tokens, words)`.
+            grid: the tokens of the call.
+            layer: index of the block of the model.
         """
         partition = self.partition(grid, layer)
         blocks = partition.key_blocks(torch.device("cpu"))
@@ -323,7 +329,7 @@ class VMoBAAttn(Method):
         site: Site,
         key_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Everything in the partition's order, and the selected blocks."""
+        """Query, key, value and key mask in the order of the partition, and the selected blocks."""
         groups, left = divmod(query.shape[2], key.shape[2])
         if left:
             raise ValueError(
@@ -353,10 +359,10 @@ class VMoBAAttn(Method):
         return self._partitions_known[known]
 
     def expected_density(self, grid: TokenGrid, layer: int) -> float:
-        """About which share of the token pairs of `grid` attend in a layer, text included.
+        """The expected share of the token pairs of `grid` that attend in a layer, text included.
 
-        For "topk" it is what is selected if blocks are of one length. For "threshold" it is an
-        estimate that takes scores for normally distributed; by the paper, real ones are close.
+        The share is exact for "topk" with blocks of one length. For "threshold" it is an estimate
+        from normally distributed scores; according to the paper, real scores are close to normal.
         """
         rule = self.rule(grid, layer)
         blocks = len(self.partition(grid, layer).lengths())
@@ -383,13 +389,13 @@ class VMoBAAttn(Method):
         )
 
     def _pool(self, rule: Rule, grid: TokenGrid, blocks: int) -> int:
-        """Pairs of query and block that are ranked together, of one head."""
+        """The number of pairs of query and block, of one head, that are ranked together."""
         queries = -(-grid.video_tokens // rule.tile)
         return {"query": blocks, "unpublished-block": queries}.get(rule.scope, queries * blocks)
 
 
 def _chunk_on(grid: TokenGrid, chunk: Sides | float) -> Chunk:
-    """The sides of a block on a grid, or the tokens of a run of frames."""
+    """The sides of a block on a grid for a tuple, the tokens of a run for a number of frames."""
     if not isinstance(chunk, tuple):
         return (min(max(1, int(chunk * grid.frame_tokens)), grid.video_tokens),)
     sizes = (grid.frames, grid.height, grid.width)
@@ -398,10 +404,10 @@ def _chunk_on(grid: TokenGrid, chunk: Sides | float) -> Chunk:
 
 
 def _share_by_threshold(tau: float, pool: int) -> float:
-    """The share of normally distributed scores, the highest ones, that holds `tau` of their sum.
+    """The share of the highest normally distributed scores whose sum is `tau` of the total.
 
-    Scores count from the lowest of the pool, which lies as far below their mean as is expected of
-    so many.
+    Scores count from the lowest score of the pool. The lowest score lies at the expected distance
+    below the mean for a pool of `pool` scores.
     """
     normal = NormalDist()
     if tau == 1 or pool < 2:

@@ -1,9 +1,9 @@
-"""Selection: which key blocks each query attends to, chosen by what queries and keys hold.
+"""Selection of the key blocks for each query, by the content of queries and keys.
 
-A query scores a block by its product with the mean of the block's keys. Scores that are ranked
-together, a pool, become fixed-point numbers of 24 bits from its lowest to its highest score. Sums
-of these are exact in any order, so that the same tensors always select the same blocks; of equal
-ones the first in the sequence is the better.
+A query's score of a block is the product of the query with the mean of the block's keys. The scores
+that are ranked together are a pool. They become fixed-point numbers of 24 bits, from the lowest to
+the highest score of the pool. Sums of such numbers are exact in any order: the same tensors always
+select the same blocks. Of equal scores the first in the sequence is the best.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ import torch
 from diffattn.blocks import pack_bits
 from diffattn.selected.key_blocks import KeyBlocks
 
-# What is ranked together, of one sample: the blocks of a query, or all pairs of query and block of
-# a head. The public code has two more, which the paper does not mention: all pairs of a block over
-# all heads, and all pairs of all heads.
+# The pools of one sample: the blocks of a query, or all pairs of query and block of a head. Two
+# more are in the public code and not in the paper: all pairs of a block over all heads, and all
+# pairs of all heads.
 SCOPES = ("query", "head", "unpublished-block", "unpublished-all")
 
 _LEVEL_BITS = 12
 _LEVELS = 1 << _LEVEL_BITS
 _HIGHEST = (1 << 2 * _LEVEL_BITS) - 1
-# A pool whose scores differ by less is one of equal scores: the rest is rounding.
+# Scores that differ by less, relative to the largest, are equal up to rounding.
 _SMALLEST_SPREAD = 1e-5
-# Pools of up to so many pairs are sorted, larger ones counted in histograms.
+# The most pairs of a pool that is sorted; larger pools are counted in histograms.
 _LONGEST_SORTED = 1024
-# Histograms that threads of a GPU add to in turn, so that they wait less for each other.
+# Copies of a histogram on a GPU: threads that add to different copies do not wait for each other.
 _COPIES = 32
-# Pairs of query and block that are worked on at once, at some 40 bytes each, where pools are no
-# larger: what the caches of a CPU hold, and enough for all of a GPU.
+# Pairs of query and block to process at once, at some 40 bytes each, if pools are no larger. The
+# numbers fit into the caches of a CPU, and keep a whole GPU busy.
 _PAIRS_AT_ONCE = {"cpu": 1 << 18}
 _PAIRS_AT_ONCE_ELSEWHERE = 1 << 24
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How blocks are chosen; every query's own block always is.
+    """The rule that selects blocks; a query always selects its own block.
 
     Attributes:
-        scope: what is ranked together, one of `SCOPES`.
-        topk: blocks per query, its own counted, on average over the pool; as many as there are if
-            that is less. None to choose by `tau`.
-        tau: share of a pool's similarity that is kept, own blocks counted; 1 keeps all blocks.
-        centre_keys: take the mean of all blocks off each block's mean.
-        tile: queries that decide together, by their mean; 1 for each by itself.
+        scope: the scores that are ranked together, one of `SCOPES`.
+        topk: blocks per query, the own block included, on average over the pool; limited to the
+            number of blocks. None to select by `tau`.
+        tau: share of a pool's similarity to keep, own blocks included; 1 keeps all blocks.
+        centre_keys: whether to subtract the mean of all blocks from each block's mean key.
+        tile: queries that select together, by their mean; 1 for a selection by each query.
     """
 
     scope: str
@@ -64,18 +64,18 @@ def select_blocks(
     *,
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The blocks that each query selects. Text selects all blocks, and is selected by all.
+    """The blocks that each query selects. Text selects all blocks, and all queries select text.
 
     Args:
         query, key: (batch, tokens, heads, head_dim), in the order of the blocks.
         blocks: the blocks of the sequence.
-        rule: how they are chosen.
-        key_mask: bool (batch, tokens): padded tokens, False, count in no mean and no pool; as
-            queries they select their own block.
+        rule: the rule that selects blocks.
+        key_mask: bool (batch, tokens): False for padded tokens, which count in no mean and in no
+            pool. A padded query selects its own block.
 
     Returns:
-        bits: int32 `(batch, heads, tokens, ceil(blocks / 32))`: bit `c % 32` of word `c // 32` is
-        set when a query selects block `c`. No gradient goes through it.
+        int32 `(batch, heads, tokens, ceil(blocks / 32))`, without a gradient: bit `c % 32` of word
+        `c // 32` is set if the query selects block `c`.
     """
     batch, tokens, heads, _ = query.shape
     words = -(-blocks.blocks // 32)
@@ -87,7 +87,7 @@ def select_blocks(
     counted = None if key_mask is None else key_mask[:, video]
     query, key = query[:, video], key[:, video]
     deciders = blocks
-    # An autocast region would do the scores in half precision.
+    # In an autocast region the scores would be in half precision.
     with torch.autocast(query.device.type, enabled=False):
         means = blocks.means(key, counted)
         if rule.centre_keys:
@@ -120,16 +120,17 @@ def choose(
     tau: float | None = None,
     budget: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The best entries of each pool: as few as reach a share of the similarity, or a number.
+    """The best entries of each pool: the fewest that reach a share of the similarity, or a number.
 
     Args:
         scores: (pools, entries).
-        own: bool, of the same shape: entries that are chosen in any case and count.
-        ranked: bool, of the same shape: others do not count, and are not chosen unless they are
-            own; all when None.
-        tau: of the sum of scores, from 0 at the pool's lowest to 1 at its highest, the share to
-            reach. A pool of equal scores has no similarity to be reached.
-        budget: number of entries to reach instead, the same in all pools.
+        own: bool (pools, entries): True for entries that are chosen in any case and count.
+        ranked: bool (pools, entries): False for entries that do not count, and are chosen only if
+            they are in `own`; None if all entries count.
+        tau: the share to reach of the sum of similarities. The similarity of an entry goes from 0
+            for the pool's lowest score to 1 for the highest. A pool of equal scores has no
+            similarity, and nothing to reach.
+        budget: the number of entries to reach if `tau` is None, the same in all pools.
 
     Returns:
         bool (pools, entries).
@@ -166,23 +167,23 @@ def choose(
 def _mean_block(
     means: torch.Tensor, blocks: KeyBlocks, counted: torch.Tensor | None
 ) -> torch.Tensor:
-    """The mean of the blocks that have a token that counts, (batch, 1, heads, head_dim)."""
+    """The mean over the blocks with a counted token, (batch, 1, heads, head_dim)."""
     if counted is None:
         return means.mean(1, keepdim=True)
-    # The means of the others are 0.
+    # The mean of a block without counted tokens is 0.
     holding = _holds_any(blocks, counted).sum(1).clamp(min=1)
     return means.sum(1, keepdim=True) / holding[:, None, None, None]
 
 
 def _holds_any(blocks: KeyBlocks, counted: torch.Tensor) -> torch.Tensor:
-    """Bool (batch, video blocks): whether any token of a block counts."""
+    """Whether any token of a block counts: bool (batch, video blocks)."""
     return blocks.means(counted[:, :, None, None].float())[:, :, 0, 0] > 0
 
 
 def _ranked(
     blocks: KeyBlocks, deciders: KeyBlocks, counted: torch.Tensor, tile: int
 ) -> torch.Tensor:
-    """Bool (queries, blocks) of one sample: pairs in which both hold a token that counts."""
+    """Whether query and block both have a counted token: bool (queries, blocks) of one sample."""
     queries = counted if tile == 1 else _holds_any(deciders, counted[None])[0]
     return queries[:, None] & _holds_any(blocks, counted[None])
 
@@ -192,7 +193,7 @@ def _pairs_at_once(device: torch.device) -> int:
 
 
 def _head_parts(heads: int, pairs: int, scope: str, device: torch.device) -> list[slice]:
-    """Heads that are worked on at once: as many as memory allows, or all that share a pool."""
+    """The parts of the heads to process at once: by memory, or all heads if they share a pool."""
     step = heads
     if scope in ("query", "head"):
         step = min(heads, max(1, _pairs_at_once(device) // pairs))
@@ -200,18 +201,20 @@ def _head_parts(heads: int, pairs: int, scope: str, device: torch.device) -> lis
 
 
 def _scores(query: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-    """(heads, queries, blocks), in the precision of the means, without a factor."""
+    """The scores, (heads, queries, blocks), in the dtype of the means, without a scale."""
     return query.to(means.dtype).transpose(0, 1) @ means.permute(1, 2, 0)
 
 
 def _choose(
     scores: torch.Tensor, own: torch.Tensor, ranked: torch.Tensor | None, rule: Rule
 ) -> torch.Tensor:
-    """Bool (heads, queries, blocks) for the scores of some heads of a sample.
+    """The chosen blocks for some heads of a sample, bool (heads, queries, blocks).
 
     Args:
-        own: int64 (queries,), the own block of each.
-        ranked: bool (queries, blocks).
+        scores: (heads, queries, blocks).
+        own: int64 (queries,), the own block of each query.
+        ranked: bool (queries, blocks): the pairs that count; None if all count.
+        rule: the rule that selects blocks.
     """
     heads, queries, count = scores.shape
     is_own = own[:, None] == torch.arange(count, device=own.device)
@@ -246,13 +249,16 @@ def _choose(
 
 
 def _with_text(chosen: torch.Tensor, blocks: KeyBlocks) -> torch.Tensor:
-    """Bits of (heads, video tokens, blocks): those chosen, and the text."""
+    """Bits of the chosen blocks, bool (heads, video tokens, blocks), and of the text blocks."""
     ends = (int(blocks.text_before > 0), int(blocks.text_after > 0))
     return pack_bits(torch.nn.functional.pad(chosen, ends, value=True))
 
 
 def _fixed_point(scores: torch.Tensor, ranked: torch.Tensor | None) -> torch.Tensor:
-    """int32: 0 for the lowest score of a pool to `_HIGHEST`; 0 where all are equal or unranked."""
+    """Scores as int32 from 0, the lowest of a pool, to `_HIGHEST`, the highest.
+
+    Unranked entries, and all entries of a pool of equal scores, are 0.
+    """
     lowest = highest = scores
     if ranked is not None:
         lowest = scores.masked_fill(~ranked, torch.inf)
@@ -270,9 +276,9 @@ def _fixed_point(scores: torch.Tensor, ranked: torch.Tensor | None) -> torch.Ten
 def _by_sorting(
     points: torch.Tensor, candidate: torch.Tensor, weight: torch.Tensor, need: torch.Tensor
 ) -> torch.Tensor:
-    """The fewest candidates, best first, whose weights reach `need`; all if they do not."""
+    """The fewest candidates, best first, whose weights reach `need`; all if the sum is less."""
     entries = points.shape[1]
-    # No two are equal: the first of equal points has the higher number.
+    # All numbers differ: of equal points the first gets the higher number.
     place = torch.arange(entries - 1, -1, -1, device=points.device)
     number = (points.long() * entries + place).masked_fill_(~candidate, -1)
     ordered, order = number.sort(1, descending=True)
@@ -286,12 +292,13 @@ def _by_sorting(
 def _by_counting(
     points: torch.Tensor, candidate: torch.Tensor, weight: torch.Tensor, need: torch.Tensor
 ) -> torch.Tensor:
-    """What `_by_sorting` gives, without sorting: histograms of the upper and of the lower bits."""
+    """The result of `_by_sorting`, by histograms of the upper and of the lower bits."""
     upper, lower = points >> _LEVEL_BITS, points & (_LEVELS - 1)
     high, need = _last_level(upper, weight, need)
     low, need = _last_level(lower, weight * (upper == high[:, None]), need)
     last = (high * _LEVELS + low)[:, None]
-    # Of those at the last level as many as are still needed; all of them have the same weight.
+    # Candidates at the last level have equal points and weights: the first ones are taken, as many
+    # as are still needed.
     tied = candidate & (points == last)
     each = (weight * tied).amax(1).clamp(min=1)
     wanted = (need + each - 1) // each
@@ -303,9 +310,17 @@ def _by_counting(
 def _last_level(
     level: torch.Tensor, weight: torch.Tensor, need: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The level, counted from the top, at which weights reach `need`, and what it has to give.
+    """The last level to take, counted from the top, and the weight that this level must still give.
 
-    -1 if they never do, `_LEVELS` if nothing is needed.
+    Args:
+        level: int (pools, entries), from 0 to `_LEVELS` - 1.
+        weight: int64 (pools, entries).
+        need: int64 (pools,), the sum of weights to reach.
+
+    Returns:
+        The highest level such that all entries at or above the level reach `need`, int64 (pools,):
+        -1 if the weights never reach `need`, `_LEVELS` if nothing is needed. The part of `need`
+        that the levels above leave to this level, int64 (pools,).
     """
     pools, entries = level.shape
     copies = _COPIES if level.is_cuda else 1
