@@ -73,7 +73,7 @@ class TestRegister:
         check_rows(method, 2)
         assert from_dict(json.loads(json.dumps(method.to_dict()))) == method
         assert pickle.loads(pickle.dumps(method)) == method
-        with pytest.raises(ValueError, match=r"no parameter 'row': did you mean rows\?"):
+        with pytest.raises(ValueError, match=r"no parameter 'row'; did you mean 'rows'\?"):
             from_dict({"type": "strip", "row": 2})
 
     def test_a_lora_is_trained_under_it(self, strip: type[Method]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffattn.pipelines.cli import app as cli
+from diffattn.pipelines import cli
 
 SIZE = ["--height", "32", "--width", "48", "--num-frames", "5", "--steps", "2"]
 """Options that keep a run of :func:`tiny_wan` short."""

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from diffattn.pipelines.cli import app as cli
+from diffattn.pipelines import cli
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

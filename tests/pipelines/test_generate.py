@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffattn.pipelines.cli import app as cli
+from diffattn.pipelines import cli
 
 PROMPT = "a red circle moving right"
 

@@ -10,8 +10,11 @@ import typer
 
 from diffattn import plan
 from diffattn.lora.settings import TrainSettings
-from diffattn.pipelines.cli import app as cli
-from diffattn.pipelines.cli import lora as lora_cli
+from diffattn.pipelines.cli import app
+from diffattn.pipelines.cli.generate import _NOT_OF_A_REQUEST
+from diffattn.pipelines.cli.lora import _APART, _PLURALS
+from diffattn.pipelines.cli.mask import _NOT_OF_A_RUN, _OF_A_CALL
+from diffattn.pipelines.cli.plan import _NOT_OF_A_PLAN
 from diffattn.pipelines.cli.selection_picture import Call
 from diffattn.pipelines.run import upscale_picture
 from diffattn.pipelines.run import upscale_video as upscale
@@ -22,7 +25,7 @@ from .conftest import Result
 
 
 def options_of(*path: str) -> set[str]:
-    command = typer.main.get_command(cli.app)
+    command = typer.main.get_command(app)
     for name in path:
         command = command.commands[name]
     return {parameter.name for parameter in command.params}
@@ -33,15 +36,12 @@ def fields_of(*classes: type) -> set[str]:
 
 
 def test_each_option_is_a_setting() -> None:
-    assert options_of("generate") - {*cli._NOT_OF_A_REQUEST} <= fields_of(Request)
-    assert options_of("plan") - {*cli._NOT_OF_A_PLAN} <= {*inspect.signature(plan).parameters}
-    of_run = options_of("mask") - {*cli._NOT_OF_A_RUN} - {*cli._OF_A_CALL}
+    assert options_of("generate") - {*_NOT_OF_A_REQUEST} <= fields_of(Request)
+    assert options_of("plan") - {*_NOT_OF_A_PLAN} <= {*inspect.signature(plan).parameters}
+    of_run = options_of("mask") - {*_NOT_OF_A_RUN} - {*_OF_A_CALL}
     assert of_run <= fields_of(Request)
-    assert {*cli._OF_A_CALL} <= fields_of(Call)
-    of_training = {
-        lora_cli._PLURALS.get(name, name)
-        for name in options_of("lora", "train") - {*lora_cli._APART}
-    }
+    assert {*_OF_A_CALL} <= fields_of(Call)
+    of_training = {_PLURALS.get(name, name) for name in options_of("lora", "train") - {*_APART}}
     assert of_training <= fields_of(TrainJob, TrainSettings)
 
 
@@ -54,7 +54,10 @@ def test_an_option_that_is_no_setting_is_an_error(
     diffattn: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # As if they were new, and nobody had said what becomes of them.
-    monkeypatch.setattr(cli, "_NOT_OF_A_REQUEST", ("prompt", "attn", "attn_arg", "attn_config"))
+    monkeypatch.setattr(
+        "diffattn.pipelines.cli.generate._NOT_OF_A_REQUEST",
+        ("prompt", "attn", "attn_arg", "attn_config"),
+    )
     error = diffattn("generate", "a cat", "-o", tmp_path / "a.gif").error
     assert error == "unknown setting 'output'"
 
