@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
-
 import torch
 
 from ..checks import LayoutTensors
@@ -13,12 +11,6 @@ from ..common.variants import first_that_compiles
 from .keys_gradient import keys_gradient, one_pass_takes
 from .launch import Problem
 from .queries_gradient import queries_gradient, tma_takes
-
-
-class _Options(TypedDict):
-    block_q: int
-    block_kv: int
-    scale: float
 
 
 def backward(
@@ -45,8 +37,7 @@ def backward(
         grad_out, grad_lse: gradients of the output and of the log-sum-exp, the latter or None.
         out, lse: what the forward pass returned; the rest is what it was given.
     """
-    options = _Options(block_q=block_q, block_kv=block_kv, scale=scale)
-    problem = Problem.of(q, k, v, layout, key_mask, **options, more=(out, grad_out))
+    problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv, scale, more=(out, grad_out))
     sums = row_sums(out, grad_out, lse, grad_lse, block_q=block_q, wide=problem.wide)
     dq, dk, dv = _key_gradients(problem, q, k, v, grad_out, sums, None)
     if dq is None:
@@ -76,8 +67,7 @@ def query_gradients(
     Raises:
         ValueError: if the choice does not take the call.
     """
-    options = _Options(block_q=block_q, block_kv=block_kv, scale=scale)
-    problem = Problem.of(q, k, v, layout, key_mask, **options, more=(grad_out,))
+    problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv, scale, more=(grad_out,))
     return _query_gradients(problem, q, k, v, grad_out, sums, choice)
 
 
@@ -126,8 +116,7 @@ def key_gradients(
     Raises:
         ValueError: if the choice does not take the call.
     """
-    options = _Options(block_q=block_q, block_kv=block_kv, scale=scale)
-    problem = Problem.of(q, k, v, layout, key_mask, **options, more=(grad_out,))
+    problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv, scale, more=(grad_out,))
     return _key_gradients(problem, q, k, v, grad_out, sums, choice)
 
 

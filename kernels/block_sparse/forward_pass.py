@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
-
 import torch
 
 from ..checks import LayoutTensors
@@ -12,12 +10,6 @@ from ..common.variants import first_that_compiles
 from . import gluon_forward, warp_specialized
 from .forward import forward as forward_by_tiles
 from .launch import Problem
-
-
-class _Options(TypedDict):
-    block_q: int
-    block_kv: int
-    scale: float
 
 
 def forward(
@@ -40,8 +32,7 @@ def forward(
     Raises:
         ValueError: if the choice does not take the call.
     """
-    options = _Options(block_q=block_q, block_kv=block_kv, scale=scale)
-    problem = Problem.of(q, k, v, layout, key_mask, **options)
+    problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv, scale)
 
     def takes(variant: str) -> bool:
         if variant == "tma_ws":
