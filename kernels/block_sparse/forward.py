@@ -108,7 +108,7 @@ def forward_kernel(
                 x_k, i_b, i_h, next_n, s_kt, s_kd, m_n, False, D, BLOCK_N, BLOCK_D, WIDE, TMA
             )  # (BLOCK_N, BLOCK_D)
             if HAS_KEY_MASK:
-                m_n = tl.load(p_key_mask + (start_n + o_n).to(tl.int64) * s_mt) != 0
+                m_n = tl.load(p_key_mask + (start_n + o_n).to(tl.int64) * s_mt) != 0  # (BLOCK_N,)
             b_p, b_new, b_old = weigh(b_s, b_max, scale, m_n[None, :], HAS_KEY_MASK)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
             b_sum = b_sum * b_old + tl.sum(b_p, 1)
@@ -119,7 +119,7 @@ def forward_kernel(
                 b_v = tl.where(m_n[:, None], b_v, 0.0)  # a NaN in padding must not reach a sum
             b_acc = tl.dot(
                 b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision=PRECISION
-            )
+            )  # (BLOCK_M, BLOCK_D)
             b_max = b_new
             start_n = next_n
     else:
@@ -127,7 +127,7 @@ def forward_kernel(
             start_n = i_block * BLOCK_KV + (i % TILES_N) * BLOCK_N
             i_block = tl.load(p_full + tl.minimum((i + 1) // TILES_N, n_full - 1))
             if HAS_KEY_MASK:
-                m_n = tl.load(p_key_mask + (start_n + o_n).to(tl.int64) * s_mt) != 0
+                m_n = tl.load(p_key_mask + (start_n + o_n).to(tl.int64) * s_mt) != 0  # (BLOCK_N,)
             # What is hidden is read as 0: a NaN left in padding must not reach a sum.
             b_k = read_tokens(
                 x_k, i_b, i_h, start_n, s_kt, s_kd, m_n, KEY_MASKED, D, BLOCK_N, BLOCK_D, WIDE, TMA
@@ -157,7 +157,7 @@ def forward_kernel(
             start_block = i_block * BLOCK_KV
             start_n = start_block + start_in_kv
             p_words = p_bit_masks + (i_mask.to(tl.int64) * BLOCK_Q + start_in_block) * WORDS
-            m_s = load_bits(
+            m_s = load_bits(  # (BLOCK_M, PARTIAL_N)
                 p_words, WORDS, o_w, m_w, start_in_kv, tokens_kv - start_block,
                 BLOCK_M, PARTIAL_N, False,
             )  # fmt: skip
@@ -167,7 +167,7 @@ def forward_kernel(
             m_p = start_n + o_p < tokens_kv
             if HAS_KEY_MASK:
                 p_visible = p_key_mask + (start_n + o_p).to(tl.int64) * s_mt
-                m_p = tl.load(p_visible, mask=m_p, other=0) != 0
+                m_p = tl.load(p_visible, mask=m_p, other=0) != 0  # (PARTIAL_N,)
                 m_s = m_s & m_p[None, :]
             b_kp = read_tokens(
                 x_k_partial,

@@ -56,7 +56,7 @@ def _words(p_words, listed, left, BLOCK_N: gl.constexpr, WORDS: gl.constexpr, SC
         n_seen = gl.minimum(gl.maximum(left - i * 32, 0), 32)
         # Half of the shift at a time: shifts by 32 are undefined.
         seen = ~(((-1) << (n_seen // 2)) << (n_seen - n_seen // 2))
-        b_word = gl.load(p_words + o_m * WORDS + i, mask=m_m, other=-1) & seen
+        b_word = gl.load(p_words + o_m * WORDS + i, mask=m_m, other=-1) & seen  # (ROWS,)
         b_words = gl.where((o_n >= i * 32)[None, :], b_word[:, None], b_words)
     return b_words
 
@@ -131,11 +131,12 @@ def _attend(i, b_q, rings, sums, b_acc, b_p, b_max, b_sum, scale, p_words, liste
     b_v = v_tiles.index(s_v).reshape([BLOCK_N, D])
     b_zero = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
     mbarrier.wait(k_full.index(s_k), (i // STAGES) & 1)
+    # scores: (ROWS, BLOCK_N)
     scores = warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(s_v), (j // STAGES) & 1)
-    products = warpgroup_mma(b_p, b_v, b_acc, is_async=True)
+    products = warpgroup_mma(b_p, b_v, b_acc, is_async=True)  # (ROWS, D)
     if MASKED:
-        b_words = _words(p_words, listed, left, BLOCK_N, WORDS, SCORES)
+        b_words = _words(p_words, listed, left, BLOCK_N, WORDS, SCORES)  # (ROWS, BLOCK_N)
     b_s = warpgroup_mma_wait(1, deps=(scores,))  # (ROWS, BLOCK_N)
     mbarrier.arrive(k_empty.index(s_k))
     if MASKED:
@@ -145,7 +146,7 @@ def _attend(i, b_q, rings, sums, b_acc, b_p, b_max, b_sum, scale, p_words, liste
     # stored, Triton drops the barrier.
     sums.store(b_sum)
     _barrier()
-    b_acc, b_p = warpgroup_mma_wait(0, deps=(products, b_p))
+    b_acc, b_p = warpgroup_mma_wait(0, deps=(products, b_p))  # (ROWS, D), (ROWS, BLOCK_N)
     mbarrier.arrive(v_empty.index(s_v))
     b_acc = b_acc * gl.convert_layout(b_old, gl.SliceLayout(1, WEIGHTS.parent))[:, None]
     return b_acc, gl.convert_layout(b_new_p.to(b_p.dtype), WEIGHTS), b_max, b_sum
@@ -182,12 +183,12 @@ def _consume(outs, p_lse, q_tiles, q_full, rings, all_sums, place, lists, masks,
     )
     listed = listed & (n_full == 0)
     left = gl.where(n_full > 0, BLOCK_N, left)
-    b_words = _words(p_words, listed, left, BLOCK_N, WORDS, SCORES)
+    b_words = _words(p_words, listed, left, BLOCK_N, WORDS, SCORES)  # (ROWS, BLOCK_N)
     b_zero = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
     b_k = k_tiles.index(0).reshape([BLOCK_N, D])
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(k_full.index(0), 0)
-    b_s = warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False)
+    b_s = warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False)  # (ROWS, BLOCK_N)
     mbarrier.arrive(k_empty.index(0))
     b_s = _hide(b_s, b_words, BLOCK_N, SCORES)
     b_p, b_max, b_sum, _ = _weights(b_s, b_max, b_sum, scale, True)
@@ -207,7 +208,7 @@ def _consume(outs, p_lse, q_tiles, q_full, rings, all_sums, place, lists, masks,
         )  # fmt: skip
     j = n_tiles - 1
     mbarrier.wait(v_full.index(j % STAGES), (j // STAGES) & 1)
-    b_acc = warpgroup_mma(b_p, v_tiles.index(j % STAGES).reshape([BLOCK_N, D]), b_acc)
+    b_acc = warpgroup_mma(b_p, v_tiles.index(j % STAGES).reshape([BLOCK_N, D]), b_acc)  # (ROWS, D)
 
     b_norm = gl.where(b_sum == 0, 1.0, b_sum)  # 0 where a query has seen nothing
     b_out = b_acc / gl.convert_layout(b_norm, gl.SliceLayout(1, OUTS))[:, None]

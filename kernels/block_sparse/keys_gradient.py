@@ -102,8 +102,8 @@ def keys_kernel(
     i_row = tl.load(p_full_row + i_next, mask=i_entry < i_stop, other=0)
     for i in tl.range(0, (i_stop - i_entry) * TILES_M):
         if ONE_PASS:
-            b_lse = tl.load(p_log2_lse + start_m + o_m)
-            b_delta = tl.load(p_delta + start_m + o_m)
+            b_lse = tl.load(p_log2_lse + start_m + o_m)  # (BLOCK_M,)
+            b_delta = tl.load(p_delta + start_m + o_m)  # (BLOCK_M,)
         else:
             b_lse = b_lse_next
             b_delta = b_delta_next
@@ -117,8 +117,8 @@ def keys_kernel(
         next_m = i_row * BLOCK_Q + ((i + 1) % TILES_M) * BLOCK_M
         i_row = tl.load(p_full_row + tl.minimum(i_entry + (i + 2) // TILES_M, i_stop - 1))
         if not ONE_PASS:
-            b_lse_next = tl.load(p_log2_lse + next_m + o_m)
-            b_delta_next = tl.load(p_delta + next_m + o_m)
+            b_lse_next = tl.load(p_log2_lse + next_m + o_m)  # (BLOCK_M,)
+            b_delta_next = tl.load(p_delta + next_m + o_m)  # (BLOCK_M,)
         b_dk, b_dv, b_ds = add_to_keys(
             b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dk, b_dv, to_base_2, True, False, PRECISION
         )
@@ -142,7 +142,7 @@ def keys_kernel(
             start_m = i_row * BLOCK_Q + start_in_q
             m_m = start_m + o_m < tokens_q
             p_words = p_bit_masks + (i_mask.to(tl.int64) * BLOCK_Q + start_in_q) * WORDS
-            m_s = load_bits(
+            m_s = load_bits(  # (BLOCK_N, PARTIAL_M)
                 p_words, WORDS, o_m, o_m < PARTIAL_M, start_in_block, BLOCK_KV,
                 PARTIAL_M, BLOCK_N, True,
             )  # fmt: skip

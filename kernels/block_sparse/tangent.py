@@ -42,9 +42,10 @@ def add_tile(
     b_p = tl.exp2(b_s * (scale * LOG2_E) - b_lse[:, None])
     if MASKED:
         b_p = tl.where(m_s, b_p, 0.0)
-    b_t = tl.dot(b_dq, tl.trans(b_k), input_precision=PRECISION)
-    b_t = tl.dot(b_q, tl.trans(b_dk), b_t, input_precision=PRECISION)
+    b_t = tl.dot(b_dq, tl.trans(b_k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+    b_t = tl.dot(b_q, tl.trans(b_dk), b_t, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
     b_pt = b_p * (b_t * scale)
+    # Both (BLOCK_M, BLOCK_D).
     b_acc = tl.dot(b_pt.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
     b_acc = tl.dot(b_p.to(b_dv.dtype), b_dv, b_acc, input_precision=PRECISION)
     return b_acc, b_mean + tl.sum(b_pt, 1)
@@ -91,10 +92,10 @@ def tangent_kernel(
 
     # Weights of exp2(s - inf) = 0 for a query that sees nothing, and for one past the end.
     first = (i_b * heads + i_h) * tokens_q + start_m
-    b_lse = tl.load(p_lse + first + o_w, mask=m_m, other=float("-inf"))
+    b_lse = tl.load(p_lse + first + o_w, mask=m_m, other=float("-inf"))  # (BLOCK_M,)
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2_E)
-    b_q = load_tile(p_q, s_qt, s_qd, o_m, m_m, True, D, BLOCK_D)
-    b_dq = load_tile(p_dq, s_dqt, s_dqd, o_m, m_m, True, D, BLOCK_D)
+    b_q = load_tile(p_q, s_qt, s_qd, o_m, m_m, True, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+    b_dq = load_tile(p_dq, s_dqt, s_dqd, o_m, m_m, True, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
     b_acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     b_mean = tl.zeros((BLOCK_M,), dtype=tl.float32)
 
@@ -108,7 +109,8 @@ def tangent_kernel(
         start = start_n.to(tl.int64)
         m_n = o_n < BLOCK_N
         if HAS_KEY_MASK:
-            m_n = tl.load(p_key_mask + (start + o_n) * s_mt) != 0
+            m_n = tl.load(p_key_mask + (start + o_n) * s_mt) != 0  # (BLOCK_N,)
+        # All four (BLOCK_N, BLOCK_D).
         b_k = load_tile(p_k + start * s_kt, s_kt, s_kd, o_n, m_n, HAS_KEY_MASK, D, BLOCK_D)
         b_v = load_tile(p_v + start * s_vt, s_vt, s_vd, o_n, m_n, HAS_KEY_MASK, D, BLOCK_D)
         b_dk = load_tile(p_dk + start * s_dkt, s_dkt, s_dkd, o_n, m_n, HAS_KEY_MASK, D, BLOCK_D)
@@ -127,7 +129,7 @@ def tangent_kernel(
         start_in_kv = (i % TILES_N) * BLOCK_N
         start_n = i_block * BLOCK_KV + start_in_kv
         p_words = p_bit_masks + (i_mask.to(tl.int64) * BLOCK_Q + start_in_block) * WORDS
-        m_s = load_bits(
+        m_s = load_bits(  # (BLOCK_M, BLOCK_N)
             p_words, WORDS, o_w, m_w, start_in_kv, tokens_kv - i_block * BLOCK_KV,
             BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
@@ -137,8 +139,10 @@ def tangent_kernel(
         start = start_n.to(tl.int64)
         m_n = start_n + o_n < tokens_kv
         if HAS_KEY_MASK:
+            # m_n: (BLOCK_N,)
             m_n = tl.load(p_key_mask + (start + o_n) * s_mt, mask=m_n, other=0) != 0
             m_s = m_s & m_n[None, :]
+        # All four (BLOCK_N, BLOCK_D).
         b_k = load_tile(p_k + start * s_kt, s_kt, s_kd, o_n, m_n, True, D, BLOCK_D)
         b_v = load_tile(p_v + start * s_vt, s_vt, s_vd, o_n, m_n, True, D, BLOCK_D)
         b_dk = load_tile(p_dk + start * s_dkt, s_dkt, s_dkd, o_n, m_n, True, D, BLOCK_D)
@@ -148,6 +152,7 @@ def tangent_kernel(
             True, PRECISION,
         )  # fmt: skip
 
+    # b_out: (BLOCK_M, BLOCK_D)
     b_out = load_tile(p_out, s_ot, s_od, o_m, m_m, True, D, BLOCK_D).to(tl.float32)
     b_acc -= b_out * b_mean[:, None]
     start = (i_b * tokens_q + start_m) * heads + i_h

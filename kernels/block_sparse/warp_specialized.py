@@ -65,7 +65,7 @@ def warp_specialized_kernel(
         b_p, b_max, b_old = weigh(b_s, b_max, scale, True, False)
         b_sum = b_sum * b_old + tl.sum(b_p, 1)
         b_v = values.load([start_n, 0])  # (BLOCK_N, BLOCK_D)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None])
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None])  # (BLOCK_M, BLOCK_D)
 
     b_norm = tl.where(b_sum == 0, 1.0, b_sum)  # 0 where a query has seen nothing
     p_out += (i_b * tokens_q * heads + i_h) * D

@@ -41,9 +41,10 @@ def read_tokens(
     """
     if TMA:
         b_x = x.load([i_b.to(tl.int32), start_t.to(tl.int32), i_h.to(tl.int32), 0])
-        b_x = b_x.reshape(BLOCK_T, BLOCK_D)
+        b_x = b_x.reshape(BLOCK_T, BLOCK_D)  # (BLOCK_T, BLOCK_D)
     else:
         p_x = x + start_t.to(tl.int64) * s_t
+        # b_x: (BLOCK_T, BLOCK_D)
         b_x = load_tile(p_x, s_t, s_d, token_offsets(BLOCK_T, WIDE), m_t, MASKED, D, BLOCK_D)
     return b_x
 

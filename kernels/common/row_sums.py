@@ -49,10 +49,12 @@ def row_sums_kernel(
     m_m = start_m + o_m < tokens_q
     p_out += i_b * s_ob + i_h * s_oh + start_m * s_ot
     p_grad_out += i_b * s_gb + i_h * s_gh + start_m * s_gt
-    b_out = load_tile(p_out, s_ot, s_od, o_m, m_m, True, D, BLOCK_D).to(tl.float32)  # (M, D)
+    # Both (BLOCK_M, BLOCK_D).
+    b_out = load_tile(p_out, s_ot, s_od, o_m, m_m, True, D, BLOCK_D).to(tl.float32)
     b_grad = load_tile(p_grad_out, s_gt, s_gd, o_m, m_m, True, D, BLOCK_D).to(tl.float32)
-    b_delta = tl.sum(b_out * b_grad, 1)
+    b_delta = tl.sum(b_out * b_grad, 1)  # (BLOCK_M,)
     o_m = start_m + o_m
+    # b_lse: (BLOCK_M,)
     b_lse = tl.load(p_lse + i_b * s_lb + i_h * s_lh + o_m * s_lt, mask=m_m, other=float("-inf"))
     if HAS_GRAD_LSE:
         p_grad_lse += i_b * s_nb + i_h * s_nh

@@ -28,6 +28,7 @@ def attend_tile(
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
     b_p, b_max, b_old = weigh(b_s, b_max, scale, m_s, MASKED)
     b_sum = b_sum * b_old + tl.sum(b_p, 1)
+    # b_acc: (BLOCK_M, BLOCK_D)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision=PRECISION)
     return b_acc, b_max, b_sum
 
@@ -54,7 +55,7 @@ def add_to_queries(
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
     b_ds = score_gradient(
         b_s, b_grad, b_v, b_lse, b_delta, scale, m_s, b_k.dtype, MASKED, PRECISION
-    )
+    )  # (BLOCK_M, BLOCK_N)
     return tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
 
 
@@ -73,6 +74,7 @@ def add_to_keys(
     if MASKED:
         b_p = tl.where(m_s, b_p, 0.0)
     b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+    # b_dv: (BLOCK_N, BLOCK_D)
     b_dv = tl.dot(b_p.to(b_grad.dtype), b_grad, b_dv, input_precision=PRECISION)
     b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
     return tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION), b_dv, b_ds

@@ -49,12 +49,13 @@ def queries_kernel(
         for i in tl.range(i_entry, i_stop, BLOCK_M):
             o_e = i + tl.arange(0, BLOCK_M)
             m_m = o_e < i_stop
-            o_m = tl.load(p_query + i_list * tokens_q + o_e, mask=m_m, other=0)
+            o_m = tl.load(p_query + i_list * tokens_q + o_e, mask=m_m, other=0)  # (BLOCK_M,)
             if WIDE:
                 o_m = o_m.to(tl.int64)
-            b_lse = tl.load(p_log2_lse + o_m, mask=m_m, other=float("inf"))
-            b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
-            b_q = load_tile(p_q, s_qt, s_qd, o_m, m_m, True, D, BLOCK_D)
+            b_lse = tl.load(p_log2_lse + o_m, mask=m_m, other=float("inf"))  # (BLOCK_M,)
+            b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)  # (BLOCK_M,)
+            b_q = load_tile(p_q, s_qt, s_qd, o_m, m_m, True, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+            # Both (BLOCK_M, BLOCK_D).
             b_grad = load_tile(p_grad_out, s_gt, s_gd, o_m, m_m, True, D, BLOCK_D)
             b_dq = load_tile(p_acc, D, 1, o_m, m_m, True, D, BLOCK_D)
             tl.debug_barrier()
@@ -73,7 +74,7 @@ def queries_kernel(
                 b_v = load_tile(
                     p_v + start_n.to(tl.int64) * s_vt, s_vt, s_vd, o_n, True, False, D, BLOCK_D
                 )  # (BLOCK_N, BLOCK_D)
-                b_dq = add_to_queries(
+                b_dq = add_to_queries(  # (BLOCK_M, BLOCK_D)
                     b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dq, scale * LOG2_E, True, False,
                     PRECISION,
                 )  # fmt: skip
@@ -82,20 +83,20 @@ def queries_kernel(
                 m_n = start_n + o_n < stop_n
                 if HAS_KEY_MASK:
                     p_visible = p_key_mask + (start_n + o_n).to(tl.int64) * s_mt
-                    m_n = tl.load(p_visible, mask=m_n, other=0) != 0
+                    m_n = tl.load(p_visible, mask=m_n, other=0) != 0  # (BLOCK_N,)
                 b_k = load_tile(
                     p_k + start_n.to(tl.int64) * s_kt, s_kt, s_kd, o_n, m_n, True, D, BLOCK_D
                 )  # (BLOCK_N, BLOCK_D)
                 b_v = load_tile(
                     p_v + start_n.to(tl.int64) * s_vt, s_vt, s_vd, o_n, m_n, True, D, BLOCK_D
                 )  # (BLOCK_N, BLOCK_D)
-                b_dq = add_to_queries(
+                b_dq = add_to_queries(  # (BLOCK_M, BLOCK_D)
                     b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dq, scale * LOG2_E, m_n[None, :],
                     True, PRECISION,
                 )  # fmt: skip
 
             # Addresses again: kept through the loops, they would take registers from the tiles.
-            o_m = tl.load(p_query + i_list * tokens_q + o_e, mask=m_m, other=0)
+            o_m = tl.load(p_query + i_list * tokens_q + o_e, mask=m_m, other=0)  # (BLOCK_M,)
             if WIDE:
                 o_m = o_m.to(tl.int64)
             store_tile(p_acc, D, o_m, m_m, b_dq, D, BLOCK_D)
@@ -106,6 +107,7 @@ def queries_kernel(
     for i in tl.range(0, tl.cdiv(stop_m - i_chunk * CHUNK, BLOCK_M)):
         start_m = i_chunk * CHUNK + i * BLOCK_M
         m_m = start_m + o_m < stop_m
+        # b_dq: (BLOCK_M, BLOCK_D)
         b_dq = load_tile(p_acc + start_m.to(tl.int64) * D, D, 1, o_m, m_m, True, D, BLOCK_D)
         first = (i_b * tokens_q + start_m) * heads + i_h
         store_tile(p_dq + first * D, heads * D, o_m, m_m, b_dq * scale, D, BLOCK_D)
@@ -145,8 +147,8 @@ def keys_kernel(
     p_log2_lse += (i_b * heads + i_h) * tokens_q
 
     m_n = start_n + o_n < tl.load(p_starts + i_block + 1)
-    b_k = load_tile(p_k, s_kt, s_kd, o_n, m_n, True, D, BLOCK_D)
-    b_v = load_tile(p_v, s_vt, s_vd, o_n, m_n, True, D, BLOCK_D)
+    b_k = load_tile(p_k, s_kt, s_kd, o_n, m_n, True, D, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+    b_v = load_tile(p_v, s_vt, s_vd, o_n, m_n, True, D, BLOCK_D)  # (BLOCK_N, BLOCK_D)
     b_dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     b_dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
 
@@ -155,19 +157,22 @@ def keys_kernel(
     # NaN of a query that is not in the list; its weights are exp2(s - inf) = 0. Which queries come
     # is loaded one step early: it must not hold them up. So is what is known of them, or compilers
     # copy that to shared memory first, four bytes at a time.
+    # o_m: (BLOCK_M,)
     o_m = tl.load(p_query + tl.minimum(o_e, count - 1), mask=o_e < count * BLOCK_M, other=0)
-    b_lse_next = tl.load(p_log2_lse + o_m, mask=o_e < count, other=float("inf"))
-    b_delta_next = tl.load(p_delta + o_m)
+    b_lse_next = tl.load(p_log2_lse + o_m, mask=o_e < count, other=float("inf"))  # (BLOCK_M,)
+    b_delta_next = tl.load(p_delta + o_m)  # (BLOCK_M,)
     for i in tl.range(0, count, BLOCK_M):
         o_t = o_m
         b_lse = b_lse_next
         b_delta = b_delta_next
         if WIDE:
             o_t = o_m.to(tl.int64)
-        o_m = tl.load(p_query + tl.minimum(i + BLOCK_M + o_e, count - 1))
+        o_m = tl.load(p_query + tl.minimum(i + BLOCK_M + o_e, count - 1))  # (BLOCK_M,)
+        # b_lse_next: (BLOCK_M,)
         b_lse_next = tl.load(p_log2_lse + o_m, mask=i + BLOCK_M + o_e < count, other=float("inf"))
-        b_delta_next = tl.load(p_delta + o_m)
+        b_delta_next = tl.load(p_delta + o_m)  # (BLOCK_M,)
         b_q = load_tile(p_q, s_qt, s_qd, o_t, True, False, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+        # b_grad: (BLOCK_M, BLOCK_D)
         b_grad = load_tile(p_grad_out, s_gt, s_gd, o_t, True, False, D, BLOCK_D)
         b_dk, b_dv, _ = add_to_keys(
             b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dk, b_dv, scale * LOG2_E, True,
@@ -177,6 +182,7 @@ def keys_kernel(
     b_dk *= scale
     if HAS_KEY_MASK:
         p_key_mask += i_b * s_mb
+        # m_seen: (BLOCK_N, 1)
         m_seen = tl.load(p_key_mask + (start_n + o_n) * s_mt, mask=m_n, other=0)[:, None] != 0
         b_dk = tl.where(m_seen, b_dk, 0.0)
         b_dv = tl.where(m_seen, b_dv, 0.0)

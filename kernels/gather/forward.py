@@ -68,15 +68,15 @@ def forward_kernel(
             # program has them, but another of its threads may have written what one reads here.
             o_e = i + tl.arange(0, BLOCK_M)
             m_m = o_e < i_stop
-            o_m = tl.load(p_query + i_list * tokens_q + o_e, mask=m_m, other=0)
+            o_m = tl.load(p_query + i_list * tokens_q + o_e, mask=m_m, other=0)  # (BLOCK_M,)
             if WIDE:
                 o_m = o_m.to(tl.int64)
-            b_q = load_tile(p_q, s_qt, s_qd, o_m, m_m, True, D, BLOCK_D)
+            b_q = load_tile(p_q, s_qt, s_qd, o_m, m_m, True, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
             if NEGATIVE_SCALE:
                 b_q = (-b_q.to(tl.float32)).to(b_q.dtype)
-            b_acc = load_tile(p_acc, D, 1, o_m, m_m, True, D, BLOCK_D)
-            b_max = tl.load(p_max + o_m, mask=m_m, other=float("-inf"))
-            b_sum = tl.load(p_sum + o_m, mask=m_m, other=0.0)
+            b_acc = load_tile(p_acc, D, 1, o_m, m_m, True, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+            b_max = tl.load(p_max + o_m, mask=m_m, other=float("-inf"))  # (BLOCK_M,)
+            b_sum = tl.load(p_sum + o_m, mask=m_m, other=0.0)  # (BLOCK_M,)
             tl.debug_barrier()
             # Loaded here, or the addresses of its first keys are kept in registers for all tiles.
             first_n = tl.load(p_starts + i_block)
@@ -98,12 +98,14 @@ def forward_kernel(
                         p_k + next_n.to(tl.int64) * s_kt, s_kt, s_kd, o_n, True, False, D, BLOCK_D
                     )  # (BLOCK_N, BLOCK_D)
                     b_p, b_new, b_old = weigh(b_s, b_max, scale, True, False)
+                    # b_s: (BLOCK_M, BLOCK_N)
                     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
                     b_sum = b_sum * b_old + tl.sum(b_p, 1)
                     b_v = load_tile(
                         p_v + start_n.to(tl.int64) * s_vt, s_vt, s_vd, o_n, True, False, D, BLOCK_D
                     )  # (BLOCK_N, BLOCK_D)
                     b_p = b_p.to(b_v.dtype)
+                    # b_acc: (BLOCK_M, BLOCK_D)
                     b_acc = tl.dot(b_p, b_v, b_acc * b_old[:, None], input_precision=PRECISION)
                     b_max = b_new
             else:
@@ -124,7 +126,7 @@ def forward_kernel(
                 m_n = start_n + o_n < stop_n
                 if HAS_KEY_MASK:
                     p_visible = p_key_mask + (start_n + o_n).to(tl.int64) * s_mt
-                    m_n = tl.load(p_visible, mask=m_n, other=0) != 0
+                    m_n = tl.load(p_visible, mask=m_n, other=0) != 0  # (BLOCK_N,)
                 # What is hidden counts as 0: a NaN left in padding must not reach a sum.
                 b_k = load_tile(
                     p_k + start_n.to(tl.int64) * s_kt, s_kt, s_kd, o_n, m_n, True, D, BLOCK_D
@@ -137,7 +139,7 @@ def forward_kernel(
                 )
 
             # Addresses again: kept through the loops, they would take registers from the tiles.
-            o_m = tl.load(p_query + i_list * tokens_q + o_e, mask=m_m, other=0)
+            o_m = tl.load(p_query + i_list * tokens_q + o_e, mask=m_m, other=0)  # (BLOCK_M,)
             if WIDE:
                 o_m = o_m.to(tl.int64)
             store_tile(p_acc, D, o_m, m_m, b_acc, D, BLOCK_D)
@@ -151,9 +153,10 @@ def forward_kernel(
     for i in tl.range(0, tl.cdiv(stop_m - i_chunk * CHUNK, BLOCK_M)):
         start_m = i_chunk * CHUNK + i * BLOCK_M
         m_m = start_m + o_m < stop_m
+        # b_acc: (BLOCK_M, BLOCK_D)
         b_acc = load_tile(p_acc + start_m.to(tl.int64) * D, D, 1, o_m, m_m, True, D, BLOCK_D)
-        b_max = tl.load(p_max + start_m + o_m, mask=m_m, other=float("-inf"))
-        b_sum = tl.load(p_sum + start_m + o_m, mask=m_m, other=0.0)
+        b_max = tl.load(p_max + start_m + o_m, mask=m_m, other=float("-inf"))  # (BLOCK_M,)
+        b_sum = tl.load(p_sum + start_m + o_m, mask=m_m, other=0.0)  # (BLOCK_M,)
         b_norm = tl.where(b_sum == 0, 1.0, b_sum)  # 0 where a query has seen nothing
         first = (i_b * tokens_q + start_m) * heads + i_h
         store_tile(p_out + first * D, heads * D, o_m, m_m, b_acc / b_norm[:, None], D, BLOCK_D)

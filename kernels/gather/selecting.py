@@ -61,7 +61,7 @@ def load_flags(
     p_bits += (i_pair // heads).to(tl.int64) * s_bb + (i_pair % heads).to(tl.int64) * s_bh
     p_bits += (i_block // 32).to(tl.int64) * s_bw
     o_t = i_chunk * CHUNK + tl.arange(0, CHUNK)
-    b_word = tl.load(p_bits + o_t.to(tl.int64) * s_bt, mask=o_t < tokens, other=0)
+    b_word = tl.load(p_bits + o_t.to(tl.int64) * s_bt, mask=o_t < tokens, other=0)  # (CHUNK,)
     return (b_word >> (i_block % 32)) & 1, i_list.to(tl.int64), i_chunk, o_t
 
 
@@ -85,6 +85,7 @@ def fill_kernel(
     b_flag, i_list, i_chunk, o_t = load_flags(
         p_bits, s_bb, s_bh, s_bt, s_bw, first_pair, tokens, heads, blocks, chunks, CHUNK
     )
+    # b_place: (CHUNK,)
     b_place = tl.load(p_first + i_list * (chunks + 1) + i_chunk) + tl.cumsum(b_flag, 0) - b_flag
     tl.store(p_query + i_list * tokens + b_place, o_t, mask=b_flag != 0)
 

@@ -97,24 +97,26 @@ def collect_kernel(
         start = first + i * BLOCK_T
         m_t = start + o_t < tokens
         if HAS_MASK:
-            m_t = tl.load(p_mask + (start + o_t) * s_mt, mask=m_t, other=0) != 0
+            m_t = tl.load(p_mask + (start + o_t) * s_mt, mask=m_t, other=0) != 0  # (BLOCK_T,)
+        # b_x: (BLOCK_T, BLOCK_D)
         b_x = load_tile(p_x + start * s_xt, s_xt, s_xd, o_t, m_t, True, D, BLOCK_D).to(tl.float32)
         if HAS_ROTATION:
             b_cos, b_sin = load_angles(p_rotation, start, tokens, m_t, D, BLOCK_T, BLOCK_D)
             b_x = turn(b_x, b_cos, -b_sin, BLOCK_T, BLOCK_D)
-        b_features = tl.where(m_t[:, None], features(b_x), 0.0)
+        b_features = tl.where(m_t[:, None], features(b_x), 0.0)  # (BLOCK_T, BLOCK_D)
         p_tile = p_y + start * s_yt + o_t[:, None] * s_yt + o_e[None, :] * s_yd
+        # b_y: (BLOCK_T, BLOCK_E)
         b_y = tl.load(p_tile, mask=m_t[:, None] & (o_e < D)[None, :], other=0.0).to(tl.float32)
         if HAS_FACTORS:
             b_y *= load_factor(p_y_factor, start, o_t, m_t, heads)[:, None]
-            b_x_factor = load_factor(p_x_factor, start, o_t, m_t, heads)
+            b_x_factor = load_factor(p_x_factor, start, o_t, m_t, heads)  # (BLOCK_T,)
             b_total += tl.sum(b_features * b_x_factor[:, None], 0)
         else:
             b_total += tl.sum(b_features, 0)
-        b_left = tl.trans(b_features)
+        b_left = tl.trans(b_features)  # (BLOCK_D, BLOCK_T)
         if HAS_ROTATION:
             b_left = turn_columns(b_left, tl.trans(b_cos), tl.trans(b_sin), BLOCK_T, BLOCK_D)
-        b_state = tl.dot(b_left, b_y, b_state, input_precision=PRECISION)
+        b_state = tl.dot(b_left, b_y, b_state, input_precision=PRECISION)  # (BLOCK_D, BLOCK_E)
     i_out = i_split * tl.num_programs(1).to(tl.int64) + i_bh
     p_tile = p_state + i_out * D * D + o_d[:, None] * D + o_e[None, :]
     tl.store(p_tile, b_state, mask=(o_d < D)[:, None] & (o_e < D)[None, :])
@@ -142,24 +144,27 @@ def apply_kernel(
     m_in = start + o_t < tokens
     m_t = m_in
     if HAS_MASK:
+        # m_t: (BLOCK_T,)
         m_t = tl.load(p_mask + i_b * s_mb + (start + o_t) * s_mt, mask=m_in, other=0) != 0
     p_x += i_b * s_xb + i_h * s_xh + start * s_xt
+    # b_x: (BLOCK_T, BLOCK_D)
     b_x = load_tile(p_x, s_xt, s_xd, o_t, m_t, True, D, BLOCK_D).to(tl.float32)
     if HAS_ROTATION:
         b_cos, b_sin = load_angles(p_rotation, start, tokens, m_t, D, BLOCK_T, BLOCK_D)
         b_x = turn(b_x, b_cos, -b_sin, BLOCK_T, BLOCK_D)
-    b_features = tl.where(m_t[:, None], features(b_x), 0.0)
+    b_features = tl.where(m_t[:, None], features(b_x), 0.0)  # (BLOCK_T, BLOCK_D)
     first = i_b * tokens + start
     if HAS_MEAN:
-        b_mean = tl.load(p_mean + i_bh * D + o_d, mask=o_d < D, other=0.0)
-        b_inverse = 1 / (tl.sum(b_features * b_mean[None, :], 1) + eps)
+        b_mean = tl.load(p_mean + i_bh * D + o_d, mask=o_d < D, other=0.0)  # (BLOCK_D,)
+        b_inverse = 1 / (tl.sum(b_features * b_mean[None, :], 1) + eps)  # (BLOCK_T,)
         if i_e == 0:
             tl.store(p_inverse + (first + o_t) * heads + i_h, b_inverse, mask=m_in)
     if HAS_ROTATION:
         b_features = turn(b_features, b_cos, b_sin, BLOCK_T, BLOCK_D)
     p_tile = p_state + i_bh.to(tl.int64) * D * D + o_d[:, None] * D + o_e[None, :]
+    # b_state: (BLOCK_D, BLOCK_E)
     b_state = tl.load(p_tile, mask=(o_d < D)[:, None] & (o_e < D)[None, :], other=0.0)
-    b_out = tl.dot(b_features, b_state, input_precision=PRECISION)
+    b_out = tl.dot(b_features, b_state, input_precision=PRECISION)  # (BLOCK_T, BLOCK_E)
     if HAS_MEAN:
         b_out *= b_inverse[:, None]
     p_tile = p_out + ((first + o_t) * heads + i_h)[:, None] * D + o_e[None, :]
@@ -184,6 +189,7 @@ def pull_back_kernel(
     m_in = start + o_t < tokens
     m_t = m_in
     if HAS_MASK:
+        # m_t: (BLOCK_T,)
         m_t = tl.load(p_mask + i_b * s_mb + (start + o_t) * s_mt, mask=m_in, other=0) != 0
     p_y += i_b * s_yb + i_h * s_yh + start * s_yt
     p_state += i_bh.to(tl.int64) * D * D
@@ -191,16 +197,20 @@ def pull_back_kernel(
     for i_e in tl.range(0, tl.cdiv(D, BLOCK_E)):
         o_e = i_e * BLOCK_E + tl.arange(0, BLOCK_E)
         p_tile = p_y + o_t[:, None] * s_yt + o_e[None, :] * s_yd
+        # b_y: (BLOCK_T, BLOCK_E)
         b_y = tl.load(p_tile, mask=m_t[:, None] & (o_e < D)[None, :], other=0.0).to(tl.float32)
         p_tile = p_state + o_d[:, None] * D + o_e[None, :]
+        # b_state: (BLOCK_D, BLOCK_E)
         b_state = tl.load(p_tile, mask=(o_d < D)[:, None] & (o_e < D)[None, :], other=0.0)
+        # b_grad: (BLOCK_T, BLOCK_D)
         b_grad = tl.dot(b_y, tl.trans(b_state), b_grad, input_precision=PRECISION)
-    b_direct = tl.load(p_mean + i_bh * D + o_d, mask=o_d < D, other=0.0)[None, :]
+    b_direct = tl.load(p_mean + i_bh * D + o_d, mask=o_d < D, other=0.0)[None, :]  # (1, BLOCK_D)
     if HAS_FACTORS:
         i_first = i_b * tokens * heads + i_h
         b_grad *= load_factor(p_y_factor + i_first, start, o_t, m_t, heads)[:, None]
         b_direct *= load_factor(p_x_factor + i_first, start, o_t, m_t, heads)[:, None]
     p_x += i_b * s_xb + i_h * s_xh + start * s_xt
+    # b_x: (BLOCK_T, BLOCK_D)
     b_x = load_tile(p_x, s_xt, s_xd, o_t, m_t, True, D, BLOCK_D).to(tl.float32)
     if HAS_ROTATION:
         b_cos, b_sin = load_angles(p_rotation, start, tokens, m_t, D, BLOCK_T, BLOCK_D)
@@ -229,10 +239,11 @@ def denominator_kernel(
     m_t = start + o_t < tokens
     p_grad_out += i_b * s_gb + i_h * s_gh + start * s_gt
     p_out += i_b * s_ob + i_h * s_oh + start * s_ot
+    # Both (BLOCK_T, BLOCK_D).
     b_grad = load_tile(p_grad_out, s_gt, s_gd, o_t, m_t, True, D, BLOCK_D).to(tl.float32)
     b_out = load_tile(p_out, s_ot, s_od, o_t, m_t, True, D, BLOCK_D).to(tl.float32)
     o_out = (i_b * tokens + start + o_t) * heads + i_h
-    b_inverse = tl.load(p_inverse + o_out, mask=m_t, other=0.0)
+    b_inverse = tl.load(p_inverse + o_out, mask=m_t, other=0.0)  # (BLOCK_T,)
     tl.store(p_gradient + o_out, -tl.sum(b_grad * b_out, 1) * b_inverse, mask=m_t)
 
 
