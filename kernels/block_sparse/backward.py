@@ -1,4 +1,4 @@
-"""The backward pass by the best kernels for a call: dQ over rows, dK and dV over columns."""
+"""The backward pass by the best kernels that take a call: dQ by rows, dK and dV by columns."""
 
 from __future__ import annotations
 
@@ -28,14 +28,19 @@ def backward(
     block_kv: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v.
+    """The gradients of q, k and v.
 
-    The same bits at every call, unless dQ is computed in one pass with dK and dV: that is never the
-    case under `torch.use_deterministic_algorithms`.
+    Every call gives the same bits, unless one pass computes dQ together with dK and dV. Under
+    `torch.use_deterministic_algorithms` that pass is never taken.
 
     Args:
-        grad_out, grad_lse: gradients of the output and of the log-sum-exp, the latter or None.
-        out, lse: what the forward pass returned; the rest is what it was given.
+        grad_out: gradient of the output, `(batch, tokens_q, heads, head_dim)`.
+        grad_lse: gradient of the log-sum-exp, `(batch, heads, tokens_q)`; None for 0.
+        q, k, v, layout, key_mask, block_q, block_kv, scale: arguments of the forward pass.
+        out, lse: results of the forward pass.
+
+    Returns:
+        dq, dk, dv: like q, k and v.
     """
     problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv, scale, more=(out, grad_out))
     sums = row_sums(out, grad_out, lse, grad_lse, block_q=block_q, wide=problem.wide)
@@ -59,10 +64,12 @@ def query_gradients(
     scale: float,
     choice: Choice | None = None,
 ) -> torch.Tensor:
-    """The gradient of q; arguments as `backward`.
+    """The gradient of q, like q; arguments as those of `backward`.
 
     Args:
-        choice: the only thing to run; by default the best that takes the call and compiles.
+        sums: the row sums of the output and its gradient.
+        choice: the only variant and tiles to run; by default the best variant that takes the call
+            and compiles.
 
     Raises:
         ValueError: if the choice does not take the call.
@@ -104,13 +111,17 @@ def key_gradients(
     scale: float,
     choice: Choice | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """The gradients of k and v, and that of q where it came along; arguments as `backward`.
+    """The gradients of k and v, and the gradient of q where the same pass computes it.
+
+    Arguments are as those of `backward`.
 
     Args:
-        choice: the only thing to run; by default the best that takes the call and compiles.
+        sums: the row sums of the output and its gradient.
+        choice: the only variant and tiles to run; by default the best variant that takes the call
+            and compiles.
 
     Returns:
-        dq: None but for the "one_pass" variant.
+        dq: like q from the "one_pass" variant, else None.
         dk, dv: like k and v.
 
     Raises:

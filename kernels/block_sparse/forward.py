@@ -27,7 +27,7 @@ def store_rows(
     p_out, p_lse, i_b, i_h, start_m, tokens_q, heads, b_acc, b_max, b_sum,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Output and LSE of a tile of queries: 0 and -inf where a query has seen nothing."""
+    """Store output and LSE of a tile of queries: 0 and -inf for a query that has seen no key."""
     o_m = tl.arange(0, BLOCK_M)
     m_m = start_m + o_m < tokens_q
     b_norm = tl.where(b_sum == 0, 1.0, b_sum)
@@ -50,15 +50,16 @@ def forward_kernel(
     HAS_KEY_MASK: tl.constexpr, HAS_PARTIAL: tl.constexpr, NEGATIVE_SCALE: tl.constexpr,
     AHEAD: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """AHEAD: scores are multiplied one tile before they are needed.
+    """Attention of a tile of queries.
 
-    Then the matrix units have work while a tile's weights are computed. The weights stand before
-    the next product in the program, or the compiler puts none of them beside it.
+    With AHEAD, the product for a tile's scores runs one tile early. The matrix units then have work
+    while the weights of the previous tile are computed. In the source the weights stand before the
+    next product: otherwise the compiler does not overlap the two.
     """
     TILES_M: tl.constexpr = BLOCK_Q // BLOCK_M
     TILES_N: tl.constexpr = BLOCK_KV // BLOCK_N
     WORDS: tl.constexpr = (BLOCK_KV + 31) // 32
-    # What a pointer may not be followed to. The copy engine needs no mask.
+    # Loads by pointer leave out hidden keys. The copy engine takes no mask.
     KEY_MASKED: tl.constexpr = HAS_KEY_MASK and not TMA
     i_tile, i_b, i_h, i_layout = tile_of_program(rows * TILES_M, heads, s_layout_b, s_layout_h)
     i_row = tl.load(p_order + i_layout * rows + i_tile // TILES_M)
@@ -80,14 +81,14 @@ def forward_kernel(
     o_m = token_offsets(BLOCK_M, WIDE)
     b_q = load_tile(p_q, s_qt, s_qd, o_m, m_m, True, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
     scale *= LOG2_E
-    if NEGATIVE_SCALE:  # the maximum of scaled scores is that of the scores only if scale > 0
+    if NEGATIVE_SCALE:  # only with scale > 0 is the largest score the largest scaled score
         b_q = (-b_q.to(tl.float32)).to(b_q.dtype)
         scale = -scale
     b_acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     b_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
 
-    # Full blocks. An index is loaded one step early: it must not hold up keys and values.
+    # Full blocks. An index is loaded one step early, so that keys and values do not wait for it.
     p_full, n_full, n_partial, n_short = row_lists(
         p_full_count, p_full_index, p_partial_count, i_list, full_cap, tokens_kv, BLOCK_KV
     )
@@ -96,7 +97,7 @@ def forward_kernel(
     if AHEAD:
         start_n = i_block * BLOCK_KV
         i_block = tl.load(p_full + tl.minimum(1 // TILES_N, n_full - 1), mask=n_full > 0, other=0)
-        m_first = start_n + o_n < tokens_kv  # of a row without full blocks, whatever block 0 is
+        m_first = start_n + o_n < tokens_kv  # a row without full blocks reads block 0, maybe short
         b_k = read_tokens(
             x_k, i_b, i_h, start_n, s_kt, s_kd, m_first, True, D, BLOCK_N, BLOCK_D, WIDE, TMA
         )  # (BLOCK_N, BLOCK_D)
@@ -128,7 +129,7 @@ def forward_kernel(
             i_block = tl.load(p_full + tl.minimum((i + 1) // TILES_N, n_full - 1))
             if HAS_KEY_MASK:
                 m_n = tl.load(p_key_mask + (start_n + o_n).to(tl.int64) * s_mt) != 0  # (BLOCK_N,)
-            # What is hidden is read as 0: a NaN left in padding must not reach a sum.
+            # Hidden keys are read as 0: a NaN left in padding must not reach a sum.
             b_k = read_tokens(
                 x_k, i_b, i_h, start_n, s_kt, s_kd, m_n, KEY_MASKED, D, BLOCK_N, BLOCK_D, WIDE, TMA
             )  # (BLOCK_N, BLOCK_D)
@@ -142,7 +143,7 @@ def forward_kernel(
             )
 
     if HAS_PARTIAL:
-        # Partial blocks, then the short full one.
+        # Partial blocks, then the short full block.
         PARTIALS_N: tl.constexpr = BLOCK_KV // PARTIAL_N
         p_partial_index += i_list.to(tl.int64) * partial_cap
         p_partial_mask += i_list.to(tl.int64) * partial_cap
@@ -218,10 +219,11 @@ def forward(
     *,
     tma: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp.
+    """The output, like q, and the log-sum-exp, float32 `(batch, heads, tokens_q)`.
 
     Args:
-        tma: whether the copy engine fetches tiles; for tensors that `tma_takes`.
+        q, k, v: `(batch, tokens, heads, head_dim)`.
+        tma: whether the copy engine fetches tiles; only for tensors that `problem.tma_takes`.
     """
     batch, tokens_q, heads, _ = q.shape
     tokens_kv = k.shape[1]

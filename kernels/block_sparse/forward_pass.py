@@ -1,4 +1,4 @@
-"""The forward pass by the best kernel for a call."""
+"""The forward pass by the best kernel that takes a call."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def forward(
     scale: float,
     choice: Choice | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp; arguments as `block_sparse_attention`, already checked.
+    """The output and the log-sum-exp; arguments as of `block_sparse_attention`, already checked.
 
     Args:
-        choice: the only thing to run; by default the best that takes the call and compiles.
+        choice: the only variant and tiles to run; by default the best variant that takes the call
+            and compiles.
 
     Raises:
         ValueError: if the choice does not take the call.

@@ -37,7 +37,7 @@ def queries_kernel(
     HAS_KEY_MASK: tl.constexpr, HAS_PARTIAL: tl.constexpr, AHEAD: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walks the rows as `forward.forward_kernel` does, where AHEAD is explained."""
+    """dQ of a tile of queries. Rows are walked, and AHEAD works, as in `forward.forward_kernel`."""
     TILES_M: tl.constexpr = BLOCK_Q // BLOCK_M
     TILES_N: tl.constexpr = BLOCK_KV // BLOCK_N
     WORDS: tl.constexpr = (BLOCK_KV + 31) // 32
@@ -78,7 +78,7 @@ def queries_kernel(
     if AHEAD:
         start_n = i_block * BLOCK_KV
         i_block = tl.load(p_full + tl.minimum(1 // TILES_N, n_full - 1), mask=n_full > 0, other=0)
-        m_first = start_n + o_n < tokens_kv  # of a row without full blocks, whatever block 0 is
+        m_first = start_n + o_n < tokens_kv  # a row without full blocks reads block 0, maybe short
         b_k = read_tokens(
             x_k, i_b, i_h, start_n, s_kt, s_kd, m_first, True, D, BLOCK_N, BLOCK_D, WIDE, TMA
         )  # (BLOCK_N, BLOCK_D)
@@ -191,10 +191,10 @@ def queries_kernel(
 
 
 def tma_takes(problem: Problem, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether tiles can be fetched by the copy engine.
+    """Whether the copy engine can fetch the tiles.
 
-    Keys that a key mask hides are replaced in registers, of which there are too few beyond a
-    head_dim of 128.
+    Keys that a key mask hides are replaced in registers. Beyond a head_dim of 128 there are too few
+    registers for that.
     """
     return problem.tma_takes(k, v) and not (problem.has_key_mask and problem.head_dim > 128)
 
@@ -210,10 +210,10 @@ def queries_gradient(
     *,
     tma: bool,
 ) -> torch.Tensor:
-    """The gradient of q, the same bits at every call.
+    """The gradient of q, like q; the same bits at every call.
 
     Args:
-        tma: whether the copy engine fetches tiles; for tensors that `tma_takes`.
+        tma: whether the copy engine fetches tiles; only for calls that `tma_takes`.
     """
     batch, tokens_q, heads, _ = q.shape
     tokens_kv = k.shape[1]
