@@ -1,4 +1,4 @@
-"""What the backward kernels need of a query beside its tensors, from one pass over memory."""
+"""Two numbers per query that the backward kernels read, from one pass over memory."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _TILE = 64
 
 @dataclass(frozen=True)
 class RowSums:
-    """Per query, padded to whole blocks: the kernels that read these need no mask.
+    """Two numbers per query, padded to whole blocks so that kernels read them without a mask.
 
     Attributes:
         delta: float32 `(batch, heads, padded tokens)`, sum(out * grad_out) - grad_lse; 0 where a
             query sees nothing and past the end.
-        log2_lse: the LSE to base 2; inf where a query sees nothing and past the end, so that its
-            weights exp2(s - inf) are 0.
+        log2_lse: float32 like `delta`, the LSE to base 2; inf where a query sees nothing and past
+            the end, so that weights exp2(s - inf) are 0.
     """
 
     delta: torch.Tensor
@@ -43,6 +43,7 @@ def row_sums_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
+    """Delta and base-2 LSE of a tile of queries."""
     i_tile, i_b, i_h, _ = tile_of_program(tl.cdiv(tokens_padded, BLOCK_M), heads, 0, 0)
     start_m = i_tile.to(tl.int64) * BLOCK_M
     o_m = token_offsets(BLOCK_M, WIDE)
@@ -80,8 +81,8 @@ def row_sums(
     Args:
         out, grad_out: `(batch, tokens, heads, head_dim)`.
         lse, grad_lse: `(batch, heads, tokens)`; the gradient may be None.
-        block_q: what the number of tokens is padded to a multiple of.
-        wide: whether 64 tokens of a head are longer in memory than 32-bit offsets reach.
+        block_q: the number of tokens is padded to a multiple of this.
+        wide: whether 64 tokens of a head span more memory than 32-bit offsets reach.
     """
     batch, tokens, heads, head_dim = out.shape
     padded = triton.cdiv(tokens, block_q) * block_q
