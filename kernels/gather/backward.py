@@ -27,7 +27,7 @@ def queries_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ: packs the queries of a group as the forward kernel does."""
+    """dQ of a group of queries, which are packed as in the forward kernel."""
     i_pair, i_b, i_h, i_chunk, i_next_chunk = group_of_program(
         first_pair, heads, chunks, chunks_per_group
     )
@@ -59,7 +59,7 @@ def queries_kernel(
             b_grad = load_tile(p_grad_out, s_gt, s_gd, o_m, m_m, True, D, BLOCK_D)
             b_dq = load_tile(p_acc, D, 1, o_m, m_m, True, D, BLOCK_D)
             tl.debug_barrier()
-            # Loaded here, or the addresses of its first keys are kept in registers for all tiles.
+            # Loaded here: otherwise the first keys' addresses stay in registers for all tiles.
             first_n = tl.load(p_starts + i_block)
             stop_n = tl.load(p_starts + i_block + 1)
             n_whole = (stop_n - first_n) // BLOCK_N
@@ -95,7 +95,7 @@ def queries_kernel(
                     True, PRECISION,
                 )  # fmt: skip
 
-            # Addresses again: kept through the loops, they would take registers from the tiles.
+            # Addresses are loaded again: kept in the loops, they would take registers from tiles.
             o_m = tl.load(p_query + i_list * tokens_q + o_e, mask=m_m, other=0)  # (BLOCK_M,)
             if WIDE:
                 o_m = o_m.to(tl.int64)
@@ -153,10 +153,11 @@ def keys_kernel(
     b_dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
 
     # A key's gradients come from its own scores only: hidden keys, and NaN in them, need no mask
-    # until the end. Past the last entry that entry is read again, which needs no mask and brings no
-    # NaN of a query that is not in the list; its weights are exp2(s - inf) = 0. Which queries come
-    # is loaded one step early: it must not hold them up. So is what is known of them, or compilers
-    # copy that to shared memory first, four bytes at a time.
+    # until the end. Past the end of the list its last entry is read again: that needs no mask,
+    # brings no NaN of a query outside the list, and gives weights of exp2(s - inf) = 0. Queries'
+    # numbers are loaded one step early, so that the queries do not wait for them. Their LSE and
+    # delta are, too: otherwise the compiler copies them to shared memory first, four bytes at a
+    # time.
     # o_m: (BLOCK_M,)
     o_m = tl.load(p_query + tl.minimum(o_e, count - 1), mask=o_e < count * BLOCK_M, other=0)
     b_lse_next = tl.load(p_log2_lse + o_m, mask=o_e < count, other=float("inf"))  # (BLOCK_M,)
@@ -208,13 +209,15 @@ def backward(
     queries: Choice | None = None,
     keys: Choice | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v, the same bits at every call.
+    """The gradients of q, k and v, like these; the same bits at every call.
 
     Args:
-        grad_out, grad_lse: gradients of the output and of the log-sum-exp, the latter or None.
-        out, lse: what the forward pass returned; the rest is what it was given.
-        queries, keys: the only things to run for dQ and for dK and dV; by default the best that
-            take the call and compile.
+        grad_out: gradient of the output, `(batch, tokens, heads, head_dim)`.
+        grad_lse: gradient of the log-sum-exp, `(batch, heads, tokens)`; None for 0.
+        q, k, v, starts, bits, key_mask, scale: arguments of the forward pass.
+        out, lse: results of the forward pass.
+        queries, keys: the only variant and tiles to run for dQ, and for dK and dV; by default the
+            best variants that take the call and compile.
 
     Raises:
         ValueError: if a choice does not take the call.
