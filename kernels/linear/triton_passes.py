@@ -1,8 +1,9 @@
-"""The passes of linear attention in Triton: kernels for what `TorchPasses` computes.
+"""The passes of linear attention in Triton: kernels for the passes of `TorchPasses`.
 
-Features never leave the registers. Products are of float32 operands: features of 16-bit inputs may
-be too large or too small for 16 bits, so those are multiplied as TF32, which the memory keeps up
-with, and float32 in full, unless `torch.set_float32_matmul_precision` allows TF32.
+Features never leave the registers. Products have float32 operands, because features of 16-bit
+inputs may be too large or too small for 16 bits. For 16-bit inputs the operands are multiplied as
+TF32. For float32 inputs they are multiplied in full, unless `torch.set_float32_matmul_precision`
+allows TF32.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..common.primitives import load_tile, store_tile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 
-# Programs that a GPU is kept busy with, where sequences are cut up to have as many.
+# Programs that keep a GPU busy: sequences are cut into spans to have as many.
 _PROGRAMS = 512
 # Fewer tokens than this are not worth a partial state.
 _SHORTEST_SPAN = 256
@@ -33,7 +34,7 @@ def features(b_x):
 
 @triton.jit
 def turn(b_x, b_cos, b_sin, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rotate neighbouring channels of (BLOCK_T, BLOCK_D); the others are (BLOCK_T, BLOCK_D / 2)."""
+    """Rotate neighbouring channels of b_x (BLOCK_T, BLOCK_D) by angles (BLOCK_T, BLOCK_D / 2)."""
     b_even, b_odd = tl.split(tl.reshape(b_x, (BLOCK_T, BLOCK_D // 2, 2)))
     b_both = tl.join(b_even * b_cos - b_odd * b_sin, b_even * b_sin + b_odd * b_cos)
     return tl.reshape(b_both, (BLOCK_T, BLOCK_D))
@@ -41,7 +42,7 @@ def turn(b_x, b_cos, b_sin, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def turn_columns(b_x, b_cos, b_sin, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`turn` of transposed tiles: the product that follows wants them so on Blackwell."""
+    """`turn` of transposed tiles, as the next product wants them on Blackwell."""
     b_pairs = tl.permute(tl.reshape(b_x, (BLOCK_D // 2, 2, BLOCK_T)), (0, 2, 1))
     b_even, b_odd = tl.split(b_pairs)
     b_both = tl.join(b_even * b_cos - b_odd * b_sin, b_even * b_sin + b_odd * b_cos)
@@ -64,7 +65,7 @@ def load_angles(
 
 @triton.jit
 def load_factor(p_factor, start, o_t, m_t, heads):
-    """A factor per token of a head, of (batch, tokens, heads)."""
+    """Factors (BLOCK_T,) of a head's tokens, from (batch, tokens, heads)."""
     return tl.load(p_factor + (start + o_t) * heads, mask=m_t, other=0.0)
 
 
@@ -76,7 +77,7 @@ def collect_kernel(
     HAS_ROTATION: tl.constexpr, HAS_MASK: tl.constexpr, HAS_FACTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state of a span of tokens: as many columns of it as a program holds."""
+    """BLOCK_E columns of the state of a span of tokens."""
     i_split = tl.program_id(0)
     i_bh = tl.program_id(1)
     i_e = tl.program_id(2)
@@ -132,7 +133,7 @@ def apply_kernel(
     HAS_ROTATION: tl.constexpr, HAS_MASK: tl.constexpr, HAS_MEAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of tokens times a state, divided where there is a mean: some columns of the output."""
+    """BLOCK_E columns of the output: features of a tile times a state, divided if HAS_MEAN."""
     start = tl.program_id(0).to(tl.int64) * BLOCK_T
     i_bh = tl.program_id(1)
     i_e = tl.program_id(2)
@@ -179,7 +180,7 @@ def pull_back_kernel(
     HAS_ROTATION: tl.constexpr, HAS_MASK: tl.constexpr, HAS_FACTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of what features of a tile of tokens were made of."""
+    """The gradient of x for a tile of tokens: see `TorchPasses.pull_back`."""
     start = tl.program_id(0).to(tl.int64) * BLOCK_T
     i_bh = tl.program_id(1)
     i_b = (i_bh // heads).to(tl.int64)
@@ -283,7 +284,7 @@ _TILES: dict[str, _Table] = {
     "denominator": {256: LinearTile(16, 0, 8)},
 }
 
-# Multiplied outside of the matrix units.
+# For float32 in full, which no matrix unit multiplies.
 _FULL_PRECISION: dict[str, _Table] = {
     "collect": {
         64: LinearTile(16, 32, 8),
@@ -305,13 +306,17 @@ _FULL_PRECISION: dict[str, _Table] = {
 
 
 def tile_of(kernel: str, x: torch.Tensor) -> LinearTile:
-    """The shipped tile of "collect", "apply", "pull_back" or "denominator" for such a tensor."""
+    """The shipped tile of "collect", "apply", "pull_back" or "denominator" for x."""
     table = (_FULL_PRECISION if _precision(x.dtype) == "ieee" else _TILES)[kernel]
     return next(tile for largest, tile in table.items() if x.shape[-1] <= largest)
 
 
 def check_supported(x: torch.Tensor) -> None:
-    """Raise ValueError unless the kernels take tensors of this kind."""
+    """Check that the kernels take a tensor like x.
+
+    Raises:
+        ValueError: if its dtype, head_dim or device is not supported.
+    """
     if x.dtype not in DTYPES:
         raise ValueError(f"the kernels take {', '.join(map(str, DTYPES))}; got {x.dtype}")
     if x.shape[-1] > MAX_HEAD_DIM:
@@ -424,7 +429,7 @@ def denominator_gradient(
 
 
 def _or(x: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
-    """A kernel must be given some tensor for one that it does not read."""
+    """`x`, or some other tensor in place of one that the kernel does not read."""
     return other if x is None else x.contiguous()
 
 
@@ -441,5 +446,5 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _options(tile: LinearTile) -> dict[str, object]:
-    # Triton's own default for fusion is about to change.
+    # Triton is about to change its own default for fusion.
     return {"num_warps": tile.num_warps, "num_stages": 2, "enable_fp_fusion": True}
