@@ -146,7 +146,8 @@ def _attend(i, b_q, rings, sums, b_acc, b_p, b_max, b_sum, scale, p_words, liste
     # it, Triton drops the barrier.
     sums.store(b_sum)
     _barrier()
-    b_acc, b_p = warpgroup_mma_wait(0, deps=(products, b_p))  # (ROWS, D), (ROWS, BLOCK_N)
+    # b_acc: (ROWS, D), b_p: (ROWS, BLOCK_N)
+    b_acc, b_p = warpgroup_mma_wait(0, deps=(products, b_p))
     mbarrier.arrive(v_empty.index(s_v))
     b_acc = b_acc * gl.convert_layout(b_old, gl.SliceLayout(1, WEIGHTS.parent))[:, None]
     return b_acc, gl.convert_layout(b_new_p.to(b_p.dtype), WEIGHTS), b_max, b_sum
