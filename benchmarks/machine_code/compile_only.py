@@ -1,8 +1,8 @@
 """Compiles the kernels of a launch on a machine without the GPU.
 
 The launch code itself runs, on a driver that knows its target but cannot load a kernel. The
-compiled kernels have the tiles, the constants and the alignments of a real launch. Works with Triton 3.6 to
-3.9. A process that interprets kernels (TRITON_INTERPRET) cannot compile them.
+compiled kernels have the tiles, the constants and the alignments of a real launch. Works with
+Triton 3.6 to 3.9. A process that interprets kernels (TRITON_INTERPRET) cannot compile them.
 """
 
 from __future__ import annotations
