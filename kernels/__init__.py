@@ -1,4 +1,4 @@
 """Attention kernels: tensors in, tensors out.
 
-They know blocks, never methods, models or diffusers.
+The kernels know blocks of tokens; they know no method, no model and no diffusers.
 """

@@ -1,4 +1,4 @@
-"""What every block-sparse kernel checks of its arguments before it starts."""
+"""Checks of arguments that the attention kernels share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_inputs(
     """Check that q, k, v and the key mask fit together.
 
     Raises:
-        ValueError: if dtypes or shapes do not.
+        ValueError: if dtypes or shapes do not fit together.
     """
     if q.dtype not in dtypes or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(
@@ -59,10 +59,10 @@ def check_inputs(
 def check_layout(
     q: torch.Tensor, layout: Sequence[torch.Tensor], block_q: int, block_kv: int
 ) -> None:
-    """Check that a layout's tensors fit q and each other; their values are not looked at.
+    """Check that a layout's tensors fit q and each other; values are not checked.
 
     Raises:
-        ValueError: if dtypes, devices or shapes do not.
+        ValueError: if dtypes, devices or shapes do not fit.
     """
     if len(layout) != len(LAYOUT_NAMES):
         raise ValueError(

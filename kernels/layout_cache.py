@@ -1,4 +1,4 @@
-"""Remembers what a kernel derived from a layout, for as long as the layout's tensors live."""
+"""A cache of data that kernels derive from layouts, kept as long as the layouts' tensors live."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class _Entry(Generic[Derived]):
 
 
 class LayoutCache(Generic[Derived]):
-    """What was derived from a layout and some sizes, by the identity of the layout's tensors.
+    """Data derived from a layout and some sizes, found by the identity of the layout's tensors.
 
-    One entry per layout: the latest sizes. It holds none of the layout's tensors alive, so what is
-    derived must not hold `full_index` alive either.
+    A layout has one entry, for the latest sizes. The cache keeps none of the layout's tensors
+    alive: the derived data must not keep `full_index` alive either.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class LayoutCache(Generic[Derived]):
     def get(
         self, layout: LayoutTensors, sizes: tuple[int, ...], derive: Callable[[], Derived]
     ) -> Derived:
-        """What `derive` returned for this layout, called again once its tensors were written to."""
+        """The result of `derive` for a layout; derived again once its tensors were written to."""
         # Inference tensors count no versions: they are taken to be constant.
         versions = tuple(0 if t.is_inference() else t._version for t in layout)
         entry = self._entries.get(layout[1])

@@ -1,6 +1,7 @@
-"""The attention operators as the compiler and autograd know them, whatever computes them.
+"""Attention as operators that `torch.compile` and autograd know, for every backend.
 
-An operator over a layout and one over selected blocks have the same signature on every backend.
+Operators over a layout have the same signature on every backend, and so have operators over
+selected blocks.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def empty_outputs(q: torch.Tensor) -> Results:
-    """The output `(batch, tokens, heads, head_dim)` and the LSE `(batch, heads, tokens)`, unset."""
+    """Empty output `(batch, tokens, heads, head_dim)` and LSE `(batch, heads, tokens)`."""
     batch, tokens, heads, _ = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty((batch, heads, tokens), dtype=lse_dtype)
@@ -37,13 +38,13 @@ def over_layout(
     """Register block-sparse attention as the operators `diffattn::{name}` and two more.
 
     Args:
-        name: of the operator; its gradient's and its tangent's names end in what they are.
+        name: of the operator; its gradient is `{name}_backward`, its tangent `{name}_tangent`.
         forward: `(q, k, v, layout, key_mask, *, block_q, block_kv, scale) -> (out, lse)`.
         backward: `(grad_out, grad_lse | None, q, k, v, out, lse, layout, key_mask, ...)`, which
             returns the gradients of q, k and v.
         tangent: `((q_tangent, k_tangent, v_tangent), q, k, v, out, lse, layout, key_mask, ...)`,
             which returns the tangents of the output and of the LSE.
-        device_types: the only device that the operators are for; None is any.
+        device_types: the only type of device that the operators serve; None for any.
 
     Returns:
         attend: `(q, k, v, layout, key_mask, block_q, block_kv, scale) -> (out, lse)`,
@@ -102,7 +103,8 @@ def over_selection(
     Args:
         name, forward, backward, device_types: as for `over_layout`, but instead of a layout and its
             block sizes the functions take `(starts, bits)`.
-        tangent: likewise; or the message of the error that is raised instead, if there is none.
+        tangent: as for `over_layout`; or, if there is no tangent, the message of the error that is
+            raised.
 
     Returns:
         `(q, k, v, [starts, bits], key_mask, scale) -> (out, lse)`, differentiable in q, k and v.
@@ -155,11 +157,11 @@ def _differentiable(
         backward_op: `(grad_out, grad_lse | None, q, k, v, out, lse, index, key_mask, *options)`,
             which returns the gradients of q, k and v.
         tangent_op: `(q_tangent, k_tangent, v_tangent, q, k, v, out, lse, index, key_mask,
-            *options)`, which returns the tangents of the output and of the LSE; or the message of
-            the error that is raised instead, if there is none.
+            *options)`, which returns the tangents of the output and of the LSE; or, if there is no
+            tangent, the message of the error that is raised.
 
     Returns:
-        What to call in place of `forward_op`, which knows nothing of tangents.
+        A function to call in place of `forward_op`, which has no tangents.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

@@ -16,14 +16,14 @@ def reference_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention under a token mask, computed in float64; differentiable by autograd.
 
-    Needs memory for every token pair: for tests.
+    The function takes memory for every token pair: it is meant for tests.
 
     Args:
         q, k, v: `(batch, tokens, heads, head_dim)`; key length may differ from query length.
         mask: bool, broadcastable to `(batch, heads, tokens_q, tokens_kv)`, true where a query sees
-            a key; None when all are seen.
+            a key; None when every query sees every key.
         scale: factor of the scores; `head_dim ** -0.5` when None.
-        key_mask: bool `(batch, tokens_kv)`, false for keys that nobody sees.
+        key_mask: bool `(batch, tokens_kv)`, false for keys that no query sees.
 
     Returns:
         out: float64 `(batch, tokens_q, heads, head_dim)`; 0 for a query that sees nothing.

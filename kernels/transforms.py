@@ -1,8 +1,8 @@
-"""Operators under forward-mode derivatives and torch.func: more than torch can register for them.
+"""Operators under forward-mode derivatives and torch.func, for which torch has no registration.
 
-An operator drops the tangents of its inputs without a word, so that `torch.func.jvp` of it is zero,
-and with gradients it cannot be called under `torch.func.grad`. An `autograd.Function` around it can
-do both, so it is called from within one where that is asked for.
+A custom operator silently drops the tangents of its inputs: its `torch.func.jvp` is zero. A custom
+operator with gradients cannot be called under `torch.func.grad`. An `autograd.Function` around the
+operator supports both. So operators are called from within such a function under a transform.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def is_forward_mode() -> bool:
 def is_transformed() -> bool:
     """Whether an operator has to be called from within an `autograd.Function`.
 
-    Code that is being compiled is asked for tangents alone: the compiler takes apart the other
-    transforms by itself.
+    In code that is being compiled only tangents count: the compiler handles the other transforms by
+    itself.
     """
     return is_forward_mode() or (
         not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
@@ -49,11 +49,11 @@ def transformable(
     gradients: Callable[..., Any],
     tangents: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """What to call in place of an operator, so that it has tangents and obeys torch.func.
+    """A function to call in place of an operator: it has tangents and obeys torch.func.
 
     Args:
-        setup_context, gradients: what the operator was given by `register_autograd`. The former
-            keeps tensors by `save`.
+        setup_context, gradients: the functions passed to `register_autograd` of the operator.
+            `setup_context` keeps tensors by `save`.
         tangents: `(ctx, *tangents of the arguments) -> tangents of the results`; None for an
             argument that has no tangent.
     """
@@ -89,7 +89,7 @@ def transformable(
 def materialized(
     tangents: tuple[torch.Tensor | None, ...], *tensors: torch.Tensor
 ) -> list[torch.Tensor]:
-    """The tangents of `tensors`, the first arguments of an operator: 0 for one that has none."""
+    """The tangents of `tensors`, the first arguments of an operator: 0 where a tensor has none."""
     return [
         torch.zeros_like(x) if tangent is None else tangent
         for x, tangent in zip(tensors, tangents, strict=False)
@@ -97,7 +97,7 @@ def materialized(
 
 
 def first_order(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function that computes gradients or tangents, and is not differentiable itself.
+    """Call a function that computes gradients or tangents and is itself not differentiable.
 
     Raises:
         NotImplementedError: under a transform, where an argument has a tangent, or from a
@@ -113,7 +113,7 @@ class _FirstOrder(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """To say no takes nothing."""
+        """Keep nothing: all derivatives raise."""
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:
@@ -139,7 +139,7 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 def _one_by_one(
     call: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]
 ) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
-    """What torch.vmap does with operators: call them for each entry of a mapped dimension."""
+    """Call an operator for each entry of a mapped dimension, as torch.vmap does."""
 
     def entry(x: Any, dim: Any, i: int) -> Any:
         if isinstance(x, list):

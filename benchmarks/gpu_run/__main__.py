@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-# Python looks for modules in the folder it is given: what belongs there is its parent.
+# Python puts this folder on its path; the imports need its parent there instead.
 sys.path[0] = str(Path(__file__).parents[1])
 
 from gpu_run.command import main  # noqa: E402

@@ -1,6 +1,6 @@
 """How far an attention is from float64, and whether eager attention of its dtype is as far.
 
-Independent of any kernel: the textbook lines, on some of the queries where there are many.
+The comparison is independent of any kernel: attention by its definition, at some of the queries.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from gpu_run.timing import Call
 
 QUERIES = 48
 
-# A kernel may round at other places than eager attention does: its largest error may be this many
-# times eager's, and this many units of rounding of the largest value.
+# A kernel may round at other places than eager attention does: its largest error may be TIMES_EAGER
+# times eager's, plus UNITS units of rounding of the largest value.
 TIMES_EAGER = 3
 UNITS = 2
-# Inputs are of unit size, and so is what is computed on the way, in float32: where results cancel
-# out, this much is left.
+# Inputs and intermediate float32 values are of unit size: where results cancel out, this much error
+# is left.
 LEFT = 20 * torch.finfo(torch.float32).eps
 
 Tensors = Sequence[torch.Tensor]
-# Gradients of q, k and v for a gradient of the output; None for those it does not compute.
+# Gradients of q, k and v for a gradient of the output; None where a kernel computes none.
 Gradients = Callable[[torch.Tensor], Sequence[torch.Tensor | None]]
 
 
@@ -34,7 +34,7 @@ class Deviation:
 
     Attributes:
         relative: |got - truth| / |truth|; NaN where `got` has one.
-        of_allowed: the largest error over the largest allowed one, see `TIMES_EAGER`.
+        of_allowed: the largest error over the largest allowed error, see `TIMES_EAGER`.
     """
 
     relative: float
@@ -46,7 +46,7 @@ class Deviation:
 
     @staticmethod
     def of(got: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) -> Deviation:
-        """Compare with float64, and with what the same dtype makes of the textbook lines."""
+        """Compare a result with float64, and with eager attention in the same dtype."""
         dtype = got.dtype
         got, eager, truth = (x.detach().double() for x in (got, eager, truth))
         allowed = TIMES_EAGER * (eager - truth).abs().max()
@@ -76,7 +76,7 @@ def attend(
     v: torch.Tensor,
     allowed: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The textbook lines in the dtype of the inputs, differentiable; 0 for who sees nothing.
+    """Attention by definition in the inputs' dtype, differentiable; 0 for queries that see nothing.
 
     Args:
         q, k, v: `(batch, tokens, heads, head_dim)`.
@@ -93,11 +93,11 @@ def attend(
 
 @dataclass(frozen=True)
 class Sample:
-    """Some queries of the first and the last head, and what they may see.
+    """Some queries of the first and the last head, and the rule of what they see.
 
     Attributes:
         queries, heads: int64 positions.
-        rule: None where all is seen.
+        rule: the rule of the mask; None where every query sees every key.
     """
 
     queries: torch.Tensor
@@ -140,8 +140,8 @@ def check_output(run: Call, qkv: Tensors, rule: Rule | None) -> dict[str, Deviat
 def check_gradients(gradients: Gradients, qkv: Tensors, rule: Rule | None) -> dict[str, Deviation]:
     """How far the gradients that `gradients` computes are off.
 
-    The gradient of the output is 0 but for the sampled queries, so that they are all that the
-    truth depends on.
+    The gradient of the output is 0 except at the sampled queries, so that the truth depends on them
+    only.
     """
     sample = Sample.of(qkv[0], rule)
     grad = torch.zeros_like(qkv[0])

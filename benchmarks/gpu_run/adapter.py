@@ -1,4 +1,4 @@
-"""The kernels as this program calls them: exactly the chosen form, and no other in its place."""
+"""Calls of the kernels: exactly the chosen form runs, and no other form in its place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from diffattn.kernels.gather.forward import forward as gather_forward
 
 
 class NotTakenError(Exception):
-    """A form of a kernel does not take a call; says which."""
+    """A form of a kernel does not take a call; the message names the form."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Gradients:
     """The backward pass of a call, kernel by kernel.
 
     Attributes:
-        sums: of the output and its gradient, as the kernels take them.
+        sums: the row sums of the output and its gradient.
     """
 
     call: Call
@@ -77,7 +77,7 @@ class Gradients:
 
     @staticmethod
     def of(call: Call, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> Gradients:
-        """With what the forward pass returned."""
+        """The backward pass of a call whose forward pass returned `out` and `lse`."""
         sums = row_sums(out, grad, lse, None, block_q=call.layout.block_q, wide=False)
         return Gradients(call, grad, sums)
 
@@ -93,7 +93,7 @@ class Gradients:
             )
 
     def keys(self, choice: Choice) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """dQ where the form computes it on the way, dK and dV.
+        """dQ (None unless the form computes it on the way), dK and dV.
 
         Raises:
             NotTakenError: if the choice does not take the call.
@@ -121,7 +121,7 @@ def _refusals() -> Iterator[None]:
 
 
 def shipped(kernel: str, head_dim: int) -> Choice:
-    """What runs of a kernel on the current device where nothing was tuned, for 16-bit inputs."""
+    """The choice that runs on the current device where nothing was tuned, for 16-bit inputs."""
     if kernel.startswith("gather_"):
         return Choice("plain", gather_tile_config(kernel, head_dim, torch.bfloat16, masked=False))
     is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)

@@ -15,7 +15,7 @@ FAMILIES = {"hunyuan-720p": "hunyuanvideo", "wan-14b-720p": "wan"}
 
 
 def run(what: str, setting: Setting) -> None:
-    """Build each method's blocks twice, as a first call does; the second one counts."""
+    """Build each method's blocks twice, as a first call does; the second time counts."""
     shape = setting.shape(what)
     for name, kind in METHODS.items():
         if not issubclass(kind, StaticMaskMethod) or name == "dense":

@@ -1,26 +1,26 @@
-"""What is tried on a GPU for each kernel, the most promising first.
+"""The choices to try on a GPU for each kernel, the most promising first.
 
-Ranked by the static model of the machine code (registers, spills, the share of the tensor cores'
-cycles that do useful work, see benchmarks/machine_code), which is a guide and no result. What ships
-is always among them.
+Choices are ranked by the static model of the machine code (registers, spills, the useful share of
+the tensor cores' cycles, see benchmarks/machine_code), which is a guide and no result. The shipped
+choice is always among them.
 """
 
 from __future__ import annotations
 
 from diffattn.kernels.common.tile_tables import Choice, TileConfig
 
-# Of each kernel and head_dim, what ships included.
+# The most choices per kernel and head_dim, the shipped choice included.
 MOST = 8
 
-# Forms that could hang, or whose compiler support is young: in processes of their own, and timed
-# when everything else has been.
+# Forms that could hang, or whose compiler support is young. They run in processes of their own, and
+# are timed after everything else.
 RISKY = ("tma_ws", "gluon", "one_pass")
 
-AHEAD = "ahead"  # scores are multiplied one tile before they are needed
+AHEAD = "ahead"  # the product for a tile's scores runs one tile early
 
 
 def _choices(*rows: str) -> tuple[Choice, ...]:
-    """Choices as `label` writes them."""
+    """Choices from texts as `label` writes them."""
     return tuple(map(_choice, rows))
 
 
@@ -35,7 +35,10 @@ def _choice(text: str) -> Choice:
 
 
 def label(choice: Choice) -> str:
-    """Form, queries and keys per tile, warps, stages, walked tokens in partial blocks, ahead."""
+    """A choice as text.
+
+    Form, queries and keys per tile, warps, stages, walked tokens in partial blocks, ahead.
+    """
     tiles = choice.tiles
     text = f"{choice.variant} {tiles.block_m}x{tiles.block_n} w{tiles.num_warps}"
     text += f" s{tiles.num_stages}"
@@ -123,10 +126,10 @@ RANKED: dict[tuple[str, int], tuple[Choice, ...]] = {
 
 
 def ranked(kernel: str, head_dim: int, shipped: Choice) -> list[Choice]:
-    """What to try of a kernel, without the risky forms at first, `MOST` at most.
+    """The choices to try of a kernel, at most `MOST`, with the risky forms last.
 
     Args:
-        shipped: what runs where nothing was tuned.
+        shipped: the choice that runs where nothing was tuned.
     """
     found = list(dict.fromkeys((shipped, *RANKED[kernel, head_dim])))[:MOST]
     return sorted(found, key=lambda choice: choice.variant in RISKY)

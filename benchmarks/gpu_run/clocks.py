@@ -1,4 +1,4 @@
-"""The GPU's clocks, power and temperature, once a second beside everything else; only read."""
+"""The GPU's clocks, power and temperature, read once a second beside everything else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIELDS = (
 
 @contextmanager
 def recorded(path: Path) -> Iterator[None]:
-    """While this lasts, lines are added to a CSV file; none where there is no nvidia-smi."""
+    """Add lines to a CSV file while the block runs; one line says if there is no nvidia-smi."""
     command = ["nvidia-smi", f"--query-gpu={FIELDS}", "--format=csv,noheader", "-l", "1"]
     with path.open("ab") as file:
         try:
@@ -35,7 +35,7 @@ def recorded(path: Path) -> Iterator[None]:
 
 
 def asked(fields: str) -> str:
-    """What nvidia-smi says of the first GPU; empty if it fails or does not exist."""
+    """nvidia-smi's `fields` of the first GPU; empty if nvidia-smi fails or does not exist."""
     try:
         done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],

@@ -173,14 +173,14 @@ def _environment(stage: Stage, site: Path, out: Path, dry: bool) -> dict[str, st
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(KEPT / "inductor-cache")
     if dry:
         environment["GPU_RUN_DRY"] = "1"
-    # What was tuned so far is what later stages run; tests say themselves what they run.
+    # Later stages run the choices that were tuned so far; tests choose for themselves.
     if (out / TUNED).exists() and stage.waits:
         environment["DIFFATTN_TUNED_TABLE"] = str(out / TUNED)
     return environment
 
 
 def _keep(out: Path, dry: bool) -> None:
-    """Make the tuned table of the rows so far, and keep both for a next run."""
+    """Make the tuned table of the rows so far, and keep the rows and the table for a next run."""
     text = table.tuned_table(read(out / RESULTS))
     if text is not None:
         (out / TUNED).write_text(text)

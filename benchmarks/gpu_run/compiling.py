@@ -1,4 +1,4 @@
-"""Compiles what later stages launch, in many processes into one cache, so that they find it there.
+"""Compiles the kernels that later stages launch, in many processes into one cache.
 
 The launch code itself runs, on tensors of the GPU (or, in a dry run, on a driver that knows sm_90
 and cannot load a kernel), up to the point where a kernel would start.
@@ -35,7 +35,7 @@ def run(what: str, setting: Setting) -> None:
     if setting.dry:
         triton.runtime.driver.set_active(CompileOnlyDriver(DRY_ARCH))
     every = [*tune.launches(setting), *smoke.launches(setting)]
-    # A compiler that crashes takes its process along: those that might come last.
+    # A compiler that crashes ends its process: launches that might make it crash come last.
     mine = sorted(every[number::of], key=lambda launch: any(form in launch[0] for form in RISKY))
     if setting.dry:
         mine = mine[:: max(1, len(mine) // DRY_LAUNCHES)]
@@ -54,7 +54,7 @@ def run(what: str, setting: Setting) -> None:
         for kernel in loaded.values():
             try:
                 _ = kernel.run  # loads it, and builds its launcher
-            except Exception as error:  # it wants more than the GPU has
+            except Exception as error:  # the kernel needs more than the GPU has
                 failed[kernel.metadata.name] = describe(error)
     setting.journal.add(
         "compile", launches=len(mine), kernels=len(loaded),
@@ -80,7 +80,7 @@ class CompileOnlyDriver:
 
 @contextmanager
 def compile_only() -> Iterator[list[Any]]:
-    """While this lasts kernels are compiled instead of launched, and added to the list."""
+    """Compile kernels instead of launching them while the block runs, and add them to the list."""
     kernels: list[Any] = []
     run = triton.JITFunction.run
 

@@ -23,7 +23,7 @@ def run(what: str, setting: Setting) -> None:
     masks = masks_of(shape, setting.compared, setting)
     attention = flex_attention if setting.dry else compiled()
     for direction in (FORWARD, BACKWARD):
-        # In a dry run FlexAttention works out every token pair, and has no gradients on the CPU.
+        # In a dry run FlexAttention computes every token pair, and has no gradients on the CPU.
         flexes = [flex(mask, attention) for mask in masks]
         measure(shape, direction, [*map(ours, masks), *flexes], setting)
 
@@ -34,8 +34,8 @@ def flex(mask: Mask, attention: Callable[..., torch.Tensor]) -> Attention:
 
 
 def compiled() -> Callable[..., torch.Tensor]:
-    # One compilation serves all masks of a shape from the second on: what differs is the length of
-    # tables. In one graph or not at all: eager flex_attention would work out every token pair.
+    # From the second mask on, one compilation serves all masks of a shape: only the lengths of
+    # tables differ. One graph or none: eager flex_attention would compute every token pair.
     torch._dynamo.config.recompile_limit = 64
     # The backward pass is run again and again after one forward pass.
     torch._functorch.config.donated_buffer = False

@@ -16,7 +16,7 @@ def make(folder: Path, root: Path = ROOT) -> Path:
     The checkout alone cannot be imported: its sub-packages lie beside diffattn/.
 
     Args:
-        folder: where to; must be empty.
+        folder: the folder to fill; must be empty.
     """
     package = folder / "diffattn"
     package.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Rows of results: each on the disk before the next thing is tried."""
+"""Rows of results: each row is on the disk before the next thing is tried."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-# How a stage's process is told where its rows go, and which kernels they are of.
+# Environment variables of a stage's process: the file of rows, the stage, the kernels' sources.
 PATH_VARIABLE = "GPU_RUN_RESULTS"
 STAGE_VARIABLE = "GPU_RUN_STAGE"
 SOURCES_VARIABLE = "GPU_RUN_SOURCES"
@@ -20,12 +20,12 @@ SOURCES_VARIABLE = "GPU_RUN_SOURCES"
 
 @dataclass(frozen=True)
 class Journal:
-    """The rows that one stage adds to a file of them.
+    """The rows that one stage adds to a file of rows.
 
     Attributes:
         path: JSON lines, one for each row.
-        stage: whose rows are added.
-        sources: what the kernels' source text was, see `sources_of`.
+        stage: the stage that adds rows.
+        sources: the digest of the kernels' source text, see `sources_of`.
     """
 
     path: Path
@@ -34,14 +34,14 @@ class Journal:
 
     @staticmethod
     def of_environment() -> Journal:
-        """That of a stage's process."""
+        """The journal of a stage's process, which runs in this environment."""
         path, stage, sources = (
             os.environ[name] for name in (PATH_VARIABLE, STAGE_VARIABLE, SOURCES_VARIABLE)
         )
         return Journal(Path(path), stage, sources)
 
     def environment(self) -> dict[str, str]:
-        """What `of_environment` reads."""
+        """The environment variables that `of_environment` reads."""
         values = (str(self.path), self.stage, self.sources)
         return dict(zip((PATH_VARIABLE, STAGE_VARIABLE, SOURCES_VARIABLE), values, strict=True))
 
@@ -50,7 +50,7 @@ class Journal:
         row = {"at": round(time.time(), 1), "stage": self.stage, "kind": kind}
         row |= {"sources": self.sources, **facts}
         line = json.dumps(row).encode() + b"\n"
-        # Many processes append to the file: a line is one write, which no other one cuts in two.
+        # Many processes append to the file: a line is one write, which no other write splits.
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(file, line)
@@ -60,11 +60,11 @@ class Journal:
         return row
 
     def rows(self) -> list[Row]:
-        """All rows of the file, those of other stages too."""
+        """All rows of the file, also the rows of other stages."""
         return read(self.path)
 
     def finish(self, unit: str) -> None:
-        """Say that a part of the stage is done, all its rows written."""
+        """Record that a part of the stage is done and all its rows are written."""
         self.add("unit", unit=unit)
 
     def is_finished(self, unit: str) -> bool:
@@ -73,12 +73,12 @@ class Journal:
         return any(wanted.items() <= row.items() for row in that_count(self.rows(), self.stage))
 
     def forget(self) -> None:
-        """Let nothing of the stage be settled by the rows so far."""
+        """Record that the rows so far settle nothing of the stage."""
         self.add("forget")
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file, without a last one that was cut off; none if there is no file."""
+    """The rows of a file, without a last row that was cut off; none if there is no file."""
     if not path.exists():
         return []
     rows = []
@@ -93,7 +93,7 @@ def read(path: Path) -> list[Row]:
 
 
 def that_count(rows: list[Row], stage: str) -> list[Row]:
-    """The rows of a stage since it was last to be run again whatever there was."""
+    """The rows of a stage since its last `forget`."""
     own = [row for row in rows if row["stage"] == stage]
     forgotten = [number for number, row in enumerate(own) if row["kind"] == "forget"]
     return own[forgotten[-1] + 1 :] if forgotten else own
@@ -107,7 +107,7 @@ def end_last_line(path: Path) -> None:
 
 
 def latest(rows: Iterable[Row], *keys: str) -> list[Row]:
-    """The last of the rows that agree in `keys`, in the order of the first ones."""
+    """The last of the rows that agree in `keys`, in the order of the first rows that agree."""
     found: dict[str, Row] = {}
     for row in rows:
         found[json.dumps([row.get(key) for key in keys], sort_keys=True)] = row

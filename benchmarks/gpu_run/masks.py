@@ -1,9 +1,9 @@
 """The masks that are measured: 3-D windows over tiles, and over single tokens.
 
-Tokens are in tile order: those of a 4 x 4 x 8 tile (1 x 8 x 16 in a picture) stand together, text
-where the model has it. Grids that tiles do not divide have short tiles at their ends, and no
-padding, so that blocks of 128 tokens there straddle two tiles; the order winds through the tiles
-like a snake, so that those two are neighbours.
+Tokens are in tile order: the tokens of a 4 x 4 x 8 tile (1 x 8 x 16 in a picture) stand together,
+and text stands where the model has it. Grids that tiles do not divide have short tiles at their
+ends, without padding, and blocks of 128 tokens there straddle two tiles. The order winds through
+the tiles like a snake, so that those two tiles are neighbours.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_state
 BLOCK = 128
 ALIGNED, EXACT = "block-aligned", "token-exact"
 
-# (query positions, key positions) broadcast together -> bool, of every head or for each
+# (query positions, key positions) broadcast together -> bool, for all heads or for each head
 Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -32,7 +32,7 @@ class Mask:
         kind: `ALIGNED` or `EXACT`.
         asked: the density asked for, in visited blocks.
         layout: its blocks.
-        rule: which token pairs attend, worked out without the layout.
+        rule: which token pairs attend, computed without the layout.
         window: video tokens along each axis that a query sees; None when block-aligned.
     """
 
@@ -48,10 +48,10 @@ class Mask:
 
 
 def make_mask(grid: TokenGrid, kind: str, density: float, device: torch.device) -> Mask:
-    """A mask over `grid` whose layout visits the fraction `density` of the blocks, or near it.
+    """A mask over `grid` whose layout visits about the fraction `density` of the blocks.
 
-    The text, if any, sees everything and is seen by everything. A density of 1 is the mask with
-    nothing left out, of either kind.
+    The text, if any, sees everything and is seen by everything. At a density of 1 both kinds
+    are the full mask.
     """
     if density == 1 or kind == ALIGNED:
         visited = nearest_blocks(grid, density, device)
@@ -134,8 +134,8 @@ def _in_blocks(x: torch.Tensor) -> torch.Tensor:
 def nearest_blocks(grid: TokenGrid, density: float, device: torch.device) -> torch.Tensor:
     """Bool `(blocks, blocks)`: each block sees as many of the nearest ones as the density allows.
 
-    Near is in the largest of the three distances between the blocks' middles, each as a fraction
-    of its axis: a window of tiles, pushed inwards at the borders.
+    The distance of two blocks is the largest of the three distances between their middles, each as
+    a fraction of its axis. So a block sees a window of tiles, pushed inwards at the borders.
     """
     coordinates = _in_blocks(_coordinates(grid, device))
     text = (coordinates < 0).any(-1).any(-1)
@@ -150,7 +150,7 @@ def nearest_blocks(grid: TokenGrid, density: float, device: torch.device) -> tor
     middle = coordinates.double().mean(1) / axes
     distance = (middle[:, None] - middle[None]).abs().amax(-1).masked_fill(text, torch.inf)
     rank = distance.argsort(dim=1, stable=True).argsort(dim=1)
-    # What is left of the division goes to rows spread over the sequence, one block each.
+    # The remainder of the division goes to rows spread over the sequence, one block each.
     row = (~text).cumsum(0)
     extra = row * more // rows - (row - 1) * more // rows
     return (rank < (each - with_text + extra)[:, None]) | text | text[:, None]
@@ -158,12 +158,12 @@ def nearest_blocks(grid: TokenGrid, density: float, device: torch.device) -> tor
 
 @dataclass(frozen=True)
 class Places:
-    """Where the tokens of the tile order are, and where the windows of their queries begin.
+    """Coordinates of the tokens in tile order, and where the windows of their queries begin.
 
     Attributes:
-        at: `(tokens, 3)` frame, row and column; -1 for text.
-        first: `(tokens, 3)` the first frame, row and column that the query sees.
-        window: how many it sees along each axis.
+        at: `(tokens, 3)`, frame, row and column; -1 for text.
+        first: `(tokens, 3)`, the first frame, row and column that the query sees.
+        window: tokens that a query sees along each axis.
     """
 
     at: torch.Tensor
@@ -179,7 +179,7 @@ class Places:
         return Places(at, first, size)
 
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Bool: does the query's window, pushed inwards at the borders, hold the key?"""
+        """Whether the query's window, pushed inwards at the borders, holds the key; bool."""
         inside = torch.ones((), dtype=torch.bool, device=query.device)
         for axis in range(3):
             step = self.at[key, axis] - self.first[query, axis]
@@ -188,7 +188,7 @@ class Places:
 
 
 def window_layout(grid: TokenGrid, places: Places) -> BlockLayout:
-    """The blocks of windows over single tokens; only the masks that differ are worked out."""
+    """The blocks of windows over single tokens; only distinct bit masks are computed."""
 
     def bits(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         inside = torch.arange(BLOCK, device=row.device)
@@ -202,7 +202,7 @@ def window_layout(grid: TokenGrid, places: Places) -> BlockLayout:
     at_kind, at_from = _shape_of_block(at, text)
 
     def signatures(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-        # Blocks hold equal masks when their tokens lie alike within them, and as far apart.
+        # Pairs of blocks have equal masks if tokens lie alike within the blocks, and as far apart.
         apart = at_from[column] - first_from[row] + 2**15
         key = first_kind[row] * len(at_kind) + at_kind[column]
         for axis in range(3):
@@ -218,14 +218,14 @@ def window_layout(grid: TokenGrid, places: Places) -> BlockLayout:
 
 
 def _shape_of_block(x: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which blocks `(blocks, BLOCK, 3)` are alike but for a shift, and how far each is shifted."""
+    """A number for each block `(blocks, BLOCK, 3)`, equal but for a shift, and its shift."""
     start = x.masked_fill(text, 2**15).amin(1)
     alike = (x - start[:, None]).masked_fill(text, -1).flatten(1)
     return alike.unique(dim=0, return_inverse=True)[1], start
 
 
 def window_states(grid: TokenGrid, places: Places) -> torch.Tensor:
-    """uint8 `(blocks, blocks)`: partial where bounding boxes leave it open."""
+    """uint8 `(blocks, blocks)`: partial where bounding boxes do not decide."""
     at, first = _in_blocks(places.at), _in_blocks(places.first)
     text = at[..., 0] < 0
     low, high = _bounds(at, text)
@@ -271,8 +271,8 @@ def window_of_density(
 ) -> tuple[int, int, int]:
     """The window under which the fraction of visited blocks is nearest to `density`.
 
-    Of the windows that are about the same fraction of every axis; a block is visited if any pair
-    in it attends.
+    Only windows of about the same fraction of every axis are tried. A block is visited if any token
+    pair in it attends.
     """
     axes = (grid.frames, grid.height, grid.width)
 

@@ -1,7 +1,7 @@
 """Every method's whole attention call beside dense attention, at growing numbers of tokens.
 
-With it the number of tokens from which each method is faster than dense: its token order and its
-selection are in the time. Masks are built before, and kept as the package keeps them.
+The times show from how many tokens on each method is faster than dense attention. They contain the
+method's token order and its selection. Masks are built before, and kept as the package keeps them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs the stages one after another, and outlives whatever happens to them. No torch in here."""
+"""Runs the stages one after another, and outlives whatever happens to them, without torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gpu_run.stages import Stage
 POLL_SECONDS = 0.05
 # A killed process ends at once, unless the driver holds it.
 SECONDS_TO_DIE = 10.0
-# Tells a stage's process how long it may take.
+# Environment variable of a stage's process: the seconds that it may take.
 SECONDS_VARIABLE = "GPU_RUN_SECONDS"
 
 TAIL = 600  # characters of a failed stage's output in its row
@@ -40,10 +40,10 @@ class Run:
     Attributes:
         folder: where results.jsonl and log.txt go.
         logs: where the output of each stage goes while it runs.
-        sources: of the kernels, see `import_folder.sources_of`.
+        sources: digest of the kernels' source text, see `import_folder.sources_of`.
         minutes: after which everything ends.
-        environment: of a stage's process.
-        after_stage: called when a stage has ended, or those beside each other.
+        environment: the environment of a stage's process.
+        after_stage: called when a stage, or a group of stages side by side, has ended.
         stopped: the signal that ended the run, if any.
     """
 
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds until the run ends."""
         return 60 * self.minutes - (self.clock() - self.started)
 
     def journal(self, stage: str) -> Journal:
@@ -84,9 +84,9 @@ class _Running:
 
 
 def run_stages(stages: Iterable[Stage], run: Run) -> None:
-    """Run stages that nothing has settled, for as long as there is time, until a signal comes.
+    """Run the stages that are not settled, for as long as there is time, until a signal comes.
 
-    To be called under `noting_signals`: then rows are kept, and no process is left.
+    Call this under `noting_signals`: then rows are kept, and no process is left.
     """
     earlier = run.journal("").rows()
     groups = [list(g) for _, g in groupby(stages, key=lambda stage: stage.beside or stage.name)]
@@ -126,7 +126,7 @@ def _alone(groups: list[list[Stage]], earlier: list[Row], run: Run) -> Stage | N
 
 
 def is_settled(stage: Stage, rows: list[Row], sources: str) -> bool:
-    """Whether an earlier run has ended the stage well, with these kernels or as good as."""
+    """Whether an earlier run ended the stage well, with kernels whose rows still count."""
     return any(
         row["kind"] == "stage"
         and row["rc"] == 0
@@ -137,9 +137,9 @@ def is_settled(stage: Stage, rows: list[Row], sources: str) -> bool:
 
 @contextmanager
 def noting_signals(run: Run) -> Iterator[None]:
-    """While this lasts, SIGINT and SIGTERM end the run, and raise nothing.
+    """Let SIGINT and SIGTERM end the run while the block runs, without an exception.
 
-    They are looked at between other things: none comes while a process is being started.
+    The run looks for signals between its steps: no signal comes while a process is being started.
     """
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -160,7 +160,7 @@ def _run_together(
 
     Args:
         coming: a stage whose process is made meanwhile, up to where it waits for its turn.
-        waiting: those that have been made.
+        waiting: the stages whose processes have been made, by name.
     """
     running: list[_Running] = []
     try:
@@ -172,7 +172,7 @@ def _run_together(
         for one in running:
             _let_go(one, run)
         if coming is not None:
-            with suppress(OSError):  # what is wrong is seen, and said, when its turn comes
+            with suppress(OSError):  # the error comes again, and is reported, when its turn comes
                 waiting[coming.name] = _make(coming, run)
         while running:
             for one in list(running):
@@ -211,20 +211,20 @@ def _make(stage: Stage, run: Run) -> _Running:
 
 
 def _let_go(one: _Running, run: Run) -> None:
-    """Begin with a stage: one that waits is told what its environment has become."""
+    """Begin a stage: a stage that waits is passed its environment as it is now."""
     one.began = run.clock()
     one.deadline = one.began + one.stage.limit
     if one.process.stdin is None:
         return
     changed = run.environment(one.stage)
     changed |= {SECONDS_VARIABLE: f"{min(one.stage.limit, run.left):.1f}"}
-    with suppress(BrokenPipeError):  # it has ended: its status says why
+    with suppress(BrokenPipeError):  # the process has ended: its status says why
         one.process.stdin.write(json.dumps(changed).encode() + b"\n")
         one.process.stdin.close()
 
 
 def _end(one: _Running, rc: int | str, run: Run) -> None:
-    """Kill what is left of a stage, and write down what became of it."""
+    """Kill what is left of a stage, and record its outcome."""
     dies = kill(one.process)
     facts: dict[str, object] = {"seconds": round(run.clock() - one.began, 1)}
     if not dies:
@@ -238,11 +238,11 @@ def _end(one: _Running, rc: int | str, run: Run) -> None:
 
 
 def kill(process: subprocess.Popen[bytes]) -> bool:
-    """Kill a process with all it has started; whether it ended.
+    """Kill a process with all that it has started; the result says whether it ended.
 
     SIGKILL, because Python sees no other signal inside of a call that waits for a GPU.
     """
-    with suppress(ProcessLookupError):  # it left nothing behind
+    with suppress(ProcessLookupError):  # the process left nothing behind
         os.killpg(process.pid, signal.SIGKILL)
     if process.stdin is not None:
         with suppress(BrokenPipeError):

@@ -1,4 +1,4 @@
-"""A plugin of pytest that writes a row for every test, as it ends."""
+"""A plugin of pytest that writes a row for every test when the test ends."""
 
 from __future__ import annotations
 

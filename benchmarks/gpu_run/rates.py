@@ -43,11 +43,11 @@ class Attention:
     """One attention over one mask, ready to be called.
 
     Attributes:
-        name: whose it is.
+        name: of the implementation.
         mask: None for dense attention.
         attend: takes q, k, v as `arrange` leaves them.
-        arrange: from `(batch, tokens, heads, head_dim)` to what it wants, and its output back; not
-            timed.
+        arrange: changes the order of dimensions from `(batch, tokens, heads, head_dim)` to what
+            `attend` takes, and that of the output back; not timed.
     """
 
     name: str
@@ -76,7 +76,7 @@ def ours(mask: Mask) -> Attention:
 
 
 def masks_of(shape: Shape, densities: tuple[float, ...], setting: Setting) -> list[Mask]:
-    """Both kinds at every density; at 1 they are the same one."""
+    """Masks of both kinds at every density; at density 1 both kinds are the same mask."""
     return [
         make_mask(shape.grid, kind, density, setting.device)
         for density in densities
@@ -107,10 +107,10 @@ def measure(
     setting: Setting,
     seconds: float = SECONDS,
 ) -> None:
-    """Add a row for each attention, with its time or with what is wrong.
+    """Add a row for each attention, with its time or with its error.
 
     Args:
-        seconds: of the rounds.
+        seconds: time for the rounds.
     """
     unit = f"{shape.name} {direction}"
     if setting.journal.is_finished(unit):
@@ -162,7 +162,7 @@ def _facts(one: Attention, shape: Shape, direction: str) -> dict[str, object]:
 def _ready(
     one: Attention, direction: str, tensors: list[torch.Tensor], setting: Setting
 ) -> tuple[Call, dict[str, object]]:
-    """What is to be timed; what its first call took, and how far its results are off."""
+    """The call to time; the seconds of its first call, and how far its results are off."""
     *qkv, grad = tensors
     rule = one.mask.rule if one.mask else None
     backward = direction == BACKWARD
@@ -189,7 +189,7 @@ def _ready(
 
 
 def around(shape: Shape, mask: Mask, setting: Setting) -> dict[str, object]:
-    """The host's work for a call, and putting tokens into tile order and the output back."""
+    """Time of the host for a call, and time to put tokens into tile order and the output back."""
     q, k, v, _ = setting.inputs(shape)
     order = tile_order(shape.grid, setting.device)
     back = order.argsort()

@@ -1,4 +1,4 @@
-"""The page that a run's rows make: what must be reached, the figures, and what went wrong."""
+"""The page made from a run's rows: what must be reached, the figures, and what went wrong."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ABOUT = """How the figures are made:
 def write(results: Path, folder: Path, name: str) -> list[str]:
     """Write `name`.json and `name`.md from a run's results.jsonl; returns the verdicts' lines.
 
-    Rows of a run that was cut off are as good as others.
+    Rows of a run that was cut off serve as well.
     """
     rows = read(results)
     judged = verdicts(rows)
@@ -75,7 +75,7 @@ def markdown(rows: list[Row], clock: dict[str, str]) -> str:
 
 
 def clocks(path: Path) -> dict[str, str]:
-    """Lowest, median and highest value of each column that nvidia-smi gave, while it was busy."""
+    """Lowest, median and highest value of each column of nvidia-smi, while the GPU was busy."""
     from gpu_run.clocks import FIELDS
 
     columns: dict[str, list[float]] = {}
@@ -219,7 +219,7 @@ def _methods(rows: list[Row]) -> list[list[str]]:
     lines = []
     for method in dict.fromkeys(r["method"] for r in found):
         known = [(n, by[method, n]) for n in tokens if (method, n) in by]
-        # From there on, not just there.
+        # Faster from that number of tokens on, not only there.
         slow = [n for n, speed_up in known if speed_up <= 1]
         pays = next((n for n, _ in known if not slow or n > max(slow)), None)
         lines.append(

@@ -1,7 +1,7 @@
-"""VMoBA, whose queries select their key blocks: what each of its parts takes, beside dense.
+"""Times of the parts of VMoBA, whose queries select their key blocks, beside dense attention.
 
-Queries and keys are smooth fields over the grid with noise on the queries: the more neighbours
-agree in what they select, the less work there is, and random ones would agree in nothing.
+Queries and keys are smooth fields over the grid with noise on the queries. The more neighbours
+select the same blocks, the less work there is; random queries would have no blocks in common.
 """
 
 from __future__ import annotations

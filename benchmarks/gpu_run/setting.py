@@ -1,4 +1,4 @@
-"""What every stage's process works with: a device, a clock, and where its rows go."""
+"""The setting of a stage's process: a device, a timer, and the journal of its rows."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Setting:
 
     Attributes:
         dry: on the CPU, with tiny shapes and Triton's interpreter.
-        dtype: of what is timed.
-        densities: of the masks whose rates are measured, 1 first.
-        tuning: of those that configurations are chosen by.
-        compared: of those that other people's kernels are measured on.
+        dtype: of the calls that are timed.
+        densities: densities of the masks whose rates are measured, 1 first.
+        tuning: densities of the masks by which choices are tuned.
+        compared: densities of the masks on which other libraries' kernels are measured.
         ends: when the process is killed, by the monotonic clock.
     """
 
@@ -87,7 +87,7 @@ class Setting:
             torch.accelerator.synchronize(self.device)
 
     def facts(self) -> dict[str, object]:
-        """What the rows of this process were measured with."""
+        """The hardware and the versions that this process measures with."""
         facts: dict[str, object] = {
             "gpu": device_name(),
             "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""The attention calls that are measured: one layer of the models people run."""
+"""The attention calls that are measured: one layer of widely used models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from diffattn import TokenGrid
 
 FORWARD, BACKWARD = "forward", "backward"
-BACKWARD_FLOPS = 2.5  # of a forward pass: five matrix products instead of two
+BACKWARD_FLOPS = 2.5  # times a forward pass: five matrix products instead of two
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,6 @@ SHAPES = (
 
 
 def tiny(shape: Shape) -> Shape:
-    """The same in three blocks, ragged, for a CPU."""
+    """The same shape in three ragged blocks and one head, for a CPU."""
     text = 5 if shape.grid.tokens != shape.grid.video_tokens else 0
     return replace(shape, grid=TokenGrid(6, 7, 8, text_before=text), heads=1)

@@ -1,6 +1,6 @@
-"""Every kernel against float64 on small calls that have everything a call can have.
+"""Every kernel against float64, on small calls that together have everything a call can have.
 
-Outputs are NaN before a kernel writes them, and each call is made twice: the same bits must come.
+Outputs are NaN before a kernel writes them. Each call is made twice, and must give the same bits.
 A row for every case says how far the results are off (`accuracy.Deviation`).
 """
 
@@ -95,7 +95,7 @@ def _is_in_any_order(what: str) -> bool:
 
 
 class _Poison(TorchFunctionMode):
-    """Fills with NaN what is asked for without values."""
+    """Fills tensors that are made without values with NaN."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -108,7 +108,7 @@ class _Poison(TorchFunctionMode):
 
 @contextmanager
 def _poisoned(*, in_any_order: bool) -> Iterator[None]:
-    """While this lasts, memory that nothing was written to is NaN."""
+    """Make memory that nothing was written to NaN while the block runs."""
     if in_any_order:
         # A form that adds in any order does not run where torch is to be deterministic.
         with _Poison():
@@ -142,7 +142,7 @@ def _outcome(what: str, case: Case, setting: Setting) -> dict[str, object]:
 
 
 def check(what: str, case: Case, setting: Setting) -> tuple[Results, Results, dict[str, Deviation]]:
-    """Results of two calls, and how far the first ones are off."""
+    """Results of two calls, and how far the results of the first call are off."""
     problem = Problem.of(case, setting)
     results = RESULTS.get(what) or _of_form(*what.split("-"))
     first, second = results(problem), results(problem)
@@ -158,8 +158,8 @@ class Problem:
     Attributes:
         grad: of the output.
         layout: its blocks.
-        selected: bool `(batch, heads, tokens, tokens)`, what the queries of a gather select.
-        starts, bits: the same as its kernel takes it.
+        selected: bool `(batch, heads, tokens, tokens)`, the keys that queries of a gather select.
+        starts, bits: the same selection as the gather kernel takes it.
     """
 
     case: Case
@@ -198,7 +198,7 @@ class Problem:
         return [x.to(dtype).detach().requires_grad_() for x in (self.q, self.k, self.v)]
 
     def expected(self, what: str, dtype: torch.dtype) -> Results:
-        """The results by the textbook lines in a dtype."""
+        """The results by definition, computed in a dtype."""
         leaves = self.leaves(dtype)
         if what == "linear":
             out = _eager_linear(*leaves, self.key_mask)
@@ -274,7 +274,7 @@ def of_keys(problem: Problem, choice: Choice) -> Results:
 
 
 def _of_form(kernel: str, variant: str) -> Callable[[Problem], Results]:
-    """Runs the most promising tiles of a kernel's form."""
+    """A function that runs the most promising tiles of a kernel's form."""
     of_kernel = {"forward": of_forward, "queries": of_queries, "keys": of_keys}[kernel]
 
     def results(problem: Problem) -> Results:
@@ -337,10 +337,10 @@ RESULTS: dict[str, Callable[[Problem], Results]] = {
 
 
 def passed(rows: list[dict[str, object]], what: str, head_dim: int) -> bool:
-    """Whether a kernel's form was right in every case of a head_dim that it took, and ended well.
+    """Whether a kernel's form was right in all cases of a head_dim that it took, and ended well.
 
     Args:
-        rows: of a run.
+        rows: the rows of a run.
     """
     stage = f"smoke:{what}"
     ended = [row["rc"] for row in rows if row["stage"] == stage and row["kind"] == "stage"]

@@ -1,4 +1,4 @@
-"""What a run consists of: processes, in order, each with a limit of its own."""
+"""The stages of a run: processes in order, each with a limit of its own."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 COMPILERS = 12
 
-# Kernels, each variant of which is compared with float64 in a process of its own: those that could
-# hang take nothing else with them.
+# Forms of kernels that are compared with float64, each in a process of its own: a form that hangs
+# stops no other.
 SMOKE = (
     "forward-plain", "forward-tma", "forward-tma_ws", "forward-gluon", "queries-plain",
     "queries-tma", "keys-plain", "keys-tma", "keys-one_pass", "gather", "linear", "public",
 )  # fmt: skip
 
-# Tests that need a GPU and are no other stage's business.
+# Tests that need a GPU, of the kernels; all other files are found by their marks.
 KERNEL_TESTS = tuple(
     f"tests/kernels/{name}.py"
     for name in ("test_forms", "test_triton", "test_gather", "test_linear_triton")
@@ -31,12 +31,12 @@ class Stage:
     """A process of a run.
 
     Attributes:
-        name: what it does and to what, "rates:wan-1.3b-480p".
-        limit: seconds after which it is killed.
-        least: it is not begun with fewer seconds left.
-        command: what to start.
-        waits: whether its process, once it is ready, waits for a line of JSON, which adds to its
-            environment: it can be made while another stage runs.
+        name: the work and its subject, "rates:wan-1.3b-480p".
+        limit: seconds after which its process is killed.
+        least: the stage does not begin with fewer seconds left.
+        command: the command line of its process.
+        waits: whether its process, once it is ready, waits for a line of JSON with additions to its
+            environment. Such a process can be made while another stage runs.
         beside: stages that follow each other with the same text here run side by side.
         outlives_edits: whether its rows still count once the kernels' source text has changed.
     """
@@ -56,9 +56,9 @@ def _worker(name: str, limit: float, least: float, **more: Any) -> Stage:
 
 
 def real_stages(root: Path) -> Iterator[Stage]:
-    """Those of a GPU, the most important first.
+    """The stages of a run on a GPU, the most important first.
 
-    head_dim 64 is tuned when everything of head_dim 128 is known.
+    head_dim 64 is tuned after head_dim 128 has been tuned and measured.
     """
     for number in range(COMPILERS):
         yield _worker(f"compile:{number}/{COMPILERS}", 60, 20, beside="compile")
@@ -98,7 +98,7 @@ def test_stages(root: Path) -> Iterator[Stage]:
     kernels = (*pytest, "--maxfail=20", *KERNEL_TESTS)
     yield Stage("tests:kernels", 180, 30, kernels)
     others = [file for file in marked if file not in KERNEL_TESTS]
-    # Some of them cannot be imported without diffusers.
+    # Some of these files cannot be imported without diffusers.
     command = (*pytest, "-m", "gpu", "--continue-on-collection-errors", *others)
     yield Stage("tests:marked", 60, 20, command)
 
@@ -107,7 +107,7 @@ def pytest_command() -> list[str]:
     return [sys.executable, "-P", "-m", "pytest", "-p", "gpu_run.pytest_rows", "-q"]
 
 
-# Of a dry run: what differs from a stage that is in it by its shape or its form alone.
+# Left out of a dry run: stages that differ only in shape or form from a stage in the dry run.
 NOT_DRY = (
     "smoke:*-tma", "smoke:*-tma_ws", "smoke:*-one_pass", "tune:*-64", "rates:wan-14b-720p",
     "rates:hunyuan-720p", "tests:marked",

@@ -1,4 +1,4 @@
-"""The tuned table that the rows of a run make, as diffattn.kernels.common.tuned reads it."""
+"""The tuned table made from the rows of a run, as diffattn.kernels.common.tuned reads it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from gpu_run.journal import Row, latest
 
-# A form of one kernel that does the work of another one, too.
+# A form of one kernel that does the work of another kernel, too.
 DOES_ALSO = {("keys", "one_pass"): "queries"}
 
 
 def tuned_table(rows: list[Row]) -> str | None:
-    """The JSON of the fastest choices so far; None before there is any."""
+    """The JSON of the fastest choices so far; None if there are none yet."""
     choices = fastest(rows)
     if not choices:
         return None
@@ -34,7 +34,8 @@ def tuned_table(rows: list[Row]) -> str | None:
 def fastest(rows: list[Row]) -> list[dict[str, Any]]:
     """The fastest choice of each kernel and head_dim, among those that were timed on every mask.
 
-    Fastest is least in the geometric mean over the masks of the time over the shipped choice's.
+    The fastest choice has the least geometric mean, over the masks, of its time over the time of
+    the shipped choice.
     """
     tuned = latest(
         (row for row in rows if row["kind"] == "tune"),
@@ -49,7 +50,7 @@ def fastest(rows: list[Row]) -> list[dict[str, Any]]:
             name = json.dumps([row["variant"], row["tiles"]], sort_keys=True)
             timed[key][name][row["place"]] = row
     found: dict[tuple[str, int], dict[str, Row]] = {}
-    # Kernels whose work others do, too, come before those.
+    # A kernel whose work another kernel can do comes before that kernel.
     for key in sorted(timed, key=lambda key: any(key[0] == of for of, _ in DOES_ALSO)):
         whole = [by for by in timed[key].values() if by.keys() == places[key]]
         spared = found.get((DOES_ALSO.get((key[0], "one_pass"), ""), key[1]), {})

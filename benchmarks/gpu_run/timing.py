@@ -24,9 +24,9 @@ class Timer(Protocol):
 class DeviceTimer:
     """Times by CUDA events.
 
-    Before every call a buffer several times the L2 cache is written: nothing of the inputs is left
-    in the cache, and the host has the time to launch the call before the device comes to it, so
-    that what is timed has no gaps from launching.
+    Before every call a buffer several times as large as the L2 cache is written. No input is then
+    left in the cache. The host launches the call before the device comes to it, so that the time
+    has no gaps from launching.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -85,15 +85,15 @@ def interleave(
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Time all calls one after another, round after round.
 
-    Every other round goes backwards, so that nothing is always behind the same neighbour.
+    Every other round goes backwards, so that no call always follows the same neighbour.
 
     Args:
         calls: what to time, by name.
         least, most: number of rounds.
-        seconds: no round is begun after these, once there are `least`.
+        seconds: after these no round begins, once there are `least` rounds.
 
     Returns:
-        Milliseconds of every round, and what went wrong with calls that raised; those have none.
+        Milliseconds of every round, and the errors of calls that raised, which have no times.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     failed: dict[str, str] = {}
@@ -135,5 +135,5 @@ class Spread:
 
 
 def median_ratio(above: list[float], below: list[float]) -> float:
-    """Median of the ratios round by round, which the drift of clocks does not enter."""
+    """Median of the ratios round by round: a drift of clocks does not change it."""
     return statistics.median(a / b for a, b in zip(above, below, strict=False))

@@ -1,9 +1,9 @@
-"""Which form and tiles of a kernel are fastest, each kernel timed by itself.
+"""The fastest form and tiles of each kernel, each kernel timed by itself.
 
-All are checked against float64 first, at the shape that is timed. The masks have full blocks at two
-densities, and partial ones at the lower density; `table` chooses among those that take all of them.
-Forms that could hang are timed when the others have their rows. Every round has the shipped choice
-in it, which the others are compared with.
+Every choice is checked against float64 first, at the shape that is timed. The masks have full
+blocks at two densities, and partial blocks at the lower density; `table` chooses among the choices
+that take all masks. Forms that could hang are timed when all other forms have their rows. Every
+round has the shipped choice in it, for comparison.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Place:
     """A kernel over one mask.
 
     Attributes:
-        name: the mask's.
+        name: of the mask.
         run: the call that is timed.
-        check: how far its results are off.
+        check: how far the results of the call are off.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Place:
 
 
 def run(what: str, setting: Setting) -> None:
-    """Time the choices of a kernel and a head_dim, "forward-128", or of all three of "gather"."""
+    """Time the choices of a kernel and a head_dim, "forward-128", or of the gather kernels."""
     name, _, size = what.partition("-")
     head_dim = int(size)
     shape = setting.shape(SHAPES[head_dim])
@@ -224,7 +224,7 @@ def launches(setting: Setting) -> Iterator[tuple[str, Callable[[], object]]]:
 def _launch(
     kernel: str, head_dim: int, choice: Choice, is_partial: bool, setting: Setting
 ) -> object:
-    """A call of few tokens that is compiled as that of the shape is: what counts is the heads."""
+    """A call of few tokens, compiled as a call of the whole shape: only the heads must be equal."""
     heads = setting.shape(SHAPES[head_dim]).heads
     tokens = 4 * BLOCK - 8
     size = (1, tokens, heads, head_dim)

@@ -1,4 +1,4 @@
-"""What must be reached on a GPU, judged from the rows of a run."""
+"""The requirements on a GPU, judged from the rows of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PASS, FAIL, INCOMPLETE, NOT_MEASURED = "PASS", "FAIL", "INCOMPLETE", "not measur
 
 FORWARD, BACKWARD = "forward", "backward"
 ALIGNED, EXACT, OURS, FLEX = "block-aligned", "token-exact", "diffattn", "flex"
-# What a whole run measures, by head_dim.
+# The shapes that a whole run measures, by head_dim.
 RATED = {128: ("wan-1.3b-480p", "wan-14b-720p", "hunyuan-720p"), 64: ("cogvideox-5b",)}
 SPARSE = 3  # densities below 1
 STATIC_METHODS = 4
@@ -27,7 +27,7 @@ class Verdict:
 
     Attributes:
         worst: the figure of the worst case; None without cases.
-        where: that case.
+        where: the worst case.
         measured, planned: number of cases.
     """
 
@@ -80,7 +80,7 @@ def rates(rows: list[Row], stage: str = "rates:") -> dict[tuple[Place, str], Row
 
 
 def verdicts(rows: list[Row]) -> list[Verdict]:
-    """The list of what must be reached."""
+    """All requirements, judged."""
     times = rates(rows)
     own = {place: row for (place, candidate), row in times.items() if candidate == OURS}
     every_shape = sum(map(len, RATED.values()))
@@ -99,7 +99,7 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
         )  # fmt: skip
 
     def beside(other: Callable[[Place], Place], mask: str) -> list[tuple[str, float]]:
-        """Time per visited block over that at another place."""
+        """Time per visited block over the time per visited block at another place."""
         found = []
         for place, row in own.items():
             reference = own.get(other(place))
@@ -157,7 +157,7 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
 
 
 def errors(rows: list[Row]) -> Verdict:
-    """The largest error over what eager attention of the dtype allows, and what is wrong besides.
+    """The largest error over the error that eager attention of the dtype allows.
 
     A kernel that raises, or gives other bits the second time, counts as an infinite error.
     """

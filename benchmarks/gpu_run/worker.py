@@ -1,4 +1,4 @@
-"""What a stage's process runs: `python -m gpu_run.worker`, told by its environment which stage."""
+"""The program of a stage's process, `python -m gpu_run.worker`; its environment names the stage."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main() -> int:
     run = importlib.import_module(f"gpu_run.{MODULES[kind]}").run
     from gpu_run.setting import Setting
 
-    # All is imported while another stage has the GPU. A line says when it is this one's turn.
+    # Imports run while another stage has the GPU. A line says when this stage has its turn.
     os.environ.update(json.loads(sys.stdin.readline()))
     setting = Setting.make(journal, dry)
     journal.add("facts", **setting.facts())
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def interpret() -> None:
-    """Have kernels run in Triton's interpreter, with what the project's tests repair in it."""
+    """Let kernels run in Triton's interpreter, repaired as the project's tests repair it."""
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported by anything
     import pytest
 

@@ -1,4 +1,4 @@
-"""What this GPU reaches today: a copy, a matrix product, and dense attention of every head size."""
+"""The rates of this GPU today: a copy, a matrix product, and dense attention of every head size."""
 
 from __future__ import annotations
 

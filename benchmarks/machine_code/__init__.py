@@ -1,1 +1,1 @@
-"""Reads the machine code of the Triton kernels, compiled for GPUs that need not be there."""
+"""Reads the machine code of the Triton kernels, which are compiled without a GPU."""

@@ -26,7 +26,7 @@ from .launches import HEADS, Constants, Launch, Tile, Work
 _BLOCKS_PER_SIDE = 2
 # Matrix products per tile of scores; one more where dQ is computed with dK and dV.
 PRODUCTS = {"forward": 2, "queries": 3, "keys": 4}
-_GLUON_QUERIES = 128  # per tile, not a constant of its kernel
+_GLUON_QUERIES = 128  # per tile; its kernel has no such constant
 # Variants in which two groups of four warps multiply and others copy.
 _SPECIALIZED = ("tma_ws", "gluon")
 
@@ -67,7 +67,7 @@ class Case:
         )  # fmt: skip
 
 
-# Every entry of the tables of tiles for 16-bit inputs, with and without what needs a mask.
+# Every entry of the tables of tiles for 16-bit inputs, with and without a need for masks.
 _ENTRIES = (
     *(Case(head_dim, torch.bfloat16) for head_dim in (64, 128, 256)),
     *(Case(head_dim, torch.float16, key_mask=True) for head_dim in (64, 128, 256)),
@@ -78,22 +78,22 @@ _CONSTANTS = (
     Case(128, torch.bfloat16, partial=False, ragged=False),
     Case(32, torch.bfloat16, 16, 256),
 )
-# What only some layouts are computed by: full blocks alone, and blocks that are not square.
+# Layouts of full blocks only, which "tma_ws" takes; the last one has blocks that are not square.
 _FULL_ONLY = (
     *(Case(head_dim, torch.bfloat16, partial=False) for head_dim in (64, 128, 256)),
     Case(128, torch.bfloat16, 256, 64, partial=False),
 )
-# Heads that are padded, by what is run unasked.
+# A padded head_dim, for the variant that runs by default.
 _PADDED = Case(80, torch.bfloat16)
-# One table of tiles for all chips, and no matrix units: slow to compile. A key mask takes the most
-# registers.
+# float32 has one table of tiles for all chips, and no matrix units: slow to compile. A key mask
+# takes the most registers.
 _FLOAT32 = tuple(Case(d, torch.float32, key_mask=True) for d in (64, 128, 256))
-# The only entry of it that is another one without a mask.
+# The only float32 entry that differs without a mask.
 _FLOAT32_UNMASKED = (Case(256, torch.float32), "keys")
 
 
 def shipped(arch: int) -> Iterator[Launch]:
-    """Every shipped configuration, and none twice that is alike on another architecture."""
+    """Every shipped configuration; one that is alike on several architectures comes once."""
     for case in _ENTRIES + {80: _FLOAT32, 90: _CONSTANTS}.get(arch, ()):
         yield row_sums_launch(case)
         for kernel in PRODUCTS:
@@ -116,8 +116,8 @@ def launch(
     """The launch of one kernel.
 
     Args:
-        kernel, variant: of `KERNELS`.
-        tiles: instead of the shipped ones.
+        kernel, variant: a kernel and one of its variants in `KERNELS`.
+        tiles: used instead of the shipped tiles.
     """
     call = call_of(case)
     q, k, v, layout, key_mask = call
@@ -145,7 +145,7 @@ def launch(
 
 
 def row_sums_launch(case: Case) -> Launch:
-    """The launch of what the backward kernels need of a query."""
+    """The launch of the kernel of row sums."""
     q, *_ = call_of(case)
     lse = q.new_zeros(1, HEADS, q.shape[1], dtype=torch.float32)
 
@@ -158,7 +158,7 @@ def row_sums_launch(case: Case) -> Launch:
 def attention_work(
     kernel: str, products: int, names: tuple[str, ...], constants: Constants, groups: int = 1
 ) -> Work:
-    """Loops over tiles of queries and keys."""
+    """The work of a kernel that loops over tiles of queries and keys."""
     full = (constants.get("BLOCK_M", _GLUON_QUERIES), constants["BLOCK_N"])
     partial = (constants.get("PARTIAL_M", full[0]), constants.get("PARTIAL_N", full[1]))
     block_d = constants.get("BLOCK_D", constants["D"])
@@ -170,7 +170,7 @@ def attention_work(
 
 
 def call_of(case: Case) -> tuple[Any, ...]:
-    """q, k, v, the tensors of the layout and the key mask or None."""
+    """q, k, v, the tensors of the layout, and the key mask or None."""
     layout = case.layout()
     q = torch.zeros(1, layout.tokens_q, HEADS, case.head_dim, dtype=case.dtype)
     k, v = (q.new_zeros(1, layout.tokens_kv, HEADS, case.head_dim) for _ in range(2))
@@ -200,7 +200,7 @@ def _takes(case: Case, kernel: str, variant: str) -> bool:
 
 
 def _as_on_hopper() -> Any:
-    """Tensors are on the CPU: the Gluon kernel would refuse them for that alone."""
+    """A context in which the Gluon kernel takes the tensors' CPU for a Hopper GPU."""
     return mock.patch.object(gluon_forward, "is_hopper", return_value=True)
 
 

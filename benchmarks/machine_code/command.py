@@ -2,14 +2,14 @@
 
     python benchmarks/machine_code [--arch 80 90 100] [--kernel keys ...] [--output FOLDER]
 
-prints a line per loop of every shipped configuration, with what is wrong at the end, and writes the
-same as Markdown and as JSON if asked. For kernels of one family with other tiles:
+prints a line per loop of every shipped configuration, then the problems, and writes both as
+Markdown and as JSON if asked. For kernels of one family with other tiles:
 
     python benchmarks/machine_code --arch 90 --kernel keys --variant tma --head-dim 128 \
         --tiles 64,128,8,2,64 32,128,8,2
 
 with queries, keys, warps, stages, and, if wanted, tokens per tile of partial blocks and "ahead".
-What has been compiled before is kept in Triton's cache.
+Compiled kernels are kept in Triton's cache.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _TRIED = {"block_sparse": tuple(PRODUCTS), "gather": tuple(PRODUCTS), "tangent":
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; 1 if something is wrong with a kernel of it."""
+    """Print the table; the exit status is 1 if one of its kernels has a problem."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.tiles and len(options.family or ["one"]) != 1:

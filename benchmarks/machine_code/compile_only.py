@@ -1,8 +1,8 @@
-"""Compiles what a launch would compile, on a machine without the GPU.
+"""Compiles the kernels of a launch on a machine without the GPU.
 
-The launch code itself runs, on a driver that knows its target but cannot load a kernel: what is
-compiled has the tiles, the constants and the alignments of a real launch. Works with Triton 3.6 to
-3.9. A process that interprets kernels (TRITON_INTERPRET) cannot compile them.
+The launch code itself runs, on a driver that knows its target but cannot load a kernel. The
+compiled kernels have the tiles, the constants and the alignments of a real launch. Works with
+Triton 3.6 to 3.9. A process that interprets kernels (TRITON_INTERPRET) cannot compile them.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ class _Driver:
 
 
 def compiled_by(launch: Callable[[], object], arch: int) -> list[Compiled]:
-    """The kernels that `launch` would have started on a GPU, each as often as it starts one.
+    """The kernels that `launch` would start on a GPU, each as often as `launch` starts it.
 
-    They are kept in a folder of their own in Triton's cache: what the assembler says of a kernel is
-    kept with it.
+    The kernels are kept in a folder of their own in Triton's cache, because the assembler's log is
+    kept with each kernel.
     """
     started: list[tuple[Any, dict[str, Any]]] = []
     run = triton.JITFunction.run
@@ -101,7 +101,7 @@ def compiled_by(launch: Callable[[], object], arch: int) -> list[Compiled]:
 def _keep_log(*arguments: Any) -> tuple[str, str] | None:
     """Triton's hook into its stages: the assembler's log goes into a kernel's metadata.
 
-    Without arguments Triton asks what tells the hook's kernels from other ones.
+    Without arguments Triton asks for a key that tells the hook's kernels from other kernels.
     """
     if not arguments:
         return "with_ptxas_log", "with_ptxas_log"

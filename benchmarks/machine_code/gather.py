@@ -15,7 +15,7 @@ from diffattn.kernels.gather.forward import forward
 from .block_sparse import PRODUCTS, attention_work
 from .launches import HEADS, Constants, Launch, Work
 
-# Ragged blocks; what is compiled depends on neither their lengths nor their number.
+# Ragged blocks; the compiled kernels depend neither on the lengths nor on the number of blocks.
 _STARTS = (0, 37, 300)
 
 
@@ -32,26 +32,26 @@ class Case:
         return f"d{self.head_dim} {dtype}{' key_mask' * self.key_mask}"
 
 
-# Every entry of the tables of tiles for 16-bit inputs: the second one is for padding in the head
-# dimension, which takes the most registers, and for key masks.
+# Every entry of the tables of tiles for 16-bit inputs. The second entry of a row is for padding in
+# the head dimension, which takes the most registers, and for key masks.
 _ENTRIES = (
     *(Case(head_dim, torch.bfloat16) for head_dim in (64, 128, 256)),
     *(Case(head_dim, torch.float16) for head_dim in (48, 80, 192)),
 )
 _KEY_MASKS = (Case(128, torch.bfloat16, key_mask=True),)
-# One table of tiles for all chips, and no matrix units: slow to compile.
+# float32 has one table of tiles for all chips, and no matrix units: slow to compile.
 _FLOAT32 = tuple(Case(head_dim, torch.float32) for head_dim in (64, 128, 256))
 
 
 def shipped(arch: int) -> Iterator[Launch]:
-    """Every shipped configuration, and none twice that is alike on another architecture."""
+    """Every shipped configuration; one that is alike on several architectures comes once."""
     for case in _ENTRIES + {80: _FLOAT32, 90: _KEY_MASKS}.get(arch, ()):
         yield _forward(case, None)
         yield _backward(case)
 
 
 def launch(case: Case, kernel: str, tiles: TileConfig) -> Launch:
-    """The launch of "forward", "queries" or "keys" with given tiles; of the others as shipped."""
+    """A launch with given tiles for "forward", "queries" or "keys", else with shipped tiles."""
     choice = Choice("plain", tiles)
     if kernel == "forward":
         return _forward(case, choice)

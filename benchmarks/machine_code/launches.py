@@ -1,4 +1,4 @@
-"""What a launch is, and what its kernels' loops with matrix products work on."""
+"""Launches of kernels, and the work of the kernels' loops with matrix products."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ HEADS = 2
 
 @dataclass(frozen=True)
 class Tile:
-    """What a loop works on per iteration.
+    """The work of one iteration of a loop.
 
     Attributes:
         loop: the loop's name.
-        shape: for the table.
+        shape: of the tile, for the table.
         macs: multiplications that its matrix products need.
-        trips: iterations, where their number is a constant: the compiler may write them all out.
+        trips: number of iterations, where that is a constant: the compiler may unroll the loop.
     """
 
     loop: str
@@ -31,10 +31,10 @@ class Work:
     """The loops with matrix products of a kernel.
 
     Attributes:
-        kernel: "forward", "queries", "keys", or what linear attention has.
+        kernel: "forward", "queries", "keys", or a kernel of linear attention.
         tiles: in the order of the loops in the code.
-        groups: of four warps that each work on their part of a tile, with loops of their own, while
-            further warps copy; 1 where all warps of a program share the loops.
+        groups: number of groups of four warps that each work on their part of a tile, with loops of
+            their own, while further warps copy; 1 where all warps of a program share the loops.
     """
 
     kernel: str
@@ -51,11 +51,11 @@ class Launch:
 
     Attributes:
         family: "block_sparse", "gather", "linear" or "tangent".
-        variant: of the kernel; "plain" if there is one only.
+        variant: of the kernel; "plain" if there is only one.
         case: the arguments, for the table.
         run: the call.
-        work: that of a kernel, from its function's name and its compile-time arguments; None for
-            one without matrix products.
+        work: the work of a kernel, from its function's name and its compile-time arguments; None
+            for a kernel without matrix products.
     """
 
     family: str

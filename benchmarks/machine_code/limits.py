@@ -1,4 +1,4 @@
-"""What a kernel must not do, and what the fast ones must reach."""
+"""Limits that every kernel must keep, and goals that the fast kernels must reach."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .model import CHIPS
 from .rows import KernelRow, LoopRow
 
 # Words of registers that a warp may store to memory or load back per iteration of a loop: some 8 %
-# of the instructions of a loop of ours.
+# of the instructions of such a loop.
 SPILLED_IN_LOOP = 36
 _ROUNDING = 1e-6
 
 
 def problems(rows: Iterable[KernelRow]) -> list[str]:
-    """Everything that is wrong, a line each."""
+    """All problems of the kernels, a line each."""
     return [f"{_label(row)}: {problem}" for row in rows for problem in _of_kernel(row)]
 
 
@@ -65,7 +65,7 @@ class Verdict:
     Attributes:
         wanted: the least share, or the most duplication.
         found: None where nothing of the kind was compiled.
-        by: what has the figure.
+        by: the kernel that has the figure.
     """
 
     goal: str
@@ -82,7 +82,7 @@ class Verdict:
         return found <= self.wanted if self.at_most else found >= self.wanted
 
 
-# Of the tensor cores' cycles on sm_90, for bfloat16: kernel, head_dim, loop, least share.
+# Least shares of the tensor cores' cycles on sm_90, for bfloat16: kernel, head_dim, loop, share.
 SHARES = (
     ("forward", 128, "full", 0.72),
     ("forward", 64, "full", 0.65),
@@ -91,16 +91,16 @@ SHARES = (
     ("keys", 128, "full", 0.66),
     ("keys", 64, "full", 0.66),
 )
-# The gather kernels' share of that of the block-sparse ones.
+# Least share of a gather kernel over the share of the block-sparse kernel.
 GATHER = 0.9
 _GATHER_LOOPS = {"forward": "whole", "queries": "whole", "keys": "all"}
-# Variants that the compiler shares out to warps are not counted: the model is too kind to them, and
-# they are not what is run before they have been measured.
+# Warp-specialized variants are not counted: the model is too kind to them, and they do not run
+# before they have been measured.
 _COUNTED = ("plain", "tma")
 
 
 def verdicts(rows: Sequence[KernelRow]) -> list[Verdict]:
-    """Every goal, by the best variant of what ran on sm_90; none if there are no rows for it."""
+    """Every goal, judged by the best variant on sm_90; none without rows for sm_90."""
     rows = [row for row in rows if row.arch == 90]
     if not rows:
         return []
@@ -127,7 +127,7 @@ def verdicts(rows: Sequence[KernelRow]) -> list[Verdict]:
 def _best(
     rows: Iterable[KernelRow], family: str, kernel: str, head_dim: int, loop: str
 ) -> tuple[float | None, str]:
-    """The highest share of a kernel's variants, and which has it."""
+    """The highest share of a kernel's variants, and the variant that has it."""
     cases = (f"d{head_dim} bfloat16", f"d{head_dim} bfloat16 128x128 partial ragged")
     shares = [
         (found.share, f"{row.family} {row.variant} {found.tile}")

@@ -29,22 +29,22 @@ class Case:
         return " ".join([f"d{self.head_dim} {str(self.dtype).removeprefix('torch.')}", *flags])
 
 
-# Every entry of the tables of tiles, with what needs most registers.
+# Every entry of the tables of tiles, with the options that take most registers.
 _ENTRIES = tuple(Case(d, torch.float16, rotation=True, key_mask=True) for d in (64, 128, 256))
 # Every other constant that a kernel is compiled for.
 _CONSTANTS = tuple(Case(head_dim, torch.bfloat16) for head_dim in (80, 128))
-# No matrix units: slow to compile.
+# float32 uses no matrix units: slow to compile.
 _FLOAT32 = tuple(Case(d, torch.float32, rotation=True, key_mask=True) for d in (64, 128, 256))
 
 
 def shipped(arch: int) -> Iterator[Launch]:
-    """Every shipped configuration, and none twice that is alike on another architecture."""
+    """Every shipped configuration; one that is alike on several architectures comes once."""
     for case in _ENTRIES + (_CONSTANTS + _FLOAT32 if arch == 80 else ()):
         yield from launches(case)
 
 
 def launches(case: Case) -> Iterator[Launch]:
-    """Every pass."""
+    """The launches of all passes."""
     x = torch.zeros(1, _TOKENS, HEADS, case.head_dim, dtype=case.dtype)
     rotation = torch.zeros(2, _TOKENS, case.head_dim // 2) if case.rotation else None
     key_mask = torch.ones(1, _TOKENS, dtype=torch.bool) if case.key_mask else None
@@ -69,7 +69,7 @@ def _work(function: str, constants: Constants) -> Work | None:
         return None
     tokens, columns = constants["BLOCK_T"], constants["BLOCK_E"]
     macs = tokens * columns * constants["BLOCK_D"]
-    # Only this one loops over columns.
+    # Only this kernel loops over columns.
     trips = -(-constants["D"] // columns) if function == "pull_back_kernel" else 1
     tile = Tile("all", f"{tokens}x{columns}", macs, trips)
     return Work(function.removesuffix("_kernel"), (tile,))

@@ -1,13 +1,14 @@
-"""An estimate of the share of a GPU's tensor cores that a loop makes use of.
+"""An estimate of the share of a GPU's tensor cores that a loop uses.
 
-It is a model of one quarter of a multiprocessor, which has tensor cores of its own; it is a guide
-for choosing between forms of a kernel, not a prediction. Where forms like ours have been measured
-on an H100 by others, it is 8 to 12 % too kind, after a common factor of 0.85; it does not know of
-L2 or of memory.
+The model is of one quarter of a multiprocessor, which has tensor cores of its own. It is a guide
+for choosing between variants of a kernel, not a prediction. Others have measured similar kernels on
+an H100: there the model is 8 to 12 % too kind, after a common factor of 0.85. The model knows
+neither L2 nor memory.
 
-For wgmma the loop is walked in the order of the code. What stands between a product and the wait
-for it is hidden behind the product, up to the time that the product takes; everything else is
-added. For mma.sync and tcgen05 the share is an upper bound: all pipes are taken to overlap.
+For wgmma the model walks through the loop in the order of the code. Instructions between a product
+and the wait for it are hidden behind the product, up to the time that the product takes; all other
+instructions are added. For mma.sync and tcgen05 the share is an upper bound: the model lets all
+pipes overlap.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ QUARTERS = 4
 # Cycles: of a wait for products, of a barrier of warps, and of a wait for a copy.
 PRODUCT_WAIT, BARRIER, COPY_WAIT = 60, 25, 20
 # Reading shared memory takes a wgmma a cycle per 4 columns of its second operand, and 16 cycles for
-# a first operand that is not in registers. Short products are limited by that.
+# a first operand that is not in registers. These reads limit short products.
 _COLUMNS_PER_CYCLE, _FIRST_OPERAND = 4, 16
 _REGISTERS, _REGISTER_UNIT = 65536, 256
 _SHARED_RESERVED = 1024  # bytes, by the driver, per program
@@ -37,8 +38,8 @@ class Chip:
     Attributes:
         macs: multiplications of 16-bit numbers per cycle in its tensor cores.
         float32: cycles of a warp's float32 instruction in one quarter.
-        shared: bytes of shared memory; `shared_per_program` is what one program can have of it.
-        max_warps: resident at a time.
+        shared: bytes of shared memory; one program can have `shared_per_program` of them.
+        max_warps: warps resident at a time.
     """
 
     macs: int
@@ -69,12 +70,12 @@ _ARITHMETIC = (*_FLOAT32, "FMNMX", "FMNMX3", "FSEL", "FSETP", "F2FP", "HADD2", "
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a loop does per iteration.
+    """An estimate for one iteration of a loop.
 
     Attributes:
         cycles: of one quarter of a multiprocessor, per program.
-        share: of the tensor cores' cycles that is useful.
-        exposed: instructions that no product hides, by kind; None where the model has all overlap.
+        share: useful share of the tensor cores' cycles.
+        exposed: instructions that no product hides, by kind; None where the model lets all overlap.
     """
 
     cycles: float
@@ -88,7 +89,7 @@ def arithmetic(kinds: Counter[str]) -> int:
 
 
 def programs_per_multiprocessor(chip: Chip, registers: int, warps: int, shared: int) -> int:
-    """How many fit at a time."""
+    """Number of programs that fit on a multiprocessor at a time."""
     per_warp = math.ceil(registers * 32 / _REGISTER_UNIT) * _REGISTER_UNIT
     return min(
         _REGISTERS // (per_warp * warps),
@@ -108,9 +109,9 @@ def estimate(
     """The share of the tensor cores for one loop.
 
     Args:
-        products: those of the loop.
+        products: the products of the loop.
         macs: useful multiplications per iteration of these warps.
-        warps: that execute the loop together: of a program, or of one of its groups.
+        warps: number of warps that execute the loop together: of a program, or of a group.
         copies: how many such groups of warps a multiprocessor has at a time.
     """
     per_quarter = warps / QUARTERS
@@ -132,7 +133,7 @@ def product_cycles(product: Product) -> float:
 
 
 def _walk(loop: Loop, per_quarter: float) -> tuple[float, Counter[str]]:
-    """Cycles of an iteration by itself, and what no product hides, once the loop is under way."""
+    """Cycles of an iteration by itself, and unhidden instructions, once the loop is under way."""
     groups: list[float] = []  # cycles left of the products that are under way, oldest first
     for _ in range(3):
         cycles = 0.0
@@ -218,7 +219,8 @@ def _together(
 ) -> float:
     """Cycles per iteration of each of several copies that share a multiprocessor.
 
-    One works while another waits: the mean of what that brings at best, and of nothing.
+    One copy works while another waits. The result is the mean of the best that this can bring, and
+    of no gain.
     """
     if copies == 1:
         return alone

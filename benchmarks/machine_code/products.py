@@ -1,4 +1,4 @@
-"""The matrix products of a loop, and how many of them its tiles need."""
+"""The matrix products of a loop, and their shapes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def product_of(instruction: Instruction, before: Sequence[Instruction] = ()) -> 
     """The shape of a matrix instruction.
 
     Args:
-        before: those before it in the kernel, for tcgen05: one of them has its shape.
+        before: earlier instructions of the kernel; for tcgen05 one of them sets the shape.
     """
     if instruction.kind == WGMMA:
         m, n, k = (int(x) for x in instruction.opcode.split(".")[1].split("x"))
@@ -71,7 +71,7 @@ def product_of(instruction: Instruction, before: Sequence[Instruction] = ()) -> 
 
 
 def _tcgen05(instruction: Instruction, before: Sequence[Instruction]) -> Product:
-    """Its shape is in a register that is set shortly before: the PTX manual's descriptor."""
+    """A product whose shape, the PTX manual's descriptor, is in a register set shortly before."""
     (register,) = re.findall(r"idesc\[(UR\d+)\]", instruction.operands)
     for x in reversed(before):
         if x.opcode == "UMOV" and x.operands.startswith(f"{register}, 0x"):
@@ -91,8 +91,8 @@ def _tcgen05(instruction: Instruction, before: Sequence[Instruction]) -> Product
 def hot_loops(instructions: Sequence[Instruction]) -> list[Loop]:
     """Innermost loops with matrix products, in the order of the code.
 
-    The whole kernel if its products are in no loop; where it has none, as in float32, innermost
-    loops that multiply otherwise.
+    If the products are in no loop, the whole kernel is the only loop. A kernel without matrix
+    products, as in float32, has the innermost loops with many float32 multiplications.
     """
     every = loops(instructions)
     if any(map(is_product, instructions)):
@@ -108,5 +108,5 @@ def products_of(loop: Loop, kernel: Sequence[Instruction]) -> list[Product]:
 
 
 def shapes(products: Iterable[Product]) -> str:
-    """What there is of which: "8 m64n64SS, 4 m64n128RS"."""
+    """Counts and shapes of products: "8 m64n64SS, 4 m64n128RS"."""
     return ", ".join(f"{count} {shape}" for shape, count in Counter(map(str, products)).items())

@@ -1,4 +1,4 @@
-"""What the table says of a kernel and of its loops."""
+"""The rows of the table: kernels, and the loops of each kernel."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class LoopRow:
         spilled: words of registers that are stored to memory and loaded again.
         exps, arithmetic: instructions of the softmax.
         products: matrix instructions by shape; empty where there are none, as in float32.
-        duplicated: multiplications / those that the tile needs.
-        exposed_exps, exposed_arithmetic: those that run while no product does; None where the kind
-            of product does not tell.
+        duplicated: multiplications / multiplications that the tile needs.
+        exposed_exps, exposed_arithmetic: instructions of the softmax that run while no product
+            does; None where the kind of product does not tell.
         cycles: of a quarter of a multiprocessor.
-        share: estimate of the useful part of the tensor cores' cycles.
+        share: estimate of the useful share of the tensor cores' cycles.
     """
 
     name: str
@@ -54,11 +54,11 @@ class KernelRow:
         family, variant, case: of the launch.
         kernel: "forward", "queries", "keys"; the Triton function's name for one without products.
         shared: bytes per program.
-        programs: that fit on a multiprocessor.
-        spilled: words outside of the loops.
+        programs: number of programs that fit on a multiprocessor.
+        spilled: words of registers outside of the loops.
         serialized: codes of the assembler's remarks that it runs products one after the other.
-        missing_warps: whether warps were to be added, and were not.
-        expected_loops: with products, by the source.
+        missing_warps: whether the compiler did not add the warps of a specialized kernel.
+        expected_loops: number of loops with products in the source.
     """
 
     arch: int
@@ -169,7 +169,7 @@ def _loop_row(
 def spilled_words(instructions: Sequence[Instruction]) -> int:
     """Words of registers that are stored to a thread's memory or loaded from there.
 
-    Kernels of ours keep no arrays there: what is stored has found no register.
+    The kernels keep no arrays there: every such word is a spilled register.
     """
     return sum(_words(x) for x in instructions if x.kind in ("STL", "LDL"))
 

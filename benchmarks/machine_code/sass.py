@@ -26,8 +26,8 @@ class Instruction:
     """One machine instruction.
 
     Attributes:
-        address: in bytes from the kernel's first one.
-        predicate: on what it is executed; empty if always.
+        address: bytes from the kernel's first instruction.
+        predicate: condition of its execution; empty if there is none.
         opcode: with its modifiers: "MUFU.EX2".
         operands: as the disassembler prints them.
     """
@@ -61,7 +61,7 @@ Loop = tuple[Instruction, ...]
 def disassemble(codes: Sequence[bytes], arch: int) -> list[list[Instruction]]:
     """The instructions of kernels for one architecture, kernel by kernel.
 
-    All of them in one run of the disassembler, which takes as long to start as for a dozen kernels.
+    One run of the disassembler reads all kernels: a start takes as long as a dozen kernels.
     """
     starts = [0]
     for code in codes:
@@ -94,8 +94,8 @@ def _moved(instruction: Instruction, start: int) -> Instruction:
 def loops(instructions: Sequence[Instruction]) -> list[Loop]:
     """Every loop, in the order of the code; an outer one has the instructions of its inner ones.
 
-    A branch backwards closes a loop if there is no way to it but through where it goes: the retries
-    of waits, which stand at the end of the code and jump back into it, do not.
+    A backward branch closes a loop if every way to the branch passes its target. The retries of
+    waits, which stand at the end of the code and jump back into it, close no loop.
     """
     successors = _successors(instructions)
     entries = _entries(instructions, successors)
@@ -113,7 +113,7 @@ def loops(instructions: Sequence[Instruction]) -> list[Loop]:
 
 
 def innermost(some: Sequence[Loop]) -> list[Loop]:
-    """Those of some loops that have no other one of them inside."""
+    """The loops that have no other of these loops inside."""
 
     def holds(outer: Loop, inner: Loop) -> bool:
         return outer[0].address <= inner[0].address and inner[-1].address <= outer[-1].address
@@ -122,7 +122,7 @@ def innermost(some: Sequence[Loop]) -> list[Loop]:
 
 
 def _successors(instructions: Sequence[Instruction]) -> dict[int, list[int]]:
-    """Where execution can go from the instruction at an address."""
+    """Addresses to which execution can go from the instruction at an address."""
     found: dict[int, list[int]] = {instructions[-1].address: []}
     for instruction, following in pairwise(instructions):
         next_ones = []
@@ -138,7 +138,7 @@ def _successors(instructions: Sequence[Instruction]) -> dict[int, list[int]]:
 
 
 def _entries(instructions: Sequence[Instruction], successors: dict[int, list[int]]) -> list[int]:
-    """The first instruction, and where indirect branches go: to the code of specialized warps."""
+    """The first instruction, and the targets of indirect branches: code of specialized warps."""
     entries: list[int] = []
     seen: set[int] = set()
     for instruction in instructions:

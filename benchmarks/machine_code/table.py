@@ -36,7 +36,7 @@ per loop with matrix products; figures are per warp and iteration.
 
 
 def markdown(rows: Sequence[KernelRow], verdicts: Sequence[Verdict]) -> str:
-    """The page."""
+    """The table as a page of Markdown."""
     parts = ["# Machine code of the Triton kernels\n\n", _LEGEND.format(version=triton.__version__)]
     if verdicts:
         parts += [
@@ -57,7 +57,7 @@ def lines(rows: Sequence[KernelRow]) -> str:
 
 
 def as_json(rows: Sequence[KernelRow], verdicts: Sequence[Verdict], problems: Sequence[str]) -> str:
-    """The same for programs."""
+    """The table as JSON, for programs."""
     content: dict[str, Any] = {
         "triton": triton.__version__,
         "must_reach": [asdict(x) | {"passed": x.passed} for x in verdicts],

@@ -12,10 +12,10 @@ from diffattn.kernels.common.tile_tables import TileConfig
 from .block_sparse import Case, attention_work, call_of, options_of
 from .launches import HEADS, Constants, Launch, Work
 
-# Scores, two tangents of them, and the two of the output.
+# One for the scores, two for the tangents of the scores, two for the tangent of the output.
 _PRODUCTS = 5
-# Every entry of the table of tiles, without and with padding, except for the float32 ones beyond a
-# head_dim of 64, which are known to spill.
+# Every entry of the table of tiles, without and with padding, except for the float32 entries
+# beyond a head_dim of 64, which are known to spill.
 _ENTRIES = (
     *(Case(head_dim, torch.bfloat16) for head_dim in (64, 128, 256)),
     *(Case(head_dim, torch.float16, key_mask=True) for head_dim in (48, 80, 192)),
@@ -24,7 +24,7 @@ _FLOAT32 = (Case(64, torch.float32), Case(48, torch.float32, key_mask=True))
 
 
 def shipped(arch: int) -> Iterator[Launch]:
-    """Every shipped configuration, and none twice that is alike on another architecture."""
+    """Every shipped configuration; one that is alike on several architectures comes once."""
     for case in _ENTRIES + (_FLOAT32 if arch == 80 else ()):
         yield launch(case)
 
@@ -33,7 +33,7 @@ def launch(case: Case, tiles: TileConfig | None = None) -> Launch:
     """The tangents of the output and of the log-sum-exp.
 
     Args:
-        tiles: instead of the shipped ones.
+        tiles: used instead of the shipped tiles.
     """
     q, k, v, layout, key_mask = call_of(case)
     lse = q.new_zeros(1, HEADS, q.shape[1], dtype=torch.float32)

@@ -1,8 +1,6 @@
-"""The backward pass by the best kernels for a call: dQ over rows, dK and dV over columns."""
+"""The backward pass by the best kernels that take a call: dQ by rows, dK and dV by columns."""
 
 from __future__ import annotations
-
-from typing import TypedDict
 
 import torch
 
@@ -13,12 +11,6 @@ from ..common.variants import first_that_compiles
 from .keys_gradient import keys_gradient, one_pass_takes
 from .launch import Problem
 from .queries_gradient import queries_gradient, tma_takes
-
-
-class _Options(TypedDict):
-    block_q: int
-    block_kv: int
-    scale: float
 
 
 def backward(
@@ -36,17 +28,21 @@ def backward(
     block_kv: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v.
+    """The gradients of q, k and v.
 
-    The same bits at every call, unless dQ is computed in one pass with dK and dV: that is never the
-    case under `torch.use_deterministic_algorithms`.
+    Every call gives the same bits, unless one pass computes dQ together with dK and dV. Under
+    `torch.use_deterministic_algorithms` that pass is never taken.
 
     Args:
-        grad_out, grad_lse: gradients of the output and of the log-sum-exp, the latter or None.
-        out, lse: what the forward pass returned; the rest is what it was given.
+        grad_out: gradient of the output, `(batch, tokens_q, heads, head_dim)`.
+        grad_lse: gradient of the log-sum-exp, `(batch, heads, tokens_q)`; None for 0.
+        q, k, v, layout, key_mask, block_q, block_kv, scale: arguments of the forward pass.
+        out, lse: results of the forward pass.
+
+    Returns:
+        dq, dk, dv: like q, k and v.
     """
-    options = _Options(block_q=block_q, block_kv=block_kv, scale=scale)
-    problem = Problem.of(q, k, v, layout, key_mask, **options, more=(out, grad_out))
+    problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv, scale, more=(out, grad_out))
     sums = row_sums(out, grad_out, lse, grad_lse, block_q=block_q, wide=problem.wide)
     dq, dk, dv = _key_gradients(problem, q, k, v, grad_out, sums, None)
     if dq is None:
@@ -68,16 +64,17 @@ def query_gradients(
     scale: float,
     choice: Choice | None = None,
 ) -> torch.Tensor:
-    """The gradient of q; arguments as `backward`.
+    """The gradient of q, like q; arguments as those of `backward`.
 
     Args:
-        choice: the only thing to run; by default the best that takes the call and compiles.
+        sums: the row sums of the output and its gradient.
+        choice: the only variant and tiles to run; by default the best variant that takes the call
+            and compiles.
 
     Raises:
         ValueError: if the choice does not take the call.
     """
-    options = _Options(block_q=block_q, block_kv=block_kv, scale=scale)
-    problem = Problem.of(q, k, v, layout, key_mask, **options, more=(grad_out,))
+    problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv, scale, more=(grad_out,))
     return _query_gradients(problem, q, k, v, grad_out, sums, choice)
 
 
@@ -114,20 +111,23 @@ def key_gradients(
     scale: float,
     choice: Choice | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """The gradients of k and v, and that of q where it came along; arguments as `backward`.
+    """The gradients of k and v, and the gradient of q where the same pass computes it.
+
+    Arguments are as those of `backward`.
 
     Args:
-        choice: the only thing to run; by default the best that takes the call and compiles.
+        sums: the row sums of the output and its gradient.
+        choice: the only variant and tiles to run; by default the best variant that takes the call
+            and compiles.
 
     Returns:
-        dq: None but for the "one_pass" variant.
+        dq: like q from the "one_pass" variant, else None.
         dk, dv: like k and v.
 
     Raises:
         ValueError: if the choice does not take the call.
     """
-    options = _Options(block_q=block_q, block_kv=block_kv, scale=scale)
-    problem = Problem.of(q, k, v, layout, key_mask, **options, more=(grad_out,))
+    problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv, scale, more=(grad_out,))
     return _key_gradients(problem, q, k, v, grad_out, sums, choice)
 
 

@@ -1,4 +1,4 @@
-"""A layout inside of a kernel: the lists of a row's blocks, and their bit masks."""
+"""A layout inside a kernel: the lists of a row's blocks, and the bit masks of the blocks."""
 
 import triton
 import triton.language as tl
@@ -15,15 +15,16 @@ def load_bits(
     p_words, s_row, o_m, m_m, start_n, stop_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """The part of a bit mask that covers a tile: bool (BLOCK_M, BLOCK_N), or that transposed.
+    """A tile's part of a bit mask: bool (BLOCK_M, BLOCK_N), or its transpose if TRANSPOSED.
 
-    All bits of a query count as set where `m_m` is false; no bit from key `stop_n` on does. Keys
-    are counted from the first one of the block. A query's 32 keys are one word, loaded once and cut
-    off at the end of the sequence; which word a column takes is known per register.
+    Where `m_m` is false, all bits of the query count as set. Bits of key `stop_n` and of later keys
+    count as unset. `start_n` and `stop_n` are counted from the first key of the block. A word holds
+    32 keys of a query: each word is loaded once, and its bits past `stop_n` are cleared. The
+    compiler knows for every register which word its column takes.
     """
     p_word = p_words + o_m * s_row + start_n // 32
     o_n = tl.arange(0, BLOCK_N)
-    # A tile of fewer keys than a word may begin inside of one.
+    # A tile of fewer than 32 keys may begin inside a word.
     o_bit = (o_n & 31) if BLOCK_N >= 32 else (o_n + start_n) & 31
     left = stop_n - start_n if BLOCK_N >= 32 else stop_n - start_n // 32 * 32
     o_n = o_n[:, None] if TRANSPOSED else o_n[None, :]
@@ -44,10 +45,10 @@ def row_lists(
     p_full_count, p_full_index, p_partial_count, i_list, full_cap, tokens_kv,
     BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
-    """Where the full blocks of a row are listed, how many need no mask, partial ones, short ones.
+    """Pointer to a row's list of full blocks; numbers of its whole full, partial and short blocks.
 
-    The block at the end of the sequence may be short, and then it needs a mask though it is full.
-    It is the last of its list: `walk.Rows` sees to that.
+    A short block is a full block at the end of a sequence that blocks do not divide. A short block
+    needs a mask although it is full. `walk.Rows` puts it last in its list.
     """
     p_full = p_full_index + i_list.to(tl.int64) * full_cap
     n_full = tl.load(p_full_count + i_list)

@@ -1,9 +1,9 @@
-"""Tile sizes of the kernels, by what the compiler makes of them.
+"""Tile sizes of the kernels, chosen by the machine code that the compiler makes.
 
-Larger tiles read keys and values less often, and matrix units want 64 and more of everything; what
-limits them is registers (accumulators are float32) and shared memory. The tables come from the
-machine code of each architecture (`benchmarks/machine_code`), not from timing. A table that has
-been measured on a GPU goes before them: `tuned.py`.
+Larger tiles read keys and values less often, and matrix units want tiles of 64 or more rows and
+columns. Registers (accumulators are float32) and shared memory limit the tiles. The tables come
+from the machine code of each architecture (`benchmarks/machine_code`), not from timing. A table
+that has been measured on a GPU takes precedence: see `common/tuned.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from ..common.tile_tables import Table, Tables, TileConfig, both, plain_masked, row_of
 
-# mma.sync (sm_80 to sm_89 and sm_120): all within the 99 KiB of the consumer chips.
+# mma.sync (sm_80 to sm_89 and sm_120): all tiles fit the 99 KiB of the consumer chips.
 _AMPERE: dict[str, Table] = {
     "forward": {
         64: both(128, 64, 4, 3),
@@ -33,8 +33,8 @@ _AMPERE: dict[str, Table] = {
     },
 }
 
-# wgmma: a group of four warps takes 64 rows of a product and all of its columns. Two groups want
-# 128 rows (queries, for "keys" keys): they would compute the same 64 twice.
+# wgmma: a group of four warps takes 64 rows of a product and all of its columns. Two groups need
+# 128 rows (of keys for "keys", else of queries): with 64 rows both groups would compute the same.
 _HOPPER: dict[str, Table] = {
     "forward": {
         64: both(128, 128, 8, 2, 64, ahead=True),
@@ -53,7 +53,7 @@ _HOPPER: dict[str, Table] = {
     },
 }
 
-# The same by TMA, which takes no registers for addresses.
+# Hopper by TMA, which takes no registers for addresses.
 _HOPPER_TMA: dict[str, Table] = {
     "forward": {
         64: both(128, 128, 8, 2, 64, ahead=True),
@@ -72,7 +72,7 @@ _HOPPER_TMA: dict[str, Table] = {
     },
 }
 
-# Forms of a kernel that are chosen only where they have been measured.
+# Variants that run only where a measured table or the environment names them.
 _WARP_SPECIALIZED: Table = {
     64: both(128, 128, 4, 3), 128: both(128, 128, 4, 2), 256: both(128, 32, 4, 2),
 }  # fmt: skip
@@ -98,13 +98,13 @@ _BLACKWELL: dict[str, Table] = {
     },
 }
 
-# Other makers' GPUs, and NVIDIA's before sm_80: within 64 KiB of shared memory, and not tried.
+# Other makers' GPUs, and NVIDIA's before sm_80: tiles fit 64 KiB of shared memory, and are untried.
 _OTHER: dict[str, Table] = {
     kernel: {64: both(64, 32, 4, 1), 128: both(64, 32, 4, 1), 256: both(32, 16, 4, 1)}
     for kernel in ("forward", "queries", "keys")
 }
 
-# Twice the room; multiplied outside of the matrix units, unless TF32 is allowed.
+# float32 takes twice the room, and no matrix unit multiplies it unless TF32 is allowed.
 _FLOAT32: dict[str, Table] = {
     "forward": {64: both(32, 32, 8, 2), 128: both(16, 16, 8, 2), 256: both(16, 32, 8, 2)},
     "queries": {64: both(32, 32, 8, 2), 128: both(32, 16, 8, 2), 256: both(16, 16, 8, 2)},
@@ -142,7 +142,7 @@ def tile_config(
 
 
 def fitted(kernel: str, config: TileConfig, block_q: int, block_kv: int) -> TileConfig:
-    """Tiles no larger than a block, by as many warps as have rows of their own."""
+    """Tiles no larger than a block, with no more warps than have rows of their own."""
     rows, most = (config.block_n, block_kv) if kernel == "keys" else (config.block_m, block_q)
     warps = config.num_warps
     while rows > most and warps > 4:

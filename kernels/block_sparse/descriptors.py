@@ -13,7 +13,7 @@ _DTYPES = (torch.float16, torch.bfloat16)
 def describable(x: torch.Tensor) -> bool:
     """Whether the copy engine can fetch tiles of `(batch, tokens, heads, head_dim)`.
 
-    Told from the dtype, the strides and the address, without waiting for the device.
+    The dtype, the strides and the address decide; the device is not waited for.
     """
     return (
         x.dtype in _DTYPES
@@ -27,7 +27,7 @@ def describable(x: torch.Tensor) -> bool:
 
 
 def tile_descriptor(x: torch.Tensor, tokens: int, block_d: int) -> TensorDescriptor:
-    """Tiles of `tokens` tokens of a head, 0 past the end of the sequence and past head_dim.
+    """A descriptor of tiles of `tokens` tokens of a head: 0 past the sequence and past head_dim.
 
     Args:
         x: `(batch, tokens, heads, head_dim)`, `describable`.
@@ -39,7 +39,7 @@ def tile_descriptor(x: torch.Tensor, tokens: int, block_d: int) -> TensorDescrip
 def tile_strides(x: torch.Tensor) -> list[int]:
     """The strides of a `describable` tensor as a descriptor takes them.
 
-    Nothing is ever stepped over in a dimension of size 1, and its stride may be anything.
+    No step is ever taken along a dimension of size 1: a valid stride replaces the tensor's own.
     """
     return [
         stride if size > 1 else _ALIGNMENT

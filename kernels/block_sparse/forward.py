@@ -27,7 +27,7 @@ def store_rows(
     p_out, p_lse, i_b, i_h, start_m, tokens_q, heads, b_acc, b_max, b_sum,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Output and LSE of a tile of queries: 0 and -inf where a query has seen nothing."""
+    """Store output and LSE of a tile of queries: 0 and -inf for a query that has seen no key."""
     o_m = tl.arange(0, BLOCK_M)
     m_m = start_m + o_m < tokens_q
     b_norm = tl.where(b_sum == 0, 1.0, b_sum)
@@ -50,15 +50,16 @@ def forward_kernel(
     HAS_KEY_MASK: tl.constexpr, HAS_PARTIAL: tl.constexpr, NEGATIVE_SCALE: tl.constexpr,
     AHEAD: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """AHEAD: scores are multiplied one tile before they are needed.
+    """Attention of a tile of queries.
 
-    Then the matrix units have work while a tile's weights are computed. The weights stand before
-    the next product in the program, or the compiler puts none of them beside it.
+    With AHEAD, the product for a tile's scores runs one tile early. The matrix units then have work
+    while the weights of the previous tile are computed. In the source the weights stand before the
+    next product: otherwise the compiler does not overlap the two.
     """
     TILES_M: tl.constexpr = BLOCK_Q // BLOCK_M
     TILES_N: tl.constexpr = BLOCK_KV // BLOCK_N
     WORDS: tl.constexpr = (BLOCK_KV + 31) // 32
-    # What a pointer may not be followed to. The copy engine needs no mask.
+    # Loads by pointer leave out hidden keys. The copy engine takes no mask.
     KEY_MASKED: tl.constexpr = HAS_KEY_MASK and not TMA
     i_tile, i_b, i_h, i_layout = tile_of_program(rows * TILES_M, heads, s_layout_b, s_layout_h)
     i_row = tl.load(p_order + i_layout * rows + i_tile // TILES_M)
@@ -80,14 +81,14 @@ def forward_kernel(
     o_m = token_offsets(BLOCK_M, WIDE)
     b_q = load_tile(p_q, s_qt, s_qd, o_m, m_m, True, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
     scale *= LOG2_E
-    if NEGATIVE_SCALE:  # the maximum of scaled scores is that of the scores only if scale > 0
+    if NEGATIVE_SCALE:  # only with scale > 0 is the largest score the largest scaled score
         b_q = (-b_q.to(tl.float32)).to(b_q.dtype)
         scale = -scale
     b_acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     b_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
 
-    # Full blocks. An index is loaded one step early: it must not hold up keys and values.
+    # Full blocks. An index is loaded one step early, so that keys and values do not wait for it.
     p_full, n_full, n_partial, n_short = row_lists(
         p_full_count, p_full_index, p_partial_count, i_list, full_cap, tokens_kv, BLOCK_KV
     )
@@ -96,7 +97,7 @@ def forward_kernel(
     if AHEAD:
         start_n = i_block * BLOCK_KV
         i_block = tl.load(p_full + tl.minimum(1 // TILES_N, n_full - 1), mask=n_full > 0, other=0)
-        m_first = start_n + o_n < tokens_kv  # of a row without full blocks, whatever block 0 is
+        m_first = start_n + o_n < tokens_kv  # a row without full blocks reads block 0, maybe short
         b_k = read_tokens(
             x_k, i_b, i_h, start_n, s_kt, s_kd, m_first, True, D, BLOCK_N, BLOCK_D, WIDE, TMA
         )  # (BLOCK_N, BLOCK_D)
@@ -108,7 +109,7 @@ def forward_kernel(
                 x_k, i_b, i_h, next_n, s_kt, s_kd, m_n, False, D, BLOCK_N, BLOCK_D, WIDE, TMA
             )  # (BLOCK_N, BLOCK_D)
             if HAS_KEY_MASK:
-                m_n = tl.load(p_key_mask + (start_n + o_n).to(tl.int64) * s_mt) != 0
+                m_n = tl.load(p_key_mask + (start_n + o_n).to(tl.int64) * s_mt) != 0  # (BLOCK_N,)
             b_p, b_new, b_old = weigh(b_s, b_max, scale, m_n[None, :], HAS_KEY_MASK)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
             b_sum = b_sum * b_old + tl.sum(b_p, 1)
@@ -119,7 +120,7 @@ def forward_kernel(
                 b_v = tl.where(m_n[:, None], b_v, 0.0)  # a NaN in padding must not reach a sum
             b_acc = tl.dot(
                 b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision=PRECISION
-            )
+            )  # (BLOCK_M, BLOCK_D)
             b_max = b_new
             start_n = next_n
     else:
@@ -127,8 +128,8 @@ def forward_kernel(
             start_n = i_block * BLOCK_KV + (i % TILES_N) * BLOCK_N
             i_block = tl.load(p_full + tl.minimum((i + 1) // TILES_N, n_full - 1))
             if HAS_KEY_MASK:
-                m_n = tl.load(p_key_mask + (start_n + o_n).to(tl.int64) * s_mt) != 0
-            # What is hidden is read as 0: a NaN left in padding must not reach a sum.
+                m_n = tl.load(p_key_mask + (start_n + o_n).to(tl.int64) * s_mt) != 0  # (BLOCK_N,)
+            # Hidden keys are read as 0: a NaN left in padding must not reach a sum.
             b_k = read_tokens(
                 x_k, i_b, i_h, start_n, s_kt, s_kd, m_n, KEY_MASKED, D, BLOCK_N, BLOCK_D, WIDE, TMA
             )  # (BLOCK_N, BLOCK_D)
@@ -142,7 +143,7 @@ def forward_kernel(
             )
 
     if HAS_PARTIAL:
-        # Partial blocks, then the short full one.
+        # Partial blocks, then the short full block.
         PARTIALS_N: tl.constexpr = BLOCK_KV // PARTIAL_N
         p_partial_index += i_list.to(tl.int64) * partial_cap
         p_partial_mask += i_list.to(tl.int64) * partial_cap
@@ -157,7 +158,7 @@ def forward_kernel(
             start_block = i_block * BLOCK_KV
             start_n = start_block + start_in_kv
             p_words = p_bit_masks + (i_mask.to(tl.int64) * BLOCK_Q + start_in_block) * WORDS
-            m_s = load_bits(
+            m_s = load_bits(  # (BLOCK_M, PARTIAL_N)
                 p_words, WORDS, o_w, m_w, start_in_kv, tokens_kv - start_block,
                 BLOCK_M, PARTIAL_N, False,
             )  # fmt: skip
@@ -167,7 +168,7 @@ def forward_kernel(
             m_p = start_n + o_p < tokens_kv
             if HAS_KEY_MASK:
                 p_visible = p_key_mask + (start_n + o_p).to(tl.int64) * s_mt
-                m_p = tl.load(p_visible, mask=m_p, other=0) != 0
+                m_p = tl.load(p_visible, mask=m_p, other=0) != 0  # (PARTIAL_N,)
                 m_s = m_s & m_p[None, :]
             b_kp = read_tokens(
                 x_k_partial,
@@ -218,10 +219,11 @@ def forward(
     *,
     tma: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp.
+    """The output, like q, and the log-sum-exp, float32 `(batch, heads, tokens_q)`.
 
     Args:
-        tma: whether the copy engine fetches tiles; for tensors that `tma_takes`.
+        q, k, v: `(batch, tokens, heads, head_dim)`.
+        tma: whether the copy engine fetches tiles; only for tensors that `problem.tma_takes`.
     """
     batch, tokens_q, heads, _ = q.shape
     tokens_kv = k.shape[1]

@@ -1,8 +1,6 @@
-"""The forward pass by the best kernel for a call."""
+"""The forward pass by the best kernel that takes a call."""
 
 from __future__ import annotations
-
-from typing import TypedDict
 
 import torch
 
@@ -12,12 +10,6 @@ from ..common.variants import first_that_compiles
 from . import gluon_forward, warp_specialized
 from .forward import forward as forward_by_tiles
 from .launch import Problem
-
-
-class _Options(TypedDict):
-    block_q: int
-    block_kv: int
-    scale: float
 
 
 def forward(
@@ -32,16 +24,16 @@ def forward(
     scale: float,
     choice: Choice | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp; arguments as `block_sparse_attention`, already checked.
+    """The output and the log-sum-exp; arguments as of `block_sparse_attention`, already checked.
 
     Args:
-        choice: the only thing to run; by default the best that takes the call and compiles.
+        choice: the only variant and tiles to run; by default the best variant that takes the call
+            and compiles.
 
     Raises:
         ValueError: if the choice does not take the call.
     """
-    options = _Options(block_q=block_q, block_kv=block_kv, scale=scale)
-    problem = Problem.of(q, k, v, layout, key_mask, **options)
+    problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv, scale)
 
     def takes(variant: str) -> bool:
         if variant == "tma_ws":

@@ -1,7 +1,7 @@
-"""The forward in Gluon, Triton's lower language, for Hopper GPUs: softmax while products run.
+"""The forward pass in Gluon, Triton's lower language, for Hopper GPUs: softmax beside products.
 
-Faster than the other forms by what the compiler shows, and by far the most demanding one: chosen
-only where a table of measured tiles names it.
+By its machine code this variant is the fastest; it also demands the most of a call and of the
+compiler. It runs only where a table of measured tiles or the environment names it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Gluon is experimental: names and meanings change. The kernel was compiled with these versions.
 TRITON_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")
 _HEAD_DIMS = (64, 128)
-_QUERIES = 128  # of a program: two groups of 64
+_QUERIES = 128  # per program: two groups of 64
 _SHARED_MEMORY = 227 * 1024  # bytes that a program on a Hopper GPU can have
 _SMALL_BUFFERS = 1024  # bytes: row sums and barriers, and some to spare
 
@@ -44,9 +44,10 @@ def available() -> bool:
 
 
 def takes(problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether `forward` can do a call: from shapes, strides, dtypes and addresses, without waiting.
+    """Whether `forward` takes a call.
 
-    False on anything but a Hopper GPU, and where `available` is false.
+    Shapes, strides, dtypes and addresses decide; the device is not waited for. False on anything
+    but a Hopper GPU, and where `available` is false.
     """
     return (
         available()
@@ -62,13 +63,13 @@ def takes(problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -
 def forward(
     problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: TileConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp, for calls that this module `takes`.
+    """The output and the log-sum-exp, for calls that this module `takes`.
 
     Lists of full blocks may be in any order.
 
     Args:
-        config: 128 queries, 64 or 128 keys for both kinds of blocks, 4 warps (for each group of 64
-            queries), as many stages of keys and of values as shared memory holds.
+        config: tiles of 128 queries and 64 or 128 keys, the same in full and in partial blocks; 4
+            warps for each group of 64 queries; 2 or more stages, as many as shared memory holds.
 
     Raises:
         ValueError: if the tiles are not what the kernel takes.
@@ -96,7 +97,7 @@ def forward(
 
 
 def _kernel_module() -> ModuleType:
-    # Imported late: an experimental API that has changed must not break everything else.
+    # Imported late: a change of an experimental API must not break the other kernels.
     return import_module(".gluon_kernel", __package__)
 
 

@@ -1,8 +1,8 @@
 """Device code of the Gluon forward: one warp fetches tiles, two groups of four warps multiply them.
 
-Each group attends with 64 queries. The products of tile i with the queries and those of tile i - 1
-with the values run while the group works out the weights of tile i. Importing the module fails
-where Triton lacks the parts of Gluon named here: `gluon_forward` asks first.
+Each group attends with 64 queries. While a group computes the weights of tile i, its product of the
+weights and the values of tile i - 1 runs. Importing the module fails where Triton lacks the parts
+of Gluon that the module names: `gluon_forward.available` asks first.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..common.primitives import LN_2, LOG2_E
 
-# Triton renamed the three after 3.6.
+# Triton renamed these three functions after 3.6.
 _fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _write = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 GROUPS = gl.constexpr(2)
-ROWS = gl.constexpr(64)  # queries of a group: what one matrix product of Hopper's takes
-MINUS_INFINITY = gl.constexpr(-0x800000)  # the bits of it, as int32
+ROWS = gl.constexpr(64)  # queries of a group: the rows of one matrix product on Hopper
+MINUS_INFINITY = gl.constexpr(-0x800000)  # its bits, as int32
 
 
 @gluon.jit
@@ -43,10 +43,10 @@ def _weights(b_s, b_max, b_sum, scale, MASKED: gl.constexpr):
 
 @gluon.jit
 def _words(p_words, listed, left, BLOCK_N: gl.constexpr, WORDS: gl.constexpr, SCORES: gl.constexpr):
-    """For every score of a tile the word with its bit: int32 (ROWS, BLOCK_N).
+    """The word that holds the bit of each score of a tile: int32 (ROWS, BLOCK_N).
 
-    All ones where the tile has no bit mask (`listed` false), zeros for keys from `left` on. Which
-    word a column takes is known per register.
+    Words are all ones where the tile has no bit mask (`listed` false). Bits of keys from `left` on
+    are 0. The compiler knows for every register which word its column takes.
     """
     o_m = gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
@@ -54,18 +54,18 @@ def _words(p_words, listed, left, BLOCK_N: gl.constexpr, WORDS: gl.constexpr, SC
     b_words = gl.full([ROWS, BLOCK_N], 0, gl.int32, SCORES)
     for i in gl.static_range(BLOCK_N // 32):
         n_seen = gl.minimum(gl.maximum(left - i * 32, 0), 32)
-        # Half of the shift at a time: shifts by 32 are undefined.
+        # Half of the shift at a time: a shift by 32 is undefined.
         seen = ~(((-1) << (n_seen // 2)) << (n_seen - n_seen // 2))
-        b_word = gl.load(p_words + o_m * WORDS + i, mask=m_m, other=-1) & seen
+        b_word = gl.load(p_words + o_m * WORDS + i, mask=m_m, other=-1) & seen  # (ROWS,)
         b_words = gl.where((o_n >= i * 32)[None, :], b_word[:, None], b_words)
     return b_words
 
 
 @gluon.jit
 def _hide(b_s, b_words, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
-    """Scores, -inf where their bits are 0."""
+    """The scores (ROWS, BLOCK_N), -inf where their bits are 0."""
     o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
-    # In integers: Triton 3.6 makes more instructions of a `where` on bits, and they show.
+    # In integers: of a `where` on bits Triton 3.6 makes more instructions, at a cost in time.
     b_seen = (b_words << (31 - (o_n & 31))[None, :]) >> 31  # all ones, or zeros
     b_hidden = ~b_seen & MINUS_INFINITY
     return ((b_s.to(gl.int32, bitcast=True) & b_seen) | b_hidden).to(gl.float32, bitcast=True)
@@ -74,7 +74,7 @@ def _hide(b_s, b_words, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
 @gluon.jit
 def _mask_of(i, masks, lists, first_row, tokens_kv, BLOCK_Q: gl.constexpr,
              BLOCK_KV: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
-    """Of masked tile `i`: where its words begin, whether it has any, how many keys are left."""
+    """For masked tile `i`: pointer to its words, whether it has words, keys left from its start."""
     TILES_N: gl.constexpr = BLOCK_KV // BLOCK_N
     p_partial, _, n_partial, _, i_rest = lists
     p_partial_mask, p_bit_masks = masks
@@ -100,7 +100,7 @@ def _produce(inputs, q_tiles, q_full, rings, place, lists, p_full,
     for g in gl.static_range(GROUPS):
         _fetch(queries, [i_b, start_m + g * ROWS, i_h, 0], q_full.index(0), q_tiles.index(g))
     for i in range(n_tiles):
-        # Full blocks without the short one, partial blocks, then what no list holds.
+        # Full blocks but the short one, partial blocks, then block `i_rest`: the short one.
         i_full = i // TILES_N
         i_partial = i_full - n_full
         is_full = i_full < n_full
@@ -122,7 +122,7 @@ def _produce(inputs, q_tiles, q_full, rings, place, lists, p_full,
 def _attend(i, b_q, rings, sums, b_acc, b_p, b_max, b_sum, scale, p_words, listed, left,
             MASKED: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, WORDS: gl.constexpr,
             STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr):  # fmt: skip
-    """Weights of tile `i`, and of the tile before it (`b_p`) the products with its values."""
+    """The weights of tile `i`, and the product of tile `i - 1`: its weights `b_p` by its values."""
     k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = rings
     j = i - 1
     s_k = i % STAGES
@@ -131,20 +131,22 @@ def _attend(i, b_q, rings, sums, b_acc, b_p, b_max, b_sum, scale, p_words, liste
     b_v = v_tiles.index(s_v).reshape([BLOCK_N, D])
     b_zero = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
     mbarrier.wait(k_full.index(s_k), (i // STAGES) & 1)
+    # scores: (ROWS, BLOCK_N)
     scores = warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(s_v), (j // STAGES) & 1)
-    products = warpgroup_mma(b_p, b_v, b_acc, is_async=True)
+    products = warpgroup_mma(b_p, b_v, b_acc, is_async=True)  # (ROWS, D)
     if MASKED:
-        b_words = _words(p_words, listed, left, BLOCK_N, WORDS, SCORES)
+        b_words = _words(p_words, listed, left, BLOCK_N, WORDS, SCORES)  # (ROWS, BLOCK_N)
     b_s = warpgroup_mma_wait(1, deps=(scores,))  # (ROWS, BLOCK_N)
     mbarrier.arrive(k_empty.index(s_k))
     if MASKED:
         b_s = _hide(b_s, b_words, BLOCK_N, SCORES)
     b_new_p, b_max, b_sum, b_old = _weights(b_s, b_max, b_sum, scale, MASKED)
-    # Without a barrier here, ptxas moves the wait above all of the softmax. And without something
-    # stored, Triton drops the barrier.
+    # Without a barrier here, ptxas moves the wait above the whole softmax. Without a store before
+    # it, Triton drops the barrier.
     sums.store(b_sum)
     _barrier()
+    # b_acc: (ROWS, D), b_p: (ROWS, BLOCK_N)
     b_acc, b_p = warpgroup_mma_wait(0, deps=(products, b_p))
     mbarrier.arrive(v_empty.index(s_v))
     b_acc = b_acc * gl.convert_layout(b_old, gl.SliceLayout(1, WEIGHTS.parent))[:, None]
@@ -155,7 +157,7 @@ def _attend(i, b_q, rings, sums, b_acc, b_p, b_max, b_sum, scale, p_words, liste
 def _consume(outs, p_lse, q_tiles, q_full, rings, all_sums, place, lists, masks, first_row,
              tokens_q, tokens_kv, scale, g: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr,
              BLOCK_KV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """Attend with 64 queries to all tiles, and store their rows."""
+    """Attend to all tiles with the 64 queries of a group, and store the rows of the output."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
     )
@@ -176,18 +178,18 @@ def _consume(outs, p_lse, q_tiles, q_full, rings, all_sums, place, lists, masks,
     b_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     b_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
 
-    # The first tile has none before it. It is masked whatever it is, so that there is one code.
+    # No tile stands before the first one. Masked code serves it, whether or not it needs a mask.
     p_words, listed, left = _mask_of(
         0, masks, lists, first_row, tokens_kv, BLOCK_Q, BLOCK_KV, BLOCK_N
     )
     listed = listed & (n_full == 0)
     left = gl.where(n_full > 0, BLOCK_N, left)
-    b_words = _words(p_words, listed, left, BLOCK_N, WORDS, SCORES)
+    b_words = _words(p_words, listed, left, BLOCK_N, WORDS, SCORES)  # (ROWS, BLOCK_N)
     b_zero = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
     b_k = k_tiles.index(0).reshape([BLOCK_N, D])
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(k_full.index(0), 0)
-    b_s = warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False)
+    b_s = warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False)  # (ROWS, BLOCK_N)
     mbarrier.arrive(k_empty.index(0))
     b_s = _hide(b_s, b_words, BLOCK_N, SCORES)
     b_p, b_max, b_sum, _ = _weights(b_s, b_max, b_sum, scale, True)
@@ -207,13 +209,13 @@ def _consume(outs, p_lse, q_tiles, q_full, rings, all_sums, place, lists, masks,
         )  # fmt: skip
     j = n_tiles - 1
     mbarrier.wait(v_full.index(j % STAGES), (j // STAGES) & 1)
-    b_acc = warpgroup_mma(b_p, v_tiles.index(j % STAGES).reshape([BLOCK_N, D]), b_acc)
+    b_acc = warpgroup_mma(b_p, v_tiles.index(j % STAGES).reshape([BLOCK_N, D]), b_acc)  # (ROWS, D)
 
     b_norm = gl.where(b_sum == 0, 1.0, b_sum)  # 0 where a query has seen nothing
     b_out = b_acc / gl.convert_layout(b_norm, gl.SliceLayout(1, OUTS))[:, None]
     o_m = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     gl.store(p_lse + o_m, (b_max + gl.log2(b_norm)) * LN_2, mask=o_m < tokens_q)
-    b_q.store(b_out.to(b_q.dtype))  # the queries have been read for the last time
+    b_q.store(b_out.to(b_q.dtype))  # nothing reads the queries any more
     fence_async_shared()
     _write(outs, [i_b, start_m, i_h, 0], q_tiles.index(g))
     tma.store_wait(0)
@@ -252,15 +254,15 @@ def forward_kernel(
 
     n_full = gl.load(p_full_count + i_list)
     n_partial = gl.load(p_partial_count + i_list)
-    # The block at the end of the sequence may be short, and then it needs a mask though it is
-    # full: it is the last of its list, and comes after the partial ones here.
+    # The block at the end of the sequence may be short. A short block needs a mask although it is
+    # full: it is the last of its list, and comes after the partial blocks here.
     i_rest = tokens_kv // BLOCK_KV
     i_last = gl.load(p_full + (n_full - 1), mask=n_full > 0, other=-1)
     n_short = (i_last == i_rest).to(gl.int32)
     n_full -= n_short
     n_masked = n_partial + n_short
     if n_full + n_masked == 0:
-        # An empty row attends to one tile past the end: zeros, all of them hidden.
+        # An empty row attends to one block past the end: zeros, all of them hidden.
         n_masked = 1
         i_rest = i_rest + 1
     n_tiles = (n_full + n_masked) * TILES_N

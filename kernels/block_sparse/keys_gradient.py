@@ -28,7 +28,7 @@ def add_to_their_queries(
     x_dq, i_b, i_h, start_m, b_ds, b_k, scale, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what a tile of scores gives to dQ in memory, in no fixed order."""
+    """Add a tile's share of dQ to dQ in memory, in no fixed order."""
     b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision=PRECISION) * scale  # (BLOCK_M, BLOCK_D)
     place = [i_b.to(tl.int32), start_m, i_h.to(tl.int32), 0]
     x_dq.atomic_add(place, b_dq.reshape(1, BLOCK_M, 1, BLOCK_D))
@@ -52,7 +52,11 @@ def keys_kernel(
     HAS_KEY_MASK: tl.constexpr, HAS_PARTIAL: tl.constexpr, ONE_PASS: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ONE_PASS: adds to dQ as well, which saves the two products that a second pass repeats."""
+    """dK and dV of a tile of keys.
+
+    With ONE_PASS the kernel adds to dQ as well, and saves the two products that a pass for dQ would
+    repeat.
+    """
     TILES_M: tl.constexpr = BLOCK_Q // BLOCK_M
     TILES_N: tl.constexpr = BLOCK_KV // BLOCK_N
     WORDS: tl.constexpr = (BLOCK_KV + 31) // 32
@@ -89,9 +93,9 @@ def keys_kernel(
         m_seen = tl.load(p_seen, mask=m_n, other=0)[:, None] != 0  # (BLOCK_N, 1)
 
     # A key's gradients come from its own scores only: hidden keys, and NaN in them, need no mask
-    # until the end. Queries past the end have weights of exp2(0 - inf) = 0. Sums are loaded one
-    # step early, or compilers copy them to shared memory first, four bytes at a time. With dQ in
-    # the same pass ptxas has no registers for that, and serializes the products.
+    # until the end. Queries past the end have weights of exp2(0 - inf) = 0. Row sums are loaded one
+    # step early: otherwise the compiler copies them to shared memory first, four bytes at a time.
+    # In one pass with dQ, ptxas has no registers for early loads, and serializes the products.
     i_list = i_layout * (columns + 1) + i_column
     i_entry = tl.load(p_full_start + i_list)
     i_stop = tl.load(p_full_start + i_list + 1)
@@ -102,8 +106,8 @@ def keys_kernel(
     i_row = tl.load(p_full_row + i_next, mask=i_entry < i_stop, other=0)
     for i in tl.range(0, (i_stop - i_entry) * TILES_M):
         if ONE_PASS:
-            b_lse = tl.load(p_log2_lse + start_m + o_m)
-            b_delta = tl.load(p_delta + start_m + o_m)
+            b_lse = tl.load(p_log2_lse + start_m + o_m)  # (BLOCK_M,)
+            b_delta = tl.load(p_delta + start_m + o_m)  # (BLOCK_M,)
         else:
             b_lse = b_lse_next
             b_delta = b_delta_next
@@ -117,8 +121,8 @@ def keys_kernel(
         next_m = i_row * BLOCK_Q + ((i + 1) % TILES_M) * BLOCK_M
         i_row = tl.load(p_full_row + tl.minimum(i_entry + (i + 2) // TILES_M, i_stop - 1))
         if not ONE_PASS:
-            b_lse_next = tl.load(p_log2_lse + next_m + o_m)
-            b_delta_next = tl.load(p_delta + next_m + o_m)
+            b_lse_next = tl.load(p_log2_lse + next_m + o_m)  # (BLOCK_M,)
+            b_delta_next = tl.load(p_delta + next_m + o_m)  # (BLOCK_M,)
         b_dk, b_dv, b_ds = add_to_keys(
             b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dk, b_dv, to_base_2, True, False, PRECISION
         )
@@ -142,7 +146,7 @@ def keys_kernel(
             start_m = i_row * BLOCK_Q + start_in_q
             m_m = start_m + o_m < tokens_q
             p_words = p_bit_masks + (i_mask.to(tl.int64) * BLOCK_Q + start_in_q) * WORDS
-            m_s = load_bits(
+            m_s = load_bits(  # (BLOCK_N, PARTIAL_M)
                 p_words, WORDS, o_m, o_m < PARTIAL_M, start_in_block, BLOCK_KV,
                 PARTIAL_M, BLOCK_N, True,
             )  # fmt: skip
@@ -199,11 +203,12 @@ def keys_kernel(
 
 
 def one_pass_takes(problem: Problem) -> bool:
-    """Whether dQ can be added to in the same pass.
+    """Whether the pass over keys can add to dQ as well.
 
-    That is in no fixed order. A key mask would have to hide keys from dQ as well. The copy engine
-    adds rows of 16 bytes and multiples. Tiles of less than 128 keys have too few registers beyond a
-    head_dim of 64.
+    False under `torch.use_deterministic_algorithms`, because the additions come in no fixed order.
+    False with a key mask, which would have to hide keys from dQ as well. The copy engine adds rows
+    of a multiple of 16 bytes, so the head_dim must be a multiple of 4. A head_dim beyond 128, or
+    beyond 64 in blocks of fewer than 128 keys, leaves too few registers.
     """
     return (
         not problem.has_key_mask
@@ -228,12 +233,12 @@ def keys_gradient(
     """The gradients of k and v, the same bits at every call.
 
     Args:
-        tma: whether the copy engine fetches tiles; for tensors that `tma_takes`.
-        one_pass: whether the gradient of q is computed as well, by additions in no fixed order: not
-            the same bits at every call. For calls by TMA that `one_pass_takes`.
+        tma: whether the copy engine fetches tiles; only for tensors that `problem.tma_takes`.
+        one_pass: whether to compute the gradient of q as well, by additions in no fixed order: its
+            bits may differ from call to call. Only with `tma`, for calls that `one_pass_takes`.
 
     Returns:
-        dq: None unless `one_pass`.
+        dq: like q with `one_pass`, else None.
         dk, dv: like k and v.
     """
     batch, tokens_q, heads, _ = q.shape

@@ -1,4 +1,4 @@
-"""What every launch of a block-sparse kernel needs to know of its tensors."""
+"""The tensors of a block-sparse call in the form that launches of kernels take."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .configs import fitted, tile_config
 from .descriptors import describable, tile_descriptor
 from .walk import Rows
 
-# Offsets inside a tile are 32 bits wide up to here.
+# The largest offset inside a tile that 32 bits hold.
 _MAX_OFFSET = 2**31 - 1
 
 
@@ -24,13 +24,14 @@ class Problem:
     """The arguments of an attention call as its kernels take them.
 
     Attributes:
-        layout: index lists and bit masks as given: plans are remembered by these tensors.
-        lists: the same, contiguous.
+        layout: index lists and bit masks as the caller passed them: caches find plans by them.
+        lists: the same lists and masks, contiguous.
         scale: factor of the scores.
         layout_strides: how many layouts apart two samples and two heads are; 0 where they share.
-        key_mask: uint8, or any tensor if there is none.
+        key_mask: uint8 `(batch, tokens_kv)`, or an arbitrary tensor if there is no key mask.
         key_mask_strides: of sample and token.
-        wide: whether a tile is longer in memory than 32-bit offsets reach.
+        wide: whether a tile spans more memory than 32-bit offsets reach.
+        precision: `input_precision` of float32 products.
     """
 
     device: torch.device
@@ -61,7 +62,7 @@ class Problem:
         *,
         more: tuple[torch.Tensor, ...] = (),
     ) -> Problem:
-        """Collect them; `more` are further `(batch, tokens, heads, head_dim)` that are read."""
+        """Collect a call's arguments; `more` are further tensors like q that are read."""
         samples, layout_heads, _ = layout[0].shape
         mask = q if key_mask is None else key_mask.view(torch.uint8)
         return Problem(
@@ -83,25 +84,25 @@ class Problem:
 
     @property
     def block_d(self) -> int:
-        """The head dimension, padded to what a matrix product takes."""
+        """The head dimension, padded as matrix products take it."""
         return padded_head_dim(self.head_dim)
 
     def tma_takes(self, *tensors: torch.Tensor) -> bool:
-        """Whether the copy engine can fetch these, for tiles as large as matrix units want them."""
+        """Whether the copy engine can fetch the tensors, in tiles as large as matrix units want."""
         return min(self.block_q, self.block_kv) >= 64 and all(map(describable, tensors))
 
     @property
     def scale_not_0(self) -> float:
-        """The scale for a kernel that hides scores before it scales them: 0 * -inf is NaN."""
+        """The scale, never 0: kernels hide scores before they scale them, and 0 * -inf is NaN."""
         return self.scale or SMALLEST_SCALE
 
     @property
     def compiled_for(self) -> tuple[object, ...]:
-        """What kernels are compiled for, device, dtype and head_dim apart."""
+        """The constants that kernels are compiled for, beside device, dtype and head_dim."""
         return self.block_q, self.block_kv, self.masked
 
     def tiles(self, kernel: str, variant: str, measured: TileConfig | None) -> TileConfig:
-        """The measured tiles if there are some, else the shipped ones, no larger than a block."""
+        """The measured tiles if there are any, else the shipped tiles; no larger than a block."""
         tiles = measured or tile_config(
             kernel, variant, self.block_d, self.dtype, masked=self.masked
         )
@@ -119,7 +120,7 @@ class Problem:
         return (self.lists[0], rows.full_index, *self.lists[2:])
 
     def rows_have_masks(self, tokens_kv: int) -> bool:
-        """Whether some block of a row may need a mask: partial ones, or a short one at the end."""
+        """Whether a block of a row may need a mask: a partial block, or a short last block."""
         return self.has_partial or tokens_kv % self.block_kv != 0
 
     @property
@@ -130,7 +131,7 @@ class Problem:
     def sources(
         self, *tiles: tuple[torch.Tensor, int], tma: bool
     ) -> list[torch.Tensor | TensorDescriptor]:
-        """What the kernels are given to read tensors by: see `primitives.py`.
+        """The pointers or descriptors by which kernels read tensors: see `common/primitives.py`.
 
         Args:
             tiles: tensors `(batch, tokens, heads, head_dim)` and the tokens per tile of each.
@@ -154,7 +155,7 @@ class Problem:
             "PRECISION": self.precision,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
-            "enable_fp_fusion": True,  # Triton's own default for it is about to change
+            "enable_fp_fusion": True,  # Triton is about to change its own default
         }
 
     def on_device(self) -> AbstractContextManager[object]:
@@ -163,7 +164,7 @@ class Problem:
 
 
 def _tile_span(x: torch.Tensor, block: int) -> int:
-    """Elements from the first to the last one of a block of tokens of one head."""
+    """Elements from the first to the last element of a block of tokens of one head."""
     _, tokens, _, head_dim = x.shape
     _, s_t, _, s_d = x.stride()
     return (min(block, tokens) - 1) * s_t + (head_dim - 1) * s_d

@@ -39,12 +39,11 @@ def block_sparse_attention(
             differ from the query length. float32 is multiplied in full, unless
             `torch.set_float32_matmul_precision` allows TF32.
         layout: the index lists of a `BlockLayout` (its `tensors`), shared (size 1) or separate per
-            sample and per head. What is derived from them is remembered for as long as these very
-            tensors live. Their values are taken to be in range: looking at them would wait for the
-            device.
+            sample and per head. Plans derived from the lists are remembered as long as these
+            tensors live. Values must be in range: a check would wait for the device.
         block_q, block_kv: tokens per query block and per key block: 16, 32, 64, 128 or 256.
         scale: factor of the scores; `head_dim ** -0.5` when None.
-        key_mask: bool `(batch, tokens_kv)`, false for keys that nobody sees.
+        key_mask: bool `(batch, tokens_kv)`, false for keys that no query sees.
 
     Returns:
         out: like q; 0 for a query that sees nothing.
@@ -80,7 +79,10 @@ def block_sparse_attention_gradients(
 
     Args:
         grad_out: gradient of the output, `(batch, tokens, heads, head_dim)`.
-        out, lse: what `block_sparse_attention` returned for the other arguments.
+        out, lse: results of `block_sparse_attention` for the other arguments.
+
+    Returns:
+        dq, dk, dv: like q, k and v.
 
     Raises:
         ValueError: if dtypes, devices or shapes do not fit together or are not supported.

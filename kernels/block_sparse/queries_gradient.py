@@ -37,7 +37,7 @@ def queries_kernel(
     HAS_KEY_MASK: tl.constexpr, HAS_PARTIAL: tl.constexpr, AHEAD: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walks the rows as `forward.forward_kernel` does, where AHEAD is explained."""
+    """dQ of a tile of queries. Rows are walked, and AHEAD works, as in `forward.forward_kernel`."""
     TILES_M: tl.constexpr = BLOCK_Q // BLOCK_M
     TILES_N: tl.constexpr = BLOCK_KV // BLOCK_N
     WORDS: tl.constexpr = (BLOCK_KV + 31) // 32
@@ -78,7 +78,7 @@ def queries_kernel(
     if AHEAD:
         start_n = i_block * BLOCK_KV
         i_block = tl.load(p_full + tl.minimum(1 // TILES_N, n_full - 1), mask=n_full > 0, other=0)
-        m_first = start_n + o_n < tokens_kv  # of a row without full blocks, whatever block 0 is
+        m_first = start_n + o_n < tokens_kv  # a row without full blocks reads block 0, maybe short
         b_k = read_tokens(
             x_k, i_b, i_h, start_n, s_kt, s_kd, m_first, True, D, BLOCK_N, BLOCK_D, WIDE, TMA
         )  # (BLOCK_N, BLOCK_D)
@@ -87,7 +87,7 @@ def queries_kernel(
             next_n = i_block * BLOCK_KV + ((i + 1) % TILES_N) * BLOCK_N
             i_block = tl.load(p_full + tl.minimum((i + 2) // TILES_N, n_full - 1))
             if HAS_KEY_MASK:
-                m_n = tl.load(p_key_mask + (start_n + o_n).to(tl.int64) * s_mt) != 0
+                m_n = tl.load(p_key_mask + (start_n + o_n).to(tl.int64) * s_mt) != 0  # (BLOCK_N,)
             b_k = read_tokens(
                 x_k, i_b, i_h, start_n, s_kt, s_kd, m_n, KEY_MASKED, D, BLOCK_N, BLOCK_D, WIDE, TMA
             )  # (BLOCK_N, BLOCK_D)
@@ -99,19 +99,19 @@ def queries_kernel(
             b_v = read_tokens(
                 x_v, i_b, i_h, start_n, s_vt, s_vd, m_n, False, D, BLOCK_N, BLOCK_D, WIDE, TMA
             )  # (BLOCK_N, BLOCK_D)
-            b_ds = score_gradient(
+            b_ds = score_gradient(  # (BLOCK_M, BLOCK_N)
                 b_s, b_grad, b_v, b_lse, b_delta, to_base_2, m_n[None, :], b_k.dtype, HAS_KEY_MASK,
                 PRECISION,
             )  # fmt: skip
-            b_s = tl.dot(b_q, tl.trans(b_k_next), input_precision=PRECISION)
-            b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
+            b_s = tl.dot(b_q, tl.trans(b_k_next), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+            b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)  # (BLOCK_M, BLOCK_D)
             start_n = next_n
     else:
         for i in tl.range(0, n_full * TILES_N):
             start_n = i_block * BLOCK_KV + (i % TILES_N) * BLOCK_N
             i_block = tl.load(p_full + tl.minimum((i + 1) // TILES_N, n_full - 1))
             if HAS_KEY_MASK:
-                m_n = tl.load(p_key_mask + (start_n + o_n).to(tl.int64) * s_mt) != 0
+                m_n = tl.load(p_key_mask + (start_n + o_n).to(tl.int64) * s_mt) != 0  # (BLOCK_N,)
             b_k = read_tokens(
                 x_k, i_b, i_h, start_n, s_kt, s_kd, m_n, KEY_MASKED, D, BLOCK_N, BLOCK_D, WIDE, TMA
             )  # (BLOCK_N, BLOCK_D)
@@ -120,7 +120,7 @@ def queries_kernel(
             b_v = read_tokens(
                 x_v, i_b, i_h, start_n, s_vt, s_vd, m_n, False, D, BLOCK_N, BLOCK_D, WIDE, TMA
             )  # (BLOCK_N, BLOCK_D)
-            b_dq = add_to_queries(
+            b_dq = add_to_queries(  # (BLOCK_M, BLOCK_D)
                 b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dq, to_base_2, m_n[None, :], HAS_KEY_MASK,
                 PRECISION,
             )  # fmt: skip
@@ -139,7 +139,7 @@ def queries_kernel(
             start_block = i_block * BLOCK_KV
             start_n = start_block + start_in_kv
             p_words = p_bit_masks + (i_mask.to(tl.int64) * BLOCK_Q + start_in_block) * WORDS
-            m_s = load_bits(
+            m_s = load_bits(  # (BLOCK_M, PARTIAL_N)
                 p_words, WORDS, o_w, m_w, start_in_kv, tokens_kv - start_block,
                 BLOCK_M, PARTIAL_N, False,
             )  # fmt: skip
@@ -149,7 +149,7 @@ def queries_kernel(
             m_p = start_n + o_p < tokens_kv
             if HAS_KEY_MASK:
                 p_visible = p_key_mask + (start_n + o_p).to(tl.int64) * s_mt
-                m_p = tl.load(p_visible, mask=m_p, other=0) != 0
+                m_p = tl.load(p_visible, mask=m_p, other=0) != 0  # (PARTIAL_N,)
                 m_s = m_s & m_p[None, :]
             b_kp = read_tokens(
                 x_k_partial,
@@ -185,16 +185,16 @@ def queries_kernel(
             )  # (PARTIAL_N, BLOCK_D)
             b_dq = add_to_queries(
                 b_q, b_grad, b_kp, b_vp, b_lse, b_delta, b_dq, to_base_2, m_s, True, PRECISION
-            )
+            )  # (BLOCK_M, BLOCK_D)
     p_dq += (i_b * tokens_q + start_m) * heads * D + i_h * D
     store_tile(p_dq, heads * D, o_w, m_m, b_dq * scale, D, BLOCK_D)
 
 
 def tma_takes(problem: Problem, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether tiles can be fetched by the copy engine.
+    """Whether the copy engine can fetch the tiles.
 
-    Keys that a key mask hides are replaced in registers, of which there are too few beyond a
-    head_dim of 128.
+    Keys that a key mask hides are replaced in registers. Beyond a head_dim of 128 there are too few
+    registers for that.
     """
     return problem.tma_takes(k, v) and not (problem.has_key_mask and problem.head_dim > 128)
 
@@ -210,10 +210,10 @@ def queries_gradient(
     *,
     tma: bool,
 ) -> torch.Tensor:
-    """The gradient of q, the same bits at every call.
+    """The gradient of q, like q; the same bits at every call.
 
     Args:
-        tma: whether the copy engine fetches tiles; for tensors that `tma_takes`.
+        tma: whether the copy engine fetches tiles; only for calls that `tma_takes`.
     """
     batch, tokens_q, heads, _ = q.shape
     tokens_kv = k.shape[1]

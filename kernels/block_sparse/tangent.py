@@ -15,10 +15,10 @@ from .configs import fitted
 from .launch import Problem
 from .walk import cached_rows
 
-# Four tiles of keys are in shared memory per stage: keys and values, and the tangents of both. What
-# has most of the tensor cores' cycles by the machine code, without products that are computed twice
-# and, in 16 bits, without more than a few spilled words; not timed. float32 spills beyond a head
-# dimension of 64 whatever the tiles.
+# Shared memory holds four tiles per stage: keys, values, and the tangents of both. Each entry has
+# the largest share of the tensor cores' cycles by the machine code, among tiles that compute no
+# product twice and, in 16 bits, spill no more than a few words. Nothing has been timed. float32
+# spills beyond a head dimension of 64, whatever the tiles.
 _TABLES = Tables(
     ampere={"tangent": {64: both(64, 64, 4, 2), 128: both(128, 16, 8, 2), 256: both(16, 32, 4, 1)}},
     hopper={"tangent": {64: both(64, 64, 4, 2), 128: both(64, 32, 4, 2), 256: both(128, 16, 8, 1)}},
@@ -37,14 +37,18 @@ def add_tile(
     b_q, b_dq, b_k, b_v, b_dk, b_dv, b_lse, b_acc, b_mean, scale, m_s,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to sum(p t v) + sum(p dv) and to sum(p t): p are weights, t the tangents of scores."""
+    """Add a tile's keys to sum(p t v) + sum(p dv), (BLOCK_M, BLOCK_D), and to sum(p t), (BLOCK_M,).
+
+    Here p are the weights, t the tangents of the scores, v the values, dv the values' tangents.
+    """
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
     b_p = tl.exp2(b_s * (scale * LOG2_E) - b_lse[:, None])
     if MASKED:
         b_p = tl.where(m_s, b_p, 0.0)
-    b_t = tl.dot(b_dq, tl.trans(b_k), input_precision=PRECISION)
-    b_t = tl.dot(b_q, tl.trans(b_dk), b_t, input_precision=PRECISION)
+    b_t = tl.dot(b_dq, tl.trans(b_k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+    b_t = tl.dot(b_q, tl.trans(b_dk), b_t, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
     b_pt = b_p * (b_t * scale)
+    # Both (BLOCK_M, BLOCK_D).
     b_acc = tl.dot(b_pt.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
     b_acc = tl.dot(b_p.to(b_dv.dtype), b_dv, b_acc, input_precision=PRECISION)
     return b_acc, b_mean + tl.sum(b_pt, 1)
@@ -89,12 +93,12 @@ def tangent_kernel(
     p_partial_index += i_list.to(tl.int64) * partial_cap
     p_partial_mask += i_list.to(tl.int64) * partial_cap
 
-    # Weights of exp2(s - inf) = 0 for a query that sees nothing, and for one past the end.
+    # Weights are exp2(s - inf) = 0 for queries that see nothing, and for queries past the end.
     first = (i_b * heads + i_h) * tokens_q + start_m
-    b_lse = tl.load(p_lse + first + o_w, mask=m_m, other=float("-inf"))
+    b_lse = tl.load(p_lse + first + o_w, mask=m_m, other=float("-inf"))  # (BLOCK_M,)
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2_E)
-    b_q = load_tile(p_q, s_qt, s_qd, o_m, m_m, True, D, BLOCK_D)
-    b_dq = load_tile(p_dq, s_dqt, s_dqd, o_m, m_m, True, D, BLOCK_D)
+    b_q = load_tile(p_q, s_qt, s_qd, o_m, m_m, True, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+    b_dq = load_tile(p_dq, s_dqt, s_dqd, o_m, m_m, True, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
     b_acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     b_mean = tl.zeros((BLOCK_M,), dtype=tl.float32)
 
@@ -108,7 +112,8 @@ def tangent_kernel(
         start = start_n.to(tl.int64)
         m_n = o_n < BLOCK_N
         if HAS_KEY_MASK:
-            m_n = tl.load(p_key_mask + (start + o_n) * s_mt) != 0
+            m_n = tl.load(p_key_mask + (start + o_n) * s_mt) != 0  # (BLOCK_N,)
+        # All four (BLOCK_N, BLOCK_D).
         b_k = load_tile(p_k + start * s_kt, s_kt, s_kd, o_n, m_n, HAS_KEY_MASK, D, BLOCK_D)
         b_v = load_tile(p_v + start * s_vt, s_vt, s_vd, o_n, m_n, HAS_KEY_MASK, D, BLOCK_D)
         b_dk = load_tile(p_dk + start * s_dkt, s_dkt, s_dkd, o_n, m_n, HAS_KEY_MASK, D, BLOCK_D)
@@ -118,7 +123,7 @@ def tangent_kernel(
             HAS_KEY_MASK, PRECISION,
         )  # fmt: skip
 
-    # Partial blocks, then the short full one.
+    # Partial blocks, then the short full block.
     i_short = tokens_kv // BLOCK_KV
     i_block = tl.load(p_partial_index, mask=n_partial > 0, other=i_short)
     i_mask = tl.load(p_partial_mask, mask=n_partial > 0, other=0)
@@ -127,7 +132,7 @@ def tangent_kernel(
         start_in_kv = (i % TILES_N) * BLOCK_N
         start_n = i_block * BLOCK_KV + start_in_kv
         p_words = p_bit_masks + (i_mask.to(tl.int64) * BLOCK_Q + start_in_block) * WORDS
-        m_s = load_bits(
+        m_s = load_bits(  # (BLOCK_M, BLOCK_N)
             p_words, WORDS, o_w, m_w, start_in_kv, tokens_kv - i_block * BLOCK_KV,
             BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
@@ -137,8 +142,10 @@ def tangent_kernel(
         start = start_n.to(tl.int64)
         m_n = start_n + o_n < tokens_kv
         if HAS_KEY_MASK:
+            # m_n: (BLOCK_N,)
             m_n = tl.load(p_key_mask + (start + o_n) * s_mt, mask=m_n, other=0) != 0
             m_s = m_s & m_n[None, :]
+        # All four (BLOCK_N, BLOCK_D).
         b_k = load_tile(p_k + start * s_kt, s_kt, s_kd, o_n, m_n, True, D, BLOCK_D)
         b_v = load_tile(p_v + start * s_vt, s_vt, s_vd, o_n, m_n, True, D, BLOCK_D)
         b_dk = load_tile(p_dk + start * s_dkt, s_dkt, s_dkd, o_n, m_n, True, D, BLOCK_D)
@@ -148,6 +155,7 @@ def tangent_kernel(
             True, PRECISION,
         )  # fmt: skip
 
+    # b_out: (BLOCK_M, BLOCK_D)
     b_out = load_tile(p_out, s_ot, s_od, o_m, m_m, True, D, BLOCK_D).to(tl.float32)
     b_acc -= b_out * b_mean[:, None]
     start = (i_b * tokens_q + start_m) * heads + i_h
@@ -170,12 +178,13 @@ def tangent(
     scale: float,
     config: TileConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tangents of the output and of the log-sum-exp.
+    """The tangents of the output, like q, and of the log-sum-exp, `(batch, heads, tokens_q)`.
 
     Args:
-        tangents: those of q, k and v.
-        out, lse: what the forward pass returned; the rest is what it was given.
-        config: tiles to use instead of those in the table.
+        tangents: the tangents of q, k and v.
+        q, k, v, layout, key_mask, block_q, block_kv, scale: arguments of the forward pass.
+        out, lse: results of the forward pass.
+        config: tiles to use instead of the tiles in the table.
     """
     problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv, scale, more=(*tangents, out))
     if config is None:
@@ -198,7 +207,7 @@ def tangent(
 
 
 def tangent_tiles(problem: Problem) -> TileConfig:
-    """The shipped tiles on the device of a call, no larger than its blocks."""
+    """The shipped tiles on the device of a call, no larger than the call's blocks."""
     with problem.on_device():
         tiles = _TABLES.find("tangent", problem.block_d, problem.dtype, masked=problem.masked)
     return fitted("tangent", tiles, problem.block_q, problem.block_kv)

@@ -1,4 +1,4 @@
-"""What the kernels need that a layout does not hold, computed on the device without waiting."""
+"""Orders and lists that kernels need beside a layout, computed without waiting for the device."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..layout_cache import LayoutCache
 
 @dataclass(frozen=True)
 class Rows:
-    """A layout as the kernels walk it, query row by query row.
+    """A layout in the order in which kernels walk it, query row by query row.
 
     Attributes:
-        order: int32 `(layouts, rows)`: the rows that visit most first, so that none is left for
-            the end.
-        full_index: the full blocks of each row with a short block at the end of the sequence last;
-            None where the layout's own list will do.
+        order: int32 `(layouts, rows)`, rows with the longest lists first, so that no long row is
+            left for the end.
+        full_index: int32, the list of full blocks with a short block moved to the end of its row's
+            list; None where no block is short: the layout's own list serves.
     """
 
     order: torch.Tensor
@@ -36,7 +36,7 @@ class Columns:
         full_start: int32 `(layouts, columns + 1)`, where each column's list begins in `full_row`.
         full_row: int32 `(layouts, rows * cap)`, the query rows that visit a column, ascending.
         partial_start, partial_row: the same for partial blocks.
-        partial_mask: int32 like `partial_row`, which bit mask the block obeys.
+        partial_mask: int32 like `partial_row`, the bit mask of each block.
     """
 
     order: torch.Tensor
@@ -50,8 +50,7 @@ class Columns:
 def walk_rows(layout: LayoutTensors, tokens_kv: int, block_kv: int) -> Rows:
     """Read a layout by query rows.
 
-    A list may come in any order. Kernels mask the last block of the sequence if that is short, and
-    only at the end of a list.
+    A list may be in any order, but kernels mask a short block at the end of a list only.
     """
     full_count, full_index, partial_count, *_ = layout
     order = _longest_first((full_count + partial_count).flatten(0, 1))
@@ -64,7 +63,9 @@ def walk_rows(layout: LayoutTensors, tokens_kv: int, block_kv: int) -> Rows:
 
 
 def transpose(layout: LayoutTensors, columns: int) -> Columns:
-    """Read a layout by key blocks. Sizes are bounds from shapes: no count is fetched from a device.
+    """Read a layout by key blocks.
+
+    Sizes are upper bounds from shapes: no count is fetched from the device.
 
     Args:
         columns: number of key blocks.
@@ -89,7 +90,7 @@ def _longest_first(length: torch.Tensor) -> torch.Tensor:
 def _by_column(
     count: torch.Tensor, index: torch.Tensor, columns: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Start of each column's list, the rows in it, and where in the flat index each came from."""
+    """Start of each column's list, the rows in the lists, each row's place in the flat index."""
     cap = index.shape[-1]
     used = torch.arange(cap, device=index.device) < count.flatten(0, 1)[..., None]
     # Unused entries go behind the last column. A stable sort leaves rows ascending.
@@ -120,5 +121,6 @@ def cached_transpose(layout: LayoutTensors, columns: int) -> Columns:
 
 
 def _in_capture(layout: LayoutTensors) -> bool:
-    # What a CUDA graph computes exists only once it is replayed: nobody else may be given it.
+    # Tensors of a CUDA graph have values only after the graph is replayed: no other call may get
+    # them from a cache.
     return layout[0].is_cuda and torch.cuda.is_current_stream_capturing()

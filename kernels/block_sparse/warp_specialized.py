@@ -1,4 +1,4 @@
-"""A forward kernel for Hopper GPUs that leaves to the compiler which warps fetch and which work."""
+"""A forward kernel for Hopper GPUs whose compiler decides which warps fetch and which multiply."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def warp_specialized_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SHORT: tl.constexpr,
 ):  # fmt: skip
-    """Full blocks only: one warp group fetches tiles while two others multiply them.
+    """Attention to full blocks: one warp group fetches tiles while two others multiply them.
 
-    The compiler accepts one loop with nothing carried into the fetches: no second loop for what
-    needs a mask, no index loaded a step early, and a short block is masked like all others. It
-    accepts no descriptors made by the host.
+    The compiler accepts one loop, in which no fetch depends on an earlier step. So there is no
+    second loop for tiles with a mask, no index is loaded a step early, and with HAS_SHORT every
+    tile is masked. The compiler accepts no descriptors made by the host.
     """
     TILES_M: tl.constexpr = BLOCK_Q // BLOCK_M
     TILES_N: tl.constexpr = BLOCK_KV // BLOCK_N
@@ -61,11 +61,11 @@ def warp_specialized_kernel(
         b_s = tl.dot(b_q, tl.trans(keys.load([start_n, 0])))  # (BLOCK_M, BLOCK_N)
         if HAS_SHORT:
             b_s = tl.where((o_n < tokens_kv - start_n)[None, :], b_s, float("-inf"))
-        # The first tile of a block holds at least one key: no maximum is -inf from there on.
+        # The first tile of a block holds at least one key: no maximum is -inf after it.
         b_p, b_max, b_old = weigh(b_s, b_max, scale, True, False)
         b_sum = b_sum * b_old + tl.sum(b_p, 1)
         b_v = values.load([start_n, 0])  # (BLOCK_N, BLOCK_D)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None])
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None])  # (BLOCK_M, BLOCK_D)
 
     b_norm = tl.where(b_sum == 0, 1.0, b_sum)  # 0 where a query has seen nothing
     p_out += (i_b * tokens_q * heads + i_h) * D
@@ -77,7 +77,7 @@ def warp_specialized_kernel(
 
 
 def takes(problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether `forward` can do a call: if it has full blocks only, for a start."""
+    """Whether `forward` takes a call: full blocks only, no key mask, tensors that TMA can fetch."""
     return (
         not problem.has_partial
         and not problem.has_key_mask
@@ -91,10 +91,10 @@ def takes(problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -
 def forward(
     problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: TileConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp, for calls that this module `takes`.
+    """The output and the log-sum-exp, for calls that this module `takes`.
 
     Args:
-        config: tiles; 4 warps become 12, 4 that fetch and twice 4 that work.
+        config: tiles; the compiler makes 12 of 4 warps: 4 fetch, and two groups of 4 multiply.
     """
     batch, tokens_q, heads, head_dim = q.shape
     tokens_kv = k.shape[1]
@@ -120,10 +120,10 @@ def forward(
 
 
 def _with_scratch(launch: Callable[[], object]) -> None:
-    """Launch a kernel that makes descriptors: Triton asks its allocator for memory for them.
+    """Launch a kernel that makes descriptors, for which Triton asks its allocator for memory.
 
-    The allocator is set in a copy of the context, so that one set by somebody else stays theirs,
-    and that one is there in a thread of autograd, which has no context of ours.
+    The allocator is set in a copy of the context: an allocator of the caller's stays in place, and
+    a thread of autograd, which does not inherit the caller's context, has an allocator too.
     """
 
     def with_allocator() -> None:
@@ -134,6 +134,6 @@ def _with_scratch(launch: Callable[[], object]) -> None:
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    # Torch's allocator aligns further, is safe in CUDA graphs, and works on the current stream,
-    # which is where Triton launches.
+    # Torch's allocator aligns more than Triton asks for, is safe in CUDA graphs, and works on the
+    # current stream, on which Triton launches.
     return torch.empty(size, dtype=torch.int8, device="cuda")

@@ -1,1 +1,1 @@
-"""What kernels of several operators share."""
+"""Code that the kernels of several operators share."""

@@ -1,4 +1,4 @@
-"""What every launch of a kernel needs to know of the device and of numbers."""
+"""Device, padding and precision of a kernel's launch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import triton
 
-# Scores times this are as good as 0.
+# Scores times this scale are as good as 0.
 SMALLEST_SCALE = 1e-30
 
 
@@ -24,17 +24,17 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of the tensors."""
+    """A context in which Triton, which launches on the current device, launches on `device`."""
     if device.type == "cpu" or device.index is None:
         return nullcontext()
     return torch.accelerator.device_index(device.index)
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """The head dimension, padded to what a matrix product takes."""
+    """The head dimension, padded to a power of 2 of at least 16, as matrix products take it."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
 def float32_precision() -> str:
-    """How float32 is multiplied: in full, unless torch was told that TF32 will do."""
+    """`"ieee"` for float32 products in full; `"tf32"` where torch's settings allow TF32."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

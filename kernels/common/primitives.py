@@ -1,8 +1,8 @@
-"""Tiles of tokens and how kernels read and write them.
+"""Tiles of tokens, and how kernels read and write them.
 
-Queries, keys and values are given to a kernel in one of two ways, told apart by TMA: as a pointer
-to the head, with strides, or as a descriptor of the whole (batch, tokens, heads, head_dim) tensor
-by which the copy engine of the chip fetches tiles (`block_sparse/descriptors.py`).
+A kernel gets queries, keys and values in one of two ways. Without TMA it gets a pointer to the
+head, with strides. With TMA it gets a descriptor of the whole (batch, tokens, heads, head_dim)
+tensor, by which the copy engine of the chip fetches tiles (`block_sparse/descriptors.py`).
 """
 
 import triton
@@ -16,7 +16,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def load_tile(
     p_x, s_t, s_d, o_t, m_t, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Tokens `o_t` of a head as (BLOCK_T, BLOCK_D), 0 past D and where `m_t` is false."""
+    """Tokens `o_t` of a head as (BLOCK_T, BLOCK_D), 0 past D and, MASKED, where `m_t` is false."""
     o_d = tl.arange(0, BLOCK_D)
     p_tile = p_x + o_t[:, None] * s_t + o_d[None, :] * s_d
     if MASKED:
@@ -36,14 +36,15 @@ def read_tokens(
 ):  # fmt: skip
     """Tokens from `start_t` of a head as (BLOCK_T, BLOCK_D), 0 past D.
 
-    MASKED says that a pointer may not be followed where `m_t` is false; 0 is read there. The copy
-    engine reads 0 past the end of the sequence, and all that is in memory before that.
+    With MASKED, no pointer is followed where `m_t` is false: those tokens are read as 0. The copy
+    engine ignores `m_t`: it reads 0 past the end of the sequence, and memory as it is before that.
     """
     if TMA:
         b_x = x.load([i_b.to(tl.int32), start_t.to(tl.int32), i_h.to(tl.int32), 0])
-        b_x = b_x.reshape(BLOCK_T, BLOCK_D)
+        b_x = b_x.reshape(BLOCK_T, BLOCK_D)  # (BLOCK_T, BLOCK_D)
     else:
         p_x = x + start_t.to(tl.int64) * s_t
+        # b_x: (BLOCK_T, BLOCK_D)
         b_x = load_tile(p_x, s_t, s_d, token_offsets(BLOCK_T, WIDE), m_t, MASKED, D, BLOCK_D)
     return b_x
 
@@ -60,7 +61,7 @@ def store_tile(p_x, s_t, o_t, m_t, b_x, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def token_offsets(BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """0 .. BLOCK - 1, in 64 bits where a tile is more than 2**31 elements long in memory."""
+    """0 .. BLOCK - 1; in 64 bits if WIDE, where a tile spans more than 2**31 elements of memory."""
     o_t = tl.arange(0, BLOCK)
     if WIDE:
         o_t = o_t.to(tl.int64)
@@ -69,7 +70,7 @@ def token_offsets(BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def tile_of_program(tiles, heads, s_layout_b, s_layout_h):
-    """Tile, sample, head and layout of this program; the tiles of a head follow one another."""
+    """Numbers of the program's tile, sample, head, layout; tiles of a head follow one another."""
     i_program = tl.program_id(0)
     i_bh = i_program // tiles
     i_b = i_bh // heads

@@ -1,4 +1,4 @@
-"""What the backward kernels need of a query beside its tensors, from one pass over memory."""
+"""Two numbers per query that the backward kernels read, from one pass over memory."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _TILE = 64
 
 @dataclass(frozen=True)
 class RowSums:
-    """Per query, padded to whole blocks: the kernels that read these need no mask.
+    """Two numbers per query, padded to whole blocks so that kernels read them without a mask.
 
     Attributes:
         delta: float32 `(batch, heads, padded tokens)`, sum(out * grad_out) - grad_lse; 0 where a
             query sees nothing and past the end.
-        log2_lse: the LSE to base 2; inf where a query sees nothing and past the end, so that its
-            weights exp2(s - inf) are 0.
+        log2_lse: float32 like `delta`, the LSE to base 2; inf where a query sees nothing and past
+            the end, so that weights exp2(s - inf) are 0.
     """
 
     delta: torch.Tensor
@@ -43,16 +43,19 @@ def row_sums_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
+    """Delta and base-2 LSE of a tile of queries."""
     i_tile, i_b, i_h, _ = tile_of_program(tl.cdiv(tokens_padded, BLOCK_M), heads, 0, 0)
     start_m = i_tile.to(tl.int64) * BLOCK_M
     o_m = token_offsets(BLOCK_M, WIDE)
     m_m = start_m + o_m < tokens_q
     p_out += i_b * s_ob + i_h * s_oh + start_m * s_ot
     p_grad_out += i_b * s_gb + i_h * s_gh + start_m * s_gt
-    b_out = load_tile(p_out, s_ot, s_od, o_m, m_m, True, D, BLOCK_D).to(tl.float32)  # (M, D)
+    # Both (BLOCK_M, BLOCK_D).
+    b_out = load_tile(p_out, s_ot, s_od, o_m, m_m, True, D, BLOCK_D).to(tl.float32)
     b_grad = load_tile(p_grad_out, s_gt, s_gd, o_m, m_m, True, D, BLOCK_D).to(tl.float32)
-    b_delta = tl.sum(b_out * b_grad, 1)
+    b_delta = tl.sum(b_out * b_grad, 1)  # (BLOCK_M,)
     o_m = start_m + o_m
+    # b_lse: (BLOCK_M,)
     b_lse = tl.load(p_lse + i_b * s_lb + i_h * s_lh + o_m * s_lt, mask=m_m, other=float("-inf"))
     if HAS_GRAD_LSE:
         p_grad_lse += i_b * s_nb + i_h * s_nh
@@ -78,8 +81,8 @@ def row_sums(
     Args:
         out, grad_out: `(batch, tokens, heads, head_dim)`.
         lse, grad_lse: `(batch, heads, tokens)`; the gradient may be None.
-        block_q: what the number of tokens is padded to a multiple of.
-        wide: whether 64 tokens of a head are longer in memory than 32-bit offsets reach.
+        block_q: the number of tokens is padded to a multiple of this.
+        wide: whether 64 tokens of a head span more memory than 32-bit offsets reach.
     """
     batch, tokens, heads, head_dim = out.shape
     padded = triton.cdiv(tokens, block_q) * block_q

@@ -15,9 +15,10 @@ class TileConfig:
     Attributes:
         block_m, block_n: queries and keys per tile; at most those of a block.
         num_warps, num_stages: as Triton takes them.
-        partial: tokens of the walked side per tile of a partial block, keys for "forward" and
-            "queries", queries for "keys": masks take registers. As in full blocks when None.
-        ahead: whether scores are multiplied one tile before they are needed ("forward" and
+        partial: tokens per tile of a partial block along the walked side, which is keys for
+            "forward" and "queries", queries for "keys". Smaller than in full blocks where masks
+            leave too few registers; None for as in full blocks.
+        ahead: whether the product for a tile's scores runs one tile early ("forward" and
             "queries").
     """
 
@@ -37,19 +38,21 @@ class Choice:
     tiles: TileConfig
 
 
-# By largest head_dim, for 16-bit inputs. A second entry is for calls with a key mask or a padded
-# head_dim, which need registers for what is hidden.
+# Rows by largest head_dim. The second entry of a row is for calls with a key mask or a padded
+# head_dim, whose masks need registers.
 TileRow = tuple[TileConfig, TileConfig]
 Table = dict[int, TileRow]
 
 
 def both(*config: int, ahead: bool = False) -> TileRow:
+    """A row with the same tiles for calls without and with masks."""
     return plain_masked(config, config, ahead=ahead)
 
 
 def plain_masked(
     plain: tuple[int, ...], masked: tuple[int, ...], *, ahead: bool = False
 ) -> TileRow:
+    """A row with tiles for calls without and with masks."""
     return _tiles(*plain, ahead=ahead), _tiles(*masked, ahead=ahead)
 
 
@@ -68,7 +71,7 @@ class Tables:
         hopper: for wgmma.
         blackwell: for tcgen05 (sm_100).
         other: for other makers' GPUs, and NVIDIA's before sm_80.
-        float32: for float32 on any of them.
+        float32: for float32 on any GPU.
     """
 
     ampere: dict[str, Table]
@@ -78,7 +81,7 @@ class Tables:
     float32: dict[str, Table]
 
     def find(self, kernel: str, block_d: int, dtype: torch.dtype, *, masked: bool) -> TileConfig:
-        """The tiles of a kernel on the current device; arguments as `tile_config`."""
+        """The tiles of a kernel on the current device; arguments as of `tile_config`."""
         table = (self.float32 if dtype == torch.float32 else self._of_chip())[kernel]
         return row_of(table, block_d)[masked]
 
@@ -92,6 +95,6 @@ class Tables:
 
 
 def row_of(table: Table, block_d: int) -> TileRow:
-    """The row of a head_dim; that of the largest for those that the table's form does not take."""
+    """The row of a head_dim; beyond the largest head_dim of the table, its last row."""
     *_, last = table.values()
     return next((row for largest, row in table.items() if block_d <= largest), last)

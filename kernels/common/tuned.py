@@ -1,8 +1,8 @@
-"""The fastest form of each kernel on the GPUs on which that was measured, from JSON tables.
+"""The fastest variant of each kernel on GPUs that have been measured, from JSON tables.
 
-`tables/` has a file for each such GPU, written by `make gpu-run`. A table counts for GPUs of its
-name and for the minor version of Triton that it was measured with: another compiler makes other
-code. The environment variable DIFFATTN_TUNED_TABLE names one file to read instead of these.
+`tables/` has one file for each such GPU, written by `make gpu-run`. A table applies to GPUs of its
+name and to the minor version of Triton that it was measured with: another compiler makes other
+code. The environment variable DIFFATTN_TUNED_TABLE names a file to read instead of these files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .tile_tables import Choice, TileConfig
 TABLE_VARIABLE = "DIFFATTN_TUNED_TABLE"
 FOLDER = Path(__file__).parent / "tables"
 
-# Every kernel that may have an entry, with its forms.
+# Every kernel that may have an entry, with its variants.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "forward": ("plain", "tma", "tma_ws", "gluon"),
     "queries": ("plain", "tma"),
@@ -48,7 +48,7 @@ _MEASURED_KEYS = {"shape", "ms", "shipped_ms"}
 
 @dataclass(frozen=True)
 class TunedTable:
-    """What was found to be fastest on one GPU.
+    """The fastest choices that were measured on one GPU.
 
     Attributes:
         gpu: the GPU's name, as torch has it.
@@ -61,13 +61,14 @@ class TunedTable:
     choices: dict[tuple[str, int], Choice]
 
     def fits(self, gpu: str) -> bool:
+        """Whether the table applies to a GPU with the installed Triton."""
         return self.gpu == gpu and _minor(self.triton) == _minor(triton.__version__)
 
 
 def tuned_choice(kernel: str, head_dim: int) -> Choice | None:
-    """The form of a kernel that was measured to be fastest on the current device.
+    """The variant and tiles of a kernel that were measured to be fastest on the current device.
 
-    For 16-bit inputs without a key mask, and a head_dim that needs no padding.
+    They are for 16-bit inputs without a key mask, and a head_dim that needs no padding.
 
     Args:
         kernel: a name in `VARIANTS`.
@@ -106,8 +107,8 @@ def read_table(path: Path) -> TunedTable:
     """Read a table.
 
     Raises:
-        ValueError: if the file cannot be read, is not JSON, or has an entry that no kernel takes;
-            with the file and the entry.
+        ValueError: if the file cannot be read, is not JSON, or has an entry that no kernel takes.
+            The message names the file and the entry.
     """
     try:
         record = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Which variant of a kernel a call takes, and what happens where one does not compile."""
+"""The variant of a kernel that a call takes, and the fallback where a variant does not compile."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .tile_tables import Choice, TileConfig
 
 VARIANT_VARIABLE = "DIFFATTN_TRITON_VARIANT"
 
-# The forms that kernels have, each the most general first:
+# The variants that kernels have, the most general first:
 # plain     reads by pointers: runs on whatever Triton compiles for, and takes every call;
 # tma       fetches tiles through the copy engine of Hopper GPUs (and newer, if asked for);
-# tma_ws    has the compiler give warps of their own to fetching; for full blocks only;
-# gluon     has warps of its own for fetching, and weights computed beside products;
+# tma_ws    lets the compiler assign warps to fetching; for full blocks only;
+# gluon     has warps of its own for fetching, and computes weights beside products;
 # one_pass  adds to dQ where it computes dK and dV, in no fixed order.
-# The last three have to be asked for, by the environment or by a table measured on the GPU.
+# The last three run only if the environment, or a table measured on the GPU, names them.
 KERNELS = tuned.VARIANTS
 VARIANTS = tuple(dict.fromkeys(name for names in KERNELS.values() for name in names))
 
@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 
 
 class Call(Protocol):
-    """What has to be known of a call, `launch.Problem` for one."""
+    """The properties of a call that decide its variant; `launch.Problem` is such a call."""
 
     @property
     def device(self) -> torch.device: ...
@@ -52,16 +52,16 @@ class Call(Protocol):
 
     @property
     def compiled_for(self) -> tuple[object, ...]:
-        """What kernels are compiled for, device, dtype and head_dim apart."""
+        """The constants that kernels are compiled for, beside device, dtype and head_dim."""
 
     def on_device(self) -> AbstractContextManager[object]:
         """A context in which Triton launches on the device of the tensors."""
 
     def tiles(self, kernel: str, variant: str, measured: TileConfig | None) -> TileConfig:
-        """The measured tiles if there are some, else the shipped ones, fitted to the call."""
+        """The measured tiles if there are any, else the shipped tiles; fitted to the call."""
 
 
-# Calls whose kernel compiled, calls whose kernel did not, and variants that were complained about.
+# Calls whose kernel compiled, calls whose kernel did not, and variants that a warning has named.
 _compiled: set[tuple[object, ...]] = set()
 _broken: set[tuple[object, ...]] = set()
 _warned: set[str] = set()
@@ -74,17 +74,17 @@ def first_that_compiles(
     run: Callable[[Choice], Result],
     choice: Choice | None,
 ) -> Result:
-    """What the best variant returns that takes a call and compiles. All give the same result.
+    """The result of the best variant that takes a call and compiles; all give the same result.
 
-    That is the one of the GPU's measured table if there is one, else the one that fetches by the
-    copy engine on a Hopper GPU, else the plain one. The environment variable
-    DIFFATTN_TRITON_VARIANT names another one to try first, whatever the GPU.
+    The best variant is the choice of the GPU's measured table, if there is one; else, on a Hopper
+    GPU, the variant that fetches by the copy engine; else the plain variant. The environment
+    variable DIFFATTN_TRITON_VARIANT names a variant to try first, on any GPU.
 
     Args:
-        kernel: of `KERNELS`.
-        takes: whether a variant can do this call.
-        run: does it.
-        choice: the only thing to run, if given; then what its compiler raises is raised.
+        kernel: a name in `KERNELS`.
+        takes: whether a variant takes the call.
+        run: does the call by a choice.
+        choice: the only variant and tiles to run, if given; errors of its compiler are raised.
 
     Raises:
         ValueError: if DIFFATTN_TRITON_VARIANT is not a variant, or the choice does not take the
@@ -125,9 +125,10 @@ def first_that_compiles(
 
 @contextmanager
 def _dumps_of_the_compiler_held_back() -> Iterator[None]:
-    """Show what is written to the process's stderr meanwhile, unless a kernel does not compile.
+    """Hold back the process's stderr while the block runs, and show it at the end.
 
-    Then it is hundreds of lines of MLIR, for which there is a warning in one line.
+    If a kernel does not compile, nothing is shown: stderr then has hundreds of lines of MLIR, for
+    which there is a warning in one line.
     """
     if sys.stderr is None:  # a program without a console
         yield
@@ -152,12 +153,12 @@ def _dumps_of_the_compiler_held_back() -> Iterator[None]:
 
 
 def takes_any(variant: str) -> bool:
-    """For kernels whose every form takes every call."""
+    """True, for kernels whose every variant takes every call."""
     return True
 
 
 def choices(kernel: str, call: Call) -> list[Choice]:
-    """What to try for a call, the best first and "plain" last, whether or not it takes the call."""
+    """The choices for a call, the best first and "plain" last; they need not take the call."""
     forms = KERNELS[kernel]
     with call.on_device():
         measured = None
@@ -168,7 +169,7 @@ def choices(kernel: str, call: Call) -> list[Choice]:
             best = asked
         elif measured is not None and asked is None:
             best = measured.variant
-        else:  # asked for a form that only another kernel has, or for none
+        else:  # the environment names no variant, or one of another kernel only
             best = "tma" if "tma" in forms and (asked or is_hopper(call.device)) else "plain"
         found = []
         for variant in dict.fromkeys((best, "tma", "plain")):
@@ -190,7 +191,8 @@ def _is_compile_failure(error: Exception) -> bool:
     """Whether Triton could not compile a kernel, or made one that does not fit on the GPU."""
     if isinstance(error, OutOfResources):
         return True
-    # The compiler raises what its passes raise, RuntimeError mostly, as running out of memory does.
+    # Passes of the compiler mostly raise RuntimeError, and so does running out of memory: only the
+    # traceback tells them apart.
     compile_kernel = triton.compiler.compile.__code__
     return any(
         frame.f_code is compile_kernel for frame, _ in traceback.walk_tb(error.__traceback__)

@@ -15,12 +15,12 @@ from .tangent import tangent
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-# Queries are split where their scores, or their output, would have more elements than this.
+# Queries are split into parts where their scores, or their output, would have more elements.
 _ELEMENTS_PER_PART = 1 << 20
 _MIN_QUERIES = 16
 
-# Heads are taken together up to this many elements per token: fewer and larger calls, in which
-# threads wait less for each other, and copies of whole tokens.
+# Heads are computed together up to this many elements per token. Calls are then fewer and larger,
+# threads wait less for each other, and whole tokens are copied.
 _ELEMENTS_PER_TOKEN = 1024
 
 
@@ -41,11 +41,11 @@ def block_sparse_attention(
         q, k, v: `(batch, tokens, heads, head_dim)` of one dtype, any strides; the key length may
             differ from the query length.
         layout: the index lists of a `BlockLayout` (its `tensors`), shared (size 1) or separate per
-            sample and per head. What is derived from them is remembered for as long as these very
+            sample and per head. Plans derived from the lists are remembered as long as these
             tensors live.
         block_q, block_kv: tokens per query block and per key block.
         scale: factor of the scores; `head_dim ** -0.5` when None.
-        key_mask: bool `(batch, tokens_kv)`, false for keys that nobody sees.
+        key_mask: bool `(batch, tokens_kv)`, false for keys that no query sees.
 
     Returns:
         out: like q; 0 for a query that sees nothing.
@@ -81,7 +81,10 @@ def block_sparse_attention_gradients(
 
     Args:
         grad_out: gradient of the output, `(batch, tokens, heads, head_dim)`.
-        out, lse: what `block_sparse_attention` returned for the other arguments.
+        out, lse: results of `block_sparse_attention` for the other arguments.
+
+    Returns:
+        dq, dk, dv: like q, k and v.
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
@@ -193,7 +196,7 @@ def _backward(
         for result, total in zip(grads, totals, strict=True):
             if result.dtype != total.dtype:
                 result.copy_(total)
-        del totals, total  # before the next chunk's are made
+        del totals, total  # before the next chunk makes its own
     return dq, dk, dv
 
 
@@ -207,10 +210,11 @@ class _HeadChunk:
     """Some heads of one sample that share a layout.
 
     Attributes:
-        sample, heads: which.
-        groups: what is computed for them.
-        keys_values: both `(tokens, heads, head_dim)`: those of the caller, or a copy in which the
-            tokens of a head lie together, as matrix products of oneDNN want them.
+        sample, heads: number of the sample, and range of its heads.
+        groups: the groups of query rows of the heads' layout.
+        keys_values: keys and values, both `(tokens, heads, head_dim)`: views of the caller's, or
+            copies in which the tokens of a head lie together, as oneDNN's matrix products want
+            them.
     """
 
     sample: int
@@ -226,16 +230,16 @@ class _HeadChunk:
 def _head_chunks(
     plan: RowPlan, k: torch.Tensor, v: torch.Tensor, attention: RowAttention
 ) -> Iterator[_HeadChunk]:
-    """A head per thread at a time or more, and two for one thread.
+    """Chunks of a head per thread or more, and of at least two heads.
 
-    OneDNN multiplies batches of one more slowly.
+    OneDNN is slower at batches of one. Heads with layouts of their own come one by one.
     """
     batch, tokens, heads, head_dim = k.shape
     step = max(2, torch.get_num_threads())
     if not attention.keeps_scores:
         step = max(step, _ELEMENTS_PER_TOKEN // head_dim)
     step = 1 if len(plan.groups[0]) > 1 else min(step, heads)
-    # One copy that all chunks use in turn: a new one would be made beside the last one.
+    # All chunks use one copy in turn: a new copy would be made while the last one still exists.
     copy = k.new_empty(2, step, tokens, head_dim) if attention.keeps_scores else None
     for sample in range(batch):
         layouts = plan.groups[sample if len(plan.groups) > 1 else 0]
@@ -256,14 +260,14 @@ def _head_chunks(
 
 
 class _Rows:
-    """What is computed for the queries of a group: `(queries, ...)` in the order of its tiles.
+    """Results for the queries of a group: `(queries, ...)` in the order of the group's tiles.
 
-    The rows lie in the caller's tensor where the group is one range of tokens; elsewhere they are
-    stored there at the end.
+    Where the group is one range of tokens, the rows are a view of the caller's tensor. Elsewhere
+    `store` copies the rows there.
     """
 
     def __init__(self, group: Group, tokens: torch.Tensor) -> None:
-        """Nothing is computed yet; tokens: the caller's `(tokens, ...)`, which is written to."""
+        """No results yet; `tokens` is the caller's `(tokens, ...)`, which is written to."""
         self._group, self._tokens = group, tokens
         self._lies_there = len(group.spans) == 1
         self._rows = tokens[slice(*group.spans[0])] if self._lies_there else None
@@ -278,7 +282,7 @@ class _Rows:
         self.of(part).fill_(value)
 
     def write(self, part: slice, found: torch.Tensor) -> None:
-        """Take what is found for some queries for the first time; no copy is made for all."""
+        """Take the first results of some queries; results of the whole group are not copied."""
         if self._rows is None and len(found) == sum(self._group.lengths):
             self._rows = found
         else:
@@ -294,7 +298,7 @@ class _Rows:
 
 
 def _read(group: Group, x: torch.Tensor) -> torch.Tensor:
-    """The queries of a group in `(tokens, ...)`."""
+    """The rows of a group's queries in `(tokens, ...)`."""
     rows = [x[start:stop] for start, stop in group.spans]
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
@@ -305,7 +309,7 @@ def _as_heads(x: torch.Tensor) -> torch.Tensor:
 
 
 def _parts(tile: Tile, keys: torch.Tensor, attention: RowAttention) -> Iterator[slice]:
-    """The queries of a tile, a part at a time where the scores or the output would be large."""
+    """The queries of a tile, in parts where their scores or output would be large."""
     heads, tokens, head_dim = keys.shape
     elements = heads * (tokens if attention.keeps_scores else head_dim)
     queries = tile.stop - tile.start
@@ -326,7 +330,7 @@ def _select(x: torch.Tensor, keys: slice | torch.Tensor) -> torch.Tensor:
     """Some tokens of `(tokens, heads, n)`, as `(heads, tokens, n)`."""
     if isinstance(keys, slice):
         return x[keys].transpose(0, 1)
-    # Copied in the order of the memory, which is ten times faster than in the other.
+    # Copied in the order of the memory: ten times faster than in the other order.
     if x.stride(1) > x.stride(0):
         return x.transpose(0, 1).index_select(1, keys)
     return x.index_select(0, keys).transpose(0, 1)
@@ -344,11 +348,11 @@ def _add(total: torch.Tensor, keys: slice | torch.Tensor, part: torch.Tensor) ->
 
 
 def _zeros(grad: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Where a gradient is summed: in float32 at least, because many rows add to a key.
+    """Zeros in which to sum a gradient: in float32 at least, because many rows add to a key.
 
     Args:
-        grad: the gradient, used if it has the dtype.
-        x: what it is the gradient of, in the memory order that the sum shall have otherwise.
+        grad: the tensor of the gradient, used if it has the dtype.
+        x: the tensor that the gradient is of: a new sum has its memory order.
         dtype: of the sum.
     """
     return grad.zero_() if grad.dtype == dtype else torch.zeros_like(x, dtype=dtype)
@@ -363,18 +367,19 @@ def _write(
     *,
     merge: bool,
 ) -> None:
-    """Write attention over some keys, or merge it with that over other keys.
+    """Write attention over some keys, or merge it with the attention over earlier keys.
 
     Args:
         part: the queries.
-        out, lse: of the group, `(queries, heads, head_dim)` and `(queries, heads)`.
-        found, found_lse: `(heads, queries, head_dim)` and `(heads, queries)`.
+        out, lse: rows of the group, `(queries, heads, head_dim)` and `(queries, heads)`.
+        found, found_lse: results over these keys, `(heads, queries, head_dim)` and
+            `(heads, queries)`.
         merge: whether these queries have been written before.
     """
     new, new_lse = found.transpose(0, 1), found_lse.T
     if merge:
         old_lse = lse.of(part)
-        # Without any key so far or now, this is inf - inf: the 0 that is there stays.
+        # For a query without any key this is inf - inf: with a weight of 0 its output stays 0.
         weight = torch.sigmoid(new_lse - old_lse).nan_to_num_(0)
         out.of(part).lerp_(new, weight[..., None])
         torch.logaddexp(old_lse, new_lse, out=old_lse)

@@ -1,7 +1,8 @@
-"""Attention on the CPU in which every query names the key blocks that it sees.
+"""Attention on the CPU in which every query selects the key blocks that it sees.
 
-Block by block, the queries of a head that have selected it are gathered, attend to it, and what
-they had before is merged with it: no work for pairs of query and block that nobody selected.
+For each key block of a head, the queries that selected the block are gathered and attend to it, and
+their results are merged with their earlier results. Pairs of a query and a block that the query did
+not select cost nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .block_sparse import DTYPES
 from .row_attention import FlashRows, MatmulRows, RowAttention, pick_row_attention
 from .row_tangent import add_tangent
 
-# Queries of a block are split where their scores would have more elements than this.
+# Queries of a block are split into parts where their scores would have more elements.
 _SCORES_PER_PART = 1 << 20
 
 
@@ -39,12 +40,12 @@ def selected_attention(
     Args:
         q, k, v: `(batch, tokens, heads, head_dim)` of one dtype, any strides; the key length may
             differ from the query length.
-        starts: int32 `(blocks + 1,)`, where each key block begins: 0, ascending, and the number of
-            keys last.
+        starts: int32 `(blocks + 1,)`, the first key of every block, ascending from 0, then the
+            number of keys.
         bits: int32 `(batch, heads, tokens, ceil(blocks / 32))`: bit `c % 32` of word `c // 32` is
             set when a query selects block `c`.
         scale: factor of the scores; `head_dim ** -0.5` when None.
-        key_mask: bool `(batch, tokens_kv)`, false for keys that nobody sees.
+        key_mask: bool `(batch, tokens_kv)`, false for keys that no query sees.
 
     Returns:
         out: like q; 0 for a query that sees nothing.
@@ -101,7 +102,7 @@ def _backward(
     *,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # The other form makes its probabilities anew from one block's scores, which are not all here.
+    # `MatmulRows` would take the scores of one block for all scores of its queries.
     attention = FlashRows()
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for head in _heads(k, v, starts, bits, key_mask, lse.dtype):
@@ -170,9 +171,10 @@ _attend = over_selection("selected_cpu", _forward, _backward, _tangent, device_t
 
 
 def _working_dtype(dtype: torch.dtype, attention: RowAttention) -> torch.dtype:
-    """What blocks are computed in: parts are not rounded before they are merged, if that is free.
+    """The dtype in which blocks are computed.
 
-    The fused form is as fast in float32 as in half precision.
+    `FlashRows` is as fast in float32 as in half precision: parts are then not rounded before they
+    are merged.
     """
     return dtype if isinstance(attention, MatmulRows) else torch.promote_types(dtype, torch.float32)
 
@@ -182,12 +184,12 @@ class _Head:
     """One head of one sample.
 
     Attributes:
-        sample, head: which.
+        sample, head: their numbers.
         tokens: number of queries.
         keys, values: `(keys that are seen, head_dim)`, contiguous.
-        seen: int64, which tokens those are; None for all.
-        blocks: the block's keys among these, of the blocks that have any.
-        rows: the queries that have selected each of these blocks; None for all of them.
+        seen: int64, the tokens of these keys; None for all tokens.
+        blocks: the range in `keys` of each block that has keys and is selected by some query.
+        rows: the queries that have selected each of these blocks; None for all queries.
     """
 
     sample: int
@@ -204,14 +206,14 @@ class _Head:
         return x[self.sample, :, self.head]
 
     def visits(self, attention: RowAttention) -> Iterator[tuple[slice, torch.Tensor | None]]:
-        """Each block with the queries that see it, in parts where their scores are kept."""
+        """Each block with the queries that selected it, in parts if the attention keeps scores."""
         if attention.keeps_scores:
             yield from self.parts()
         else:
             yield from zip(self.blocks, self.rows, strict=True)
 
     def parts(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Each block with the queries that see it, so many at a time that their scores fit."""
+        """Each block with the queries that selected it, in parts of limited scores."""
         for block, rows in zip(self.blocks, self.rows, strict=True):
             step = max(1, _SCORES_PER_PART // (block.stop - block.start))
             for part in (torch.arange(self.tokens) if rows is None else rows).split(step):
@@ -265,7 +267,7 @@ def _bounds(starts: torch.Tensor, tokens: int) -> list[int]:
 
 
 def _rows_of_blocks(bits: torch.Tensor, blocks: int) -> list[torch.Tensor | None]:
-    """For each block the queries whose bit `(tokens, words)` is set for it; None for all."""
+    """For each block the queries that select it by `(tokens, words)`; None for all queries."""
     tokens = bits.shape[0]
     shifts = torch.arange(32, dtype=torch.int32)[:, None]
     selected = ((bits.T.contiguous()[:, None] >> shifts) & 1).flatten(0, 1)[:blocks]
@@ -279,7 +281,7 @@ def _is_any(rows: torch.Tensor | None) -> bool:
 
 
 def _rows(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """Some rows of `(tokens, ...)`, as an attention of one head and one row group."""
+    """Some rows of `(tokens, ...)` as `(1, 1, rows, ...)`: of one head, in one group of rows."""
     return (x if rows is None else x.index_select(0, rows))[None, None]
 
 
@@ -290,7 +292,7 @@ def _merge(
     found: torch.Tensor,
     found_lse: torch.Tensor,
 ) -> None:
-    """Add the attention of some rows over more keys to what they have."""
+    """Merge the attention of some rows over more keys into their totals."""
     old = total_lse if rows is None else total_lse.index_select(0, rows)
     new = torch.logaddexp(old, found_lse)
     kept, added = (old - new).exp()[:, None], (found_lse - new).exp()[:, None]

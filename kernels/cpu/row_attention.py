@@ -1,8 +1,8 @@
 """Dense attention of a few query rows over the keys they visit: the arithmetic of the CPU path.
 
-Two forms of the same thing, chosen by what the CPU is fast at. All tensors are `(heads, rows,
-queries or keys, head_dim)` of one sample, and each of `rows` is an attention of its own; the last
-dimension of k and v is contiguous. `bias` is None where no key is hidden.
+`FlashRows` and `MatmulRows` compute the same; the CPU decides which is faster. All tensors are
+`(heads, rows, queries or keys, head_dim)` of one sample, and each of `rows` is an attention of its
+own. The last dimension of k and v is contiguous. `bias` is None where no key is hidden.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import torch
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-# Keys whose scores give the LSE of a bf16 row back, see `_lse`.
+# Number of keys whose scores give back the LSE of a row, see `_lse`.
 _PROBES = 16
-_SMALLEST_WEIGHT = 1e-30  # of smaller ones too few bits may be left
+_SMALLEST_WEIGHT = 1e-30  # a smaller weight may have too few bits left
 
 
 @dataclass(frozen=True)
 class RowBias:
-    """What hides keys from queries.
+    """A bias of scores that hides keys from queries.
 
     Attributes:
         scores: `(rows, queries | 1, keys)` in the dtype of q: -inf where a key is hidden, 0
             elsewhere; the last dimension is contiguous.
-        blind: bool `(rows, queries | 1)`: queries that all keys are hidden from; None if none is.
+        blind: bool `(rows, queries | 1)`, true for queries that see no key; None if there are none.
     """
 
     scores: torch.Tensor
@@ -37,8 +37,8 @@ class RowBias:
 class RowAttention(Protocol):
     """Forward and backward of one group of rows."""
 
-    keeps_scores: bool  # needs memory for heads x rows x queries x keys
-    takes_some_keys: bool  # backward, too, given `out` and `lse` of more keys than these
+    keeps_scores: bool  # whether it takes memory for heads x rows x queries x keys
+    takes_some_keys: bool  # whether `out` and `lse` in backward may be over more keys
 
     def forward(
         self,
@@ -48,7 +48,7 @@ class RowAttention(Protocol):
         bias: RowBias | None,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`out` like q, and `lse` `(heads, rows, queries)` in accumulation precision."""
+        """The output like q, and the LSE `(heads, rows, queries)` in accumulation precision."""
 
     def backward(
         self,
@@ -61,7 +61,7 @@ class RowAttention(Protocol):
         bias: RowBias | None,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of q, k, v from those of `out` and `lse`."""
+        """The gradients of q, k and v from `grad`, the gradients of `out` and of `lse`."""
 
 
 def pick_row_attention(dtype: torch.dtype) -> RowAttention:
@@ -86,7 +86,7 @@ class FlashRows:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = _flash(unit_stride(q), k, v, attn_mask=_attn_mask(bias), scale=scale)
         if bias is not None and bias.blind is not None:
-            lse = lse.masked_fill(bias.blind, -torch.inf)  # the fused op says 0
+            lse = lse.masked_fill(bias.blind, -torch.inf)  # the fused op returns 0
         return out, lse
 
     def backward(
@@ -104,12 +104,12 @@ class FlashRows:
         head_dim = q.shape[-1]
         if grad_lse is not None:
             # The op subtracts rowsum(grad_out * out) from the gradient of the probabilities. One
-            # more column, 1 in grad_out and -grad_lse in out, makes it subtract grad_lse as well.
+            # more column, 1 in grad_out and -grad_lse in out, makes the op add grad_lse to it.
             q, k, v = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, v))
             grad_out = torch.nn.functional.pad(grad_out, (0, 1), value=1)
             out = torch.cat([out, -grad_lse[..., None].to(out.dtype)], -1)
         if bias is not None and bias.blind is not None:
-            # exp(-inf - 0) is the 0 that a row without keys needs.
+            # A row without keys needs weights of 0: exp(-inf - 0).
             lse = lse.masked_fill(lse == -torch.inf, 0)
         grads = _flash_backward(
             unit_stride(grad_out), unit_stride(q), k, v, out, lse, 0.0, False,
@@ -126,7 +126,7 @@ class MatmulRows:
     """
 
     keeps_scores = True
-    takes_some_keys = False  # it weighs the keys that it is given, as if there were no others
+    takes_some_keys = False  # it computes weights as if there were no other keys
 
     def forward(
         self,
@@ -168,12 +168,12 @@ class MatmulRows:
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """The fused op takes the last dimension for contiguous without looking."""
+    """`x` with a contiguous last dimension, which the fused op assumes without a check."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _attn_mask(bias: RowBias | None) -> torch.Tensor | None:
-    """In four dimensions the fused op takes one for all heads, or for all queries."""
+    """The bias in four dimensions, which the fused op broadcasts over heads and queries."""
     return None if bias is None else bias.scores[None]
 
 
@@ -199,9 +199,9 @@ def _softmax(scores: torch.Tensor, bias: RowBias | None) -> torch.Tensor:
 def _lse(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Log-sum-exp of the scores, in float32 at least, mostly without another pass over them.
 
-    Every key gives it back as score - log(weight), with the rounding of the weight as error; the
-    mean over a few keys is more accurate than any one of them. Should a row have only hidden keys
-    or tiny weights among them, all is computed again.
+    Every key gives back the LSE as score - log(weight), with the rounding of the weight as error.
+    The mean over a few keys is more accurate than the value of one key. If a row has only hidden
+    keys or tiny weights among those, the LSE is computed from all scores.
     """
     dtype = torch.promote_types(scores.dtype, torch.float32)
     step = max(1, scores.shape[-1] // _PROBES)

@@ -1,9 +1,9 @@
-"""What the CPU path does for a layout, as a list of tiles made once from the index tensors.
+"""The work of the CPU path for a layout: a list of tiles, made once from the index tensors.
 
 A tile is dense attention of some query rows over some key blocks. The fused attention of torch is
-slow for few queries: it multiplies 32 of them at a time where there are less than 192, and 256
-where there are 768. Rows mostly see the same keys as others near them. So the rows of a group are
-computed together over what they share, and each over the rest.
+slow for few queries: it multiplies 32 queries at a time where there are less than 192, and 256
+where there are 768. Most rows see the same keys as rows near them. So the rows of a group are
+computed together over the keys that they share, and each row alone over its other keys.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from ..checks import LayoutTensors
 from ..layout_cache import LayoutCache
 from .row_attention import RowBias
 
-# Expanded bit masks are kept when they are small: a static local pattern has a few dozen distinct
-# ones, a random token mask may have one per block. So are the patterns that are made of them.
+# Bytes up to which expanded bit masks are kept, and patterns made of them. A static local pattern
+# has a few dozen distinct bit masks; a random token mask may have one per block.
 _KEEP_MASKS_BYTES = 1 << 26
 _KEEP_PATTERNS_BYTES = 1 << 24
 
 # Query tokens that share keys: enough for the fused attention to multiply 256 at a time.
 _SHARING_QUERIES = 1024
-# Keys that are worth a tile of their own: another tile costs another pass over the output.
+# Shared keys that are worth a tile of their own: a tile more costs a pass more over the output.
 _SHARED_KEYS = 512
-# Keys of a tile of few queries, which are read once for each 32 of them, from a cache if they fit.
+# Keys of a tile of few queries. Keys are read once for every 32 queries, from a cache if they fit.
 _KEYS_PER_TILE = 2048
-# Rows among which those that share are looked for: all pairs of them are compared.
+# Rows that are compared with one another, pair by pair, for keys that they share.
 _ROWS_COMPARED = 1024
-# Elements of the widest vectors, in 16 bits.
+# Elements of 16 bits in the widest vectors.
 _KEYS_PER_VECTOR = 32
 # Query tokens whose bit masks are expanded at once.
 _MASKED_QUERIES = 512
@@ -41,12 +41,13 @@ class Tile:
     """Query rows of a group and key blocks that all of them visit.
 
     Attributes:
-        start, stop: the queries, counted in the group.
+        start, stop: range of the queries, counted within the group.
         blocks: int64 `(blocks,)`, the key blocks, ascending; none for queries that see nothing.
-        keys: tokens of the key blocks.
-        run: the keys as (start, stop) if there are no masks and no gap.
-        pattern: the place of its bit masks in the plan's patterns; None where every block is full.
-        first: whether these queries are in none of the tiles before.
+        keys: number of tokens in the key blocks.
+        run: the keys as (start, stop) if there are no masks and no gap, else None.
+        pattern: number of the tile's bit masks in the plan's patterns; None where every block is
+            full.
+        first: whether no earlier tile has these queries.
     """
 
     start: int
@@ -60,11 +61,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class Group:
-    """Query rows that are computed together, in an order in which each tile's are neighbours.
+    """Query rows that are computed together, ordered so that the rows of each tile are neighbours.
 
     Attributes:
-        spans: the query tokens, as (start, stop) one after the other.
-        tiles: all that these queries visit.
+        spans: the query tokens, as ranges (start, stop) one after the other.
+        tiles: all tiles of these queries.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -80,8 +81,8 @@ class Visit:
     """The keys of a tile that some of its queries see.
 
     Attributes:
-        keys: their places: a slice or an ascending int64 `(keys,)`.
-        bias: what hides them from other queries; None if nothing does.
+        keys: tokens of the keys: a slice or an ascending int64 `(keys,)`.
+        bias: hides each key from the queries that do not see it; None if all queries see all keys.
     """
 
     keys: slice | torch.Tensor
@@ -90,7 +91,12 @@ class Visit:
 
 @dataclass(frozen=True)
 class _Pattern:
-    """Bit masks of a tile: int64 `(block rows, blocks)`, for so many queries and keys."""
+    """An arrangement of bit masks in a tile.
+
+    Attributes:
+        masks: int64 `(block rows, blocks)`, numbers of bit masks.
+        queries, keys: numbers of queries and keys of the tile.
+    """
 
     masks: torch.Tensor
     queries: int
@@ -99,12 +105,11 @@ class _Pattern:
 
 @dataclass(frozen=True)
 class _Expanded:
-    """A pattern without the keys that no query sees.
+    """A pattern as a bias, without most of the keys that no query sees.
 
     Attributes:
-        kept: int64 `(keys,)`, the places in the tile's blocks of those that some query sees.
-        bias: `(1, queries, keys)`.
-        blind: bool `(1, queries)` or None, as in `RowBias`.
+        kept: int64 `(keys,)`, places of the other keys in the tile's blocks.
+        bias: with scores `(1, queries, keys)`.
     """
 
     kept: torch.Tensor
@@ -116,10 +121,11 @@ class RowPlan:
     """All tiles of a layout, and its bit masks.
 
     Attributes:
-        groups: `groups[b][h]` is a tuple of `Group`, for batch|1 and heads|1.
+        groups: `groups[b][h]` is the tuple of groups of sample b and head h; one entry each where
+            all samples or all heads share a layout.
         patterns: the distinct arrangements of bit masks in the tiles.
-        bit_masks: int32 `(masks + 1, block_q, words)`: those of the layout, and one of all bits.
-        visible: bool `(masks + 1, block_kv)`, the keys that some query sees.
+        bit_masks: int32 `(masks + 1, block_q, words)`: the layout's, and then one of all bits.
+        visible: bool `(masks + 1, block_kv)`, the keys that some query sees by each bit mask.
         tokens: int64 `(columns, block_kv)`, the tokens of each key block.
     """
 
@@ -132,11 +138,11 @@ class RowPlan:
     _expanded: dict[tuple[int, torch.dtype], _Expanded] = field(default_factory=dict, repr=False)
 
     def visit(self, tile: Tile, key_mask: torch.Tensor | None, dtype: torch.dtype) -> Visit | None:
-        """What a tile reads of one sample; None if it sees no key.
+        """The keys that a tile reads of one sample; None if it sees no key.
 
         Args:
             tile: one of this plan's.
-            key_mask: bool `(tokens_kv,)`, False for keys that nobody sees.
+            key_mask: bool `(tokens_kv,)`, false for keys that no query sees.
             dtype: of the bias.
         """
         if tile.run is not None and (key_mask is None or key_mask[slice(*tile.run)].all()):
@@ -160,9 +166,9 @@ class RowPlan:
         if found is not None:
             return found
         pattern = self.patterns[number]
-        # All rows of a pattern show the same keys.
+        # All block rows of a pattern see the same keys.
         seen = self.visible.index_select(0, pattern.masks[0]).flatten()[: pattern.keys]
-        # Some hidden keys more, for rows of whole vectors: oneDNN is slow where they are not.
+        # Some hidden keys are kept to fill whole vectors: oneDNN is slow at other lengths.
         hidden = (~seen).nonzero().flatten()
         seen[hidden[: -int(seen.sum()) % _KEYS_PER_VECTOR]] = True
         kept = seen.nonzero().flatten()
@@ -200,7 +206,7 @@ class RowPlan:
 
 
 def _bias(scores: torch.Tensor, *, may_be_blind: bool) -> RowBias:
-    """The bias of `(1, queries, keys)`, of which 0 is visible and -inf hidden."""
+    """The `RowBias` of scores `(1, queries, keys)`: 0 for visible keys, -inf for hidden ones."""
     if not may_be_blind or not scores.shape[-1]:
         return RowBias(scores, None)
     blind = scores.amax(-1) == -torch.inf
@@ -213,7 +219,7 @@ def _key_rows(bit_masks: torch.Tensor, block_kv: int, dtype: torch.dtype) -> tor
 
 
 def expand_bits(words: torch.Tensor, n: int, dtype: torch.dtype) -> torch.Tensor:
-    """Int32 `(..., words)` to `(..., n)`: 0 for a set bit `j % 32` of word `j // 32`, or -inf."""
+    """Int32 `(..., words)` to `(..., n)`: 0 for a set bit `j % 32` of word `j // 32`, else -inf."""
     bytes_ = words.contiguous().view(torch.uint8).int()  # lowest byte first: x86, ARM and RISC-V
     bits = (torch.arange(256, dtype=torch.int32)[:, None] >> torch.arange(8)) & 1
     bias = torch.zeros(256, 8, dtype=dtype).masked_fill_(bits == 0, -torch.inf)
@@ -235,7 +241,8 @@ def make_row_plan(
         layout: the index tensors.
         tokens_q, tokens_kv: lengths of the sequences.
         block_q, block_kv: tokens per query block and per key block.
-        share: whether a query may be in several tiles, so that rows share what they both see.
+        share: whether a query may be in several tiles, so that rows share the tiles of
+            the keys that all of them see.
 
     Raises:
         ValueError: if the layout names a key block or a bit mask that does not exist.
@@ -264,7 +271,7 @@ def make_row_plan(
 
 
 def _any_query(bit_masks: torch.Tensor) -> torch.Tensor:
-    """Int32 `(masks, words)`: which keys some query sees by bit masks `(masks, block_q, words)`."""
+    """Int32 `(masks, words)`: keys that some query sees by bit masks `(masks, block_q, words)`."""
     while bit_masks.shape[1] > 1:
         half = bit_masks.shape[1] // 2
         both = bit_masks[:, :half] | bit_masks[:, half : 2 * half]
@@ -288,12 +295,12 @@ class _Row:
 
 
 def _rows(lists: list[torch.Tensor], like: list[int], masked_rows: int) -> list[_Row]:
-    """The rows of one head, those that see the same keys merged, wherever they are.
+    """The rows of one head; rows that see the same keys are merged, wherever they are.
 
     Args:
         lists: counts and indices of full and of partial blocks, and the bit masks of these.
-        like: a number for each bit mask, equal for those that show the same keys.
-        masked_rows: how many are merged at most where they have bit masks.
+        like: a number for each bit mask, equal for bit masks that show the same keys.
+        masked_rows: the most rows with bit masks that are merged.
     """
     latest: dict[tuple[tuple[int, ...], tuple[tuple[int, int], ...]], _Row] = {}
     out: list[_Row] = []
@@ -313,12 +320,12 @@ def _rows(lists: list[torch.Tensor], like: list[int], masked_rows: int) -> list[
 
 @dataclass(frozen=True)
 class _Node:
-    """Rows that share keys: one, or those of two halves.
+    """Rows that share keys: one row, or the rows of two nodes.
 
     Attributes:
-        rows: all of them.
-        common: float `(columns,)`, 1 for the key blocks that are full for all of them.
-        halves: what they were put together from.
+        rows: all of its rows.
+        common: float `(columns,)`, 1 for the key blocks that are full for all rows.
+        halves: the two nodes; empty for one row.
     """
 
     rows: list[_Row]
@@ -351,8 +358,8 @@ class _TileMaker:
     """Cuts rows into tiles, and numbers the distinct arrangements of bit masks in them.
 
     Attributes:
-        full: the bit mask of a full block.
-        patterns: masks, queries and keys of each arrangement so far, in the order of the numbers.
+        full: number of the bit mask of a full block.
+        patterns: numbers of the arrangements so far, by their masks, queries and keys.
     """
 
     tokens_q: int
@@ -386,7 +393,7 @@ class _TileMaker:
                 yield Group(tuple(self._spans(numbers)), tuple(self._shared(node, 0, first=True)))
 
     def _shared(self, node: _Node, start: int, *, first: bool) -> Iterator[Tile]:
-        """What all rows see, then what each half of them sees of the rest, and so on.
+        """Tiles of the keys that all rows see, then of the other keys of each half, and so on.
 
         Args:
             start: the place of the node's first query in the group.
@@ -408,7 +415,7 @@ class _TileMaker:
             start += sum(self._queries(row.numbers) for row in half.rows)
 
     def _single(self, row: _Row, start: int, *, first: bool) -> Iterator[Tile]:
-        """What is left of one row, its full blocks apart from the others where they are many."""
+        """Tiles of a row's remaining blocks, with full blocks apart where they are many."""
         masked = set(row.partial)
         full = row.full
         if not self.share or len(full) * self.block_kv < _SHARED_KEYS:
@@ -462,11 +469,11 @@ class _TileMaker:
         )
 
     def _queries(self, numbers: list[int]) -> int:
-        """Tokens of some query blocks; the last one may be short."""
+        """Number of tokens in some query blocks; the last one may be short."""
         return sum(min(self.block_q, self.tokens_q - number * self.block_q) for number in numbers)
 
     def _spans(self, numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
-        """Query blocks as token ranges, those of successive neighbours joined."""
+        """Query blocks as token ranges; ranges of successive neighbours are joined."""
         start = stop = -1
         for number in numbers:
             if number * self.block_q != stop:
@@ -495,12 +502,12 @@ def _check_indices(layout: LayoutTensors, columns: int) -> None:
 def rows_share(dtype: torch.dtype) -> bool:
     """Whether rows of a dtype share tiles.
 
-    Tiles of a query are merged in the output: in 16 bits that would round once for each.
+    Tiles of a query are merged in the output: in 16 bits every merge would round.
     """
     return dtype in (torch.float32, torch.float64)
 
 
-# A plan does not hold its key, full_index, alive: bit_masks is another tensor.
+# A plan must not keep the cache's key, full_index, alive: its bit_masks is another tensor.
 _cache: LayoutCache[RowPlan] = LayoutCache()
 
 

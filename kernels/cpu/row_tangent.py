@@ -1,7 +1,8 @@
-"""Forward-mode derivative of attention of some query rows over the keys they visit, or over some.
+"""Forward-mode derivative of attention of some query rows over some of the keys they visit.
 
-With the weights p of the keys, which the log-sum-exp gives, and the tangents t of their scores, a
-query's output has the tangent sum(p t v) + sum(p dv) - sum(p t) out, and its log-sum-exp sum(p t).
+Let p be the weights of the keys, which the log-sum-exp gives, t the tangents of the keys' scores, v
+the values and dv the tangents of the values. A query's output then has the tangent
+sum(p t v) + sum(p dv) - sum(p t) out, and its log-sum-exp has the tangent sum(p t).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def add_tangent(
     bias: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What some keys add to sum(p t v) + sum(p dv) and to sum(p t) of each query.
+    """The terms of some keys in sum(p t v) + sum(p dv) and in sum(p t) of each query.
 
     Args:
         q, q_tangent: `(..., queries, head_dim)`.
@@ -29,12 +30,12 @@ def add_tangent(
         bias: -inf where a key is hidden and 0 elsewhere, `(..., queries | 1, keys)`; None if none.
 
     Returns:
-        `(..., queries, head_dim)` and `(..., queries)`.
+        The two sums over these keys, `(..., queries, head_dim)` and `(..., queries)`.
     """
     scores = (q @ k.mT).mul_(scale)
     if bias is not None:
         scores = scores.add_(bias)
-    # exp(-inf - 0) is the 0 that a query without keys needs.
+    # A query without keys needs weights of 0: exp(-inf - 0).
     weights = scores.sub_(lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp_()
     moved = (q_tangent @ k.mT).add_(q @ k_tangent.mT).mul_(scale).mul_(weights)
     return moved @ v + weights @ v_tangent, moved.sum(-1)

@@ -8,7 +8,7 @@ from ..checks import LayoutTensors
 from .row_plan import Group, RowPlan, cached_row_plan, rows_share
 from .row_tangent import add_tangent
 
-# Rows are split where their scores, (queries, keys), would have more elements than this.
+# Rows are split into parts where their scores, (queries, keys), would have more elements.
 _SCORES_PER_PART = 1 << 20
 
 
@@ -26,10 +26,11 @@ def tangent(
     block_kv: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tangents of the output and of the log-sum-exp, computed in the dtype of the latter.
+    """The tangents of the output and of the log-sum-exp, computed in the dtype of the log-sum-exp.
 
     Args:
-        tangents: those of q, k and v.
+        tangents: the tangents of q, k and v.
+        out, lse: results of the forward pass for the other arguments.
     """
     q_tangent, k_tangent, v_tangent = tangents
     plan = cached_row_plan(
@@ -68,9 +69,9 @@ def _tangent_of_head(
         queries: `(3, tokens, head_dim)`: queries, their tangents, and the output.
         lse: `(tokens,)`.
         keys: `(4, tokens_kv, head_dim)`: keys, values, and the tangents of both.
-        key_mask: bool `(tokens_kv,)`, False for keys that nobody sees; None if there is none.
+        key_mask: bool `(tokens_kv,)`, false for keys that no query sees; None if there is none.
     """
-    # Queries that see no key have no part in what follows.
+    # Queries that see no key keep tangents of 0.
     moved, mean = torch.zeros_like(queries[0]), torch.zeros_like(lse)
     for group in groups:
         of_group = torch.cat([torch.arange(*span) for span in group.spans])

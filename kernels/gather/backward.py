@@ -27,7 +27,7 @@ def queries_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ: packs the queries of a group as the forward kernel does."""
+    """dQ of a group of queries, which are packed as in the forward kernel."""
     i_pair, i_b, i_h, i_chunk, i_next_chunk = group_of_program(
         first_pair, heads, chunks, chunks_per_group
     )
@@ -49,16 +49,17 @@ def queries_kernel(
         for i in tl.range(i_entry, i_stop, BLOCK_M):
             o_e = i + tl.arange(0, BLOCK_M)
             m_m = o_e < i_stop
-            o_m = tl.load(p_query + i_list * tokens_q + o_e, mask=m_m, other=0)
+            o_m = tl.load(p_query + i_list * tokens_q + o_e, mask=m_m, other=0)  # (BLOCK_M,)
             if WIDE:
                 o_m = o_m.to(tl.int64)
-            b_lse = tl.load(p_log2_lse + o_m, mask=m_m, other=float("inf"))
-            b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
-            b_q = load_tile(p_q, s_qt, s_qd, o_m, m_m, True, D, BLOCK_D)
+            b_lse = tl.load(p_log2_lse + o_m, mask=m_m, other=float("inf"))  # (BLOCK_M,)
+            b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)  # (BLOCK_M,)
+            b_q = load_tile(p_q, s_qt, s_qd, o_m, m_m, True, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+            # Both (BLOCK_M, BLOCK_D).
             b_grad = load_tile(p_grad_out, s_gt, s_gd, o_m, m_m, True, D, BLOCK_D)
             b_dq = load_tile(p_acc, D, 1, o_m, m_m, True, D, BLOCK_D)
             tl.debug_barrier()
-            # Loaded here, or the addresses of its first keys are kept in registers for all tiles.
+            # Loaded here: otherwise the first keys' addresses stay in registers for all tiles.
             first_n = tl.load(p_starts + i_block)
             stop_n = tl.load(p_starts + i_block + 1)
             n_whole = (stop_n - first_n) // BLOCK_N
@@ -73,7 +74,7 @@ def queries_kernel(
                 b_v = load_tile(
                     p_v + start_n.to(tl.int64) * s_vt, s_vt, s_vd, o_n, True, False, D, BLOCK_D
                 )  # (BLOCK_N, BLOCK_D)
-                b_dq = add_to_queries(
+                b_dq = add_to_queries(  # (BLOCK_M, BLOCK_D)
                     b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dq, scale * LOG2_E, True, False,
                     PRECISION,
                 )  # fmt: skip
@@ -82,20 +83,20 @@ def queries_kernel(
                 m_n = start_n + o_n < stop_n
                 if HAS_KEY_MASK:
                     p_visible = p_key_mask + (start_n + o_n).to(tl.int64) * s_mt
-                    m_n = tl.load(p_visible, mask=m_n, other=0) != 0
+                    m_n = tl.load(p_visible, mask=m_n, other=0) != 0  # (BLOCK_N,)
                 b_k = load_tile(
                     p_k + start_n.to(tl.int64) * s_kt, s_kt, s_kd, o_n, m_n, True, D, BLOCK_D
                 )  # (BLOCK_N, BLOCK_D)
                 b_v = load_tile(
                     p_v + start_n.to(tl.int64) * s_vt, s_vt, s_vd, o_n, m_n, True, D, BLOCK_D
                 )  # (BLOCK_N, BLOCK_D)
-                b_dq = add_to_queries(
+                b_dq = add_to_queries(  # (BLOCK_M, BLOCK_D)
                     b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dq, scale * LOG2_E, m_n[None, :],
                     True, PRECISION,
                 )  # fmt: skip
 
-            # Addresses again: kept through the loops, they would take registers from the tiles.
-            o_m = tl.load(p_query + i_list * tokens_q + o_e, mask=m_m, other=0)
+            # Addresses are loaded again: kept in the loops, they would take registers from tiles.
+            o_m = tl.load(p_query + i_list * tokens_q + o_e, mask=m_m, other=0)  # (BLOCK_M,)
             if WIDE:
                 o_m = o_m.to(tl.int64)
             store_tile(p_acc, D, o_m, m_m, b_dq, D, BLOCK_D)
@@ -106,6 +107,7 @@ def queries_kernel(
     for i in tl.range(0, tl.cdiv(stop_m - i_chunk * CHUNK, BLOCK_M)):
         start_m = i_chunk * CHUNK + i * BLOCK_M
         m_m = start_m + o_m < stop_m
+        # b_dq: (BLOCK_M, BLOCK_D)
         b_dq = load_tile(p_acc + start_m.to(tl.int64) * D, D, 1, o_m, m_m, True, D, BLOCK_D)
         first = (i_b * tokens_q + start_m) * heads + i_h
         store_tile(p_dq + first * D, heads * D, o_m, m_m, b_dq * scale, D, BLOCK_D)
@@ -145,29 +147,33 @@ def keys_kernel(
     p_log2_lse += (i_b * heads + i_h) * tokens_q
 
     m_n = start_n + o_n < tl.load(p_starts + i_block + 1)
-    b_k = load_tile(p_k, s_kt, s_kd, o_n, m_n, True, D, BLOCK_D)
-    b_v = load_tile(p_v, s_vt, s_vd, o_n, m_n, True, D, BLOCK_D)
+    b_k = load_tile(p_k, s_kt, s_kd, o_n, m_n, True, D, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+    b_v = load_tile(p_v, s_vt, s_vd, o_n, m_n, True, D, BLOCK_D)  # (BLOCK_N, BLOCK_D)
     b_dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     b_dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
 
     # A key's gradients come from its own scores only: hidden keys, and NaN in them, need no mask
-    # until the end. Past the last entry that entry is read again, which needs no mask and brings no
-    # NaN of a query that is not in the list; its weights are exp2(s - inf) = 0. Which queries come
-    # is loaded one step early: it must not hold them up. So is what is known of them, or compilers
-    # copy that to shared memory first, four bytes at a time.
+    # until the end. Past the end of the list its last entry is read again: that needs no mask,
+    # brings no NaN of a query outside the list, and gives weights of exp2(s - inf) = 0. Queries'
+    # numbers are loaded one step early, so that the queries do not wait for them. Their LSE and
+    # delta are, too: otherwise the compiler copies them to shared memory first, four bytes at a
+    # time.
+    # o_m: (BLOCK_M,)
     o_m = tl.load(p_query + tl.minimum(o_e, count - 1), mask=o_e < count * BLOCK_M, other=0)
-    b_lse_next = tl.load(p_log2_lse + o_m, mask=o_e < count, other=float("inf"))
-    b_delta_next = tl.load(p_delta + o_m)
+    b_lse_next = tl.load(p_log2_lse + o_m, mask=o_e < count, other=float("inf"))  # (BLOCK_M,)
+    b_delta_next = tl.load(p_delta + o_m)  # (BLOCK_M,)
     for i in tl.range(0, count, BLOCK_M):
         o_t = o_m
         b_lse = b_lse_next
         b_delta = b_delta_next
         if WIDE:
             o_t = o_m.to(tl.int64)
-        o_m = tl.load(p_query + tl.minimum(i + BLOCK_M + o_e, count - 1))
+        o_m = tl.load(p_query + tl.minimum(i + BLOCK_M + o_e, count - 1))  # (BLOCK_M,)
+        # b_lse_next: (BLOCK_M,)
         b_lse_next = tl.load(p_log2_lse + o_m, mask=i + BLOCK_M + o_e < count, other=float("inf"))
-        b_delta_next = tl.load(p_delta + o_m)
+        b_delta_next = tl.load(p_delta + o_m)  # (BLOCK_M,)
         b_q = load_tile(p_q, s_qt, s_qd, o_t, True, False, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+        # b_grad: (BLOCK_M, BLOCK_D)
         b_grad = load_tile(p_grad_out, s_gt, s_gd, o_t, True, False, D, BLOCK_D)
         b_dk, b_dv, _ = add_to_keys(
             b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dk, b_dv, scale * LOG2_E, True,
@@ -177,6 +183,7 @@ def keys_kernel(
     b_dk *= scale
     if HAS_KEY_MASK:
         p_key_mask += i_b * s_mb
+        # m_seen: (BLOCK_N, 1)
         m_seen = tl.load(p_key_mask + (start_n + o_n) * s_mt, mask=m_n, other=0)[:, None] != 0
         b_dk = tl.where(m_seen, b_dk, 0.0)
         b_dv = tl.where(m_seen, b_dv, 0.0)
@@ -202,13 +209,15 @@ def backward(
     queries: Choice | None = None,
     keys: Choice | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v, the same bits at every call.
+    """The gradients of q, k and v, like these; the same bits at every call.
 
     Args:
-        grad_out, grad_lse: gradients of the output and of the log-sum-exp, the latter or None.
-        out, lse: what the forward pass returned; the rest is what it was given.
-        queries, keys: the only things to run for dQ and for dK and dV; by default the best that
-            take the call and compile.
+        grad_out: gradient of the output, `(batch, tokens, heads, head_dim)`.
+        grad_lse: gradient of the log-sum-exp, `(batch, heads, tokens)`; None for 0.
+        q, k, v, starts, bits, key_mask, scale: arguments of the forward pass.
+        out, lse: results of the forward pass.
+        queries, keys: the only variant and tiles to run for dQ, and for dK and dV; by default the
+            best variants that take the call and compile.
 
     Raises:
         ValueError: if a choice does not take the call.

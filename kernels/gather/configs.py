@@ -1,8 +1,8 @@
-"""Tile sizes of the gather kernels: the largest that compile without spilled registers.
+"""Tile sizes of the gather kernels: the largest tiles that compile without spilled registers.
 
-As for the block-sparse kernels, from compiling for each architecture and not from timing. What a
-program reads and writes of running sums, once per tile of queries and key block, is paid for by
-many keys per block and many queries per tile.
+As for the block-sparse kernels, the sizes come from compiling for each architecture, not from
+timing. A program reads and writes its running sums once for every tile of queries and every key
+block. The longer the key blocks and the larger the tiles of queries, the less that costs.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _BLACKWELL: dict[str, Table] = {
     },
 }
 
-# Within 64 KiB of shared memory, and not tried.
+# Tiles fit 64 KiB of shared memory, and are untried.
 _OTHER: dict[str, Table] = {
     kernel: {64: both(64, 32, 4, 1), 128: both(64, 32, 4, 1), 256: both(32, 16, 4, 1)}
     for kernel in ("forward", "queries", "keys")

@@ -1,4 +1,4 @@
-"""The forward kernel: one program per group of queries packs those that selected a key block."""
+"""The forward kernel: each program packs the queries of a group that selected a key block."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .selecting import selecting_queries
 
 @triton.jit
 def group_of_program(first_pair, heads, chunks, chunks_per_group):
-    """Head among those of this turn, sample, head, first chunk of the group, and the one after."""
+    """Pair within the turn, sample, head, first chunk of the group, first chunk after the group."""
     groups = tl.cdiv(chunks, chunks_per_group)
     i_program = tl.program_id(0)
     i_pair = i_program // groups
@@ -42,7 +42,7 @@ def forward_kernel(
     NEGATIVE_SCALE: tl.constexpr, AHEAD: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """AHEAD: as in `block_sparse.forward`. Tiles of keys begin where their block does: anywhere."""
+    """AHEAD: see `block_sparse.forward`. Tiles of keys begin with their block, at any token."""
     i_pair, i_b, i_h, i_chunk, i_next_chunk = group_of_program(
         first_pair, heads, chunks, chunks_per_group
     )
@@ -55,7 +55,7 @@ def forward_kernel(
     p_max += i_pair * tokens_q
     p_sum += i_pair * tokens_q
     scale *= LOG2_E
-    if NEGATIVE_SCALE:  # the maximum of scaled scores is that of the scores only if scale > 0
+    if NEGATIVE_SCALE:  # only with scale > 0 is the largest score the largest scaled score
         scale = -scale
 
     for i_block in tl.range(0, blocks):
@@ -64,21 +64,21 @@ def forward_kernel(
         i_entry = tl.load(p_chunk + i_chunk)
         i_stop = tl.load(p_chunk + i_next_chunk)
         for i in tl.range(i_entry, i_stop, BLOCK_M):
-            # The online softmax goes on where the last block with these queries left off. Only this
-            # program has them, but another of its threads may have written what one reads here.
+            # The online softmax goes on where the last block with these queries left off. No other
+            # program has these queries, but one thread reads what another has written: barriers.
             o_e = i + tl.arange(0, BLOCK_M)
             m_m = o_e < i_stop
-            o_m = tl.load(p_query + i_list * tokens_q + o_e, mask=m_m, other=0)
+            o_m = tl.load(p_query + i_list * tokens_q + o_e, mask=m_m, other=0)  # (BLOCK_M,)
             if WIDE:
                 o_m = o_m.to(tl.int64)
-            b_q = load_tile(p_q, s_qt, s_qd, o_m, m_m, True, D, BLOCK_D)
+            b_q = load_tile(p_q, s_qt, s_qd, o_m, m_m, True, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
             if NEGATIVE_SCALE:
                 b_q = (-b_q.to(tl.float32)).to(b_q.dtype)
-            b_acc = load_tile(p_acc, D, 1, o_m, m_m, True, D, BLOCK_D)
-            b_max = tl.load(p_max + o_m, mask=m_m, other=float("-inf"))
-            b_sum = tl.load(p_sum + o_m, mask=m_m, other=0.0)
+            b_acc = load_tile(p_acc, D, 1, o_m, m_m, True, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+            b_max = tl.load(p_max + o_m, mask=m_m, other=float("-inf"))  # (BLOCK_M,)
+            b_sum = tl.load(p_sum + o_m, mask=m_m, other=0.0)  # (BLOCK_M,)
             tl.debug_barrier()
-            # Loaded here, or the addresses of its first keys are kept in registers for all tiles.
+            # Loaded here: otherwise the first keys' addresses stay in registers for all tiles.
             first_n = tl.load(p_starts + i_block)
             stop_n = tl.load(p_starts + i_block + 1)
             n_whole = (stop_n - first_n) // BLOCK_N
@@ -98,12 +98,14 @@ def forward_kernel(
                         p_k + next_n.to(tl.int64) * s_kt, s_kt, s_kd, o_n, True, False, D, BLOCK_D
                     )  # (BLOCK_N, BLOCK_D)
                     b_p, b_new, b_old = weigh(b_s, b_max, scale, True, False)
+                    # b_s: (BLOCK_M, BLOCK_N)
                     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
                     b_sum = b_sum * b_old + tl.sum(b_p, 1)
                     b_v = load_tile(
                         p_v + start_n.to(tl.int64) * s_vt, s_vt, s_vd, o_n, True, False, D, BLOCK_D
                     )  # (BLOCK_N, BLOCK_D)
                     b_p = b_p.to(b_v.dtype)
+                    # b_acc: (BLOCK_M, BLOCK_D)
                     b_acc = tl.dot(b_p, b_v, b_acc * b_old[:, None], input_precision=PRECISION)
                     b_max = b_new
             else:
@@ -118,14 +120,14 @@ def forward_kernel(
                     b_acc, b_max, b_sum = attend_tile(
                         b_q, b_k, b_v, b_acc, b_max, b_sum, scale, True, False, PRECISION
                     )
-            # The short end of the block, or with a key mask all of it.
+            # The short end of the block; with a key mask, the whole block.
             for i_n in tl.range(n_whole, tl.cdiv(stop_n - first_n, BLOCK_N)):
                 start_n = first_n + i_n * BLOCK_N
                 m_n = start_n + o_n < stop_n
                 if HAS_KEY_MASK:
                     p_visible = p_key_mask + (start_n + o_n).to(tl.int64) * s_mt
-                    m_n = tl.load(p_visible, mask=m_n, other=0) != 0
-                # What is hidden counts as 0: a NaN left in padding must not reach a sum.
+                    m_n = tl.load(p_visible, mask=m_n, other=0) != 0  # (BLOCK_N,)
+                # Hidden keys are read as 0: a NaN left in padding must not reach a sum.
                 b_k = load_tile(
                     p_k + start_n.to(tl.int64) * s_kt, s_kt, s_kd, o_n, m_n, True, D, BLOCK_D
                 )  # (BLOCK_N, BLOCK_D)
@@ -136,8 +138,8 @@ def forward_kernel(
                     b_q, b_k, b_v, b_acc, b_max, b_sum, scale, m_n[None, :], True, PRECISION
                 )
 
-            # Addresses again: kept through the loops, they would take registers from the tiles.
-            o_m = tl.load(p_query + i_list * tokens_q + o_e, mask=m_m, other=0)
+            # Addresses are loaded again: kept in the loops, they would take registers from tiles.
+            o_m = tl.load(p_query + i_list * tokens_q + o_e, mask=m_m, other=0)  # (BLOCK_M,)
             if WIDE:
                 o_m = o_m.to(tl.int64)
             store_tile(p_acc, D, o_m, m_m, b_acc, D, BLOCK_D)
@@ -151,9 +153,10 @@ def forward_kernel(
     for i in tl.range(0, tl.cdiv(stop_m - i_chunk * CHUNK, BLOCK_M)):
         start_m = i_chunk * CHUNK + i * BLOCK_M
         m_m = start_m + o_m < stop_m
+        # b_acc: (BLOCK_M, BLOCK_D)
         b_acc = load_tile(p_acc + start_m.to(tl.int64) * D, D, 1, o_m, m_m, True, D, BLOCK_D)
-        b_max = tl.load(p_max + start_m + o_m, mask=m_m, other=float("-inf"))
-        b_sum = tl.load(p_sum + start_m + o_m, mask=m_m, other=0.0)
+        b_max = tl.load(p_max + start_m + o_m, mask=m_m, other=float("-inf"))  # (BLOCK_M,)
+        b_sum = tl.load(p_sum + start_m + o_m, mask=m_m, other=0.0)  # (BLOCK_M,)
         b_norm = tl.where(b_sum == 0, 1.0, b_sum)  # 0 where a query has seen nothing
         first = (i_b * tokens_q + start_m) * heads + i_h
         store_tile(p_out + first * D, heads * D, o_m, m_m, b_acc / b_norm[:, None], D, BLOCK_D)
@@ -171,10 +174,11 @@ def forward(
     scale: float,
     choice: Choice | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp; arguments as `selected_attention`, already checked.
+    """The output and the log-sum-exp; arguments as of `selected_attention`, already checked.
 
     Args:
-        choice: the only thing to run; by default the best that takes the call and compiles.
+        choice: the only variant and tiles to run; by default the best variant that takes the call
+            and compiles.
 
     Raises:
         ValueError: if the choice does not take the call.

@@ -1,4 +1,4 @@
-"""What every launch of a gather kernel needs to know of its tensors."""
+"""The tensors of a gather call in the form that launches of kernels take."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..common.tile_tables import TileConfig
 from . import selecting
 from .configs import tile_config
 
-# Offsets from the first token of a head are 32 bits wide up to here.
+# The largest offset from the first token of a head that 32 bits hold.
 _MAX_OFFSET = 2**31 - 1
 
-# A program owns the rows of a group of queries. The more there are, the less of its last tile per
-# key block is padding; but there should be several programs for every multiprocessor.
+# A program owns a group of queries. The more queries, the smaller the share of padding in the last
+# tile for each key block; but there should be several programs for every multiprocessor.
 _MOST_QUERIES = 2048
 _MANY_PROGRAMS = 256
 
@@ -28,9 +28,9 @@ class SelectionProblem:
     """The arguments of a call as its kernels take them.
 
     Attributes:
-        key_mask: uint8, or any tensor if there is none.
+        key_mask: uint8 `(batch, tokens_kv)`, or an arbitrary tensor if there is no key mask.
         key_mask_strides: of sample and token.
-        wide: whether a head is longer in memory than 32-bit offsets reach.
+        wide: whether a head spans more memory than 32-bit offsets reach.
     """
 
     device: torch.device
@@ -56,10 +56,10 @@ class SelectionProblem:
         key_mask: torch.Tensor | None,
         *more: torch.Tensor,
     ) -> SelectionProblem:
-        """Collect them; `more` are further `(batch, tokens, heads, head_dim)` that are read."""
+        """Collect a call's arguments; `more` are further tensors like q that are read."""
         mask = q if key_mask is None else key_mask.view(torch.uint8)
         batch, tokens_q, heads, head_dim = q.shape
-        running = (tokens_q - 1) * head_dim  # of float32 sums, heads apart from one another
+        running = (tokens_q - 1) * head_dim  # span of a head's float32 sums
         return SelectionProblem(
             device=q.device,
             dtype=q.dtype,
@@ -85,12 +85,12 @@ class SelectionProblem:
         return triton.cdiv(self.tokens_q, self.chunk)
 
     def turns(self, state_floats: int) -> Iterator[tuple[int, int]]:
-        """Heads that are worked on at once, where each also needs `state_floats` per query."""
+        """First pair and number of pairs per turn; a pair also needs `state_floats` per query."""
         each = selecting.list_bytes(self.blocks, self.tokens_q) + 4 * state_floats * self.tokens_q
         return selecting.turns(self.batch * self.heads, each)
 
     def chunks_per_group(self, pairs: int) -> int:
-        """Chunks of queries per program, where there is a program for every group of every head."""
+        """Chunks of queries per group, where each group of each pair has a program."""
         chunks = _MOST_QUERIES // selecting.CHUNK
         while chunks > 1 and pairs * triton.cdiv(self.chunks, chunks) < _MANY_PROGRAMS:
             chunks //= 2
@@ -103,11 +103,11 @@ class SelectionProblem:
 
     @property
     def compiled_for(self) -> tuple[object, ...]:
-        """What kernels are compiled for, device, dtype and head_dim apart."""
+        """The constants that kernels are compiled for, beside device, dtype and head_dim."""
         return (self.masked,)
 
     def tiles(self, kernel: str, variant: str, measured: TileConfig | None) -> TileConfig:
-        """The measured tiles if there are some, else the shipped ones."""
+        """The measured tiles if there are any, else the shipped tiles."""
         return measured or tile_config(kernel, self.block_d, self.dtype, masked=self.masked)
 
     def on_device(self) -> AbstractContextManager[object]:
@@ -126,12 +126,12 @@ class SelectionProblem:
             "PRECISION": float32_precision(),
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
-            "enable_fp_fusion": True,  # Triton's own default for it is about to change
+            "enable_fp_fusion": True,  # Triton is about to change its own default
         }
 
 
 def _head_span(x: torch.Tensor) -> int:
-    """Elements from the first to the last one of a head."""
+    """Elements from the first to the last element of a head."""
     _, tokens, _, head_dim = x.shape
     _, s_t, _, s_d = x.stride()
     return (tokens - 1) * s_t + (head_dim - 1) * s_d

@@ -28,24 +28,23 @@ def selected_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query to the key blocks it has selected; differentiable.
 
-    Work is done for selected blocks only, padded to tiles: a key block to a multiple of 16 to 128
-    keys, and the queries of a group of at most 2048 neighbours that selected it likewise. Besides
-    the results, the forward pass takes up to 1 GiB of memory for lists and sums (more if one head
-    alone needs more: 4 bytes per query for each of `blocks` and `head_dim`); so does the backward
-    pass.
+    Only selected blocks are computed, padded to tiles: a key block to a multiple of 16 to 128 keys,
+    and likewise the queries that selected the block, of a group of at most 2048 neighbours. In
+    addition to the results, the forward pass takes up to 1 GiB of memory for lists and sums, and so
+    does the backward pass. If a single head needs more, more is taken: 4 bytes per query for each
+    of `blocks` and `head_dim`.
 
     Args:
         q, k, v: `(batch, tokens, heads, head_dim)` of one dtype, any strides; the key length may
             differ from the query length. float32 is multiplied in full, unless
             `torch.set_float32_matmul_precision` allows TF32.
         starts: int32 `(blocks + 1,)`, the first key of every block, then the number of keys: from 0
-            ascending, blocks of any length. Its values are taken to be so: looking at them would
-            wait for the device.
+            ascending, blocks of any length. Values must be so: a check would wait for the device.
         bits: int32 `(batch, heads, tokens, words)` of any strides, with a word for 32 blocks: bit
-            `c % 32` of word `c // 32` is set where a query selects block c. Further bits mean
-            nothing.
+            `c % 32` of word `c // 32` is set where a query selects block c. Bits past the last
+            block are ignored.
         scale: factor of the scores; `head_dim ** -0.5` when None.
-        key_mask: bool `(batch, tokens_kv)`, false for keys that nobody sees.
+        key_mask: bool `(batch, tokens_kv)`, false for keys that no query sees.
 
     Returns:
         out: like q; 0 for a query that sees nothing.

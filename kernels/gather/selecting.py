@@ -1,4 +1,4 @@
-"""Lists of the queries that selected a key block, made on the device without waiting for it."""
+"""Lists of the queries that selected a key block, made without waiting for the device."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import torch
 import triton
 import triton.language as tl
 
-# Queries whose place in a list is known: programs of the other kernels begin at a multiple.
+# Queries per chunk. Lists record where each chunk begins: programs begin at a multiple of this.
 CHUNK = 256
 
-# Lists and running sums have room for every query in every list, because how many are needed only
-# the device knows. Heads take turns where those of all of them would need more bytes than this.
+# Bytes of lists and running sums at a time. Every list has room for every query, because only the
+# device knows how many are needed. Heads take turns where all of them together would need more.
 _SCRATCH_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class Lists:
-    """For a range of heads, which queries selected which key block.
+    """The queries that selected each key block, for a range of pairs.
 
-    Heads of all samples are numbered one after another: a pair is a head of a sample.
+    A pair is a head of a sample; pairs are numbered through all samples.
 
     Attributes:
-        first: int32 `(pairs, blocks, chunks + 1)`, how many queries before a chunk selected a
-            block; the last is how many there are in all.
-        query: int32 `(pairs, blocks, tokens)`, the queries that selected a block, ascending, in as
-            many places as there are in all; the rest is undefined.
+        first: int32 `(pairs, blocks, chunks + 1)`, how many queries before each chunk selected a
+            block; the last entry counts all queries that selected it.
+        query: int32 `(pairs, blocks, tokens)`, the queries that selected a block, ascending; places
+            beyond their number are undefined.
     """
 
     first: torch.Tensor
@@ -52,7 +52,7 @@ def list_bytes(blocks: int, tokens: int) -> int:
 def load_flags(
     p_bits, s_bb, s_bh, s_bt, s_bw, first_pair, tokens, heads, blocks, chunks, CHUNK: tl.constexpr
 ):
-    """Which queries of this program's chunk selected its block, as 0 and 1; list, chunk, tokens."""
+    """1 for queries of the program's chunk that selected its block, else 0; list, chunk, tokens."""
     i_program = tl.program_id(0)
     i_chunk = i_program % chunks
     i_list = i_program // chunks
@@ -61,7 +61,7 @@ def load_flags(
     p_bits += (i_pair // heads).to(tl.int64) * s_bb + (i_pair % heads).to(tl.int64) * s_bh
     p_bits += (i_block // 32).to(tl.int64) * s_bw
     o_t = i_chunk * CHUNK + tl.arange(0, CHUNK)
-    b_word = tl.load(p_bits + o_t.to(tl.int64) * s_bt, mask=o_t < tokens, other=0)
+    b_word = tl.load(p_bits + o_t.to(tl.int64) * s_bt, mask=o_t < tokens, other=0)  # (CHUNK,)
     return (b_word >> (i_block % 32)) & 1, i_list.to(tl.int64), i_chunk, o_t
 
 
@@ -70,10 +70,11 @@ def count_kernel(
     p_bits, p_count, s_bb, s_bh, s_bt, s_bw, first_pair, tokens, heads, blocks, chunks,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """Count the queries of a chunk that selected a block."""
     b_flag, i_list, i_chunk, _ = load_flags(
         p_bits, s_bb, s_bh, s_bt, s_bw, first_pair, tokens, heads, blocks, chunks, CHUNK
     )
-    # One place on, so that the running sum over the places is what comes before a chunk.
+    # Stored one place on: the running sum at a chunk then counts the queries before the chunk.
     tl.store(p_count + i_list * (chunks + 1) + i_chunk + 1, tl.sum(b_flag, 0))
 
 
@@ -82,9 +83,11 @@ def fill_kernel(
     p_bits, p_first, p_query, s_bb, s_bh, s_bt, s_bw, first_pair, tokens, heads, blocks, chunks,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """Write the queries of a chunk that selected a block to the block's list."""
     b_flag, i_list, i_chunk, o_t = load_flags(
         p_bits, s_bb, s_bh, s_bt, s_bw, first_pair, tokens, heads, blocks, chunks, CHUNK
     )
+    # b_place: (CHUNK,)
     b_place = tl.load(p_first + i_list * (chunks + 1) + i_chunk) + tl.cumsum(b_flag, 0) - b_flag
     tl.store(p_query + i_list * tokens + b_place, o_t, mask=b_flag != 0)
 
@@ -92,12 +95,12 @@ def fill_kernel(
 def selecting_queries(
     bits: torch.Tensor, blocks: int, first_pair: int, pairs: int, chunk: int
 ) -> Lists:
-    """The lists of some heads.
+    """The lists of a range of pairs.
 
     Args:
         bits: int32 `(batch, heads, tokens, words)`, of any strides.
         blocks: number of key blocks.
-        first_pair, pairs: which heads, all samples' counted through.
+        first_pair, pairs: the first pair and the number of pairs.
         chunk: queries per chunk, a power of 2.
     """
     _, heads, tokens, _ = bits.shape
@@ -114,10 +117,10 @@ def selecting_queries(
 
 @dataclass(frozen=True)
 class KeyTiles:
-    """Key blocks cut into tiles, none of which reaches into a second block.
+    """Key blocks cut into tiles; no tile reaches into a second block.
 
     Attributes:
-        block: int32 `(tiles,)`, the block a tile is of; the number of blocks for tiles too many.
+        block: int32 `(tiles,)`, the block of each tile; the number of blocks for surplus tiles.
         start: int32 `(tiles,)`, the first token of a tile.
         order: int32 `(pairs, tiles)`, tiles with the longest lists first.
     """
@@ -130,7 +133,7 @@ class KeyTiles:
 def key_tiles(starts: torch.Tensor, tokens_kv: int, tile: int, lists: Lists) -> KeyTiles:
     """Cut the blocks between `starts` into tiles of at most `tile` keys.
 
-    How many come out depends on values; a bound from shapes is laid out.
+    The number of tiles depends on values; there are as many as an upper bound from shapes.
     """
     length = starts.diff()
     blocks = len(length)

@@ -5,12 +5,12 @@ With the features f(x) = elu(x) + 1, which are positive, and M keys that count:
     state    S = 1/M sum_j R_j f(k_j) v_j^T        m = 1/M sum_j f(k_j)
     output   o_i = S^T R_i f(q_i) / (f(q_i) . m + eps)
 
-R is the rotary position embedding, if there is one. It turns features after they were made, and in
-the numerator alone: rotated ones are not positive, and their sum may be 0. The size of the state,
+R is the rotary position embedding, if there is one. R turns finished features, and only in the
+numerator: rotated features may be negative, and their sum may be 0. The size of the state,
 head_dim x (head_dim + 1) per head, does not depend on the number of tokens.
 
 Features, state and quotient are float32 for 16-bit inputs: in float16 the denominator overflows
-for features of 32 already, and elu(x) + 1 is 0 for x < -8.3.
+already for features of 32, and elu(x) + 1 is 0 for x < -8.3.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ def linear_attention(
     Args:
         q, k, v: `(batch, tokens, heads, head_dim)` of one dtype, any strides; the key length may
             differ from the query length.
-        eps: added to the denominator, beside the *mean* of the features of the keys.
+        eps: added to the denominator, which has the *mean* of the features of the keys.
         key_mask: bool `(batch, tokens_kv)`, false for keys that do not count.
         rotation: float32 `(2, tokens, head_dim / 2)`, cosines and sines by which the neighbouring
-            channels of q *and* k were rotated. The rotation is taken back before features are made.
+            channels of q *and* k were rotated. The rotation is undone before features are computed.
         group: a process group of torch.distributed over which the keys are spread, in parts of any
-            sizes: the output for the queries of this process is that of all keys. What is sent is
-            the state.
+            sizes. The queries of this process then attend to the keys of all processes. Processes
+            exchange only the state.
         chunk: tokens whose features are in memory at a time, with the backend "torch".
-        backend: "torch" is matrix products, on every device; "triton" a kernel for GPUs.
+        backend: "torch" for matrix products on every device, "triton" for kernels on GPUs.
 
     Returns:
         Like q; 0 where no key counts.
@@ -86,7 +86,7 @@ def _count(k: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """The sum of what each process has. Each one's loss depends on it: so does each gradient."""
+    """A sum over processes. The loss of every process depends on it: its gradient is a sum too."""
 
     @staticmethod
     def forward(x: torch.Tensor, group: Any) -> torch.Tensor:
@@ -168,7 +168,7 @@ def _output_op(
     chunk: int,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output of a state's queries, and one over the denominator, `(batch, tokens, heads)`."""
+    """The output for q by a state, and one over the denominator, `(batch, tokens, heads)`."""
     state, mean = state.contiguous(), mean.contiguous()
     out, inverse = _passes(backend, chunk).apply(q, state, mean, eps, rotation, None)
     assert inverse is not None
@@ -229,7 +229,7 @@ def _state_autograd(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None
 def _state_tangents(ctx: Any, *of_arguments: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     k, v, key_mask, rotation = ctx.saved_tensors
     moved = materialized(of_arguments, k, v)
-    # In matrix products whatever the backend.
+    # Tangents are computed in matrix products, whatever the backend.
     passes = TorchPasses(ctx.options[0])
     found: tuple[torch.Tensor, ...] = first_order(
         passes.collect_tangent, k, v, *moved, rotation, key_mask
@@ -246,7 +246,7 @@ def _setup_output(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor,
 def _output_autograd(
     ctx: Any, grad_out: torch.Tensor, grad_inverse: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
-    # The denominator is not handed out: nothing depends on it.
+    # Callers do not get `inverse`: its gradient is 0.
     grads = first_order(_output_backward_op, grad_out, *ctx.saved_tensors, *ctx.options)
     return (*grads, None, None, None, None)
 

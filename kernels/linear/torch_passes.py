@@ -10,9 +10,10 @@ import torch
 class TorchPasses:
     """The passes over tokens in matrix products, a chunk of tokens at a time.
 
-    `x` are the queries or keys that features F = f(x) are made of, `y` what they are multiplied
-    with; all are `(batch, tokens, heads, head_dim)`, and y may have a factor per token, x another,
-    `(batch, tokens, heads)`. Tokens that `mask` leaves out are as if they were not there.
+    `x` are queries or keys, and F = f(x) are their features. `y` is multiplied with the features.
+    Both are `(batch, tokens, heads, head_dim)`. `x_factor` and `y_factor` are factors per token,
+    `(batch, tokens, heads)`, or None. Tokens where `mask` is false are left out. R is the rotation
+    of `ops`.
     """
 
     def __init__(self, chunk: int) -> None:
@@ -55,7 +56,7 @@ class TorchPasses:
         rotation: torch.Tensor | None,
         mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """R F times the state, in the dtype of x, divided by F . mean + eps where there is a mean.
+        """R F times the state, in the dtype of x, divided by F . mean + eps if there is a mean.
 
         Returns:
             The product, and one over the denominator, `(batch, tokens, heads)`.
@@ -86,7 +87,10 @@ class TorchPasses:
         y_factor: torch.Tensor | None = None,
         x_factor: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The gradient of x where R F has state (y_factor y), and F besides x_factor mean."""
+        """The gradient of x, like x, from gradients of its features.
+
+        The gradient of R F is state (y_factor y). In addition, F has the gradient x_factor mean.
+        """
         out = x.new_empty(x.shape)
         for part in self._parts(x):
             plain = _unrotated(x[:, part], rotation, part)
@@ -107,7 +111,7 @@ class TorchPasses:
     def denominator_gradient(
         self, grad_out: torch.Tensor, out: torch.Tensor, inverse: torch.Tensor
     ) -> torch.Tensor:
-        """That of the denominator, `(batch, tokens, heads)`."""
+        """The gradient of the denominator, `(batch, tokens, heads)`."""
         gradient = torch.empty_like(inverse)
         for part in self._parts(out):
             product = grad_out[:, part] * out[:, part].to(inverse.dtype)
@@ -153,7 +157,7 @@ class TorchPasses:
         mean_tangent: torch.Tensor,
         rotation: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tangents of `out` and `inverse`, which `apply` gave for the other arguments."""
+        """The tangents of `out` and `inverse`, which `apply` returned for the other arguments."""
         out_tangent, inverse_tangent = torch.empty_like(out), torch.empty_like(inverse)
         for part in self._parts(x):
             features, moved = _moving_features(x, x_tangent, rotation, part)
@@ -180,8 +184,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _features(x: torch.Tensor) -> torch.Tensor:
-    # elu(x) + 1 would round what is left of exp(x) - 1 for very negative x. Of the two terms one
-    # is 0 or 1; `where` takes longer than both.
+    # elu(x) + 1 would round away exp(x) for very negative x. One of the two terms is 0 or 1; a
+    # `where` takes longer than both.
     return x.clamp(max=0).exp_().add_(x.clamp(min=0))
 
 
@@ -199,7 +203,7 @@ def _rotated(x: torch.Tensor, rotation: torch.Tensor | None, part: slice) -> tor
 
 
 def _unrotated(x: torch.Tensor, rotation: torch.Tensor | None, part: slice) -> torch.Tensor:
-    """The inverse of `_rotated`, and wide."""
+    """The inverse of `_rotated`, in the wide dtype."""
     x = x.to(wide(x.dtype))
     if rotation is None:
         return x
@@ -215,6 +219,6 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor
 def _moving_features(
     x: torch.Tensor, x_tangent: torch.Tensor, rotation: torch.Tensor | None, part: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The features of some tokens, before their rotation, and the tangents of these."""
+    """The features of some tokens before the rotation, and the tangents of the features."""
     plain = _unrotated(x[:, part], rotation, part)
     return _features(plain), _slope(plain) * _unrotated(x_tangent[:, part], rotation, part)

@@ -1,8 +1,9 @@
-"""The passes of linear attention in Triton: kernels for what `TorchPasses` computes.
+"""The passes of linear attention in Triton: kernels for the passes of `TorchPasses`.
 
-Features never leave the registers. Products are of float32 operands: features of 16-bit inputs may
-be too large or too small for 16 bits, so those are multiplied as TF32, which the memory keeps up
-with, and float32 in full, unless `torch.set_float32_matmul_precision` allows TF32.
+Features never leave the registers. Products have float32 operands, because features of 16-bit
+inputs may be too large or too small for 16 bits. For 16-bit inputs the operands are multiplied as
+TF32. For float32 inputs they are multiplied in full, unless `torch.set_float32_matmul_precision`
+allows TF32.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..common.primitives import load_tile, store_tile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 
-# Programs that a GPU is kept busy with, where sequences are cut up to have as many.
+# Programs that keep a GPU busy: sequences are cut into spans to have as many.
 _PROGRAMS = 512
 # Fewer tokens than this are not worth a partial state.
 _SHORTEST_SPAN = 256
@@ -33,7 +34,7 @@ def features(b_x):
 
 @triton.jit
 def turn(b_x, b_cos, b_sin, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rotate neighbouring channels of (BLOCK_T, BLOCK_D); the others are (BLOCK_T, BLOCK_D / 2)."""
+    """Rotate neighbouring channels of b_x (BLOCK_T, BLOCK_D) by angles (BLOCK_T, BLOCK_D / 2)."""
     b_even, b_odd = tl.split(tl.reshape(b_x, (BLOCK_T, BLOCK_D // 2, 2)))
     b_both = tl.join(b_even * b_cos - b_odd * b_sin, b_even * b_sin + b_odd * b_cos)
     return tl.reshape(b_both, (BLOCK_T, BLOCK_D))
@@ -41,7 +42,7 @@ def turn(b_x, b_cos, b_sin, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def turn_columns(b_x, b_cos, b_sin, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`turn` of transposed tiles: the product that follows wants them so on Blackwell."""
+    """`turn` of transposed tiles, as the next product wants them on Blackwell."""
     b_pairs = tl.permute(tl.reshape(b_x, (BLOCK_D // 2, 2, BLOCK_T)), (0, 2, 1))
     b_even, b_odd = tl.split(b_pairs)
     b_both = tl.join(b_even * b_cos - b_odd * b_sin, b_even * b_sin + b_odd * b_cos)
@@ -64,7 +65,7 @@ def load_angles(
 
 @triton.jit
 def load_factor(p_factor, start, o_t, m_t, heads):
-    """A factor per token of a head, of (batch, tokens, heads)."""
+    """Factors (BLOCK_T,) of a head's tokens, from (batch, tokens, heads)."""
     return tl.load(p_factor + (start + o_t) * heads, mask=m_t, other=0.0)
 
 
@@ -76,7 +77,7 @@ def collect_kernel(
     HAS_ROTATION: tl.constexpr, HAS_MASK: tl.constexpr, HAS_FACTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state of a span of tokens: as many columns of it as a program holds."""
+    """BLOCK_E columns of the state of a span of tokens."""
     i_split = tl.program_id(0)
     i_bh = tl.program_id(1)
     i_e = tl.program_id(2)
@@ -97,24 +98,26 @@ def collect_kernel(
         start = first + i * BLOCK_T
         m_t = start + o_t < tokens
         if HAS_MASK:
-            m_t = tl.load(p_mask + (start + o_t) * s_mt, mask=m_t, other=0) != 0
+            m_t = tl.load(p_mask + (start + o_t) * s_mt, mask=m_t, other=0) != 0  # (BLOCK_T,)
+        # b_x: (BLOCK_T, BLOCK_D)
         b_x = load_tile(p_x + start * s_xt, s_xt, s_xd, o_t, m_t, True, D, BLOCK_D).to(tl.float32)
         if HAS_ROTATION:
             b_cos, b_sin = load_angles(p_rotation, start, tokens, m_t, D, BLOCK_T, BLOCK_D)
             b_x = turn(b_x, b_cos, -b_sin, BLOCK_T, BLOCK_D)
-        b_features = tl.where(m_t[:, None], features(b_x), 0.0)
+        b_features = tl.where(m_t[:, None], features(b_x), 0.0)  # (BLOCK_T, BLOCK_D)
         p_tile = p_y + start * s_yt + o_t[:, None] * s_yt + o_e[None, :] * s_yd
+        # b_y: (BLOCK_T, BLOCK_E)
         b_y = tl.load(p_tile, mask=m_t[:, None] & (o_e < D)[None, :], other=0.0).to(tl.float32)
         if HAS_FACTORS:
             b_y *= load_factor(p_y_factor, start, o_t, m_t, heads)[:, None]
-            b_x_factor = load_factor(p_x_factor, start, o_t, m_t, heads)
+            b_x_factor = load_factor(p_x_factor, start, o_t, m_t, heads)  # (BLOCK_T,)
             b_total += tl.sum(b_features * b_x_factor[:, None], 0)
         else:
             b_total += tl.sum(b_features, 0)
-        b_left = tl.trans(b_features)
+        b_left = tl.trans(b_features)  # (BLOCK_D, BLOCK_T)
         if HAS_ROTATION:
             b_left = turn_columns(b_left, tl.trans(b_cos), tl.trans(b_sin), BLOCK_T, BLOCK_D)
-        b_state = tl.dot(b_left, b_y, b_state, input_precision=PRECISION)
+        b_state = tl.dot(b_left, b_y, b_state, input_precision=PRECISION)  # (BLOCK_D, BLOCK_E)
     i_out = i_split * tl.num_programs(1).to(tl.int64) + i_bh
     p_tile = p_state + i_out * D * D + o_d[:, None] * D + o_e[None, :]
     tl.store(p_tile, b_state, mask=(o_d < D)[:, None] & (o_e < D)[None, :])
@@ -130,7 +133,7 @@ def apply_kernel(
     HAS_ROTATION: tl.constexpr, HAS_MASK: tl.constexpr, HAS_MEAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of tokens times a state, divided where there is a mean: some columns of the output."""
+    """BLOCK_E columns of the output: features of a tile times a state, divided if HAS_MEAN."""
     start = tl.program_id(0).to(tl.int64) * BLOCK_T
     i_bh = tl.program_id(1)
     i_e = tl.program_id(2)
@@ -142,24 +145,27 @@ def apply_kernel(
     m_in = start + o_t < tokens
     m_t = m_in
     if HAS_MASK:
+        # m_t: (BLOCK_T,)
         m_t = tl.load(p_mask + i_b * s_mb + (start + o_t) * s_mt, mask=m_in, other=0) != 0
     p_x += i_b * s_xb + i_h * s_xh + start * s_xt
+    # b_x: (BLOCK_T, BLOCK_D)
     b_x = load_tile(p_x, s_xt, s_xd, o_t, m_t, True, D, BLOCK_D).to(tl.float32)
     if HAS_ROTATION:
         b_cos, b_sin = load_angles(p_rotation, start, tokens, m_t, D, BLOCK_T, BLOCK_D)
         b_x = turn(b_x, b_cos, -b_sin, BLOCK_T, BLOCK_D)
-    b_features = tl.where(m_t[:, None], features(b_x), 0.0)
+    b_features = tl.where(m_t[:, None], features(b_x), 0.0)  # (BLOCK_T, BLOCK_D)
     first = i_b * tokens + start
     if HAS_MEAN:
-        b_mean = tl.load(p_mean + i_bh * D + o_d, mask=o_d < D, other=0.0)
-        b_inverse = 1 / (tl.sum(b_features * b_mean[None, :], 1) + eps)
+        b_mean = tl.load(p_mean + i_bh * D + o_d, mask=o_d < D, other=0.0)  # (BLOCK_D,)
+        b_inverse = 1 / (tl.sum(b_features * b_mean[None, :], 1) + eps)  # (BLOCK_T,)
         if i_e == 0:
             tl.store(p_inverse + (first + o_t) * heads + i_h, b_inverse, mask=m_in)
     if HAS_ROTATION:
         b_features = turn(b_features, b_cos, b_sin, BLOCK_T, BLOCK_D)
     p_tile = p_state + i_bh.to(tl.int64) * D * D + o_d[:, None] * D + o_e[None, :]
+    # b_state: (BLOCK_D, BLOCK_E)
     b_state = tl.load(p_tile, mask=(o_d < D)[:, None] & (o_e < D)[None, :], other=0.0)
-    b_out = tl.dot(b_features, b_state, input_precision=PRECISION)
+    b_out = tl.dot(b_features, b_state, input_precision=PRECISION)  # (BLOCK_T, BLOCK_E)
     if HAS_MEAN:
         b_out *= b_inverse[:, None]
     p_tile = p_out + ((first + o_t) * heads + i_h)[:, None] * D + o_e[None, :]
@@ -174,7 +180,7 @@ def pull_back_kernel(
     HAS_ROTATION: tl.constexpr, HAS_MASK: tl.constexpr, HAS_FACTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of what features of a tile of tokens were made of."""
+    """The gradient of x for a tile of tokens: see `TorchPasses.pull_back`."""
     start = tl.program_id(0).to(tl.int64) * BLOCK_T
     i_bh = tl.program_id(1)
     i_b = (i_bh // heads).to(tl.int64)
@@ -184,6 +190,7 @@ def pull_back_kernel(
     m_in = start + o_t < tokens
     m_t = m_in
     if HAS_MASK:
+        # m_t: (BLOCK_T,)
         m_t = tl.load(p_mask + i_b * s_mb + (start + o_t) * s_mt, mask=m_in, other=0) != 0
     p_y += i_b * s_yb + i_h * s_yh + start * s_yt
     p_state += i_bh.to(tl.int64) * D * D
@@ -191,16 +198,20 @@ def pull_back_kernel(
     for i_e in tl.range(0, tl.cdiv(D, BLOCK_E)):
         o_e = i_e * BLOCK_E + tl.arange(0, BLOCK_E)
         p_tile = p_y + o_t[:, None] * s_yt + o_e[None, :] * s_yd
+        # b_y: (BLOCK_T, BLOCK_E)
         b_y = tl.load(p_tile, mask=m_t[:, None] & (o_e < D)[None, :], other=0.0).to(tl.float32)
         p_tile = p_state + o_d[:, None] * D + o_e[None, :]
+        # b_state: (BLOCK_D, BLOCK_E)
         b_state = tl.load(p_tile, mask=(o_d < D)[:, None] & (o_e < D)[None, :], other=0.0)
+        # b_grad: (BLOCK_T, BLOCK_D)
         b_grad = tl.dot(b_y, tl.trans(b_state), b_grad, input_precision=PRECISION)
-    b_direct = tl.load(p_mean + i_bh * D + o_d, mask=o_d < D, other=0.0)[None, :]
+    b_direct = tl.load(p_mean + i_bh * D + o_d, mask=o_d < D, other=0.0)[None, :]  # (1, BLOCK_D)
     if HAS_FACTORS:
         i_first = i_b * tokens * heads + i_h
         b_grad *= load_factor(p_y_factor + i_first, start, o_t, m_t, heads)[:, None]
         b_direct *= load_factor(p_x_factor + i_first, start, o_t, m_t, heads)[:, None]
     p_x += i_b * s_xb + i_h * s_xh + start * s_xt
+    # b_x: (BLOCK_T, BLOCK_D)
     b_x = load_tile(p_x, s_xt, s_xd, o_t, m_t, True, D, BLOCK_D).to(tl.float32)
     if HAS_ROTATION:
         b_cos, b_sin = load_angles(p_rotation, start, tokens, m_t, D, BLOCK_T, BLOCK_D)
@@ -229,10 +240,11 @@ def denominator_kernel(
     m_t = start + o_t < tokens
     p_grad_out += i_b * s_gb + i_h * s_gh + start * s_gt
     p_out += i_b * s_ob + i_h * s_oh + start * s_ot
+    # Both (BLOCK_T, BLOCK_D).
     b_grad = load_tile(p_grad_out, s_gt, s_gd, o_t, m_t, True, D, BLOCK_D).to(tl.float32)
     b_out = load_tile(p_out, s_ot, s_od, o_t, m_t, True, D, BLOCK_D).to(tl.float32)
     o_out = (i_b * tokens + start + o_t) * heads + i_h
-    b_inverse = tl.load(p_inverse + o_out, mask=m_t, other=0.0)
+    b_inverse = tl.load(p_inverse + o_out, mask=m_t, other=0.0)  # (BLOCK_T,)
     tl.store(p_gradient + o_out, -tl.sum(b_grad * b_out, 1) * b_inverse, mask=m_t)
 
 
@@ -272,7 +284,7 @@ _TILES: dict[str, _Table] = {
     "denominator": {256: LinearTile(16, 0, 8)},
 }
 
-# Multiplied outside of the matrix units.
+# For float32 in full, which no matrix unit multiplies.
 _FULL_PRECISION: dict[str, _Table] = {
     "collect": {
         64: LinearTile(16, 32, 8),
@@ -294,13 +306,17 @@ _FULL_PRECISION: dict[str, _Table] = {
 
 
 def tile_of(kernel: str, x: torch.Tensor) -> LinearTile:
-    """The shipped tile of "collect", "apply", "pull_back" or "denominator" for such a tensor."""
+    """The shipped tile of "collect", "apply", "pull_back" or "denominator" for x."""
     table = (_FULL_PRECISION if _precision(x.dtype) == "ieee" else _TILES)[kernel]
     return next(tile for largest, tile in table.items() if x.shape[-1] <= largest)
 
 
 def check_supported(x: torch.Tensor) -> None:
-    """Raise ValueError unless the kernels take tensors of this kind."""
+    """Check that the kernels take a tensor like x.
+
+    Raises:
+        ValueError: if its dtype, head_dim or device is not supported.
+    """
     if x.dtype not in DTYPES:
         raise ValueError(f"the kernels take {', '.join(map(str, DTYPES))}; got {x.dtype}")
     if x.shape[-1] > MAX_HEAD_DIM:
@@ -413,7 +429,7 @@ def denominator_gradient(
 
 
 def _or(x: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
-    """A kernel must be given some tensor for one that it does not read."""
+    """`x`, or some other tensor in place of one that the kernel does not read."""
     return other if x is None else x.contiguous()
 
 
@@ -430,5 +446,5 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _options(tile: LinearTile) -> dict[str, object]:
-    # Triton's own default for fusion is about to change.
+    # Triton is about to change its own default for fusion.
     return {"num_warps": tile.num_warps, "num_stages": 2, "enable_fp_fusion": True}
