@@ -178,7 +178,7 @@ class TestPlugin:
     def test_it_is_loaded_when_its_name_is_looked_up(self, site: Path) -> None:
         outside_method.install_strip(site)
         from_dict({"type": "radial"})
-        with pytest.raises(ValueError, match=r"unknown method 'stripe': did you mean strip\?"):
+        with pytest.raises(ValueError, match=r"unknown method 'stripe'; did you mean 'strip'\?"):
             from_dict({"type": "stripe"})
         assert "strip_attn" not in sys.modules
         check_rows(from_dict({"type": "strip", "rows": 0}), 0)
