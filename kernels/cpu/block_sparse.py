@@ -15,7 +15,7 @@ from .tangent import tangent
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-# Queries are split into parts where their scores, or their output, would have more elements.
+# Queries are split into parts if their scores, or their output, have more elements than this.
 _ELEMENTS_PER_PART = 1 << 20
 _MIN_QUERIES = 16
 
@@ -212,9 +212,9 @@ class _HeadChunk:
     Attributes:
         sample, heads: number of the sample, and range of its heads.
         groups: the groups of query rows of the heads' layout.
-        keys_values: keys and values, both `(tokens, heads, head_dim)`: views of the caller's, or
-            copies in which the tokens of a head lie together, as oneDNN's matrix products want
-            them.
+        keys_values: keys and values, both `(tokens, heads, head_dim)`: views of the caller's
+            tensors, or copies in which the tokens of a head lie together, as oneDNN's matrix
+            products want.
     """
 
     sample: int
@@ -230,7 +230,7 @@ class _HeadChunk:
 def _head_chunks(
     plan: RowPlan, k: torch.Tensor, v: torch.Tensor, attention: RowAttention
 ) -> Iterator[_HeadChunk]:
-    """Chunks of a head per thread or more, and of at least two heads.
+    """Chunks of at least two heads, and of at least one head per thread.
 
     OneDNN is slower at batches of one. Heads with layouts of their own come one by one.
     """

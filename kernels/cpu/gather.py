@@ -19,7 +19,7 @@ from .block_sparse import DTYPES
 from .row_attention import FlashRows, MatmulRows, RowAttention, pick_row_attention
 from .row_tangent import add_tangent
 
-# Queries of a block are split into parts where their scores would have more elements.
+# Queries of a block are split into parts if their scores have more elements than this.
 _SCORES_PER_PART = 1 << 20
 
 
@@ -267,7 +267,7 @@ def _bounds(starts: torch.Tensor, tokens: int) -> list[int]:
 
 
 def _rows_of_blocks(bits: torch.Tensor, blocks: int) -> list[torch.Tensor | None]:
-    """For each block the queries that select it by `(tokens, words)`; None for all queries."""
+    """For each block the queries that select it by bits `(tokens, words)`; None for all queries."""
     tokens = bits.shape[0]
     shifts = torch.arange(32, dtype=torch.int32)[:, None]
     selected = ((bits.T.contiguous()[:, None] >> shifts) & 1).flatten(0, 1)[:blocks]

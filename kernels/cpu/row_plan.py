@@ -108,8 +108,8 @@ class _Expanded:
     """A pattern as a bias, without most of the keys that no query sees.
 
     Attributes:
-        kept: int64 `(keys,)`, places of the other keys in the tile's blocks.
-        bias: with scores `(1, queries, keys)`.
+        kept: int64 `(keys,)`, places in the tile's blocks of the keys that are kept.
+        bias: the bias of these keys, with scores `(1, queries, keys)`.
     """
 
     kept: torch.Tensor

@@ -8,7 +8,7 @@ from ..checks import LayoutTensors
 from .row_plan import Group, RowPlan, cached_row_plan, rows_share
 from .row_tangent import add_tangent
 
-# Rows are split into parts where their scores, (queries, keys), would have more elements.
+# Rows are split into parts if their scores, (queries, keys), have more elements than this.
 _SCORES_PER_PART = 1 << 20
 
 

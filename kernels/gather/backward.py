@@ -209,7 +209,7 @@ def backward(
     queries: Choice | None = None,
     keys: Choice | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of q, k and v, like these; the same bits at every call.
+    """The gradients of q, k and v, of their shapes; the same bits at every call.
 
     Args:
         grad_out: gradient of the output, `(batch, tokens, heads, head_dim)`.

@@ -49,7 +49,7 @@ def linear_attention(
     Args:
         q, k, v: `(batch, tokens, heads, head_dim)` of one dtype, any strides; the key length may
             differ from the query length.
-        eps: added to the denominator, which has the *mean* of the features of the keys.
+        eps: added to the denominator, which is computed with the *mean* of the keys' features.
         key_mask: bool `(batch, tokens_kv)`, false for keys that do not count.
         rotation: float32 `(2, tokens, head_dim / 2)`, cosines and sines by which the neighbouring
             channels of q *and* k were rotated. The rotation is undone before features are computed.
