@@ -209,7 +209,7 @@ def test_gradients_outside_of_autograd(device: str) -> None:
     grad_out = torch.randn_like(out)
     expected = torch.autograd.grad(out, qkv, grad_out)
     found = block_sparse_attention_gradients(
-        grad_out, *(x.detach() for x in (*qkv, out, lse)), *tensors(layout), **options
+        grad_out, *(x.detach() for x in (*qkv, out, lse)), tensors(layout), **options
     )
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)

@@ -24,11 +24,11 @@ from diffattn.kernels.block_sparse import (
     block_sparse_attention,
     forward_pass,
     gluon_forward,
-    launch,
     warp_specialized,
 )
 from diffattn.kernels.block_sparse.launch import Problem
 from diffattn.kernels.common import tuned, variants
+from diffattn.kernels.common.launch import is_hopper
 from diffattn.kernels.common.tile_tables import Choice, TileConfig
 
 Results = tuple[torch.Tensor, torch.Tensor]
@@ -111,16 +111,16 @@ def test_hopper_is_told_by_its_capability(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", None)
-    assert launch.is_hopper(torch.device("cuda", 1)) == expected
-    assert not launch.is_hopper(torch.device("xpu"))
-    assert not launch.is_hopper(torch.device("cpu"))
+    assert is_hopper(torch.device("cuda", 1)) == expected
+    assert not is_hopper(torch.device("xpu"))
+    assert not is_hopper(torch.device("cpu"))
 
 
 def test_amd_gpus_are_not_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """An MI250 is a "cuda" device of capability 9.0."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert not launch.is_hopper(torch.device("cuda"))
+    assert not is_hopper(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -162,12 +162,12 @@ def test_other_gpus_take_the_plain_variant(device: str, monkeypatch: pytest.Monk
         ("one_pass", ["tma", "plain"], ["tma", "plain"], ["one_pass", "tma", "plain"]),
     ],
 )
-@pytest.mark.parametrize("is_hopper", [False, True])
+@pytest.mark.parametrize("on_hopper", [False, True])
 def test_the_environment_decides(
-    asked: str, forward: list[str], queries: list[str], keys: list[str], is_hopper: bool,
+    asked: str, forward: list[str], queries: list[str], keys: list[str], on_hopper: bool,
     device: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(variants, "is_hopper", lambda device: is_hopper)
+    monkeypatch.setattr(variants, "is_hopper", lambda device: on_hopper)
     monkeypatch.setenv("DIFFATTN_TRITON_VARIANT", asked)
     arguments = call(device)
     assert [tried(kernel, arguments) for kernel in ("forward", "queries", "keys")] == [
