@@ -65,7 +65,7 @@ def forward_kernel(
         i_stop = tl.load(p_chunk + i_next_chunk)
         for i in tl.range(i_entry, i_stop, BLOCK_M):
             # The online softmax goes on where the last block with these queries left off. No other
-            # program has these queries, but a thread reads what others have written: hence barriers.
+            # program has these queries, but a thread reads what others have written: hence barriers
             o_e = i + tl.arange(0, BLOCK_M)
             m_m = o_e < i_stop
             o_m = tl.load(p_query + i_list * tokens_q + o_e, mask=m_m, other=0)  # (BLOCK_M,)
