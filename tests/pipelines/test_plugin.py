@@ -187,4 +187,4 @@ class TestLora:
         settings.write_text(json.dumps(strip(rows=2).to_dict()))
         del METHODS["strip"]
         error = diffattn("generate", "a cat", "--attn-config", settings).error
-        assert error.startswith("unknown method 'strip': ")
+        assert error.startswith("unknown method 'strip'; ")
