@@ -171,7 +171,7 @@ class TestLora:
         assert record("own.json")["attention"]["method"] == strip(rows=0).to_dict()
         del METHODS["strip"]
         assert generate("a cat", "-o", "no.png", "--lora", "run").error == (
-            "the LoRA was trained under strip, which cannot be had here (unknown method 'strip':"
+            "the LoRA was trained under strip, which cannot be had here (unknown method 'strip';"
             " choose from agent, clear, dense, freeswim, gna, linfusion, radial, vmoba); install"
             " the package or the version that has it, or choose another method by --attn"
         )
