@@ -307,7 +307,7 @@ class TestMask:
         [
             (["--method", "gno"], "unknown method 'gno'; did you mean 'gna'?"),
             (["--arg", "sink"], "--arg takes name=value, not 'sink'"),
-            (["--method", "gna", "--arg", "window=1"], "window is 1, but must be an integer of at"),
+            (["--method", "gna", "--arg", "window=0"], "window is 0, but must be an integer of at"),
             (
                 ["--method", "gna", "--arg", "window=3", "--arg", "dilation=2"],
                 "dilation along frames is 2, but a window of 2 on an axis of 2 tokens allows only",
