@@ -4,39 +4,42 @@ pipe = WanPipeline.from_pretrained(...)
 pipe.set_attn_processor(RadialAttn())
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
-from diffattn import methods, models
-from diffattn._pipeline_method import add_pipeline_method
-from diffattn.block_forms import from_block_mask
-from diffattn.blocks import BlockLayout
-from diffattn.grid import TokenGrid
-from diffattn.masks.base import AttentionMask, Blocking, FullMask, PredicateMask
-from diffattn.methods import (
-    AgentAttn,
-    CLEARAttn,
-    DenseAttn,
-    FreeSwimAttn,
-    GNAAttn,
-    LinFusionAttn,
-    Method,
-    RadialAttn,
-    VMoBAAttn,
-    register_method,
-)
-from diffattn.operator import attention, register_backend
-from diffattn.planning.costs import Estimate
-from diffattn.planning.plans import Plan, plan
+import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
-if TYPE_CHECKING:
+from diffattn._pipeline_method import add_pipeline_method as _add_pipeline_method
+
+if _TYPE_CHECKING:
+    from diffattn import methods, models
     from diffattn.attach.attachment import Attachment, set_attn_processor
+    from diffattn.block_forms import from_block_mask
+    from diffattn.blocks import BlockLayout
     from diffattn.calibration import calibrate_agent
+    from diffattn.grid import TokenGrid
+    from diffattn.masks.base import AttentionMask, Blocking, FullMask, PredicateMask
+    from diffattn.methods import (
+        AgentAttn,
+        CLEARAttn,
+        DenseAttn,
+        FreeSwimAttn,
+        GNAAttn,
+        LinFusionAttn,
+        Method,
+        RadialAttn,
+        VMoBAAttn,
+        register_method,
+    )
     from diffattn.methods.clear.checkpoint import load_clear_checkpoint
     from diffattn.methods.linfusion.checkpoint import (
         load_linfusion_checkpoint,
         save_linfusion_checkpoint,
     )
+    from diffattn.operator import attention, register_backend
+    from diffattn.planning.costs import Estimate
+    from diffattn.planning.plans import Plan, plan
 
 __version__ = "0.1.0"
 
@@ -74,21 +77,68 @@ __all__ = [
     "set_attn_processor",
 ]
 
-add_pipeline_method()
+_add_pipeline_method()
 
-
-# These names import diffusers, which takes seconds: they load on first use.
+# Modules that programs reach as attributes of the package.
+_MODULES = (
+    "attach",
+    "block_forms",
+    "blocks",
+    "draw",
+    "grid",
+    "masks",
+    "methods",
+    "models",
+    "operator",
+    "orders",
+    "planning",
+    "schedule",
+)
+# Every name loads on first use: torch takes a second to import and diffusers several, which
+# `diffattn --help` and programs that only may need diffattn should not pay for.
 _HOMES = {
-    "Attachment": "attach",
-    "calibrate_agent": "calibration",
-    "load_clear_checkpoint": "methods.clear.checkpoint",
-    "load_linfusion_checkpoint": "methods.linfusion.checkpoint",
-    "save_linfusion_checkpoint": "methods.linfusion.checkpoint",
-    "set_attn_processor": "attach",
+    name: module
+    for module, names in {
+        "attach.attachment": ("Attachment", "set_attn_processor"),
+        "block_forms": ("from_block_mask",),
+        "blocks": ("BlockLayout",),
+        "calibration": ("calibrate_agent",),
+        "grid": ("TokenGrid",),
+        "masks.base": ("AttentionMask", "Blocking", "FullMask", "PredicateMask"),
+        "methods": (
+            "AgentAttn",
+            "CLEARAttn",
+            "DenseAttn",
+            "FreeSwimAttn",
+            "GNAAttn",
+            "LinFusionAttn",
+            "Method",
+            "RadialAttn",
+            "VMoBAAttn",
+            "register_method",
+        ),
+        "methods.clear.checkpoint": ("load_clear_checkpoint",),
+        "methods.linfusion.checkpoint": (
+            "load_linfusion_checkpoint",
+            "save_linfusion_checkpoint",
+        ),
+        "operator": ("attention", "register_backend"),
+        "planning.costs": ("Estimate",),
+        "planning.plans": ("Plan", "plan"),
+    }.items()
+    for name in names
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'diffattn' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"diffattn.{_HOMES[name]}"), name)
+def __getattr__(name: str) -> _Any:
+    if name in _HOMES:
+        value = getattr(_importlib.import_module(f"diffattn.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return _importlib.import_module(f"diffattn.{name}")
+    raise AttributeError(f"module 'diffattn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_MODULES, *(name for name in globals() if name.startswith("__"))})

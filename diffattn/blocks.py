@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 WORD_BITS = 32
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BlockLayout:
     """The blocks of a block-sparse attention, as index lists per row of query blocks.
 
@@ -46,6 +46,18 @@ class BlockLayout:
     partial_index: torch.Tensor
     partial_mask: torch.Tensor
     bit_masks: torch.Tensor
+
+    def __repr__(self) -> str:
+        batch, heads, _ = self.full_count.shape
+        # Reading counts of another device would wait for the device.
+        visited = ""
+        if self.device.type == "cpu":
+            visited = f", {self.full_blocks} full and {self.partial_blocks} partial"
+        return (
+            f"<BlockLayout: {self.tokens_q} x {self.tokens_kv} tokens in {batch} x {heads} x"
+            f" {self.rows} x {self.columns} blocks of {self.block_q} x {self.block_kv}{visited},"
+            f" on {self.device}>"
+        )
 
     @property
     def rows(self) -> int:

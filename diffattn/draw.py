@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -17,6 +17,7 @@ from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import AttentionMask, allowed_pairs
 from diffattn.methods.base import Method, StaticMaskMethod
+from diffattn.methods.words import method_words
 from diffattn.schedule import resolve_steps
 
 if TYPE_CHECKING:
@@ -295,14 +296,6 @@ def check_query(grid: TokenGrid, query: Place) -> None:
             )
 
 
-def method_words(method: Method) -> str:
-    """A title: the method's type, and those of its own parameters that differ from the default."""
-    own = [f for f in fields(method) if f.init and f.name in type(method).__annotations__]
-    values = {f.name: getattr(method, f.name) for f in own}
-    told = (f for f in own if values[f.name] != f.default)
-    return "  ".join([method.type, *(f"{f.name}={_word(values[f.name])}" for f in told)])
-
-
 def _extra_words(method: StaticMaskMethod, grid: TokenGrid) -> str:
     """A sentence about attention of a method that no picture shows; may be empty."""
     extra = method.extra_keys(grid)
@@ -311,10 +304,6 @@ def _extra_words(method: StaticMaskMethod, grid: TokenGrid) -> str:
     if not extra:
         return ""
     return f" Every token but those of text also sees {extra:,} pooled keys, not drawn."
-
-
-def _word(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _by(sides: Place) -> str:

@@ -10,6 +10,12 @@ def one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
+def shortened(value: object, most: int = 80) -> str:
+    """A value for a message, cut to `most` characters."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= most else f"{text[: most - 2]}.."
+
+
 class UserError(Exception):
     """Bad input: shown as one line on stderr, exit code 2."""
 

@@ -453,8 +453,8 @@ def test_pattern_that_matches_nothing() -> None:
 
 
 def test_what_is_no_processor_at_all() -> None:
-    with pytest.raises(TypeError, match="processor is a str, but must be a method of diffattn"):
-        diffattn.set_attn_processor(tiny_wan.transformer(), "radial")
+    with pytest.raises(TypeError, match="processor is a float, but must be a method of diffattn"):
+        diffattn.set_attn_processor(tiny_wan.transformer(), 0.5)
 
 
 def test_methods_do_not_mix_with_processors() -> None:

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import golden_files
 import pytest
+import tiny_complete
 import torch
 from natten_sim import count_tiles
 
@@ -440,9 +441,24 @@ class TestOfFolders:
         copy = self.copy(wan_folder, tmp_path, boundary_ratio=0.9)
         assert plan(copy, RadialAttn(), **self.SIZE).method.decay_factor == 0.8
 
-    def test_sizes_have_to_be_given(self, wan_folder):
-        with pytest.raises(ValueError, match="makes are not known: give height, width and num_fra"):
-            plan(wan_folder, RadialAttn())
+    def test_sizes_are_the_pipelines_defaults(self, wan_folder):
+        got = plan(wan_folder, RadialAttn())
+        # WanPipeline's own: 480 x 832 pixels, 81 frames, 50 steps.
+        assert (got.grid, got.steps) == (TokenGrid(21, 30, 52), 50)
+
+    def test_sizes_have_to_be_given_where_the_defaults_are_too_large(self, wan_folder, tmp_path):
+        copy = self.copy(wan_folder, tmp_path)
+        config = json.loads((copy / "transformer" / "config.json").read_text())
+        changed = json.dumps(config | {"rope_max_seq_len": 16})
+        (copy / "transformer" / "config.json").write_text(changed)
+        with pytest.raises(
+            ValueError, match=r"makes are not known: give height, width and num_fra"
+        ):
+            plan(copy, RadialAttn())
+        with pytest.raises(
+            ValueError, match=r"rope_max_seq_len of its transformer.: try at most 2"
+        ):
+            plan(copy, RadialAttn(), **self.SIZE | {"height": 272})
 
     def test_sizes_that_do_not_fit(self, wan_folder):
         with pytest.raises(ValueError, match="num_frames is 8, but this model needs 4"):
@@ -496,6 +512,71 @@ class TestOfFolders:
         index = json.loads((folder / "model_index.json").read_text())
         (target / "model_index.json").write_text(json.dumps(index | changes))
         return target
+
+
+class TestInMemory:
+    """A pipeline, or its denoiser, in place of a folder or an id."""
+
+    def test_a_pipeline(self):
+        pipe = tiny_complete.wan()
+        got = plan(pipe, RadialAttn(), height=64, width=96, num_frames=9)
+        assert got.grid == TokenGrid(3, 4, 6)
+        config = pipe.transformer.config
+        assert (got.heads, got.head_dim) == (config.num_attention_heads, config.attention_head_dim)
+        assert got.layers == config.num_layers
+        assert got.model == "WanPipeline"
+        assert got.method == RadialAttn().for_model("wan2.1", got.grid)
+
+    def test_sizes_of_a_pipeline_are_its_defaults(self):
+        assert plan(tiny_complete.wan(), DenseAttn()).grid == TokenGrid(21, 30, 52)
+
+    def test_an_attached_pipeline(self):
+        pipe = tiny_complete.wan()
+        diffattn.set_attn_processor(pipe, DenseAttn())
+        assert plan(pipe, DenseAttn(), height=32, width=32, num_frames=1).grid.tokens == 4
+
+    def test_a_denoiser_takes_a_grid(self):
+        grid = TokenGrid(3, 4, 6)
+        pipe = tiny_complete.wan()
+        got = plan(pipe.transformer, "radial", grid=grid)
+        assert got.model == "WanTransformer3DModel"
+        assert got.density == plan(pipe, "radial", grid=grid).density
+        with pytest.raises(ValueError, match=r"Model alone does not say .* give grid, .* pipeline"):
+            plan(pipe.transformer, "radial", height=64, width=96, num_frames=9)
+        with pytest.raises(ValueError, match="height cannot be given here: the grid says them"):
+            plan(pipe.transformer, "radial", grid=grid, height=64)
+        with pytest.raises(ValueError, match="grid cannot be given here: a token grid says it all"):
+            plan(grid, "radial", grid=grid)
+
+    @pytest.mark.parametrize(
+        ("target", "words"),
+        [
+            (None, "a NoneType"),
+            (3, "a int"),
+            ((1, 2, 3), "a tuple"),
+            (RadialAttn(), "a RadialAttn"),
+            (TokenGrid, "the class TokenGrid"),
+        ],
+    )
+    def test_anything_else(self, target, words):
+        with pytest.raises(TypeError, match=f"target is {words}, but must be a TokenGrid, the rep"):
+            plan(target, DenseAttn())
+
+    def test_a_method_that_cannot_be_attached_is_not_planned(self):
+        message = "linfusion cannot be attached to models of the family sd3: it needs to know"
+        for name in ("stabilityai/stable-diffusion-3-medium", "stabilityai/stable-diffusion-3.5-la"
+                     "rge"):  # fmt: skip
+            with pytest.raises(ValueError, match=message):
+                plan(name, LinFusionAttn())
+        assert plan("Wan-AI/Wan2.1-T2V-14B", LinFusionAttn()).work
+        with pytest.raises(ValueError, match="ntk_factor is 2, but models of the family wan do"):
+            plan("Wan-AI/Wan2.1-T2V-14B", CLEARAttn(ntk_factor=2))
+
+    def test_widths_that_no_model_has(self):
+        with pytest.raises(
+            ValueError, match="mid_dim is 99999999999999, but must be an integer fr"
+        ):
+            LinFusionAttn(mid_dim=99999999999999)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -567,7 +648,7 @@ class TestRefusals:
             plan(self.GRID, GNAAttn(window=3, dilation=2))
 
     def test_more_tokens_than_can_be_counted(self):
-        with pytest.raises(ValueError, match="has 4194304 tokens, but at most 2097152 can be pla"):
+        with pytest.raises(ValueError, match="has 4,194,304 tokens, but at most 2,097,152 are po"):
             plan(TokenGrid(1024, 64, 64), DenseAttn())
 
 

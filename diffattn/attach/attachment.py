@@ -12,19 +12,19 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
 from diffattn import _compat
-from diffattn._checks import did_you_mean
+from diffattn.attach.choosing import check_patterns, choose, methods_by_pattern
 from diffattn.attach.denoiser import AttachedModel, attached_to
 from diffattn.attach.run_clock import CountedMethod, RunClock, skipped_timesteps
 from diffattn.attach.sites import set_processor, site_names
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import allowed_pairs
 from diffattn.methods.base import Method, StaticMaskMethod
+from diffattn.methods.words import as_table, method_words
 from diffattn.models import denoisers, family_of
 from diffattn.schedule import resolve_steps
 
@@ -33,7 +33,7 @@ _COUNTED = ("set_timesteps", "step")
 
 
 def set_attn_processor(
-    target: Any, processor: Method | Mapping[str, Method] | Any | None
+    target: Any, processor: Method | str | Mapping[str, Method | str | None] | Any | None
 ) -> Attachment | None:
     """Make a pipeline or a denoiser attend by `processor`; `pipe.set_attn_processor` is the same.
 
@@ -41,10 +41,11 @@ def set_attn_processor(
         target: a diffusers pipeline (all its denoisers are attached) or a single denoiser. Without
             a pipeline there are no denoising steps to count, and every call is sparse.
         processor: one of
-            - a method, for every video self-attention of the model;
+            - a method or the name of a method, such as "radial", for every video self-attention of
+              the model;
             - a dict of module-name patterns to methods, such as {"blocks.0": DenseAttn(),
               "blocks.*": RadialAttn()}: the first pattern that matches a site wins, and a site
-              without a match stays as it is;
+              without a match stays as it is, as does a site whose pattern has None;
             - None, to restore the processors from before attaching;
             - a processor of diffusers, or a dict of them, for the denoisers' own
               `set_attn_processor`.
@@ -53,27 +54,17 @@ def set_attn_processor(
         The attachment; None where nothing is attached.
 
     Raises:
-        ValueError: if a model's family is unknown, a pattern matches no site, or a site's processor
-            does not go through diffusers' attention dispatch.
-        TypeError: if `processor` is none of the above, or a dict mixes methods with other values.
+        ValueError: if a model's family is unknown, a method's name is unknown, a dict is empty, a
+            pattern matches no site or only sites of earlier patterns, or a site's processor does
+            not go through diffusers' attention dispatch.
+        TypeError: if `processor` is none of the above, such as a class in place of an instance, or
+            a dict mixes methods with other values.
     """
+    methods = methods_by_pattern(processor)
     pipe, models = _split(target)
-    if isinstance(processor, Method):
-        processor = {"*": processor}
-    if isinstance(processor, Mapping) and any(isinstance(m, Method) for m in processor.values()):
-        for pattern, method in processor.items():
-            if not isinstance(method, Method):
-                raise TypeError(
-                    f"the value for {pattern!r} is a {type(method).__name__}, but the others are"
-                    f" methods of diffattn: use one kind"
-                )
-        attachment = Attachment(pipe, models, processor)
+    if methods is not None:
+        attachment = Attachment(pipe, models, methods)
         return attachment
-    if not (processor is None or callable(processor) or isinstance(processor, Mapping)):
-        raise TypeError(
-            f"processor is a {type(processor).__name__}, but must be a method of diffattn, a dict"
-            f" of them, None, or attention processors of diffusers"
-        )
     for model in models.values():
         _detach(model)
     if processor is None:
@@ -134,13 +125,15 @@ class Attachment:
     """
 
     def __init__(
-        self, pipe: Any, models: Mapping[str, torch.nn.Module], methods: Mapping[str, Method]
+        self, pipe: Any, models: Mapping[str, torch.nn.Module], methods: Mapping[str, Method | None]
     ) -> None:
-        chosen = {name: _choose(model, methods) for name, model in models.items()}
-        _check_all_matched(methods, chosen)
+        names = {name: site_names(model, family_of(model)) for name, model in models.items()}
+        check_patterns([site for sites in names.values() for site in sites], methods)
+        chosen = {name: choose(sites, methods) for name, sites in names.items()}
         for model in models.values():
             _detach(model)
         self.clock = RunClock()
+        self._chosen = chosen
         self._pipe = None if pipe is None else weakref.ref(pipe)
         self._scheduler: Any = None
         self.models = {
@@ -151,6 +144,29 @@ class Attachment:
             self._warn_without_pipeline()
         else:
             self.follow_scheduler()
+
+    def __repr__(self) -> str:
+        parts = (
+            f"{method.type} on {len(sites)} sites of {name}"
+            for name, method, sites in self._by_method()
+        )
+        return f"<Attachment: {', '.join(parts)}>"
+
+    def __str__(self) -> str:
+        rows = [
+            (name, method_words(method), f"{len(sites)}, from {sites[0]} to {sites[-1]}")
+            for name, method, sites in self._by_method()
+        ]
+        return as_table([("denoiser", "method", "sites"), *rows])
+
+    def _by_method(self) -> Iterator[tuple[str, Method, list[str]]]:
+        """Each denoiser's name and methods, with the sites of each method."""
+        for name in self.models:
+            chosen = self._chosen[name]
+            # Methods of other packages may have no hash.
+            methods = [m for i, m in enumerate(chosen.values()) if m not in [*chosen.values()][:i]]
+            for method in methods:
+                yield name, method, [site for site, of_site in chosen.items() if of_site == method]
 
     @property
     def sites(self) -> int:
@@ -329,32 +345,6 @@ def _set_stock_processors(model: Any, processor: Any) -> None:
         )
     for name, module in modules.items():
         set_processor(module, processor[name] if isinstance(processor, Mapping) else processor)
-
-
-def _choose(model: torch.nn.Module, methods: Mapping[str, Method]) -> dict[str, Method]:
-    """The method of each site that a pattern matches."""
-    chosen = {}
-    for name in site_names(model, family_of(model)):
-        for pattern, method in methods.items():
-            if _matches(name, pattern):
-                chosen[name] = method
-                break
-    return chosen
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Whether a pattern matches the name of a module, or of a module around it."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*")
-
-
-def _check_all_matched(
-    methods: Mapping[str, Method], chosen: Mapping[str, Mapping[str, Method]]
-) -> None:
-    names = [name for sites in chosen.values() for name in sites]
-    for pattern in methods:
-        if not any(_matches(name, pattern) for name in names):
-            hint = did_you_mean(pattern, names, or_list=True)
-            raise ValueError(f"no attention site matches the pattern {pattern!r}{hint}")
 
 
 def _detach(model: torch.nn.Module) -> None:

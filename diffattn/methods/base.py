@@ -246,6 +246,28 @@ class Method(ABC):
         """
         return None
 
+    def check_family(self, family: str) -> None:
+        """Check that the method can be attached to models of a family, before there is a model.
+
+        Args:
+            family: the name of a family in `diffattn.models.FAMILIES`; "" for no model.
+
+        Raises:
+            ValueError: if the method cannot.
+        """
+        return
+
+    def caution(self, grid: TokenGrid) -> str | None:
+        """The quality that a model loses under the method unless it was trained for the method.
+
+        Args:
+            grid: the video tokens of a call.
+
+        Returns:
+            A clause for a warning; None if the paper keeps the quality without training.
+        """
+        return None
+
     @property
     def heads_apart(self) -> bool:
         """Whether each head attends independently of the other heads."""

@@ -81,10 +81,11 @@ class GNAAttn(StaticMaskMethod):
     recommendation of `for_model`; with a given window, a stride of None is 1.
 
     Attributes:
-        window: tokens that a query sees along an axis: an integer of at least 2, a fraction of the
-            axis (a float up to 1.0, rounded to at least 2 tokens), or "full". A window longer than
-            the axis covers the axis, unlike in NATTEN, which refuses such a window: one setting
-            serves grids of every size.
+        window: tokens that a query sees along an axis: an integer, a fraction of the axis (a float
+            up to 1.0, rounded to at least 2 tokens), or "full". With a window of 1 a token sees its
+            own place along the axis alone: its own frame, row or column. A window longer than the
+            axis covers the axis, so that one setting serves grids of every size. NATTEN refuses
+            both.
         stride: queries that share a window, at most the tokens of the window. A small grid that
             shortens the window also shortens a stride that would be longer than the window.
         dilation: distance between the keys of a window; at most the axis divided by the window.
@@ -124,7 +125,7 @@ class GNAAttn(StaticMaskMethod):
             if isinstance(window, int) and stride is not None and stride > window:
                 where = _where("stride", axis, self.stride, self.window)
                 raise ValueError(
-                    f"{where} is {stride}, but a window of {window} allows 1 to {window}"
+                    f"{where} is {stride}, but a window of {window} allows {_up_to(window)}"
                 )
 
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
@@ -190,10 +191,9 @@ class GNAAttn(StaticMaskMethod):
         window = _tokens(_along(settled.window, axis), size)
         dilation = _along(self.dilation, axis)
         if window * dilation > size:
-            most = size // window
             raise ValueError(
                 f"dilation along {_AXES[axis]} is {dilation}, but a window of {window} on an axis"
-                f" of {size} tokens allows {f'1 to {most}' if most > 1 else 'only 1'}"
+                f" of {size} tokens allows {_up_to(size // window)}"
             )
         stride = min(_along(settled.stride, axis), window)
         return AxisWindow(size, window, stride, dilation, _along(self.is_causal, axis))
@@ -311,7 +311,7 @@ def _nearest_along(
     longest = axis.size // axis.dilation
     # The first window begins at the start of the axis. To end at the end of a tile, a window must
     # be a multiple of the tile or as long as the axis.
-    windows = {*range(kv_tile, longest, kv_tile), longest} - {1}
+    windows = {*range(kv_tile, longest, kv_tile), longest}
     for window in sorted(windows, key=lambda w: (abs(w - axis.window), -w)):
         own = min(axis.stride, window)
         for stride in sorted(range(1, window + 1), key=lambda s: (abs(s - own), s)):
@@ -385,6 +385,10 @@ def _where(name: str, axis: int, *values: Any) -> str:
     return f"{name} along {_AXES[axis]}" if per_axis else name
 
 
+def _up_to(most: int) -> str:
+    return f"1 to {most}" if most > 1 else "only 1"
+
+
 def _check_values(name: str, value: Any, allowed: Allowed) -> None:
     if isinstance(value, tuple) and not 1 <= len(value) <= len(_AXES):
         raise ValueError(
@@ -408,13 +412,13 @@ def _check_tuple_fits(name: str, value: Any, sizes: Sequence[int]) -> None:
 def _is_window(value: Any) -> bool:
     if isinstance(value, float):
         return 0 < value <= 1
-    return value == "full" if isinstance(value, str) else is_whole(value) and value >= 2
+    return value == "full" if isinstance(value, str) else is_whole(value) and value >= 1
 
 
 # The allowed values of each parameter along an axis.
 _ALLOWED = {
     "window": Allowed(
-        "an integer of at least 2, a fraction of the axis above 0.0 and up to 1.0, or 'full'",
+        "an integer of at least 1, a fraction of the axis above 0.0 and up to 1.0, or 'full'",
         _is_window,
     ),
     "stride": count(1),

@@ -110,6 +110,32 @@ def from_dict(entry: Mapping[str, Any]) -> Method:
     return cls(**parameters)
 
 
+def as_method(what: str, value: Any) -> Method:
+    """A method that a caller gives as an instance or by its name.
+
+    Args:
+        what: the name of the argument, for messages.
+        value: the method, or its name.
+
+    Raises:
+        TypeError: if `value` is neither; a class is named with the parentheses that it lacks.
+        ValueError: if no method has this name.
+    """
+    if isinstance(value, Method):
+        return value
+    if isinstance(value, str):
+        return from_dict({"type": value})
+    if isinstance(value, type):
+        raise TypeError(
+            f"{what} is the class {value.__name__}, but must be an instance: pass"
+            f" {value.__name__}()"
+        )
+    raise TypeError(
+        f"{what} is a {type(value).__name__}, but must be a method of diffattn, such as"
+        f" RadialAttn(), or the name of one"
+    )
+
+
 def _plugins() -> dict[str, list[EntryPoint]]:
     """The entry points of the installed distributions, by the names of the methods."""
     found: dict[str, list[EntryPoint]] = {}

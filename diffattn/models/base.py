@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,8 @@ class SizeRules:
         token_pixels: pixels per token along height and width; None for `spatial_multiple`.
         frames_per_token: latent frames per token; pipelines pad the last token.
         frames_apart: whether each frame attends to itself alone, on a grid of one frame.
+        most_tokens: the most tokens along frames, height and width; None for no limit.
+        limited_by: the origin of `most_tokens`, for messages.
     """
 
     spatial_multiple: int
@@ -32,11 +34,17 @@ class SizeRules:
     token_pixels: int | None = None
     frames_per_token: int = 1
     frames_apart: bool = False
+    most_tokens: tuple[int | None, int | None, int | None] = (None, None, None)
+    limited_by: str = ""
 
     @classmethod
     def images(cls, spatial_multiple: int) -> SizeRules:
         """The rules of a pipeline that makes images of multiples of `spatial_multiple` pixels."""
         return cls(spatial_multiple, frame_stride=0, frame_offset=1)
+
+    def up_to(self, frames: int | None, side: int | None, limited_by: str) -> SizeRules:
+        """These rules with a limit: tokens along the frames, and along height and width each."""
+        return replace(self, most_tokens=(frames, side, side), limited_by=limited_by)
 
     def check(self, height: int, width: int, num_frames: int) -> None:
         """Check a size.
@@ -46,7 +54,8 @@ class SizeRules:
             num_frames: frames of the video; 1 for images.
 
         Raises:
-            ValueError: if the pipeline cannot make the size; names the nearest legal sizes.
+            ValueError: if the pipeline cannot make the size; names the nearest legal sizes, or the
+                limit and its origin.
         """
         for name, pixels in (("height", height), ("width", width)):
             if pixels < 1 or pixels % self.spatial_multiple:
@@ -63,6 +72,7 @@ class SizeRules:
                 f" {self.frame_offset}:"
                 f" {_both_sides(num_frames, self.frame_stride, self.frame_offset)}"
             )
+        self._check_limits(height, width, num_frames)
 
     def grid(self, height: int, width: int, num_frames: int) -> TokenGrid:
         """The video tokens of a size.
@@ -75,12 +85,38 @@ class SizeRules:
             ValueError: if the pipeline cannot make the size; names the nearest legal sizes.
         """
         self.check(height, width, num_frames)
+        frames, rows, columns = self._tokens(height, width, num_frames)
         alone = self.frames_apart or self.frame_stride == 0
-        latent_frames = 1 if alone else -(-num_frames // self.frame_stride)
+        return TokenGrid(1 if alone else frames, rows, columns)
+
+    def _tokens(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
+        """Tokens along frames, height and width, of frames that attend apart too."""
+        latent_frames = -(-num_frames // self.frame_stride) if self.frame_stride else 1
         pixels = self.token_pixels or self.spatial_multiple
-        return TokenGrid(
-            -(-latent_frames // self.frames_per_token), height // pixels, width // pixels
-        )
+        return -(-latent_frames // self.frames_per_token), height // pixels, width // pixels
+
+    def _check_limits(self, height: int, width: int, num_frames: int) -> None:
+        """Raise ValueError for more tokens along an axis than the model has positions for."""
+        given = {"num_frames": num_frames, "height": height, "width": width}
+        units = ("token frames", "rows of tokens", "columns of tokens")
+        tokens = self._tokens(height, width, num_frames)
+        for (name, size), unit, many, most in zip(
+            given.items(), units, tokens, self.most_tokens, strict=True
+        ):
+            if most is not None and many > most:
+                raise ValueError(
+                    f"{name} is {size}, which is {many} {unit}, but this model has positions for"
+                    f" {most} ({self.limited_by}): try at most {self._largest(name, most)}"
+                )
+
+    def _largest(self, name: str, most: int) -> int:
+        """The largest number of frames or pixels that makes at most `most` tokens."""
+        if name == "num_frames":
+            latent_frames = most * self.frames_per_token
+            whole = latent_frames - 1 if self.frame_offset else latent_frames
+            return whole * self.frame_stride + self.frame_offset
+        pixels = most * (self.token_pixels or self.spatial_multiple)
+        return pixels // self.spatial_multiple * self.spatial_multiple
 
 
 def _both_sides(value: int, multiple: int, offset: int) -> str:

@@ -9,6 +9,9 @@ from typing import Any
 from diffattn.grid import TokenGrid
 from diffattn.models.base import Family, SizeRules, argument, first_input
 
+# Along each axis; diffusers' class has no setting for it.
+_POSITIONS = 128
+
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
     if argument(args, kwargs, 7, "sparse_params") is not None:
@@ -24,11 +27,12 @@ def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Token
 
 def _sizes(pipe: Any) -> SizeRules:
     patch_t, patch, _ = pipe.transformer.config.patch_size
-    return SizeRules(
+    rules = SizeRules(
         spatial_multiple=pipe.vae_scale_factor_spatial * patch,
         frame_stride=pipe.vae_scale_factor_temporal * patch_t,
         frame_offset=1,
     )
+    return rules.up_to(_POSITIONS, _POSITIONS, "the table of its rotary position embedding")
 
 
 KANDINSKY5 = Family(

@@ -16,8 +16,9 @@ def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Token
 
 
 def _sizes(pipe: Any) -> SizeRules:
-    patch = pipe.transformer.config.patch_size
-    return SizeRules.images(pipe.vae_scale_factor * patch)
+    config = pipe.transformer.config
+    rules = SizeRules.images(pipe.vae_scale_factor * config.patch_size)
+    return rules.up_to(None, config.pos_embed_max_size, "pos_embed_max_size of its transformer")
 
 
 SD3 = Family(

@@ -26,9 +26,13 @@ def _sizes(pipe: Any) -> SizeRules:
     halved = next((i for i, count in enumerate(blocks) if count), len(blocks) - 1)
     multiple = pipe.vae_scale_factor * 2**halved
     if "motion_max_seq_length" in pipe.unet.config:
-        return SizeRules(
+        rules = SizeRules(
             spatial_multiple=multiple, frame_stride=1, frame_offset=1, frames_apart=True
         )
+        if getattr(pipe, "free_noise_enabled", False):
+            return rules  # frames pass in windows
+        frames = pipe.unet.config.motion_max_seq_length
+        return rules.up_to(frames, None, "motion_max_seq_length of its U-Net")
     return SizeRules.images(multiple)
 
 

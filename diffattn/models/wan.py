@@ -51,7 +51,22 @@ def encode_all_frames(
 
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
-    return latent_grid(args, kwargs, model.config.patch_size)
+    grid = latent_grid(args, kwargs, model.config.patch_size)
+    # Compiled code is not to guard on sizes.
+    if not torch.compiler.is_compiling():
+        _check_positions(model, grid)
+    return grid
+
+
+def _check_positions(model: Any, grid: TokenGrid) -> None:
+    """Raise ValueError for a grid longer than the model's table of positions."""
+    positions = model.config.rope_max_seq_len
+    if max(grid.frames, grid.height, grid.width) > positions:
+        raise ValueError(
+            f"this call of {type(model).__name__} is over {grid} tokens, but the model has"
+            f" positions for {positions} along each axis (its rope_max_seq_len): pass a smaller"
+            f" height, width and num_frames to the pipeline"
+        )
 
 
 def _anyflow_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
@@ -62,15 +77,18 @@ def _anyflow_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 
 def _sizes(pipe: Any) -> SizeRules:
-    patch_t, patch_h, _ = _denoiser(pipe).config.patch_size
+    config = _denoiser(pipe).config
+    patch_t, patch_h, _ = config.patch_size
     token_pixels = pipe.vae_scale_factor_spatial * patch_h
-    return SizeRules(
+    rules = SizeRules(
         # The pipelines themselves refuse sizes that are no multiple of 16, for every VAE.
         spatial_multiple=math.lcm(16, token_pixels),
         token_pixels=token_pixels,
         frame_stride=pipe.vae_scale_factor_temporal * patch_t,
         frame_offset=1,
     )
+    positions = config.rope_max_seq_len
+    return rules.up_to(positions, positions, "rope_max_seq_len of its transformer")
 
 
 def _denoiser(pipe: Any) -> Any:

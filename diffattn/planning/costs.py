@@ -8,13 +8,14 @@ from typing import Any
 
 from diffattn.grid import TokenGrid
 from diffattn.methods.base import Method, Work
+from diffattn.methods.words import as_table
 
 # TFLOP/s of an H200 in bfloat16, measured: large matrix products, and cuDNN's dense attention. Only
 # their ratio counts here: attention's share of the time is larger than its share of the FLOPs.
 _LINEAR_RATE, _ATTENTION_RATE = 790, 690
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Cost(ABC):
     """The cost of attention by a method, relative to dense attention.
 
@@ -46,6 +47,21 @@ class Cost(ABC):
     dense_steps: int
     linear_flops: int | None
 
+    def __repr__(self) -> str:
+        from diffattn.planning.table import headline  # imports this module
+
+        return f"<{type(self).__name__}: {headline(self)}>"
+
+    def __str__(self) -> str:
+        from diffattn.planning.table import rows  # imports this module
+
+        return as_table(list(rows(self)))
+
+    @property
+    @abstractmethod
+    def attention_speedup(self) -> float:
+        """Upper bound of the speed-up of one sparse attention."""
+
     @property
     def tokens(self) -> int:
         """Length of the sequence, text included."""
@@ -65,6 +81,11 @@ class Cost(ABC):
     @abstractmethod
     def sparse_forward_flops(self) -> float:
         """FLOPs of the attention of all layers in a sparse step, dense layers included."""
+
+    @property
+    @abstractmethod
+    def sparse_flops(self) -> float:
+        """FLOPs of one layer's attention, on average over the layers that are not dense."""
 
     @property
     def run_density(self) -> float:
@@ -101,7 +122,7 @@ class Cost(ABC):
         return asdict(self.grid)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Estimate(Cost):
     """The cost of a method without a mask: the method itself states the work of each call.
 

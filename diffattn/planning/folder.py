@@ -1,9 +1,10 @@
-"""The shape of a model on this computer, from its configuration files alone."""
+"""The shape of a model on this computer: of a folder's configuration files, or in memory."""
 
 from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,13 @@ _PARTS = ("transformer", "transformer_2", "unet", "vae")
 # Families whose blocks are those of `LinearWork.joint`.
 _JOINT = ("flux", "hunyuanvideo", "mochi", "cogvideox", "sd3")
 _CONTEXT_OF_WAN = 512
+# Fields of a shape, and the arguments of a pipeline's call whose defaults they are.
+_ARGUMENTS = {
+    "height": "height",
+    "width": "width",
+    "num_frames": "num_frames",
+    "steps": "num_inference_steps",
+}
 
 
 def folder_shape(folder: Path) -> ModelShape:
@@ -38,8 +46,46 @@ def folder_shape(folder: Path) -> ModelShape:
             f"{folder} is no diffusers pipeline: there is no {_INDEX} in it, which planning needs"
             f" beside the denoiser's own {_CONFIG}"
         )
-    pipe = _without_weights(folder)
+    return pipeline_shape(_without_weights(folder), str(folder))
+
+
+def pipeline_shape(pipe: Any, name: str) -> ModelShape:
+    """The shape of a pipeline's model.
+
+    Args:
+        pipe: a pipeline of diffusers.
+        name: of the model, for messages.
+
+    Raises:
+        ValueError: if the model is of no known family or has attention on grids of several sizes.
+    """
     model = next(iter(denoisers(pipe).values()))
+    family = family_of(model)
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    defaults = {
+        field: parameters[argument].default
+        for field, argument in _ARGUMENTS.items()
+        if argument in parameters and isinstance(parameters[argument].default, int)
+    }
+    shape = replace(_shape(pipe, model, name), sizes=family.sizes(pipe), **defaults)
+    # A pipeline's default size need not be a size that this model can make.
+    try:
+        shape.grid(None, None, None, None)
+    except ValueError:
+        return replace(shape, height=None, width=None, num_frames=None)
+    return shape
+
+
+def denoiser_shape(model: torch.nn.Module) -> ModelShape:
+    """The shape of a denoiser without its pipeline, which has no sizes in pixels.
+
+    Raises:
+        ValueError: as `pipeline_shape`.
+    """
+    return _shape(None, model, type(model).__name__)
+
+
+def _shape(pipe: Any, model: Any, name: str) -> ModelShape:
     family = family_of(model)
     if family.grid_modules is not None:
         raise ValueError(
@@ -47,7 +93,6 @@ def folder_shape(folder: Path) -> ModelShape:
             f" describe; plan each grid by itself"
         )
     heads, head_dim = _heads(model.config)
-    variant = family.variant(pipe, model)
     # Prompts are padded to the same length in all published models of a family.
     like = next((shape for shape in PUBLISHED.values() if shape.variant == family.name), None)
     text: dict[str, int | None] = {}
@@ -55,12 +100,12 @@ def folder_shape(folder: Path) -> ModelShape:
         side = f"text_{family.text}"
         text = {side: None if like is None else getattr(like, side)}
     return ModelShape(
-        name=str(folder),
-        variant=variant,
+        name=name,
+        variant=family.variant(pipe, model),
         heads=heads,
         head_dim=head_dim,
         block_of_site=tuple(family.layers(model).values()),
-        sizes=family.sizes(pipe),
+        sizes=None,
         linear=_linear(family.name, model.config, heads * head_dim),
         **text,
     )
@@ -94,7 +139,7 @@ def _without_weights(folder: Path) -> Any:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")

@@ -5,6 +5,7 @@ The module is not called `plan` because `diffattn.plan` is the function.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from diffattn.grid import TokenGrid
 from diffattn.masks.base import allowed_pairs
 from diffattn.methods.base import Method, StaticMaskMethod
 from diffattn.methods.gna import GNAAttn, Tile, nearest_block_sparse
+from diffattn.methods.registry import as_method
 from diffattn.models.base import SizeRules
 from diffattn.orders import TileOrder, tiles_that_fit
 from diffattn.planning.costs import Cost, Estimate
@@ -27,7 +29,7 @@ from diffattn.schedule import resolve_steps
 _MOST_TOKENS = 1 << 21
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Plan(Cost):
     """The cost of a method that is a mask, by the blocks that its mask visits.
 
@@ -129,9 +131,10 @@ _DERIVED = (
 
 
 def plan(
-    target: TokenGrid | str | Path,
-    method: Method,
+    target: TokenGrid | str | Path | ModelShape | Any,
+    method: Method | str,
     *,
+    grid: TokenGrid | None = None,
     height: int | None = None,
     width: int | None = None,
     num_frames: int | None = None,
@@ -144,8 +147,12 @@ def plan(
     """Work out the cost of `method`, without weights, network or accelerator.
 
     Args:
-        target: a token grid, the repository id of a published model, or a pipeline's folder.
-        method: the method; parameters left at None take the values recommended for the model.
+        target: a token grid, the repository id of a published model, a pipeline's folder, a
+            pipeline of diffusers, a denoiser without its pipeline, or the result of `model_shape`.
+        method: the method or its name; parameters left at None take the values recommended for the
+            model.
+        grid: the tokens of a model's call, text included, in place of pixels and frames; needed
+            for a denoiser without its pipeline.
         height, width: pixels of a model's video; the model's default when None.
         num_frames: frames of a model's video; the model's default when None.
         text: text tokens in a model's sequence; the length that its pipeline pads prompts to when
@@ -158,32 +165,47 @@ def plan(
 
     Raises:
         ValueError: if the model is not known or cannot make the size; if sizes come with a grid, or
-            heads with a model; if the method does not fit the grid, or cannot state its cost.
+            heads with a model; if the method does not fit the grid or the model, or cannot state
+            its cost.
+        TypeError: if `target` or `method` is none of the above.
     """
+    method = as_method("method", method)
     attention = {"heads": heads, "head_dim": head_dim, "layers": layers}
     size = {"height": height, "width": width, "num_frames": num_frames, "text": text}
     for name, value in {**attention, "steps": steps}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}, but must be at least 1")
     if isinstance(target, TokenGrid):
-        _refuse(size, "a token grid says it all; give them with a model")
+        _refuse({**size, "grid": grid}, "a token grid says it all; give them with a model")
         shape = ModelShape(
             name="", variant="", heads=heads or 1, head_dim=head_dim or 128,
             block_of_site=tuple(range(layers or 1)), sizes=SizeRules.images(1), steps=steps,
         )  # fmt: skip
         return _plan(target, method, shape, None)
     _refuse(attention, "the model says it; give them with a token grid")
-    shape = model_shape(target)
+    shape = target if isinstance(target, ModelShape) else model_shape(target)
     shape = replace(shape, steps=steps or shape.steps)
-    return _plan(shape.grid(**size), method, shape, shape.name)
+    method.check_family(shape.family)
+    if grid is None:
+        grid = shape.grid(**size)
+    else:
+        _refuse(size, "the grid says them")
+    return _plan(grid, method, shape, shape.name)
 
 
-def model_shape(model: str | Path) -> ModelShape:
-    """The shape of a model, by its repository id or its folder.
+def model_shape(model: str | Path | Any) -> ModelShape:
+    """The shape of a model, by its repository id or its folder, or of a model in memory.
+
+    Args:
+        model: a repository id, a folder, a pipeline of diffusers, or a denoiser.
 
     Raises:
-        ValueError: if `model` is neither; the message names the known models.
+        ValueError: for a string that is neither; the message names the known models. For a model in
+            memory that is of no known family.
+        TypeError: if `model` is none of the above.
     """
+    if not isinstance(model, str | Path):
+        return _shape_in_memory(model)
     published = published_shape(str(model))
     if published is not None:
         return published
@@ -198,15 +220,35 @@ def model_shape(model: str | Path) -> ModelShape:
     )
 
 
+def _shape_in_memory(model: Any) -> ModelShape:
+    from diffattn.planning.folder import denoiser_shape, pipeline_shape  # imports diffusers
+
+    if isinstance(model, torch.nn.Module):
+        return denoiser_shape(model)
+    if not isinstance(getattr(model, "components", None), Mapping) or isinstance(model, type):
+        raise TypeError(
+            f"target is {_a(model)}, but must be a TokenGrid, the repository id of a model, a"
+            f" pipeline's folder, a pipeline of diffusers, or its denoiser"
+        )
+    name = getattr(model.config, "_name_or_path", None)
+    return pipeline_shape(model, name or type(model).__name__)
+
+
+def _a(value: Any) -> str:
+    is_class = isinstance(value, type)
+    return f"the class {value.__name__}" if is_class else f"a {type(value).__name__}"
+
+
 def check_tokens(grid: TokenGrid) -> None:
     """Raise ValueError for a grid whose blocks would not fit into memory."""
     if grid.tokens > _MOST_TOKENS:
         raise ValueError(
-            f"the grid {grid} has {grid.tokens} tokens, but at most {_MOST_TOKENS} can be planned"
+            f"the grid {grid} has {grid.tokens:,} tokens, but at most {_MOST_TOKENS:,} are"
+            f" possible: take fewer frames or a smaller size"
         )
 
 
-def _refuse(given: dict[str, int | None], why: str) -> None:
+def _refuse(given: dict[str, Any], why: str) -> None:
     names = [name for name, value in given.items() if value is not None]
     if names:
         raise ValueError(f"{', '.join(names)} cannot be given here: {why}")

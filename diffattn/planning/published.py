@@ -49,7 +49,8 @@ class ModelShape:
         variant: the model's name in the methods' tables of recommended settings.
         heads, head_dim: number of self-attention heads, and their dimension.
         block_of_site: index of the transformer block that each attention site lies in.
-        sizes: pixels and frames that the model can make, and the tokens they become.
+        sizes: pixels and frames that the model can make, and the tokens they become; None where
+            that is not known, as of a denoiser without its pipeline.
         text_before, text_after: text tokens in the sequence; None where the prompt decides.
         linear: work outside self-attention; None where it is not known.
         height, width, num_frames, steps: defaults of the pipeline; None where they are not known.
@@ -60,7 +61,7 @@ class ModelShape:
     heads: int
     head_dim: int
     block_of_site: tuple[int, ...]
-    sizes: SizeRules
+    sizes: SizeRules | None
     text_before: int | None = 0
     text_after: int | None = 0
     linear: LinearWork | None = None
@@ -68,6 +69,11 @@ class ModelShape:
     width: int | None = None
     num_frames: int | None = None
     steps: int | None = None
+
+    @property
+    def family(self) -> str:
+        """Name of the model's family in `diffattn.models.FAMILIES`; "" for no model."""
+        return "wan" if self.variant.startswith("wan2.") else self.variant
 
     def linear_flops(self, tokens: int) -> int | None:
         """FLOPs of one forward outside self-attention; None where they are not known."""
@@ -90,6 +96,11 @@ class ModelShape:
             ValueError: if the model cannot make that size (the message names the nearest sizes), or
                 a size or the number of text tokens is missing.
         """
+        if self.sizes is None:
+            raise ValueError(
+                f"{self.name} alone does not say how many tokens pixels become: give grid, the"
+                f" tokens of a call, or pass its pipeline"
+            )
         given = {"height": height, "width": width, "num_frames": num_frames}
         sizes = {n: getattr(self, n) if value is None else value for n, value in given.items()}
         if sizes["num_frames"] is None and self.sizes.frame_stride == 0:

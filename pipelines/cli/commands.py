@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,19 +11,27 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from ..errors import RunInterruptedError, UserError, one_line
+from . import options
+from .generate import EXAMPLES as GENERATE_EXAMPLES
 from .generate import generate
 from .lora import app as lora_app
+from .mask import EXAMPLES as MASK_EXAMPLES
 from .mask import mask
+from .options import examples
+from .plan import EXAMPLES as PLAN_EXAMPLES
 from .plan import plan
 from .say import say, warn
+from .upscale import EXAMPLES as UPSCALE_EXAMPLES
 from .upscale import upscale
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=examples("methods", "plan --model Wan-AI/Wan2.1-T2V-14B", "generate -h"),
 )
 
+_STDOUT_CLOSED = 1
 _BAD_INPUT = 2
 _INTERRUPTED = 130
 
@@ -35,9 +44,21 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit()
 
 
-def main() -> None:
-    """Run the command line; bad input is one line on stderr and exit code 2."""
-    sys.exit(run(sys.argv[1:]))
+def finish(code: int) -> int:
+    """Write out what is buffered, and return the exit code of the process.
+
+    A program that reads stdout may have ended, as `head` does: then nothing is said. A full disk is
+    an error.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # The interpreter flushes once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return code or _STDOUT_CLOSED
+        return _fail(f"cannot write to stdout: {error.strerror}", _BAD_INPUT)
+    return code
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -57,11 +78,17 @@ def _run(command: Any, arguments: list[str]) -> int:
         return _fail(str(interruption), _INTERRUPTED)
     except (KeyboardInterrupt, typer.Abort):
         return _fail(str(RunInterruptedError([])), _INTERRUPTED)
+    except BrokenPipeError:
+        return _STDOUT_CLOSED
+    except OSError as error:
+        return _fail(one_line(error), _BAD_INPUT)
     except Exception as error:
         # Typer has a copy of click's usage errors, whose module differs between Typer's versions.
         if not hasattr(error, "format_message"):
             raise
-        return _fail(one_line(error.format_message()), _BAD_INPUT)
+        message = one_line(error.format_message())
+        # Without arguments the help is shown, which says it all.
+        return _fail(message, _BAD_INPUT) if message else _BAD_INPUT
 
 
 @app.callback()
@@ -74,24 +101,37 @@ def common(
     """Sparse attention for diffusers video pipelines."""
 
 
-def methods() -> None:
+def methods(as_json: options.AsJson = False) -> None:
     """List the attention methods with their parameters."""
-    from .listing import method_lines
+    from .listing import method_lines, methods_as_json
 
+    if as_json:
+        say(methods_as_json())
+        return
     for line in method_lines():
         say(line)
 
 
-def models() -> None:
+def models(as_json: options.AsJson = False) -> None:
     """List the model families."""
-    from .listing import model_lines
+    from .listing import model_lines, models_as_json
 
+    if as_json:
+        say(models_as_json())
+        return
     for line in model_lines():
         say(line)
 
 
-for _command in (generate, upscale, methods, models, plan, mask):
-    app.command()(_command)
+for _command, _examples in (
+    (generate, GENERATE_EXAMPLES),
+    (upscale, UPSCALE_EXAMPLES),
+    (methods, examples("methods", "methods --json")),
+    (models, examples("models", "models --json")),
+    (plan, PLAN_EXAMPLES),
+    (mask, MASK_EXAMPLES),
+):
+    app.command(epilog=_examples)(_command)
 app.add_typer(lora_app, name="lora")
 
 

@@ -11,6 +11,13 @@ from ..run.request import CONTEXT_PARALLEL, DTYPES, OFFLOADS
 from . import options
 from .say import say, warn
 
+EXAMPLES = options.examples(
+    'generate "a red circle moving right on a blue background" -o circle.mp4',
+    'generate "..." -o out.mp4 --attn gna --attn-arg window=5,7,7',
+    'generate "..." -o out.mp4 --compare',
+    "generate --from out.json -o again.mp4",
+)
+
 # Parameters that `generate` reads itself; all other options are settings of a request.
 _NOT_OF_A_REQUEST = (
     "prompt",
@@ -41,32 +48,55 @@ def generate(
     attn_config: options.AttnConfig = None,
     height: options.Pixels = None,
     width: options.Pixels = None,
-    num_frames: options.Count = None,
-    steps: options.Count = None,
-    guidance_scale: options.Number = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
+    num_frames: options.Frames = None,
+    steps: options.Steps = None,
+    guidance_scale: options.Guidance = None,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(help="What it should not show.", rich_help_panel=options.SAMPLING),
+    ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="The same for every prompt (default: 0).")
+        int | None,
+        typer.Option(
+            help="The same for every prompt (default: 0).", rich_help_panel=options.SAMPLING
+        ),
     ] = None,
     fps: Annotated[
         float | None,
-        typer.Option(help="Frames a second of the file (default: the model's or 16)."),
+        typer.Option(
+            help="Frames a second of the file (default: the model's or 16).",
+            rich_help_panel=options.SIZE,
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(metavar="|".join(DTYPES), help="Default: float32 on the CPU, else bfloat16."),
+        typer.Option(
+            metavar="|".join(DTYPES),
+            help="Default: float32 on the CPU, else bfloat16.",
+            rich_help_panel=options.MACHINE,
+        ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, .. (default: the accelerator, if any).")
+        str | None,
+        typer.Option(
+            help="cpu, cuda, cuda:1, .. (default: the accelerator, if any).",
+            rich_help_panel=options.MACHINE,
+        ),
     ] = None,
     offload: Annotated[
-        str | None, typer.Option(metavar="|".join(OFFLOADS), help="What waits in main memory.")
+        str | None,
+        typer.Option(
+            metavar="|".join(OFFLOADS),
+            help="What waits in main memory.",
+            rich_help_panel=options.MACHINE,
+        ),
     ] = None,
     context_parallel: Annotated[
         str | None,
         typer.Option(
             metavar="|".join(CONTEXT_PARALLEL),
             help="How the processes that torchrun started share the work.",
+            rich_help_panel=options.MACHINE,
         ),
     ] = None,
     lora: Annotated[

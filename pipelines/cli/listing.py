@@ -1,10 +1,41 @@
-"""The tables that `diffattn methods` and `diffattn models` print."""
+"""What `diffattn methods` and `diffattn models` print: tables, and JSON.
+
+Importing the methods takes seconds, since they import torch. So the tables of this package are kept
+in `catalogue.json`, which `python -m diffattn.pipelines.cli.listing` writes and a test compares
+with the methods and the families themselves. Where methods of other packages may be, the methods
+are imported.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
+import sys
 from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+# As `diffattn.methods.registry.GROUP`, whose module imports torch.
+_PLUGINS = "diffattn.methods"
+_CATALOGUE = Path(__file__).parent / "catalogue.json"
+
+
+def method_names() -> list[str]:
+    """The names of all methods."""
+    return [method["type"] for method in _methods()]
+
+
+def methods_as_json() -> str:
+    """Every method with its parameters, as JSON."""
+    return json.dumps(_methods(), indent=2)
+
+
+def models_as_json() -> str:
+    """Every model family, as JSON."""
+    return json.dumps(_kept()["models"], indent=2)
 
 
 def method_lines() -> Iterator[str]:
@@ -12,43 +43,90 @@ def method_lines() -> Iterator[str]:
 
     A plug-in that cannot be loaded is left out, with a warning.
     """
-    from diffattn.methods import all_methods
-
-    for name, method in all_methods().items():
-        title = (inspect.getdoc(method) or "").partition("\n")[0].rstrip(".")
-        paper = "" if method.paper in title else f" ({method.paper})"
-        yield f"{name}: {method.__name__}, {title}{paper}"
-        parameters = [item for item in dataclasses.fields(method) if item.init]
-        # Parameters that all methods share come last.
-        parameters.sort(key=lambda item: item.name not in method.__annotations__)
-        width = max(len(item.name) for item in parameters)
-        for item in parameters:
-            default = "by model" if item.default is None else item.default
-            if item.default_factory is not dataclasses.MISSING:
-                default = item.default_factory()
-            yield f"  {item.name:{width}}  [{default}]  {item.metadata.get('help', '')}".rstrip()
+    for method in _methods():
+        paper = "" if method["paper"] in method["title"] else f" ({method['paper']})"
+        yield f"{method['type']}: {method['class']}, {method['title']}{paper}"
+        width = max(len(item["name"]) for item in method["parameters"])
+        for item in method["parameters"]:
+            yield f"  {item['name']:{width}}  [{item['shown']}]  {item['help']}".rstrip()
 
 
 def model_lines() -> Iterator[str]:
     """Yield the lines of a table of the model families."""
-    from diffattn.models import FAMILIES
-
     head = ("family", "text", "tested on", "attention sites", "models")
     rows = [head]
-    for family in FAMILIES:
-        rows.append(
-            (
-                family.name,
-                family.text or "apart",
-                family.tested,
-                _readable(family.sites.pattern),
-                f"{family.title}: {', '.join(family.model_classes)}",
-            )
-        )
+    for family in _kept()["models"]:
+        models = f"{family['title']}: {', '.join(family['models'])}"
+        rows.append((family["name"], family["text"], family["tested"], family["sites"], models))
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         yield "  ".join(cells).rstrip()
+
+
+def catalogue() -> dict[str, Any]:
+    """The methods and the families of this package, read from themselves."""
+    from diffattn.methods import METHODS
+    from diffattn.models import FAMILIES
+
+    return {
+        "methods": [_described(method) for method in METHODS.values()],
+        "models": [
+            {
+                "name": family.name,
+                "title": family.title,
+                "text": family.text or "apart",
+                "tested": family.tested,
+                "sites": _readable(family.sites.pattern),
+                "models": list(family.model_classes),
+            }
+            for family in FAMILIES
+        ],
+    }
+
+
+def _methods() -> list[dict[str, Any]]:
+    # A program that has imported the methods may have registered more.
+    imported = "diffattn.methods.registry" in sys.modules
+    if not imported and not entry_points(group=_PLUGINS):
+        return list(_kept()["methods"])
+    from diffattn.methods import all_methods
+
+    return [_described(method) for method in all_methods().values()]
+
+
+@cache
+def _kept() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(_CATALOGUE.read_text("utf-8"))
+    return content
+
+
+def _described(method: Any) -> dict[str, Any]:
+    """A method's class in JSON types."""
+    items = [item for item in dataclasses.fields(method) if item.init]
+    # Parameters that all methods share come last.
+    items.sort(key=lambda item: item.name not in method.__annotations__)
+    return {
+        "type": method.type,
+        "class": method.__name__,
+        "title": (inspect.getdoc(method) or "").partition("\n")[0].rstrip("."),
+        "paper": method.paper,
+        "parameters": [
+            {
+                "name": item.name,
+                "default": _default(item),
+                "shown": "by model" if _default(item) is None else str(_default(item)),
+                "help": item.metadata.get("help", ""),
+            }
+            for item in items
+        ],
+    }
+
+
+def _default(item: Any) -> Any:
+    if item.default_factory is not dataclasses.MISSING:
+        return item.default_factory()
+    return item.default
 
 
 def _readable(pattern: str) -> str:
@@ -56,3 +134,7 @@ def _readable(pattern: str) -> str:
     for regular, plain in ((r"(?P<layer>\d+)", "*"), ("?P<layer>", ""), (r"\d+", "*"), ("?:", "")):
         pattern = pattern.replace(regular, plain)
     return pattern.replace("\\", "")
+
+
+if __name__ == "__main__":
+    _CATALOGUE.write_text(json.dumps(catalogue(), indent=2) + "\n", "utf-8")

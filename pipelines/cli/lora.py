@@ -21,11 +21,23 @@ _PLURALS = {
     "validation_prompt": "validation_prompts",
 }
 
-_Number = Annotated[int | None, typer.Option()]
-_Weight = Annotated[float | None, typer.Option(help="Weight of this loss (default: the paper's).")]
+_DATA, _SCHEDULE, _ADAPTER = "Data", "Training", "LoRA"
+_LOSS, _WATCH = "Losses", "Checkpoints and validation"
+EXAMPLES = options.examples(
+    "lora train --data clips/ --attn gna --output my-lora",
+    "lora train --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --attn radial --data clips/ "
+    "--num-frames 161 --steps 2500 --gradient-checkpointing --output wan-radial",
+    "lora train --output my-lora --resume",
+)
+
+_Number = Annotated[int | None, typer.Option(rich_help_panel=_SCHEDULE)]
+_Weight = Annotated[
+    float | None,
+    typer.Option(help="Weight of this loss (default: the paper's).", rich_help_panel=_LOSS),
+]
 
 
-@app.command()
+@app.command(epilog=EXAMPLES)
 def train(
     context: typer.Context,
     output: Annotated[
@@ -33,16 +45,23 @@ def train(
     ],
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of clips and pictures, with captions in .txt files beside them."),
+        typer.Option(
+            help="Folder of clips and pictures, with captions in .txt files beside them.",
+            rich_help_panel=_DATA,
+        ),
     ] = None,
     captions: Annotated[
-        Path | None, typer.Option(help="A .csv or .jsonl table of file names and captions instead.")
+        Path | None,
+        typer.Option(
+            help="A .csv or .jsonl table of file names and captions instead.", rich_help_panel=_DATA
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
             help="Instead of --data: prompts, one a line, of which the dense model makes "
-            "its own training set."
+            "its own training set.",
+            rich_help_panel=_DATA,
         ),
     ] = None,
     config: Annotated[
@@ -60,73 +79,142 @@ def train(
     width: options.Pixels = None,
     num_frames: Annotated[
         int | None,
-        typer.Option(help="More frames than the model's own adapt the model to longer videos."),
+        typer.Option(
+            help="More frames than the model's own adapt the model to longer videos.",
+            rich_help_panel=options.SIZE,
+        ),
     ] = None,
     fps: Annotated[
-        float | None, typer.Option(help="Frames a second to take of a clip (default: all).")
+        float | None,
+        typer.Option(
+            help="Frames a second to take of a clip (default: all).", rich_help_panel=_DATA
+        ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Videos of each of --prompts.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Videos of each of --prompts.", rich_help_panel=_DATA)
+    ] = None,
     teacher_steps: Annotated[
-        int | None, typer.Option(help="Denoising steps of each such video (default: the model's).")
+        int | None,
+        typer.Option(
+            help="Denoising steps of each such video (default: the model's).", rich_help_panel=_DATA
+        ),
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="Folder of encoded clips (default: clips in --output).")
+        Path | None,
+        typer.Option(
+            help="Folder of encoded clips (default: clips in --output).", rich_help_panel=_DATA
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps (default: 1000).")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps (default: 1000).", rich_help_panel=_SCHEDULE)
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Samples in a forward of one process (default: 1).")
+        int | None,
+        typer.Option(
+            help="Samples in a forward of one process (default: 1).", rich_help_panel=_SCHEDULE
+        ),
     ] = None,
-    accumulation: Annotated[int | None, typer.Option(help="Forwards a step (default: 1).")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Default: 1e-4.")] = None,
-    schedule: Annotated[str | None, typer.Option(metavar="constant|linear|cosine")] = None,
+    accumulation: Annotated[
+        int | None, typer.Option(help="Forwards a step (default: 1).", rich_help_panel=_SCHEDULE)
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Default: 1e-4.", rich_help_panel=_SCHEDULE)
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(metavar="constant|linear|cosine", rich_help_panel=_SCHEDULE)
+    ] = None,
     warmup_steps: _Number = None,
-    rank: Annotated[int | None, typer.Option(help="Default: the method's paper's.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="The LoRA's factor is alpha / rank.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Default: the method's paper's.", rich_help_panel=_ADAPTER)
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="The LoRA's factor is alpha / rank.", rich_help_panel=_ADAPTER),
+    ] = None,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="Layer of the attention sites (default: to_q, to_k, to_v, to_out.0)."),
+        typer.Option(
+            help="Layer of the attention sites (default: to_q, to_k, to_v, to_out.0).",
+            rich_help_panel=_ADAPTER,
+        ),
     ] = None,
-    dropout: Annotated[float | None, typer.Option(help="Of the LoRA's inputs.")] = None,
-    dora: Annotated[bool | None, typer.Option("--dora/--no-dora")] = None,
-    rslora: Annotated[bool | None, typer.Option("--rslora/--no-rslora")] = None,
+    dropout: Annotated[
+        float | None, typer.Option(help="Of the LoRA's inputs.", rich_help_panel=_ADAPTER)
+    ] = None,
+    dora: Annotated[bool | None, typer.Option("--dora/--no-dora", rich_help_panel=_ADAPTER)] = None,
+    rslora: Annotated[
+        bool | None, typer.Option("--rslora/--no-rslora", rich_help_panel=_ADAPTER)
+    ] = None,
     denoiser: Annotated[
-        str | None, typer.Option(help="transformer_2 for the second expert of Wan 2.2.")
+        str | None,
+        typer.Option(
+            help="transformer_2 for the second expert of Wan 2.2.", rich_help_panel=_ADAPTER
+        ),
     ] = None,
     objective: _Weight = None,
     prediction: _Weight = None,
     attention_output: _Weight = None,
     attention_every: Annotated[
-        int | None, typer.Option(help="Compare attention in every so many layers.")
+        int | None,
+        typer.Option(help="Compare attention in every so many layers.", rich_help_panel=_LOSS),
     ] = None,
-    weight_decay: Annotated[float | None, typer.Option()] = None,
-    max_grad_norm: Annotated[float | None, typer.Option()] = None,
+    weight_decay: Annotated[float | None, typer.Option(rich_help_panel=_SCHEDULE)] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(rich_help_panel=_SCHEDULE)] = None,
     shift: Annotated[
-        float | None, typer.Option(help="Of the noise levels (default: the scheduler's).")
+        float | None,
+        typer.Option(
+            help="Of the noise levels (default: the scheduler's).", rich_help_panel=_SCHEDULE
+        ),
     ] = None,
-    caption_dropout: Annotated[float | None, typer.Option(help="Default: 0.1.")] = None,
+    caption_dropout: Annotated[
+        float | None, typer.Option(help="Default: 0.1.", rich_help_panel=_SCHEDULE)
+    ] = None,
     seed: _Number = None,
-    mixed_precision: Annotated[str | None, typer.Option(metavar="no|bf16|fp16")] = None,
-    gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing")
+    mixed_precision: Annotated[
+        str | None, typer.Option(metavar="no|bf16|fp16", rich_help_panel=_SCHEDULE)
     ] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps (default: 500).")] = None,
-    keep_checkpoints: Annotated[int | None, typer.Option(help="Default: the last 3.")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing", rich_help_panel=_SCHEDULE
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps (default: 500).", rich_help_panel=_WATCH)
+    ] = None,
+    keep_checkpoints: Annotated[
+        int | None, typer.Option(help="Default: the last 3.", rich_help_panel=_WATCH)
+    ] = None,
     tracker: Annotated[
-        list[str] | None, typer.Option(help="tensorboard or wandb, if installed.")
+        list[str] | None,
+        typer.Option(help="tensorboard or wandb, if installed.", rich_help_panel=_WATCH),
     ] = None,
     validate_every: Annotated[
-        int | None, typer.Option(help="Steps between validation videos (default: none).")
+        int | None,
+        typer.Option(
+            help="Steps between validation videos (default: none).", rich_help_panel=_WATCH
+        ),
     ] = None,
-    validation_prompt: Annotated[list[str] | None, typer.Option()] = None,
+    validation_prompt: Annotated[list[str] | None, typer.Option(rich_help_panel=_WATCH)] = None,
     validation_steps: Annotated[
         int | None,
-        typer.Option(help="Denoising steps of validation videos (default: the model's)."),
+        typer.Option(
+            help="Denoising steps of validation videos (default: the model's).",
+            rich_help_panel=_WATCH,
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(metavar="|".join(DTYPES), help="Of the frozen model; the LoRA is float32."),
+        typer.Option(
+            metavar="|".join(DTYPES),
+            help="Of the frozen model; the LoRA is float32.",
+            rich_help_panel=options.MACHINE,
+        ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, or the accelerator (default).")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, or the accelerator (default).", rich_help_panel=options.MACHINE),
+    ] = None,
 ) -> None:
     """Train a LoRA under a method; several processes by `accelerate launch -m diffattn.pipelines`.
 

@@ -11,16 +11,23 @@ from ..run.request import BUNDLED_MODEL
 from . import options
 from .say import say
 
+EXAMPLES = options.examples(
+    "mask --grid 21x30x52 --attn gna --attn-arg window=7,15,15 -o mask.png",
+    "mask --model Wan-AI/Wan2.1-T2V-14B --attn radial -o radial.png",
+    'mask --attn vmoba --prompt "a red circle moving right on a blue background"',
+)
+
 # Parameters that `mask` reads itself; all other options describe a run, or a call in the run.
-_NOT_OF_A_RUN = ("grid", "method", "arg", "output", "query", "prompt")
+_NOT_OF_A_RUN = ("grid", "attn", "attn_arg", "attn_config", "output", "query", "prompt")
 _OF_A_CALL = ("step", "layer", "head")
 
 
 def mask(
     context: typer.Context,
     grid: options.Grid = None,
-    method: options.MethodName = "radial",
-    arg: options.MethodArg = None,
+    attn: options.Attn = None,
+    attn_arg: options.AttnArg = None,
+    attn_config: options.AttnConfig = None,
     output: Annotated[
         Path,
         typer.Option("--output", "-o", help="PNG file; it is overwritten."),
@@ -38,11 +45,15 @@ def mask(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help=f"Of the run (default: the bundled {BUNDLED_MODEL}).")
+        str | None,
+        typer.Option(
+            help="Draw what this model runs: hub id of a well-known model or a pipeline's folder "
+            f"(with --prompt the default is the bundled {BUNDLED_MODEL})."
+        ),
     ] = None,
-    height: Annotated[int | None, typer.Option(help="Of the run, pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Of the run, pixels.")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Of the run.")] = None,
+    height: options.Pixels = None,
+    width: options.Pixels = None,
+    num_frames: options.Frames = None,
     seed: Annotated[int | None, typer.Option(help="Of the run (default: 0).")] = None,
     steps: Annotated[int | None, typer.Option(help="Of the run (default: the model's).")] = None,
     step: Annotated[
@@ -51,11 +62,13 @@ def mask(
     layer: Annotated[int | None, typer.Option(help="From 0 (default: 0).")] = None,
     head: Annotated[int | None, typer.Option(help="From 0 (default: 0).")] = None,
 ) -> None:
-    """Draw which tokens attend to which under a method, on a grid or in a run."""
+    """Draw which tokens attend to which under a method: on a grid, in a model, or in a run."""
+    from ..run.method_settings import MethodOptions
     from .mask_picture import RunOptions, draw_mask
 
     settings = options.given_options(context, _NOT_OF_A_RUN)
     call = {name: settings.pop(name) for name in _OF_A_CALL if name in settings}
     run = RunOptions(prompt, settings, call)
-    for line in draw_mask(method, tuple(arg or ()), grid, query, output, run):
+    method = MethodOptions(attn, tuple(attn_arg or ()), attn_config)
+    for line in draw_mask(method, grid, query, output, run):
         say(line)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffattn._checks import whole
+
 from ..errors import UserError
-from ..run.method_settings import make_method, read_arguments
+from ..run.method_settings import MethodOptions, attention_settings, make_method
+from ..run.model_shape import shape_of
 from ..run.outputs import Outputs, check_writable, staged
-from ..run.request import Request, option
+from ..run.request import Request, check_option, option
 from .grid_text import read_grid, read_place
 
 if TYPE_CHECKING:
@@ -20,14 +23,17 @@ if TYPE_CHECKING:
     from diffattn.draw import Image
     from diffattn.methods import Method, StaticMaskMethod, VMoBAAttn
 
+_SIZES = ("height", "width", "num_frames")
+
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The options for a method that selects by content: a run, and the attention call to draw.
+    """A model and its size; for a method that selects by content, a run and a call in the run.
 
     Attributes:
         prompt: of the run.
-        settings: further settings of the run that the user gave, by the names of `Request`.
+        settings: the model, and further settings of the run that the user gave, by the names of
+            `Request`.
         call: those of `step`, `layer` and `head` that the user gave.
     """
 
@@ -37,54 +43,76 @@ class RunOptions:
 
 
 def draw_mask(
-    method: str,
-    arguments: Sequence[str],
-    grid: str | None,
-    query: str | None,
-    output: Path,
-    run: RunOptions,
+    options: MethodOptions, grid: str | None, query: str | None, output: Path, run: RunOptions
 ) -> Iterator[str]:
     """Write the picture of a mask, and yield lines about the mask.
 
     Args:
-        method: name of the method.
-        arguments: parameters of the method, each as "name=value".
+        options: the attention method.
         grid, query: as the user wrote them; without a query the middle of the grid is shown.
         output: the PNG file.
-        run: the run to draw for a method that selects by content, in place of the grid.
+        run: the model whose mask is drawn, in place of the grid or beside the grid; for a method
+            that selects by content the run to draw.
 
     Raises:
-        UserError: if the method, the grid, the query, the run or the output is refused.
+        UserError: if the method, the grid, the model, the query, the run or the output is refused.
     """
     from diffattn import draw
     from diffattn.methods.vmoba.method import VMoBAAttn
     from diffattn.planning.plans import check_tokens
 
-    made = make_method({"type": method} | read_arguments(arguments, "--arg", "--method"))
+    made = make_method(attention_settings(options, None))
     output = output.expanduser()
     if isinstance(made, VMoBAAttn):
         yield from _draw_run(made, grid, query, output, run)
         return
-    given = [*([] if run.prompt is None else ["prompt"]), *run.settings, *run.call]
-    if given:
-        raise UserError(
-            f"{option(given[0])} is for methods that select by content, such as vmoba; {method} is "
-            "drawn on a --grid"
-        )
-    if grid is None:
-        raise UserError(f"Missing option '--grid': the tokens that {method} is drawn on")
-    tokens = read_grid(grid)
+    variant, tokens = _place_of(made, grid, run)
     place = draw.middle(tokens) if query is None else read_place(query)
     _check_output(output)
     try:
         check_tokens(tokens)
         draw.check_query(tokens, place)
-        fitted = _static_method(made, tokens)
+        fitted = _static_method(made, variant, tokens)
         yield from _figures(fitted, tokens)
         image = draw.picture(fitted, tokens, place)
     except ValueError as error:
         raise UserError(error) from None
     yield str(_write(image, output))
+
+
+def _place_of(method: Method, grid: str | None, run: RunOptions) -> tuple[str, TokenGrid]:
+    """The model's name in tables of recommended settings, "" without a model, and the tokens."""
+    model = run.settings.get("model")
+    sizes = {name: run.settings[name] for name in _SIZES if name in run.settings}
+    of_a_run = [
+        *([] if run.prompt is None else ["prompt"]),
+        *(name for name in run.settings if name != "model" and name not in sizes),
+        *run.call,
+    ]
+    if of_a_run:
+        raise UserError(
+            f"{option(of_a_run[0])} is for methods that select by content, such as vmoba;"
+            f" {method.type} is drawn on a --grid or for a --model"
+        )
+    if sizes and (model is None or grid is not None):
+        raise UserError(
+            f"{option(next(iter(sizes)))} is a size of a --model; a --grid says its own"
+        )
+    if model is None:
+        if grid is None:
+            raise UserError(f"give --grid, the tokens that {method.type} is drawn on, or --model")
+        return "", read_grid(grid)
+    shape = shape_of(model)
+    for name, value in sizes.items():
+        check_option(name, value, whole(1))
+    try:
+        method.check_family(shape.family)
+        if grid is not None:
+            return shape.variant, read_grid(grid)
+        given = {"height": None, "width": None, "num_frames": None, **sizes}
+        return shape.variant, shape.grid(**given, text=None)
+    except ValueError as error:
+        raise UserError(error) from None
 
 
 def _draw_run(
@@ -116,10 +144,10 @@ def _write(image: Image, output: Path) -> Path:
     return output
 
 
-def _static_method(made: Method, grid: TokenGrid) -> StaticMaskMethod:
+def _static_method(made: Method, variant: str, grid: TokenGrid) -> StaticMaskMethod:
     from diffattn.methods import StaticMaskMethod
 
-    fitted = made.for_model("", replace(grid, text_before=0, text_after=0))
+    fitted = made.for_model(variant, replace(grid, text_before=0, text_after=0))
     if not isinstance(fitted, StaticMaskMethod):
         raise UserError(
             f"{made.type} has no mask that the grid alone decides, and cannot be drawn; a method "

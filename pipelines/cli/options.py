@@ -12,37 +12,70 @@ from ..run.request import BUNDLED_MODEL
 
 _FROM_MODEL = "Default: the model's."
 
+# Groups of options in the help.
+ATTENTION = "Attention"
+SIZE = "Size and length"
+SAMPLING = "Sampling"
+MACHINE = "Machine"
+
 Model = Annotated[
     str | None,
     typer.Option(help=f"Pipeline folder or hub id (default: the bundled {BUNDLED_MODEL})."),
 ]
-Pixels = Annotated[int | None, typer.Option(help="Pixels (default: the model's).")]
-Count = Annotated[int | None, typer.Option(help=_FROM_MODEL)]
-Number = Annotated[float | None, typer.Option(help=_FROM_MODEL)]
+Pixels = Annotated[
+    int | None, typer.Option(help="Pixels (default: the model's).", rich_help_panel=SIZE)
+]
+Frames = Annotated[int | None, typer.Option(help=_FROM_MODEL, rich_help_panel=SIZE)]
+Steps = Annotated[int | None, typer.Option(help=_FROM_MODEL, rich_help_panel=SAMPLING)]
+Guidance = Annotated[float | None, typer.Option(help=_FROM_MODEL, rich_help_panel=SAMPLING)]
 
-# The attention method of commands that run a model.
+
+def _method_names() -> list[str]:
+    from .listing import method_names  # for completion in a shell alone
+
+    return method_names()
+
+
 Attn = Annotated[
-    str | None, typer.Option(help="Attention method, see `diffattn methods` (default: radial).")
+    str | None,
+    typer.Option(
+        "--attn",
+        "--method",
+        help="Attention method, see `diffattn methods` (default: radial).",
+        rich_help_panel=ATTENTION,
+        autocompletion=_method_names,
+    ),
 ]
 AttnArg = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=VALUE", help="Parameter of the method.")
+    list[str] | None,
+    typer.Option(
+        "--attn-arg",
+        "--arg",
+        metavar="NAME=VALUE",
+        help="Parameter of the method; may be repeated.",
+        rich_help_panel=ATTENTION,
+    ),
 ]
 AttnConfig = Annotated[
-    Path | None, typer.Option(help="JSON file with the method and its parameters.")
-]
-
-# The attention method of commands that describe a method.
-MethodName = Annotated[str, typer.Option("--method", help="See `diffattn methods`.")]
-MethodArg = Annotated[
-    list[str] | None,
-    typer.Option("--arg", metavar="NAME=VALUE", help="Parameter of the method."),
+    Path | None,
+    typer.Option(
+        help="JSON file with the method and its parameters, instead of --attn.",
+        rich_help_panel=ATTENTION,
+    ),
 ]
 Grid = Annotated[
     str | None,
     typer.Option(
-        help="Latent frames x height x width in tokens; text tokens as 21x30x52+256 or 256+64x64."
+        help="Latent frames x height x width in tokens; text tokens as 21x30x52+256 or 256+64x64.",
+        rich_help_panel=SIZE,
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
+
+
+def examples(*commands: str) -> str:
+    """The end of a command's help: examples, each a paragraph of its own."""
+    return "\n\n".join(["Examples:", *(f"$ diffattn {command}" for command in commands)])
 
 
 def given_options(context: typer.Context, apart: Collection[str]) -> dict[str, Any]:

@@ -6,24 +6,36 @@ from typing import Annotated
 
 import typer
 
+from ..run.request import BUNDLED_MODEL
 from . import options
 from .say import say
 
+EXAMPLES = options.examples(
+    "plan --model Wan-AI/Wan2.1-T2V-14B --attn gna --height 720 --width 1280 --num-frames 81",
+    "plan --model moving-shapes",
+    "plan --grid 21x30x52 --attn gna --attn-arg window=7,15,15",
+)
+
 # Parameters that `plan` reads itself; all other options are arguments of `diffattn.plan`.
-_NOT_OF_A_PLAN = ("method", "arg", "model", "grid", "as_json")
+_NOT_OF_A_PLAN = ("attn", "attn_arg", "attn_config", "model", "grid", "as_json")
 
 
 def plan(
     context: typer.Context,
-    method: options.MethodName = "radial",
-    arg: options.MethodArg = None,
+    attn: options.Attn = None,
+    attn_arg: options.AttnArg = None,
+    attn_config: options.AttnConfig = None,
     model: Annotated[
-        str | None, typer.Option(help="Hub id of a well-known model, or a pipeline's folder.")
+        str | None,
+        typer.Option(
+            help="Hub id of a well-known model, a pipeline's folder, or the bundled "
+            f"{BUNDLED_MODEL}."
+        ),
     ] = None,
     grid: options.Grid = None,
     height: options.Pixels = None,
     width: options.Pixels = None,
-    num_frames: options.Count = None,
+    num_frames: options.Frames = None,
     text: Annotated[
         int | None, typer.Option(help="Text tokens in the model's sequence (default: the model's).")
     ] = None,
@@ -31,11 +43,13 @@ def plan(
     head_dim: Annotated[int | None, typer.Option(help="With --grid (default: 128).")] = None,
     layers: Annotated[int | None, typer.Option(help="With --grid (default: 1).")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of a run.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Say what a method costs on a model or grid, without running or downloading anything."""
+    from ..run.method_settings import MethodOptions
     from .plan_table import PlanOptions, plan_lines
 
+    method = MethodOptions(attn, tuple(attn_arg or ()), attn_config)
     numbers = options.given_options(context, _NOT_OF_A_PLAN)
-    for line in plan_lines(PlanOptions(method, tuple(arg or ()), model, grid, numbers), as_json):
+    for line in plan_lines(PlanOptions(method, model, grid, numbers), as_json):
         say(line)

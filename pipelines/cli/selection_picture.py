@@ -104,9 +104,10 @@ def draw_selection(
     step = call.step or request.steps // 2 + 1
     if step > request.steps:
         raise UserError(f"--step {step}: the run has {request.steps} steps")
+    for attention in _sites(loaded.pipe, call.layer):
+        if call.head >= attention.heads:
+            raise UserError(f"--head {call.head}: the model has heads 0 to {attention.heads - 1}")
     fitted, site, bits = _seen(method, request, loaded, step, call)
-    if call.head >= len(bits):
-        raise UserError(f"--head {call.head}: the model has heads 0 to {len(bits) - 1}")
     place = draw.middle(site.grid) if place is None else place
     try:
         draw.check_query(site.grid, place)
@@ -171,7 +172,7 @@ def _seen(
     raise UserError(
         f"step {step} of layer {call.layer} stays dense by the method's schedule"
         f" (dense_steps={fitted.dense_steps}, last_dense_steps={fitted.last_dense_steps},"
-        f" dense_layers={fitted.dense_layers}): choose another, or --arg dense_steps=0"
+        f" dense_layers={fitted.dense_layers}): choose another, or --attn-arg dense_steps=0"
     )
 
 

@@ -13,6 +13,20 @@ from ..run.request import BUNDLED_MODEL, DTYPES, OFFLOADS, option
 from . import options
 from .say import say, warn
 
+EXAMPLES = options.examples(
+    'upscale "a red circle moving right on a blue background" -o large.mp4',
+    'upscale "..." --input small.mp4 --height 1088 --width 1920 -o large.mp4 --model WAN-FOLDER',
+    'upscale "..." --model SD-XL-FOLDER -o large.png',
+)
+
+_Large = Annotated[
+    int | None,
+    typer.Option(help="Pixels (default: twice as many).", rich_help_panel=options.SIZE),
+]
+_Own = Annotated[
+    int | None, typer.Option(help="The model's own size.", rich_help_panel=options.SIZE)
+]
+
 
 def upscale(
     context: typer.Context,
@@ -32,26 +46,42 @@ def upscale(
             "Diffusion 1.5, 2.1, XL or Flux."
         ),
     ] = BUNDLED_MODEL,
-    preset: Annotated[str | None, typer.Option(metavar="1080p|1440p|2160p")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels (default: twice as many).")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels (default: twice as many).")] = None,
-    num_frames: options.Count = None,
-    base_height: Annotated[int | None, typer.Option(help="The model's own size.")] = None,
-    base_width: Annotated[int | None, typer.Option(help="The model's own size.")] = None,
-    base_steps: options.Count = None,
-    steps: Annotated[
-        int | None, typer.Option(help="At the large size, before strength (default: the model's).")
+    preset: Annotated[
+        str | None, typer.Option(metavar="1080p|1440p|2160p", rich_help_panel=options.SIZE)
     ] = None,
-    strength: Annotated[float, typer.Option(help="How much is made anew, up to 1.")] = 0.7,
+    height: _Large = None,
+    width: _Large = None,
+    num_frames: options.Frames = None,
+    base_height: _Own = None,
+    base_width: _Own = None,
+    base_steps: options.Steps = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="At the large size, before strength (default: the model's).",
+            rich_help_panel=options.SAMPLING,
+        ),
+    ] = None,
+    strength: Annotated[
+        float,
+        typer.Option(help="How much is made anew, up to 1.", rich_help_panel=options.SAMPLING),
+    ] = 0.7,
     strengths: Annotated[
         str | None,
         typer.Option(
             metavar="X,Y..",
             help="Pictures: how much is made anew at each size (default: 0.4,0.3,0.2,0.1, or 0.7).",
+            rich_help_panel=options.SAMPLING,
         ),
     ] = None,
     attn: Annotated[
-        str | None, typer.Option(help="Pictures: attention method (default: the untouched model).")
+        str | None,
+        typer.Option(
+            "--attn",
+            "--method",
+            help="Pictures: attention method (default: the untouched model).",
+            rich_help_panel=options.ATTENTION,
+        ),
     ] = None,
     attn_arg: options.AttnArg = None,
     attn_config: options.AttnConfig = None,
@@ -62,26 +92,50 @@ def upscale(
             help="All tokens guide every N steps, and the other steps reuse that guidance; 1: they "
             "guide in each step; none: in each step, and without the prompt too, as in the public "
             "code's slower mode.",
+            rich_help_panel=options.ATTENTION,
         ),
     ] = "2",
     store: Annotated[
-        str, typer.Option(metavar="device|cpu|pinned", help="Where guidance waits to be reused.")
+        str,
+        typer.Option(
+            metavar="device|cpu|pinned",
+            help="Where guidance waits to be reused.",
+            rich_help_panel=options.MACHINE,
+        ),
     ] = "device",
     interpolation: Annotated[
-        str, typer.Option(metavar="nearest|bilinear|bicubic|lanczos")
+        str, typer.Option(metavar="nearest|bilinear|bicubic|lanczos", rich_help_panel=options.SIZE)
     ] = "bilinear",
-    flow_shift: Annotated[float, typer.Option(help="Noise schedule at the large size.")] = 9.0,
+    flow_shift: Annotated[
+        float,
+        typer.Option(help="Noise schedule at the large size.", rich_help_panel=options.SAMPLING),
+    ] = 9.0,
     negative_prompt: Annotated[
-        str | None, typer.Option(help="At the large size (default: the model's, or the paper's).")
+        str | None,
+        typer.Option(
+            help="At the large size (default: the model's, or the paper's).",
+            rich_help_panel=options.SAMPLING,
+        ),
     ] = None,
-    guidance_scale: options.Number = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    guidance_scale: options.Guidance = None,
+    seed: Annotated[int, typer.Option(rich_help_panel=options.SAMPLING)] = 0,
     fps: Annotated[
-        float | None, typer.Option(help="Of the file (default: the input's or the model's).")
+        float | None,
+        typer.Option(
+            help="Of the file (default: the input's or the model's).",
+            rich_help_panel=options.SIZE,
+        ),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES))] = None,
-    device: Annotated[str | None, typer.Option(help="As in generate.")] = None,
-    offload: Annotated[str, typer.Option(metavar="|".join(OFFLOADS))] = "none",
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="|".join(DTYPES), rich_help_panel=options.MACHINE),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="As in generate.", rich_help_panel=options.MACHINE)
+    ] = None,
+    offload: Annotated[
+        str, typer.Option(metavar="|".join(OFFLOADS), rich_help_panel=options.MACHINE)
+    ] = "none",
 ) -> None:
     """Make a video or a picture beyond the model's own size, from a prompt or from a smaller one.
 

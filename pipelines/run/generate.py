@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import RunInterruptedError, UserError, one_line
+from .advice import cautions, cost_words, estimated_cost
 from .compare import psnr, side_by_side, ssim
 from .loading import LoadedModel, load_model
 from .machine import describe_device, quiet_libraries
 from .outputs import Outputs, on_disk, staged
 from .processes import count, rank, spread, together
 from .progress import LoopTimes, clock, watched
+from .refusals import gave_nan, lacks, refusals
 from .request import Request
 from .sidecar import write_record
 from .sizing import Run, call_arguments, complete
@@ -104,12 +106,25 @@ def _make_all(
     spread(loaded.pipe, runs[0].request, runs[0].grid)
     load_seconds = time.perf_counter() - start
     say(_headline(runs[0].request, loaded))
+    warn = _once(warn)
     for run in runs:
         warn_of_words(loaded.pipe, run.request.prompt, warn)
     for number, (run, outputs) in enumerate(zip(runs, job.outputs, strict=True), start=1):
         if len(runs) > 1:
             say(f"[{number}/{len(runs)}] {run.request.prompt}")
         _make(run, loaded, outputs, load_seconds, kept, say, warn)
+
+
+def _once(warn: Callable[[str], None]) -> Callable[[str], None]:
+    """A function that passes each warning on once, for videos of several prompts."""
+    said: set[str] = set()
+
+    def warn_once(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            warn(line)
+
+    return warn_once
 
 
 def _make(
@@ -123,8 +138,8 @@ def _make(
 ) -> None:
     """Make the files of one video."""
     request, method = run.request, run.method
-    with _attached(loaded.pipe, run) as attachment:
-        attention = _describe(attachment, run)
+    with refusals(), _attached(loaded.pipe, run) as attachment:
+        attention = _describe(attachment, run, loaded.pipe, warn)
     say(f"attention: {attention.pop('summary')}")
     dense = None
     if request.compare:
@@ -177,9 +192,7 @@ def render(request: Request, loaded: LoadedModel, label: str) -> Rendering:
         frames = _call(loaded.pipe, call_arguments(request, loaded), request.seed, times)
         total = clock() - start
     if not np.isfinite(frames).all():
-        raise UserError(
-            f"the model gave NaN in {loaded.dtype}: try --dtype float32 or --dtype bfloat16"
-        )
+        raise UserError(gave_nan(loaded.dtype))
     pixels = (frames * 255).round().clip(0, 255).astype(np.uint8)
     return Rendering(pixels, total, times.loop_seconds, times.step_seconds)
 
@@ -192,19 +205,12 @@ def _call(
     # A generator on the CPU gives the same noise for every device.
     generator = torch.Generator("cpu").manual_seed(seed)
     try:
-        return np.asarray(pipe(**arguments, generator=generator, output_type="np").frames[0])
+        with lacks():
+            return np.asarray(pipe(**arguments, generator=generator, output_type="np").frames[0])
     except ValueError as error:
         if times.step_seconds:
             raise
         raise UserError(f"{type(pipe).__name__} refuses: {one_line(error)}") from error
-    except NotImplementedError as error:
-        raise UserError(error) from error
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise UserError(
-                "out of memory: try fewer frames, a smaller size, --dtype bfloat16 or --offload"
-            ) from None
-        raise
 
 
 def _warm_up(run: Run, loaded: LoadedModel) -> None:
@@ -231,10 +237,8 @@ def _attached(pipe: DiffusionPipeline, run: Run) -> Iterator[Any]:
     if run.method.type == "dense":
         yield None
         return
-    try:
+    with refusals():
         attachment = diffattn.set_attn_processor(pipe, run.method)
-    except (ValueError, TypeError) as error:
-        raise UserError(error) from None
     try:
         if run.record is not None:
             assert run.request.lora is not None
@@ -244,8 +248,13 @@ def _attached(pipe: DiffusionPipeline, run: Run) -> Iterator[Any]:
         diffattn.set_attn_processor(pipe, None)
 
 
-def _describe(attachment: Any, run: Run) -> dict[str, Any]:
-    """The attachment's density and schedule as JSON types, with a summary in words."""
+def _describe(
+    attachment: Any, run: Run, pipe: DiffusionPipeline, warn: Callable[[str], None]
+) -> dict[str, Any]:
+    """The attachment's cost and schedule as JSON types, with a summary in words.
+
+    What the method costs in quality is said as a warning.
+    """
     if attachment is None:
         return {
             "summary": "dense, the untouched model",
@@ -257,7 +266,14 @@ def _describe(attachment: Any, run: Run) -> dict[str, Any]:
     facts = {item.name: getattr(description, item.name) for item in dataclasses.fields(description)}
     facts["method"] = description.method.to_dict()
     facts["grid"] = [grid.frames, grid.height, grid.width]
-    return {"summary": str(description), **facts}
+    summary = str(description)
+    cost = estimated_cost(pipe, run)
+    if cost is not None:
+        facts["share_of_dense_flops"] = cost.run_density
+        summary += f"; {cost_words(cost)}"
+    for caution in cautions(run, description):
+        warn(caution)
+    return {"summary": summary, **facts}
 
 
 def _compare(dense: Rendering, sparse: Rendering) -> dict[str, Any]:

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, shortened
 from .method_settings import MethodOptions, attention_settings, make_method
 from .outputs import Outputs, check_outputs, plan_outputs
 from .processes import check_processes
 from .prompts import read_prompts
-from .request import BUNDLED_MODEL, Request
+from .request import BUNDLED_MODEL, TEXT, Request, check_option
 from .sidecar import read_settings
 from .trained_lora import read_lora_record
 
 if TYPE_CHECKING:
     from diffattn.lora.adapter import LoraRecord
+
+
+# Of file systems in use, in bytes.
+_LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ def plan_job(
     """
     if sum(one is not None for one in (source.prompt, source.prompts_file, source.record)) != 1:
         raise UserError("give exactly one of PROMPT, --prompts-file and --from")
+    check_output_name(output)
     settings: dict[str, Any] = {}
     # Files that the run reads, and files of the repeated run: no output may replace these.
     inputs = [path for path in (source.prompts_file, method.config) if path is not None]
@@ -83,6 +88,7 @@ def plan_job(
     settings |= given
     for name in ("model", "lora"):
         if name in given:
+            check_option(name, given[name], TEXT)
             settings[name] = _absolute(given[name])
     lora = settings.get("lora")
     record = read_lora_record(lora) if isinstance(lora, str) else None
@@ -99,6 +105,26 @@ def plan_job(
     outputs = plan_outputs(output, prompts, several=source.prompts_file is not None)
     check_outputs(outputs, first.compare, first.fps, inputs)
     return Job(requests, outputs, record)
+
+
+def check_output_name(output: str | None) -> None:
+    """Check the name that a user gives to an output; None is no name.
+
+    Raises:
+        UserError: for a blank name, bytes that are no UTF-8, and names that no file can have.
+    """
+    if output is None:
+        return
+    check_option("output", output, TEXT)
+    for part in Path(output).parts:
+        length = len(part.encode())
+        if length > _LONGEST_NAME:
+            raise UserError(
+                f"--output: the name {shortened(part)} has {length} bytes, but files have at most"
+                f" {_LONGEST_NAME}"
+            )
+        if "\0" in part:
+            raise UserError(f"--output: the name {shortened(repr(part))} holds a zero byte")
 
 
 def _attention(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffattn._checks import did_you_mean
 
 from ..errors import UserError, one_line
-from .request import BUNDLED_MODEL, Request
+from .request import BUNDLED_MODEL, TEXT, Request, check_option
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,7 @@ def find_model(model: str) -> Path | str:
     Raises:
         UserError: if there is no such model, or the model is of no known family.
     """
+    check_option("model", model, TEXT)
     if model == BUNDLED_MODEL:
         from diffattn.samples.moving_shapes import MODEL_DIR
 
@@ -190,33 +191,15 @@ def _check_index(index: Path, shown: str) -> None:
 
 def read_defaults(model: str, source: Path | str) -> dict[str, Any]:
     """The recommendations of a model that `find_model` found, see `LoadedModel.defaults`."""
-    defaults = _bundled_defaults() if model == BUNDLED_MODEL else {}
     if isinstance(source, Path) and (source / DEFAULTS_FILE).is_file():
-        defaults |= _read_json(source / DEFAULTS_FILE, model)
-    return defaults
-
-
-def _bundled_defaults() -> dict[str, Any]:
-    """The settings that the bundled model was trained with and is tested with."""
-    from diffattn.samples.moving_shapes.clips import FRAMES, SIZE
-    from diffattn.samples.moving_shapes.evaluate import Sampling
-
-    return {
-        "height": SIZE,
-        "width": SIZE,
-        "num_frames": FRAMES,
-        "num_inference_steps": Sampling.steps,
-        "guidance_scale": Sampling.guidance,
-        # The bundled model knows only the words of its captions.
-        "negative_prompt": "",
-        "fps": 8,
-    }
+        return _read_json(source / DEFAULTS_FILE, model)
+    return {}
 
 
 def _read_json(path: Path, shown: str) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{shown}: cannot read {path.name}: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{shown}: {path.name} holds no JSON object")
@@ -233,7 +216,12 @@ def _from_pretrained(source: Path | str, shown: str, dtype: torch.dtype) -> Diff
     try:
         # Newer releases call the argument dtype; all supported releases take the old name.
         return DiffusionPipeline.from_pretrained(source, torch_dtype=dtypes)
-    except (OSError, ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+    except (TypeError, AttributeError, KeyError) as error:
+        raise UserError(
+            f"cannot load {shown}: its configuration does not fit diffusers' classes"
+            f" ({type(error).__name__}: {one_line(error)})"
+        ) from None
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"cannot load {shown}: {one_line(error)}") from None
 
 

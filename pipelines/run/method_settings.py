@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, shortened
 
 if TYPE_CHECKING:
     from diffattn.methods import Method
@@ -54,32 +54,35 @@ def attention_settings(options: MethodOptions, recorded: object) -> dict[str, An
         settings = {"type": name}
     elif recorded is not None:
         source, settings = "the record", recorded
+    if isinstance(settings, str):
+        settings = {"type": settings}
     if not isinstance(settings, Mapping) or not isinstance(settings.get("type"), str):
-        raise UserError(f'{source} must give the method as an object with a "type"')
+        raise UserError(
+            f'{source} must give the method as its name or as an object with a "type", not'
+            f" {shortened(settings)}"
+        )
     settings = dict(settings)
-    settings |= read_arguments(options.arguments, "--attn-arg", "--attn")
+    settings |= read_arguments(options.arguments)
     return make_method(settings).to_dict()
 
 
-def read_arguments(arguments: Sequence[str], option: str, method_option: str) -> dict[str, Any]:
-    """The parameters of a method that the user gave as "name=value".
-
-    Args:
-        arguments: each as the user wrote it.
-        option: the option that takes the arguments, for messages.
-        method_option: the option that names the method, for messages.
+def read_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """The parameters of a method that the user gave as "name=value" by --attn-arg.
 
     Raises:
-        UserError: if an argument is not "name=value", or names the type.
+        UserError: if an argument is not "name=value", names the type, or comes twice.
     """
     parameters: dict[str, Any] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if not equals or not key.strip():
-            raise UserError(f"{option} takes name=value, not {argument!r}")
-        if key.strip() == "type":
-            raise UserError(f"{option} cannot change the method; use {method_option}")
-        parameters[key.strip()] = _parse(value.strip())
+        key = key.strip()
+        if not equals or not key:
+            raise UserError(f"--attn-arg takes name=value, not {argument!r}")
+        if key == "type":
+            raise UserError("--attn-arg cannot change the method; use --attn")
+        if key in parameters:
+            raise UserError(f"--attn-arg gives {key} twice, the second time as {argument!r}")
+        parameters[key] = _parse(value.strip())
     return parameters
 
 
@@ -102,7 +105,7 @@ def _read_json(config: Path) -> Any:
         return json.loads(config.read_text("utf-8"))
     except OSError as error:
         raise UserError(f"cannot read --attn-config {config}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--attn-config {config} is not JSON: {error}") from None
 
 
@@ -111,6 +114,6 @@ def _parse(text: str) -> Any:
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
-        except (ValueError, SyntaxError):
-            continue
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue  # the last two are of very deep brackets
     return tuple(_parse(part.strip()) for part in text.split(",")) if "," in text else text

@@ -17,7 +17,7 @@ from diffattn._checks import (
     whole,
 )
 
-from ..errors import UserError
+from ..errors import UserError, shortened
 
 # Name of the model that comes with the package.
 BUNDLED_MODEL = "moving-shapes"
@@ -107,32 +107,42 @@ def option(name: str) -> str:
 def check_option(name: str, value: object, allowed: Allowed) -> None:
     """Raise UserError, in the words of the command line, unless the value is allowed."""
     if not allowed.holds(value):
+        if isinstance(value, str) and not _is_text(value):
+            raise UserError(f"{option(name)} must be text in UTF-8, not {shortened(repr(value))}")
         hint = did_you_mean(str(value), allowed.names)
-        raise UserError(f"{option(name)} must be {allowed.words}, not {value!r}{hint}")
+        raise UserError(
+            f"{option(name)} must be {allowed.words}, not {shortened(repr(value))}{hint}"
+        )
 
 
 def _is_entry(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("type"), str)
 
 
-_TEXT = Allowed("text", lambda value: isinstance(value, str) and value.strip() != "")
+def _is_text(value: Any) -> bool:
+    """Whether a value is text; bytes of the command line that are no UTF-8 come as surrogates."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+TEXT = Allowed("text", lambda value: _is_text(value) and value.strip() != "")
 
 _ALLOWED: Mapping[str, Allowed] = {
-    "prompt": _TEXT,
-    "model": _TEXT,
+    "prompt": TEXT,
+    "model": TEXT,
     "attention": Allowed('an object with a "type"', _is_entry),
-    "negative_prompt": Allowed("text", lambda value: isinstance(value, str)),
+    "negative_prompt": Allowed("text", _is_text),
     "height": whole(1),
     "width": whole(1),
     "num_frames": whole(1),
     "steps": whole(1),
     "guidance_scale": number(),
     "seed": whole(0, LARGEST_SEED),
-    "fps": number(above=0),
+    # GIF counts hundredths of a second in 16 bits, and containers have limits of their own.
+    "fps": number(at_least=0.01, at_most=1000),
     "dtype": choice(DTYPES),
-    "device": _TEXT,
+    "device": TEXT,
     "offload": choice(OFFLOADS),
     "context_parallel": choice(CONTEXT_PARALLEL),
-    "lora": _TEXT,
+    "lora": TEXT,
     "compare": FLAG,
 }

@@ -96,15 +96,18 @@ def complete(request: Request, loaded: LoadedModel) -> Run:
 def _token_grid(request: Request, pipe: DiffusionPipeline) -> TokenGrid:
     """The grid of a complete request; the error for a size that does not fit names the nearest."""
     from diffattn.models import pipeline_grid
+    from diffattn.planning.plans import check_tokens
 
     height, width, num_frames = request.height, request.width, request.num_frames
     assert height is not None
     assert width is not None
     assert num_frames is not None
     try:
-        return pipeline_grid(pipe, height, width, num_frames)
+        grid = pipeline_grid(pipe, height, width, num_frames)
+        check_tokens(grid)
     except ValueError as error:
         raise UserError(error) from None
+    return grid
 
 
 def call_arguments(request: Request, loaded: LoadedModel) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ import numpy as np
 from diffattn._checks import whole
 
 from ..errors import RunInterruptedError, UserError, one_line
+from .job import check_output_name
 from .loading import LoadedModel, load_model
 from .machine import describe_device, quiet_libraries
 from .outputs import Outputs, check_outputs, on_disk, plan_outputs, staged
 from .progress import clock, watched
+from .refusals import gave_nan, refusals
 from .request import Request, check_option
 from .sidecar import versions
 from .sizing import complete
@@ -101,6 +104,7 @@ def upscale(
     """
     if settings.input is not None:
         _refuse_base(request)
+    check_output_name(output)
     (outputs,) = plan_outputs(output, (request.prompt,), several=False)
     inputs = [] if settings.input is None else [settings.input]
     check_outputs([outputs], False, request.fps, inputs)
@@ -111,7 +115,9 @@ def upscale(
         _check_settings(settings)
         loaded = load_model(request)
         full = complete(request, loaded).request
+        _check_steps(settings, loaded)
         warn_of_words(loaded.pipe, request.prompt, warn)
+        _warn_of_small_size(full, settings, video, warn)
         if request.fps is None and fps is not None:
             full = dataclasses.replace(full, fps=fps)
         _make(full, settings, video, loaded, outputs, kept, say)
@@ -192,6 +198,47 @@ def _check_settings(settings: UpscaleSettings) -> None:
         raise UserError(error) from None
 
 
+def _check_steps(settings: UpscaleSettings, loaded: LoadedModel) -> None:
+    """Refuse a number of steps of which `strength` leaves none: the video would only be stretched.
+
+    Raises:
+        UserError: if no step is left; names the least number of steps.
+    """
+    steps = _steps_of(settings, loaded)
+    if int(steps * settings.strength + 1e-9) < 1:
+        least = math.ceil(1 / settings.strength)
+        raise UserError(
+            f"--strength {settings.strength:g} of {steps} steps leaves no step, and the video would"
+            f" only be stretched: give --steps {least} or more, or a larger --strength"
+        )
+
+
+def _steps_of(settings: UpscaleSettings, loaded: LoadedModel) -> int:
+    if settings.steps is not None:
+        return settings.steps
+    return int(loaded.defaults.get("num_inference_steps", _DEFAULT_STEPS))
+
+
+def _warn_of_small_size(
+    request: Request,
+    settings: UpscaleSettings,
+    video: np.ndarray | None,
+    warn: Callable[[str], None],
+) -> None:
+    """Warn of a large video that is no larger than the base video."""
+    from ..freeswim.pipeline import target_size
+
+    assert request.height is not None
+    assert request.width is not None
+    base = (request.height, request.width) if video is None else (video.shape[1], video.shape[2])
+    height, width = target_size(base, settings.preset, settings.height, settings.width)
+    if height <= base[0] and width <= base[1]:
+        warn(
+            f"the large video is {width}x{height}, no larger than the {base[1]}x{base[0]} that it"
+            f" is made of: its details are made anew, and nothing is enlarged"
+        )
+
+
 def _make(
     request: Request,
     settings: UpscaleSettings,
@@ -220,36 +267,30 @@ def _make(
     generator = torch.Generator("cpu").manual_seed(request.seed)
     choices: dict[str, Any] = dataclasses.asdict(settings)
     del choices["input"]
-    steps = choices.pop("steps")
-    if steps is None:
-        steps = loaded.defaults.get("num_inference_steps", _DEFAULT_STEPS)
+    del choices["steps"]
+    steps = _steps_of(settings, loaded)
     if choices["negative_prompt"] is None:
         choices["negative_prompt"] = loaded.defaults.get("negative_prompt", NEGATIVE_PROMPT)
     start = clock()
-    try:
-        with watched(loaded.pipe, "upscale") as times:
-            out = FreeSwimPipeline(loaded.pipe)(
-                request.prompt,
-                video=video,
-                num_frames=None if video is not None else request.num_frames,
-                base_height=request.height,
-                base_width=request.width,
-                base_steps=request.steps,
-                num_inference_steps=steps,
-                guidance_scale=request.guidance_scale,
-                generator=generator,
-                say=say,
-                **choices,
-                **extra,
-            )
-    except ValueError as error:
-        raise UserError(error) from None
+    with refusals(), watched(loaded.pipe, "upscale") as times:
+        out = FreeSwimPipeline(loaded.pipe)(
+            request.prompt,
+            video=video,
+            num_frames=None if video is not None else request.num_frames,
+            base_height=request.height,
+            base_width=request.width,
+            base_steps=request.steps,
+            num_inference_steps=steps,
+            guidance_scale=request.guidance_scale,
+            generator=generator,
+            say=say,
+            **choices,
+            **extra,
+        )
     seconds = clock() - start
     frames = out.frames[0]
     if not np.isfinite(frames).all():
-        raise UserError(
-            f"the model gave NaN in {loaded.dtype}: try --dtype float32 or --dtype bfloat16"
-        )
+        raise UserError(gave_nan(loaded.dtype))
     pixels = (frames * 255).round().clip(0, 255).astype(np.uint8)
     shown = dataclasses.asdict(settings) | {
         "steps": steps,

@@ -6,18 +6,24 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ..errors import shortened
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 # Tokenizers of real models hold tens of thousands of pieces, or single bytes, and know every word.
 _LARGEST_LIST = 200
+# Of a warning: the most unknown words, and the most letters of each.
+_MOST_WORDS, _LONGEST_WORD = 10, 30
 
 
 def warn_of_words(pipe: DiffusionPipeline, prompt: str, warn: Callable[[str], None]) -> None:
     """Warn of the words in the prompt that the model does not know, if there are any."""
     strange, known = unknown_words(pipe, prompt)
     if strange:
-        warn(f"the model does not know {', '.join(strange)}; its words are: {' '.join(known)}")
+        shown = [shortened(word, _LONGEST_WORD) for word in strange[:_MOST_WORDS]]
+        more = f" (and {len(strange) - len(shown)} more)" if len(strange) > len(shown) else ""
+        warn(f"the model does not know {', '.join(shown)}{more}; its words are: {' '.join(known)}")
 
 
 def unknown_words(pipe: DiffusionPipeline, prompt: str) -> tuple[list[str], list[str]]:

@@ -237,7 +237,13 @@ def _run(
 
 
 def _complete(job: TrainJob, loaded: LoadedModel) -> TrainJob:
-    """Fill in the size from the model's recommendations, else from the call's defaults."""
+    """Fill in the size from the model's recommendations, else from the call's defaults.
+
+    Raises:
+        UserError: if a size is missing, or the model cannot make the size.
+    """
+    from diffattn.models import pipeline_grid
+
     parameters = inspect.signature(type(loaded.pipe).__call__).parameters
     filled: dict[str, Any] = {}
     for name in ("height", "width", "num_frames"):
@@ -251,7 +257,12 @@ def _complete(job: TrainJob, loaded: LoadedModel) -> TrainJob:
                 f" --{name.replace('_', '-')}"
             )
         filled[name] = value
-    return dataclasses.replace(job, **filled)
+    full = dataclasses.replace(job, **filled)
+    try:
+        pipeline_grid(loaded.pipe, full.height, full.width, full.num_frames)
+    except ValueError as error:
+        raise UserError(error) from None
+    return full
 
 
 def _prepare(

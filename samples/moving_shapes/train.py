@@ -28,12 +28,16 @@ from torch.nn import functional as F
 
 from .captions import DIRECTIONS, split_scenes
 from .clips import FRAMES, SIZE, TRAVEL, draw_geometry, render
+from .evaluate import Sampling
 from .model import ModelSize, TrainingView, draw_noise_levels, make_transformer
 from .text import make_text_encoder, make_tokenizer, tokenize
 from .vae import PATCH, clip_latents, make_vae, train_decoder
 
 # Motion of a shape in tokens per frame.
 MOTION = TRAVEL * (SIZE // PATCH // 2) / (FRAMES - 1)
+
+# Frames a second that a clip is shown at.
+_FPS = 8
 
 # Time shift of the exported scheduler.
 SCHEDULER_SHIFT = 3.0
@@ -323,6 +327,21 @@ def export(trainer: Trainer, vae: nn.Module, folder: Path) -> None:
     )
     pipeline.save_pretrained(folder)
     _use_old_tokenizer_name(folder)
+    (folder / "generation.json").write_text(json.dumps(_recommended(), indent=2) + "\n")
+
+
+def _recommended() -> dict[str, Any]:
+    """The settings that the model was trained with and is tested with, for `diffattn generate`."""
+    return {
+        "height": SIZE,
+        "width": SIZE,
+        "num_frames": FRAMES,
+        "num_inference_steps": Sampling.steps,
+        "guidance_scale": Sampling.guidance,
+        # The model knows only the words of its captions.
+        "negative_prompt": "",
+        "fps": _FPS,
+    }
 
 
 def _use_old_tokenizer_name(folder: Path) -> None:

@@ -92,7 +92,7 @@ def every_axis(longest: int) -> list[AxisWindow]:
     return [
         AxisWindow(size, window, stride, dilation, causal)
         for size in range(2, longest + 1)
-        for window in range(2, size + 1)
+        for window in range(1, size + 1)
         for dilation in range(1, size // window + 1)
         for stride in range(1, window + 1)
         for causal in (False, True)
@@ -103,7 +103,7 @@ def every_axis(longest: int) -> list[AxisWindow]:
 def axis_settings(draw: Any, size: int) -> tuple[int, int, int, bool]:
     if size == 1:  # whatever is said of it must not matter
         return 3, draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.booleans())
-    window = draw(st.integers(2, size))
+    window = draw(st.integers(1, size))
     dilation = draw(st.integers(1, size // window))
     return window, draw(st.integers(1, window)), dilation, draw(st.booleans())
 
@@ -418,14 +418,15 @@ class TestParameters:
     @pytest.mark.parametrize(
         ("parameters", "message"),
         [
-            ({"window": 1}, r"^window is 1, but must be an integer of at least 2, a fraction of"),
-            ({"window": True}, "window is True, but must be an integer of at least 2"),
+            ({"window": 0}, r"^window is 0, but must be an integer of at least 1, a fraction of"),
+            ({"window": -1}, "window is -1, but must be an integer of at least 1"),
+            ({"window": True}, "window is True, but must be an integer of at least 1"),
             ({"window": 1.5}, r"window is 1.5, but .* above 0.0 and up to 1.0, or 'full'"),
             ({"window": float("nan")}, "window is nan, but must be"),
             ({"window": 0.0}, "window is 0.0, but must be"),
             ({"window": "all"}, "window is 'all', but must be .* or 'full'"),
             ({"window": (4, 0, 4)}, "window along height is 0, but must be an integer"),
-            ({"window": (4, 1)}, "window along width is 1, but must be an integer"),
+            ({"window": (4, -1)}, "window along width is -1, but must be an integer"),
             ({"window": (4, None)}, "window along width is None, but must be an integer"),
             ({"window": ()}, "window has 0 values, but must have 1 to 3: for frames, height and"),
             ({"window": [2, 2, 2, 2]}, "window has 4 values, but must have 1 to 3"),
@@ -439,6 +440,10 @@ class TestParameters:
             (
                 {"window": (8, 4), "stride": (9, 8, 5)},
                 "stride along width is 5, but a window of 4 allows 1 to 4",
+            ),
+            (
+                {"window": (1, 8, 8), "stride": 4},
+                "^stride along frames is 4, but a window of 1 allows only 1$",
             ),
             ({"dilation": 0}, "dilation is 0, but must be an integer of at least 1"),
             ({"dilation": None}, "dilation is None, but must be an integer of at least 1"),
@@ -479,7 +484,6 @@ class TestParameters:
 
 # What NATTEN's calls become here, on 16 tokens of one axis.
 SAME_AS_NATTEN: dict[str, dict[str, Any]] = {
-    "na1d kernel_size=1": {"window": 1},
     "na1d kernel_size*dilation=24 on 16 tokens": {"window": 12, "dilation": 2},
     "na1d stride=5 > kernel_size=4": {"window": 4, "stride": 5},
     "na1d stride=0": {"window": 4, "stride": 0},
@@ -490,6 +494,8 @@ SAME_AS_NATTEN: dict[str, dict[str, Any]] = {
     "na1d is_causal=1": {"window": 4, "is_causal": 1},
 }
 ALLOWED_HERE: dict[str, tuple[TokenGrid, dict[str, Any]]] = {
+    # A window of one token along one of several axes is attention within a row or a frame.
+    "na1d kernel_size=1": (TokenGrid(1, 1, 16), {"window": 1}),
     "na1d kernel_size=17 on 16 tokens": (TokenGrid(1, 1, 16), {"window": 17}),
     # What a video setting says of axes that an image does not have.
     "na1d kernel_size=(4,4) in 1-D": (TokenGrid(1, 1, 16), {"window": (4, 4)}),
@@ -504,6 +510,71 @@ ALLOWED_HERE: dict[str, tuple[TokenGrid, dict[str, Any]]] = {
     "na1d head_dim 24": (TokenGrid(1, 1, 16), {"window": 4}),
     "na1d requires_grad": (TokenGrid(1, 1, 16), {"window": 4}),
 }  # fmt: skip
+
+
+GRIDS_OF_SEVERAL = [
+    TokenGrid(5, 6, 7),
+    TokenGrid(9, 8, 16, text_after=11),
+    TokenGrid(1, 13, 17, text_before=4),
+    TokenGrid(21, 1, 5),
+]
+
+
+class TestAWindowOfOneToken:
+    """Along an axis where the window is 1 a token sees its own place alone."""
+
+    @pytest.mark.parametrize("grid", GRIDS_OF_SEVERAL, ids=str)
+    @pytest.mark.parametrize(
+        "alone", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)], ids=lambda axes: str(axes)
+    )
+    def test_the_mask_is_equality_of_places(self, grid: TokenGrid, alone: tuple[int, ...]) -> None:
+        window = tuple(1 if axis in alone else "full" for axis in range(3))
+        method = GNAAttn(window=window)
+        index = torch.arange(grid.tokens)
+        text = grid.is_text(index)
+        place = index.sub(grid.text_before).clamp(0, grid.video_tokens - 1)
+        places = torch.stack(
+            [place // (grid.height * grid.width), place // grid.width % grid.height,
+             place % grid.width]
+        )  # fmt: skip
+        want = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
+        for axis in alone:
+            want &= places[axis][:, None] == places[axis]
+        want |= text[:, None] | text
+        mask = method.mask(grid)
+        assert torch.equal(mask.dense(), want)
+        order = method.order(grid)
+        for block in (16, 128):
+            assert torch.equal(mask.blocks(block).dense()[0, 0], want)
+            layout = mask.blocks(block, order=order)
+            moved = index if order is None else order.positions()
+            assert torch.equal(layout.dense()[0, 0], want[moved][:, moved])
+        assert mask.density == pytest.approx(float(want.double().mean()))
+
+    @pytest.mark.parametrize("dilation", [1, 2, 5])
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_dilation_and_causality_change_nothing(self, dilation: int, causal: bool) -> None:
+        method = GNAAttn(window=1, dilation=dilation, is_causal=causal)
+        assert torch.equal(method.mask(TokenGrid(5, 7, 6)).dense(), torch.eye(210).bool())
+
+    @pytest.mark.parametrize("family", ["flux", "sd3", "qwen-image", "wan2.1", ""])
+    def test_a_frame_by_itself_is_legal_on_every_family(self, family: str) -> None:
+        grid = TokenGrid(1, 24, 40)
+        video = GNAAttn(window=(1, 8, 8)).for_model(family, grid)
+        image = GNAAttn(window=(8, 8)).for_model(family, grid)
+        assert torch.equal(video.mask(grid).dense(), image.mask(grid).dense())
+
+    def test_whole_frames_by_themselves_are_block_sparse(self) -> None:
+        plan = diffattn.plan(TokenGrid(8, 16, 16), GNAAttn(window=(1, "full", "full")))
+        assert plan.is_block_sparse
+        assert plan.nearest_block_sparse == plan.method
+        assert plan.density == plan.block_density == 1 / 8
+
+    def test_the_nearest_block_sparse_setting_keeps_the_axis(self) -> None:
+        method = GNAAttn(window=(1, 7, 8))
+        near = nearest_block_sparse(method, TokenGrid(8, 16, 16), (1, 8, 8))
+        assert near is not None
+        assert near.window == (1, 8, 8)
 
 
 class TestAnswersOfNatten:
@@ -699,6 +770,9 @@ class TestAttention:
             (TokenGrid(1, 13, 17, text_before=6, text_after=1), GNAAttn(window=(5, 0.3))),
             (TokenGrid(5, 6, 9), GNAAttn(window=(4, 3, 3), is_causal=(True, False, True))),
             (TokenGrid(1, 1, 129), GNAAttn(window=17, stride=5)),
+            (TokenGrid(6, 5, 7, text_after=3), GNAAttn(window=(1, "full", "full"))),
+            (TokenGrid(4, 9, 11), GNAAttn(window=(1, 1, 4), stride=(1, 1, 2))),
+            (TokenGrid(1, 12, 13, text_before=5), GNAAttn(window=(1, "full"))),
             (TokenGrid(7, 8, 9, text_after=2), GNAAttn()),
         ],
         ids=str,

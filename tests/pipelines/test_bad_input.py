@@ -10,9 +10,16 @@ import pytest
 import safetensors.torch
 import torch
 
+from diffattn.pipelines import cli
+from diffattn.pipelines.run.loading import read_defaults
+from diffattn.pipelines.run.refusals import gave_nan
 from diffattn.pipelines.run.request import LARGEST_SEED
+from diffattn.samples.moving_shapes import MODEL_DIR
+from diffattn.samples.moving_shapes.train import _recommended
 
 PROMPT = "a red circle"
+# Without the warning that the default method saves nothing on so small a grid.
+DENSE = ["--attn", "dense"]
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +37,8 @@ class TestOptions:
             (["--steps", "0"], "--steps must be a whole number of at least 1, not 0"),
             (["--height", "-16"], "--height must be a whole number of at least 1, not -16"),
             (["--seed", "-1"], f"--seed must be a whole number from 0 to {LARGEST_SEED}, not -1"),
-            (["--fps", "0"], "--fps must be a number above 0, not 0.0"),
-            (["--fps", "inf"], "--fps must be a number above 0, not inf"),
+            (["--fps", "0"], "--fps must be a number of at least 0.01 and at most 1000, not 0.0"),
+            (["--fps", "inf"], "--fps must be a number of at least 0.01 and at most 1000, not inf"),
             (["--guidance-scale", "nan"], "--guidance-scale must be a finite number, not nan"),
             (
                 ["--dtype", "float61"],
@@ -127,8 +134,8 @@ class TestMethod:
         ("text", "message"),
         [
             ("{", "--attn-config method.json is not JSON: "),
-            ("[1]", "--attn-config method.json must give the method as an object"),
-            ('{"decay_factor": 1}', "--attn-config method.json must give the method as an object"),
+            ("[1]", "--attn-config method.json must give the method as its name"),
+            ('{"decay_factor": 1}', "--attn-config method.json must give the method as its name"),
             ('{"type": "radial", "sinks": true}', "radial has no parameter 'sinks'"),
             ('{"type": "radial", "sink": 3}', "sink is 3, but must be true or false"),
         ],
@@ -170,7 +177,8 @@ class TestSize:
             raise ValueError("not on\nSundays")
 
         monkeypatch.setattr(WanPipeline, "check_inputs", check_inputs)
-        assert generate(PROMPT, "-o", "out.mp4").error == "WanPipeline refuses: not on Sundays"
+        error = generate(PROMPT, "-o", "out.mp4", *DENSE).error
+        assert error == "WanPipeline refuses: not on Sundays"
 
 
 class TestRun:
@@ -181,7 +189,7 @@ class TestRun:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TiB.")
 
         monkeypatch.setattr(WanPipeline, "check_inputs", check_inputs)
-        error = generate(PROMPT, "-o", "out.mp4").error
+        error = generate(PROMPT, "-o", "out.mp4", *DENSE).error
         assert error.startswith("out of memory: try fewer frames, a smaller size")
 
     def test_frames_that_are_no_numbers(self, generate, monkeypatch):
@@ -194,8 +202,16 @@ class TestRun:
             lambda *arguments, **options: (step(*arguments, **options)[0] * torch.nan,),
         )
         # The bars of the steps are on stdout, so that the error is alone.
-        error = generate(PROMPT, "-o", "out.mp4").error
-        assert error == "the model gave NaN in float32: try --dtype float32 or --dtype bfloat16"
+        error = generate(PROMPT, "-o", "out.mp4", *DENSE).error
+        assert error == (
+            "the model gave NaN in float32: its weights or its LoRA hold NaN, or a setting such as"
+            " --guidance-scale is too large"
+        )
+        for dtype, words in (
+            ("bfloat16", "try --dtype float32"),
+            ("float16", "try --dtype float32 or --dtype bfloat16"),
+        ):
+            assert gave_nan(dtype) == f"the model gave NaN in {dtype}: {words}"
 
     def test_a_later_prompt_that_fails_keeps_the_earlier(self, generate, tmp_path, monkeypatch):
         from diffusers import WanPipeline
@@ -206,7 +222,7 @@ class TestRun:
 
         monkeypatch.setattr(WanPipeline, "check_inputs", check_inputs)
         (tmp_path / "prompts.txt").write_text("one\ntwo\n")
-        error = generate("--prompts-file", "prompts.txt", "-o", "out.png").error
+        error = generate("--prompts-file", "prompts.txt", "-o", "out.png", *DENSE).error
         assert error == "WanPipeline refuses: no (kept: out-01)"
 
 
@@ -261,7 +277,10 @@ class TestModel:
         ("text", "message"),
         [
             ('{"hight": 32}', "generation.json: WanPipeline does not take 'hight'"),
-            ('{"fps": "fast"}', "--fps must be a number above 0, not 'fast'"),
+            (
+                '{"fps": "fast"}',
+                "--fps must be a number of at least 0.01 and at most 1000, not 'fast'",
+            ),
             ("[]", "generation.json holds no JSON object"),
         ],
     )
@@ -442,7 +461,7 @@ class TestRecord:
             ({"seed": None}, "--seed must be a whole number from 0 to"),
             ({"compare": "yes"}, "--compare must be true or false, not 'yes'"),
             ({"prompt": 7}, "the prompt must be text, not 7"),
-            ({"attention": "radial"}, "the record must give the method as an object with"),
+            ({"attention": 7}, "the record must give the method as its name or as an object with"),
             ({"attention": {"type": "radail"}}, "unknown method 'radail'; did you mean 'radial'?"),
             ({"model": 3}, "--model must be text, not 3"),
             ({}, "there is no model folder /no/where"),
@@ -466,3 +485,163 @@ def test_the_real_command_ends_the_same_way(tmp_path):
     assert result.stderr == (
         "diffattn: cannot write out.avi: the extension must be .mp4, .gif or .png\n"
     )
+
+
+class TestText:
+    """Bytes that are no UTF-8, names that no file can have, and names that are blank."""
+
+    BYTE = "a red \udcff circle"
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ([BYTE], "the prompt must be text in UTF-8, not 'a red \\udcff circle'"),
+            (
+                [PROMPT, "--negative-prompt", BYTE],
+                "--negative-prompt must be text in UTF-8, not 'a red \\udcff circle'",
+            ),
+            (
+                [PROMPT, "-o", "sur\udcff.mp4"],
+                "--output must be text in UTF-8, not 'sur\\udcff.mp4'",
+            ),
+            ([PROMPT, "--model", "m\udcff"], "--model must be text in UTF-8, not 'm\\udcff'"),
+            ([PROMPT, "--lora", "l\udcff"], "--lora must be text in UTF-8, not 'l\\udcff'"),
+            ([PROMPT, "-o", ""], "--output must be text, not ''"),
+            ([PROMPT, "--model", ""], "--model must be text, not ''"),
+            ([PROMPT, "--lora", ""], "--lora must be text, not ''"),
+            (
+                [PROMPT, "-o", "x" * 300 + ".mp4"],
+                f"--output: the name {'x' * 78}.. has 304 bytes, but files have at most 255",
+            ),
+            (
+                [PROMPT, "-o", "a/" + "\u00e4" * 130 + "/b.mp4"],
+                f"--output: the name {chr(0xE4) * 78}.. has 260 bytes, but files have at most 255",
+            ),
+        ],
+        ids=range(10),
+    )
+    def test_it_is_refused_before_anything_runs(self, diffattn, options, message):
+        assert diffattn("generate", *options).error == message
+
+    @pytest.mark.parametrize("name", ["", "sur\udcff.mp4", "x" * 256])
+    def test_outputs_of_upscale(self, diffattn, name):
+        error = diffattn("upscale", PROMPT, "-o", name).error
+        assert error.startswith("--output")
+
+    def test_long_values_are_cut_in_messages(self, diffattn):
+        error = diffattn("generate", PROMPT, "--dtype", "z" * 100_000).error
+        assert len(error) < 300
+
+
+class TestDepth:
+    """Brackets that no parser can follow."""
+
+    @pytest.mark.parametrize("command", ["generate", "plan"])
+    def test_of_a_configuration(self, diffattn, tmp_path, command):
+        deep = tmp_path / "deep.json"
+        deep.write_text("[" * 100_000)
+        where = [PROMPT] if command == "generate" else ["--grid", "2x3x4"]
+        error = diffattn(command, *where, "--attn-config", deep).error
+        assert error.startswith(f"--attn-config {deep} is not JSON: ")
+
+    @pytest.mark.parametrize("bracket", ["[", "(", "{", "-", "[[1],"])
+    def test_of_an_argument(self, diffattn, bracket):
+        argument = "window=" + bracket * 20_000
+        error = diffattn("plan", "--grid", "2x3x4", "--attn", "gna", "--attn-arg", argument).error
+        assert error.startswith("window")
+
+    def test_of_defaults(self, diffattn, tiny_wan, tmp_path):
+        folder = Path(shutil.copytree(tiny_wan, tmp_path / "deep"))
+        (folder / "generation.json").write_text("[" * 100_000)
+        error = diffattn("generate", PROMPT, "--model", folder, "-o", tmp_path / "a.gif").error
+        assert error.startswith(f"{folder}: cannot read generation.json: ")
+
+
+class TestSizesBeyondTheModel:
+    """Refused before anything runs, by name and by path alike."""
+
+    @pytest.mark.parametrize("by_path", [False, True])
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--width", 832, "--height", 480], "width is 832, which is 104 columns of tokens, "),
+            (["--num-frames", 100, "--height", 32, "--width", 32], "num_frames is 100, which is 1"),
+            (["--num-frames", 1_000_000], "num_frames is 1000000, which is 1000000 token frames,"),
+            (["--width", 1_000_000, "--height", 1_000_000], "height is 1000000, which is 125000 "),
+        ],
+    )
+    def test_of_generate(self, diffattn, tmp_path, by_path, options, message):
+        model = ["--model", MODEL_DIR] if by_path else []
+        error = diffattn("generate", PROMPT, *model, *options, "-o", tmp_path / "a.mp4").error
+        assert error.startswith(message)
+        assert "this model has positions for 64 (rope_max_seq_len of its transformer)" in error
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--preset", "1080p"], "height is 1088, which is 136 rows of tokens, but this model"),
+            (["--base-height", 832], "height is 832, which is 104 rows of tokens, but this model"),
+            (["--height", 1120, "--width", 1120], "height is 1120, which is 140 rows of tokens"),
+        ],
+    )
+    def test_of_upscale(self, diffattn, tmp_path, options, message):
+        error = diffattn("upscale", PROMPT, *options, "-o", tmp_path / "a.mp4").error
+        assert error.startswith(message)
+
+    def test_more_tokens_than_any_machine_takes(self, generate, monkeypatch):
+        monkeypatch.setattr("diffattn.planning.plans._MOST_TOKENS", 11)
+        assert generate(PROMPT, "-o", "out.mp4").error == (
+            "the grid 2x2x3 has 12 tokens, but at most 11 are possible: take fewer frames or a"
+            " smaller size"
+        )
+
+    def test_the_bundled_model_has_its_own_sizes_by_path(self):
+        own = read_defaults("moving-shapes", MODEL_DIR)
+        assert own == read_defaults(str(MODEL_DIR), MODEL_DIR) == _recommended()
+        assert (own["height"], own["width"], own["num_frames"]) == (96, 96, 16)
+
+
+class TestMethodsThatDoNotFitTheModel:
+    @pytest.mark.parametrize("window", ["3,3", "[3,3]"])
+    def test_windows_without_an_axis(self, generate, window):
+        error = generate(PROMPT, "-o", "out.mp4", "--attn", "gna", "--attn-arg", f"window={window}")
+        assert error.error.startswith("window is (3, 3), for height and width, but the grid 2x2x3")
+
+    def test_masks_that_do_not_fit_into_memory(self, generate, monkeypatch):
+        def video_mask(self, grid):
+            raise RuntimeError("[enforce fail] . DefaultCPUAllocator: tried to allocate 648 bytes")
+
+        monkeypatch.setattr("diffattn.methods.radial.RadialAttn.video_mask", video_mask)
+        assert generate(PROMPT, "-o", "out.mp4").error.startswith("out of memory: try fewer frames")
+
+
+class TestStdout:
+    @pytest.mark.parametrize("command", [["methods"], ["plan", "--grid", "2x3x4"], ["models"]])
+    def test_a_full_disk_is_one_line(self, command):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-P", "-m", "diffattn.pipelines", *command],
+                stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+            )  # fmt: skip
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("diffattn: ")
+        assert "No space left on device" in line
+
+    def test_a_reader_that_left_is_nothing_to_speak_of(self):
+        done = subprocess.run(
+            f"{sys.executable} -P -m diffattn.pipelines methods | true; exit ${{PIPESTATUS[0]}}",
+            shell=True, executable="/bin/bash", capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.stderr == ""
+
+
+def test_ctrl_c_while_modules_load(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffattn.pipelines.cli.commands.run", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "diffattn: interrupted: nothing was written\n"

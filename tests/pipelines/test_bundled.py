@@ -30,14 +30,13 @@ def test_its_own_settings_are_the_defaults(diffattn, here, record):
     assert record("out.json")["attention"]["density"] < 1
 
 
-def test_the_number_of_steps_is_its_own(diffattn, here, record, monkeypatch):
-    monkeypatch.setattr(Sampling, "steps", 1)
+def test_the_number_of_steps_is_its_own(diffattn, here, record):
     assert diffattn("generate", PROMPT, "-o", "out.gif", "--num-frames", 1).code == 0
-    assert record("out.json")["settings"]["steps"] == 1
+    assert record("out.json")["settings"]["steps"] == Sampling.steps
 
 
 def test_words_it_does_not_know_are_told_with_those_it_does(diffattn, here):
-    options = ["--steps", 1, "--num-frames", 1]
+    options = ["--steps", 1, "--num-frames", 1, "--attn", "dense"]
     result = diffattn("generate", "a pink dog moving up", "-o", "out.gif", *options)
     assert result.code == 0
     assert result.err.startswith("warning: the model does not know pink, dog; its words are: a ")

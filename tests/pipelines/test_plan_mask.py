@@ -80,7 +80,7 @@ class TestPlan:
         rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in result.out.splitlines())
         assert rows["method"] == draw.method_words(wanted.method)
         assert rows["grid"] == "3x7x9+5 text, 194 tokens"
-        assert rows["attention"] == "3 x 2 heads of 64"
+        assert rows["attention"] == "3 layers of 2 heads of 64"
         assert rows["token density"] == f"{wanted.density:.2%}"
         assert rows["blocks"].startswith(f"{wanted.blocks} of 16 tokens (")
         assert rows["visited blocks"] == (
@@ -182,7 +182,7 @@ class TestPlan:
         read = json.loads(result.out)
         assert TokenGrid(**read["grid"]) == TokenGrid(2, 2, 3)
         assert (read["heads"], read["head_dim"], read["layers"]) == (2, 16, 2)
-        assert read["steps"] is None
+        assert read["steps"] == 50  # WanPipeline's own
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -193,10 +193,10 @@ class TestPlan:
                 "give exactly one of --model and --grid",
             ),
             (["--grid", "2x2x2", "--method", "nothing"], "unknown method 'nothing'; choose from"),
-            (["--grid", "2x2x2", "--arg", "sink"], "--arg takes name=value, not 'sink'"),
+            (["--grid", "2x2x2", "--arg", "sink"], "--attn-arg takes name=value, not 'sink'"),
             (
                 ["--grid", "2x2x2", "--arg", "type=gna"],
-                "--arg cannot change the method; use --method",
+                "--attn-arg cannot change the method; use --attn",
             ),
             (["--grid", "2x2x2", "--arg", "sunk=1"], "radial has no parameter 'sunk'; did you"),
             (["--grid", "2x2x2", "--height", "4"], "height cannot be given here: a token grid"),
@@ -221,7 +221,7 @@ class TestPlan:
     def test_a_folder_of_no_pipeline(self, diffattn, tmp_path):
         error = diffattn("plan", "--model", tmp_path).error
         assert error.startswith(
-            f"{tmp_path} is no diffusers pipeline: there is no model_index.json"
+            f"{tmp_path} is not a diffusers pipeline: there is no model_index.json"
         )
 
 
@@ -281,7 +281,9 @@ class TestMask:
 
     def test_a_grid_too_large(self, mask):
         error = mask("--grid", "9999x999x999").error
-        assert error.startswith("the grid 9999x999x999 has 9979011999 tokens, but at most 2097152")
+        assert error.startswith(
+            "the grid 9999x999x999 has 9,979,011,999 tokens, but at most 2,097,152"
+        )
 
     @pytest.mark.parametrize("query", ["1", "1,2", "a,b,c", "1,2,3,4", "-1,0,0", ""])
     def test_bad_queries(self, mask, query):
@@ -306,8 +308,8 @@ class TestMask:
         ("options", "message"),
         [
             (["--method", "gno"], "unknown method 'gno'; did you mean 'gna'?"),
-            (["--arg", "sink"], "--arg takes name=value, not 'sink'"),
-            (["--method", "gna", "--arg", "window=1"], "window is 1, but must be an integer of at"),
+            (["--arg", "sink"], "--attn-arg takes name=value, not 'sink'"),
+            (["--method", "gna", "--arg", "window=0"], "window is 0, but must be an integer of at"),
             (
                 ["--method", "gna", "--arg", "window=3", "--arg", "dilation=2"],
                 "dilation along frames is 2, but a window of 2 on an axis of 2 tokens allows only",
@@ -318,7 +320,7 @@ class TestMask:
         assert mask("--grid", "2x3x4", *options).error.startswith(message)
 
     def test_a_grid_is_needed(self, mask):
-        assert mask().error == "Missing option '--grid': the tokens that radial is drawn on"
+        assert mask().error == "give --grid, the tokens that radial is drawn on, or --model"
 
     def test_what_was_selected_in_a_run(self, mask, tmp_path, tiny_wan):
         prompt = "a cat"
@@ -371,7 +373,7 @@ class TestMask:
             (
                 ["--step", 1],
                 "step 1 of layer 0 stays dense by the method's schedule (dense_steps=0.25, "
-                "last_dense_steps=0, dense_layers=0): choose another, or --arg dense_steps=0",
+                "last_dense_steps=0, dense_layers=0): choose another, or --attn-arg dense_steps=0",
             ),
             (["--query", "2,0,0"], "the query's frame is 2, but the grid 2x2x3 has frames 0 to 1"),
         ],
@@ -386,7 +388,7 @@ class TestMask:
         error = mask("--grid", "2x3x4", "--prompt", "x", "--layer", 1).error
         assert error == (
             "the prompt is for methods that select by content, such as vmoba; radial is drawn on a "
-            "--grid"
+            "--grid or for a --model"
         )
         assert mask("--grid", "2x3x4", "--head", 1).error.startswith("--head is for methods that")
 

@@ -99,13 +99,13 @@ class TestRefused:
             processes.spread(WanPipeline.from_pretrained(tiny_wan), complete(), GRID)
 
     def test_what_a_method_cannot_do(self, generate, monkeypatch):
-        from diffattn import RadialAttn
+        from diffattn import GNAAttn
 
         def attend(*call, **options):
             raise NotImplementedError("not on\nSundays")
 
-        monkeypatch.setattr(RadialAttn, "attend", attend)
-        options = ["--attn-arg=dense_steps=0"]
+        monkeypatch.setattr(GNAAttn, "attend", attend)
+        options = ["--attn=gna", "--attn-arg=window=1", "--attn-arg=dense_steps=0"]
         assert generate(PROMPT, "-o", "out.mp4", *options).error == "not on Sundays"
 
 

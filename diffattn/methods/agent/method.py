@@ -44,6 +44,8 @@ _UNET = "unet"
 # few times as many, and attention at 480p is some 30 times cheaper.
 _IMAGE_CELL = (1, 4, 4)
 _VIDEO_CELL = (3, 5, 4)
+# AgentSD has this many at 512 x 512 pixels.
+_FEW_AGENTS = 256
 
 
 def _are_factors(value: Any) -> bool:
@@ -170,6 +172,15 @@ class AgentAttn(Method):
             cell=self.cell or (_IMAGE_CELL if makes_images(family) else _VIDEO_CELL),
             dense_layers=self.dense_layers or 0,
             dense_steps=self.dense_steps or 0,
+        )
+
+    def caution(self, grid: TokenGrid) -> str | None:
+        agents = cell_count(grid, self.cell or _VIDEO_CELL)
+        if agents >= _FEW_AGENTS or self._cell_count(grid) is None:
+            return None
+        return (
+            f"{agents} agents for {grid.video_tokens} tokens are few, and details are lost; the"
+            f" paper has {_FEW_AGENTS} or more"
         )
 
     def adaptation(self, model: torch.nn.Module) -> Adaptation | None:

@@ -183,6 +183,16 @@ class CLEARAttn(StaticMaskMethod):
     def site_weights(self, module: torch.nn.Module, joint: bool) -> SiteWeights | None:
         return None if self.down_factor == 1 else CellWeights(self.down_factor, module)
 
+    def caution(self, grid: TokenGrid) -> str:
+        return "without fine-tuned weights pictures lose quality"
+
+    def check_family(self, family: str) -> None:
+        if self.ntk_factor != 1 and family not in ("", "flux"):
+            raise ValueError(
+                f"ntk_factor is {self.ntk_factor}, but models of the family {family} do not have"
+                f" the rotary position embedding of Flux that it is for; leave it out"
+            )
+
     def adaptation(self, model: torch.nn.Module) -> RopeBase | None:
         if self.ntk_factor == 1:
             return None

@@ -36,6 +36,7 @@ from diffattn.operator import (
 FAMILIES_WITH_IT = ("unet", *(family.name for family in FAMILIES if family.rotary is not None))
 
 _IDENTITY = -1
+_WIDEST = 1 << 16  # channels of an inner layer: more than any model has
 
 # The backend of linear attention for each backend of `attention`: "triton" is a kernel, "torch" is
 # matrix products, for every device.
@@ -50,12 +51,12 @@ _BACKENDS: dict[str, Literal["torch", "triton"]] = {
 def _is_width(mid_dim: Any) -> bool:
     if isinstance(mid_dim, float):
         return 0 < mid_dim < 1
-    return is_whole(mid_dim) and (mid_dim >= 1 or mid_dim == _IDENTITY)
+    return is_whole(mid_dim) and (1 <= mid_dim <= _WIDEST or mid_dim == _IDENTITY)
 
 
 _ALLOWED = {
     "mid_dim": Allowed(
-        "an integer of at least 1, a fraction of the layer's width between 0 and 1,"
+        f"an integer from 1 to {_WIDEST}, a fraction of the layer's width between 0 and 1,"
         f" {_IDENTITY} for no network, or None",
         _is_width,
     ),
@@ -128,17 +129,26 @@ class LinFusionAttn(Method):
             ValueError: if the model's position embedding is not known, or a transformer is to have
                 `reference_arithmetic`.
         """
-        family = family_of(model)
-        if family.name not in FAMILIES_WITH_IT:
+        self._check_family(family_of(model).name, type(model).__name__)
+
+    def check_family(self, family: str) -> None:
+        if family:
+            self._check_family(family, f"models of the family {family}")
+
+    def _check_family(self, family: str, shown: str) -> None:
+        if family not in FAMILIES_WITH_IT:
             raise ValueError(
-                f"linfusion cannot be attached to {type(model).__name__}: it needs to know the"
+                f"linfusion cannot be attached to {shown}: it needs to know the"
                 f" position embedding, which it does of {', '.join(FAMILIES_WITH_IT)}"
             )
-        if self.reference_arithmetic and family.name != "unet":
+        if self.reference_arithmetic and family != "unet":
             raise ValueError(
                 f"reference_arithmetic is True, but the public code has none for"
-                f" {type(model).__name__}; leave it out"
+                f" {shown}; leave it out"
             )
+
+    def caution(self, grid: TokenGrid) -> str:
+        return "without trained weights pictures lose their composition"
 
     def site_weights(self, module: torch.nn.Module, joint: bool) -> LinFusionWeights:
         return LinFusionWeights(module, self.mid_dim, joint)

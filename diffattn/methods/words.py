@@ -1,0 +1,28 @@
+"""A method in few words, and tables of words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from diffattn.methods.base import Method
+
+
+def method_words(method: Method) -> str:
+    """A title: the method's type, and those of its own parameters that differ from the default."""
+    own = [f for f in fields(method) if f.init and f.name in type(method).__annotations__]
+    values = {f.name: getattr(method, f.name) for f in own}
+    told = (f for f in own if values[f.name] != f.default)
+    return "  ".join([method.type, *(f"{f.name}={_word(values[f.name])}" for f in told)])
+
+
+def as_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def _word(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
