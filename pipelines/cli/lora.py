@@ -122,6 +122,7 @@ def train(
         int | None,
         typer.Option(help="Denoising steps of validation videos (default: the model's)."),
     ] = None,
+    lora_everywhere: options.LoraEverywhere = None,
     dtype: Annotated[
         str | None,
         typer.Option(metavar="|".join(DTYPES), help="Of the frozen model; the LoRA is float32."),

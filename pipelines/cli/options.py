@@ -20,6 +20,14 @@ Pixels = Annotated[int | None, typer.Option(help="Pixels (default: the model's).
 Count = Annotated[int | None, typer.Option(help=_FROM_MODEL)]
 Number = Annotated[float | None, typer.Option(help=_FROM_MODEL)]
 
+LoraEverywhere = Annotated[
+    bool | None,
+    typer.Option(
+        "--lora-everywhere/--no-lora-everywhere",
+        help="Keep a LoRA of `lora train` on in dense steps and under other methods, too.",
+    ),
+]
+
 # The attention method of commands that run a model.
 Attn = Annotated[
     str | None, typer.Option(help="Attention method, see `diffattn methods` (default: radial).")

@@ -23,7 +23,7 @@ from .progress import LoopTimes, clock, watched
 from .request import Request
 from .sidecar import write_record
 from .sizing import Run, call_arguments, complete
-from .trained_lora import load_weights_of_method
+from .trained_lora import load_weights_of_method, where_on
 from .video import write_video
 from .vocabulary import warn_of_words
 
@@ -126,6 +126,11 @@ def _make(
     with _attached(loaded.pipe, run) as attachment:
         attention = _describe(attachment, run)
     say(f"attention: {attention.pop('summary')}")
+    if run.record is not None:
+        dense_steps = attention.get("dense_steps", 0) + attention.get("last_dense_steps", 0)
+        line = where_on(method.type, run.record, dense_steps, everywhere=request.lora_everywhere)
+        if line is not None:
+            say(line)
     dense = None
     if request.compare:
         _warm_up(run, loaded)
