@@ -103,7 +103,7 @@ class TestStockDiffusers:
         fresh = pipeline()
         untrained = tiny_wan.run(fresh)
         fresh.load_lora_weights(tmp_path)
-        # The factor is in the weights of the file, which rounds otherwise unless it is a power of 2.
+        # The factor is in the weights of the file, which rounds otherwise than a product.
         torch.testing.assert_close(tiny_wan.run(fresh), trained, atol=1e-5, rtol=1e-5)
         assert not torch.allclose(untrained, trained, atol=1e-3)
 
