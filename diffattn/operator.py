@@ -15,6 +15,8 @@ import torch.nn.functional as F
 
 from diffattn.blocks import FULL, BlockLayout, layout_from_states
 from diffattn.flex_backend import flex_forward
+from diffattn.interception import through_modes
+from diffattn.kernels.autocast import cast_as_sdpa, without_autocast
 from diffattn.kernels.cpu import block_sparse as cpu_kernel
 from diffattn.kernels.reference import reference_attention
 from diffattn.kernels.transforms import first_order, is_forward_mode
@@ -115,6 +117,9 @@ def attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over the token pairs of a mask, computing only the blocks it visits.
 
+    In an autocast region query, key and value are cast to the region's dtype, as torch does for
+    `scaled_dot_product_attention`. Function modes that change that function change this one, too.
+
     The output is differentiable once in query, key and value: in reverse mode, and in forward mode
     by `torch.func.jvp` or `torch.autograd.forward_ad`, as training by sCM or MeanFlow needs it. The
     tangent is not differentiable. Only `mask` and `key_mask` hide keys. A query that sees no key
@@ -139,8 +144,8 @@ def attention(
             other backends.
 
     Returns:
-        (batch, tokens, heads, head_dim) in the dtype of `query`; with `return_lse` also the
-        log-sum-exp.
+        (batch, tokens, heads, head_dim) in the dtype of `query`, or of the autocast region; with
+        `return_lse` also the log-sum-exp.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not fit together or the mask, or the backend is
@@ -149,6 +154,7 @@ def attention(
             compute the call; and in a second derivative.
         ImportError: if the backend is "triton" and Triton cannot be imported.
     """
+    query, key, value = cast_as_sdpa(query, key, value)
     _check_inputs(query, key, value, key_mask)
     if mask is None and not return_lse:
         asked_backend(backend)  # an unknown backend is an error, though dense attention needs none
@@ -158,15 +164,23 @@ def attention(
         mask = every_pair(query.shape[1], key.shape[1], query.device)
     chosen = BACKENDS[choose_backend(query.device, backend)]
     layout = _layout_of(mask, query, key, order)
-    if order is not None:
-        query, key, value = (order.to_tiles(x) for x in (query, key, value))
-        key_mask = None if key_mask is None else order.to_tiles(key_mask)
-    out, lse = chosen.forward(query, key, value, layout, scale, key_mask, return_lse)
-    if order is not None:
-        out = order.from_tiles(out)
-        lse = None if lse is None else order.from_tiles(lse, 2)
+    key_mask = order.to_tiles(key_mask) if order is not None and key_mask is not None else key_mask
+
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if order is not None:
+            query, key, value = (order.to_tiles(x) for x in (query, key, value))
+        out, lse = forward(query, key, value, layout, scale, key_mask, return_lse)
+        if order is not None:
+            out = order.from_tiles(out)
+            lse = None if lse is None else order.from_tiles(lse, 2)
+        return out, lse
+
+    forward = without_autocast(chosen.forward)
     if not return_lse:
-        return out
+        return through_modes(lambda q, k, v: attend(q, k, v)[0], query, key, value)
+    out, lse = attend(query, key, value)
     assert lse is not None
     return out, lse
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.library import CustomOpDef
 
+from .autocast import without_autocast
 from .checks import LayoutTensors
 from .transforms import first_order, materialized, save, transformable
 
@@ -55,6 +56,7 @@ def over_layout(
     define = functools.partial(torch.library.custom_op, mutates_args=(), device_types=device_types)
 
     @define(f"diffattn::{name}")
+    @without_autocast
     def forward_op(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: list[torch.Tensor],
         key_mask: torch.Tensor | None, block_q: int, block_kv: int, scale: float,
@@ -64,6 +66,7 @@ def over_layout(
         )
 
     @define(f"diffattn::{name}_backward")
+    @without_autocast
     def backward_op(
         grad_out: torch.Tensor, grad_lse: torch.Tensor | None,
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
@@ -76,6 +79,7 @@ def over_layout(
         )  # fmt: skip
 
     @define(f"diffattn::{name}_tangent")
+    @without_autocast
     def tangent_op(
         q_tangent: torch.Tensor, k_tangent: torch.Tensor, v_tangent: torch.Tensor,
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
@@ -112,6 +116,7 @@ def over_selection(
     define = functools.partial(torch.library.custom_op, mutates_args=(), device_types=device_types)
 
     @define(f"diffattn::{name}")
+    @without_autocast
     def forward_op(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selection: list[torch.Tensor],
         key_mask: torch.Tensor | None, scale: float,
@@ -119,6 +124,7 @@ def over_selection(
         return forward(q, k, v, *selection, key_mask, scale=scale)
 
     @define(f"diffattn::{name}_backward")
+    @without_autocast
     def backward_op(
         grad_out: torch.Tensor, grad_lse: torch.Tensor | None,
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
@@ -130,6 +136,7 @@ def over_selection(
         return _differentiable(forward_op, backward_op, tangent)
 
     @define(f"diffattn::{name}_tangent")
+    @without_autocast
     def tangent_op(
         q_tangent: torch.Tensor, k_tangent: torch.Tensor, v_tangent: torch.Tensor,
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,

@@ -5,7 +5,8 @@
     clips = prepare(pipe, recipe, clips_with_captions, folder, height, width, num_frames)
     Trainer(pipe, clips, clips.empty, settings, output).train()
 
-`diffattn lora train` runs all these steps. `pipe.load_lora_weights` loads the LoRA.
+`diffattn lora train` runs all these steps. `load_lora(pipe, folder)` loads the LoRA and attaches
+its method; stock `pipe.load_lora_weights` loads the LoRA alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from diffattn.lora.adapter import LoraRecord, load_method_weights, read_record
     from diffattn.lora.cache import CachedClips
     from diffattn.lora.encoding import prepare
+    from diffattn.lora.loading import load_lora
     from diffattn.lora.recipes import recipe_for
     from diffattn.lora.settings import TrainSettings
     from diffattn.lora.teacher import teach
@@ -31,6 +33,7 @@ _HOMES = {
     "StepReport": "trainer",
     "TrainSettings": "settings",
     "Trainer": "trainer",
+    "load_lora": "loading",
     "load_method_weights": "adapter",
     "prepare": "encoding",
     "read_record": "adapter",
@@ -45,6 +48,7 @@ __all__ = [
     "StepReport",
     "TrainSettings",
     "Trainer",
+    "load_lora",
     "load_method_weights",
     "prepare",
     "read_record",

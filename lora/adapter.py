@@ -3,12 +3,16 @@
 The LoRA's file has the format of diffusers: stock `pipe.load_lora_weights` reads it. The header of
 the file names the method that the LoRA was trained under. The method's own weights, if there are
 any, are in a second file in the same folder.
+
+The factor alpha / rank is multiplied into the weights: programs that read no header, and take a
+missing alpha for the rank, apply the LoRA with the strength that it was trained with.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -30,9 +34,14 @@ if TYPE_CHECKING:
 LORA_FILE = "pytorch_lora_weights.safetensors"
 METHOD_FILE = "diffattn_method_weights.safetensors"
 
-_HEADER = "diffattn"
 # The name of the first adapter in peft and in diffusers.
-_ADAPTER = "default"
+ADAPTER = "default"
+
+_HEADER = "diffattn"
+# The entry of a file's header that holds the file's metadata, and the multiple of bytes that the
+# header fills up (safetensors).
+_METADATA = "__metadata__"
+_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -119,14 +128,21 @@ def save_adapter(
 
     model: Any = getattr(pipe, record.denoiser)
     weights = model.state_dict() if weights is None else weights
-    factors = get_peft_model_state_dict(model, dict(weights), adapter_name=_ADAPTER)
+    factors = get_peft_model_state_dict(model, dict(weights), adapter_name=ADAPTER)
+    config = model.peft_config[ADAPTER]
+    factors = _with_strength(factors, config)
     part = "unet" if record.denoiser == "unet" else "transformer"
     arguments: dict[str, Any] = {f"{part}_lora_layers": _compact(factors)}
     known = inspect.signature(type(pipe).save_lora_weights).parameters
     if f"{part}_lora_adapter_metadata" in known:
         # diffusers leaves the layers of a loaded LoRA in training mode: dropout would be active.
-        metadata = model.peft_config[_ADAPTER].to_dict() | {"lora_dropout": 0.0}
-        arguments[f"{part}_lora_adapter_metadata"] = metadata
+        changed = {"lora_dropout": 0.0, "lora_alpha": config.r, "use_rslora": False}
+        metadata = config.to_dict() | changed
+        # The order of a set differs from process to process.
+        arguments[f"{part}_lora_adapter_metadata"] = {
+            key: sorted(value) if isinstance(value, set | frozenset) else value
+            for key, value in metadata.items()
+        }
     folder.mkdir(parents=True, exist_ok=True)
     pipe.save_lora_weights(folder, weight_name=LORA_FILE, **arguments)
     _add_header(folder / LORA_FILE, record)
@@ -163,11 +179,51 @@ def read_record(path: Path) -> LoraRecord | None:
         return None
     try:
         entry = json.loads(text)
-        return LoraRecord(**{item.name: entry[item.name] for item in fields(LoraRecord)})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise LoraError(
-            f"LoRA {path} was written by another version of diffattn: its header lacks {error}"
+            f"LoRA {path} has a damaged header: its entry {_HEADER!r} is no JSON ({error}); write"
+            f" the LoRA again, or remove the entry to use the LoRA as one from elsewhere"
         ) from None
+    if not isinstance(entry, dict):
+        raise LoraError(
+            f"LoRA {path} has a damaged header: its entry {_HEADER!r} is {entry!r:.40}, but must be"
+            f" an object; write the LoRA again"
+        )
+    missing = [item.name for item in fields(LoraRecord) if item.name not in entry]
+    if missing:
+        raise LoraError(
+            f"LoRA {path} was written by another version of diffattn: its header lacks"
+            f" {missing[0]!r}"
+        )
+    record = LoraRecord(**{item.name: entry[item.name] for item in fields(LoraRecord)})
+    method = record.method
+    if not isinstance(method, dict) or not isinstance(method.get("type"), str):
+        raise LoraError(
+            f"LoRA {path} has a damaged header: its method is {method!r:.40}, but must be an object"
+            f' with a "type"; write the LoRA again'
+        )
+    if not isinstance(record.denoiser, str):
+        raise LoraError(
+            f"LoRA {path} has a damaged header: its denoiser is {record.denoiser!r:.40}, but must"
+            f" be the name of a component; write the LoRA again"
+        )
+    return record
+
+
+def check_finite(weights: Mapping[str, torch.Tensor], path: Path | str) -> None:
+    """Raise LoraError, with the name of the file at `path`, if a weight is NaN or infinite."""
+    broken = [
+        name
+        for name, weight in weights.items()
+        # Not every dtype of 8 bits has a test of its own.
+        if weight.is_floating_point() and not weight.float().isfinite().all()
+    ]
+    if broken:
+        raise LoraError(
+            f"{path} holds NaN or infinity in {len(broken)} of its {len(weights)} tensors, such as"
+            f" {broken[0]}: the file is damaged or its training has diverged; take an earlier"
+            f" checkpoint"
+        )
 
 
 def load_method_weights(pipe: DiffusionPipeline, path: Path, record: LoraRecord) -> int:
@@ -194,7 +250,10 @@ def load_method_weights(pipe: DiffusionPipeline, path: Path, record: LoraRecord)
         for name, module in modules.items()
         for key, weight in module.state_dict().items()
     }
-    weights = load_file(file)
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise LoraError(f"cannot read {file}: {error}") from None
     shapes = {name: weight.shape for name, weight in weights.items()}
     strange = dict(shapes.items() ^ own.items())
     if strange:
@@ -203,6 +262,7 @@ def load_method_weights(pipe: DiffusionPipeline, path: Path, record: LoraRecord)
             f" shape, such as {min(strange)}; attach it with the parameters that the LoRA was"
             f" trained with: {dict(record.method)}"
         )
+    check_finite(weights, file)
     for name, module in modules.items():
         prefix = f"{name}."
         module.load_state_dict(
@@ -262,7 +322,27 @@ def _compact(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
 
 
+def _with_strength(factors: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    """The factors of a LoRA with the factor of its config multiplied into each B."""
+    strength = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    return {
+        name: factor * strength if ".lora_B." in name else factor
+        for name, factor in factors.items()
+    }
+
+
 def _add_header(file: Path, record: LoraRecord) -> None:
-    with safe_open(file, framework="pt") as opened:
-        metadata = dict(opened.metadata() or {})
-    save_file(load_file(file), file, metadata=metadata | {_HEADER: json.dumps(asdict(record))})
+    """Add a record to the metadata of a LoRA's file, and put the metadata in order.
+
+    The safetensors library writes metadata in any order. In alphabetical order equal LoRAs are
+    equal files.
+    """
+    data = file.read_bytes()
+    (length,) = struct.unpack_from("<Q", data)
+    start = struct.calcsize("<Q")
+    header = json.loads(data[start : start + length])
+    metadata = header.pop(_METADATA, {}) | {_HEADER: json.dumps(asdict(record), sort_keys=True)}
+    ordered = {_METADATA: dict(sorted(metadata.items())), **header}
+    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[start + length :])

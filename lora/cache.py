@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +109,32 @@ def fingerprint(*parts: Any) -> str:
             continue
         for name, value in part.state_dict().items():
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            flat = value.detach().flatten()
-            some = flat[:: max(1, len(flat) // _SAMPLES)]
-            digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            for plain in _plain_tensors(value):
+                flat = plain.detach().flatten()
+                some = flat[:: max(1, len(flat) // _SAMPLES)]
+                digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _plain_tensors(value: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a tensor of a model's state consists of; a plain tensor is itself.
+
+    A quantised weight of torchao is an object of several tensors, and refuses the operations of a
+    plain tensor. Other kinds of weights (GGUF, bitsandbytes) are plain storage with notes.
+    """
+    if type(value) in (Tensor, torch.nn.Parameter):
+        yield value
+    elif hasattr(value, "__tensor_flatten__"):
+        names, _ = value.__tensor_flatten__()
+        for name in names:
+            yield from _plain_tensors(getattr(value, name))
+    else:
+        # A wrapper without the protocol has its tensors among its attributes.
+        parts = [part for part in vars(value).values() if isinstance(part, Tensor)]
+        for part in parts:
+            yield from _plain_tensors(part)
+        if not parts:
+            yield value.detach().as_subclass(Tensor)
 
 
 def open_folder(folder: Path) -> None:

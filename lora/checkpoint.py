@@ -3,6 +3,9 @@
 A checkpoint is a folder. It is written under a temporary name, and renamed once it is complete on
 the disk. It holds accelerate's state of the run (optimiser, gradient scaler, generators), the
 trained weights by name, and the LoRA of the step, ready for use.
+
+accelerate writes its state as pickled files. A pickled file that holds more than tensors and
+numbers is refused: code in it never runs.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import load as load_pickled
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -29,6 +33,7 @@ FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d+)")
 _PROGRESS = "progress.json"
 _WEIGHTS = "trained.safetensors"
+_PICKLED = (".bin", ".pkl", ".pt")
 # The errors of a full disk: torch and safetensors raise errors of their own.
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
@@ -167,6 +172,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, identity: Mappin
                 f"cannot go on from {checkpoint}: its {name} is {progress.identity.get(name)!r},"
                 f" now it is {value!r}; give the same, or another output folder"
             )
+    _check_pickled(checkpoint)
     try:
         accelerator.load_state(str(checkpoint))
     except (*_WRITE_ERRORS, pickle.UnpicklingError, KeyError, ValueError) as error:
@@ -174,6 +180,25 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, identity: Mappin
             f"cannot read checkpoint {checkpoint}: {error}; remove it to go on from the one before"
         ) from None
     return progress.step
+
+
+def _check_pickled(checkpoint: Path) -> None:
+    """Raise LoraError if a pickled file of a checkpoint holds more than tensors and numbers.
+
+    accelerate goes on without such a file, if the file is that of the generators.
+    """
+    for file in sorted(checkpoint.iterdir()):
+        if file.suffix not in _PICKLED:
+            continue
+        try:
+            # Mapped files are checked without reading their tensors.
+            load_pickled(file, map_location="cpu", weights_only=True, mmap=True)
+        except (*_WRITE_ERRORS, pickle.UnpicklingError, KeyError, ValueError, EOFError) as error:
+            raise LoraError(
+                f"cannot read checkpoint {checkpoint}: {file.name} is damaged, or is a pickled file"
+                f" with more than tensors and numbers, which could run code"
+                f" ({type(error).__name__}); remove it to go on from the one before"
+            ) from None
 
 
 def replace_files(folder: Path, write: Callable[[Path], None]) -> None:

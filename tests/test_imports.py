@@ -27,7 +27,7 @@ ROOMS = (
     ("orders", "schedule"),
     ("blocks", "block_forms"),
     ("masks",),
-    ("flex_backend",),
+    ("flex_backend", "interception"),
     ("operator",),
     ("selected", "models"),
     ("methods",),

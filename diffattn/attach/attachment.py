@@ -19,6 +19,7 @@ import torch
 from diffattn import _compat
 from diffattn.attach.choosing import check_patterns, choose, methods_by_pattern
 from diffattn.attach.denoiser import AttachedModel, attached_to
+from diffattn.attach.pickling import Unpicklable
 from diffattn.attach.run_clock import CountedMethod, RunClock, skipped_timesteps
 from diffattn.attach.sites import set_processor, site_names
 from diffattn.grid import TokenGrid
@@ -116,7 +117,7 @@ class Description:
         )
 
 
-class Attachment:
+class Attachment(Unpicklable):
     """A set of methods attached to the denoisers of a pipeline.
 
     Attributes:

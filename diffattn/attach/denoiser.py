@@ -21,6 +21,7 @@ from diffattn import _compat
 from diffattn.attach.backend import Group, backend_of
 from diffattn.attach.connection import complaint
 from diffattn.attach.permute_once import order_throughout
+from diffattn.attach.pickling import Unpicklable
 from diffattn.attach.run_clock import RunClock
 from diffattn.attach.sites import AttachedSite, set_processor
 from diffattn.grid import TokenGrid
@@ -87,7 +88,7 @@ class _WeightsOfCall:
         self.group.weights = self.group.rotary = None
 
 
-class AttachedModel:
+class AttachedModel(Unpicklable):
     """A denoiser with methods attached to its sites.
 
     Attributes:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from diffattn.blocks import unpack_bits
+from diffattn.interception import through_modes
+from diffattn.kernels.autocast import cast_as_sdpa, without_autocast
 from diffattn.kernels.cpu import gather as gather_cpu
 from diffattn.kernels.reference import reference_attention
 from diffattn.kernels.transforms import is_forward_mode
@@ -33,10 +35,11 @@ def selected_attention(
 ) -> torch.Tensor:
     """Softmax attention of every query over the blocks it has selected; differentiable.
 
-    A query that sees no key gives 0. The CPU kernel and the Triton kernel gather the queries of
-    each block. On Triton, tiles of neighbouring queries are computed instead (`union_attention`) in
-    two cases: for forward-mode derivatives, and in calls without gradients where earlier calls over
-    the same blocks have shown that neighbours select alike.
+    A query that sees no key gives 0. Autocast and function modes act as on `diffattn.attention`.
+    The CPU kernel and the Triton kernel gather the queries of each block. On Triton, tiles of
+    neighbouring queries are computed instead (`union_attention`) in two cases: for forward-mode
+    derivatives, and in calls without gradients where earlier calls over the same blocks have shown
+    that neighbours select alike.
 
     Args:
         query, key, value: (batch, tokens, heads, head_dim), in the order of the blocks.
@@ -48,13 +51,31 @@ def selected_attention(
         backend: "triton", "cpu" or "reference", by default chosen as for `diffattn.attention`.
 
     Returns:
-        (batch, tokens, heads, head_dim) in the dtype of `query`.
+        (batch, tokens, heads, head_dim) in the dtype of `query`, or of the autocast region.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not fit together, or the backend is unknown.
         NotImplementedError: if the tensors' device or the backend has no kernel.
         ImportError: if the backend is "triton" and Triton cannot be imported.
     """
+    query, key, value = cast_as_sdpa(query, key, value)
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return _attend(query, key, value, blocks, bits, scale, key_mask, backend)
+
+    return through_modes(without_autocast(attend), query, key, value)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    blocks: KeyBlocks,
+    bits: torch.Tensor,
+    scale: float | None,
+    key_mask: torch.Tensor | None,
+    backend: str | None,
+) -> torch.Tensor:
     name = choose_backend(query.device, backend)
     if name not in _NAMES:
         raise NotImplementedError(

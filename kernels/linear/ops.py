@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from ..autocast import cast_as_sdpa, without_autocast
 from ..checks import check_inputs
 from ..transforms import first_order, materialized, save, transformable
 from .torch_passes import TorchPasses, wide
@@ -46,6 +47,8 @@ def linear_attention(
 ) -> torch.Tensor:
     """Linear attention, without the projections around it; differentiable in q, k and v.
 
+    In an autocast region q, k and v are cast to the region's dtype, as torch does for attention.
+
     Args:
         q, k, v: `(batch, tokens, heads, head_dim)` of one dtype, any strides; the key length may
             differ from the query length.
@@ -65,6 +68,7 @@ def linear_attention(
     Raises:
         ValueError: if dtypes, devices or shapes do not fit together or are not supported.
     """
+    q, k, v = cast_as_sdpa(q, k, v)
     check_inputs(q, k, v, key_mask, dtypes=DTYPES)
     _check_supported(q, k, rotation, key_mask, chunk, backend)
     state, total = _state(k, v, key_mask, rotation, chunk, backend)
@@ -108,6 +112,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 @torch.library.custom_op("diffattn::linear_state", mutates_args=())
+@without_autocast
 def _state_op(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -130,6 +135,7 @@ def _(k: torch.Tensor, *rest: torch.Tensor | int | str | None) -> tuple[torch.Te
 
 
 @torch.library.custom_op("diffattn::linear_state_backward", mutates_args=())
+@without_autocast
 def _state_backward_op(
     d_state: torch.Tensor,
     d_total: torch.Tensor,
@@ -159,6 +165,7 @@ def _(
 
 
 @torch.library.custom_op("diffattn::linear_output", mutates_args=())
+@without_autocast
 def _output_op(
     q: torch.Tensor,
     state: torch.Tensor,
@@ -183,6 +190,7 @@ def _(
 
 
 @torch.library.custom_op("diffattn::linear_output_backward", mutates_args=())
+@without_autocast
 def _output_backward_op(
     grad_out: torch.Tensor,
     out: torch.Tensor,

@@ -103,6 +103,7 @@ def generate(
         str | None,
         typer.Option(help="LoRA file or folder; a LoRA of `lora train` brings its method."),
     ] = None,
+    lora_everywhere: options.LoraEverywhere = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="UTF-8 file with one prompt a line; one video each.")
     ] = None,

@@ -203,6 +203,7 @@ def train(
             rich_help_panel=_WATCH,
         ),
     ] = None,
+    lora_everywhere: options.LoraEverywhere = None,
     dtype: Annotated[
         str | None,
         typer.Option(

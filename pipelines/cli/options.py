@@ -36,6 +36,14 @@ def _method_names() -> list[str]:
     return method_names()
 
 
+LoraEverywhere = Annotated[
+    bool | None,
+    typer.Option(
+        "--lora-everywhere/--no-lora-everywhere",
+        help="Keep a LoRA of `lora train` on in dense steps and under other methods, too.",
+    ),
+]
+
 Attn = Annotated[
     str | None,
     typer.Option(

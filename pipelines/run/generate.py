@@ -25,7 +25,7 @@ from .refusals import gave_nan, lacks, refusals
 from .request import Request
 from .sidecar import write_record
 from .sizing import Run, call_arguments, complete
-from .trained_lora import load_weights_of_method
+from .trained_lora import load_weights_of_method, where_on
 from .video import write_video
 from .vocabulary import warn_of_words
 
@@ -141,6 +141,11 @@ def _make(
     with refusals(), _attached(loaded.pipe, run) as attachment:
         attention = _describe(attachment, run, loaded.pipe, warn)
     say(f"attention: {attention.pop('summary')}")
+    if run.record is not None:
+        dense_steps = attention.get("dense_steps", 0) + attention.get("last_dense_steps", 0)
+        line = where_on(method.type, run.record, dense_steps, everywhere=request.lora_everywhere)
+        if line is not None:
+            say(line)
     dense = None
     if request.compare:
         _warm_up(run, loaded)

@@ -91,7 +91,7 @@ def plan_job(
             check_option(name, given[name], TEXT)
             settings[name] = _absolute(given[name])
     lora = settings.get("lora")
-    record = read_lora_record(lora) if isinstance(lora, str) else None
+    record = read_lora_record(lora) if isinstance(lora, str) and lora.strip() else None
     # A repeated run keeps the method of its record.
     trained = record if "lora" in given else None
     settings["attention"] = _attention(method, settings, trained, say)

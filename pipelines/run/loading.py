@@ -120,7 +120,7 @@ def load_model(request: Request, record: LoraRecord | None = None) -> LoadedMode
     dtype = request.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     pipe = _from_pretrained(source, request.model, getattr(torch, dtype))
     if request.lora is not None:
-        load_lora(pipe, request.lora, record)
+        load_lora(pipe, request.lora, record, everywhere=request.lora_everywhere)
     _place(pipe, device, request.offload)
     defaults = read_defaults(request.model, source)
     return LoadedModel(pipe, defaults, dtype, str(device), record)

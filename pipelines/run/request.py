@@ -39,6 +39,7 @@ class Request:
         steps: denoising steps.
         fps: frames a second of the file.
         lora: file or folder of a LoRA.
+        lora_everywhere: whether the LoRA stays on in calls that it was not trained for.
         compare: whether the dense video is rendered too.
     """
 
@@ -58,6 +59,7 @@ class Request:
     offload: str = "none"
     context_parallel: str = "none"
     lora: str | None = None
+    lora_everywhere: bool = False
     compare: bool = False
 
     def __post_init__(self) -> None:
@@ -68,6 +70,8 @@ class Request:
             raise UserError(
                 "--compare needs a sparse method to compare with dense, not --attn dense"
             )
+        if self.lora_everywhere and self.lora is None:
+            raise UserError("--lora-everywhere is about the LoRA of --lora, which is not given")
         if self.context_parallel != "none" and self.offload != "none":
             raise UserError("give --context-parallel or --offload, not both")
         if self.context_parallel == "ring" and (self.compare or self.attention["type"] == "dense"):
@@ -144,5 +148,6 @@ _ALLOWED: Mapping[str, Allowed] = {
     "offload": choice(OFFLOADS),
     "context_parallel": choice(CONTEXT_PARALLEL),
     "lora": TEXT,
+    "lora_everywhere": FLAG,
     "compare": FLAG,
 }

@@ -1,65 +1,54 @@
-"""Load a LoRA, after a check that the model has a place for each of its layers.
-
-A LoRA of `diffattn lora train` records the method that it was trained under. Trained weights of the
-method itself may lie beside the LoRA.
-"""
+"""The LoRA of a run: loaded, with the method's own weights, and described in a line."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..errors import UserError, one_line
+from ..errors import UserError
 
 if TYPE_CHECKING:
-    import torch
     from diffusers import DiffusionPipeline
 
     from diffattn.lora.adapter import LoraRecord
     from diffattn.methods import Method
 
-_FACTOR = re.compile(r"transformer\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
 
-
-def load_lora(pipe: DiffusionPipeline, path: str, record: LoraRecord | None) -> None:
+def load_lora(
+    pipe: DiffusionPipeline, path: str, record: LoraRecord | None, *, everywhere: bool
+) -> None:
     """Load a LoRA file or folder into the denoiser of its record; without a record, into all.
 
-    Where nothing fits, diffusers only warns, and would render a video without the LoRA.
+    Args:
+        pipe: the pipeline.
+        path: the file or the folder.
+        record: the result of `read_lora_record`.
+        everywhere: keep the LoRA on in calls that it was not trained for.
 
     Raises:
         UserError: if there is no LoRA at `path`, or the LoRA does not fit the model.
     """
-    source = Path(path).expanduser()
-    if not source.exists():
-        raise UserError(f"there is no LoRA at {path}")
-    if not hasattr(pipe, "load_lora_weights"):
-        raise UserError(f"{type(pipe).__name__} takes no LoRA")
+    from diffattn.lora.errors import LoraError
+    from diffattn.lora.loading import load_factors
+
     try:
-        factors = pipe.lora_state_dict(source)
-    except Exception as error:
-        # safetensors, torch and diffusers each raise their own errors for other files.
-        raise UserError(f"cannot read LoRA {path}: {one_line(error)}") from None
-    for name in _denoisers(pipe) if record is None else [record.denoiser]:
-        if getattr(pipe, name, None) is None:
-            raise UserError(f"LoRA {path} is for the {name}, which {type(pipe).__name__} lacks")
-        _check_fit(getattr(pipe, name), factors, path)
-        # Only pipelines with two experts know this argument.
-        extra = {"load_into_transformer_2": True} if name == "transformer_2" else {}
-        try:
-            pipe.load_lora_weights(source, **extra)
-        except (ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise UserError(f"LoRA {path} does not fit the model: {one_line(error)}") from None
+        load_factors(pipe, Path(path).expanduser(), record, everywhere=everywhere)
+    except LoraError as error:
+        raise UserError(error) from None
 
 
 def read_lora_record(path: str) -> LoraRecord | None:
-    """How the LoRA at `path` was trained; None unless `diffattn lora train` has trained it."""
+    """How the LoRA at `path` was trained; None unless `diffattn lora train` has trained it.
+
+    Raises:
+        UserError: if there is no LoRA at `path`, or the file is not one that is read.
+    """
     from diffattn.lora.adapter import read_record
     from diffattn.lora.errors import LoraError
+    from diffattn.lora.loading import find_file
 
     try:
-        return read_record(Path(path).expanduser())
+        return read_record(find_file(Path(path).expanduser()))
     except LoraError as error:
         raise UserError(error) from None
 
@@ -82,31 +71,27 @@ def load_weights_of_method(
         raise UserError(error) from None
 
 
-def _denoisers(pipe: DiffusionPipeline) -> list[str]:
-    names = ("transformer", "transformer_2")
-    return [name for name in names if getattr(pipe, name, None) is not None]
+def where_on(method: str, record: LoraRecord, dense_steps: int, *, everywhere: bool) -> str | None:
+    """A line that says where a LoRA is off, or is on without having been trained for it.
 
+    Args:
+        method: the type of the run's method.
+        record: how the LoRA was trained.
+        dense_steps: number of steps of the run that stay dense.
+        everywhere: whether the LoRA stays on everywhere.
 
-def _check_fit(model: torch.nn.Module, factors: Mapping[str, Any], path: str) -> None:
-    layers = dict(model.named_modules())
-    matches = [match for key in factors if (match := _FACTOR.fullmatch(key))]
-    if not matches:
-        raise UserError(
-            f"LoRA {path} does not fit: none of its {len(factors)} tensors is for the transformer"
-        )
-    unknown = sorted({match["layer"] for match in matches} - set(layers))
-    if unknown:
-        raise UserError(
-            f"LoRA {path} does not fit {type(model).__name__}: it has no layer {unknown[0]}"
-            + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else "")
-        )
-    for match in matches:
-        layer = layers[match["layer"]]
-        attribute, axis = ("in_features", 1) if match["side"] == "A" else ("out_features", 0)
-        wanted = getattr(layer, attribute, None)
-        size = factors[match.string].shape[axis]
-        if wanted is not None and wanted != size:
-            raise UserError(
-                f"LoRA {path} does not fit {type(model).__name__}: {match['layer']} has "
-                f"{attribute} {wanted}, the LoRA is for {size}"
-            )
+    Returns:
+        The line; None where the LoRA was trained for every step of the run.
+    """
+    trained = record.method["type"]
+    if method != trained:
+        where = f"in this run, which attends by {method}"
+    elif dense_steps:
+        where = f"in the {dense_steps} dense steps"
+    else:
+        return None
+    if everywhere:
+        return f"the LoRA is on {where}, although it was trained under {trained}"
+    return (
+        f"the LoRA is off {where}: it was trained under {trained} (--lora-everywhere keeps it on)"
+    )

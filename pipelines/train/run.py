@@ -52,6 +52,7 @@ class TrainJob:
         validate_every: optimiser steps between validation videos.
         validation_prompts: prompts of the validation videos.
         validation_steps: denoising steps of the validation videos.
+        lora_everywhere: whether the LoRA stays on in the dense steps of validation videos.
         dtype: of the frozen model.
         device: "cpu", or the type of the accelerator.
     """
@@ -70,6 +71,7 @@ class TrainJob:
     validate_every: int | None = None
     validation_prompts: tuple[str, ...] = ()
     validation_steps: int | None = None
+    lora_everywhere: bool = False
     dtype: str | None = None
     device: str | None = None
 
@@ -97,6 +99,14 @@ class TrainJob:
             raise UserError("--validate-every and --validation-prompt go together")
         if self.validate_every is not None and self.validate_every < 1:
             raise UserError(f"--validate-every must be at least 1, not {self.validate_every}")
+        if not isinstance(self.lora_everywhere, bool):
+            raise UserError(
+                f"lora_everywhere is {self.lora_everywhere!r}, but must be true or false"
+            )
+        if self.lora_everywhere and self.validate_every is None:
+            raise UserError(
+                "--lora-everywhere is about the videos of --validate-every, which is not given"
+            )
 
     def request(self, prompt: str = "a video") -> Request:
         """A request for one video of the model, as `diffattn generate` takes it."""
@@ -336,7 +346,9 @@ def _validation(
         dataclasses.replace(job.request(prompt), steps=job.validation_steps)
         for prompt in job.validation_prompts
     ]
-    return Validation(loaded, trainer, requests, job.validate_every, say)
+    return Validation(
+        loaded, trainer, requests, job.validate_every, say, lora_everywhere=job.lora_everywhere
+    )
 
 
 def _check_whole(accelerator: Accelerator) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ _LOG = "validation.jsonl"
 class Validation:
     """Renders the same prompts every so many steps, beside the dense and the untrained video.
 
+    The LoRA is off in the steps that stay dense, as in `diffattn generate`.
     The videos lie in a folder of the run. A log in that folder has the PSNR to the dense videos.
     """
 
@@ -39,8 +41,20 @@ class Validation:
         requests: Sequence[Request],
         every: int,
         say: Callable[[str], None],
+        *,
+        lora_everywhere: bool = False,
     ) -> None:
-        """Render the prompts dense and sparse, unless the run is resumed and has done so."""
+        """Render the prompts dense and sparse, unless the run is resumed and has done so.
+
+        Args:
+            loaded: the pipeline.
+            trainer: the training.
+            requests: the videos to render.
+            every: number of optimiser steps between two looks.
+            say: takes lines for the user.
+            lora_everywhere: keep the LoRA on in dense steps.
+        """
+        self._lora_everywhere = lora_everywhere
         self._loaded, self._trainer, self._every, self._say = loaded, trainer, every, say
         self._requests = [complete(request, loaded).request for request in requests]
         self._folder = trainer.output / _FOLDER
@@ -61,7 +75,7 @@ class Validation:
         for number, request in enumerate(self._requests):
             with np.load(self._untrained(number)) as file:
                 dense, sparse = file["dense"], file["sparse"]
-            trained = render(request, self._loaded, f"step {step}").frames
+            trained = self._render_trained(request, f"step {step}")
             clips = [("dense", dense), ("sparse", sparse), (f"LoRA, step {step}", trained)]
             assert request.fps is not None
             name = f"{number:02d}-{slug(request.prompt)}.mp4"
@@ -75,6 +89,16 @@ class Validation:
             f"step {step}: PSNR to dense {now:.2f} dB, untrained {before:.2f} dB; videos in"
             f" {folder}"
         )
+
+    def _render_trained(self, request: Request, label: str) -> np.ndarray:
+        from diffattn.lora.adapter import ADAPTER
+        from diffattn.lora.presence import under_method
+
+        with ExitStack() as stack:
+            if not self._lora_everywhere:
+                method = self._trainer.settings.attention["type"]
+                stack.enter_context(under_method(self._trainer.model, ADAPTER, method))
+            return render(request, self._loaded, label).frames
 
     def _render_untrained(self, number: int, request: Request) -> None:
         from diffattn.lora.losses import dense_teacher

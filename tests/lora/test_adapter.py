@@ -103,7 +103,8 @@ class TestStockDiffusers:
         fresh = pipeline()
         untrained = tiny_wan.run(fresh)
         fresh.load_lora_weights(tmp_path)
-        assert torch.equal(tiny_wan.run(fresh), trained)
+        # The factor is in the weights of the file, which rounds otherwise than a product.
+        torch.testing.assert_close(tiny_wan.run(fresh), trained, atol=1e-5, rtol=1e-5)
         assert not torch.allclose(untrained, trained, atol=1e-3)
 
     def test_a_checkpoint_is_a_lora_too(self, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -373,3 +374,58 @@ def test_the_package_gives_functions_whatever_was_imported_before():
 
 if __name__ == "__main__":
     main()
+
+
+class Refusing(torch.Tensor):
+    """A quantised weight as torchao's: tensors behind a wrapper that refuses nearly everything."""
+
+    numbers: torch.Tensor
+    scale: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, numbers: torch.Tensor, scale: torch.Tensor) -> "Refusing":
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=scale.dtype)
+
+    def __init__(self, numbers: torch.Tensor, scale: torch.Tensor) -> None:
+        self.numbers, self.scale = numbers, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].numbers, args[0].scale)
+        raise NotImplementedError(f"{cls.__name__} refuses {func}")
+
+
+class Flattening(Refusing):
+    """As torchao's newer classes, with torch's protocol for wrappers."""
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["numbers", "scale"], None
+
+
+class Noted(torch.nn.Parameter):
+    """Plain storage with a note, as GGUF's weights."""
+
+    note = "Q4"
+
+
+@pytest.mark.parametrize("cls", [Refusing, Flattening])
+def test_the_fingerprint_of_quantised_weights(cls: type[Refusing]) -> None:
+    def model(numbers: int, scale: float) -> torch.nn.Module:
+        made = torch.nn.Linear(8, 4, bias=False)
+        quantised = cls(torch.full((4, 8), numbers, dtype=torch.int8), torch.full((4,), scale))
+        made.weight = torch.nn.Parameter(quantised, requires_grad=False)
+        made.config = {}
+        return made
+
+    prints = [fingerprint(model(*values)) for values in ((3, 0.5), (3, 0.5), (4, 0.5), (3, 0.6))]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+
+
+def test_the_fingerprint_of_storage_with_a_note() -> None:
+    made = torch.nn.Linear(8, 4, bias=False)
+    made.config = {}
+    plain = fingerprint(made)
+    made.weight = Noted(made.weight.detach())
+    assert fingerprint(made) == plain

@@ -1,6 +1,7 @@
 """The loop: what a step is, going on where one left off, and what it refuses."""
 
 import json
+import pickle
 import resource
 import shutil
 from pathlib import Path
@@ -208,6 +209,32 @@ class TestResume:
             tiny_training.trainer(tmp_path, resume=True)
         assert str(error.value).startswith(f"cannot read checkpoint {last}: ")
         assert str(error.value).endswith("; remove it to go on from the one before")
+
+    @pytest.mark.parametrize("file", ["random_states_0.pkl", "optimizer.bin"])
+    def test_a_pickle_of_code_in_a_checkpoint(self, file: str, tmp_path: Path) -> None:
+        tiny_training.trainer(tmp_path, steps=1).train()
+        last = tmp_path / "checkpoints" / "step-000001"
+        for write in (pickle.dump, torch.save):
+            with (last / file).open("wb") as opened:
+                write(_Evil(tmp_path / "mark"), opened)
+            with pytest.raises(LoraError) as error:
+                tiny_training.trainer(tmp_path, resume=True)
+            assert str(error.value).startswith(
+                f"cannot read checkpoint {last}: {file} is damaged, or is a pickled file with more"
+                f" than tensors and numbers, which could run code ("
+            )
+            assert str(error.value).endswith("); remove it to go on from the one before")
+        assert not (tmp_path / "mark").exists()
+
+
+class _Evil:
+    """A pickle of it makes a file when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
 
 
 class TestRefusals:

@@ -47,6 +47,10 @@ class TestOptions:
             ),
             (["--offload", "disk"], "--offload must be one of none, model, group, not 'disk'"),
             (["--lora", " "], "--lora must be text, not ' '"),
+            (
+                ["--lora-everywhere"],
+                "--lora-everywhere is about the LoRA of --lora, which is not given",
+            ),
         ],
     )
     def test_values_out_of_range(self, generate, options, message):
@@ -378,6 +382,37 @@ class TestLora:
         path.write_bytes(b"not a LoRA at all")
         error = generate(PROMPT, "-o", "out.mp4", "--lora", path).error
         assert error.startswith(f"cannot read LoRA {path}: ")
+
+    @pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])
+    def test_a_pickled_one(self, generate, tmp_path, suffix):
+        path = tmp_path / f"lora{suffix}"
+        torch.save({"a": torch.zeros(1)}, path)
+        for given in (path, tmp_path):
+            error = generate(PROMPT, "-o", "out.mp4", "--lora", given).error
+            assert error.startswith(f"LoRA {path} is a pickled file ({suffix}), which can run code")
+
+    def test_half_of_one(self, generate, tmp_path):
+        path = tmp_path / "lora.safetensors"
+        name = "transformer.blocks.0.attn1.to_q.lora_A.weight"
+        safetensors.torch.save_file({name: torch.zeros(2, 32)}, path)
+        error = generate(PROMPT, "-o", "out.mp4", "--lora", path).error
+        assert error.startswith(f"LoRA {path} is half a LoRA: 1 of its 1 tensors have no")
+
+    def test_one_of_nan(self, generate, tiny_lora, tmp_path):
+        path = tmp_path / "lora.safetensors"
+        tensors = safetensors.torch.load_file(tiny_lora)
+        broken = {name: weight * float("nan") for name, weight in tensors.items()}
+        safetensors.torch.save_file(broken, path)
+        error = generate(PROMPT, "-o", "out.mp4", "--lora", path).error
+        assert error.startswith(f"LoRA {path} holds NaN or infinity in ")
+
+    def test_a_broken_header(self, generate, tmp_path):
+        path = tmp_path / "lora.safetensors"
+        safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={"diffattn": "{no"})
+        error = generate(PROMPT, "-o", "out.mp4", "--lora", path).error
+        assert error.startswith(
+            f"LoRA {path} has a damaged header: its entry 'diffattn' is no JSON"
+        )
 
     def test_a_folder_without_one(self, generate, tmp_path):
         error = generate(PROMPT, "-o", "out.mp4", "--lora", tmp_path).error

@@ -78,6 +78,44 @@ class TestTrain:
         method = record("arg.json")["attention"]["method"]
         assert (method["type"], method["radius"], method["down_factor"]) == ("clear", 2, 2)
 
+    def test_it_is_off_in_dense_steps(
+        self, trained: Path, generate: Callable[..., Result], record: Callable[[str], Any]
+    ) -> None:
+        assert generate("a cat", "-o", "stock.png", "--attn", "dense").code == 0
+        dense = ["--lora", trained, "--attn-arg", "dense_steps=2"]
+        result = generate("a cat", "-o", "off.png", *dense)
+        assert result.code == 0, result.err
+        assert (
+            "the LoRA is off in the 2 dense steps: it was trained under clear (--lora-everywhere"
+            " keeps it on)\n" in result.out
+        )
+        assert (frames("off") == frames("stock")).all()
+        result = generate("a cat", "-o", "on.png", *dense, "--lora-everywhere")
+        assert (
+            "the LoRA is on in the 2 dense steps, although it was trained under clear\n"
+            in result.out
+        )
+        assert (frames("on") != frames("stock")).any()
+        assert record("on.json")["settings"]["lora_everywhere"] is True
+        assert record("off.json")["settings"]["lora_everywhere"] is False
+
+    def test_it_is_off_under_other_methods_and_in_the_dense_video(
+        self, trained: Path, generate: Callable[..., Result]
+    ) -> None:
+        assert generate("a cat", "-o", "stock.png", "--attn", "dense").code == 0
+        result = generate("a cat", "-o", "dense.png", "--attn", "dense", "--lora", trained)
+        assert (
+            "the LoRA is off in this run, which attends by dense: it was trained under clear"
+            " (--lora-everywhere keeps it on)\n" in result.out
+        )
+        assert (frames("dense") == frames("stock")).all()
+        gna = ["--attn", "gna", "--attn-arg", "window=2,2,2"]
+        assert generate("a cat", "-o", "gna.png", *gna).code == 0
+        assert generate("a cat", "-o", "both.png", *gna, "--lora", trained).code == 0
+        assert (frames("gna") == frames("both")).all()
+        assert generate("a cat", "-o", "own.png", "--lora", trained, "--compare").code == 0
+        assert (frames("own.dense") == frames("stock")).all()
+
     def test_a_recorded_run_repeats_its_own_method(
         self, trained: Path, generate: Callable[..., Result], diffattn: Callable[..., Result]
     ) -> None:
@@ -176,6 +214,23 @@ class TestTrain:
         logs = [(tmp_path / run / "losses.jsonl").read_text() for run in (OUT, "alone")]
         assert logs[0] == logs[1]
 
+    def test_validation_leaves_it_off_in_dense_steps(
+        self, train: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        validation = ["--validate-every", 2, "--validation-prompt", "a cow"]
+        validation += ["--validation-steps", 2, "--attn-arg", "dense_steps=2"]
+        arguments = ["--prompts", "prompts.txt", *CELLS, "--learning-rate", 1, *validation]
+        ratios = []
+        for more in ([], ["--lora-everywhere"]):
+            folder = f"run-{len(ratios)}"
+            result = train(*arguments, "-o", folder, *more)
+            assert result.code == 0, result.err
+            text = (tmp_path / folder / "validation" / "validation.jsonl").read_text()
+            ratios.append(json.loads(text)["psnr_db"])
+        # Equal frames have no ratio.
+        assert ratios[0] is None
+        assert ratios[1] is not None
+
 
 class TestRefusals:
     @pytest.mark.parametrize(
@@ -225,6 +280,14 @@ class TestRefusals:
             (["--prompts", "prompts.txt", "--num-frames", "6"], "num_frames is 6, but this model"),
             (["--config", "path.json"], "data is 3, but must be a path"),
             (
+                ["--config", "everywhere.json"],
+                "lora_everywhere is 'yes', but must be true or false",
+            ),
+            (
+                ["--prompts", "prompts.txt", "--lora-everywhere"],
+                "--lora-everywhere is about the videos of --validate-every, which is not given",
+            ),
+            (
                 ["--prompts", "prompts.txt", "--device", "tpu"],
                 "--device is 'tpu', but here it must be cpu or left out (",
             ),
@@ -236,6 +299,7 @@ class TestRefusals:
         (tmp_path / "empty").mkdir()
         (tmp_path / "wrong.json").write_text('{"lernrate": 1}')
         (tmp_path / "path.json").write_text('{"data": 3}')
+        (tmp_path / "everywhere.json").write_text('{"data": ".", "lora_everywhere": "yes"}')
         assert train(*arguments).error.startswith(message)
 
     def test_a_model_without_a_scheduler(

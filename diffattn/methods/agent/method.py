@@ -8,6 +8,7 @@ transformers, means over cells of tokens, are not in the paper.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -24,6 +25,7 @@ from diffattn._checks import (
     sides,
 )
 from diffattn.grid import TokenGrid
+from diffattn.interception import through_modes
 from diffattn.methods.agent.agents import (
     Agents,
     Beside,
@@ -252,6 +254,18 @@ class AgentAttn(Method):
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
+        attend = partial(self._attend, site=site, scale=scale, key_mask=key_mask)
+        return through_modes(attend, query, key, value)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        site: Site,
+        scale: float,
+        key_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
         agents = self.agents(query, site, key_mask)
         if agents is None:
             return dense_attention(query, key, value, scale, key_mask)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from diffattn._checks import FLAG, check_fields, choice, count, number
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
+from diffattn.interception import through_modes
 from diffattn.masks.base import BLOCK, AttentionMask
 from diffattn.methods.base import AttachedSites, Site, SiteWeights, StaticMaskMethod
 from diffattn.methods.clear.cells import CellWeights, cells, mean_weight, pooled
@@ -215,7 +217,8 @@ class CLEARAttn(StaticMaskMethod):
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         attend = super().attend if self.is_mask_alone else self._attend_with_cells
-        return attend(query, key, value, site, scale=scale, key_mask=key_mask)
+        with_rest = partial(attend, site=site, scale=scale, key_mask=key_mask)
+        return through_modes(with_rest, query, key, value)
 
     # The content of a layout depends on the mask and cannot be traced: compiled code breaks here.
     @torch.compiler.disable

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from diffattn._checks import FLAG, Allowed, check_fields, count, is_whole, number
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
+from diffattn.interception import through_modes
 from diffattn.kernels.linear import CHUNK, linear_attention
 from diffattn.methods.base import Method, Site, SiteState, SiteWeights, Work
 from diffattn.methods.checkpoint import parameters_by_own_name
@@ -175,12 +177,17 @@ class LinFusionAttn(Method):
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if self.reference_arithmetic:
-            return _in_reference_arithmetic(query, key, value, self.eps, key_mask)
+            attend = partial(_in_reference_arithmetic, eps=self.eps, key_mask=key_mask)
+            return through_modes(attend, query, key, value)
         joint = site.grid.text_before + site.grid.text_after > 0
         rotation = _rotation(site, query)
         if joint:
-            return self._attend_jointly(query, key, value, site, rotation, scale, key_mask)
-        return self._attend_linearly(query, key, value, rotation, key_mask)
+            attend = partial(
+                self._attend_jointly, site=site, rotation=rotation, scale=scale, key_mask=key_mask
+            )
+        else:
+            attend = partial(self._attend_linearly, rotation=rotation, key_mask=key_mask)
+        return through_modes(attend, query, key, value)
 
     def _attend_linearly(
         self,

@@ -1,0 +1,253 @@
+"""Load a LoRA into a pipeline, after a check of its file and of the model's place for each layer.
+
+Only .safetensors files are read: a pickled file can run code when it is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from diffattn.attach.attachment import set_attn_processor
+from diffattn.attach.denoiser import attached_to
+from diffattn.lora.adapter import (
+    LORA_FILE,
+    METHOD_FILE,
+    LoraRecord,
+    check_finite,
+    load_method_weights,
+    read_record,
+)
+from diffattn.lora.errors import LoraError
+from diffattn.lora.presence import keep_everywhere, keep_under_method
+from diffattn.methods import from_dict
+from diffattn.models import denoisers
+
+_SUFFIX = ".safetensors"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+_FACTOR = re.compile(r"(?P<part>\w+)\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
+# The names of the two factors of a layer, in the layouts of diffusers, kohya and older diffusers.
+_HALVES = ((".lora_A.", ".lora_B."), (".lora_down.", ".lora_up."), (".lora.down.", ".lora.up."))
+
+
+def load_lora(pipe: Any, path: str | Path, *, everywhere: bool = False) -> LoraRecord | None:
+    """Load a LoRA into a pipeline, with the method that it was trained under.
+
+    If nothing is attached to the pipeline, the method is attached, with the parameters of the
+    training. An attached method stays; the method's own weights are loaded into it.
+
+    A LoRA of `diffattn lora train` is on where the pipeline attends by the type of method that the
+    LoRA was trained under. It is off in the steps that stay dense, under another method, and after
+    `pipe.set_attn_processor(None)`: there the pipeline is the one without the LoRA, bit for bit. A
+    LoRA from elsewhere is on everywhere, and nothing is attached.
+
+    Args:
+        pipe: the pipeline.
+        path: the LoRA's file, or the folder of the file.
+        everywhere: keep the LoRA on in every call.
+
+    Returns:
+        The record of the training; None for a LoRA that diffattn did not train.
+
+    Raises:
+        LoraError: if there is no LoRA at `path`, the file is pickled or damaged, the LoRA does not
+            fit the pipeline, or its method cannot be attached.
+    """
+    source = Path(path).expanduser()
+    record = read_record(find_file(source))
+    load_factors(pipe, source, record, everywhere=everywhere)
+    if record is None:
+        return None
+    try:
+        if all(attached_to(model) is None for model in denoisers(pipe).values()):
+            set_attn_processor(pipe, from_dict(record.method))
+    except (ValueError, TypeError) as error:
+        raise LoraError(error) from None
+    if _attends_by(getattr(pipe, record.denoiser), record.method["type"]):
+        load_method_weights(pipe, source, record)
+    return record
+
+
+def find_file(path: Path) -> Path:
+    """The file of the LoRA at `path`, a file or a folder.
+
+    Raises:
+        LoraError: if there is none, there are several to choose from, or the file is no
+            .safetensors file.
+    """
+    if path.is_dir():
+        return _file_in(path)
+    if not path.exists():
+        raise LoraError(f"there is no LoRA at {path}")
+    if path.suffix.lower() in _PICKLED:
+        raise LoraError(
+            f"LoRA {path} is a pickled file ({path.suffix}), which can run code when it is read:"
+            f" only {_SUFFIX} files are read; ask its author for one"
+        )
+    if path.suffix != _SUFFIX:
+        raise LoraError(
+            f"LoRA {path} is no {_SUFFIX} file: its name ends in {path.suffix or 'nothing'!r}"
+        )
+    return path
+
+
+def _file_in(folder: Path) -> Path:
+    if (folder / LORA_FILE).is_file():
+        return folder / LORA_FILE
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != METHOD_FILE)
+    found = [file for file in files if file.suffix == _SUFFIX]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise LoraError(
+            f"folder {folder} holds {len(found)} {_SUFFIX} files, none of them called {LORA_FILE}:"
+            f" name the file of the LoRA, such as {found[0]}"
+        )
+    pickled = [file for file in files if file.suffix.lower() in _PICKLED]
+    if pickled:
+        return find_file(pickled[0])
+    raise LoraError(f"cannot read LoRA {folder}: the folder holds no {_SUFFIX} file")
+
+
+def load_factors(
+    pipe: Any, path: Path, record: LoraRecord | None, *, everywhere: bool = False
+) -> None:
+    """Load a LoRA into the denoiser of its record; without a record, into all denoisers.
+
+    Where nothing fits, diffusers only warns, and would render a video without the LoRA.
+
+    Args:
+        pipe: the pipeline.
+        path: the LoRA's file, or the folder of the file.
+        record: the result of `read_record`.
+        everywhere: keep the LoRA on in calls that it was not trained for, see `load_lora`.
+
+    Raises:
+        LoraError: if the file is refused, or the LoRA does not fit the model.
+    """
+    file = find_file(path)
+    if not hasattr(pipe, "load_lora_weights"):
+        raise LoraError(f"{type(pipe).__name__} takes no LoRA")
+    models = denoisers(pipe)
+    factors = _read_factors(pipe, file, path, next(iter(models.values())))
+    for name in models if record is None else [record.denoiser]:
+        if getattr(pipe, name, None) is None:
+            raise LoraError(f"LoRA {path} is for the {name}, which {type(pipe).__name__} lacks")
+        model = getattr(pipe, name)
+        _check_fit(model, name, factors, path)
+        adapter = _new_name(model, "lora" if record is None else record.method["type"])
+        # Only pipelines with two experts know this argument.
+        extra = {"load_into_transformer_2": True} if name == "transformer_2" else {}
+        try:
+            pipe.load_lora_weights(file, adapter_name=adapter, use_safetensors=True, **extra)
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+            raise LoraError(f"LoRA {path} does not fit the model: {error}") from None
+        if record is None or everywhere:
+            keep_everywhere(model, adapter)
+        else:
+            keep_under_method(model, adapter, record.method["type"])
+
+
+def _read_factors(
+    pipe: Any, file: Path, path: Path, model: torch.nn.Module
+) -> Mapping[str, torch.Tensor]:
+    """The tensors of a LoRA's file, under the names that diffusers gives them.
+
+    Raises:
+        LoraError: if the file cannot be read, lacks one of two factors, holds NaN, or is in no
+            layout that diffusers knows for this pipeline.
+    """
+    try:
+        stored = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise LoraError(f"cannot read LoRA {path}: {error}") from None
+    if not stored:
+        raise LoraError(f"LoRA {path} is empty: it holds no tensors")
+    _check_halves(stored, path)
+    check_finite(stored, f"LoRA {path}")
+    try:
+        converted = pipe.lora_state_dict(file, use_safetensors=True)
+    except Exception as error:
+        # The conversions of diffusers raise errors of every kind for layouts that they do not know.
+        raise LoraError(
+            f"LoRA {path} is not for {type(model).__name__}: diffusers cannot place its tensors,"
+            f" such as {next(iter(stored))} ({type(error).__name__}: {error})"
+        ) from None
+    # Some pipelines return the alphas as well.
+    return converted[0] if isinstance(converted, tuple) else converted
+
+
+def _check_halves(stored: Mapping[str, torch.Tensor], path: Path) -> None:
+    lacking = [
+        (name, name.replace(one, other))
+        for halves in _HALVES
+        for one, other in (halves, halves[::-1])
+        for name in stored
+        if one in name and name.endswith(".weight") and name.replace(one, other) not in stored
+    ]
+    if lacking:
+        name, counterpart = lacking[0]
+        raise LoraError(
+            f"LoRA {path} is half a LoRA: {len(lacking)} of its {len(stored)} tensors have no"
+            f" counterpart, such as {name}, which needs {counterpart}; get the whole file"
+        )
+
+
+def _check_fit(
+    model: torch.nn.Module, part: str, factors: Mapping[str, torch.Tensor], path: Path
+) -> None:
+    """Raise LoraError unless the model has a layer of the right size for each factor."""
+    layers = dict(model.named_modules())
+    prefix = "unet" if part == "unet" else "transformer"
+    found = [match for key in factors if (match := _FACTOR.fullmatch(key))]
+    matches = [match for match in found if match["part"] == prefix]
+    if not matches:
+        if part == "unet":  # U-Nets take factors by older names, too
+            return
+        raise LoraError(
+            f"LoRA {path} does not fit: none of its {len(factors)} tensors is for the transformer"
+        )
+    unknown = sorted({match["layer"] for match in matches} - set(layers))
+    if unknown:
+        raise LoraError(
+            f"LoRA {path} does not fit {type(model).__name__}: it has no layer {unknown[0]}"
+            + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else "")
+        )
+    for match in matches:
+        layer = layers[match["layer"]]
+        attribute, axis = ("in_features", 1) if match["side"] == "A" else ("out_features", 0)
+        wanted = getattr(layer, attribute, None)
+        shape = tuple(factors[match.string].shape)
+        if wanted is not None and (len(shape) != 2 or shape[axis] != wanted):
+            size = shape[axis] if len(shape) == 2 else shape
+            raise LoraError(
+                f"LoRA {path} does not fit {type(model).__name__}: {match['layer']} has "
+                f"{attribute} {wanted}, the LoRA is for {size}"
+            )
+        other = factors.get(match.string.replace(".lora_A.", ".lora_B."))
+        if match["side"] == "A" and other is not None and shape[0] != other.shape[1]:
+            raise LoraError(
+                f"LoRA {path} is damaged: the factors of {match['layer']} are of rank {shape[0]}"
+                f" and {other.shape[1]}, but must be of one rank"
+            )
+
+
+def _new_name(model: Any, kind: str) -> str:
+    """A name for an adapter that the model does not have yet."""
+    # A dot would be a path of modules.
+    stem = f"diffattn_{kind.replace('.', '_')}"
+    taken = getattr(model, "peft_config", None) or {}
+    names = (stem, *(f"{stem}_{number}" for number in range(2, len(taken) + 2)))
+    return next(name for name in names if name not in taken)
+
+
+def _attends_by(model: torch.nn.Module, method: str) -> bool:
+    attached = attached_to(model)
+    return attached is not None and any(group.chosen.type == method for group in attached.groups)

@@ -1,0 +1,44 @@
+"""A LoRA of random weights for a pipeline, as a training under a method would write it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import diffattn
+from diffattn.lora.adapter import LoraRecord, add_adapter, save_adapter
+from diffattn.lora.settings import TrainSettings
+from diffattn.methods import from_dict
+from diffattn.models import denoisers
+
+
+def make(
+    pipe: Any, folder: Path, method: dict[str, Any], *, denoiser: str | None = None, **settings: Any
+) -> dict[str, torch.Tensor]:
+    """Write a LoRA for `pipe`, which gets it and the method, into a folder.
+
+    Returns:
+        The change of each adapted layer's weight, by the layer's name, from peft's own sum.
+    """
+    name = denoiser or next(iter(denoisers(pipe)))
+    model: Any = getattr(pipe, name)
+    given = TrainSettings(attention=method, **{"rank": 2, **settings})
+    diffattn.set_attn_processor(pipe, from_dict(method))
+    trained = add_adapter(model, given)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    record = LoraRecord(
+        method=from_dict(method).to_dict(),
+        denoiser=name,
+        steps=1,
+        latents=(1,),
+        settings=given.to_dict(),
+    )
+    save_adapter(pipe, record, folder)
+    return {
+        name: layer.get_delta_weight("default").detach()
+        for name, layer in model.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
