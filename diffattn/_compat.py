@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
@@ -131,6 +132,11 @@ def set_processor_backend(processor: object, backend: Any) -> None:
     processor._attention_backend = backend  # type: ignore[attr-defined]
 
 
+def is_pipeline(value: object) -> bool:
+    """Whether an object is a pipeline of diffusers, modular or not."""
+    return isinstance(value, ConfigMixin) and hasattr(type(value), "components")
+
+
 def has_parallel_plan(model: object) -> bool:
     """Whether diffusers knows how to spread a model's sequence over processes."""
     return getattr(model, "_cp_plan", None) is not None
@@ -164,6 +170,20 @@ def is_watched(module: torch.nn.Module) -> bool:
     return registry is not None and any(
         type(hook).__module__ not in _BLIND_HOOKS for hook in registry.hooks.values()
     )
+
+
+def hidden_forwards(module: torch.nn.Module) -> list[Callable[..., Any]]:
+    """The forwards of a module that hooks of diffusers stand before."""
+    registry = module.__dict__.get("_diffusers_hook")
+    references = () if registry is None else registry._fn_refs
+    return [ref.original_forward or ref.forward for ref in references]
+
+
+def backend_function(backend: Any) -> BackendFunction:
+    """The function of an attention backend; None is the backend that the user made active."""
+    if backend is None:
+        return _AttentionBackendRegistry.get_active_backend()[1]
+    return _AttentionBackendRegistry._backends[AttentionBackendName(backend)]
 
 
 def processor_parallelism(processor: object) -> Any:

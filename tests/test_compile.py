@@ -1,16 +1,22 @@
 """torch.compile: as many graphs as the stock model, and the same output and gradients."""
 
+import functools
+import threading
 import warnings
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import stock
 import tiny_wan
 import torch
+from peft import LoraConfig
 from torch._dynamo.testing import CompileCounterWithBackend
 from triton_device import triton_device
 
 import diffattn
-from diffattn import FullMask, RadialAttn, TokenGrid, attention
+from diffattn import FullMask, RadialAttn, TokenGrid, VMoBAAttn, attention
 from diffattn.attach.compiled import remember, traced_attention
 from diffattn.kernels.cpu import block_sparse as cpu_kernel
 from diffattn.kernels.reference import reference_attention
@@ -49,6 +55,163 @@ def graphs(model: torch.nn.Module, how: str) -> tuple[int, torch.Tensor]:
         call(**inputs())
         out = call(**inputs())[0]
     return counter.frame_count, out
+
+
+# Frames, rows and columns of latents: equal numbers would share a symbol. Some are each other's
+# transpose, of as many tokens.
+SIZES = [
+    (3, 8, 14), (7, 12, 22), (9, 24, 10), (3, 14, 8), (7, 22, 12), (11, 10, 18),
+    (4, 20, 12), (9, 10, 24), (13, 8, 20), (6, 18, 14), (8, 12, 26), (10, 18, 8),
+]  # fmt: skip
+METHODS = {
+    "mask": SPARSE,
+    "permuted once": stock.IN_TILES,
+    "content": VMoBAAttn(topk=1, dense_layers=0, dense_steps=0),
+}
+
+
+def of_size(frames: int, height: int, width: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(2, 16, frames, height, width, generator=generator)
+    return inputs() | {"hidden_states": hidden}
+
+
+def graphs_over_sizes(
+    model: torch.nn.Module, how: str, dynamic: bool | None
+) -> tuple[list[int], list[torch.Tensor]]:
+    """Number of graphs after each size, and the outputs; sizes that come back compile nothing."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    options = {"fullgraph": True, "dynamic": dynamic, "backend": counter}
+    if how == "whole":
+        call: Any = torch.compile(model, **options)
+    else:
+        model.compile_repeated_blocks(**options)
+        call = model
+    counts, outputs = [], []
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for size in SIZES:
+            outputs.append(call(**of_size(*size))[0])
+            counts.append(counter.frame_count)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for size, want in zip(SIZES, outputs, strict=True):
+                assert torch.equal(call(**of_size(*size))[0], want)
+    assert counter.frame_count == counts[-1]
+    return counts, outputs
+
+
+@functools.cache
+def graphs_of_stock(how: str, dynamic: bool | None) -> list[int]:
+    return graphs_over_sizes(tiny_wan.transformer(), how, dynamic)[0]
+
+
+@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
+@pytest.mark.parametrize("how", ["whole", "repeated blocks"])
+@pytest.mark.parametrize("name", METHODS)
+def test_as_many_graphs_over_all_sizes_as_stock(name: str, how: str, dynamic: bool | None) -> None:
+    eager, model = tiny_wan.transformer(), tiny_wan.transformer()
+    for each in (eager, model):
+        diffattn.set_attn_processor(each, METHODS[name])
+    counts, outputs = graphs_over_sizes(model, how, dynamic)
+    # Blocks of VMoBA are of three kinds.
+    kinds = 3 if (name, how) == ("content", "repeated blocks") else 1
+    assert counts == [kinds * count for count in graphs_of_stock(how, dynamic)]
+    with torch.no_grad():
+        for size, out in zip(SIZES, outputs, strict=True):
+            torch.testing.assert_close(out, eager(**of_size(*size))[0], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["whole", "repeated blocks"])
+def test_a_run_with_dense_steps_has_a_graph_of_each_kind_for_all_sizes(how: str) -> None:
+    sizes = [(96, 160, 9), (160, 224, 13), (160, 96, 9)]
+    counts = []
+    for method in (None, replace(SPARSE, dense_steps=1)):
+        pipe = tiny_wan.PIPELINES["t2v"]()
+        pipe.set_attn_processor(method)
+        want = [tiny_wan.run(pipe, *size, steps=2) for size in sizes]
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        options = {"fullgraph": True, "dynamic": True, "backend": counter}
+        if how == "whole":
+            pipe.transformer.compile(**options)
+        else:
+            pipe.transformer.compile_repeated_blocks(**options)
+        counts.append([])
+        for size, expected in zip(sizes, want, strict=True):
+            torch.testing.assert_close(tiny_wan.run(pipe, *size, steps=2), expected)
+            counts[-1].append(counter.frame_count)
+    assert counts[1] == [2 * count for count in counts[0]]
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_train_on_all_sizes(name: str, checkpointing: bool) -> None:
+    """The backward pass may run in a thread of its own, after a forward of another size."""
+    gradients = []
+    for compiled in (False, True):
+        model = tiny_wan.transformer().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        diffattn.set_attn_processor(model, METHODS[name])
+        if compiled:
+            torch._dynamo.reset()
+            model.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="aot_eager")
+        found = []
+        for size in SIZES[:3]:
+            loss = model(**of_size(*size))[0].square().mean()
+            if not checkpointing:
+                with torch.no_grad():
+                    model(**of_size(*SIZES[3]))
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join()
+            found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+            model.zero_grad()
+        gradients.append(found)
+    for plain, through in zip(*gradients, strict=True):
+        assert any(grad.any() for grad in plain)
+        for want, got in zip(plain, through, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-7, rtol=1e-4)
+
+
+def lora(folder: Path, name: str, seed: int) -> Path:
+    """A file with a LoRA, also for the modules where tokens enter and leave."""
+    model = tiny_wan.transformer()
+    torch.manual_seed(seed)
+    targets = ["to_q", "to_v", "proj_out", "patch_embedding"]
+    model.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), "x")
+    model.save_lora_adapter(folder / name, adapter_name="x")
+    return folder / name
+
+
+@pytest.mark.parametrize("how", ["whole", "repeated blocks"])
+def test_loras_are_swapped_without_compiling_again(how: str, tmp_path: Path) -> None:
+    files = [lora(tmp_path, "one", 5), lora(tmp_path, "two", 6)]
+    load = {"adapter_name": "x", "prefix": None, "use_safetensors": True}
+    wanted = []
+    for file in files:
+        eager = tiny_wan.transformer()
+        eager.load_lora_adapter(file, **load)
+        diffattn.set_attn_processor(eager, stock.NEARBY)
+        with torch.no_grad():
+            wanted.append([eager(**of_size(*size))[0] for size in SIZES[:4]])
+    model = tiny_wan.transformer()
+    diffattn.set_attn_processor(model, stock.IN_TILES)
+    model.load_lora_adapter(files[0], **load)
+    counter = CompileCounterWithBackend("eager")
+    options = {"fullgraph": True, "dynamic": True, "backend": counter}
+    if how == "whole":
+        model.compile(**options)
+    else:
+        model.compile_repeated_blocks(**options)
+    for number, file in enumerate(files):
+        if number:
+            model.load_lora_adapter(file, **load, hotswap=True)
+        with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=bool(number)):
+            for size, want in zip(SIZES, wanted[number], strict=False):
+                torch.testing.assert_close(model(**of_size(*size))[0], want, atol=1e-5, rtol=1e-4)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("how", ["whole", "repeated blocks"])
@@ -109,12 +272,13 @@ def test_the_other_operators_are_good_citizens_too() -> None:
     """Gradients of attention under a mask, and attention by any method with its gradients."""
     method = RadialAttn(decay_factor=0.0, split_threshold=8, block_size=16)
     size, serial = [3, 2, 4, 0, 0], remember(method)
+    used = torch.tensor([*size, 0, 0, 0])
     q, k, v, out, grad = (torch.randn(1, 24, 2, 8) for _ in range(5))
     key_mask = torch.arange(24)[None] < 20
     operators = torch.ops.diffattn
     torch.library.opcheck(
         operators.static_mask_attention_backward.default,
-        (grad, q, k, v, out, torch.randn(1, 2, 24), key_mask, size, serial, 0.35, "cpu"),
+        (grad, q, k, v, out, torch.randn(1, 2, 24), used, key_mask, serial, 0.35, "cpu"),
     )
     source = Whole()  # found for as long as it lives
     whole = remember(source)
@@ -123,8 +287,18 @@ def test_the_other_operators_are_good_citizens_too() -> None:
         operators.method_attention.default, (*leaves, key_mask, size, whole, None)
     )
     torch.library.opcheck(
-        operators.method_attention_backward.default, (grad, q, k, v, key_mask, size, whole, None)
+        operators.method_attention_backward.default, (grad, q, k, v, used, key_mask, whole, None)
     )
+    x = torch.randn(1, 24, 8, requires_grad=True)
+    torch.library.opcheck(operators.move_tokens.default, (x, serial, 1, True))
+
+
+def test_operators_that_look_up_the_running_call_are_kept_out_of_cuda_graphs() -> None:
+    names = "static_mask_attention method_attention move_tokens"
+    backward = "static_mask_attention_backward method_attention_backward"
+    for name in f"{names} {backward}".split():
+        operator = getattr(torch.ops.diffattn, name).default
+        assert torch.Tag.cudagraph_unsafe in operator.tags
 
 
 class Whole:

@@ -1,6 +1,10 @@
 """Attached together with what else diffusers offers: LoRA, caches, casting, offloading, threads."""
 
 import copy
+import functools
+import gc
+import sys
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +22,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from peft import LoraConfig
 
 import diffattn
-from diffattn import RadialAttn
+from diffattn import AgentAttn, GNAAttn, LinFusionAttn, RadialAttn, VMoBAAttn
 from diffattn.attach.denoiser import attached_to
 
 SPARSE = RadialAttn(
@@ -199,6 +203,247 @@ def test_two_pipelines_in_wall_clock() -> None:
         )
     for got, want in zip(together, alone, strict=True):
         assert torch.equal(got, want)
+
+
+def at_once(calls: list[Any], threads: int = 4, rounds: int = 6) -> list[torch.Tensor]:
+    """The results of all calls, made by several threads that are in each other's way.
+
+    Returns:
+        Results of call 0, of call 1 and so on, `rounds` times.
+    """
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(lambda call: call(), calls * rounds))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def of_size(model: Any, *latents: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(2, 16, *latents, generator=generator)
+    with torch.no_grad():
+        return model(**inputs() | {"hidden_states": hidden})[0]
+
+
+LATENTS = [(5, 12, 10), (3, 10, 12), (5, 10, 12), (7, 8, 14)]
+
+
+@pytest.mark.parametrize("how", ["eager", "whole", "repeated blocks"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        SPARSE,
+        stock.IN_TILES,
+        VMoBAAttn(topk=1, dense_layers=0, dense_steps=0),
+        GNAAttn(dense_layers=1, dense_steps=0),
+    ],
+    ids=["mask", "permuted once", "content", "by size"],
+)
+def test_threads_that_share_a_model(method: Any, how: str) -> None:
+    """What the calls give one after another, whatever sizes the other threads are at."""
+    model = tiny_wan.transformer()
+    diffattn.set_attn_processor(model, method)
+    want = [of_size(model, *latents) for latents in LATENTS]
+    if how != "eager":
+        torch._dynamo.reset()
+        # torch 2.13 counts compiled frames for `fullgraph` in one number for all threads.
+        options = {"dynamic": True, "backend": "eager"}
+        compile_it = model.compile if how == "whole" else model.compile_repeated_blocks
+        compile_it(**options)
+        want = [of_size(model, *latents) for latents in LATENTS]
+    calls = [functools.partial(of_size, model, *latents) for latents in LATENTS]
+    for number, got in enumerate(at_once(calls)):
+        assert torch.equal(got, want[number % len(want)])
+
+
+def test_threads_that_share_a_model_with_weights_of_its_sites() -> None:
+    model = tiny_wan.transformer()
+    attachment = diffattn.set_attn_processor(model, LinFusionAttn())
+    want = [of_size(model, *latents) for latents in LATENTS]
+    counted = attachment.sparse_calls
+    calls = [functools.partial(of_size, model, *latents) for latents in LATENTS]
+    for number, got in enumerate(at_once(calls)):
+        assert torch.equal(got, want[number % len(want)])
+    assert attachment.sparse_calls == counted * 7, "no call is lost from the count"
+
+
+def test_threads_that_share_a_unet() -> None:
+    case = tiny_families.CASES["sd1.5"]
+    model = case.build()
+    diffattn.set_attn_processor(model, stock.NEARBY)
+
+    def call(height: int, width: int) -> torch.Tensor:
+        with torch.no_grad():
+            given = case.inputs() | {"sample": tiny_families.noise(2, 4, height, width)}
+            return model(**given).sample
+
+    calls = [functools.partial(call, *size) for size in [(12, 16), (16, 12), (8, 20)]]
+    want = [each() for each in calls]
+    for number, got in enumerate(at_once(calls)):
+        assert torch.equal(got, want[number % len(want)])
+
+
+def test_threads_that_would_mix_up_merged_tokens_are_refused() -> None:
+    case = tiny_families.CASES["sd1.5"]
+    model = case.build()
+    diffattn.set_attn_processor(model, AgentAttn(dense_layers=0, dense_steps=0))
+    with torch.no_grad():
+        want = model(**case.inputs()).sample
+        inside, failed = threading.Event(), threading.Event()
+
+        def wait(*_: Any) -> None:
+            inside.set()
+            assert failed.wait(60)
+
+        hook = model.mid_block.register_forward_pre_hook(wait)
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(torch.no_grad()(lambda: model(**case.inputs()).sample))
+            assert inside.wait(60)
+            message = (
+                "another thread is in a call of this UNet2D.*, but token merging keeps tensors"
+            )
+            try:
+                with pytest.raises(RuntimeError, match=message):
+                    model(**case.inputs())
+            finally:
+                failed.set()
+            assert torch.equal(other.result(), want)
+        hook.remove()
+        assert torch.equal(model(**case.inputs()).sample, want)
+
+
+def shared(pipe: Any, scheduler: Any) -> Any:
+    """Another pipeline on the same denoisers, with a scheduler of its own."""
+    settings = {k: v for k, v in pipe.config.items() if k in ("boundary_ratio", "expand_timesteps")}
+    return type(pipe)(**pipe.components | {"scheduler": scheduler} | settings)
+
+
+SCHEDULED = RadialAttn(
+    dense_layers=0, dense_steps=2, last_dense_steps=1, block_size=4, split_threshold=8
+)
+
+
+@pytest.mark.parametrize("attached_alive", [True, False])
+@pytest.mark.parametrize("kind", ["t2v", "two experts", "ti2v-5b"])
+def test_pipelines_with_a_scheduler_of_their_own_follow_their_own_schedule(
+    kind: str, attached_alive: bool
+) -> None:
+    pipe = tiny_wan.PIPELINES[kind]()
+    attachment = pipe.set_attn_processor(SCHEDULED)
+    want = tiny_wan.run(pipe, steps=4)
+    counted = attachment.sparse_calls, attachment.dense_calls
+    assert counted == (1 * 2 * 3, 3 * 2 * 3)
+    stock_scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    others = [shared(pipe, stock_scheduler), shared(pipe, copy.deepcopy(pipe.scheduler))]
+    others.append(WanPipeline.from_pipe(pipe))
+    others[-1].scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    if not attached_alive:
+        del pipe
+        gc.collect()
+    for times, other in enumerate([*others, *others], 2):
+        assert torch.equal(tiny_wan.run(other, steps=4), want)
+        assert attachment.sparse_calls == times * counted[0]
+        assert attachment.dense_calls == times * counted[1]
+    attachment.remove()
+    for other in others:
+        assert not {"step", "set_timesteps"} & set(vars(other.scheduler))
+
+
+def test_a_scheduler_that_two_attachments_follow() -> None:
+    one = tiny_wan.PIPELINES["t2v"]()
+    two = shared(one, one.scheduler)
+    two.transformer = tiny_wan.transformer()
+    first = one.set_attn_processor(SCHEDULED)
+    want = tiny_wan.run(one, steps=4)
+    second = two.set_attn_processor(SCHEDULED)
+    assert torch.equal(tiny_wan.run(two, steps=4), want)
+    assert torch.equal(tiny_wan.run(one, steps=4), want)
+    assert (first.sparse_calls, first.dense_calls) == (12, 36)
+    assert (second.sparse_calls, second.dense_calls) == (6, 18)
+    two.set_attn_processor(None)
+    assert torch.equal(tiny_wan.run(one, steps=4), want)
+    one.set_attn_processor(None)
+    assert not {"step", "set_timesteps"} & set(vars(one.scheduler))
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_threads_whose_pipelines_share_a_model_are_each_at_their_own_step(copied: bool) -> None:
+    pipe = tiny_wan.PIPELINES["t2v"]()
+    pipe.set_attn_processor(SCHEDULED)
+    jobs = [((96, 64, 9), 4), ((64, 64, 5), 6), ((64, 96, 9), 5)]
+    want = [tiny_wan.run(pipe, *size, steps=steps) for size, steps in jobs]
+
+    def render(size: tuple[int, int, int], steps: int) -> torch.Tensor:
+        new = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        return tiny_wan.run(
+            shared(pipe, copy.deepcopy(pipe.scheduler) if copied else new), *size, steps=steps
+        )
+
+    calls = [functools.partial(render, *job) for job in jobs]
+    for number, got in enumerate(at_once(calls, threads=3, rounds=3)):
+        assert torch.equal(got, want[number % len(want)])
+
+
+def test_compiled_code_that_two_threads_need_in_different_steps_is_refused() -> None:
+    torch._dynamo.reset()
+    pipe = tiny_wan.PIPELINES["t2v"]()
+    pipe.set_attn_processor(SCHEDULED)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
+    want = tiny_wan.run(pipe, steps=4)
+    other = shared(pipe, copy.deepcopy(pipe.scheduler))
+    inside, failed = threading.Event(), threading.Event()
+    calls = []
+
+    def wait(*_: Any) -> None:
+        calls.append(None)
+        if len(calls) == 2 * 2 + 1:  # the first call of the third step, which is sparse
+            inside.set()
+            assert failed.wait(60)
+
+    hook = pipe.transformer.condition_embedder.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(tiny_wan.run, pipe, steps=4)
+        assert inside.wait(60)
+        try:
+            with pytest.raises(RuntimeError, match="compiled code is in one kind of step"):
+                tiny_wan.run(other, steps=4)
+        finally:
+            failed.set()
+        assert torch.equal(running.result(), want)
+    hook.remove()
+    assert torch.equal(tiny_wan.run(other, steps=4), want)
+
+
+def test_a_loop_with_a_scheduler_that_nobody_knows_is_told_so() -> None:
+    pipe = tiny_wan.PIPELINES["t2v"]()
+    attachment = pipe.set_attn_processor(SCHEDULED)
+    tiny_wan.run(pipe, steps=4)
+    counted = attachment.sparse_calls
+    with pytest.warns(UserWarning, match="called after the last step of a denoising run, by no"):
+        forward(pipe.transformer)
+    assert attachment.sparse_calls == counted + 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forward(pipe.transformer)
+    pipe.scheduler.set_timesteps(4)  # a loop of the user's with the pipeline's own scheduler
+    forward(pipe.transformer)
+    assert attachment.sparse_calls == counted + 6
+
+
+def test_a_denoiser_put_in_later_is_reported() -> None:
+    pipe = tiny_wan.PIPELINES["t2v"]()
+    attachment = pipe.set_attn_processor(SPARSE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")  # still the same
+        pipe.scheduler.set_timesteps(2)
+    pipe.transformer = tiny_wan.transformer()
+    message = "the pipeline's transformer was exchanged after set_attn_processor: the new WanTrans"
+    with pytest.warns(UserWarning, match=message):
+        tiny_wan.run(pipe)
+    assert attachment.sparse_calls + attachment.dense_calls == 0
 
 
 def test_saving_is_unaffected(tmp_path: Path) -> None:

@@ -11,26 +11,31 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
 from diffattn import _compat
+from diffattn.attach.callers import calling_pipeline
 from diffattn.attach.choosing import check_patterns, choose, methods_by_pattern
 from diffattn.attach.denoiser import AttachedModel, attached_to
 from diffattn.attach.pickling import Unpicklable
-from diffattn.attach.run_clock import CountedMethod, RunClock, skipped_timesteps
+from diffattn.attach.run_clock import RunClock, follow, is_followed, leave, skipped_timesteps
 from diffattn.attach.sites import set_processor, site_names
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import allowed_pairs
 from diffattn.methods.base import Method, StaticMaskMethod
 from diffattn.methods.words import as_table, method_words
 from diffattn.models import denoisers, family_of
+from diffattn.models.base import argument
 from diffattn.schedule import resolve_steps
 
-# The methods of a scheduler whose calls tell the position in a run.
-_COUNTED = ("set_timesteps", "step")
+# The position in the denoising run of this context, by attachment. A context inherits the mapping
+# of the context that it was made in, so no mapping is ever changed.
+_clocks: ContextVar[WeakKeyDictionary[Attachment, RunClock]] = ContextVar("diffattn_clocks")
 
 
 def set_attn_processor(
@@ -120,9 +125,10 @@ class Description:
 class Attachment(Unpicklable):
     """A set of methods attached to the denoisers of a pipeline.
 
+    Threads and tasks that call pipelines over the same denoisers are each in a run of their own.
+
     Attributes:
         models: the attached denoisers, by component name.
-        clock: the position in the current denoising run.
     """
 
     def __init__(
@@ -133,8 +139,10 @@ class Attachment(Unpicklable):
         chosen = {name: choose(sites, methods) for name, sites in names.items()}
         for model in models.values():
             _detach(model)
-        self.clock = RunClock()
         self._chosen = chosen
+        self._last_clock = RunClock()
+        self._followed: WeakSet[Any] = WeakSet()
+        self._reported: set[str] = set()
         self._pipe = None if pipe is None else weakref.ref(pipe)
         self._scheduler: Any = None
         self.models = {
@@ -144,7 +152,13 @@ class Attachment(Unpicklable):
         if pipe is None:
             self._warn_without_pipeline()
         else:
-            self.follow_scheduler()
+            self.follow_scheduler(pipe)
+
+    @property
+    def clock(self) -> RunClock:
+        """The position in the denoising run of this context, or in the last run if it has none."""
+        clocks = _clocks.get(None)
+        return self._last_clock if clocks is None else clocks.get(self, self._last_clock)
 
     def __repr__(self) -> str:
         parts = (
@@ -188,23 +202,21 @@ class Attachment(Unpicklable):
         """Detach from all denoisers and from the scheduler."""
         for model in self.models.values():
             model.remove()
-        self._leave_scheduler()
+        for scheduler in list(self._followed):
+            self._leave(scheduler)
 
     @contextmanager
     def dense(self) -> Iterator[None]:
         """Keep every call dense while the block runs, as for the teacher of a sparse model."""
         self.clock.always_dense = True
-        self.refresh()
         try:
             yield
         finally:
             self.clock.always_dense = False
-            self.refresh()
 
     def leave_run(self) -> None:
         """End the denoising run: calls outside a run, as in training, have no dense steps."""
         self.clock.start(0)
-        self.refresh()
 
     def describe(self, grid: TokenGrid, num_steps: int) -> Description:
         """Summary of a run over `grid` of `num_steps` denoising steps.
@@ -232,30 +244,60 @@ class Attachment(Unpicklable):
             num_steps=num_steps,
         )
 
-    def follow_scheduler(self) -> None:
-        """Count the steps of the pipeline's scheduler, also after the user has exchanged it."""
-        scheduler = getattr(self._alive(), "scheduler", None)
-        if scheduler is None or scheduler is self._scheduler:
+    def enter_run(self, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        """Find the run that a call of a denoiser is part of, and its length, before the call."""
+        pipe = calling_pipeline(model) if self._has_schedule() else None
+        scheduler = self.follow_scheduler(self._alive() if pipe is None else pipe)
+        if scheduler is None:
             return
-        self._leave_scheduler()
-        self._scheduler = scheduler
-        for name in _COUNTED:
-            setattr(scheduler, name, CountedMethod(scheduler, name, self))
-        # A scheduler exchanged between two runs may have its timesteps already.
-        self.started(scheduler)
+        if pipe is None and self._has_schedule() and self.clock.is_over:
+            self._warn_once(
+                f"{type(model).__name__} is called after the last step of a denoising run, by no"
+                f" pipeline that diffattn knows: the call is outside of a run, so dense_steps and"
+                f" last_dense_steps do not apply. For steps to count, use the scheduler of the"
+                f" pipeline that set_attn_processor was called on"
+            )
+            self.clock.start(0)
+        if self.clock.num_steps and not self.clock.has_begun:
+            timestep = argument(args, kwargs, 1, "timestep")
+            self.clock.begin(skipped_timesteps(scheduler, timestep))
+
+    def follow_scheduler(self, pipe: Any) -> Any:
+        """Count the steps of a pipeline's scheduler, also after the user has exchanged it.
+
+        Returns:
+            The scheduler; None if there is none.
+        """
+        scheduler = getattr(pipe, "scheduler", None)
+        if scheduler is None:
+            return None
+        own = pipe is self._alive()
+        if own and self._scheduler is not None and self._scheduler is not scheduler:
+            self._leave(self._scheduler)
+        if own:
+            self._scheduler = scheduler
+        if not is_followed(scheduler, self):
+            follow(scheduler, self)
+            # The scheduler may have its timesteps already.
+            self.started(scheduler)
+        return scheduler
 
     def started(self, scheduler: Any) -> None:
         """Begin a run: a scheduler was given its timesteps."""
+        self._followed.add(scheduler)
+        self._check_in_place()
         timesteps = getattr(scheduler, "timesteps", None)
-        self.clock.start(0 if timesteps is None else len(timesteps))
-        self.refresh()
+        clock = RunClock(always_dense=self.clock.always_dense)
+        clock.start(0 if timesteps is None else len(timesteps))
+        clocks = WeakKeyDictionary(_clocks.get({}))
+        clocks[self] = self._last_clock = clock
+        _clocks.set(clocks)
 
     def stepped(self, scheduler: Any, timestep: Any) -> None:
         """Count a step that a scheduler has made."""
-        if not self.clock.has_stepped:
-            self.clock.leave_out(skipped_timesteps(scheduler, timestep))
+        if not self.clock.has_begun:
+            self.clock.begin(skipped_timesteps(scheduler, timestep))
         self.clock.advance(scheduler)
-        self.refresh()
 
     def follower_of_copy(self, memo: dict[int, Any]) -> Attachment:
         """The attachment that follows a copy of the scheduler.
@@ -273,9 +315,13 @@ class Attachment(Unpicklable):
         copied = copy.copy(self)
         memo[id(self)] = copied
         pipe = memo.get(id(self._alive()))
-        copied.clock = RunClock()
+        copied._last_clock = RunClock()
+        copied._followed = WeakSet()
+        copied._reported = set()
         copied._pipe = None if pipe is None else weakref.ref(pipe)
         copied._scheduler = None if pipe is None else copy.deepcopy(self._scheduler, memo)
+        if copied._scheduler is not None:
+            copied._followed.add(copied._scheduler)
         copied.models = {
             name: copy.deepcopy(model, memo)
             for name, model in self.models.items()
@@ -285,22 +331,34 @@ class Attachment(Unpicklable):
             copied._warn_without_pipeline()
         return copied
 
-    def refresh(self) -> None:
-        """Bring every group up to date with the clock and the grid."""
-        for model in self.models.values():
-            for group in model.groups:
-                group.refresh(self.clock)
-
     def _alive(self) -> Any:
         """The pipeline; None for a bare denoiser, or once the pipeline is gone."""
         return None if self._pipe is None else self._pipe()
 
-    def _leave_scheduler(self) -> None:
-        if self._scheduler is not None:
-            # The wrappers are instance attributes over the class's methods.
-            for name in _COUNTED:
-                self._scheduler.__dict__.pop(name, None)
-            self._scheduler = None
+    def _leave(self, scheduler: Any) -> None:
+        leave(scheduler, self)
+        self._followed.discard(scheduler)
+
+    def _has_schedule(self) -> bool:
+        """Whether it matters to a method which step of a run a call belongs to."""
+        return any(model.has_schedule for model in self.models.values())
+
+    def _check_in_place(self) -> None:
+        """Warn if the pipeline has another denoiser than the one attached."""
+        pipe = self._alive()
+        for name, attached in self.models.items():
+            component = getattr(pipe, name, None)
+            if component is not None and not attached.is_of(component):
+                self._warn_once(
+                    f"the pipeline's {name} was exchanged after set_attn_processor: the new"
+                    f" {type(component).__name__} has no method attached and attends densely. Call"
+                    f" set_attn_processor with your method again"
+                )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._reported:
+            self._reported.add(message)
+            warnings.warn(message, stacklevel=4)
 
     def _warn_without_pipeline(self) -> None:
         for model in self.models.values():

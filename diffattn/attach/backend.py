@@ -1,14 +1,15 @@
 """The function that diffusers' attention dispatch calls for attached sites, and its state.
 
-diffusers calls a backend with tensors alone. The group of a site holds the rest: the method, the
-grid of the current call, and whether the current denoising step is sparse.
+diffusers calls a backend with tensors alone. The group of a site holds the method. The running call
+holds the rest: the grid, and the position in the denoising run.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
@@ -17,25 +18,34 @@ from diffattn import _compat
 from diffattn.attach.compiled import remember, traced_attention, traced_method
 from diffattn.attach.context_parallel import attend_queries, attend_sharded, gather_tables
 from diffattn.attach.run_clock import RunClock
+from diffattn.attach.running_call import Call, running_call
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.methods.agent.merging import Merging
-from diffattn.methods.base import Method, Site, SiteWeights, StaticMaskMethod, attends_by_mask_alone
+from diffattn.methods.base import Method, Site, StaticMaskMethod, attends_by_mask_alone
 from diffattn.models import Family
 from diffattn.orders import TileOrder
+
+# Threads count their calls of a group one after another.
+_counting = threading.Lock()
 
 
 @dataclass(eq=False)
 class Group:
-    """The sites of a denoiser that always behave alike, and the state of their backend.
+    """The sites of a denoiser that always behave alike, and their backend.
 
     Sites belong to one group when they have the same method, the same `kind` and the same
     `previous` backend. One backend serves all sites of a group, so that they share compiled code.
 
+    A group holds nothing that differs between calls: `video`, `order` and the like are those of the
+    call that runs in the context of the reader, or of the last call where none does.
+
     Compiled code finds its group by a serial number. It can hold a number as a constant, but not
     the group itself, because an operator of torch takes no Python objects. When the code runs, it
     looks up the number in the table of `compiled.remember`. The group found there gives the layout
-    of the call, or attends by its method.
+    of the running call, or attends by its method. So compiled code depends on no grid. Code that
+    Dynamo traces cannot read the running call. It reads `last`, `sparse_now` and `method_now`,
+    which the denoiser sets before each forward.
 
     diffusers' registry of backends holds the group. The group holds no reference to its model,
     because the registry would then keep the model alive.
@@ -52,14 +62,17 @@ class Group:
         layers: number of blocks of the model.
         previous: the backend that the sites had before attaching, to which dense calls still go;
             None for diffusers' active backend.
+        model: serial number of the attached denoiser, by which the running call is found.
         member: the group's own backend, as a member of diffusers' enumeration of backends. The
             processors of the sites are set to it.
-        method: `chosen` with its parameters resolved, for the current grid once there is one.
-        video: the video tokens of the current call, without text; None before a call.
-        reordered: the order that the current forward has put its tokens in; None for the model's
-            own order.
-        weights, rotary, merging: those of the site whose call is running, see `Site`.
-        sparse: whether calls go to `method` at present; otherwise they go to `previous`.
+        operator: the operator that compiled code calls: for attention under a mask alone, or for
+            any method; None for a method that is traced.
+        last: the state of the last call that began, without the order of its tokens; None before
+            any.
+        method_now, sparse_now: `method` and `sparse` of the last call that began.
+        traced_grid: the grid of the site whose call is traced, where grids differ inside a model;
+            None outside of a trace.
+        was_traced: whether calls have been compiled.
         serial: the number by which compiled code finds the group.
         sparse_calls, dense_calls: calls counted since attaching, except in compiled code.
     """
@@ -71,39 +84,90 @@ class Group:
     layer: int
     layers: int
     previous: Any
+    model: int
     member: Any = None
-    method: Method = field(init=False)
-    video: TokenGrid | None = None
-    reordered: TileOrder | None = None
-    weights: SiteWeights | None = None
-    rotary: Any = None
-    merging: Merging | None = None
-    sparse: bool = True
+    operator: Literal["mask", "method"] | None = field(init=False)
+    last: Call | None = None
+    method_now: Method = field(init=False)
+    sparse_now: bool = True
+    traced_grid: TokenGrid | None = None
+    was_traced: bool = False
     serial: int = field(init=False)
     sparse_calls: int = 0
     dense_calls: int = 0
-    _methods: dict[TokenGrid, Method] = field(default_factory=dict)
+    _methods: dict[TokenGrid | None, Method] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.method = self.chosen.for_model(self.variant)
+        self.method_now = self._method_on(None)
+        self.operator = None
+        if attends_by_mask_alone(self.chosen):
+            self.operator = "mask"
+        elif self.chosen.traced_whole:
+            self.operator = "method"
         self.serial = remember(self)
 
-    def use(self, grid: TokenGrid) -> None:
-        """Set the video tokens of the calls to come."""
-        self.video = grid
-        # Resolving parameters cannot be traced: compiled code does so in `layout`, at run time.
-        if not torch.compiler.is_compiling():
-            self.method = self._method_on(grid)
+    @property
+    def call(self) -> Call | None:
+        """The running call of this context; the last call where none is running."""
+        if torch.compiler.is_compiling():
+            return self.last
+        return running_call(self.model) or self.last
+
+    @property
+    def method(self) -> Method:
+        """`chosen` with its parameters resolved, for the grid of the call once there is one."""
+        call = None if torch.compiler.is_compiling() else self.call
+        return self.method_now if call is None else self._method_in(call)
+
+    @property
+    def video(self) -> TokenGrid | None:
+        """The video tokens of the call, without text; None before a call."""
+        return None if self.call is None else self.call.video
+
+    @property
+    def sparse(self) -> bool:
+        """Whether calls go to `method` at present; otherwise they go to `previous`."""
+        call = None if torch.compiler.is_compiling() else self.call
+        return self.sparse_now if call is None else self.is_sparse_in(call)
+
+    @property
+    def merging(self) -> Merging | None:
+        """How the tokens of the site's call were merged; None if they were not."""
+        return None if self.call is None else self.call.merging
+
+    @merging.setter
+    def merging(self, merging: Merging | None) -> None:
+        # Code that is traced around the merging reads the last call.
+        for call in (self.call, self.last):
+            if call is not None:
+                call.merging = merging
+
+    def use(self, call: Call) -> None:
+        """Be prepared for the attention calls of a forward."""
+        self.last = Call(call.clock, call.video)
+        self.method_now = self._method_in(call)
+        self.sparse_now = self.is_sparse_in(call)
+
+    def is_sparse_in(self, call: Call) -> bool:
+        """Whether attention calls of a forward go to the method."""
+        method = self._method_in(call)
+        return self.layer >= (method.dense_layers or 0) and not call.clock.is_dense_step(
+            method.dense_steps or 0, method.last_dense_steps
+        )
 
     def order(self, grid: TokenGrid) -> TileOrder | None:
         """The order in which a static mask's blocks are cut from `grid`; None is the grid's own."""
-        return self._static_method().order(grid)
+        return self._static_method(grid).order(grid)
 
     def layout(
         self, grid: TokenGrid, device: torch.device, order: TileOrder | None = None
     ) -> BlockLayout:
         """The blocks of a static mask for a call over `grid`, text included, on `device`."""
-        return self._static_method().layout(grid, device, order)
+        return self._static_method(grid).layout(grid, device, order)
+
+    def score_scale(self, grid: TokenGrid, head_dim: int, scale: float | None) -> float | None:
+        """The factor of the scores of a static mask, see `StaticMaskMethod.score_scale`."""
+        return self._static_method(grid).score_scale(grid, head_dim, scale)
 
     def attend(
         self,
@@ -119,31 +183,31 @@ class Group:
 
         Tensors are as for `Method.attend`.
         """
-        assert self.video is not None
         site = Site(self.family.name, self.layer, self.layers, grid)
-        method = self._method_on(self.video)
+        method = self._method_on(_without_text(grid))
         return method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
 
-    def _static_method(self) -> StaticMaskMethod:
-        assert self.video is not None
-        method = self._method_on(self.video)
+    def _static_method(self, grid: TokenGrid) -> StaticMaskMethod:
+        method = self._method_on(_without_text(grid))
         assert isinstance(method, StaticMaskMethod)
         return method
 
-    def _method_on(self, video: TokenGrid) -> Method:
+    def _method_in(self, call: Call) -> Method:
+        return self._method_on(call.video)
+
+    def _method_on(self, video: TokenGrid | None) -> Method:
         if video not in self._methods:
             self._methods[video] = self.chosen.for_model(self.variant, video)
         return self._methods[video]
 
-    def refresh(self, clock: RunClock) -> None:
-        """Decide between sparse and dense for the calls to come."""
-        self.sparse = self.layer >= (self.method.dense_layers or 0) and not clock.is_dense_step(
-            self.method.dense_steps or 0, self.method.last_dense_steps
-        )
-
     def count(self, *, sparse: bool) -> None:
         # Tracing would specialise the code to the count, and compile it again for each count.
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self.was_traced = True
+            return
+        if self.call is not None:
+            self.call.attention_calls += 1
+        with _counting:
             self.sparse_calls += sparse
             self.dense_calls += not sparse
 
@@ -153,12 +217,13 @@ class Group:
         Raises:
             RuntimeError: outside of the model's forward, or if the tokens do not fit its grid.
         """
-        if self.video is None:
+        call = self.call
+        if call is None or call.video is None:
             raise RuntimeError(
                 "an attached attention module was called outside of its model's forward, so its"
                 " token grid is unknown; call the model, or set_attn_processor(None)"
             )
-        if self.merging is not None:
+        if call.merging is not None:
             # The tokens that merging leaves form no rectangle.
             row = TokenGrid(1, 1, tokens)
             return Site(
@@ -166,41 +231,44 @@ class Group:
                 self.layer,
                 self.layers,
                 row,
-                weights=self.weights,
-                merging=self.merging,
+                weights=call.weights,
+                merging=call.merging,
             )
-        text = tokens - self.video.tokens
+        text = tokens - call.video.tokens
         if text < 0 or (text > 0 and self.family.text is None):
             raise RuntimeError(
                 f"the attention call has {tokens} tokens, but the model's input makes a grid of"
-                f" {self.video} = {self.video.tokens} tokens"
+                f" {call.video} = {call.video.tokens} tokens"
             )
-        grid = self.video
+        grid = call.video
         if text:
             before = text if self.family.text == "before" else 0
             grid = TokenGrid(grid.frames, grid.height, grid.width, before, text - before)
-        order = self.reordered
+        order = call.order
         if order is not None and order.grid != grid:
             raise RuntimeError(
                 f"the attention call is over {grid}, but this forward has put tokens of"
                 f" {order.grid} in another order"
             )
         return Site(
-            self.family.name, self.layer, self.layers, grid, order, self.weights, self.rotary
+            self.family.name, self.layer, self.layers, grid, order, call.weights, call.rotary
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         """The group of a copied model's sites, with a backend and a serial number of its own."""
         copied = Group(
             self.chosen, self.family, self.variant, self.kind, self.layer, self.layers,
-            self.previous,
+            self.previous, self.model,
         )  # fmt: skip
         copied.member = _compat.register_backend(backend_of(copied))
         memo[id(self.member)] = copied.member
-        if self.video is not None:
-            copied.use(self.video)
-        copied.refresh(RunClock())
+        if self.last is not None:
+            copied.use(Call(RunClock(), self.last.video))
         return copied
+
+
+def _without_text(grid: TokenGrid) -> TokenGrid:
+    return TokenGrid(grid.frames, grid.height, grid.width)
 
 
 def backend_of(group: Group) -> _compat.BackendFunction:
@@ -224,7 +292,7 @@ def backend_of(group: Group) -> _compat.BackendFunction:
             and not isinstance(attn_mask, BlockMask)
         )
         sparse = ordinary and group.sparse
-        if group.reordered is not None and not sparse and query.shape[1] == key.shape[1]:
+        if not sparse and query.shape[1] == key.shape[1] and _is_reordered(group):
             _check_any_order(attn_mask, is_causal, key, group.family.padding)
         group.count(sparse=sparse)
         masked = attn_mask is not None
@@ -259,11 +327,23 @@ def backend_of(group: Group) -> _compat.BackendFunction:
             "video_tokens": group.video.tokens,
             "text_first": group.family.text == "before",
         }
-        if sparse and group.rotary is not None:
-            group.rotary = gather_tables(group.rotary, query, **sequence)
+        call = group.call
+        if sparse and call is not None and call.rotary is not None:
+            call.rotary = gather_tables(call.rotary, query, **sequence)
         return attend_sharded(query, key, value, key_mask, attend=attend, **sequence)
 
     return diffattn_backend
+
+
+def _is_reordered(group: Group) -> bool:
+    """Whether the running forward has put its tokens in another order, as far as code can know.
+
+    Code that is traced cannot. Only processors of diffusers' own are called in another order, and
+    those of models with a `TokenFlow` make no causal calls.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return group.call is not None and group.call.order is not None
 
 
 def _check_any_order(attn_mask: Any, is_causal: bool, key: torch.Tensor, padding: str) -> None:
@@ -286,25 +366,14 @@ def _attend_sparse(
     queries: tuple[range, ...] | None,
 ) -> torch.Tensor:
     """Attention by the group's method, for queries at the positions `queries`; None is all."""
+    if torch.compiler.is_compiling() and queries is None and group.operator is not None:
+        traced = traced_attention if group.operator == "mask" else traced_method
+        grid = group.traced_grid
+        return traced(query, key, value, grid, group.serial, scale=scale, key_mask=key_mask)
     site = group.site(key.shape[1])
     if queries is not None:
         return attend_queries(
             group.method, query, key, value, site, queries, scale=scale, key_mask=key_mask
-        )
-    if torch.compiler.is_compiling() and attends_by_mask_alone(group.method):
-        return traced_attention(
-            query,
-            key,
-            value,
-            site.grid,
-            group.serial,
-            scale=group.method.score_scale(site.grid, query.shape[-1], scale),
-            key_mask=key_mask,
-            order=site.order,
-        )
-    if torch.compiler.is_compiling() and group.method.traced_whole:
-        return traced_method(
-            query, key, value, site.grid, group.serial, scale=scale, key_mask=key_mask
         )
     return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
 

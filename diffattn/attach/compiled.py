@@ -1,27 +1,44 @@
 """Attention as operators of torch that torch.compile does not trace into.
 
 Building a layout cannot be traced, because the sizes of its lists depend on the values in the mask.
-An operator of torch takes tensors and numbers, but no layout. So compiled code holds the sizes of
-the grid and the serial number of a source. When the code runs, the operator looks up the source by
-its number, and the source gives the layout of the grid.
+An operator of torch takes tensors and numbers, but no layout. So compiled code holds the serial
+number of a source. When the code runs, the operator looks up the source by its number, and the
+source knows the grid of the running call and the layout of the grid. Compiled code that holds no
+grid serves all sizes.
+
+Each operator also returns the sizes that it has used. The operators of its gradients take them from
+there: autograd runs these in threads of its own, where there is no running call.
+
+Tensors of two grids may have equal shapes. A CUDA graph of an operator would repeat the grid that
+it was captured with, so the operators are kept out of CUDA graphs.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from diffattn.attach.running_call import running_call
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.kernels.transforms import is_forward_mode
+from diffattn.methods.base import Site
+from diffattn.models.token_flow import in_order
 from diffattn.operator import attention, attention_gradients, choose_backend
 from diffattn.orders import TileOrder
 
 _serials = itertools.count()
 _sources: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+# The grid of a call as numbers: five sizes, and three of the tile that the tokens come in.
+_SIZES = 8
+
+_KEPT_OUT_OF_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 
 
 class LayoutSource(Protocol):
@@ -33,8 +50,16 @@ class LayoutSource(Protocol):
         self, grid: TokenGrid, device: torch.device, order: TileOrder | None
     ) -> BlockLayout: ...
 
+    def score_scale(self, grid: TokenGrid, head_dim: int, scale: float | None) -> float | None: ...
 
-def remember(source: LayoutSource | MethodSource) -> int:
+
+class Running(Protocol):
+    """A source that knows the grid of the running call and the order of its tokens."""
+
+    def site(self, tokens: int) -> Site: ...
+
+
+def remember(source: object) -> int:
     """Enter `source` into the table of sources and return its serial number.
 
     The table does not keep the source alive.
@@ -48,24 +73,26 @@ def traced_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    grid: TokenGrid,
+    grid: TokenGrid | None,
     serial: int,
     *,
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
     order: TileOrder | None = None,
 ) -> torch.Tensor:
-    """`attention` over the layout that the source of number `serial` has for `grid`.
+    """`attention` over the layout that the source of number `serial` has for a grid.
 
     The backend is chosen when the call is traced, for the output and its gradients. Compiled code
     keeps to that backend.
 
     Args:
         query, key, value: (batch, tokens, heads, head_dim).
-        grid: the tokens of the call, text included.
+        grid: the tokens of the call, text included; None for those of the running call, of which
+            the source must be a `Running`.
         serial: the source's number from `remember`.
-        scale, key_mask: as for `attention`.
-        order: the order that the tensors have their tokens in; the grid's own when None.
+        scale, key_mask: as for `attention`; the source may change the scale.
+        order: the order that the tensors have their tokens in; the grid's own when None. The
+            running call has an order of its own.
 
     Returns:
         (batch, tokens, heads, head_dim), in the order of `query`.
@@ -74,13 +101,9 @@ def traced_attention(
         NotImplementedError: within `torch.func.jvp` or `dual_level`.
     """
     _check_no_tangents()
-    size = [grid.frames, grid.height, grid.width, grid.text_before, grid.text_after]
-    if order is not None:
-        size += order.tile
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    size = [] if grid is None else _sizes(grid, order)
     backend = choose_backend(query.device)
-    out, _ = _forward(query, key, value, key_mask, size, serial, scale, backend)
-    return out
+    return _forward(query, key, value, key_mask, size, serial, scale, backend)[0]
 
 
 class MethodSource(Protocol):
@@ -102,20 +125,20 @@ def traced_method(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    grid: TokenGrid,
+    grid: TokenGrid | None,
     serial: int,
     *,
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention over `grid` by the method of the source of number `serial`.
+    """Attention over a grid by the method of the source of number `serial`.
 
     The method need not be traceable. The backward computes the attention once more. Arguments,
     result and errors are those of `traced_attention`.
     """
     _check_no_tangents()
-    size = [grid.frames, grid.height, grid.width, grid.text_before, grid.text_after]
-    return _attend(query, key, value, key_mask, size, serial, scale)
+    size = [] if grid is None else _sizes(grid, None)
+    return _attend(query, key, value, key_mask, size, serial, scale)[0]
 
 
 def _check_no_tangents() -> None:
@@ -126,7 +149,28 @@ def _check_no_tangents() -> None:
         )
 
 
-@torch.library.custom_op("diffattn::method_attention", mutates_args=())
+def _sizes(grid: TokenGrid, order: TileOrder | None) -> list[int]:
+    tile = (0, 0, 0) if order is None else order.tile
+    return [grid.frames, grid.height, grid.width, grid.text_before, grid.text_after, *tile]
+
+
+def _used(size: list[int], serial: int, tokens: int) -> torch.Tensor:
+    """The sizes of a call of `tokens` tokens, int64 (8,): `size`, if empty the running call's."""
+    if not size:
+        source: Running = _sources[serial]
+        site = source.site(tokens)
+        size = _sizes(site.grid, site.order)
+    return torch.tensor(size + [0] * (_SIZES - len(size)))
+
+
+def _grid_and_order(used: torch.Tensor) -> tuple[TokenGrid, TileOrder | None]:
+    """The grid of a call, and the order that its tensors have their tokens in."""
+    *sizes, depth, height, width = used.tolist()
+    grid = TokenGrid(*sizes)
+    return grid, TileOrder(grid, (depth, height, width)) if depth else None
+
+
+@torch.library.custom_op("diffattn::method_attention", mutates_args=(), tags=_KEPT_OUT_OF_GRAPHS)
 def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -135,33 +179,40 @@ def _attend(
     size: list[int],
     serial: int,
     scale: float | None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     source: MethodSource = _sources[serial]
-    out = source.attend(query, key, value, TokenGrid(*size), scale=scale, key_mask=key_mask)
-    return out.contiguous()
+    used = _used(size, serial, key.shape[1])
+    grid, _ = _grid_and_order(used)
+    out = source.attend(query, key, value, grid, scale=scale, key_mask=key_mask)
+    return out.contiguous(), used
 
 
 @_attend.register_fake
-def _(query: torch.Tensor, *rest: torch.Tensor | list[int] | float | None) -> torch.Tensor:
-    return query.new_empty(query.shape)
+def _(
+    query: torch.Tensor, *rest: torch.Tensor | list[int] | float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return query.new_empty(query.shape), torch.empty(_SIZES, dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("diffattn::method_attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "diffattn::method_attention_backward", mutates_args=(), tags=_KEPT_OUT_OF_GRAPHS
+)
 def _attend_backward(
     grad_out: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    used: torch.Tensor,
     key_mask: torch.Tensor | None,
-    size: list[int],
     serial: int,
     scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grid, _ = _grid_and_order(used)
     # Autograd is off inside an operator, as in inference mode.
     with torch.inference_mode(False), torch.enable_grad():
         query, key, value = (x.detach().requires_grad_() for x in (query, key, value))
         source: MethodSource = _sources[serial]
-        out = source.attend(query, key, value, TokenGrid(*size), scale=scale, key_mask=key_mask)
+        out = source.attend(query, key, value, grid, scale=scale, key_mask=key_mask)
         dq, dk, dv = torch.autograd.grad(out, (query, key, value), grad_out)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
@@ -172,7 +223,7 @@ def _(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    *rest: torch.Tensor | list[int] | float | None,
+    *rest: torch.Tensor | float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         query.new_empty(query.shape),
@@ -181,12 +232,14 @@ def _(
     )
 
 
-def _setup_attend(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    query, key, value, key_mask, *ctx.options = inputs
-    ctx.save_for_backward(query, key, value, key_mask)
+def _setup_attend(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    query, key, value, key_mask, _, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value, output[1], key_mask)
 
 
-def _attend_autograd(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _attend_autograd(
+    ctx: Any, grad_out: torch.Tensor, grad_used: None
+) -> tuple[torch.Tensor | None, ...]:
     grads = _attend_backward(grad_out, *ctx.saved_tensors, *ctx.options)
     return (*grads, None, None, None, None)
 
@@ -194,20 +247,35 @@ def _attend_autograd(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | N
 _attend.register_autograd(_attend_autograd, setup_context=_setup_attend)
 
 
-def _layout(
-    size: list[int], serial: int, device: torch.device
-) -> tuple[BlockLayout, TileOrder | None]:
-    """The layout of a call, and the order into which the tokens have yet to be put.
+@dataclass(frozen=True)
+class _Blocks:
+    """A call under a static mask.
 
-    Args:
-        size: the five sizes of the grid, and the three of the tile if the tokens come in tiles.
+    Attributes:
+        layout: the blocks.
+        order: the order into which the tokens have yet to be put; None to leave them.
+        scale: the factor of the scores.
     """
-    source, grid, tile = _sources[serial], TokenGrid(*size[:5]), size[5:]
-    order = TileOrder(grid, (tile[0], tile[1], tile[2])) if tile else source.order(grid)
-    return source.layout(grid, device, order), None if tile else order
+
+    layout: BlockLayout
+    order: TileOrder | None
+    scale: float | None
 
 
-@torch.library.custom_op("diffattn::static_mask_attention", mutates_args=())
+def _blocks(used: torch.Tensor, serial: int, query: torch.Tensor, scale: float | None) -> _Blocks:
+    source: LayoutSource = _sources[serial]
+    grid, given = _grid_and_order(used)
+    order = given or source.order(grid)
+    return _Blocks(
+        source.layout(grid, query.device, order),
+        None if given else order,
+        source.score_scale(grid, query.shape[-1], scale),
+    )
+
+
+@torch.library.custom_op(
+    "diffattn::static_mask_attention", mutates_args=(), tags=_KEPT_OUT_OF_GRAPHS
+)
 def _forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -215,33 +283,41 @@ def _forward(
     key_mask: torch.Tensor | None,
     size: list[int],
     serial: int,
-    scale: float,
+    scale: float | None,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    layout, order = _layout(size, serial, query.device)
-    return attention(
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    used = _used(size, serial, key.shape[1])
+    blocks = _blocks(used, serial, query, scale)
+    out, lse = attention(
         query,
         key,
         value,
-        layout,
-        order=order,
-        scale=scale,
+        blocks.layout,
+        order=blocks.order,
+        scale=blocks.scale,
         key_mask=key_mask,
         return_lse=True,
         backend=backend,
     )
+    return out, lse, used
 
 
 @_forward.register_fake
 def _(
     query: torch.Tensor, *rest: torch.Tensor | list[int] | float | str | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, tokens, heads, _ = query.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(query.shape), query.new_empty((batch, heads, tokens), dtype=dtype)
+    return (
+        query.new_empty(query.shape),
+        query.new_empty((batch, heads, tokens), dtype=dtype),
+        torch.empty(_SIZES, dtype=torch.int64, device="cpu"),
+    )
 
 
-@torch.library.custom_op("diffattn::static_mask_attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "diffattn::static_mask_attention_backward", mutates_args=(), tags=_KEPT_OUT_OF_GRAPHS
+)
 def _backward(
     grad_out: torch.Tensor,
     query: torch.Tensor,
@@ -249,13 +325,13 @@ def _backward(
     value: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    used: torch.Tensor,
     key_mask: torch.Tensor | None,
-    size: list[int],
     serial: int,
-    scale: float,
+    scale: float | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    layout, order = _layout(size, serial, query.device)
+    blocks = _blocks(used, serial, query, scale)
     return attention_gradients(
         grad_out,
         query,
@@ -263,9 +339,9 @@ def _backward(
         value,
         out,
         lse,
-        layout,
-        order=order,
-        scale=scale,
+        blocks.layout,
+        order=blocks.order,
+        scale=blocks.scale,
         key_mask=key_mask,
         backend=backend,
     )
@@ -277,7 +353,7 @@ def _(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    *rest: torch.Tensor | list[int] | float | str | None,
+    *rest: torch.Tensor | float | str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         query.new_empty(query.shape),
@@ -287,12 +363,12 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    query, key, value, key_mask, *ctx.options = inputs
+    query, key, value, key_mask, _, *ctx.options = inputs
     ctx.save_for_backward(query, key, value, *output, key_mask)
 
 
 def _autograd(
-    ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor
+    ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor, grad_used: None
 ) -> tuple[torch.Tensor | None, ...]:
     # Traced code never uses the log-sum-exp: only the output has a gradient.
     grads = _backward(grad_out, *ctx.saved_tensors, *ctx.options)
@@ -300,3 +376,33 @@ def _autograd(
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@torch.library.custom_op("diffattn::move_tokens", mutates_args=(), tags=_KEPT_OUT_OF_GRAPHS)
+def move_tokens(x: torch.Tensor, serial: int, dim: int, enters: bool) -> torch.Tensor:
+    """A copy of `x` with its tokens put in the order of the running call, or back in the model's.
+
+    Args:
+        x: a tensor with tokens along `dim`.
+        serial: number of the attached denoiser whose call is running.
+        dim: a dimension, as in `TokenFlow`.
+        enters: whether the tokens enter the denoiser's blocks; otherwise they leave them.
+    """
+    call = running_call(serial)
+    order = None if call is None else call.order
+    if order is not None:
+        x = in_order(order, x, dim) if enters else order.from_tiles(x, dim)
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@move_tokens.register_fake
+def _(x: torch.Tensor, serial: int, dim: int, enters: bool) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def _move_autograd(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    # No call has an order while gradients are recorded: the copy is in the order of `x`.
+    return grad, None, None, None
+
+
+move_tokens.register_autograd(_move_autograd)

@@ -8,9 +8,10 @@ goes to a private backend of diffattn. Nothing process-wide changes.
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,10 +20,12 @@ from torch.utils.hooks import RemovableHandle
 
 from diffattn import _compat
 from diffattn.attach.backend import Group, backend_of
+from diffattn.attach.compiled import remember
 from diffattn.attach.connection import complaint
-from diffattn.attach.permute_once import order_throughout
+from diffattn.attach.permute_once import Gates, may_permute, order_throughout
 from diffattn.attach.pickling import Unpicklable
 from diffattn.attach.run_clock import RunClock
+from diffattn.attach.running_call import Call, begin_call, end_call, running_call
 from diffattn.attach.sites import AttachedSite, set_processor
 from diffattn.grid import TokenGrid
 from diffattn.methods.base import (
@@ -40,35 +43,72 @@ _ATTRIBUTE = "_diffattn_attached"
 _retired: list[Any] = []
 
 
+# Threads enter their calls into the set of running calls one after another.
+_entering = threading.Lock()
+
+
 class Owner(Protocol):
     """The attachment that the denoisers of a pipeline share."""
 
-    clock: RunClock
+    @property
+    def clock(self) -> RunClock: ...
 
-    def follow_scheduler(self) -> None: ...
+    def enter_run(self, model: torch.nn.Module, args: Any, kwargs: Any) -> None: ...
 
     def remove(self) -> None: ...
 
 
 @dataclass
 class _Inside:
-    """The grid of the sites inside a module, known from the module's calls."""
+    """The grid of the sites inside a module, known from the module's calls.
+
+    Attributes:
+        attached: the denoiser.
+        name: name of the module.
+        grid: the grid of the last call.
+        traced: the grid of the call that is traced; None outside of a trace.
+    """
 
     attached: AttachedModel
+    name: str
     grid: TokenGrid | None = None
+    traced: TokenGrid | None = None
 
     def learn(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        self.grid = self.attached.family.grid(module, args, kwargs)
+        grid = self.attached.family.grid(module, args, kwargs)
+        if torch.compiler.is_compiling():
+            self.traced = grid
+        else:
+            self.grid = grid
+            call = running_call(self.attached.serial)
+            if call is not None:
+                call.inside[self.name] = grid
+            self.use()
+
+    def forget(self, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            self.traced = None
 
     # Each site sets the grid anew: gradient checkpointing calls it again after other modules ran.
     def use(self, *_: Any) -> None:
-        if self.grid is not None:
-            self.attached._use(self.grid)
+        if torch.compiler.is_compiling():
+            for group in self.attached.groups:
+                group.traced_grid = self.traced
+            return
+        call = running_call(self.attached.serial)
+        grid = self.grid if call is None else call.inside.get(self.name)
+        if grid is not None:
+            self.attached._use(grid)
+
+    def leave(self, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            for group in self.attached.groups:
+                group.traced_grid = None
 
 
 @dataclass(frozen=True)
 class _WeightsOfCall:
-    """Hooks that give a group the weights and rotary tables of a site while the site is called.
+    """Hooks that give a call the weights and rotary tables of a site while the site is called.
 
     Attributes:
         group: the group of the site.
@@ -79,13 +119,17 @@ class _WeightsOfCall:
     name: str
 
     def begin(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        weights: Any = module.get_submodule(self.name)
-        self.group.weights = weights
-        rotary = self.group.family.rotary
-        self.group.rotary = None if rotary is None else argument(args, kwargs, *rotary)
+        call = self.group.call
+        if call is not None:
+            weights: Any = module.get_submodule(self.name)
+            call.weights = weights
+            rotary = self.group.family.rotary
+            call.rotary = None if rotary is None else argument(args, kwargs, *rotary)
 
     def end(self, *_: Any) -> None:
-        self.group.weights = self.group.rotary = None
+        call = self.group.call
+        if call is not None:
+            call.weights = call.rotary = None
 
 
 class AttachedModel(Unpicklable):
@@ -98,7 +142,7 @@ class AttachedModel(Unpicklable):
         layers: number of blocks that have sites.
         groups: the groups of sites that share a backend.
         sites: the attached modules by name.
-        grid: the video tokens of the current call; None before the first call.
+        serial: the number by which the running calls of the denoiser are found.
     """
 
     def __init__(
@@ -112,15 +156,15 @@ class AttachedModel(Unpicklable):
         self.owner = owner
         self.family = family
         self.variant = family.variant(pipe, model)
-        self.grid: TokenGrid | None = None
+        self.serial = remember(self)
         self.groups: list[Group] = []
         self.sites: dict[str, AttachedSite] = {}
         self._model = model
-        self._calls_before = 0
+        self._running: weakref.WeakSet[Call] = weakref.WeakSet()
         self._first_forward = True
         self._reported = False
         self._hooks: list[RemovableHandle] = []
-        self._flow_hooks: list[RemovableHandle] = []
+        self._gates: Gates | None = None
         layers = family.layers(model)
         self.layers = max(layers.values()) + 1
         modules: dict[str, Any] = {name: model.get_submodule(name) for name in chosen}
@@ -137,13 +181,20 @@ class AttachedModel(Unpicklable):
         self._hooks += [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward),
-            model.register_forward_hook(self._end_flow, always_call=True),
+            model.register_forward_hook(self._end, always_call=True),
         ]
+        if family.flow is not None and may_permute(model, family, self.groups):
+            self._gates = Gates(self, family.flow)
         if family.grid_modules is not None:
             for name, module in model.named_modules():
                 if family.grid_modules.fullmatch(name):
                     self._follow(name, module)
         model.__dict__[_ATTRIBUTE] = self
+
+    @property
+    def grid(self) -> TokenGrid | None:
+        """The video tokens of the current call; None before the first call."""
+        return self.groups[0].video if self.groups else None
 
     @property
     def sparse_calls(self) -> int:
@@ -169,7 +220,8 @@ class AttachedModel(Unpicklable):
                     weights.leave(site.module)
         for adaptation in self._adaptations:
             adaptation.undo()
-        self._end_flow()
+        if self._gates is not None:
+            self._gates.remove()
         self._retire()
         _unregister_retired()
         for hook in self._hooks:
@@ -207,56 +259,97 @@ class AttachedModel(Unpicklable):
         for group in self.groups:
             if group.chosen is method and group.kind == kind and group.previous is previous:
                 return group
-        group = Group(method, self.family, self.variant, kind, layer, self.layers, previous)
+        group = Group(
+            method, self.family, self.variant, kind, layer, self.layers, previous, self.serial
+        )
         _unregister_retired()
         group.member = _compat.register_backend(backend_of(group))
         self.groups.append(group)
         return group
 
+    # Outside of compiled code: what a hook reads and compares would be compiled in, call by call.
+    @torch.compiler.disable
     def _before_forward(self, model: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            self.owner.follow_scheduler()
-            self._calls_before = self.sparse_calls + self.dense_calls
+        self.owner.enter_run(model, args, kwargs)
+        grid = None
         if self.family.grid_modules is None:
-            self._use(self.family.grid(model, args, kwargs))
-        return None if torch.compiler.is_compiling() else self._begin_flow(args, kwargs)
-
-    def _begin_flow(self, args: Any, kwargs: Any) -> Any:
-        """Put the tokens of a forward in the order of its blocks, where one order serves all calls.
-
-        Returns:
-            The arguments of the forward with their tokens in that order; None to leave them.
-        """
-        self._end_flow()  # an interrupted forward may have left its own
-        order = order_throughout(
-            self._model, self.family, self.groups, self.sites.values(), self.grid, args, kwargs
-        )
-        flow = self.family.flow
-        if order is None or flow is None:
+            grid = self.family.grid(model, args, kwargs)
+        call = Call(self.owner.clock, grid)
+        call.sparse_groups = tuple(group.is_sparse_in(call) for group in self.groups)
+        self._enter(call)
+        for group in self.groups:
+            group.use(call)
+        if self._gates is None or grid is None:
             return None
-        for group in self.groups:
-            group.reordered = order
-        self._flow_hooks = flow.follow(order, self._model)
-        return flow.enter(order, args, kwargs)
+        self._gates.put_in_place(model)
+        call.order = order_throughout(
+            model, self._gates, self.family, self.groups, self.sites.values(), grid, args, kwargs
+        )
+        return None if call.order is None else self._gates.flow.enter(call.order, args, kwargs)
 
-    def _end_flow(self, *_: Any) -> None:
-        """Undo `_begin_flow`, also after a forward that fails."""
-        if torch.compiler.is_compiling():
-            return
-        for hook in self._flow_hooks:
-            hook.remove()
-        self._flow_hooks = []
-        for group in self.groups:
-            group.reordered = None
+    def _enter(self, call: Call) -> None:
+        """Make `call` the running call.
+
+        Raises:
+            RuntimeError: if calls are running in other threads that `call` cannot run beside.
+        """
+        with _entering:
+            self._forget()  # a forward that was interrupted may have left its own
+            others = list(self._running)
+            if others:
+                self._check_beside(call, others)
+            self._running.add(call)
+        begin_call(self.serial, call)
+
+    def _check_beside(self, call: Call, others: Iterable[Call]) -> None:
+        name = type(self._model).__name__
+        if self._adaptations:
+            raise RuntimeError(
+                f"another thread is in a call of this {name}, but {self._adaptations[0]} keeps"
+                f" tensors between its modules: call it from one thread at a time, or give each"
+                f" thread a copy (copy.deepcopy)"
+            )
+        traced = [group for group in self.groups if group.was_traced]
+        if any(group.operator is None for group in traced):
+            raise RuntimeError(
+                f"another thread is in a call of this {name}, but compiled code of"
+                f" {traced[0].chosen.type} attention is for one call at a time: call it from one"
+                f" thread at a time, or give each thread a copy (copy.deepcopy)"
+            )
+        if traced and any(other.sparse_groups != call.sparse_groups for other in others):
+            raise RuntimeError(
+                f"another thread is in a denoising step of this compiled {name} that is dense, or"
+                f" this thread is, and the other is in a sparse step: compiled code is in one kind"
+                f" of step at a time. Attach methods with dense_steps=0 and last_dense_steps=0, do"
+                f" not compile, or give each thread a copy (copy.deepcopy)"
+            )
+
+    @torch.compiler.disable
+    def _end(self, *_: Any) -> None:
+        """End the running call, also after a forward that fails."""
+        with _entering:
+            self._forget()
+
+    def _forget(self) -> None:
+        ended = end_call(self.serial)
+        if ended is not None:
+            self._running.discard(ended)
 
     def _follow(self, name: str, module: torch.nn.Module) -> None:
         """Let the calls of a module set the grid of the sites inside it."""
         sites = [site.module for key, site in self.sites.items() if key.startswith(name + ".")]
-        inside = _Inside(self)
+        inside = _Inside(self, name)
         if sites:
-            self._hooks.append(module.register_forward_pre_hook(inside.learn, with_kwargs=True))
-        # First of the site's hooks: the others read the grid.
-        self._hooks += [site.register_forward_pre_hook(inside.use, prepend=True) for site in sites]
+            self._hooks += [
+                module.register_forward_pre_hook(inside.learn, with_kwargs=True),
+                module.register_forward_hook(inside.forget, always_call=True),
+            ]
+        for site in sites:
+            self._hooks += [
+                # First of the site's hooks: the others read the grid.
+                site.register_forward_pre_hook(inside.use, prepend=True),
+                site.register_forward_hook(inside.leave, always_call=True),
+            ]
 
     def group_at(self, name: str) -> Group | None:
         """The group of the site called `name`; None where nothing is attached."""
@@ -268,6 +361,19 @@ class AttachedModel(Unpicklable):
         """The denoising step that the next call belongs to, from 0."""
         return self.owner.clock.step
 
+    @property
+    def has_schedule(self) -> bool:
+        """Whether what a call does depends on its step in a run."""
+        return bool(self._adaptations) or any(
+            group.method_now.dense_steps or group.method_now.last_dense_steps
+            for group in self.groups
+        )
+
+    def is_of(self, model: Any) -> bool:
+        """Whether this is attached to a model, or to the model that it is wrapped around."""
+        parts = model.modules() if isinstance(model, torch.nn.Module) else ()
+        return any(part is self._model for part in parts)
+
     def is_copied(self, memo: dict[int, Any]) -> bool:
         """Whether the denoiser is in the memo of a deep copy."""
         return id(self._model) in memo
@@ -276,10 +382,13 @@ class AttachedModel(Unpicklable):
         """The attachment of a copied denoiser, with groups and backends of its own."""
         copied = copy.copy(self)
         memo[id(self)] = copied
+        copied.serial = remember(copied)
+        copied._running = weakref.WeakSet()
         # The groups first: the copied processors must find their new backends in the memo.
-        parts = ("groups", "owner", "_model", "sites", "_adaptations", "_hooks", "_flow_hooks")
-        for name in parts:
+        for name in ("groups", "owner", "_model", "sites", "_adaptations", "_hooks", "_gates"):
             setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
+        for group in copied.groups:
+            group.model = copied.serial
         copied._retire_with(copied._model)
         return copied
 
@@ -289,19 +398,19 @@ class AttachedModel(Unpicklable):
         )
 
     def _use(self, grid: TokenGrid) -> None:
-        """Set the grid of the attention calls to come."""
-        if grid == self.grid:
-            return
-        self.grid = grid
+        """Set the grid of the attention calls to come: of the running call, or of the next ones."""
+        call = running_call(self.serial) or Call(self.owner.clock)
+        call.video = grid
         for group in self.groups:
-            group.use(grid)
-            group.refresh(self.owner.clock)
+            group.use(call)
 
+    @torch.compiler.disable
     def _after_forward(self, model: torch.nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or self._reported:
+        call = running_call(self.serial)
+        if call is None or self._reported:
             return
-        calls = self.sparse_calls + self.dense_calls - self._calls_before
-        found = complaint(model, self.sites, calls, first_forward=self._first_forward)
+        counted = self._first_forward and not any(group.was_traced for group in self.groups)
+        found = complaint(model, self.sites, call.attention_calls, first_forward=counted)
         self._first_forward = False
         if found:
             self._reported = True

@@ -1,29 +1,122 @@
-"""Tokens put in a tile order once per forward of a denoiser, not once per attention call."""
+"""Tokens put in a tile order once per forward of a denoiser, not once per attention call.
+
+`order_throughout` chooses the order of a forward. Gates are hooks on the modules where tokens enter
+the denoiser's blocks and leave them. Gates stay in place while a method is attached: hooks that
+came and went with each forward would act on the forwards of other threads, and would make compiled
+code compile again.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from diffattn import _compat
 from diffattn.attach.backend import Group
+from diffattn.attach.compiled import move_tokens
+from diffattn.attach.running_call import running_call
 from diffattn.attach.sites import AttachedSite
+from diffattn.attach.watched import is_watched
 from diffattn.grid import TokenGrid
-from diffattn.methods.base import attends_by_mask_alone
+from diffattn.methods.base import StaticMaskMethod, attends_by_mask_alone
 from diffattn.models import Family
 from diffattn.models.base import argument
+from diffattn.models.token_flow import TokenFlow, in_order
 from diffattn.orders import TileOrder
+
+# Threads put gates in place one after another.
+_placing = threading.Lock()
+
+
+class Numbered(Protocol):
+    """An attached denoiser, whose running calls are found by its serial number."""
+
+    serial: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Gate:
+    """The hook of one module, see `TokenFlow.places`."""
+
+    attached: Numbered
+    dim: int
+    enters: bool
+
+    def move(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._move_when_it_runs(output)
+        call = running_call(self.attached.serial)
+        if call is None or call.order is None:
+            return None
+        if self.enters:
+            return in_order(call.order, output, self.dim)
+        return call.order.from_tiles(output, self.dim)
+
+    def _move_when_it_runs(self, output: Any) -> Any:
+        if isinstance(output, tuple | list):
+            return tuple(self._move_when_it_runs(part) for part in output)
+        return move_tokens(output, self.attached.serial, self.dim, self.enters)
+
+
+@dataclass(eq=False)
+class Gates:
+    """The gates of a denoiser.
+
+    Attributes:
+        attached: the attached denoiser.
+        flow: where tokens enter and leave.
+    """
+
+    attached: Numbered
+    flow: TokenFlow
+    _placed: dict[str, tuple[torch.nn.Module, RemovableHandle]] = field(default_factory=dict)
+
+    def put_in_place(self, model: torch.nn.Module) -> None:
+        """Put a gate on each module, also where a LoRA has replaced a module since."""
+        with _placing:
+            for name, dim, enters in self.flow.places:
+                module = model.get_submodule(name)
+                if name in self._placed:
+                    placed_on, handle = self._placed[name]
+                    if placed_on is module:
+                        continue
+                    handle.remove()
+                handle = module.register_forward_hook(_Gate(self.attached, dim, enters).move)
+                self._placed[name] = module, handle
+
+    def remove(self) -> None:
+        for _, handle in self._placed.values():
+            handle.remove()
+        self._placed.clear()
+
+    @property
+    def hooks(self) -> set[int]:
+        """The numbers of the gates among the hooks of their modules."""
+        return {handle.id for _, handle in self._placed.values()}
+
+
+def may_permute(model: torch.nn.Module, family: Family, groups: Sequence[Group]) -> bool:
+    """Whether there are sizes for which the tokens of a whole forward can be permuted."""
+    return (
+        family.flow is not None
+        and type(model).__name__ == family.flow.model_class
+        and all(attends_by_mask_alone(group.chosen) for group in groups)
+        and any(type(group.chosen).order_on is not StaticMaskMethod.order_on for group in groups)
+    )
 
 
 def order_throughout(
     model: torch.nn.Module,
+    gates: Gates,
     family: Family,
     groups: Sequence[Group],
     sites: Iterable[AttachedSite],
-    grid: TokenGrid | None,
+    grid: TokenGrid,
     args: Any,
     kwargs: Any,
 ) -> TileOrder | None:
@@ -31,18 +124,17 @@ def order_throughout(
 
     Args:
         model: the denoiser, which has diffattn's hooks and perhaps others.
+        gates: the denoiser's gates.
         groups, sites: the denoiser's groups and its attached sites.
         grid: the video tokens of the forward.
         args, kwargs: the arguments of the forward.
     """
-    flow = family.flow
+    flow = gates.flow
     if (
-        flow is None
-        or grid is None
-        or type(model).__name__ != flow.model_class
         # Checkpointing of any kind runs modules again in the backward pass, when the order of
         # their tokens is no longer known.
-        or torch.is_grad_enabled()
+        torch.is_grad_enabled()
+        or type(model).__name__ != flow.model_class
         or not any(group.sparse for group in groups)
         or (flow.interrupted is not None and flow.interrupted(model, args, kwargs))
     ):
@@ -52,7 +144,9 @@ def order_throughout(
         before = text if family.text == "before" else 0
         grid = replace(grid, text_before=before, text_after=text - before)
     order = _common_order(groups, grid)
-    return None if order is None or _is_watched(model) or _is_parallel(sites) else order
+    if order is None or is_watched(model, groups, gates.hooks) or _is_parallel(sites):
+        return None
+    return order
 
 
 def _common_order(groups: Sequence[Group], grid: TokenGrid) -> TileOrder | None:
@@ -66,31 +160,8 @@ def _common_order(groups: Sequence[Group], grid: TokenGrid) -> TileOrder | None:
     return orders.pop() if len(orders) == 1 else None
 
 
-def _is_watched(model: torch.nn.Module) -> bool:
-    """Whether code that relies on the model's own order sees tensors between its modules."""
-    inside = (module for module in model.modules() if module is not model)
-    return (
-        len(model._forward_pre_hooks) > 1  # one hook is diffattn's
-        or _compat.is_watched(model)
-        or any(
-            module._forward_pre_hooks
-            or module._forward_hooks
-            or _compat.is_watched(module)
-            or _has_foreign_processor(module)
-            for module in inside
-        )
-    )
-
-
 def _is_parallel(sites: Iterable[AttachedSite]) -> bool:
     """Whether the sequence is spread over processes."""
     processor = next(iter(sites)).processor
     config = _compat.processor_parallelism(processor)
     return _compat.context_parallel(config) is not None
-
-
-def _has_foreign_processor(module: torch.nn.Module) -> bool:
-    """Whether a module attends by code of neither diffusers nor diffattn."""
-    processor = module.__dict__.get("processor") or module._modules.get("processor")
-    package = type(processor).__module__.partition(".")[0]
-    return processor is not None and package not in ("diffusers", "diffattn")

@@ -72,19 +72,25 @@ class SiteWeights(torch.nn.Module):
 
 
 class SiteState(Protocol):
-    """The state of an attached site, readable between its calls.
+    """The state of an attached site in the forward of its denoiser that is running.
 
     Attributes:
-        method: the attached method, with the recommended values for the model.
-        video: the video tokens of the current call; None before the first call.
-        sparse: whether the method computes the next calls; if not, the model's own attention does.
         merging: how the tokens of the current call were merged; None if they were not.
     """
 
-    method: Method
-    video: TokenGrid | None
-    sparse: bool
     merging: Merging | None
+
+    @property
+    def method(self) -> Method:
+        """The attached method, with the recommended values for the model and the size."""
+
+    @property
+    def video(self) -> TokenGrid | None:
+        """The video tokens of the current call; None before the first call."""
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the method computes the next calls; if not, the model's own attention does."""
 
 
 class AttachedSites(Protocol):

@@ -14,8 +14,8 @@ from diffattn.grid import TokenGrid
 from diffattn.models.base import Family, SizeRules, argument, first_input
 from diffattn.models.token_flow import TokenFlow
 
-# The position ids that were read last, by shape, and their grid. Reading waits for the device and
-# cannot be compiled; a pipeline passes the same ids in all its steps.
+# The position ids that were read last, by shape, and their grid. Reading waits for the device; a
+# pipeline passes the same ids in all its steps.
 _read: dict[tuple[int, ...], tuple[weakref.ref[torch.Tensor], TokenGrid]] = {}
 
 
@@ -27,25 +27,12 @@ def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], position
 
     Raises:
         ValueError: if the tokens are no rectangular grid in order.
-        RuntimeError: if the call is compiled and ids of this shape have never been read.
     """
     ids = argument(args, kwargs, position, "img_ids")
     tokens = first_input(args, kwargs).shape[1]
     shape = tuple(ids.shape)
     seen, grid = _read.get(shape, (None, None))
-    if torch.compiler.is_compiling():
-        if grid is None:
-            raise RuntimeError(
-                f"the position ids of {type(model).__name__} cannot be read in compiled code: call"
-                f" the model on this size once before compiling it"
-            )
-        last = ids.reshape(-1, shape[-1])[-1]
-        torch._assert_async(
-            (last[1] == grid.height - 1) & (last[2] == grid.width - 1),
-            "the image has as many tokens as the one this model was compiled for, but other rows"
-            " and columns: call the model once before compiling it for another shape",
-        )
-    elif seen is None or seen() is not ids:
+    if seen is None or seen() is not ids:
         grid = _read_grid(model, ids)
         _read[shape] = weakref.ref(ids), grid
     assert grid is not None

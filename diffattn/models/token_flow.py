@@ -12,9 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch.utils.hooks import RemovableHandle
-
 from diffattn.orders import TileOrder
 
 
@@ -57,20 +54,16 @@ class TokenFlow:
                 named[name] = _reordered(order, named[name], dim, optional=True)
         return tuple(values), named
 
-    def follow(self, order: TileOrder, model: torch.nn.Module) -> list[RemovableHandle]:
-        """Hooks on the modules where tokens enter and leave, to be removed after one forward."""
+    @property
+    def places(self) -> tuple[tuple[str, int, bool], ...]:
+        """Modules whose outputs have tokens: name, dimension, and whether tokens enter there."""
+        entries = ((name, dim, True) for name, dim in self.outputs.items())
+        return (*entries, (self.leave, 1, False))
 
-        def enter(dim: int) -> Callable[..., Any]:
-            return lambda module, args, output: _reordered(order, output, dim)
 
-        def leave(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            return order.from_tiles(output)
-
-        hooks = [
-            model.get_submodule(name).register_forward_hook(enter(dim))
-            for name, dim in self.outputs.items()
-        ]
-        return [*hooks, model.get_submodule(self.leave).register_forward_hook(leave)]
+def in_order(order: TileOrder, x: Any, dim: int) -> Any:
+    """A tensor, or a tuple of tensors, with the tokens along `dim` put in `order`."""
+    return _reordered(order, x, dim)
 
 
 def _reordered(order: TileOrder, x: Any, dim: int, *, optional: bool = False) -> Any:

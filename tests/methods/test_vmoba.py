@@ -333,7 +333,6 @@ def test_compiled_attention_trains() -> None:
     model = tiny_families.CASES["hunyuanvideo"].build()
     attachment = diffattn.set_attn_processor(model, BY_SHARE)
     (group, *_) = attachment.models["model"].groups
-    group.use(TokenGrid(3, 4, 5))
     leaves = torch.randn(3, 2, grid.tokens, 2, 8)
     key_mask = torch.rand(2, grid.tokens) < 0.8
     weight = torch.randn(2, grid.tokens, 2, 8)

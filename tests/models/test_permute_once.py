@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ import stock
 import tiny_families
 import tiny_wan
 import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
 from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
@@ -23,12 +25,11 @@ from tiny_families import BATCH, noise, valid_text
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffattn
-from diffattn import DenseAttn, TokenGrid
+from diffattn import DenseAttn, TokenGrid, _compat
 from diffattn.attach.backend import Group
 from diffattn.attach.denoiser import attached_to
 from diffattn.methods import Method
 from diffattn.models import FAMILIES, family_of
-from diffattn.models.token_flow import TokenFlow
 from diffattn.orders import TileOrder
 
 GRID = TokenGrid(3, 5, 7)  # no axis is a multiple of the tile's
@@ -258,9 +259,8 @@ class TestSixFamilies:
         diffattn.set_attn_processor(model, IN_TILES)
         once(model, inputs)
         assert all(torch.equal(inputs[name], x) for name, x in kept.items())
-        inside = [m for m in model.modules() if m is not model]
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in inside)
         diffattn.set_attn_processor(model, None)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         assert not model._forward_hooks
         assert not model._forward_pre_hooks
         assert not model._forward_hooks_always_called
@@ -417,6 +417,161 @@ class TestSwitchedOff:
         assert_same(*outputs)
 
 
+@contextlib.contextmanager
+def reusing(model: Any) -> Iterator[None]:
+    """With a step cache of another package, which puts its own `forward` in the model.
+
+    The cache gives what the blocks made in the call before, as cache-dit and TeaCache do.
+    """
+    last = model.get_submodule(family_of(model).flow.leave)
+    own, own_last = model.forward, last.forward
+    kept: list[torch.Tensor] = []
+
+    def from_before(tokens: torch.Tensor) -> torch.Tensor:
+        kept.append(tokens)
+        return own_last(kept[-2] if len(kept) > 1 else tokens)
+
+    def cached(*args: Any, **kwargs: Any) -> Any:
+        last.__dict__["forward"] = from_before
+        try:
+            return own(*args, **kwargs)
+        finally:
+            del last.__dict__["forward"]
+
+    model.forward = cached
+    yield
+    del model.forward
+
+
+def test_caches_of_other_packages_get_tokens_in_one_order(case: Any) -> None:
+    """What is kept of a dense forward is used in a sparse forward, and the other way round."""
+    model, inputs = case
+    outputs = []
+    for method in (stock.NEARBY, IN_TILES):
+        attachment = diffattn.set_attn_processor(model, method)
+        with reusing(model):
+            with attachment.dense():
+                forward(model, inputs)
+            of_dense = per_call(model, inputs)
+            with attachment.dense():
+                of_sparse = forward(model, inputs)
+        outputs.append((of_dense, of_sparse))
+        assert not torch.allclose(of_dense, of_sparse, atol=1e-3), "the mask should matter"
+    for got, want in zip(outputs[1], outputs[0], strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def own_forward(model: Any, patch: pytest.MonkeyPatch) -> None:
+    stock_forward = model.forward
+    patch.setattr(model, "forward", lambda *args, **kwargs: stock_forward(*args, **kwargs))
+
+
+def forward_of_class(model: Any, patch: pytest.MonkeyPatch) -> None:
+    stock_forward = type(model).forward
+
+    @functools.wraps(stock_forward)
+    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return stock_forward(self, *args, **kwargs)
+
+    patch.setattr(type(model), "forward", patched)
+
+
+def under_offloading(model: Any, patch: pytest.MonkeyPatch) -> None:
+    own_forward(model, patch)
+    add_hook_to_module(model, ModelHook())
+
+
+def under_casting(model: Any, patch: pytest.MonkeyPatch) -> None:
+    own_forward(model.blocks[1].ffn.net[2], patch)
+    model.enable_layerwise_casting(storage_dtype=torch.float32, compute_dtype=torch.float32)
+
+
+def compiled_by_hand(model: Any, patch: pytest.MonkeyPatch) -> None:
+    own_forward(model, patch)
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+def forward_of_a_block(model: Any, patch: pytest.MonkeyPatch) -> None:
+    own_forward(model.blocks[2], patch)
+
+
+def block_of_another_package(model: Any, patch: pytest.MonkeyPatch) -> None:
+    class Block(type(model.blocks[0])):
+        def forward(self, *args: Any) -> Any:
+            return super().forward(*args)
+
+    model.blocks[0].__class__ = Block
+
+
+def hook_of_accelerate(model: Any, patch: pytest.MonkeyPatch) -> None:
+    class Keep(ModelHook):
+        def post_forward(self, module: Any, output: Any) -> Any:
+            return output
+
+    add_hook_to_module(model.blocks[1], SequentialHook(ModelHook(), Keep()))
+
+
+def hook_on_every_module(model: Any, patch: pytest.MonkeyPatch) -> None:
+    hooks: dict[int, Any] = {0: lambda *_: None}
+    patch.setattr(torch.nn.modules.module, "_global_forward_hooks", hooks)
+
+
+def backend_of_another_package(model: Any, patch: pytest.MonkeyPatch) -> None:
+    member = _compat.register_backend(lambda query, key, value: query)
+    model.blocks[0].attn2.processor._attention_backend = member
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        own_forward,
+        forward_of_class,
+        under_offloading,
+        under_casting,
+        compiled_by_hand,
+        forward_of_a_block,
+        block_of_another_package,
+        hook_of_accelerate,
+        hook_on_every_module,
+        backend_of_another_package,
+    ],
+)
+def test_no_code_of_others_sees_tokens_in_another_order(
+    look: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_wan.transformer()
+    diffattn.set_attn_processor(model, IN_TILES)
+    once(model, wan_inputs())
+    look(model, monkeypatch)
+    out = per_call(model, wan_inputs())
+    diffattn.set_attn_processor(model, stock.NEARBY)
+    assert_same(out, forward(model, wan_inputs()))
+
+
+def test_a_backend_of_another_package_for_dense_layers_gets_the_models_own_order() -> None:
+    def theirs(query: Any, key: Any, value: Any, scale: float | None = None) -> torch.Tensor:
+        return value.cumsum(1)  # depends on the order of the tokens
+
+    member = _compat.register_backend(theirs)
+    outputs = []
+    for method in (stock.NEARBY, IN_TILES):
+        model = tiny_wan.transformer()
+        model.set_attention_backend("native")
+        for block in model.blocks:
+            block.attn1.processor._attention_backend = member
+        diffattn.set_attn_processor(model, replace(method, dense_layers=1))
+        outputs.append(per_call(model, wan_inputs()))
+    _compat.unregister_backend(member)
+    assert_same(*outputs)
+
+
+def test_hooks_that_move_weights_do_not_switch_it_off(wan_output: torch.Tensor) -> None:
+    model = wan()
+    for module in model.modules():
+        add_hook_to_module(module, SequentialHook(AlignDevicesHook(), ModelHook()))
+    assert_same(once(model, wan_inputs()), wan_output)
+
+
 class TestTogether:
     def test_dense_steps_are_bit_equal_to_the_stock_model(self) -> None:
         pipe = tiny_wan.PIPELINES["t2v"]()
@@ -504,9 +659,7 @@ class TestTogether:
         model = wan()
         with pytest.raises(RuntimeError):
             forward(model, wan_inputs(encoder_hidden_states=noise(BATCH, 5, 3)))
-        assert not model.patch_embedding._forward_hooks
-        assert not model.proj_out._forward_hooks
-        assert attached_to(model).groups[0].reordered is None
+        assert attached_to(model).groups[0].call.order is None
         assert_same(once(model, wan_inputs()), wan_output)
 
     def test_an_interrupt_leaves_no_order_to_the_next_forward(
@@ -514,18 +667,15 @@ class TestTogether:
     ) -> None:
         model = wan()
         with (
-            mock.patch.object(model.blocks[1], "forward", side_effect=KeyboardInterrupt),
+            mock.patch.object(Group, "site", side_effect=KeyboardInterrupt),
             pytest.raises(KeyboardInterrupt),
         ):
             forward(model, wan_inputs())
         out = model(**wan_inputs(), return_dict=False)[0]  # per call, as it takes gradients
         assert_same(out.detach(), wan_output)
-        assert not model.proj_out._forward_hooks
 
-    @pytest.mark.parametrize(("how", "forwards_in_order"), [("whole", 0), ("repeated blocks", 2)])
-    def test_compiled_models_have_one_graph(
-        self, how: str, forwards_in_order: int, wan_output: torch.Tensor
-    ) -> None:
+    @pytest.mark.parametrize("how", ["whole", "repeated blocks"])
+    def test_compiled_models_have_one_graph(self, how: str, wan_output: torch.Tensor) -> None:
         torch._dynamo.reset()
         model = wan()
         counter = CompileCounterWithBackend("aot_eager")
@@ -534,11 +684,8 @@ class TestTogether:
         else:
             model.compile_repeated_blocks(fullgraph=True, backend=counter)
             call = model
-        follow = mock.patch.object(TokenFlow, "follow", autospec=True, side_effect=TokenFlow.follow)
-        with follow as followed:
-            assert_same(forward(call, wan_inputs()), wan_output)
-            assert_same(forward(call, wan_inputs()), wan_output)
-        assert followed.call_count == forwards_in_order
+        assert_same(once(call, wan_inputs()), wan_output)
+        assert_same(once(call, wan_inputs()), wan_output)
         assert counter.frame_count == 1
 
     def test_low_precision(self, wan_output: torch.Tensor) -> None:
@@ -562,7 +709,7 @@ class TestRefusals:
         forward(model, wan_inputs())
         group = attached_to(model).groups[0]
         assert not group.sparse
-        group.reordered = TileOrder(GRID, IN_TILES.tile)
+        group.last.order = TileOrder(GRID, IN_TILES.tile)
         backend = diffattn.attach.backend.backend_of(group)
         x = torch.randn(1, GRID.tokens, 2, 24)
         return lambda **options: backend(x, x, x, **options)
@@ -584,6 +731,6 @@ class TestRefusals:
         model = wan()
         forward(model, wan_inputs())
         group = attached_to(model).groups[0]
-        group.reordered = TileOrder(TokenGrid(3, 5, 8), IN_TILES.tile)
+        group.last.order = TileOrder(TokenGrid(3, 5, 8), IN_TILES.tile)
         with pytest.raises(RuntimeError, match="over 3x5x7, but this forward has put tokens of 3x"):
             group.site(GRID.tokens)

@@ -209,6 +209,45 @@ def test_the_last_steps_of_a_run_that_leaves_out_the_first(build: Any) -> None:
     assert next(iter(attachment.models.values())).owner.clock.num_steps == 3
 
 
+@pytest.mark.parametrize("build", [_video_to_video, _image_to_image])
+@pytest.mark.parametrize(
+    ("strength", "steps", "schedule", "kinds"),
+    [
+        (0.1, 10, {"dense_steps": 0, "last_dense_steps": 1}, "d"),
+        (0.2, 10, {"dense_steps": 0, "last_dense_steps": 2}, "dd"),
+        (0.2, 10, {"dense_steps": 0.15}, "ss"),
+        (0.3, 10, {"dense_steps": 1, "last_dense_steps": 0.34}, "dsd"),
+        (1.0, 4, {"dense_steps": 0.25, "last_dense_steps": 0.25}, "dssd"),
+    ],
+)
+def test_the_first_step_is_judged_by_the_length_of_the_run(
+    build: Any, strength: float, steps: int, schedule: dict[str, Any], kinds: str
+) -> None:
+    pipe, inputs = build()
+    pipe.set_progress_bar_config(disable=True)
+    prompts = {
+        f"{prefix}prompt_embeds": tiny_families.noise(1, 7, 16, seed=len(prefix))
+        for prefix in ("", "negative_")
+    }
+    attachment = pipe.set_attn_processor(stock.Nearby(dense_layers=0, **schedule))
+    (model,) = attachment.models.values()
+    seen = []
+    module = next(iter(model.sites.values())).module
+    hook = module.register_forward_pre_hook(lambda *_: seen.append("ds"[model.groups[0].sparse]))
+    for _ in range(2):
+        seen.clear()
+        pipe(
+            **inputs,
+            **prompts,
+            strength=strength,
+            num_inference_steps=steps,
+            guidance_scale=1.0,
+            output_type="latent",
+        )
+        assert "".join(seen) == kinds
+    hook.remove()
+
+
 def _ip_adapter(unet: Any) -> dict[str, dict[str, torch.Tensor]]:
     """The weights of an IP-Adapter for an embedding of 8 channels."""
     image_proj = {
