@@ -106,7 +106,10 @@ def may_permute(model: torch.nn.Module, family: Family, groups: Sequence[Group])
         family.flow is not None
         and type(model).__name__ == family.flow.model_class
         and all(attends_by_mask_alone(group.chosen) for group in groups)
-        and any(type(group.chosen).order_on is not StaticMaskMethod.order_on for group in groups)
+        and any(
+            getattr(type(group.chosen), "order_on", None) is not StaticMaskMethod.order_on
+            for group in groups
+        )
     )
 
 

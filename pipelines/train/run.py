@@ -269,7 +269,8 @@ def _complete(job: TrainJob, loaded: LoadedModel) -> TrainJob:
         filled[name] = value
     full = dataclasses.replace(job, **filled)
     try:
-        pipeline_grid(loaded.pipe, full.height, full.width, full.num_frames)
+        sides: Any = (full.height, full.width, full.num_frames)  # whole numbers by now
+        pipeline_grid(loaded.pipe, *sides)
     except ValueError as error:
         raise UserError(error) from None
     return full
