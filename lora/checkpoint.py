@@ -34,6 +34,8 @@ _NAME = re.compile(r"step-(\d+)")
 _PROGRESS = "progress.json"
 _WEIGHTS = "trained.safetensors"
 _PICKLED = (".bin", ".pkl", ".pt")
+# Bytes that are free on a disk that counts as full.
+_FULL = 1 << 20
 # The errors of a full disk: torch and safetensors raise errors of their own.
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
@@ -122,8 +124,9 @@ def save_checkpoint(
             for old in checkpoints(folder)[:-keep]:
                 shutil.rmtree(old)
     except _WRITE_ERRORS as error:
+        reason = _reason(error, folder)
         shutil.rmtree(temporary, ignore_errors=True)
-        raise LoraError(f"cannot write {target}: {error}; {_kept(folder)}") from None
+        raise LoraError(f"cannot write {target}: {reason}; {_kept(folder)}") from None
     accelerator.wait_for_everyone()
     return target
 
@@ -221,7 +224,9 @@ def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
             file.replace(folder / file.name)
         _sync(folder)
     except _WRITE_ERRORS as error:
-        raise LoraError(f"cannot write to {folder}: {error}; {_kept(folder)}") from None
+        raise LoraError(
+            f"cannot write to {folder}: {_reason(error, folder)}; {_kept(folder)}"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -246,6 +251,15 @@ def _step(checkpoint: Path) -> int:
     match = _NAME.fullmatch(checkpoint.name)
     assert match is not None
     return int(match[1])
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """Why a file could not be written, while what was written of it is still there.
+
+    torch's error of a full disk names a line of its own source.
+    """
+    full = isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < _FULL
+    return f"no space is left on the disk of {folder}" if full else str(error)
 
 
 def _kept(folder: Path) -> str:

@@ -5,13 +5,14 @@ Only .safetensors files are read: a pickled file can run code when it is read.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from diffattn.attach.attachment import set_attn_processor
@@ -32,6 +33,8 @@ from diffattn.models import denoisers
 _SUFFIX = ".safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
+# The entry of a file's header that holds the LoRA's config in peft (diffusers).
+_CONFIG = "lora_adapter_metadata"
 _FACTOR = re.compile(r"(?P<part>\w+)\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
 # The names of the two factors of a layer, in the layouts of diffusers, kohya and older diffusers.
 _HALVES = ((".lora_A.", ".lora_B."), (".lora_down.", ".lora_up."), (".lora.down.", ".lora.up."))
@@ -166,6 +169,8 @@ def _read_factors(
     """
     try:
         stored = load_file(file)
+        with safe_open(file, framework="pt") as opened:
+            _check_config((opened.metadata() or {}).get(_CONFIG), path)
     except (OSError, SafetensorError) as error:
         raise LoraError(f"cannot read LoRA {path}: {error}") from None
     if not stored:
@@ -182,6 +187,19 @@ def _read_factors(
         ) from None
     # Some pipelines return the alphas as well.
     return converted[0] if isinstance(converted, tuple) else converted
+
+
+def _check_config(text: str | None, path: Path) -> None:
+    """Raise LoraError if the header's config of the LoRA, which diffusers reads, is damaged."""
+    try:
+        is_config = text is None or isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        is_config = False
+    if not is_config:
+        raise LoraError(
+            f"LoRA {path} has a damaged header: its entry {_CONFIG!r} is no JSON object; write the"
+            f" LoRA again"
+        )
 
 
 def _check_halves(stored: Mapping[str, torch.Tensor], path: Path) -> None:

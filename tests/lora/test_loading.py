@@ -195,9 +195,9 @@ def _cut_off(path: Path) -> str:
     return f"cannot read LoRA {path}: "
 
 
-def _with_header(entry: str, message: str) -> Callable[[Path], str]:
+def _with_header(entry: str, message: str, name: str = "diffattn") -> Callable[[Path], str]:
     def make(path: Path) -> str:
-        save_file(factors(), path, metadata={"diffattn": entry})
+        save_file(factors(), path, metadata={name: entry})
         return f"LoRA {path} {message}"
 
     return make
@@ -221,6 +221,14 @@ BAD: dict[str, Callable[[Path], str]] = {
     "header is deep": _with_header(
         "[" * 100_000, "has a damaged header: its entry 'diffattn' is no JSON ("
     ),
+    **{
+        f"config is {entry[:5]}": _with_header(
+            entry,
+            "has a damaged header: its entry 'lora_adapter_metadata' is no JSON object; write the",
+            "lora_adapter_metadata",
+        )
+        for entry in ("{r: 2}", "[1]", "[" * 100_000)
+    },
     "header is a list": _with_header(
         "[1]", "has a damaged header: its entry 'diffattn' is [1], but must be an object"
     ),

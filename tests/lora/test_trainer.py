@@ -210,6 +210,25 @@ class TestResume:
         assert str(error.value).startswith(f"cannot read checkpoint {last}: ")
         assert str(error.value).endswith("; remove it to go on from the one before")
 
+    @pytest.mark.parametrize("free", [0, 1 << 40])
+    def test_a_full_disk(self, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = tiny_training.trainer(tmp_path, steps=1)
+        words = "[enforce fail at inline_container.cc:672] . unexpected pos 37632 vs 37520"
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise RuntimeError(words)
+
+        monkeypatch.setattr(made.accelerator, "save_state", fail)
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(LoraError) as error:
+            made.save_checkpoint()
+        reason = words if free else f"no space is left on the disk of {tmp_path}"
+        assert str(error.value) == (
+            f"cannot write {tmp_path / 'checkpoints' / 'step-000000'}: {reason}; there is no"
+            f" earlier checkpoint"
+        )
+
     @pytest.mark.parametrize("file", ["random_states_0.pkl", "optimizer.bin"])
     def test_a_pickle_of_code_in_a_checkpoint(self, file: str, tmp_path: Path) -> None:
         tiny_training.trainer(tmp_path, steps=1).train()
