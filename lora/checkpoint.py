@@ -15,7 +15,9 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from accelerate.utils import load as load_pickled
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from diffattn._locks import lock_file
 from diffattn.lora.errors import LoraError
 
 FOLDER = "checkpoints"
@@ -36,6 +39,10 @@ _WEIGHTS = "trained.safetensors"
 _PICKLED = (".bin", ".pkl", ".pt")
 # Bytes that are free on a disk that counts as full.
 _FULL = 1 << 20
+_LOCK = ".diffattn.lock"
+_PARTIAL = ".diffattn.tmp"
+# Unfinished files and folders of a killed run.
+_LEFTOVERS = (_PARTIAL, f"{FOLDER}/.step-*.tmp", "validation/*.tmp.npz")
 # The errors of a full disk: torch and safetensors raise errors of their own.
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
@@ -51,6 +58,40 @@ class Progress:
 
     step: int
     identity: Mapping[str, Any]
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder of a run while the block runs.
+
+    The system ends the lock with its process, however the process ends. Unfinished files that a
+    killed run has left are removed.
+
+    Raises:
+        LoraError: if another run holds the folder, or the folder cannot be written to.
+    """
+    path = folder / _LOCK
+    try:
+        lock = lock_file(path)
+    except OSError as error:
+        raise LoraError(f"cannot write to {folder}: {error.strerror}") from None
+    if lock is None:
+        holder = path.read_text("utf-8", "replace").strip() or "another process"
+        raise LoraError(
+            f"{folder} is in use: {holder} trains there; wait for its end, or give another output"
+            f" folder"
+        )
+    try:
+        os.ftruncate(lock.descriptor, 0)
+        os.write(lock.descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        for path in [path for pattern in _LEFTOVERS for path in folder.glob(pattern)]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        yield
+    finally:
+        lock.remove()
 
 
 def keep_trained_only(accelerator: Accelerator, trained: Mapping[str, torch.nn.Parameter]) -> None:
@@ -214,7 +255,7 @@ def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
     Raises:
         LoraError: if the files cannot be written; the folder's former files are untouched.
     """
-    temporary = folder / ".diffattn.tmp"
+    temporary = folder / _PARTIAL
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -12,17 +11,7 @@ import torch
 from torch import Tensor
 
 from diffattn.lora.errors import LoraError
-
-VIDEOS = (".avi", ".mkv", ".mov", ".mp4", ".webm")
-IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-_GIF = ".gif"
-
-# At the moment when a frame ends, the next frame is shown. The tolerance, in seconds, covers
-# rounding of the two times.
-_INSTANT = 1e-6
-
-# Seconds between frames if a file has no rate.
-_USUAL = 1 / 25
+from diffattn.lora.frames import ANIMATIONS, IMAGES, VIDEOS, Frame, at_rate, read_frames
 
 
 class ClipError(ValueError):
@@ -38,7 +27,7 @@ def find_clips(folder: Path) -> list[Path]:
     if not folder.is_dir():
         what = "a file" if folder.is_file() else "not there"
         raise LoraError(f"{folder} is {what}; the data are a folder of clips")
-    known = (*VIDEOS, _GIF, *IMAGES)
+    known = tuple(dict.fromkeys((*VIDEOS, *ANIMATIONS, *IMAGES)))
     found = [
         path
         for path in folder.rglob("*")
@@ -52,7 +41,12 @@ def find_clips(folder: Path) -> list[Path]:
 
 
 def read_clip(
-    path: Path, height: int, width: int, num_frames: int = 1, fps: float | None = None
+    path: Path,
+    height: int,
+    width: int,
+    num_frames: int = 1,
+    fps: float | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Tensor:
     """The first frames of a clip, or a picture as a clip of one frame.
 
@@ -62,6 +56,7 @@ def read_clip(
         num_frames: number of frames.
         fps: frames to take a second: the frames shown at multiples of 1 / fps. None takes every
             frame.
+        note: takes a line about what the reader has changed, such as transparent areas.
 
     Returns:
         float32 (3, frames, height, width) in [-1, 1].
@@ -71,12 +66,17 @@ def read_clip(
     """
     chosen: list[np.ndarray] = []
     end = 0.0
+
+    def all_frames() -> Iterator[Frame]:
+        nonlocal end
+        for frame in read_frames(path, note):
+            end = frame.end
+            yield frame
+
     try:
-        for frame, end in _frames(path):
-            while len(chosen) < num_frames and (fps is None or len(chosen) / fps < end - _INSTANT):
-                chosen.append(_fit(frame, height, width))
-                if fps is None:
-                    break
+        frames = all_frames()
+        for frame in frames if fps is None else at_rate(frames, fps):
+            chosen.append(_fit(frame.pixels, height, width))
             if len(chosen) == num_frames:
                 break
     except Exception as error:  # decoders raise errors of many kinds for bad files
@@ -85,69 +85,6 @@ def read_clip(
         raise ClipError(_too_short(path, len(chosen), end, num_frames, fps))
     video = torch.from_numpy(np.stack(chosen)).permute(3, 0, 1, 2)
     return video.float() / 127.5 - 1
-
-
-def _frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
-    """The frames, uint8 (height, width, 3), each with the time in seconds when the frame ends."""
-    suffix = path.suffix.lower()
-    if suffix in VIDEOS:
-        return _video_frames(path)
-    return _gif_frames(path) if suffix == _GIF else _picture(path)
-
-
-def _video_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
-    capture = _opened(path)
-    try:
-        if not capture.isOpened():
-            raise ValueError("it is not a video that OpenCV can decode")
-        rate = capture.get(cv2.CAP_PROP_FPS)
-        lasts = 1 / rate if rate > 0 else _USUAL
-        frame, start = None, 0.0
-        while True:
-            found, following = capture.read()
-            # Times are read from the file: phones and screen recorders take frames unevenly.
-            now = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 if found else start + lasts
-            if frame is not None:
-                # Some files have no times.
-                now = now if now > start else start + lasts
-                lasts = now - start
-                yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), now
-            if not found:
-                return
-            frame, start = following, now
-    finally:
-        capture.release()
-
-
-def _opened(path: Path) -> cv2.VideoCapture:
-    """The file as opened by OpenCV, whose messages about bad files on stderr are switched off."""
-    # ffmpeg inside OpenCV reads this variable when the first file is opened.
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    try:
-        return cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
-    finally:
-        cv2.utils.logging.setLogLevel(level)
-
-
-def _gif_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
-    from PIL import Image, ImageSequence
-
-    end = 0
-    with Image.open(path) as image:
-        for frame in ImageSequence.Iterator(image):
-            # Players show a frame for a tenth of a second if its delay is missing or 0.
-            end += frame.info.get("duration") or 100
-            yield np.asarray(frame.convert("RGB")), end / 1000
-
-
-def _picture(path: Path) -> Iterator[tuple[np.ndarray, float]]:
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as image:
-        # Cameras store their orientation instead of turning the picture.
-        yield np.asarray(ImageOps.exif_transpose(image).convert("RGB")), _INSTANT * 2
 
 
 def _fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -167,7 +104,7 @@ def _reason(error: Exception) -> str:
 
 
 def _too_short(path: Path, found: int, end: float, wanted: int, fps: float | None) -> str:
-    if path.suffix.lower() in IMAGES:
+    if path.suffix.lower() in IMAGES and end < 1e-3:
         return f"it is a picture, but {wanted} frames are wanted"
     if fps is None:
         return f"it has {found} frames, but {wanted} are wanted"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from diffattn.lora.recipes import Recipe
 from diffattn.models import size_rules
 
 # Part of every key of this module; to be raised when the encoding changes.
-_FORMAT = 1
+_FORMAT = 2
 
 # The components that determine the encoding of a prompt.
 _TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -59,7 +60,7 @@ def prepare(
         fps: frames a second to take; every frame when None.
         seed: seed of the samples from the VAE's posterior.
         report: called with a line for each clip that is skipped because it cannot be read or is too
-            short.
+            short, or that is shown on white because parts of it are transparent.
         progress: called with the number of finished clips and the number of all clips.
 
     Returns:
@@ -90,7 +91,8 @@ def prepare(
             content = _digest(clip.path)
             key = entry_key(settings | {"content": content, "caption": clip.caption})
             if not is_stored(folder, key):
-                pixels = read_clip(clip.path, height, width, num_frames, fps)[None]
+                say = partial(_report_about, report, clip.path)
+                pixels = read_clip(clip.path, height, width, num_frames, fps, say)[None]
                 generator = torch.Generator().manual_seed(seed_of(key))
                 latents = recipe.encode_clip(pipe, pixels, generator)
                 told = recipe.encode_prompt(pipe, [clip.caption])
@@ -150,6 +152,10 @@ def store_empty(pipe: Any, recipe: Recipe, folder: Path, text: str) -> str:
     if not is_stored(folder, key):
         store(folder, key, None, recipe.encode_prompt(pipe, [""]), {"caption": ""})
     return key
+
+
+def _report_about(report: Callable[[str], None], path: Path, line: str) -> None:
+    report(f"{path}: {line}")
 
 
 def _digest(path: Path) -> str:

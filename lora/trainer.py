@@ -150,6 +150,7 @@ class Trainer:
         until: int | None = None,
         report: Callable[[StepReport], None] = lambda _: None,
         between: Callable[[int], None] = lambda _: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Make the remaining steps with their checkpoints, and write the LoRA.
 
@@ -158,6 +159,8 @@ class Trainer:
             report: called in the main process after every step, with the step's report.
             between: called in the main process after every step and its checkpoint, with the number
                 of steps made.
+            stop: asked in every process after every step. If any process answers True, all write a
+                checkpoint and return, without the LoRA of the end.
 
         Raises:
             LoraError: if the loss is not finite, or a file cannot be written.
@@ -168,8 +171,12 @@ class Trainer:
             if self.accelerator.is_main_process:
                 self._log(made)
                 report(made)
-            if self.step % self.settings.checkpoint_every == 0 or self.step == last:
+            stopped = self._any(stop()) and self.step < last
+            if self.step % self.settings.checkpoint_every == 0 or self.step == last or stopped:
                 self.save_checkpoint()
+            if stopped:
+                self.accelerator.end_training()
+                return
             if self.accelerator.is_main_process:
                 between(self.step)
             self.accelerator.wait_for_everyone()
@@ -245,6 +252,13 @@ class Trainer:
             )
         seconds = time.perf_counter() - start
         return StepReport(self.step, settings.steps, named, rate, seconds, memory_in_use())
+
+    def _any(self, answer: bool) -> bool:
+        """Whether any process answers True."""
+        if self.accelerator.num_processes == 1:
+            return answer
+        flag = torch.tensor(float(answer), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum").item())
 
     def _draw(self, numbers: Sequence[int]) -> Batch:
         batch = draw_batch(

@@ -26,8 +26,10 @@ class UserError(Exception):
 class RunInterruptedError(Exception):
     """Ctrl-C during a run: shown as one line on stderr, exit code 130."""
 
-    def __init__(self, kept: list[Path]) -> None:
+    def __init__(self, kept: list[Path], advice: str = "") -> None:
+        """Name the files and folders that are kept, and say how to go on."""
         names = ", ".join(str(path) for path in kept)
+        end = f"; {advice}" if advice else ""
         super().__init__(
-            f"interrupted: kept {names}" if kept else "interrupted: nothing was written"
+            f"interrupted: kept {names}{end}" if kept else "interrupted: nothing was written"
         )

@@ -23,7 +23,7 @@ MAY_IMPORT = {
 }
 # Rooms of diffattn/ from the ground up: a room imports from those before it, and from itself.
 ROOMS = (
-    ("_checks", "_compat", "grid"),
+    ("_checks", "_compat", "_locks", "grid"),
     ("orders", "schedule"),
     ("blocks", "block_forms"),
     ("masks",),

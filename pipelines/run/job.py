@@ -102,7 +102,8 @@ def plan_job(
     check_processes(first)
     if first.lora is not None:
         inputs.append(Path(first.lora))
-    outputs = plan_outputs(output, prompts, several=source.prompts_file is not None)
+    several = source.prompts_file is not None
+    outputs = plan_outputs(output, prompts, several, first.seed)
     check_outputs(outputs, first.compare, first.fps, inputs)
     return Job(requests, outputs, record)
 

@@ -1,4 +1,9 @@
-"""The files of a run: their names, the check that they can be written, writing all or none."""
+"""The files of a run: their names, the check that they can be written, writing all or none.
+
+Two kinds of hidden entries lie beside the outputs while a run lives: the folder in which its files
+are written, and an empty file that claims a name. The run holds a lock on each. An entry without a
+lock is left over from a killed run, and the next run removes the entry.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +11,46 @@ import re
 import shutil
 import signal
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from diffattn._locks import Lock, alone, lock_existing, lock_file
+
 from ..errors import UserError, one_line
+from .processes import rank
+from .sidecar import describes, is_record
 from .video import FORMATS, check_format, frames_folder
 
 _LONGEST_SLUG = 40
+_STAGING = ".diffattn-staging-"
+_CLAIM = ".diffattn-name-"
+
+
+class Claim:
+    """A name that no other run takes before this one has written its files, or ends."""
+
+    def __init__(self, lock: Lock) -> None:
+        self._end = weakref.finalize(self, lock.remove)
+
+    def release(self) -> None:
+        """Let others have the name."""
+        self._end()
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """The files of one video; the other files lie beside the video under its name."""
+    """The files of one video or picture; the other files lie beside it under its name.
+
+    Attributes:
+        video: the video or the picture.
+        claim: holds the name, if the name was chosen here.
+    """
 
     video: Path
+    claim: Claim | None = field(default=None, compare=False)
 
     @property
     def dense(self) -> Path:
@@ -35,8 +64,8 @@ class Outputs:
 
     @property
     def sidecar(self) -> Path:
-        """The JSON record of the run."""
-        return self.video.with_suffix(".json")
+        """The JSON record of the run: every file has a record of its own."""
+        return self.video.with_name(f"{self.video.name}.json")
 
     def files(self, compare: bool) -> list[Path]:
         """Every path that the run creates; for the extension .png, the folders of frames."""
@@ -49,7 +78,9 @@ def on_disk(video: Path) -> Path:
     return frames_folder(video) if video.suffix.lower() == ".png" else video
 
 
-def plan_outputs(output: str | None, prompts: Sequence[str], several: bool) -> list[Outputs]:
+def plan_outputs(
+    output: str | None, prompts: Sequence[str], several: bool, seed: int
+) -> list[Outputs]:
     """Name the output of each prompt.
 
     Args:
@@ -57,21 +88,22 @@ def plan_outputs(output: str | None, prompts: Sequence[str], several: bool) -> l
             the end), or None for names made from the prompts, in the current folder.
         prompts: the prompts in order.
         several: whether the prompts come from a file; names are numbered then, even for one prompt.
+        seed: of the runs; part of the names in a folder.
 
     Raises:
-        UserError: if `output` is no folder and has no extension.
+        UserError: if `output` is no folder and has no extension, or cannot be a name.
     """
     digits = max(2, len(str(len(prompts))))
     numbers = [f"{number:0{digits}d}-" if several else "" for number in range(1, len(prompts) + 1)]
     if output is None:
         return [
-            _unused(Path(f"{number}{slug(prompt)}.mp4"))
+            new_outputs(f"{number}{slug(prompt)}.mp4")
             for number, prompt in zip(numbers, prompts, strict=True)
         ]
-    path = Path(output).expanduser()
+    path = given_path(output)
     if path.is_dir() or output.endswith("/"):
         return [
-            Outputs(path / f"{number}{slug(prompt)}.mp4")
+            Outputs(path / name_in_folder(f"{number}{slug(prompt)}", seed, ".mp4"))
             for number, prompt in zip(numbers, prompts, strict=True)
         ]
     if not path.suffix:
@@ -81,6 +113,48 @@ def plan_outputs(output: str | None, prompts: Sequence[str], several: bool) -> l
     if not several:
         return [Outputs(path)]
     return [Outputs(path.with_stem(f"{path.stem}-{number[:-1]}")) for number in numbers]
+
+
+def name_in_folder(stem: str, seed: int, suffix: str) -> str:
+    """The name of a file in a folder that the user gave: other seeds have other names."""
+    return f"{stem}-seed{seed}{suffix}"
+
+
+def given_path(output: str) -> Path:
+    """The path that the user gave.
+
+    Raises:
+        UserError: if no file can have this path.
+    """
+    path = Path(output).expanduser()
+    try:
+        output.encode()
+        path.is_dir()
+    except UnicodeEncodeError:
+        raise UserError(f"-o {output!r} is no UTF-8 text: choose another name") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"-o {output[:60]}... cannot be a path: {reason}") from None
+    return path
+
+
+def new_outputs(name: str) -> Outputs:
+    """Claim a name in the current folder, numbered until no file and no living run has the name.
+
+    Of several processes that make one video, the first alone writes, and claims.
+    """
+    path, number = Path(name), 1
+    while True:
+        outputs = Outputs(path)
+        if not _exists(outputs) and not rank():
+            claim = _claim(outputs)
+            # A run that has just ended may have written its files before the claim was made.
+            if claim is not None and not _exists(outputs):
+                return Outputs(path, claim)
+        elif not _exists(outputs):
+            return outputs
+        number += 1
+        path = Path(name).with_stem(f"{Path(name).stem}-{number}")
 
 
 def check_outputs(
@@ -104,6 +178,7 @@ def check_outputs(
             if path.resolve() in protected:
                 raise UserError(f"-o {outputs.video} would overwrite {path}, which is read here")
             _check_target(path, outputs)
+        check_replaceable(outputs.sidecar, outputs.video)
         check_writable(outputs.video.parent)
 
 
@@ -117,20 +192,21 @@ def staged(outputs: Outputs, kept: list[Path]) -> Iterator[Path]:
     Raises:
         UserError: if a file cannot be written.
     """
-    folder = Path(tempfile.mkdtemp(prefix=".diffattn-", dir=outputs.video.parent))
+    parent = outputs.video.parent
     try:
-        yield folder
-        with _interrupts_wait():
-            for path in sorted(folder.iterdir()):
-                target = outputs.video.parent / path.name
-                if target.is_dir():
-                    shutil.rmtree(target)
-                path.rename(target)
-            kept.append(on_disk(outputs.video))
+        folder, lock = _staging_folder(parent)
+        try:
+            yield folder
+            with _interrupts_wait(), alone(parent):
+                _move(folder, outputs)
+                kept.append(on_disk(outputs.video))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
+            if outputs.claim is not None:
+                outputs.claim.release()
     except OSError as error:
         raise UserError(f"cannot write {outputs.video}: {one_line(error)}") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def slug(prompt: str) -> str:
@@ -152,13 +228,83 @@ def _interrupts_wait() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _unused(path: Path) -> Outputs:
-    """Number a name made from the prompt until no file has that name."""
-    outputs, number = Outputs(path), 1
-    while any(file.exists() for file in outputs.files(compare=True)):
-        number += 1
-        outputs = Outputs(path.with_stem(f"{path.stem}-{number}"))
-    return outputs
+def _staging_folder(parent: Path) -> tuple[Path, Lock]:
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_STAGING, dir=parent))
+        # Another run may take the folder for a left-over before the lock is held.
+        if (lock := lock_existing(folder)) is not None:
+            return folder, lock
+
+
+def _move(folder: Path, outputs: Outputs) -> None:
+    """Move the files of a folder to their places, the record last.
+
+    A record that described the former video is taken away before: no record ever lies beside a
+    video that the record does not describe.
+    """
+    parent, record = outputs.video.parent, folder / outputs.sidecar.name
+    new = [path for path in sorted(folder.iterdir()) if path != record]
+    if record.exists():
+        check_replaceable(outputs.sidecar, outputs.video)
+    former = folder / ".former"
+    former.mkdir()
+    # Records of earlier versions have the name of the video without its extension.
+    old = [outputs.sidecar, outputs.video.with_suffix(".json")]
+    moved = [path for path in old if describes(path, outputs.video.name)]
+    for path in moved:
+        path.rename(former / path.name)
+    try:
+        for path in new:
+            target = parent / path.name
+            if target.is_dir():
+                target.rename(former / target.name)
+                moved.append(target)
+            path.rename(target)
+        if record.exists():
+            record.rename(outputs.sidecar)
+    except OSError:
+        for path in moved:
+            if not path.exists():
+                (former / path.name).rename(path)
+        raise
+
+
+def _exists(outputs: Outputs) -> bool:
+    return any(file.exists() for file in outputs.files(compare=True))
+
+
+def _claim(outputs: Outputs) -> Claim | None:
+    """Claim a name; None if a living run has the name."""
+    path = outputs.video.parent / f"{_CLAIM}{outputs.video.name}"
+    try:
+        lock = lock_file(path)
+    except OSError as error:
+        raise UserError(f"cannot write to {path.parent}: {error.strerror}") from None
+    return None if lock is None else Claim(lock)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs have left in a folder; living runs hold locks."""
+    for path in folder.glob(f"{_STAGING}*"):
+        if path.is_dir() and (lock := lock_existing(path)) is not None:
+            if lock.certain:
+                shutil.rmtree(path, ignore_errors=True)
+            lock.release()
+    for path in folder.glob(f"{_CLAIM}*"):
+        # A file with content is none of ours.
+        if path.is_file() and (lock := lock_existing(path)) is not None:
+            if lock.certain and path.stat().st_size == 0:
+                path.unlink(missing_ok=True)
+            lock.release()
+
+
+def check_replaceable(record: Path, output: Path) -> None:
+    """Raise UserError if the record of an output would overwrite a file that is no record."""
+    if record.is_file() and not is_record(record):
+        raise UserError(
+            f"-o {output} would overwrite {record}, which is no record of diffattn: move it, or"
+            f" choose another name"
+        )
 
 
 def _check_target(path: Path, outputs: Outputs) -> None:
@@ -178,9 +324,15 @@ def _is_frame(path: Path) -> bool:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder if there is none; raise UserError if it takes no file."""
+    """Make the folder if there is none, and remove what killed runs have left in it.
+
+    Raises:
+        UserError: if the folder takes no file.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        with suppress(PermissionError):
+            _remove_leftovers(folder)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None

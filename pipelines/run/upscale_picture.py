@@ -30,11 +30,21 @@ from ..image_ladder import (
 from .loading import LoadedModel, find_model, load_model
 from .machine import describe_device, quiet_libraries
 from .method_settings import MethodOptions, attention_settings, make_method
-from .outputs import Outputs, check_writable, slug, staged
+from .outputs import (
+    Outputs,
+    check_replaceable,
+    check_writable,
+    given_path,
+    name_in_folder,
+    new_outputs,
+    slug,
+    staged,
+)
 from .progress import clock, watched
 from .request import Request, check_option
 from .sidecar import versions
 from .upscale_video import SHARED_OPTIONS
+from .video import write_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -135,31 +145,40 @@ def upscale_picture(
     """
     _check_settings(request, settings)
     read = [file for file in (settings.input, settings.attn_config) if file is not None]
-    path = _plan_output(output, request.prompt, read)
-    image = None if settings.input is None else read_picture(settings.input)
+    outputs = _plan_output(output, request.prompt, request.seed, read)
+    image = None if settings.input is None else read_picture(settings.input, say)
     try:
         quiet_libraries()
         loaded = load_model(request)
-        _make(request, settings, image, loaded, path, say)
+        _make(request, settings, image, loaded, outputs, say)
     except KeyboardInterrupt:
         raise RunInterruptedError([]) from None
-    return path
+    return outputs.video
 
 
-def read_picture(path: Path) -> Image:
-    """Read a picture file, without an alpha channel.
+def read_picture(path: Path, say: Callable[[str], None]) -> Image:
+    """Read a picture file as viewers show it: turned as its camera says, and on white.
+
+    Args:
+        path: the file.
+        say: takes a line if parts of the picture are transparent.
 
     Raises:
         UserError: if there is no such picture.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
+
+    from diffattn.lora.frames import VIDEOS, read_frames
 
     if not path.is_file():
         raise UserError(f"there is no picture file {path}")
+    if path.suffix.lower() in VIDEOS:
+        raise UserError(f"cannot read {path} as a picture: it is a video")
     try:
-        return Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+        first = next(read_frames(path, lambda line: say(f"note: {path}: {line}")))
+    except Exception as error:  # decoders raise errors of many kinds for bad files
         raise UserError(f"cannot read {path} as a picture: {one_line(error)}") from None
+    return Image.fromarray(first.pixels)
 
 
 def _check_settings(request: Request, settings: PictureSettings) -> None:
@@ -175,30 +194,29 @@ def _check_settings(request: Request, settings: PictureSettings) -> None:
                 )
 
 
-def _plan_output(output: str | None, prompt: str, inputs: Collection[Path]) -> Path:
-    """The path of the picture; a path that cannot be written is refused before the run."""
-    name = f"{slug(prompt)}.png"
+def _plan_output(output: str | None, prompt: str, seed: int, inputs: Collection[Path]) -> Outputs:
+    """The files of the picture; files that cannot be written are refused before the run."""
     if output is None:
-        path, number = Path(name), 1
-        while path.exists() or path.with_suffix(".json").exists():
-            number += 1
-            path = Path(f"{slug(prompt)}-{number}.png")
+        outputs = new_outputs(f"{slug(prompt)}.png")
     else:
-        path = Path(output).expanduser()
+        path = given_path(output)
         if path.is_dir() or output.endswith("/"):
-            path = path / name
+            path = path / name_in_folder(slug(prompt), seed, ".png")
+        outputs = Outputs(path)
+    path = outputs.video
     suffix = path.suffix.lower()
     if suffix not in _FORMATS:
         hint = did_you_mean(suffix, _FORMATS)
         raise UserError(f"cannot write {path}: the extension must be {', '.join(_FORMATS)}{hint}")
     protected = {file.expanduser().resolve() for file in inputs}
-    for file in (path, path.with_suffix(".json")):
+    for file in (path, outputs.sidecar):
         if file.resolve() in protected:
             raise UserError(f"-o {path} would overwrite {file}, which is read here")
         if file.is_dir():
             raise UserError(f"cannot write {file}: it is a folder")
+    check_replaceable(outputs.sidecar, path)
     check_writable(path.parent)
-    return path
+    return outputs
 
 
 def _make(
@@ -206,7 +224,7 @@ def _make(
     settings: PictureSettings,
     image: Image | None,
     loaded: LoadedModel,
-    path: Path,
+    outputs: Outputs,
     say: Callable[[str], None],
 ) -> None:
     import torch
@@ -258,11 +276,12 @@ def _make(
             ) from None
         raise
     seconds = clock() - begin
+    path = outputs.video
     record = _record(request, settings, start, ladder, steps, loaded, path, seconds)
-    with staged(Outputs(path), []) as folder:
-        image.save(folder / path.name)
+    with staged(outputs, []) as folder:
+        write_picture(folder / path.name, image)
         text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
-        (folder / f"{path.stem}.json").write_text(text + "\n", "utf-8")
+        (folder / outputs.sidecar.name).write_text(text + "\n", "utf-8")
     say(f"{path}: {image.width}x{image.height}, {seconds:.1f} s")
 
 

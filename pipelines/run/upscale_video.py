@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from diffattn._checks import whole
+from diffattn.lora.frames import ANIMATIONS, VIDEOS, Frame, at_rate, read_frames
 
 from ..errors import RunInterruptedError, UserError, one_line
 from .job import check_output_name
@@ -105,10 +107,10 @@ def upscale(
     if settings.input is not None:
         _refuse_base(request)
     check_output_name(output)
-    (outputs,) = plan_outputs(output, (request.prompt,), several=False)
+    (outputs,) = plan_outputs(output, (request.prompt,), False, request.seed)
     inputs = [] if settings.input is None else [settings.input]
     check_outputs([outputs], False, request.fps, inputs)
-    video, fps = (None, None) if settings.input is None else read_video(settings.input)
+    video, fps = (None, None) if settings.input is None else read_video(settings.input, say)
     kept: list[Path] = []
     try:
         quiet_libraries()
@@ -149,27 +151,60 @@ def read_cache_steps(text: str) -> int | None:
     return int(text)
 
 
-def read_video(path: Path) -> tuple[np.ndarray, float | None]:
-    """Read a video file.
+def read_video(path: Path, say: Callable[[str], None]) -> tuple[np.ndarray, float | None]:
+    """Read a video file, an animation, or a folder of frames as `diffattn generate` writes them.
+
+    Args:
+        path: the file or the folder.
+        say: takes lines about what the reader has changed, such as transparent areas.
 
     Returns:
-        Frames (count, height, width, 3), uint8, and frames a second, None if unknown.
+        Frames (count, height, width, 3), uint8, at a constant rate, and frames a second, None if
+        unknown.
 
     Raises:
         UserError: if there is no such video.
     """
-    import imageio.v3 as iio
-
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"there is no video file {path}")
+    files = sorted(path.glob("frame_*.png")) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"there are no frames frame_0000.png and so on in the folder {path}")
+    if path.is_file() and path.suffix.lower() not in (*VIDEOS, *ANIMATIONS):
+        raise UserError(
+            f"cannot read {path} as a video: the extension must be one of"
+            f" {', '.join((*VIDEOS, *ANIMATIONS))}"
+        )
     try:
-        frames = np.asarray(iio.imread(path, plugin="FFMPEG"))
-        fps = iio.immeta(path, plugin="FFMPEG").get("fps")
-    except Exception as error:  # the plugin has errors of its own for other files
+        frames, fps = _read_rate(_frames_of(files, lambda line: say(f"note: {path}: {line}")))
+    except Exception as error:  # decoders raise errors of many kinds for bad files
         raise UserError(f"cannot read {path} as a video: {one_line(error)}") from None
-    if frames.ndim != 4 or not len(frames):
-        raise UserError(f"cannot read {path} as a video: it has no frames")
-    return frames, fps
+    if any(frame.shape != frames[0].shape for frame in frames):
+        raise UserError(f"cannot read {path} as a video: its frames have several sizes")
+    return np.stack(frames), fps
+
+
+def _frames_of(files: Sequence[Path], note: Callable[[str], None]) -> Iterator[Frame]:
+    said = False
+
+    def once(line: str) -> None:
+        nonlocal said
+        if not said:
+            note(line)
+        said = True
+
+    for file in files:
+        yield from read_frames(file, once)
+
+
+def _read_rate(frames: Iterator[Frame]) -> tuple[list[np.ndarray], float | None]:
+    """All frames at the rate of the first; as they come if the file has no rate."""
+    first = next(frames)
+    together = itertools.chain([first], frames)
+    if first.interval is None:
+        return [frame.pixels for frame in together], None
+    fps = 1 / first.interval
+    return [frame.pixels for frame in at_rate(together, fps)], fps
 
 
 def _refuse_base(request: Request) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
+import os
+import signal
+import sys
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffattn._checks import did_you_mean, lists_to_tuples
+from diffattn._locks import alone, lock_existing
 
 from ..errors import RunInterruptedError, UserError
 from ..run.loading import LoadedModel, load_model
@@ -19,6 +24,7 @@ from ..run.machine import quiet_libraries
 from ..run.method_settings import MethodOptions, attention_settings
 from ..run.processes import rank
 from ..run.request import BUNDLED_MODEL, Request
+from ..run.video import check_format
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -144,7 +150,8 @@ def train_lora(
 
     Raises:
         UserError: if a setting, the data, the model or the output folder is refused.
-        RunInterruptedError: on Ctrl-C; the message names the checkpoints, which are kept.
+        RunInterruptedError: on Ctrl-C; the message names the checkpoint of the last step, which is
+            written before.
     """
     settings = ({} if config is None else read_config(config)) | dict(given)
     attention = attention_settings(method, settings.pop("attention", None))
@@ -164,7 +171,11 @@ def train_lora(
     except LoraError as error:
         raise UserError(error) from None
     except KeyboardInterrupt:
-        raise RunInterruptedError(checkpoints(output)) from None
+        made = checkpoints(output)[-1:]
+        if made:
+            raise RunInterruptedError(made, "go on from there with --resume") from None
+        clips = _clips_folder(job, output)
+        raise RunInterruptedError([clips] if clips.exists() else []) from None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -200,13 +211,37 @@ def _run(
     say: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> None:
+    from diffattn.lora.checkpoint import alone_in
+    from diffattn.lora.trainer import check_output
+
+    quiet_libraries()
+    is_new = not output.exists()
+    check_output(output, resume)
+    try:
+        # The first process speaks for all processes of a run.
+        with contextlib.nullcontext() if rank() else alone_in(output):
+            _run_alone(job, settings, output, resume, say, warn)
+    finally:
+        if is_new and not rank():
+            # A run that was refused leaves no empty folder.
+            with contextlib.suppress(OSError):
+                output.rmdir()
+
+
+def _run_alone(
+    job: TrainJob,
+    settings: TrainSettings,
+    output: Path,
+    resume: bool,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> None:
+    """Make the run in a folder that no other run writes into."""
     from diffattn.lora.errors import LoraError
     from diffattn.lora.progress import shown
     from diffattn.lora.recipes import recipe_for
-    from diffattn.lora.trainer import Trainer, check_output, make_accelerator
+    from diffattn.lora.trainer import Trainer, make_accelerator
 
-    quiet_libraries()
-    check_output(output, resume)
     accelerator = make_accelerator(settings, output, on_cpu=job.device == "cpu")
     kind = accelerator.device.type
     if job.device not in (None, "cpu", kind):
@@ -219,7 +254,7 @@ def _run(
     except ValueError as error:
         raise LoraError(error) from None
     # The first process encodes the clips; the other processes find them in the folder.
-    with accelerator.main_process_first():
+    with accelerator.main_process_first(), _preparing(_clips_folder(job, output), say):
         clips = _prepare(job, loaded, recipe, output, say, warn)
     say(f"{len(clips)} clips, {job.num_frames} frames {job.width}x{job.height}")
     trainer = Trainer(
@@ -238,12 +273,80 @@ def _run(
     count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     start = f"from step {trainer.step} on" if trainer.step else f"{settings.steps} steps"
     say(f"training {count:,} weights under {settings.attention['type']} attention, {start}")
-    with shown(settings.steps, trainer.step) as show:
+    with shown(settings.steps, trainer.step) as show, _interrupts_wait() as interrupted:
         trainer.train(
             report=show if accelerator.is_main_process else lambda _: None,
-            between=lambda _: None if validation is None else validation.look(trainer.step),
+            between=lambda step: _look(validation, step, warn),
+            stop=interrupted,
         )
+    if trainer.step < settings.steps:
+        raise KeyboardInterrupt
     say(f"{output}: trained for {trainer.step} steps; use it by diffattn generate --lora {output}")
+
+
+def _look(validation: Validation | None, step: int, warn: Callable[[str], None]) -> None:
+    """Make the validation videos that are due; a failure does not end the training."""
+    if validation is None:
+        return
+    try:
+        validation.look(step)
+    except UserError as error:
+        warn(f"step {step}: no validation video: {error}")
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[Callable[[], bool]]:
+    """Hold the first Ctrl-C back while the block runs; the second one interrupts.
+
+    Yields:
+        A function that says whether Ctrl-C was pressed.
+    """
+    pressed = False
+
+    def press(number: int, frame: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        if not rank():
+            # A stream of Python's may be in use at this moment.
+            line = "stopping after this step with a checkpoint; Ctrl-C again stops at once\n"
+            with contextlib.suppress(OSError):
+                os.write(sys.__stderr__.fileno(), line.encode())
+
+    previous = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _clips_folder(job: TrainJob, output: Path) -> Path:
+    """The folder of the encoded clips."""
+    return output / _CLIPS if job.cache is None else Path(job.cache)
+
+
+@contextlib.contextmanager
+def _preparing(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Have one run at a time write into a folder of encoded clips, which runs may share."""
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    lock = lock_existing(folder)
+    if lock is None:
+        say(f"waiting for another run, which prepares clips in {folder}")
+    else:
+        lock.release()
+    try:
+        with alone(folder):
+            yield
+    finally:
+        if is_new:
+            # A folder with clips in it stays.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _complete(job: TrainJob, loaded: LoadedModel) -> TrainJob:
@@ -294,7 +397,7 @@ def _prepare(
     assert job.width is not None
     assert job.num_frames is not None
     size = job.height, job.width, job.num_frames
-    folder = output / _CLIPS if job.cache is None else Path(job.cache)
+    folder = _clips_folder(job, output)
     if job.data is not None:
         data = Path(job.data).expanduser()
         table = None if job.captions is None else Path(job.captions).expanduser()
@@ -343,6 +446,7 @@ def _validation(
     from .validation import Validation
 
     _check_whole(trainer.accelerator)
+    check_format(Path("video.mp4"), None)
     requests = [
         dataclasses.replace(job.request(prompt), steps=job.validation_steps)
         for prompt in job.validation_prompts

@@ -1,7 +1,9 @@
 """Clips and pictures as the trainer sees them."""
 
+import itertools
 import math
 import subprocess
+from fractions import Fraction
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -38,10 +40,89 @@ def write_gif(path: Path, frames: list[np.ndarray], delays: list[int]) -> Path:
     return path
 
 
-def shown(clip: torch.Tensor) -> list[int]:
+def encode(path: Path, frames: list[np.ndarray], fps: str, *options: str) -> Path:
+    """A video file made by ffmpeg with any options."""
+    height, width = frames[0].shape[:2]
+    form = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", fps]
+    ffmpeg([*form, "-i", "-", *options, path], b"".join(frame.tobytes() for frame in frames))
+    return path
+
+
+def ffmpeg(arguments: list[object], data: bytes = b"") -> None:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *map(str, arguments)]
+    subprocess.run(command, check=True, input=data, capture_output=True)
+
+
+def shown(clip: torch.Tensor, step: int = STEP) -> list[int]:
     """Which of grey frames each frame of a clip is."""
     levels = (clip.mean(dim=(0, 2, 3)) + 1) * 127.5
-    return [round(float(level) / STEP) for level in levels]
+    return [round(float(level) / step) for level in levels]
+
+
+H264 = ("-c:v", "libx264", "-qp", "4", "-pix_fmt", "yuv420p")
+VP8 = ("-c:v", "libvpx", "-deadline", "realtime", "-crf", "4", "-b:v", "2M")
+# A container and its options; the names say the time scale.
+CONTAINERS = {
+    "mp4": ("a.mp4", *H264),
+    "mp4 90000": ("a.mp4", *H264, "-video_track_timescale", "90000"),
+    "mp4 12800": ("a.mp4", *H264, "-video_track_timescale", "12800"),
+    "mp4 1000": ("a.mp4", *H264, "-video_track_timescale", "1000"),
+    "mp4 100": ("a.mp4", *H264, "-bf", "0", "-video_track_timescale", "100"),
+    "mov 600": ("a.mov", *H264, "-video_track_timescale", "600"),
+    "m4v": ("a.m4v", *H264),
+    "mkv": ("a.mkv", *H264),
+    "webm": ("a.webm", *VP8),
+    "avi": ("a.avi", *H264, "-bf", "2"),
+    "avi mpeg4": ("a.avi", "-c:v", "mpeg4", "-q:v", "1"),
+}
+RATES = ["8", "12.5", "15", "16", "24000/1001", "24", "25", "30000/1001", "30", "50", "60"]
+
+
+class TestRates:
+    """Times in files are rounded to ticks, which no rate has to keep."""
+
+    @pytest.mark.parametrize("container", CONTAINERS)
+    def test_a_clip_at_its_own_rate_gives_exactly_its_frames(self, tmp_path, container):
+        name, *options = CONTAINERS[container]
+        frames = [np.full((32, 32, 3), 5 * i, np.uint8) for i in range(48)]
+        for rate in RATES:
+            path = encode(tmp_path / name, frames, rate, *options)
+            fps = float(Fraction(rate))
+            every = list(range(48))
+            assert shown(read_clip(path, 16, 16, 48), 5) == every, rate
+            assert shown(read_clip(path, 16, 16, 48, fps), 5) == every, rate
+            # As people and other programs write the rate.
+            assert shown(read_clip(path, 16, 16, 48, round(fps, 2)), 5) == every, rate
+
+    @pytest.mark.parametrize(("source", "fps"), [(24, 8), (24, 12), (30, 10), (60, 15), (30, 12.5)])
+    @pytest.mark.parametrize("name", ["a.mkv", "a.mp4", "a.avi"])
+    def test_a_slower_rate_gives_the_frames_shown_at_its_times(self, tmp_path, name, source, fps):
+        path = encode(tmp_path / name, grey_frames(25), str(source), *H264)
+        count = math.floor(24 * fps / source) + 1
+        expected = [math.floor(Fraction(k * source) / Fraction(fps)) for k in range(count)]
+        assert shown(read_clip(path, 16, 16, count, fps)) == expected
+
+    def test_24_is_not_24000_1001(self, tmp_path):
+        frames = [np.full((16, 16, 3), 200 * (i == 1001), np.uint8) for i in range(1010)]
+        path = encode(tmp_path / "a.mp4", frames, "24", *H264)
+        # After 1001 frames the slower rate has fallen behind by one frame.
+        clip = read_clip(path, 16, 16, 1002, 24000 / 1001)
+        assert [float(clip[0, k].mean()) > 0 for k in (999, 1000, 1001)] == [False, True, False]
+
+    def test_a_clip_that_was_cut_out_of_another(self, tmp_path):
+        whole = encode(tmp_path / "a.mkv", grey_frames(25), "24", *H264, "-g", "5")
+        ffmpeg(["-ss", "0.4", "-i", whole, "-c", "copy", "-copyts", tmp_path / "b.mkv"])
+        every = shown(read_clip(tmp_path / "b.mkv", 16, 16, 12))
+        assert every[0] in (5, 10)
+        assert every == list(range(every[0], every[0] + 12))
+        assert shown(read_clip(tmp_path / "b.mkv", 16, 16, 12, 24)) == every
+
+    def test_a_gif_at_its_own_rate(self, tmp_path):
+        # 15 frames a second, in whole hundredths.
+        ends = [round(100 * i / 15) for i in range(25)]
+        delays = [10 * (b - a) for a, b in itertools.pairwise(ends)]
+        path = write_gif(tmp_path / "a.gif", grey_frames(24), delays)
+        assert shown(read_clip(path, 16, 16, 24, 15)) == list(range(24))
 
 
 class TestFrames:
@@ -134,6 +215,107 @@ class TestSize:
     def test_every_kind_of_picture_becomes_colours(self, tmp_path, mode):
         Image.new("RGB", (20, 20), "white").convert(mode).save(tmp_path / "a.png")
         assert torch.equal(read_clip(tmp_path / "a.png", 8, 8), torch.ones(3, 1, 8, 8))
+
+
+class TestShown:
+    """What the file says about how its pixels are shown."""
+
+    def picture(self) -> np.ndarray:
+        """Four fields of different brightness, (64, 64, 3)."""
+        fields = np.array([[30, 90], [150, 210]], np.uint8).repeat(32, 0).repeat(32, 1)
+        return np.repeat(fields[..., None], 3, 2)
+
+    @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov"])
+    @pytest.mark.parametrize("ratio", ["2/1", "1/2"])
+    def test_pixels_that_are_not_square(self, tmp_path, name, ratio):
+        square = self.picture()
+        stored = square[:, ::2] if ratio == "2/1" else square[::2]
+        path = encode(tmp_path / name, [stored] * 3, "8", "-vf", f"setsar={ratio}", *H264)
+        clip = read_clip(path, 64, 64, 3)
+        expected = torch.from_numpy(square / 127.5 - 1).permute(2, 0, 1)
+        assert (clip[:, 0] - expected).abs().mean() < 0.1
+
+    @pytest.mark.parametrize("turn", [90, 180, 270])
+    def test_a_video_that_is_to_be_turned(self, tmp_path, turn):
+        wide = self.picture().repeat(2, 1)  # (64, 128, 3)
+        encode(tmp_path / "a.mp4", [wide] * 3, "8", "-vf", "setsar=1/2", *H264)
+        path = tmp_path / "b.mp4"
+        ffmpeg(["-display_rotation", turn, "-i", tmp_path / "a.mp4", "-c", "copy", path])
+        clip = read_clip(path, 64, 64, 3)
+        # The number is counter-clockwise.
+        expected = np.rot90(self.picture(), turn // 90).copy()
+        turned = torch.from_numpy(expected / 127.5 - 1).permute(2, 0, 1)
+        assert (clip[:, 1] - turned).abs().mean() < 0.1
+
+    @pytest.mark.parametrize("name", ["a.png", "a.webp"])
+    def test_colours_under_transparent_areas_are_not_seen(self, tmp_path, name):
+        pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)
+        pixels[..., 3] = 0
+        pixels[8:24, 8:24] = (200, 40, 40, 255)
+        pixels[12:20, 12:20] = (0, 0, 0, 51)
+        Image.fromarray(pixels).save(tmp_path / name, lossless=True, exact=True)
+        said: list[str] = []
+        clip = ((read_clip(tmp_path / name, 32, 32, note=said.append) + 1) * 127.5).round()
+        assert said == ["transparent areas are shown on white"]
+        assert (clip[:, 0, :8] == 255).all()
+        assert clip[:, 0, 9, 9].tolist() == [200, 40, 40]
+        # A fifth of black, the rest white.
+        assert clip[:, 0, 15, 15].tolist() == [204, 204, 204]
+
+    def test_a_palette_with_a_transparent_colour(self, tmp_path):
+        picture = Image.new("P", (16, 16), 1)
+        picture.putpalette([0, 0, 0, 90, 90, 90])
+        picture.paste(0, (0, 0, 8, 16))
+        picture.save(tmp_path / "a.png", transparency=1)
+        said: list[str] = []
+        clip = read_clip(tmp_path / "a.png", 16, 16, note=said.append)
+        assert (clip[..., :8] == -1).all()
+        assert (clip[..., 8:] == 1).all()
+        assert len(said) == 1
+
+    def test_an_opaque_picture_with_an_alpha_channel_says_nothing(self, tmp_path):
+        Image.new("RGBA", (16, 16), (10, 20, 30, 255)).save(tmp_path / "a.png")
+        read_clip(tmp_path / "a.png", 16, 16, note=pytest.fail)
+
+    def test_a_video_with_transparent_areas(self, tmp_path):
+        frames = [np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)] * 3
+        frames[0][..., 3] = 0
+        form = ["-f", "rawvideo", "-pix_fmt", "rgba", "-s", "32x32", "-r", "8", "-i", "-"]
+        path = tmp_path / "a.mov"
+        ffmpeg([*form, "-c:v", "qtrle", "-pix_fmt", "argb", path], b"".join(map(bytes, frames)))
+        said: list[str] = []
+        assert (read_clip(path, 32, 32, 3, note=said.append) == 1).all()
+        assert said == ["transparent areas are shown on white"]
+
+    def test_sixteen_bits(self, tmp_path):
+        ramp = np.linspace(0, 65535, 256).round().astype(np.uint16)
+        Image.fromarray(np.tile(ramp, (32, 1))).save(tmp_path / "a.png")
+        clip = read_clip(tmp_path / "a.png", 32, 256)
+        assert abs(float(clip.mean())) < 0.01
+        assert torch.allclose(clip[0, 0, 5], torch.linspace(-1, 1, 256), atol=1e-3)
+
+    @pytest.mark.parametrize("name", ["a.webp", "a.png"])
+    def test_animated_pictures(self, tmp_path, name):
+        first, *rest = [Image.fromarray(frame) for frame in grey_frames(10)]
+        lossless = {"lossless": True} if name == "a.webp" else {}
+        path = tmp_path / name
+        first.save(path, save_all=True, append_images=rest, duration=125, **lossless)
+        assert shown(read_clip(path, 16, 16, 10)) == list(range(10))
+        assert shown(read_clip(path, 16, 16, 5, 4)) == [0, 2, 4, 6, 8]
+        assert shown(read_clip(path, 16, 16)) == [0]
+        with pytest.raises(ClipError, match="it has 10 frames, but 11 are wanted"):
+            read_clip(path, 16, 16, 11)
+
+    def test_colours_as_the_file_states_them(self, tmp_path):
+        colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (40, 160, 220)]
+        for matrix, tag in (("bt709", "bt709"), ("bt601", "smpte170m")):
+            for colour in colours:
+                filters = f"scale=out_color_matrix={matrix}:out_range=tv,format=yuv420p"
+                filters += f",setparams=colorspace={tag}:range=tv"
+                frame = np.full((32, 32, 3), colour, np.uint8)
+                path = encode(tmp_path / "a.mp4", [frame] * 2, "8", "-vf", filters, *H264)
+                read = (read_clip(path, 32, 32, 2).mean(dim=(1, 2, 3)) + 1) * 127.5
+                assert (read - torch.tensor(colour)).abs().max() <= 4, (matrix, colour)
 
 
 class TestUnusable:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import imageio_ffmpeg
 import pytest
 import torch
 
@@ -70,8 +71,31 @@ def generate(
 
 @pytest.fixture
 def record(tmp_path: Path) -> Callable[[str], dict]:
-    """Read a JSON file of ``tmp_path``."""
-    return lambda name: json.loads((tmp_path / name).read_text("utf-8"))
+    """Read a JSON file of ``tmp_path``; out.json is also the record of the one out.mp4, .gif, .."""
+
+    def read(name: str) -> dict:
+        path = tmp_path / name
+        if not path.exists():
+            (path,) = tmp_path.glob(f"{path.stem}.*.json")
+        return json.loads(path.read_text("utf-8"))
+
+    return read
+
+
+@pytest.fixture
+def fake_ffmpeg(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], None]:
+    """Put a shell script in the place of ffmpeg, which is "$real" in the script."""
+    real = imageio_ffmpeg.get_ffmpeg_exe()
+    path = tmp_path_factory.mktemp("program") / "ffmpeg"
+
+    def use(script: str) -> None:
+        path.write_text(f"#!/bin/sh\nreal='{real}'\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(path))
+
+    return use
 
 
 @pytest.fixture(scope="session")

@@ -366,10 +366,10 @@ class TestOutput:
         assert error.startswith("no working ffmpeg for MP4 files: pip install imageio-ffmpeg")
 
     def test_the_configuration_as_output(self, generate, tmp_path):
-        (tmp_path / "out.json").write_text('{"type": "radial"}')
-        error = generate(PROMPT, "-o", "out.mp4", "--attn-config", "out.json").error
-        assert error == "-o out.mp4 would overwrite out.json, which is read here"
-        assert (tmp_path / "out.json").read_text() == '{"type": "radial"}'
+        (tmp_path / "out.mp4.json").write_text('{"type": "radial"}')
+        error = generate(PROMPT, "-o", "out.mp4", "--attn-config", "out.mp4.json").error
+        assert error == "-o out.mp4 would overwrite out.mp4.json, which is read here"
+        assert (tmp_path / "out.mp4.json").read_text() == '{"type": "radial"}'
 
 
 class TestLora:
@@ -506,10 +506,29 @@ class TestRecord:
         recorded(**changes)
         assert diffattn("generate", "--from", "out.json", "-o", "new.mp4").error.startswith(message)
 
-    @pytest.mark.parametrize("output", ["out.mp4", "out.gif"])
-    def test_the_recorded_run_is_not_overwritten(self, diffattn, recorded, output):
-        error = diffattn("generate", "--from", "out.json", "-o", output).error
-        assert error.startswith(f"-o {output} would overwrite out.")
+    @pytest.mark.parametrize("record", ["out.json", "out.mp4.json"])
+    def test_the_recorded_run_is_not_overwritten(self, diffattn, recorded, tmp_path, record):
+        # Earlier versions left the video's extension out of the name of its record.
+        (tmp_path / "out.json").rename(tmp_path / record)
+        error = diffattn("generate", "--from", record, "-o", "out.mp4").error
+        assert error == "-o out.mp4 would overwrite out.mp4, which is read here"
+
+    def test_a_name_without_the_videos_extension(self, diffattn, recorded, tmp_path):
+        (tmp_path / "out.json").rename(tmp_path / "out.mp4.json")
+        (tmp_path / "out.gif.json").write_text('{"mine": 1}')
+        error = diffattn("generate", "--from", "out.json", "-o", "new.mp4").error
+        assert error == (
+            "cannot read out.json: No such file or directory; did you mean out.mp4.json?"
+        )
+
+    def test_the_record_of_an_upscaled_video(self, diffattn, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "big.mp4.json").write_text('{"diffattn_upscale_record": 1, "settings": {}}')
+        error = diffattn("generate", "--from", "big.mp4.json", "-o", "new.mp4").error
+        assert error == (
+            "big.mp4.json is a record of diffattn upscale: only the runs of diffattn generate can"
+            " be repeated by --from"
+        )
 
 
 def test_the_real_command_ends_the_same_way(tmp_path):

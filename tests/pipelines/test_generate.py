@@ -50,7 +50,7 @@ def compared(tiny_wan, tmp_path_factory) -> tuple[Path, str, dict]:
     with contextlib.redirect_stdout(out):
         code = cli.run(["generate", PROMPT, "--compare", *size, *SPARSE, *files])
     assert code == 0
-    return folder, out.getvalue(), json.loads((folder / "out.json").read_text())
+    return folder, out.getvalue(), json.loads((folder / "out.mp4.json").read_text())
 
 
 class TestOneVideo:
@@ -60,7 +60,7 @@ class TestOneVideo:
         assert result.err == ""
         assert mp4_frames(tmp_path / "out.mp4").shape == (5, 32, 48, 3)
         assert iio.immeta(tmp_path / "out.mp4", plugin="FFMPEG")["fps"] == 12
-        assert names(tmp_path) == ["out.json", "out.mp4"]
+        assert names(tmp_path) == ["out.mp4", "out.mp4.json"]
 
     def test_it_says_what_it_does_and_what_came_of_it(self, generate):
         lines = generate(PROMPT, "-o", "out.gif").out.splitlines()
@@ -79,7 +79,7 @@ class TestOneVideo:
     def test_png_frames(self, generate, tmp_path):
         assert generate(PROMPT, "-o", "out.png").code == 0
         assert png_frames(tmp_path / "out").shape == (5, 32, 48, 3)
-        assert names(tmp_path) == ["out", "out.json"]
+        assert names(tmp_path) == ["out", "out.png.json"]
 
     def test_dense_is_the_untouched_model(self, generate, tmp_path, tiny_wan):
         from diffusers import WanPipeline
@@ -168,34 +168,33 @@ class TestRecord:
     def test_repeating_it_gives_equal_frames(self, generate, diffattn, tmp_path):
         options = ["--seed", 5, "--num-frames", 9, *SPARSE]
         assert generate(PROMPT, "-o", "one.png", *options).code == 0
-        result = diffattn("generate", "--from", "one.json", "-o", "two.png")
+        result = diffattn("generate", "--from", "one.png.json", "-o", "two.png")
         assert result.code == 0, result.err
         one, two = png_frames(tmp_path / "one"), png_frames(tmp_path / "two")
         assert (one == two).all()
 
     def test_a_repetition_can_be_repeated(self, generate, diffattn, record):
         assert generate(PROMPT, "-o", "one.gif").code == 0
-        assert diffattn("generate", "--from", "one.json", "-o", "two.gif").code == 0
+        assert diffattn("generate", "--from", "one.gif.json", "-o", "two.gif").code == 0
         assert record("one.json")["settings"] == record("two.json")["settings"]
 
     def test_options_beside_it_override(self, generate, diffattn, record):
         assert generate(PROMPT, "-o", "one.gif", "--attn-arg", "decay_factor=0.5").code == 0
         change = ["--seed", 9, "--attn-arg", "sink=false", "--steps", 1]
-        assert diffattn("generate", "--from", "one.json", "-o", "two.gif", *change).code == 0
+        assert diffattn("generate", "--from", "one.gif.json", "-o", "two.gif", *change).code == 0
         one, two = record("one.json")["settings"], record("two.json")["settings"]
         assert (two["seed"], two["steps"]) == (9, 1)
         assert two["attention"] == {**one["attention"], "sink": False}
 
     def test_another_method_starts_afresh(self, generate, diffattn, record):
         assert generate(PROMPT, "-o", "one.gif", "--attn-arg", "decay_factor=0.5").code == 0
-        assert (
-            diffattn("generate", "--from", "one.json", "-o", "b.gif", "--attn", "radial").code == 0
-        )
+        again = ["--from", "one.gif.json", "-o", "b.gif", "--attn", "radial"]
+        assert diffattn("generate", *again).code == 0
         assert record("b.json")["settings"]["attention"]["decay_factor"] is None
 
     def test_a_comparison_is_repeated_unless_told_otherwise(self, generate, diffattn, tmp_path):
         assert generate(PROMPT, "-o", "one.gif", "--compare").code == 0
-        again = ["generate", "--from", "one.json", "-o"]
+        again = ["generate", "--from", "one.gif.json", "-o"]
         assert diffattn(*again, "two.gif").code == 0
         assert diffattn(*again, "three.gif", "--no-compare").code == 0
         assert (tmp_path / "two.compare.gif").is_file()
@@ -203,7 +202,7 @@ class TestRecord:
 
     def test_other_versions_are_told(self, generate, diffattn, tmp_path):
         assert generate(PROMPT, "-o", "one.gif").code == 0
-        path = tmp_path / "one.json"
+        path = tmp_path / "one.gif.json"
         path.write_text(path.read_text().replace(torch.__version__, "1.0"))
         result = diffattn("generate", "--from", path, "-o", "two.gif")
         assert result.out.startswith(
@@ -217,13 +216,13 @@ class TestRecord:
         output = tmp_path / "one.gif"
         assert generate(PROMPT, "-o", output, "--lora", tiny_lora.name).code == 0
         monkeypatch.chdir(tmp_path)
-        assert diffattn("generate", "--from", "one.json", "-o", "two.gif").code == 0
+        assert diffattn("generate", "--from", "one.gif.json", "-o", "two.gif").code == 0
 
 
 class TestComparison:
     def test_it_writes_both_and_a_side_by_side(self, compared):
         folder, _, record = compared
-        assert names(folder) == ["out.compare.mp4", "out.dense.mp4", "out.json", "out.mp4"]
+        assert names(folder) == ["out.compare.mp4", "out.dense.mp4", "out.mp4", "out.mp4.json"]
         assert mp4_frames(folder / "out.mp4").shape == (9, 32, 48, 3)
         assert mp4_frames(folder / "out.dense.mp4").shape == (9, 32, 48, 3)
         assert mp4_frames(folder / "out.compare.mp4").shape == (9, 28 + 6 * 32, 2 * 6 * 48 + 4, 3)
@@ -273,10 +272,10 @@ class TestSeveralPrompts:
         assert result.err == ""
         assert result.out.startswith("note: skipped blank lines of prompts.txt: 2\n")
         assert names(tmp_path / "all") == [
-            "01-one.json",
-            "01-one.mp4",
-            "02-the-second.json",
-            "02-the-second.mp4",
+            "01-one-seed0.mp4",
+            "01-one-seed0.mp4.json",
+            "02-the-second-seed0.mp4",
+            "02-the-second-seed0.mp4.json",
         ]
         assert "[2/2] the second!" in result.out
 
@@ -289,7 +288,7 @@ class TestSeveralPrompts:
     def test_each_record_repeats_its_own(self, generate, diffattn, tmp_path):
         (tmp_path / "prompts.txt").write_text("one\ntwo\n")
         assert generate("--prompts-file", "prompts.txt", "-o", "out.png").code == 0
-        assert diffattn("generate", "--from", "out-02.json", "-o", "again.png").code == 0
+        assert diffattn("generate", "--from", "out-02.png.json", "-o", "again.png").code == 0
         assert (png_frames(tmp_path / "out-02") == png_frames(tmp_path / "again")).all()
 
 
@@ -347,7 +346,7 @@ class TestInterrupt:
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130
         assert err == "diffattn: interrupted: kept out-01.mp4\n"
-        assert names(tmp_path) == ["out-01.json", "out-01.mp4", "prompts.txt"]
+        assert names(tmp_path) == ["out-01.mp4", "out-01.mp4.json", "prompts.txt"]
         assert mp4_frames(tmp_path / "out-01.mp4").shape == (5, 64, 64, 3)
 
     def test_before_the_first_is_done_there_is_nothing(self, tiny_wan, tmp_path):
@@ -373,3 +372,92 @@ class TestInterrupt:
         assert result.code == 130
         assert result.err == "diffattn: interrupted: nothing was written\n"
         assert names(tmp_path) == []
+
+
+class TestFailedWriting:
+    """The check before the run finds nothing, but the writing at its end fails."""
+
+    LATE = 'case "$*" in *"-f null"*) exec "$real" "$@" ;; *) {} ;; esac'
+
+    @pytest.mark.parametrize(
+        ("way", "reason"),
+        [
+            ("kill -9 $$", "ffmpeg failed: ended by SIGKILL"),
+            ("cat > /dev/null; echo no room >&2; exit 1", "ffmpeg failed: no room (exit code 1)"),
+            ("cat > /dev/null", "ffmpeg made 0 frames "),
+        ],
+    )
+    @pytest.mark.parametrize("options", [[], ["--compare"]])
+    def test_it_is_told_and_the_former_files_stay(
+        self, generate, tmp_path, fake_ffmpeg, way, reason, options
+    ):
+        assert generate("one", "-o", "out.mp4", *options).code == 0
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        fake_ffmpeg(self.LATE.format(way))
+        error = generate("two", "-o", "out.mp4", *options).error
+        assert error.startswith("cannot write out.mp4: ")
+        assert reason in error
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    def test_a_comparison_of_which_one_video_fails(self, generate, tmp_path, fake_ffmpeg):
+        way = 'case "$*" in *compare.mp4*) exit 4 ;; *) exec "$real" "$@" ;; esac'
+        fake_ffmpeg(way)
+        error = generate("one", "-o", "out.mp4", "--compare").error
+        assert error == "cannot write out.compare.mp4: ffmpeg failed: exit code 4"
+        assert names(tmp_path) == []
+
+    def test_frames_that_come_out_cut(self, generate, tmp_path, monkeypatch):
+        from PIL import Image
+
+        assert generate("one", "-o", "out.png").code == 0
+        before = png_frames(tmp_path / "out")
+        save = Image.Image.save
+
+        def cut(image: Image.Image, file: Path, **options: object) -> None:
+            save(image, file, **options)
+            file.write_bytes(file.read_bytes()[:40])
+
+        monkeypatch.setattr(Image.Image, "save", cut)
+        error = generate("two", "-o", "out.png").error
+        assert error.startswith("cannot write frame_0000.png: it cannot be read back: ")
+        assert (png_frames(tmp_path / "out") == before).all()
+        assert names(tmp_path) == ["out", "out.png.json"]
+
+
+class TestOwnFiles:
+    def test_ones_own_json_file_stays(self, generate, tmp_path):
+        (tmp_path / "config.json").write_text('{"mine":1}')
+        assert generate("one", "-o", "config.mp4").code == 0
+        assert (tmp_path / "config.json").read_text() == '{"mine":1}'
+        (tmp_path / "config.gif.json").write_text('{"mine":2}')
+        error = generate("one", "-o", "config.gif").error
+        assert error.startswith("-o config.gif would overwrite config.gif.json, which is no record")
+        assert names(tmp_path) == [
+            "config.gif.json",
+            "config.json",
+            "config.mp4",
+            "config.mp4.json",
+        ]
+
+    def test_each_format_has_a_record(self, generate, tmp_path):
+        for name, seed in (("x.mp4", 1), ("x.gif", 2), ("x.png", 3)):
+            assert generate("one", "-o", name, "--seed", seed).code == 0
+            record = json.loads((tmp_path / f"{name}.json").read_text())
+            assert (record["files"]["video"], record["settings"]["seed"]) == (name, seed)
+        assert json.loads((tmp_path / "x.mp4.json").read_text())["settings"]["seed"] == 1
+
+    def test_a_record_of_an_earlier_version_is_read(self, generate, diffattn, tmp_path):
+        assert generate("one", "-o", "x.png", "--seed", 5).code == 0
+        (tmp_path / "x.png.json").rename(tmp_path / "x.json")
+        assert diffattn("generate", "--from", "x.json", "-o", "again.png").code == 0
+        assert (png_frames(tmp_path / "x") == png_frames(tmp_path / "again")).all()
+
+    def test_seeds_in_a_folder(self, generate, tmp_path):
+        for seed in (1, 2):
+            assert generate("one", "-o", "sd/", "--seed", seed).code == 0
+        assert names(tmp_path / "sd") == [
+            "one-seed1.mp4",
+            "one-seed1.mp4.json",
+            "one-seed2.mp4",
+            "one-seed2.mp4.json",
+        ]

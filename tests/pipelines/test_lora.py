@@ -1,6 +1,9 @@
 """``diffattn lora train``, and ``diffattn generate --lora`` with what it made."""
 
 import json
+import os
+import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,12 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from diffattn._locks import lock_existing
+from diffattn.lora.checkpoint import alone_in
+from diffattn.lora.trainer import Trainer
+from diffattn.pipelines.train import run as run_module
 
 from .conftest import SIZE, Result
 
@@ -120,7 +129,7 @@ class TestTrain:
         self, trained: Path, generate: Callable[..., Result], diffattn: Callable[..., Result]
     ) -> None:
         assert generate("a cat", "-o", "own.png", "--lora", trained).code == 0
-        assert diffattn("generate", "--from", "own.json", "-o", "again.png").code == 0
+        assert diffattn("generate", "--from", "own.png.json", "-o", "again.png").code == 0
         assert (frames("own") == frames("again")).all()
 
     def test_what_a_run_is_made_of_is_settled_once(
@@ -230,6 +239,135 @@ class TestTrain:
         # Equal frames have no ratio.
         assert ratios[0] is None
         assert ratios[1] is not None
+
+
+class TestOneRunInAFolder:
+    ARGUMENTS = ("--prompts", "prompts.txt", *CELLS)
+
+    def test_a_second_run_is_refused_and_the_first_goes_on(
+        self, train: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        folder = tmp_path / OUT
+        folder.mkdir()
+        with alone_in(folder):
+            before = sorted(folder.rglob("*"))
+            error = train(*self.ARGUMENTS).error
+            assert sorted(folder.rglob("*")) == before
+        assert error == (
+            f"run is in use: process {os.getpid()} on {socket.gethostname()} trains there; wait for"
+            " its end, or give another output folder"
+        )
+        assert train(*self.ARGUMENTS).code == 0
+        assert not (folder / ".diffattn.lock").exists()
+
+    def test_what_a_killed_run_left_is_removed(
+        self, train: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        left = [".diffattn.tmp", "checkpoints/.step-000009.tmp"]
+        for name in left:
+            (tmp_path / OUT / name / "deep").mkdir(parents=True)
+        (tmp_path / OUT / "validation").mkdir()
+        (tmp_path / OUT / "validation/00-untrained.tmp.npz").touch()
+        (tmp_path / OUT / ".diffattn.lock").write_text("process 1 on a machine that is off")
+        (tmp_path / OUT / "notes.tmp").touch()
+        assert train(*self.ARGUMENTS).code == 0
+        assert (tmp_path / OUT / "notes.tmp").exists()
+        for name in [*left, "validation/00-untrained.tmp.npz", ".diffattn.lock"]:
+            assert not (tmp_path / OUT / name).exists(), name
+
+    def test_runs_that_share_a_folder_of_clips_prepare_in_turn(self, tmp_path: Path) -> None:
+        holder = lock_existing(tmp_path)
+        assert holder is not None
+        said: list[str] = []
+
+        def say(line: str) -> None:
+            said.append(line)
+            holder.release()
+
+        with run_module._preparing(tmp_path, say):
+            assert lock_existing(tmp_path) is None
+        assert said == [f"waiting for another run, which prepares clips in {tmp_path}"]
+
+    def test_a_refused_run_leaves_no_folder(
+        self, train: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        assert train(*self.ARGUMENTS, "--device", "tpu").code == 2
+        assert train(*self.ARGUMENTS, "--num-frames", "6").code == 2
+        assert not (tmp_path / OUT).exists()
+
+
+class TestInterrupt:
+    ARGUMENTS = ("--prompts", "prompts.txt", *CELLS, "--steps", 5)
+
+    @pytest.fixture
+    def press(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+        """Press Ctrl-C so many times during the third step."""
+
+        def presses(times: int) -> None:
+            step = Trainer._make_step
+
+            def pressed(trainer: Trainer) -> Any:
+                for _ in range(times if trainer.step == 2 else 0):
+                    os.kill(os.getpid(), signal.SIGINT)
+                return step(trainer)
+
+            monkeypatch.setattr(Trainer, "_make_step", pressed)
+
+        return presses
+
+    def test_it_writes_a_checkpoint_and_the_run_goes_on_as_if_nothing_had_happened(
+        self,
+        train: Callable[..., Result],
+        tmp_path: Path,
+        press: Callable[[int], None],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        whole = train(*self.ARGUMENTS, "-o", "whole")
+        assert whole.code == 0, whole.err
+        said, write = [], os.write
+
+        def noted(descriptor: int, data: bytes) -> int:
+            said.append(data)
+            return write(descriptor, data)
+
+        monkeypatch.setattr(os, "write", noted)
+        press(1)
+        result = train(*self.ARGUMENTS)
+        assert result.code == 130
+        assert b"stopping after this step with a checkpoint; Ctrl-C again stops at once\n" in said
+        assert result.err.splitlines()[-1] == (
+            "diffattn: interrupted: kept run/checkpoints/step-000003; go on from there with"
+            " --resume"
+        )
+        assert not (tmp_path / OUT / "pytorch_lora_weights.safetensors").exists()
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        again = train(*self.ARGUMENTS, "--resume")
+        assert again.code == 0, again.err
+        assert "attention, from step 3 on" in again.out
+        name = "pytorch_lora_weights.safetensors"
+        one, other = (load_file(tmp_path / folder / name) for folder in ("whole", OUT))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+    def test_the_second_one_stops_at_once(
+        self, train: Callable[..., Result], tmp_path: Path, press: Callable[[int], None]
+    ) -> None:
+        press(2)
+        result = train(*self.ARGUMENTS)
+        assert result.code == 130
+        assert result.err.splitlines()[-1] == "diffattn: interrupted: kept run/clips"
+        assert not (tmp_path / OUT / "checkpoints").exists()
+
+    def test_a_validation_video_that_fails_does_not_end_the_training(
+        self, train: Callable[..., Result], tmp_path: Path, fake_ffmpeg: Callable[[str], None]
+    ) -> None:
+        fake_ffmpeg('case "$*" in *"-f null"*) exec "$real" "$@" ;; *) exit 5 ;; esac')
+        options = ["--validate-every", 2, "--validation-prompt", "a cow", "--validation-steps", 1]
+        result = train("--prompts", "prompts.txt", *CELLS, *options)
+        assert result.code == 0, result.err
+        assert "warning: step 2: no validation video: cannot write 00-a-cow.mp4: " in result.err
+        assert list((tmp_path / OUT / "validation").rglob("*.mp4")) == []
 
 
 class TestRefusals:

@@ -136,7 +136,7 @@ class TestCommands:
         run = ["--model", tiny_wan, *SIZE, "--attn-config", "method.json", "-o", "out.png"]
         assert plugged("generate", "a cat", *run).code == 0
         assert record("out.json")["attention"]["method"]["dense_steps"] == 1
-        assert plugged("generate", "--from", "out.json", "-o", "again.png").code == 0
+        assert plugged("generate", "--from", "out.png.json", "-o", "again.png").code == 0
         assert record("again.json")["attention"] == record("out.json")["attention"]
 
     def test_a_broken_one_is_one_line(self, plugged: Callable[..., Result]) -> None:

@@ -181,6 +181,6 @@ def test_two_processes_make_the_video_of_one(diffattn, tiny_wan, tmp_path, way):
     )
     # Rounding may turn at one half.
     assert np.abs(frames.astype(int) - expected).max() <= 1
-    record = json.loads((tmp_path / "both.json").read_text())
+    record = json.loads((tmp_path / "both.png.json").read_text())
     assert record["settings"]["context_parallel"] == way
     assert record["processes"] == 2

@@ -1,9 +1,11 @@
 """Runs of ``diffattn upscale`` on a tiny pipeline."""
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 
@@ -33,7 +35,7 @@ def test_from_a_prompt(upscale, tmp_path, record):
     result = upscale("-o", "out.mp4", "--height", 60)
     assert result.code == 0, result.err
     assert iio.imread(tmp_path / "out.mp4", plugin="FFMPEG").shape == (5, 64, 96, 3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.mp4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "out.mp4.json"]
     lines = result.out.splitlines()
     assert lines[0] == "48x32 to 96x64 (asked for 90x60), 5 frames"
     assert lines[1].startswith("2 steps, 1 of them guided by all tokens; 0.0 MiB (device)")
@@ -54,6 +56,35 @@ def test_from_a_video_with_its_rate(upscale, tmp_path):
     assert result.out.splitlines()[0] == "48x32 to 96x64, 5 of 7 frames"
     assert iio.imread(tmp_path / "out.mp4", plugin="FFMPEG").shape == (5, 64, 96, 3)
     assert iio.immeta(tmp_path / "out.mp4", plugin="FFMPEG")["fps"] == 12
+
+
+@pytest.mark.parametrize(("name", "fps"), [("in.gif", 12.5), ("in.png", 8)])
+def test_from_every_format_that_diffattn_writes(upscale, tmp_path, name, fps):
+    frames = np.random.default_rng(0).integers(0, 256, (5, 32, 48, 3), np.uint8)
+    write_video(tmp_path / name, frames, 12.5)
+    result = upscale("--input", name.removesuffix(".png"), "-o", "out.mp4")
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[0] == "48x32 to 96x64, 5 frames"
+    # Frames in a folder have no rate: the model's is taken.
+    assert iio.immeta(tmp_path / "out.mp4", plugin="FFMPEG")["fps"] == fps
+
+
+def test_from_a_video_as_it_is_shown(upscale, tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (5, 48, 32, 3), np.uint8)
+    write_video(tmp_path / "tall.mp4", frames, 12)
+    program = [imageio_ffmpeg.get_ffmpeg_exe(), "-display_rotation", "90", "-i", "tall.mp4"]
+    subprocess.run([*program, "-c", "copy", "in.mp4"], check=True, capture_output=True)
+    result = upscale("--input", "in.mp4", "-o", "out.mp4")
+    assert result.out.splitlines()[0] == "48x32 to 96x64, 5 frames"
+
+
+def test_a_failed_ffmpeg_is_told_and_the_former_files_stay(upscale, tmp_path, fake_ffmpeg):
+    assert upscale("-o", "out.mp4").code == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    fake_ffmpeg('case "$*" in *"-f null"*) exec "$real" "$@" ;; *) kill -9 $$ ;; esac')
+    error = upscale("-o", "out.mp4", "--seed", 5).error
+    assert error == "cannot write out.mp4: ffmpeg failed: ended by SIGKILL"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_what_to_avoid_is_the_papers_the_models_or_ones_own(upscale, tmp_path, record):
@@ -131,6 +162,8 @@ def test_the_seed_decides(upscale, tmp_path):
     [
         (["--input", "none.mp4"], "there is no video file none.mp4"),
         (["--input", "text.mp4"], "cannot read text.mp4 as a video: "),
+        (["--input", "text.txt"], "cannot read text.txt as a video: the extension must be one of "),
+        (["--input", "empty"], "there are no frames frame_0000.png and so on in the folder empty"),
         (["--input", "out.mp4"], "-o out.mp4 would overwrite out.mp4, which is read here"),
         (
             ["--input", "in.mp4", "--num-frames", "5"],
@@ -149,9 +182,13 @@ def test_the_seed_decides(upscale, tmp_path):
     ],
 )
 def test_bad_input_is_one_line(upscale, tmp_path, arguments, message):
-    (tmp_path / "text.mp4").write_text("no video")
-    assert message in upscale("-o", "out.mp4", *arguments).error
-    assert [path.name for path in tmp_path.iterdir()] == ["text.mp4"]
+    for name in ("text.mp4", "text.txt"):
+        (tmp_path / name).write_text("no video")
+    (tmp_path / "empty").mkdir()
+    error = upscale("-o", "out.mp4", *arguments).error
+    assert message in error
+    assert len(error) < 300
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "text.mp4", "text.txt"]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_from_a_prompt(upscale, tmp_path, record, name):
     result = upscale(name, "--height", 96, "--strengths", "0.5,0.25", "-o", "out.png")
     assert result.code == 0, result.err
     assert Image.open("out.png").size == (96, 96)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.png", "out.png.json"]
     head, *lines = result.out.splitlines()
     assert head.endswith("; 24x24 to 48x48 to 96x96")
     assert lines[0].startswith("96x96 will take about 0.0")
@@ -59,15 +59,39 @@ def test_from_a_picture_with_a_method(upscale, tmp_path, record):
     options = ["--input", "in.png", "--strengths", "0.5"]
     plain = upscale("sd1.5", *options, "-o", "plain.png")
     assert plain.code == 0, plain.err
-    config = tmp_path / "config.json"
+    config = tmp_path / "config.png.json"
     config.write_text(json.dumps({"type": "agent", "ratio": 0.5, "last_dense_steps": 0}))
     result = upscale("sd1.5", *options, "-o", "agent.webp", "--attn-config", config)
     assert result.code == 0, result.err
     assert record("agent.json")["settings"]["attention"]["ratio"] == 0.5
     result = upscale("sd1.5", *options, "-o", "config.png", "--attn-config", config)
-    assert result.error == "-o config.png would overwrite config.json, which is read here"
+    assert result.error == "-o config.png would overwrite config.png.json, which is read here"
     assert (np.asarray(Image.open("plain.png")) != np.asarray(Image.open("agent.webp"))).any()
     assert Image.open("plain.png").size == (64, 48)
+
+
+def test_pictures_are_read_as_they_are_shown(upscale, tmp_path):
+    pixels = np.full((24, 32, 4), (200, 40, 40, 255), np.uint8)
+    pixels[:, :16] = (0, 0, 255, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    Image.fromarray(pixels).save("in.png", exif=exif)
+    options = ["--input", "in.png", "--strengths", "0.5"]
+    result = upscale("sd1.5", *options, "-o", "shown.png")
+    assert result.code == 0, result.err
+    assert "note: in.png: transparent areas are shown on white" in result.out.splitlines()
+    white = np.full((32, 24, 3), 255, np.uint8)
+    white[16:] = (200, 40, 40)
+    Image.fromarray(white).save("in.png")
+    assert upscale("sd1.5", *options, "-o", "white.png").code == 0
+    assert (np.asarray(Image.open("shown.png")) == np.asarray(Image.open("white.png"))).all()
+
+
+def test_ones_own_json_file_stays(upscale, tmp_path):
+    (tmp_path / "out.webp.json").write_text('{"mine": 1}')
+    error = upscale("sd1.5", "-o", "out.webp").error
+    assert error.startswith("-o out.webp would overwrite out.webp.json, which is no record of")
+    assert (tmp_path / "out.webp.json").read_text() == '{"mine": 1}'
 
 
 def test_the_same_seed_is_the_same_picture(upscale):
@@ -90,7 +114,7 @@ def test_flux(upscale):
     # Its own size is 128 latents of 2 pixels.
     result = upscale("flux", "--base-height", 16, "--base-width", 24, "-o", "out/")
     assert result.code == 0, result.err
-    assert Image.open("out/a-cat.png").size == (48, 32)
+    assert Image.open("out/a-cat-seed0.png").size == (48, 32)
     assert "48x32: strength 0.7" in result.out
     # Its steps are lines of this command, not a bar of diffusers'.
     assert "upscale: step 3/3" in result.out
