@@ -41,7 +41,7 @@ def start(arguments: Sequence[str], **streams: int | IO[bytes]) -> subprocess.Po
     """
     program = executable()
     try:
-        return subprocess.Popen([program, *QUIET, *arguments], start_new_session=True, **streams)  # type: ignore[call-overload, no-any-return]
+        return subprocess.Popen([program, *QUIET, *arguments], start_new_session=True, **streams)  # type: ignore[call-overload]
     except OSError as error:
         raise FfmpegError(f"cannot start {program}: {error.strerror}") from None
 

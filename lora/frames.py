@@ -10,7 +10,7 @@ import math
 import re
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -164,11 +164,12 @@ def _animation(image: Image, note: Callable[[str], None]) -> Iterator[Frame]:
         delay = image.info.get("duration", 0) / 1000 or _DELAY
         ends.append((ends[-1] if ends else 0.0) + delay)
     starts = [0.0, *ends]
-    interval = ends[-1] / len(ends)
     # Delays are rounded to their unit: frames at a constant rate have delays of two lengths.
     unit = _UNITS[image.format] + INSTANT
-    if all(abs(time - i * interval) <= unit for i, time in enumerate(starts)):
-        starts = [i * interval for i in range(len(starts))]
+    mean = ends[-1] / len(ends)
+    interval: float | None = mean
+    if all(abs(time - i * mean) <= unit for i, time in enumerate(starts)):
+        starts = [i * mean for i in range(len(starts))]
     else:
         interval = None
     said = False
@@ -205,7 +206,7 @@ def _video(path: Path, note: Callable[[str], None]) -> Iterator[Frame]:
     yield before
 
 
-def _decoded(path: Path) -> Iterator[tuple[np.ndarray, float, float]]:
+def _decoded(path: Path) -> Generator[tuple[np.ndarray, float, float]]:
     """The frames of a video, uint8 (height, width, 4), with start times and the interval."""
     arguments = ["-loglevel", "level+info", "-i", f"file:{path}", "-map", "0:v:0"]
     arguments += ["-vf", _FILTERS, "-fps_mode", "passthrough", "-pix_fmt", "rgba", "-c:v", "pam"]

@@ -311,8 +311,9 @@ def _interrupts_wait() -> Iterator[Callable[[], bool]]:
         if not rank():
             # A stream of Python's may be in use at this moment.
             line = "stopping after this step with a checkpoint; Ctrl-C again stops at once\n"
-            with contextlib.suppress(OSError):
-                os.write(sys.__stderr__.fileno(), line.encode())
+            if sys.__stderr__ is not None:
+                with contextlib.suppress(OSError):
+                    os.write(sys.__stderr__.fileno(), line.encode())
 
     previous = signal.signal(signal.SIGINT, press)
     try:
