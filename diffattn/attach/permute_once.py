@@ -23,7 +23,7 @@ from diffattn.attach.running_call import running_call
 from diffattn.attach.sites import AttachedSite
 from diffattn.attach.watched import is_watched
 from diffattn.grid import TokenGrid
-from diffattn.methods.base import StaticMaskMethod, attends_by_mask_alone
+from diffattn.methods.base import Method, StaticMaskMethod, attends_by_mask_alone
 from diffattn.models import Family
 from diffattn.models.base import argument
 from diffattn.models.token_flow import TokenFlow, in_order
@@ -106,11 +106,13 @@ def may_permute(model: torch.nn.Module, family: Family, groups: Sequence[Group])
         family.flow is not None
         and type(model).__name__ == family.flow.model_class
         and all(attends_by_mask_alone(group.chosen) for group in groups)
-        and any(
-            getattr(type(group.chosen), "order_on", None) is not StaticMaskMethod.order_on
-            for group in groups
-        )
+        and any(_may_have_order(group.chosen) for group in groups)
     )
+
+
+def _may_have_order(method: Method) -> bool:
+    own: Any = type(method)
+    return own.order_on is not StaticMaskMethod.order_on
 
 
 def order_throughout(
