@@ -109,8 +109,8 @@ def fingerprint(*parts: Any) -> str:
             continue
         for name, value in part.state_dict().items():
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            for plain in _plain_tensors(value):
-                flat = plain.detach().flatten()
+            for tensor in _plain_tensors(value):
+                flat = tensor.detach().flatten()
                 some = flat[:: max(1, len(flat) // _SAMPLES)]
                 digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]

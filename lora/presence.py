@@ -135,7 +135,8 @@ class _Presence:
             self._take_off(model, off)
             return
         # A method that was attached since then must learn of the forward first.
-        model._forward_pre_hooks.move_to_end(self.hook)
+        hooks: Any = model._forward_pre_hooks
+        hooks.move_to_end(self.hook)
         with _lock:
             others = self._others()
             if any(other != off for other in others):
