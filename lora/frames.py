@@ -206,7 +206,7 @@ def _video(path: Path, note: Callable[[str], None]) -> Iterator[Frame]:
     yield before
 
 
-def _decoded(path: Path) -> Generator[tuple[np.ndarray, float, float]]:
+def _decoded(path: Path) -> Generator[tuple[np.ndarray, float, float], None, None]:
     """The frames of a video, uint8 (height, width, 4), with start times and the interval."""
     arguments = ["-loglevel", "level+info", "-i", f"file:{path}", "-map", "0:v:0"]
     arguments += ["-vf", _FILTERS, "-fps_mode", "passthrough", "-pix_fmt", "rgba", "-c:v", "pam"]

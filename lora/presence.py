@@ -135,7 +135,7 @@ class _Presence:
             self._take_off(model, off)
             return
         # A method that was attached since then must learn of the forward first.
-        hooks: Any = model._forward_pre_hooks  # an OrderedDict
+        hooks: Any = model._forward_pre_hooks
         hooks.move_to_end(self.hook)
         with _lock:
             others = self._others()
