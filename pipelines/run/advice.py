@@ -24,7 +24,7 @@ def estimated_cost(pipe: Any, run: Run) -> Estimate | None:
     # Where the prompt decides how much text there is, the video alone is counted.
     for tokens in (size, {"grid": run.grid}):
         try:
-            found = diffattn.plan(pipe, run.method, steps=request.steps, **tokens)  # type: ignore[arg-type]
+            found = diffattn.plan(pipe, run.method, steps=request.steps, **tokens)
         except ValueError:
             continue
         return found if isinstance(found, diffattn.Estimate) else None
