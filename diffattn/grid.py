@@ -21,6 +21,7 @@ class TokenGrid:
 
     Raises:
         ValueError: for an axis below 1 or a negative number of text tokens.
+        TypeError: for a number that is no integer.
     """
 
     frames: int
@@ -30,6 +31,11 @@ class TokenGrid:
     text_after: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("frames", "height", "width", "text_before", "text_after"):
+            value = getattr(self, name)
+            # Sizes of compiled code are integers of torch's own.
+            if not isinstance(value, int) and not hasattr(value, "__index__"):
+                raise TypeError(f"{name} is {value!r}, but must be an integer")
         for name in ("frames", "height", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but a grid needs at least 1")

@@ -36,3 +36,11 @@ def test_text_is_not_negative() -> None:
 def test_a_grid_says_what_it_is() -> None:
     assert str(TokenGrid(2, 3, 4, text_after=7)) == "2x3x4+7 text"
     assert str(TokenGrid(2, 3, 4)) == "2x3x4"
+
+
+@pytest.mark.parametrize("axis", ["frames", "height", "width", "text_before", "text_after"])
+@pytest.mark.parametrize("value", [1.5, 2.0, "3", None])
+def test_numbers_of_tokens_are_integers(axis: str, value: object) -> None:
+    sizes = {"frames": 2, "height": 3, "width": 4, axis: value}
+    with pytest.raises(TypeError, match=f"^{axis} is {value!r}, but must be an integer$"):
+        TokenGrid(**sizes)

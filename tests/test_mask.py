@@ -1,14 +1,16 @@
 """Masks, their algebra, and the block layouts built from them."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffattn import AttentionMask, FullMask, PredicateMask, RadialAttn, TokenGrid
+from diffattn import AttentionMask, DenseAttn, FullMask, PredicateMask, RadialAttn, TokenGrid
 from diffattn.blocks import EMPTY, FULL, PARTIAL, layout_from_states, pack_bits, unpack_bits
 from diffattn.masks.base import Blocking, BlockMapMask, TextMask, allowed_pairs
 
@@ -147,9 +149,27 @@ def test_masks_of_different_grids_do_not_combine() -> None:
         FullMask(GRID) & FullMask(TokenGrid(1, 1, 1))
 
 
-def test_block_size_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="block sizes must be at least 1, not 0 x 16"):
-        FullMask(GRID).blocks(0, 16)
+@pytest.mark.parametrize("size", [0, -1, 1.5, 100_000, "128", True])
+def test_block_sizes_are_integers_of_a_sound_size(size: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"block sizes must be integers from 1 to 8192, not .* x 16"
+    ):
+        FullMask(GRID).blocks(size, 16)
+    with pytest.raises(ValueError, match="block sizes must be integers from 1 to 8192, not 16 x "):
+        FullMask(GRID).blocks(16, size)
+
+
+@pytest.mark.parametrize("other", [torch.ones(60, 60), True, "radial"])
+def test_masks_combine_with_masks_alone(other: Any) -> None:
+    for combine in (operator.and_, operator.or_):
+        with pytest.raises(TypeError, match="a mask combines with another mask, not with a "):
+            combine(FullMask(GRID), other)
+
+
+@pytest.mark.parametrize("grid", ["21x30x52", (21, 30, 52), None])
+def test_methods_have_masks_on_token_grids(grid: Any) -> None:
+    with pytest.raises(TypeError, match=r"^grid is .*, but must be a TokenGrid, such as TokenGrid"):
+        DenseAttn().mask(grid)
 
 
 def test_block_map_must_fit_the_grid() -> None:

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from diffattn._checks import is_whole
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states
 from diffattn.grid import TokenGrid
 from diffattn.orders import TileOrder
 
 BLOCK = 128  # the default block size of the kernels, in tokens
+# A partial block has a bit for each of its token pairs: 8 MiB at this size.
+_LARGEST_BLOCK = 8192
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,16 @@ class AttentionMask(ABC):
                 the order of the sequence.
 
         Raises:
-            ValueError: for a block size below 1, or an order of another grid's tokens.
+            ValueError: for a block size that is no integer from 1 to 8192, or an order of another
+                grid's tokens.
         """
         block_kv = block_q if block_kv is None else block_kv
-        if block_q < 1 or block_kv < 1:
-            raise ValueError(f"block sizes must be at least 1, not {block_q} x {block_kv}")
+        for size in (block_q, block_kv):
+            if not (is_whole(size) and 1 <= size <= _LARGEST_BLOCK):
+                raise ValueError(
+                    f"block sizes must be integers from 1 to {_LARGEST_BLOCK}, not {block_q} x"
+                    f" {block_kv}"
+                )
         if order is not None and order.grid != self.grid:
             raise ValueError(f"the order is over {order.grid}, but the mask over {self.grid}")
         blocking = Blocking(block_q, block_kv, torch.device(device), order)
@@ -156,6 +164,11 @@ class AttentionMask(ABC):
         return _Complement(self.grid, self)
 
     def _common_grid(self, other: AttentionMask) -> TokenGrid:
+        if not isinstance(other, AttentionMask):
+            raise TypeError(
+                f"a mask combines with another mask, not with a {type(other).__name__}; a rule of"
+                f" your own is a PredicateMask"
+            )
         if self.grid != other.grid:
             raise ValueError(
                 f"masks over different grids cannot be combined: {self.grid} and {other.grid}"

@@ -324,7 +324,16 @@ class StaticMaskMethod(Method):
     )
 
     def mask(self, grid: TokenGrid) -> AttentionMask:
-        """The token pairs that attend over `grid`, text included; the method keeps the mask."""
+        """The token pairs that attend over `grid`, text included; the method keeps the mask.
+
+        Raises:
+            TypeError: if `grid` is no TokenGrid.
+        """
+        if not isinstance(grid, TokenGrid):
+            raise TypeError(
+                f"grid is {grid!r}, but must be a TokenGrid, such as TokenGrid(frames=21,"
+                f" height=30, width=52)"
+            )
         if grid not in self._masks:
             mask = self.video_mask(grid)
             if grid.text_before or grid.text_after:

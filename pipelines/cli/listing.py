@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import json
 import sys
+import textwrap
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import entry_points
@@ -20,6 +21,7 @@ from typing import Any
 
 # As `diffattn.methods.registry.GROUP`, whose module imports torch.
 _PLUGINS = "diffattn.methods"
+_WIDTH = 100  # of a table
 _CATALOGUE = Path(__file__).parent / "catalogue.json"
 
 
@@ -52,16 +54,22 @@ def method_lines() -> Iterator[str]:
 
 
 def model_lines() -> Iterator[str]:
-    """Yield the lines of a table of the model families."""
-    head = ("family", "text", "tested on", "attention sites", "models")
-    rows = [head]
-    for family in _kept()["models"]:
-        models = f"{family['title']}: {', '.join(family['models'])}"
-        rows.append((family["name"], family["text"], family["tested"], family["sites"], models))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        yield "  ".join(cells).rstrip()
+    """Yield the lines of a table of the families, each with its models and sites below it."""
+    families = _kept()["models"]
+    head = ("family", "text", "tested on")
+    rows = [head, *((f["name"], f["text"], f["tested"]) for f in families)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    yield lines[0]
+    for family, line in zip(families, lines[1:], strict=True):
+        yield line
+        yield from textwrap.wrap(
+            f"{family['title']}: {', '.join(family['models'])}",
+            _WIDTH,
+            initial_indent="    ",
+            subsequent_indent="    ",
+        )
+        yield f"    sites {family['sites']}"
 
 
 def catalogue() -> dict[str, Any]:

@@ -56,11 +56,11 @@ def make_plan(options: PlanOptions) -> Plan | Estimate:
     if (options.model is None) == (options.grid is None):
         raise UserError("give exactly one of --model and --grid")
     method = make_method(attention_settings(options.method, None))
-    for name, value in options.numbers.items():
+    numbers: dict[str, Any] = dict(options.numbers)
+    for name, value in numbers.items():
         check_option(name, value, whole(0 if name == "text" else 1))
     target = read_grid(options.grid) if options.grid is not None else shape_of(options.model or "")
     try:
-        numbers: Any = options.numbers
         return diffattn.plan(target, method, **numbers)
     except ValueError as error:
         raise UserError(error) from None

@@ -106,25 +106,25 @@ def _make_all(
     spread(loaded.pipe, runs[0].request, runs[0].grid)
     load_seconds = time.perf_counter() - start
     say(_headline(runs[0].request, loaded))
-    warn = _once(warn)
+    warn, describe = _once(warn), _once(say)
     for run in runs:
         warn_of_words(loaded.pipe, run.request.prompt, warn)
     for number, (run, outputs) in enumerate(zip(runs, job.outputs, strict=True), start=1):
         if len(runs) > 1:
             say(f"[{number}/{len(runs)}] {run.request.prompt}")
-        _make(run, loaded, outputs, load_seconds, kept, say, warn)
+        _make(run, loaded, outputs, load_seconds, kept, say, describe, warn)
 
 
-def _once(warn: Callable[[str], None]) -> Callable[[str], None]:
-    """A function that passes each warning on once, for videos of several prompts."""
+def _once(tell: Callable[[str], None]) -> Callable[[str], None]:
+    """A function that passes each line on once, for videos of several prompts."""
     said: set[str] = set()
 
-    def warn_once(line: str) -> None:
+    def tell_once(line: str) -> None:
         if line not in said:
             said.add(line)
-            warn(line)
+            tell(line)
 
-    return warn_once
+    return tell_once
 
 
 def _make(
@@ -134,18 +134,19 @@ def _make(
     load_seconds: float,
     kept: list[Path],
     say: Callable[[str], None],
+    describe: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> None:
-    """Make the files of one video."""
+    """Make the files of one video; `describe` takes the line about the method."""
     request, method = run.request, run.method
     with refusals(), _attached(loaded.pipe, run) as attachment:
         attention = _describe(attachment, run, loaded.pipe, warn)
-    say(f"attention: {attention.pop('summary')}")
+    describe(f"attention: {attention.pop('summary')}")
     if run.record is not None:
         dense_steps = attention.get("dense_steps", 0) + attention.get("last_dense_steps", 0)
         line = where_on(method.type, run.record, dense_steps, everywhere=request.lora_everywhere)
         if line is not None:
-            say(line)
+            describe(line)
     dense = None
     if request.compare:
         _warm_up(run, loaded)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 # Folder of encoded clips in the output folder, unless --cache names another folder.
 _CLIPS = "clips"
+_SIZE = ("height", "width", "num_frames")
 
 
 @dataclass(frozen=True)
@@ -360,7 +361,7 @@ def _complete(job: TrainJob, loaded: LoadedModel) -> TrainJob:
 
     parameters = inspect.signature(type(loaded.pipe).__call__).parameters
     filled: dict[str, Any] = {}
-    for name in ("height", "width", "num_frames"):
+    for name in _SIZE:
         if getattr(job, name) is not None:
             continue
         default = parameters[name].default if name in parameters else 1
@@ -372,9 +373,9 @@ def _complete(job: TrainJob, loaded: LoadedModel) -> TrainJob:
             )
         filled[name] = value
     full = dataclasses.replace(job, **filled)
+    size: dict[str, Any] = {name: getattr(full, name) for name in _SIZE}
     try:
-        sides: Any = (full.height, full.width, full.num_frames)  # whole numbers by now
-        pipeline_grid(loaded.pipe, *sides)
+        pipeline_grid(loaded.pipe, **size)
     except ValueError as error:
         raise UserError(error) from None
     return full

@@ -441,7 +441,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("parameters", "message"),
         [
-            ({"mid_dim": 0}, "mid_dim is 0, but must be an integer of at least 1, a fraction of"),
+            ({"mid_dim": 0}, "mid_dim is 0, but must be an integer from 1 to 65536, a fraction of"),
             ({"mid_dim": -2}, "mid_dim is -2, but must be .*, -1 for no network, or None"),
             ({"mid_dim": 1.0}, "mid_dim is 1.0, but must be .* between 0 and 1"),
             ({"mid_dim": True}, "mid_dim is True, but must be an integer"),

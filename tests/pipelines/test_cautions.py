@@ -65,6 +65,15 @@ class TestOfRuns:
         )
         assert "nothing is saved on a grid this small" in said[-1]
 
+    def test_several_prompts_are_told_once(
+        self, generate: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+        run = ["--prompts-file", "prompts.txt", "-o", "all/", "--attn", "clear"]
+        result = generate(*run, "--steps", 1)
+        assert len(warnings_of(result)) == 2
+        assert result.out.count("\nattention: clear attention") == 1
+
     def test_a_window_that_does_not(self, generate: Callable[..., Result]) -> None:
         window = ["--attn", "gna", "--attn-arg", "window=1,full,full"]
         assert warnings_of(generate(PROMPT, "-o", "a.gif", *window)) == []

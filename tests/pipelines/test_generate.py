@@ -338,10 +338,11 @@ class TestInterrupt:
     def test_finished_prompts_stay_and_nothing_half_does(self, tiny_wan, tmp_path):
         (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
         process = self.start(
-            tiny_wan, tmp_path, "--prompts-file", "prompts.txt", "-o", "out.mp4", "--steps", "40"
-        )
+            tiny_wan, tmp_path, "--prompts-file", "prompts.txt", "-o", "out.mp4", "--steps", "40",
+            *DENSE,
+        )  # fmt: skip
         self.wait_for(process, "[2/3] two")
-        self.wait_for(process, "radial: step 10/40")
+        self.wait_for(process, "dense: step 10/40")
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130
@@ -350,7 +351,7 @@ class TestInterrupt:
         assert mp4_frames(tmp_path / "out-01.mp4").shape == (5, 64, 64, 3)
 
     def test_before_the_first_is_done_there_is_nothing(self, tiny_wan, tmp_path):
-        process = self.start(tiny_wan, tmp_path, "one", "-o", "out.mp4", "--steps", "2000")
+        process = self.start(tiny_wan, tmp_path, "one", "-o", "out.mp4", "--steps", "2000", *DENSE)
         self.wait_for(process, "attention:")
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
