@@ -102,6 +102,12 @@ class TestRates:
         expected = [math.floor(Fraction(k * source) / Fraction(fps)) for k in range(count)]
         assert shown(read_clip(path, 16, 16, count, fps)) == expected
 
+    @pytest.mark.parametrize("name", ["a.mp4", "a.webm", "a.mkv"])
+    def test_av1(self, tmp_path, name):
+        codec = ("-c:v", "libaom-av1", "-cpu-used", "8", "-crf", "5")
+        path = encode(tmp_path / name, grey_frames(12), "24", *codec)
+        assert shown(read_clip(path, 16, 16, 12, 24)) == list(range(12))
+
     def test_24_is_not_24000_1001(self, tmp_path):
         frames = [np.full((16, 16, 3), 200 * (i == 1001), np.uint8) for i in range(1010)]
         path = encode(tmp_path / "a.mp4", frames, "24", *H264)
