@@ -25,6 +25,7 @@ import torch
 from diffattn.attach.running_call import running_call
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
+from diffattn.kernels.autocast import cast_as_sdpa
 from diffattn.kernels.transforms import is_forward_mode
 from diffattn.methods.base import Site
 from diffattn.models.token_flow import in_order
@@ -101,6 +102,7 @@ def traced_attention(
         NotImplementedError: within `torch.func.jvp` or `dual_level`.
     """
     _check_no_tangents()
+    query, key, value = cast_as_sdpa(query, key, value)
     size = [] if grid is None else _sizes(grid, order)
     backend = choose_backend(query.device)
     return _forward(query, key, value, key_mask, size, serial, scale, backend)[0]
@@ -137,6 +139,7 @@ def traced_method(
     result and errors are those of `traced_attention`.
     """
     _check_no_tangents()
+    query, key, value = cast_as_sdpa(query, key, value)
     size = [] if grid is None else _sizes(grid, None)
     return _attend(query, key, value, key_mask, size, serial, scale)[0]
 

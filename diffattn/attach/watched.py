@@ -39,8 +39,8 @@ def is_watched(model: torch.nn.Module, groups: Iterable[Group], gates: Set[int])
         gates: the numbers of diffattn's hooks on modules of the denoiser.
     """
     return (
-        # One hook is diffattn's. Outputs of the denoiser itself are in the model's own order again.
-        len(model._forward_pre_hooks) > 1
+        # Outputs of the denoiser itself are in the model's own order again.
+        any(_is_foreign(hook) for hook in model._forward_pre_hooks.values())
         or torch.nn.modules.module._has_any_global_hook()
         or any(_is_foreign(_compat.backend_function(group.previous)) for group in groups)
         or any(
