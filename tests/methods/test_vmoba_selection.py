@@ -261,6 +261,18 @@ def test_counting_chooses_what_sorting_does(monkeypatch: pytest.MonkeyPatch) -> 
             assert counted == [max(threshold["budget"], n) for n in (own & ranked).sum(1)]
 
 
+@pytest.mark.parametrize("longest", [1, 1 << 30], ids=["counting", "sorting"])
+def test_own_blocks_that_are_enough_stay_alone(
+    longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The public code takes one block more there (specification, B4)."""
+    monkeypatch.setattr(selection, "_LONGEST_SORTED", longest)
+    scores = torch.tensor([[9.0, 1.0, 0.5, 0.25, 0.0], [9.0, 8.0, 1.0, 0.5, 0.0]])
+    own = torch.tensor([[True, False, False, False, False], [True, True, False, False, False]])
+    assert torch.equal(choose(scores, own, tau=0.5), own)
+    assert torch.equal(choose(scores, own, budget=1), own)
+
+
 @rules
 def test_own_and_text_blocks_are_always_selected(rule: Rule) -> None:
     for before, after in ((0, 0), (1, 0), (0, 1), (5, 2)):

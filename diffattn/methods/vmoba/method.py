@@ -112,7 +112,9 @@ class VMoBAAttn(Method):
         topk: blocks per query, the own block included; an average if the scope is wider than a
             query. One number, or one each for "1d", "2d" and "3d". All blocks or more is dense
             attention.
-        tau: share of the similarity to keep, own blocks included. 1 is dense attention.
+        tau: share of the similarity to keep, own blocks included. 1 is dense attention. Where the
+            own blocks reach the share, no other block is selected; the public code takes one block
+            more there.
         centre_keys: subtract the mean of all blocks from each block's mean key, which leaves
             softmax unchanged. Matters for scopes wider than a query. Not in the paper.
         granularity: "query" for a selection by each query, or "tile" for a selection by the mean
