@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffattn.blocks import FULL, BlockLayout, layout_from_states
 from diffattn.flex_backend import flex_forward
 from diffattn.interception import through_modes
-from diffattn.kernels.autocast import cast_as_sdpa, without_autocast
+from diffattn.kernels.autocast import autocast_off, cast_as_sdpa
 from diffattn.kernels.cpu import block_sparse as cpu_kernel
 from diffattn.kernels.reference import reference_attention
 from diffattn.kernels.transforms import first_order, is_forward_mode
@@ -171,13 +171,13 @@ def attention(
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if order is not None:
             query, key, value = (order.to_tiles(x) for x in (query, key, value))
-        out, lse = forward(query, key, value, layout, scale, key_mask, return_lse)
+        with autocast_off(query.device.type):
+            out, lse = chosen.forward(query, key, value, layout, scale, key_mask, return_lse)
         if order is not None:
             out = order.from_tiles(out)
             lse = None if lse is None else order.from_tiles(lse, 2)
         return out, lse
 
-    forward = without_autocast(chosen.forward)
     if not return_lse:
         return through_modes(lambda q, k, v: attend(q, k, v)[0], query, key, value)
     out, lse = attend(query, key, value)

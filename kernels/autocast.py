@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,12 +35,15 @@ def without_autocast(compute: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(compute)
     def run(*args: Any, **kwargs: Any) -> Any:
         device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
-        if not _is_on(device):
-            return compute(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
+        with autocast_off(device):
             return compute(*args, **kwargs)
 
     return run
+
+
+def autocast_off(device: str) -> AbstractContextManager[object]:
+    """A context with autocast switched off for a type of device."""
+    return torch.autocast(device, enabled=False) if _is_on(device) else nullcontext()
 
 
 def _is_on(device: str) -> bool:

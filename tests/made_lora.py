@@ -11,6 +11,17 @@ from diffattn.lora.settings import TrainSettings
 from diffattn.methods import from_dict
 from diffattn.models import denoisers
 
+# Methods without dense layers and steps: one that is a mask alone, one with weights of its own.
+NEARBY = {"type": "gna", "window": [3, 3, 3], "dense_layers": 0, "dense_steps": 0}
+CELLS = {
+    "type": "clear",
+    "radius": 2,
+    "frame_radius": 1,
+    "down_factor": 2,
+    "dense_layers": 0,
+    "dense_steps": 0,
+}
+
 
 def make(
     pipe: Any, folder: Path, method: dict[str, Any], *, denoiser: str | None = None, **settings: Any

@@ -21,7 +21,7 @@ _PARTS = ("transformer", "transformer_2", "unet", "vae")
 _JOINT = ("flux", "hunyuanvideo", "mochi", "cogvideox", "sd3")
 _CONTEXT_OF_WAN = 512
 # Fields of a shape, and the arguments of a pipeline's call whose defaults they are.
-_ARGUMENTS = {
+ARGUMENTS = {
     "height": "height",
     "width": "width",
     "num_frames": "num_frames",
@@ -64,7 +64,7 @@ def pipeline_shape(pipe: Any, name: str) -> ModelShape:
     parameters = inspect.signature(type(pipe).__call__).parameters
     defaults = {
         field: parameters[argument].default
-        for field, argument in _ARGUMENTS.items()
+        for field, argument in ARGUMENTS.items()
         if argument in parameters and isinstance(parameters[argument].default, int)
     }
     shape = replace(_shape(pipe, model, name), sizes=family.sizes(pipe), **defaults)

@@ -9,7 +9,7 @@ import torch
 
 from diffattn.blocks import unpack_bits
 from diffattn.interception import through_modes
-from diffattn.kernels.autocast import cast_as_sdpa, without_autocast
+from diffattn.kernels.autocast import autocast_off, cast_as_sdpa
 from diffattn.kernels.cpu import gather as gather_cpu
 from diffattn.kernels.reference import reference_attention
 from diffattn.kernels.transforms import is_forward_mode
@@ -61,9 +61,10 @@ def selected_attention(
     query, key, value = cast_as_sdpa(query, key, value)
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return _attend(query, key, value, blocks, bits, scale, key_mask, backend)
+        with autocast_off(query.device.type):
+            return _attend(query, key, value, blocks, bits, scale, key_mask, backend)
 
-    return through_modes(without_autocast(attend), query, key, value)
+    return through_modes(attend, query, key, value)
 
 
 def _attend(

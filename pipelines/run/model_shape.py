@@ -13,14 +13,6 @@ from .request import BUNDLED_MODEL
 if TYPE_CHECKING:
     from diffattn.planning.published import ModelShape
 
-# Fields of a shape, and their names in a model's recommendations.
-_RECOMMENDED = {
-    "height": "height",
-    "width": "width",
-    "num_frames": "num_frames",
-    "steps": "num_inference_steps",
-}
-
 
 def shape_of(model: str) -> ModelShape:
     """The shape of a model, without its weights.
@@ -36,11 +28,13 @@ def shape_of(model: str) -> ModelShape:
     try:
         if model != BUNDLED_MODEL and not Path(model).expanduser().is_dir():
             return model_shape(model)
+        from diffattn.planning.folder import ARGUMENTS  # which imports diffusers
+
         folder = Path(find_model(model))
         recommended = read_defaults(model, folder)
         found = {
             name: recommended[theirs]
-            for name, theirs in _RECOMMENDED.items()
+            for name, theirs in ARGUMENTS.items()
             if recommended.get(theirs) is not None
         }
         return replace(model_shape(folder), **found)

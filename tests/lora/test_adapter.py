@@ -8,6 +8,7 @@ import pytest
 import tiny_training
 import tiny_wan
 import torch
+from made_lora import CELLS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -21,15 +22,6 @@ from diffattn.lora.adapter import (
 )
 from diffattn.lora.errors import LoraError
 from diffattn.methods import from_dict
-
-CELLS = {
-    "type": "clear",
-    "radius": 2,
-    "frame_radius": 1,
-    "down_factor": 2,
-    "dense_layers": 0,
-    "dense_steps": 0,
-}
 
 
 def pipeline(dtype: torch.dtype = torch.float32) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_lora import NEARBY
 from tiny_complete import COMPLETE
 
 import diffattn
@@ -14,8 +15,6 @@ from diffattn.lora.settings import TrainSettings
 from diffattn.lora.teacher import teach
 from diffattn.lora.trainer import Trainer
 from diffattn.models import denoisers, family_of
-
-NEARBY = {"type": "gna", "window": [3, 3, 3], "dense_layers": 0, "dense_steps": 0}
 
 
 def latents(case: Any, pipe: Any) -> torch.Tensor:

@@ -10,6 +10,7 @@ import made_lora
 import pytest
 import tiny_wan
 import torch
+from made_lora import CELLS, NEARBY
 from safetensors.torch import load_file, save_file
 from tiny_complete import COMPLETE
 
@@ -19,15 +20,6 @@ from diffattn.lora.adapter import LORA_FILE, METHOD_FILE
 from diffattn.lora.loading import find_file
 from diffattn.methods import from_dict
 
-NEARBY = {"type": "gna", "window": [3, 3, 3], "dense_layers": 0, "dense_steps": 0}
-CELLS = {
-    "type": "clear",
-    "radius": 2,
-    "frame_radius": 1,
-    "down_factor": 2,
-    "dense_layers": 0,
-    "dense_steps": 0,
-}
 SITE = "transformer.blocks.0.attn1.to_q"
 
 

@@ -10,6 +10,7 @@ import made_lora
 import pytest
 import tiny_wan
 import torch
+from made_lora import CELLS, NEARBY
 from tiny_complete import COMPLETE
 
 import diffattn
@@ -21,15 +22,6 @@ from diffattn.methods import from_dict
 from diffattn.models import denoisers
 
 STEPS = 4
-NEARBY = {"type": "gna", "window": [3, 3, 3], "dense_layers": 0, "dense_steps": 0}
-CELLS = {
-    "type": "clear",
-    "radius": 2,
-    "frame_radius": 1,
-    "down_factor": 2,
-    "dense_layers": 0,
-    "dense_steps": 0,
-}
 LINEAR = {"type": "linfusion"}
 FEW = {"type": "vmoba", "dense_layers": 0, "dense_steps": 0}
 
