@@ -69,8 +69,7 @@ def set_attn_processor(
     methods = methods_by_pattern(processor)
     pipe, models = _split(target)
     if methods is not None:
-        attachment = Attachment(pipe, models, methods)
-        return attachment
+        return Attachment(pipe, models, methods)
     for model in models.values():
         _detach(model)
     if processor is None:

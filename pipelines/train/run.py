@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffattn._checks import did_you_mean, lists_to_tuples
+from diffattn._checks import FLAG, check, did_you_mean, lists_to_tuples
 from diffattn._locks import alone, lock_existing
 
 from ..errors import RunInterruptedError, UserError
@@ -106,10 +106,7 @@ class TrainJob:
             raise UserError("--validate-every and --validation-prompt go together")
         if self.validate_every is not None and self.validate_every < 1:
             raise UserError(f"--validate-every must be at least 1, not {self.validate_every}")
-        if not isinstance(self.lora_everywhere, bool):
-            raise UserError(
-                f"lora_everywhere is {self.lora_everywhere!r}, but must be true or false"
-            )
+        check("lora_everywhere", self.lora_everywhere, FLAG, UserError)
         if self.lora_everywhere and self.validate_every is None:
             raise UserError(
                 "--lora-everywhere is about the videos of --validate-every, which is not given"
