@@ -91,7 +91,7 @@ def _flex(
     scale: float | None,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         raise RuntimeError(
             "backend 'flex' needs torch.compile, which is switched off here (TORCHDYNAMO_DISABLE or"
             " torch.compiler.set_stance); switch it on, or choose another backend"

@@ -41,7 +41,7 @@ def through_modes(
     Raises:
         NotImplementedError: if a mode adds arguments to the call, such as a mask.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return attend(query, key, value)
     modes = _get_current_function_mode_stack()
     if not modes:

@@ -326,7 +326,7 @@ def choose_backend(device: torch.device, backend: str | None = None) -> str:
             f" {', '.join(DEFAULT_BACKENDS)} only; move the pipeline to one of these, or pass"
             f" backend='flex' or, to check results, backend='reference'"
         )
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         _log_choice(name, device.type)
     return name
 

@@ -32,7 +32,7 @@ def is_transformed() -> bool:
     itself.
     """
     return is_forward_mode() or (
-        not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        not torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active()
     )
 
 

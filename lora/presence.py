@@ -104,7 +104,7 @@ class _Adapter:
 
 def _in_sparse_step(group: Group, attached: AttachedModel) -> bool:
     """Whether the current step is one in which a group's method is sparse in any layer."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         # The number of the step would be a constant of the compiled code. Groups of dense layers
         # are dense in every step.
         return any(other.sparse and other.chosen is group.chosen for other in attached.groups)
@@ -131,7 +131,7 @@ class _Presence:
 
     def begin(self, model: torch.nn.Module, args: Any) -> None:
         off = self._off(attached_to(model))
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             self._take_off(model, off)
             return
         # A method that was attached since then must learn of the forward first.
@@ -152,7 +152,7 @@ class _Presence:
             self._running[threading.get_ident()] = off
 
     def end(self, model: torch.nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             self._put_back()
             return
         with _lock:

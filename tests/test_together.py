@@ -258,6 +258,29 @@ def test_threads_that_share_a_model(method: Any, how: str) -> None:
         assert torch.equal(got, want[number % len(want)])
 
 
+def test_a_compilation_in_another_thread_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch says of the whole process that code is compiled, while one thread compiles."""
+    model = tiny_wan.transformer()
+    attachment = diffattn.set_attn_processor(model, stock.IN_TILES)
+    want = [of_size(model, *latents) for latents in LATENTS[:2]]
+    counted = attachment.sparse_calls
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True, raising=False)
+    between = model.blocks[0].register_forward_pre_hook(call_of_another_thread(model, LATENTS[1]))
+    assert torch.equal(of_size(model, *LATENTS[0]), want[0])
+    between.remove()
+    assert attachment.sparse_calls == 2 * counted
+
+
+def call_of_another_thread(model: Any, latents: tuple[int, ...]) -> Any:
+    """A hook that waits for a call of `model` at another size, in a thread of its own."""
+    def wait(*_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(of_size, model, *latents).result()
+
+    return wait
+
+
 def test_threads_that_share_a_model_with_weights_of_its_sites() -> None:
     model = tiny_wan.transformer()
     attachment = diffattn.set_attn_processor(model, LinFusionAttn())

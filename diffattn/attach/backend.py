@@ -109,14 +109,14 @@ class Group:
     @property
     def call(self) -> Call | None:
         """The running call of this context; the last call where none is running."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self.last
         return running_call(self.model) or self.last
 
     @property
     def method(self) -> Method:
         """`chosen` with its parameters resolved, for the grid of the call once there is one."""
-        call = None if torch.compiler.is_compiling() else self.call
+        call = None if torch.compiler.is_dynamo_compiling() else self.call
         return self.method_now if call is None else self._method_in(call)
 
     @property
@@ -127,7 +127,7 @@ class Group:
     @property
     def sparse(self) -> bool:
         """Whether calls go to `method` at present; otherwise they go to `previous`."""
-        call = None if torch.compiler.is_compiling() else self.call
+        call = None if torch.compiler.is_dynamo_compiling() else self.call
         return self.sparse_now if call is None else self.is_sparse_in(call)
 
     @property
@@ -202,7 +202,7 @@ class Group:
 
     def count(self, *, sparse: bool) -> None:
         # Tracing would specialise the code to the count, and compile it again for each count.
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             self.was_traced = True
             return
         if self.call is not None:
@@ -341,7 +341,7 @@ def _is_reordered(group: Group) -> bool:
     Code that is traced cannot. Only processors of diffusers' own are called in another order, and
     those of models with a `TokenFlow` make no causal calls.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return False
     return group.call is not None and group.call.order is not None
 
@@ -366,7 +366,7 @@ def _attend_sparse(
     queries: tuple[range, ...] | None,
 ) -> torch.Tensor:
     """Attention by the group's method, for queries at the positions `queries`; None is all."""
-    if torch.compiler.is_compiling() and queries is None and group.operator is not None:
+    if torch.compiler.is_dynamo_compiling() and queries is None and group.operator is not None:
         traced = traced_attention if group.operator == "mask" else traced_method
         grid = group.traced_grid
         return traced(query, key, value, grid, group.serial, scale=scale, key_mask=key_mask)

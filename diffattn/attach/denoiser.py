@@ -76,7 +76,7 @@ class _Inside:
 
     def learn(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         grid = self.attached.family.grid(module, args, kwargs)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             self.traced = grid
         else:
             self.grid = grid
@@ -86,12 +86,12 @@ class _Inside:
             self.use()
 
     def forget(self, *_: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             self.traced = None
 
     # Each site sets the grid anew: gradient checkpointing calls it again after other modules ran.
     def use(self, *_: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             for group in self.attached.groups:
                 group.traced_grid = self.traced
             return
@@ -101,7 +101,7 @@ class _Inside:
             self.attached._use(grid)
 
     def leave(self, *_: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             for group in self.attached.groups:
                 group.traced_grid = None
 

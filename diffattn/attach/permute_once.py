@@ -48,7 +48,7 @@ class _Gate:
     enters: bool
 
     def move(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self._move_when_it_runs(output)
         call = running_call(self.attached.serial)
         if call is None or call.order is None:

@@ -53,7 +53,7 @@ def encode_all_frames(
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
     grid = latent_grid(args, kwargs, model.config.patch_size)
     # Compiled code is not to guard on sizes.
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         _check_positions(model, grid)
     return grid
 
