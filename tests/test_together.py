@@ -273,6 +273,7 @@ def test_a_compilation_in_another_thread_changes_nothing(monkeypatch: pytest.Mon
 
 def call_of_another_thread(model: Any, latents: tuple[int, ...]) -> Any:
     """A hook that waits for a call of `model` at another size, in a thread of its own."""
+
     def wait(*_: Any) -> None:
         if threading.current_thread() is threading.main_thread():
             with ThreadPoolExecutor(1) as pool:
