@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -79,7 +79,7 @@ class TokenGrid:
     width: int
     text_before: int = 0
     text_after: int = 0
-    references: tuple[Reference, ...] = ()
+    references: tuple[Reference, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "text_before", "text_after"):
