@@ -6,7 +6,7 @@ The figures come from the models' own configuration files and pipelines.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from diffattn.grid import TokenGrid
