@@ -155,5 +155,9 @@ class TokenGrid:
         return position // self.frame_tokens, place // self.width, place % self.width
 
     def __str__(self) -> str:
-        text = self.text_before + self.text_after
-        return f"{self.frames}x{self.height}x{self.width}" + (f"+{text} text" if text else "")
+        text = self.text_before + self.text_after - sum(r.tokens for r in self.references)
+        parts = [f"{self.frames}x{self.height}x{self.width}"]
+        if text:
+            parts.append(f"{text} text")
+        parts += [f"reference {r.frames}x{r.height}x{r.width}" for r in self.references]
+        return "+".join(parts)

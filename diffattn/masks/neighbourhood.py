@@ -166,23 +166,33 @@ class NeighbourhoodMask(AttentionMask):
 
     Attributes:
         axes: the windows along frames, rows and columns.
+        keys: the grid whose video tokens are the keys, over the same tokens as `grid` and of its
+            size; None for `grid` itself.
 
     Raises:
-        ValueError: if the windows' axes are not as long as the grid's.
+        ValueError: if the windows' axes are not as long as those of both grids.
     """
 
     axes: tuple[AxisWindow, AxisWindow, AxisWindow]
+    keys: TokenGrid | None = None
 
     def __post_init__(self) -> None:
         sizes = tuple(axis.size for axis in self.axes)
-        if sizes != (self.grid.frames, self.grid.height, self.grid.width):
-            raise ValueError(f"the axes have {sizes} tokens, but the grid is {self.grid}")
+        for grid in (self.grid, self._key_grid):
+            if sizes != (grid.frames, grid.height, grid.width):
+                raise ValueError(f"the axes have {sizes} tokens, but the grid is {grid}")
+
+    @property
+    def _key_grid(self) -> TokenGrid:
+        return self.keys or self.grid
 
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        seen = ~self.grid.is_text(query) & ~self.grid.is_text(key)
+        seen = ~self.grid.is_text(query) & ~self._key_grid.is_text(key)
         # Text has no place in the grid: its positions are moved to a video token.
-        start, end = self.grid.video.start, self.grid.video.stop - 1
-        places = (self.grid.coordinates(x.clamp(start, end)) for x in (query, key))
+        places = (
+            grid.coordinates(x.clamp(grid.video.start, grid.video.stop - 1))
+            for grid, x in ((self.grid, query), (self._key_grid, key))
+        )
         for axis, *pair in zip(self.axes, *places, strict=True):
             if axis.window < axis.size or axis.is_causal:
                 seen = seen & axis.allowed(*pair)
@@ -197,9 +207,9 @@ class NeighbourhoodMask(AttentionMask):
     def block_states(self, blocking: Blocking) -> torch.Tensor:
         block_q, block_kv, device = blocking.block_q, blocking.block_kv, blocking.device
         query = boxes_of(self.grid, block_q, device, blocking.order)
-        key = (
-            query if block_kv == block_q else boxes_of(self.grid, block_kv, device, blocking.order)
-        )
+        key = query
+        if block_kv != block_q or self.keys is not None:
+            key = boxes_of(self._key_grid, block_kv, device, blocking.order)
         # Attending pairs of two boxes; where int32 suffices, it takes half the time and memory.
         dtype = torch.int32 if block_q * block_kv < 1 << 31 else torch.int64
         pairs = torch.ones(len(query.block), len(key.block), dtype=dtype, device=device)
@@ -227,8 +237,11 @@ class NeighbourhoodMask(AttentionMask):
         # Three things determine a block's mask: the shape of its queries, the shape of its keys,
         # and the mask of each axis between the ranges of its queries and its keys.
         query, key = (
-            outlines_of(self.grid, size, row.device, blocking.order)
-            for size in (blocking.block_q, blocking.block_kv)
+            outlines_of(grid, size, row.device, blocking.order)
+            for grid, size in (
+                (self.grid, blocking.block_q),
+                (self._key_grid, blocking.block_kv),
+            )
         )
         kinds = [query.shape[row], key.shape[column]]
         for i, axis in enumerate(self.axes):
