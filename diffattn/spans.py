@@ -7,11 +7,12 @@ grid knows the references, too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from diffattn.grid import Reference, TokenGrid
+from diffattn.grid import Reference, RepeatedGrid, TokenGrid
 
 # How the tokens of references attend, see `Method.references`.
 POLICIES = ("exact", "visible", "local")
@@ -45,7 +46,7 @@ class Span:
         return self.times == other.times
 
     def distances(self, other: Span) -> torch.Tensor:
-        """int64 `(frames, frames)`: latent frames from each own frame to each of `other`, rounded."""
+        """int64 `(frames, frames)`: latent frames from own frames to those of `other`, rounded."""
         own, others = (torch.tensor(span.times, dtype=torch.float64) for span in (self, other))
         return (own[:, None] - others[None, :]).abs().round().long()
 
@@ -77,3 +78,13 @@ def _span_of(grid: TokenGrid, reference: Reference) -> Span:
         grid.tokens - reference.stop,
     )
     return Span(seen, times, reference.aligned)
+
+
+def repeated(spans: Sequence[Span]) -> TokenGrid:
+    """One grid for spans of equal sizes: that of a single span, or else a `RepeatedGrid`."""
+    if len(spans) == 1:
+        return spans[0].grid
+    starts = sorted(span.grid.text_before for span in spans)
+    sizes = spans[0].sizes
+    rest = spans[0].grid.tokens - starts[0] - spans[0].grid.video_tokens
+    return RepeatedGrid(*sizes, starts[0], rest, starts=tuple(starts))

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from diffattn.blocks import EMPTY, FULL, PARTIAL
+from diffattn.blocks import EMPTY, FULL, PAIRS_PER_CHUNK, PARTIAL, pack_bits
 from diffattn.grid import TokenGrid
-from diffattn.masks.base import BLOCK, AttentionMask, Blocking
+from diffattn.masks.base import BLOCK, AttentionMask, Blocking, as_words, tokens_of_blocks
 from diffattn.masks.block_geometry import boxes_of, outlines_of
 
 _ENTRIES_PER_CHUNK = 1 << 20  # entries of a table over queries that are computed at a time
@@ -188,11 +188,7 @@ class NeighbourhoodMask(AttentionMask):
 
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         seen = ~self.grid.is_text(query) & ~self._key_grid.is_text(key)
-        # Text has no place in the grid: its positions are moved to a video token.
-        places = (
-            grid.coordinates(x.clamp(grid.video.start, grid.video.stop - 1))
-            for grid, x in ((self.grid, query), (self._key_grid, key))
-        )
+        places = self.grid.places(query), self._key_grid.places(key)
         for axis, *pair in zip(self.axes, *places, strict=True):
             if axis.window < axis.size or axis.is_causal:
                 seen = seen & axis.allowed(*pair)
@@ -253,6 +249,46 @@ class NeighbourhoodMask(AttentionMask):
             kinds.append(axis.kinds(*ranges)[which] if len(pair) else which)
         return _numbered(kinds)
 
+    def block_bits(
+        self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
+    ) -> torch.Tensor:
+        # A block's mask is the product of a mask along each axis, of which there are few.
+        is_query, *query = self._places(self.grid, row, blocking.block_q, blocking)
+        is_key, *key = self._places(self._key_grid, column, blocking.block_kv, blocking)
+        out = (
+            as_words(is_query[0])[is_query[1]][:, :, None]
+            & pack_bits(is_key[0])[is_key[1]][:, None]
+        )
+        for axis, at_query, at_key in zip(self.axes, query, key, strict=True):
+            if axis.window == axis.size and not axis.is_causal:
+                continue
+            (queries, which_query), (keys, which_key) = at_query, at_key
+            pair, which = (which_query * len(keys) + which_key).unique(return_inverse=True)
+            words = []
+            for some in pair.split(max(1, PAIRS_PER_CHUNK // (queries.shape[1] * keys.shape[1]))):
+                q, k = queries[some // len(keys)], keys[some % len(keys)]
+                words.append(pack_bits(axis.allowed(q[:, :, None], k[:, None])))
+            out &= torch.cat(words)[which]
+        return out
+
+    def _places(
+        self, grid: TokenGrid, block: torch.Tensor, size: int, blocking: Blocking
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Whether each token of some blocks is a video token, and its frame, row and column.
+
+        Returns:
+            For each of these four the distinct rows, `(m, size)`, and the row of each block, int64
+            `(n,)`.
+        """
+        block, which = block.unique(return_inverse=True)
+        token = tokens_of_blocks(grid, block, size, blocking)
+        is_text = grid.is_text(token)
+        out = []
+        for place in (~is_text, *grid.coordinates(token)):
+            rows, row_of = place.masked_fill(is_text, 0).unique(dim=0, return_inverse=True)
+            out.append((rows, row_of[which]))
+        return out
+
 
 def block_size_for(grid: TokenGrid) -> int:
     """Tokens per block: 128, or less on small grids.
@@ -267,8 +303,9 @@ def block_size_for(grid: TokenGrid) -> int:
 
 def _ranges(first: torch.Tensor, end: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The distinct ranges `(n, 2)`, and the index among them of each range."""
-    ranges, which = torch.stack([first, end], 1).unique(dim=0, return_inverse=True)
-    return ranges, which
+    span = int(end.max()) + 1 if len(end) else 1
+    number, which = (first * span + end).unique(return_inverse=True)
+    return torch.stack([number // span, number % span], 1), which
 
 
 def _numbered(properties: Sequence[torch.Tensor]) -> torch.Tensor:

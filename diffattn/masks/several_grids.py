@@ -6,23 +6,24 @@ from dataclasses import dataclass
 
 import torch
 
-from diffattn.blocks import EMPTY, FULL, PARTIAL
+from diffattn.blocks import EMPTY, FULL, PARTIAL, pack_bits
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import AttentionMask, Blocking
+
+_NO_RULE = -1  # of pairs of grids that attend everywhere
 
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """A mask for the queries of one grid and the keys of one grid, the same or another.
+    """A mask for the queries of some grids and the keys of some grids.
 
     Attributes:
-        queries, keys: the numbers of the grids, as places in `SeveralGridsMask.grids`.
+        pairs: the numbers of the grids of queries and keys, as places in `SeveralGridsMask.grids`.
         mask: a mask over as many tokens. The mask is asked about other pairs, too; those answers
             are ignored.
     """
 
-    queries: int
-    keys: int
+    pairs: tuple[tuple[int, int], ...]
     mask: AttentionMask
 
 
@@ -38,47 +39,54 @@ class SeveralGridsMask(AttentionMask):
     grids: tuple[TokenGrid, ...]
     rules: tuple[Rule, ...]
 
+    # Tokens of no grid have the last number. The tokens of a grid keep their range in every order.
+
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        of_query, of_key = self._owner(query), self._owner(key)
-        out = self._free(query.device)[of_query, of_key]
-        for rule in self.rules:
-            here = (of_query == rule.queries) & (of_key == rule.keys)
-            out = out | here & rule.mask.allowed(query, key)
+        rule_of = self._rule_of(query.device)[self._owner(query), self._owner(key)]
+        out = rule_of < 0
+        for number, rule in enumerate(self.rules):
+            out = out | (rule_of == number) & rule.mask.allowed(query, key)
         return out
 
     def block_states(self, blocking: Blocking) -> torch.Tensor:
-        # Tokens of no grid have the last number. A grid's tokens keep their range in every order.
+        rule_of = self._rule_of(blocking.device)
         held = [
             self._held(blocking, size).double() for size in (blocking.block_q, blocking.block_kv)
         ]
-        free = self._free(blocking.device).double()
-        some, missing = (held[0] @ pairs @ held[1].T > 0 for pairs in (free, 1 - free))
-        states = torch.full(some.shape, PARTIAL, dtype=torch.uint8, device=blocking.device)
-        states[~some] = EMPTY
-        states[~missing] = FULL
-        for rule in self.rules:
-            here = held[0][:, rule.queries, None] * held[1][:, rule.keys]
-            elsewhere = held[0].sum(1)[:, None] * held[1].sum(1) > here
+        pairs = held[0].sum(1)[:, None] * held[1].sum(1)
+        free = held[0] @ (rule_of < 0).double() @ held[1].T
+        states = torch.full(pairs.shape, EMPTY, dtype=torch.uint8, device=blocking.device)
+        states[free > 0] = PARTIAL
+        states[free == pairs] = FULL
+        for number, rule in enumerate(self.rules):
+            here = held[0] @ (rule_of == number).double() @ held[1].T
+            # A block with other pairs, too, is never full by a rule.
             state = rule.mask.block_states(blocking)
-            # A block that holds other tokens, too, is never full by a rule, and text of a rule's
-            # grid may be anything to the rule.
-            state = torch.where(elsewhere, state.clamp(max=PARTIAL), state)
+            state = torch.where(here == pairs, state, state.clamp(max=PARTIAL))
             states = torch.maximum(states, torch.where(here > 0, state, EMPTY))
         return states
 
     def block_signatures(
         self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
     ) -> torch.Tensor:
-        held = [self._held(blocking, size) for size in (blocking.block_q, blocking.block_kv)]
-        sizes = blocking.block_q, blocking.block_kv
-        kinds = [self._kinds(blocking, size) for size in sizes]
-        out = kinds[0][row] * (int(kinds[1].max()) + 1) + kinds[1][column]
-        for rule in self.rules:
-            here = (held[0][row, rule.queries] > 0) & (held[1][column, rule.keys] > 0)
-            at = here.nonzero().flatten()
+        if not row.numel():
+            return row
+        rule_of = self._rule_of(row.device)
+        (held_q, kind_q), (held_kv, kind_kv) = (
+            (self._held(blocking, size)[index] > 0, self._kinds(blocking, size)[index])
+            for size, index in ((blocking.block_q, row), (blocking.block_kv, column))
+        )
+        # Two blocks of one grid each are told by their rule, others by the grids of their tokens.
+        is_pure = (held_q.sum(1) == 1) & (held_kv.sum(1) == 1)
+        rule = rule_of[held_q.int().argmax(1), held_kv.int().argmax(1)]
+        mixed = len(self.rules) + kind_q * (int(kind_kv.max()) + 1) + kind_kv
+        out = torch.where(is_pure, rule, mixed)
+        for number in range(len(self.rules)):
+            touched = (held_q[:, :, None] & held_kv[:, None]) & (rule_of == number)
+            at = touched.flatten(1).any(1).nonzero().flatten()
             if not at.numel():
                 continue
-            kind = rule.mask.block_signatures(row[at], column[at], blocking)
+            kind = self.rules[number].mask.block_signatures(row[at], column[at], blocking)
             if kind is None:
                 kind = torch.arange(len(at), device=row.device)
             _, kind = kind.unique(return_inverse=True)
@@ -87,28 +95,32 @@ class SeveralGridsMask(AttentionMask):
             out[at] += kind + 1
         return out
 
-    def _block_bits(
+    def block_bits(
         self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
     ) -> torch.Tensor:
-        owners = [
-            self._owners(blocking, size)[index]
-            for size, index in ((blocking.block_q, row), (blocking.block_kv, column))
-        ]
-        of_query, of_key = owners[0][:, :, None], owners[1][:, None, :]
-        out = self._free(row.device)[of_query, of_key]
-        for rule in self.rules:
-            is_query, is_key = of_query == rule.queries, of_key == rule.keys
-            at = (is_query.flatten(1).any(1) & is_key.flatten(1).any(1)).nonzero().flatten()
+        rule_of = self._rule_of(row.device)
+        of_query = self._owners(blocking, blocking.block_q)[row]
+        of_key = self._owners(blocking, blocking.block_kv)[column]
+        block = torch.arange(len(row), device=row.device)[:, None]
+
+        def pairs_of(number: int) -> torch.Tensor:
+            # The keys that the queries of each grid have under a rule, then of each query's grid.
+            return pack_bits((rule_of == number)[:, of_key].transpose(0, 1))[block, of_query]
+
+        out = pairs_of(_NO_RULE)
+        for number, rule in enumerate(self.rules):
+            words = pairs_of(number)
+            at = words.flatten(1).any(1).nonzero().flatten()
             if at.numel():
-                bits = rule.mask._block_bits(row[at], column[at], blocking)
-                out[at] |= bits & is_query[at] & is_key[at]
+                out[at] |= words[at] & rule.mask.block_bits(row[at], column[at], blocking)
         return out
 
-    def _free(self, device: torch.device) -> torch.Tensor:
-        """Whether all pairs of two grids attend, bool `(grids + 1, grids + 1)`."""
-        out = torch.ones(len(self.grids) + 1, len(self.grids) + 1, dtype=torch.bool)
-        for rule in self.rules:
-            out[rule.queries, rule.keys] = False
+    def _rule_of(self, device: torch.device) -> torch.Tensor:
+        """The number of the rule between two grids, int64 `(grids + 1, grids + 1)`."""
+        out = torch.full((len(self.grids) + 1,) * 2, _NO_RULE)
+        for number, rule in enumerate(self.rules):
+            for query, key in rule.pairs:
+                out[query, key] = number
         return out.to(device)
 
     def _owner(self, token: torch.Tensor) -> torch.Tensor:
@@ -119,11 +131,12 @@ class SeveralGridsMask(AttentionMask):
         return out
 
     def _owners(self, blocking: Blocking, size: int) -> torch.Tensor:
-        """`_owner` of each token of each block, int64 `(blocks, size)`; -1 past the end."""
+        """`_owner` of each token of each block, int64 `(blocks, size)`.
+
+        Places past the end of the sequence belong to the grid of the last token.
+        """
         token = torch.arange(-(-self.grid.tokens // size) * size, device=blocking.device)
-        owner = self._owner(token)
-        owner[self.grid.tokens :] = -1
-        return owner.view(-1, size)
+        return self._owner(token.clamp(max=self.grid.tokens - 1)).view(-1, size)
 
     def _held(self, blocking: Blocking, size: int) -> torch.Tensor:
         """Tokens of each grid, and of no grid, in each block: int64 `(blocks, grids + 1)`."""

@@ -17,7 +17,7 @@ from diffattn.masks.several_grids import Rule, SeveralGridsMask
 from diffattn.operator import attention
 from diffattn.orders import TileOrder, joined_order
 from diffattn.schedule import check_steps
-from diffattn.spans import POLICIES, Span, spans_of
+from diffattn.spans import POLICIES, Span, repeated, spans_of
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -328,9 +328,13 @@ class StaticMaskMethod(Method):
 
     Attributes:
         any_order: whether the number of blocks to visit is the same in every order of the tokens.
+        by_place: whether the mask of `video_mask` knows tokens by `grid.is_text`, `grid.places` and
+            `grid.coordinates` alone. The mask then serves a grid that stands several times in a
+            sequence, too.
     """
 
     any_order: ClassVar[bool] = False
+    by_place: ClassVar[bool] = False
 
     _masks: dict[TokenGrid, AttentionMask] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -390,21 +394,44 @@ class StaticMaskMethod(Method):
         return True
 
     def _joint_mask(self, grid: TokenGrid, spans: tuple[Span, ...]) -> SeveralGridsMask:
-        rules = [Rule(n, n, self.video_mask(span.grid)) for n, span in enumerate(spans)]
-        if self.references == "local":
-            for q, query in enumerate(spans):
-                for k, key in enumerate(spans):
-                    rule = self.mask_between(query, key) if q != k and query.may_see(key) else None
-                    if rule is not None:
-                        rules.append(Rule(q, k, rule))
-            if len(rules) == len(spans):
-                warnings.warn(
-                    f"references='local' is references='visible' here: {self.type} has no rule"
-                    f" between these grids. A rule needs references with the rows and columns of"
-                    f" the video, and for most methods with its frames",
-                    stacklevel=2,
-                )
+        is_local = self.references == "local"
+        rules, between = [], 0
+        for group in self._alike(spans):
+            pairs = [(n, n) for n in group]
+            if is_local:
+                sees = [(q, k) for q in group for k in group if spans[q].may_see(spans[k])]
+                pairs = list(dict.fromkeys(pairs + sees))
+                between += len(pairs) - len(group)
+            rules.append(Rule(tuple(pairs), self.video_mask(repeated([spans[n] for n in group]))))
+        ruled = {pair for rule in rules for pair in rule.pairs}
+        for q, query in enumerate(spans):
+            for k, key in enumerate(spans):
+                if is_local and (q, k) not in ruled and query.may_see(key):
+                    mask = self.mask_between(query, key)
+                    if mask is not None:
+                        rules.append(Rule(((q, k),), mask))
+                        between += 1
+        if is_local and not between:
+            warnings.warn(
+                f"references='local' is references='visible' here: {self.type} has no rule between"
+                f" these grids. A rule needs references with the rows and columns of the video, and"
+                f" for most methods with its frames",
+                stacklevel=3,
+            )
         return SeveralGridsMask(grid, tuple(span.grid for span in spans), tuple(rules))
+
+    def _alike(self, spans: tuple[Span, ...]) -> list[list[int]]:
+        """The numbers of the spans, grouped by spans that one mask serves."""
+        groups: list[list[int]] = []
+        for n, span in enumerate(spans):
+            for group in groups if self.by_place else ():
+                first = spans[group[0]]
+                if first.sizes == span.sizes and first.in_step_with(span):
+                    group.append(n)
+                    break
+            else:
+                groups.append([n])
+        return groups
 
     @abstractmethod
     def video_mask(self, grid: TokenGrid) -> AttentionMask:
@@ -480,10 +507,18 @@ class StaticMaskMethod(Method):
         if grid not in self._orders:
             spans = self.spans(grid)
             if len(spans) > 1:
-                self._orders[grid] = joined_order(grid, [self.order_on(s.grid) for s in spans])
+                self._orders[grid] = joined_order(grid, self._orders_of(spans))
             else:
                 self._orders[grid] = self.order_on(grid)
         return self._orders[grid]
+
+    def _orders_of(self, spans: tuple[Span, ...]) -> list[TileOrder | None]:
+        out: list[TileOrder | None] = [None] * len(spans)
+        for group in self._alike(spans):
+            order = self.order_on(spans[group[0]].grid)
+            for n in group:
+                out[n] = None if order is None else TileOrder(spans[n].grid, order.tile)
+        return out
 
     def layout(
         self, grid: TokenGrid, device: torch.device, order: TileOrder | None = None

@@ -68,6 +68,7 @@ class FreeSwimAttn(StaticMaskMethod):
 
     type: ClassVar[str] = "freeswim"
     paper: ClassVar[str] = "arXiv 2511.14712"
+    by_place: ClassVar[bool] = True
 
     native: tuple[int, int] | None = field(
         default=None, metadata={"help": "rows,columns of tokens that the model was trained on"}

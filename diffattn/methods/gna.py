@@ -99,6 +99,7 @@ class GNAAttn(StaticMaskMethod):
 
     type: ClassVar[str] = "gna"
     paper: ClassVar[str] = "arXiv 2504.16922"
+    by_place: ClassVar[bool] = True
 
     window: Size | tuple[Size, ...] | None = field(
         default=None,

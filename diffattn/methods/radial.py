@@ -401,8 +401,9 @@ class FrameBandMask(AttentionMask):
             (size - key).clamp(max=block_kv),
         )
         frames = torch.arange(grid.frames)[:, None], torch.arange(keys.frames)[None, :]
-        after = (frames[0] + 1).clamp(max=grid.frames - 1), (frames[1] + 1).clamp(
-            max=keys.frames - 1
+        after = (
+            (frames[0] + 1).clamp(max=grid.frames - 1),
+            (frames[1] + 1).clamp(max=keys.frames - 1),
         )
         around = [
             self._widths[q, k]

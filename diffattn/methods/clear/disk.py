@@ -13,6 +13,9 @@ from diffattn.masks.base import AttentionMask, Blocking
 from diffattn.masks.block_geometry import Boxes, any_in_block, boxes_of, outlines_of
 from diffattn.orders import tiles_that_fit
 
+# Sums of three squared distances below this are exact in float32, in any order.
+_EXACT_IN_FLOAT32 = 1 << 22
+
 
 @dataclass(frozen=True, eq=False)
 class DiskMask(AttentionMask):
@@ -40,7 +43,7 @@ class DiskMask(AttentionMask):
         is_text = self.grid.is_text(query), self._key_grid.is_text(key)
         # int32 is twice as fast as int64 over many blocks.
         query_at, key_at = (
-            [x.to(torch.int32) for x in _places(grid, token)]
+            [x.to(torch.int32) for x in grid.places(token)]
             for grid, token in ((self.grid, query), (self._key_grid, key))
         )
         rows, columns = query_at[1] - key_at[1], query_at[2] - key_at[2]
@@ -54,12 +57,14 @@ class DiskMask(AttentionMask):
         """`allowed` of each query `(..., m)` and each key `(..., n)`, as bool `(..., m, n)`.
 
         The squared distance less the limit is a product of two matrices, which takes a fifth of the
-        time on a CPU. All numbers in the product are integers that float64 holds exactly.
+        time on a CPU. All numbers in the product are integers that its dtype holds exactly.
         """
-        frame_q, *plane_q = _places(self.grid, query)
-        frame_k, *plane_k = _places(self._key_grid, key)
+        farthest = self.grid.height**2 + self.grid.width**2
+        dtype = torch.float32 if farthest < _EXACT_IN_FLOAT32 else torch.float64
+        frame_q, *plane_q = self.grid.places(query)
+        frame_k, *plane_k = self._key_grid.places(key)
         (row_q, column_q), (row_k, column_k) = (
-            [x.double() for x in plane] for plane in (plane_q, plane_k)
+            [x.to(dtype) for x in plane] for plane in (plane_q, plane_k)
         )
         from_zero = [
             (row.square() + column.square()).where(~grid.is_text(token), math.inf)
@@ -72,13 +77,13 @@ class DiskMask(AttentionMask):
         first = frame_q.amin(-1, keepdim=True)
         span = torch.arange(int((frame_q - first).max()) + 1)
         frames = (first + span).clamp(max=self.grid.frames - 1)
-        limits = self._limits_between(frames[..., None], frame_k[..., None, :]).double()
+        limits = self._limits_between(frames[..., None], frame_k[..., None, :]).to(dtype)
         if self.first_frame:
             of_first = (frames[..., None] == 0) | (frame_k[..., None, :] == 0)
-            limits = limits.where(~of_first, self.grid.height**2 + self.grid.width**2)
+            limits = limits.where(~of_first, farthest)
         one_q, one_k = torch.ones_like(row_q), torch.ones_like(row_k)
         left = torch.stack([from_zero[0], one_q, -2 * row_q, -2 * column_q], -1)
-        left = torch.cat([left, ((frame_q - first)[..., None] == span).double()], -1)
+        left = torch.cat([left, ((frame_q - first)[..., None] == span).to(dtype)], -1)
         right = torch.stack([one_k, from_zero[1], row_k, column_k], -2)
         return left @ torch.cat([right, -limits], -2) < 0
 
@@ -174,11 +179,6 @@ class DiskMask(AttentionMask):
 def _by_shift(distances: torch.Tensor) -> bool:
     """Whether the distance of two frames depends on the difference of their numbers alone."""
     return torch.equal(distances[1:, 1:], distances[:-1, :-1])
-
-
-def _places(grid: TokenGrid, token: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """`grid.coordinates`, where text, which has no place, borrows that of a video token."""
-    return grid.coordinates(token.clamp(grid.video.start, grid.video.stop - 1))
 
 
 def disk_limits(
