@@ -137,6 +137,65 @@ CASES["flux.2-edit"] = Case(
     **_JOINT,
 )
 
+# --- Flux 3: blocks of its own for each kind of tokens, then blocks for all
+
+
+def flux3() -> torch.nn.Module:
+    return make(
+        "Flux3Transformer2DModel",
+        in_channels=16,
+        cond_in_channels=8,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        timestep_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+
+
+def flux3_inputs(references: bool = True) -> dict[str, Any]:
+    inputs = {
+        "hidden_states": noise(BATCH, TOKENS, 16),
+        "encoder_hidden_states": noise(BATCH, TEXT, 16, seed=1),
+        "timestep": torch.tensor([0.9, 0.4]),
+        "img_ids": 0.37 * ids((0, HEIGHT, WIDTH), more=(0.0,)),
+        "txt_ids": torch.zeros(TEXT, 4),
+    }
+    if references:
+        placed = [ids((0, HEIGHT, WIDTH), more=(-1 / 0.37,)), ids((0, 4, 5), more=(-2 / 0.37,))]
+        inputs["image_cond_hidden_states"] = noise(BATCH, TOKENS + 20, 8, seed=2)
+        inputs["image_cond_ids"] = 0.37 * torch.cat(placed)
+    return inputs
+
+
+_FLUX3_PARTS = (
+    _TWO,
+    pictures(),
+    TokenGrid(1, HEIGHT, WIDTH, 0, 20, references=(Reference(TOKENS, 1, 4, 5, aligned=False),)),
+)
+
+
+def _flux3_reference(n: int, t: int, h: int, w: int) -> tuple[str, tuple[Any, ...]]:
+    reference = _TWO.references[n]
+    return "image_cond_hidden_states", (0, reference.start - TOKENS + h * reference.width + w)
+
+
+_FLUX3: dict[str, Any] = {
+    "build": flux3,
+    "sites": names(
+        ("mode_blocks.image.{}.attn", 1),
+        ("mode_blocks.image_cond.{}.attn", 1),
+        ("single_transformer_blocks.{}.attn", 2),
+    ),
+    "text": ("before", TEXT),
+    "pixel": _pixels(_TWO)["pixel"],
+}
+CASES["flux.3-edit"] = Case(
+    inputs=flux3_inputs, grids=_FLUX3_PARTS, reference_pixel=_flux3_reference, **_FLUX3
+)
+
 # --- LongCat-Image, Ovis-Image, Bria, Chroma: Flux' blocks
 
 

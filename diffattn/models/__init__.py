@@ -13,7 +13,7 @@ from diffattn.models.bria import BRIA, BRIA_FIBO
 from diffattn.models.chroma import CHROMA
 from diffattn.models.cogvideox import COGVIDEOX
 from diffattn.models.easyanimate import EASYANIMATE
-from diffattn.models.flux import FLUX, FLUX2
+from diffattn.models.flux import FLUX, FLUX2, FLUX3
 from diffattn.models.hunyuanvideo import HUNYUANVIDEO, HUNYUANVIDEO15
 from diffattn.models.kandinsky import KANDINSKY5
 from diffattn.models.krea import KREA2
@@ -39,6 +39,7 @@ FAMILIES: tuple[Family, ...] = (
     LTX2,
     FLUX,
     FLUX2,
+    FLUX3,
     MOCHI,
     SD3,
     UNET,
@@ -59,7 +60,6 @@ _WITHOUT_GRID = {
     "AnyFlowFARTransformer3DModel": "keys of earlier chunks come from a cache",
     "Cosmos3OmniTransformer": "text and video share a packed sequence",
     "CosmosTransformer3DModel": "its attention calls cannot be given a backend",
-    "Flux3Transformer2DModel": "tokens of several modes share a sequence",
     "HeliosTransformer3DModel": "history of three lengths stands before the video",
     "HunyuanVideoFramepackTransformer3DModel": "history in three sizes stands before the video",
     "Kandinsky6SRTransformer3DModel": "its own sparse attention puts tokens in another order",
