@@ -9,13 +9,18 @@ import torch
 from diffattn.grid import TokenGrid
 from diffattn.models.allegro import ALLEGRO
 from diffattn.models.base import Family, SizeRules
+from diffattn.models.bria import BRIA, BRIA_FIBO
+from diffattn.models.chroma import CHROMA
 from diffattn.models.cogvideox import COGVIDEOX
 from diffattn.models.easyanimate import EASYANIMATE
-from diffattn.models.flux import FLUX, FLUX2
+from diffattn.models.flux import FLUX, FLUX2, FLUX3
 from diffattn.models.hunyuanvideo import HUNYUANVIDEO, HUNYUANVIDEO15
 from diffattn.models.kandinsky import KANDINSKY5
+from diffattn.models.krea import KREA2
+from diffattn.models.longcat import LONGCAT_IMAGE
 from diffattn.models.ltx import LTX, LTX2
 from diffattn.models.mochi import MOCHI
+from diffattn.models.ovis import OVIS_IMAGE
 from diffattn.models.qwen import QWEN_IMAGE
 from diffattn.models.sd3 import SD3
 from diffattn.models.unet import UNET
@@ -34,10 +39,17 @@ FAMILIES: tuple[Family, ...] = (
     LTX2,
     FLUX,
     FLUX2,
+    FLUX3,
     MOCHI,
     SD3,
     UNET,
     QWEN_IMAGE,
+    CHROMA,
+    LONGCAT_IMAGE,
+    OVIS_IMAGE,
+    BRIA,
+    BRIA_FIBO,
+    KREA2,
     ALLEGRO,
     KANDINSKY5,
     EASYANIMATE,
@@ -48,7 +60,6 @@ _WITHOUT_GRID = {
     "AnyFlowFARTransformer3DModel": "keys of earlier chunks come from a cache",
     "Cosmos3OmniTransformer": "text and video share a packed sequence",
     "CosmosTransformer3DModel": "its attention calls cannot be given a backend",
-    "Flux3Transformer2DModel": "tokens of several modes share a sequence",
     "HeliosTransformer3DModel": "history of three lengths stands before the video",
     "HunyuanVideoFramepackTransformer3DModel": "history in three sizes stands before the video",
     "Kandinsky6SRTransformer3DModel": "its own sparse attention puts tokens in another order",
