@@ -137,6 +137,12 @@ class TokenGrid:
         """The positions of the video tokens in the sequence."""
         return slice(self.text_before, self.text_before + self.video_tokens)
 
+    @property
+    def pictures(self) -> slice:
+        """The positions from the first to the last token of the video and its references."""
+        ends = [self.video, *(slice(r.start, r.stop) for r in self.references)]
+        return slice(min(end.start for end in ends), max(end.stop for end in ends))
+
     def text_of(self, x: torch.Tensor) -> torch.Tensor:
         """The tokens before and after the video of a sequence `(batch, tokens, ...)`."""
         return torch.cat([x[:, : self.video.start], x[:, self.video.stop :]], 1)

@@ -66,7 +66,8 @@ class TileOrder:
         """Bring the tokens along `dim` from the model's order into this one; differentiable.
 
         Args:
-            x: has the whole sequence along `dim`, or its video tokens alone.
+            x: has the whole sequence along `dim`, or its `TokenGrid.pictures`: the video alone, if
+                the sequence has no references.
 
         Raises:
             ValueError: if `x` has another length along `dim`.
@@ -79,13 +80,15 @@ class TileOrder:
 
     def _moved(self, x: torch.Tensor, dim: int, *, into: bool) -> torch.Tensor:
         there, back = self._permutation(x.device)
-        tokens, video = self.grid.tokens, self.grid.video
-        if x.shape[dim] == self.grid.video_tokens != tokens:
-            there, back = there[video] - video.start, back[video] - video.start
+        tokens, pictures = self.grid.tokens, self.grid.pictures
+        count = pictures.stop - pictures.start
+        if x.shape[dim] == count != tokens:
+            there, back = there[pictures] - pictures.start, back[pictures] - pictures.start
         elif x.shape[dim] != tokens:
+            kind = "video tokens" if not self.grid.references else "tokens of video and references"
             raise ValueError(
                 f"dimension {dim} of a tensor of shape {tuple(x.shape)} has neither the {tokens}"
-                f" tokens of {self.grid} nor its {self.grid.video_tokens} video tokens"
+                f" tokens of {self.grid} nor its {count} {kind}"
             )
         return permuted(x, *((there, back) if into else (back, there)), dim)
 
