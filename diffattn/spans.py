@@ -88,3 +88,63 @@ def repeated(spans: Sequence[Span]) -> TokenGrid:
     sizes = spans[0].sizes
     rest = spans[0].grid.tokens - starts[0] - spans[0].grid.video_tokens
     return RepeatedGrid(*sizes, starts[0], rest, starts=tuple(starts))
+
+
+@dataclass(frozen=True)
+class Division:
+    """A sequence, divided into the tokens of some of its rectangles and all others.
+
+    Attributes:
+        grid: the tokens of the sequence.
+        spans: the rectangles, in the order of the sequence.
+    """
+
+    grid: TokenGrid
+    spans: tuple[Span, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the rectangles."""
+        return sum(span.grid.video_tokens for span in self.spans)
+
+    @property
+    def others(self) -> int:
+        """Tokens outside of the rectangles."""
+        return self.grid.tokens - self.tokens
+
+    def inside(self, x: torch.Tensor) -> torch.Tensor:
+        """The tokens of the rectangles in a sequence `(batch, tokens, ...)`."""
+        parts = [x[:, span.grid.video] for span in self.spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def outside(self, x: torch.Tensor) -> torch.Tensor:
+        """All other tokens of a sequence `(batch, tokens, ...)`."""
+        return torch.cat([x[:, gap] for gap in self._gaps], 1)
+
+    def joined(self, inside: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
+        """The sequence again, from the results of `inside` and `outside`."""
+        pieces = inside.split([span.grid.video_tokens for span in self.spans], 1)
+        others = outside.split([gap.stop - gap.start for gap in self._gaps], 1)
+        pairs = zip(others, pieces, strict=False)
+        return torch.cat([*(part for pair in pairs for part in pair), others[-1]], 1)
+
+    @property
+    def _gaps(self) -> list[slice]:
+        ends = [0, *(x for span in self.spans for x in _ends(span)), self.grid.tokens]
+        return [slice(start, stop) for start, stop in zip(ends[::2], ends[1::2], strict=True)]
+
+
+def _ends(span: Span) -> tuple[int, int]:
+    return span.grid.video.start, span.grid.video.stop
+
+
+def division_of(grid: TokenGrid, *, with_references: bool, smallest: int) -> Division:
+    """The video of a sequence apart from other tokens, or the video and its large references.
+
+    Args:
+        grid: the tokens of the sequence.
+        with_references: whether references are inside.
+        smallest: as for `spans_of`.
+    """
+    spans = spans_of(grid, smallest if with_references else grid.tokens + 1)
+    return Division(grid, tuple(sorted(spans, key=_ends)))
