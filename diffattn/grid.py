@@ -167,7 +167,7 @@ class TokenGrid:
     def __str__(self) -> str:
         text = self.text_before + self.text_after - sum(r.tokens for r in self.references)
         parts = [f"{self.frames}x{self.height}x{self.width}"]
-        if text:
+        if text > 0:
             parts.append(f"{text} text")
         parts += [f"reference {r.frames}x{r.height}x{r.width}" for r in self.references]
         return "+".join(parts)

@@ -138,13 +138,6 @@ def _ends(span: Span) -> tuple[int, int]:
     return span.grid.video.start, span.grid.video.stop
 
 
-def division_of(grid: TokenGrid, *, with_references: bool, smallest: int) -> Division:
-    """The video of a sequence apart from other tokens, or the video and its large references.
-
-    Args:
-        grid: the tokens of the sequence.
-        with_references: whether references are inside.
-        smallest: as for `spans_of`.
-    """
-    spans = spans_of(grid, smallest if with_references else grid.tokens + 1)
+def division_of(grid: TokenGrid, spans: Sequence[Span]) -> Division:
+    """A sequence divided into the tokens of some spans and all others."""
     return Division(grid, tuple(sorted(spans, key=_ends)))

@@ -305,6 +305,13 @@ class Method(ABC):
         """
         return None
 
+    def spans(self, grid: TokenGrid) -> tuple[Span, ...]:
+        """The rectangles of `grid` in which the method does not just attend to all tokens.
+
+        The video comes first, and references after it. All other tokens are treated as text is.
+        """
+        return spans_of(grid, grid.tokens + 1)
+
     def layer_kind(self, layer: int) -> int:
         """The index of a layer's variant where layers take turns; 0 if all layers do the same."""
         return 0
@@ -369,13 +376,8 @@ class StaticMaskMethod(Method):
         return self._masks[grid]
 
     def spans(self, grid: TokenGrid) -> tuple[Span, ...]:
-        """The rectangles of `grid` that are sparse in themselves: the video, then references.
-
-        A reference that the method's parameters do not fit is none of them: its tokens see all
-        tokens and are seen by all.
-        """
         if self.references == "exact" or not grid.references:
-            return spans_of(grid, grid.tokens + 1)
+            return super().spans(grid)
         if grid not in self._spans:
             video, *references = spans_of(grid, self.block_size_on(grid))
             self._spans[grid] = (video, *filter(self._fits, references))

@@ -210,7 +210,7 @@ def test_core_is_that_of_the_public_code(name: str) -> None:
     method = AgentAttn(k_scale2=golden["k_scale2"].item(), k_shortcut=golden["k_shortcut"].item())
     if "agent" in golden and 2 * golden["agent"].shape[1] < q.shape[1]:
         agents = Agents(split_heads(golden["agent"], int(golden["heads"])))
-        division = division_of(grid, with_references=False, smallest=1)
+        division = division_of(grid, method.spans(grid))
         ask = asking(agents, q, k, v, division, q.shape[-1] ** -0.5, None)
         out = ask(sharpness(q.shape[-1], method.k_scale2)) + method.k_shortcut * v
     else:

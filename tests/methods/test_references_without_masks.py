@@ -18,7 +18,7 @@ from diffattn.grid import Reference
 from diffattn.kernels.reference import reference_attention
 from diffattn.methods import Method, Site
 from diffattn.selected.key_blocks import JointPartition
-from diffattn.spans import division_of
+from diffattn.spans import division_of, spans_of
 
 HEADS, DIM = 2, 16
 POLICIES = ("exact", "visible", "local")
@@ -330,7 +330,7 @@ def test_a_division_comes_together_again(a: int, b: int, c: int, local: bool) ->
         c + 6,
         references=(Reference(a, 1, 2, 4), Reference(a + b + 20, 1, 3, 2)),
     )
-    division = division_of(grid, with_references=local, smallest=8)
+    division = division_of(grid, spans_of(grid, 8 if local else 99))
     x = torch.arange(2 * grid.tokens).view(2, -1, 1)
     inside, outside = division.inside(x), division.outside(x)
     assert inside.shape[1] == division.tokens == (20 if local else 12)

@@ -39,7 +39,7 @@ from diffattn.methods.agent.agents import (
 )
 from diffattn.methods.base import Adaptation, Method, Site, SiteWeights, Work
 from diffattn.models import family_of, makes_images
-from diffattn.spans import Division, division_of
+from diffattn.spans import Division, Span, division_of, spans_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -214,6 +214,9 @@ class AgentAttn(Method):
             return None
         return _Factors(_at(self.k_scale2, layer), _at(self.k_shortcut, layer))
 
+    def spans(self, grid: TokenGrid) -> tuple[Span, ...]:
+        return spans_of(grid, BLOCK) if self.references == "local" else super().spans(grid)
+
     def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work:
         """The cost of a call on a transformer, without the cost of computing the means."""
         channels = heads * head_dim
@@ -251,8 +254,7 @@ class AgentAttn(Method):
 
     def division(self, grid: TokenGrid) -> Division:
         """The tokens whose queries ask agents, apart from all others."""
-        is_local = self.references == "local"
-        return division_of(grid, with_references=is_local, smallest=BLOCK)
+        return division_of(grid, self.spans(grid))
 
     def _cell_count(self, grid: TokenGrid) -> int | None:
         """The number of agents of a call on a transformer; None if agents would save nothing."""

@@ -34,7 +34,7 @@ from diffattn.operator import (
     choose_backend,
     every_pair,
 )
-from diffattn.spans import Division, division_of
+from diffattn.spans import Division, Span, division_of, spans_of
 
 # U-Nets, and transformers whose rotary position embedding can be read at a site, see `Family`.
 FAMILIES_WITH_IT = ("unet", *(family.name for family in FAMILIES if family.rotary is not None))
@@ -163,6 +163,9 @@ class LinFusionAttn(Method):
     def site_processor(self, processor: Any, state: SiteState) -> Any:
         return with_input_maps(processor, self.type, state)
 
+    def spans(self, grid: TokenGrid) -> tuple[Span, ...]:
+        return spans_of(grid, BLOCK) if self.references == "local" else super().spans(grid)
+
     def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work:
         """The cost of a call, with the adapting networks and without computing the features."""
         channels = heads * head_dim
@@ -202,8 +205,7 @@ class LinFusionAttn(Method):
 
     def _division(self, grid: TokenGrid) -> Division:
         """The tokens of linear attention, apart from those of softmax attention."""
-        is_local = self.references == "local"
-        return division_of(grid, with_references=is_local, smallest=BLOCK)
+        return division_of(grid, self.spans(grid))
 
     def _attend_linearly(
         self,

@@ -267,7 +267,7 @@ class VMoBAAttn(Method):
     def partition(self, grid: TokenGrid, layer: int) -> Partition | JointPartition:
         """The blocks of the tokens of `grid` in a layer."""
         kind = self._kind(layer)
-        spans = self._spans(grid)
+        spans = self.spans(grid)
         if len(spans) == 1:
             return self._known_partition(kind, grid)
         if (grid, kind) not in self._joint_known:
@@ -275,9 +275,8 @@ class VMoBAAttn(Method):
             self._joint_known[grid, kind] = JointPartition(tuple(parts))
         return self._joint_known[grid, kind]
 
-    def _spans(self, grid: TokenGrid) -> tuple[Span, ...]:
-        """The video, and the references whose tokens select blocks."""
-        return spans_of(grid, grid.tokens + 1 if self.references == "exact" else BLOCK)
+    def spans(self, grid: TokenGrid) -> tuple[Span, ...]:
+        return super().spans(grid) if self.references == "exact" else spans_of(grid, BLOCK)
 
     def pools(self, grid: TokenGrid, layer: int) -> list[Pool]:
         """The pools of blocks among which tokens of `grid` select in a layer.
