@@ -166,29 +166,21 @@ class NeighbourhoodMask(AttentionMask):
 
     Attributes:
         axes: the windows along frames, rows and columns.
-        keys: the grid whose video tokens are the keys, over the same tokens as `grid` and of its
-            size; None for `grid` itself.
 
     Raises:
-        ValueError: if the windows' axes are not as long as those of both grids.
+        ValueError: if the windows' axes are not as long as the grid's.
     """
 
     axes: tuple[AxisWindow, AxisWindow, AxisWindow]
-    keys: TokenGrid | None = None
 
     def __post_init__(self) -> None:
         sizes = tuple(axis.size for axis in self.axes)
-        for grid in (self.grid, self._key_grid):
-            if sizes != (grid.frames, grid.height, grid.width):
-                raise ValueError(f"the axes have {sizes} tokens, but the grid is {grid}")
-
-    @property
-    def _key_grid(self) -> TokenGrid:
-        return self.keys or self.grid
+        if sizes != (self.grid.frames, self.grid.height, self.grid.width):
+            raise ValueError(f"the axes have {sizes} tokens, but the grid is {self.grid}")
 
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        seen = ~self.grid.is_text(query) & ~self._key_grid.is_text(key)
-        places = self.grid.places(query), self._key_grid.places(key)
+        seen = ~self.grid.is_text(query) & ~self.grid.is_text(key)
+        places = self.grid.places(query), self.grid.places(key)
         for axis, *pair in zip(self.axes, *places, strict=True):
             if axis.window < axis.size or axis.is_causal:
                 seen = seen & axis.allowed(*pair)
@@ -204,8 +196,8 @@ class NeighbourhoodMask(AttentionMask):
         block_q, block_kv, device = blocking.block_q, blocking.block_kv, blocking.device
         query = boxes_of(self.grid, block_q, device, blocking.order)
         key = query
-        if block_kv != block_q or self.keys is not None:
-            key = boxes_of(self._key_grid, block_kv, device, blocking.order)
+        if block_kv != block_q:
+            key = boxes_of(self.grid, block_kv, device, blocking.order)
         # Attending pairs of two boxes; where int32 suffices, it takes half the time and memory.
         dtype = torch.int32 if block_q * block_kv < 1 << 31 else torch.int64
         pairs = torch.ones(len(query.block), len(key.block), dtype=dtype, device=device)
@@ -233,11 +225,8 @@ class NeighbourhoodMask(AttentionMask):
         # Three things determine a block's mask: the shape of its queries, the shape of its keys,
         # and the mask of each axis between the ranges of its queries and its keys.
         query, key = (
-            outlines_of(grid, size, row.device, blocking.order)
-            for grid, size in (
-                (self.grid, blocking.block_q),
-                (self._key_grid, blocking.block_kv),
-            )
+            outlines_of(self.grid, size, row.device, blocking.order)
+            for size in (blocking.block_q, blocking.block_kv)
         )
         kinds = [query.shape[row], key.shape[column]]
         for i, axis in enumerate(self.axes):
@@ -253,8 +242,8 @@ class NeighbourhoodMask(AttentionMask):
         self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
     ) -> torch.Tensor:
         # A block's mask is the product of a mask along each axis, of which there are few.
-        is_query, *query = self._places(self.grid, row, blocking.block_q, blocking)
-        is_key, *key = self._places(self._key_grid, column, blocking.block_kv, blocking)
+        is_query, *query = self._places(row, blocking.block_q, blocking)
+        is_key, *key = self._places(column, blocking.block_kv, blocking)
         out = (
             as_words(is_query[0])[is_query[1]][:, :, None]
             & pack_bits(is_key[0])[is_key[1]][:, None]
@@ -272,7 +261,7 @@ class NeighbourhoodMask(AttentionMask):
         return out
 
     def _places(
-        self, grid: TokenGrid, block: torch.Tensor, size: int, blocking: Blocking
+        self, block: torch.Tensor, size: int, blocking: Blocking
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """1 for each video token of some blocks, else 0, and its frame, row and column.
 
@@ -281,10 +270,10 @@ class NeighbourhoodMask(AttentionMask):
             `(n,)`.
         """
         block, which = block.unique(return_inverse=True)
-        token = tokens_of_blocks(grid, block, size, blocking)
-        is_text = grid.is_text(token)
+        token = tokens_of_blocks(self.grid, block, size, blocking)
+        is_text = self.grid.is_text(token)
         out = []
-        for place in ((~is_text).long(), *grid.coordinates(token)):
+        for place in ((~is_text).long(), *self.grid.coordinates(token)):
             rows, row_of = place.masked_fill(is_text, 0).unique(dim=0, return_inverse=True)
             out.append((rows, row_of[which]))
         return out

@@ -446,6 +446,8 @@ class StaticMaskMethod(Method):
     def mask_between(self, query: Span, key: Span) -> AttentionMask | None:
         """The rule from the queries of one grid of a sequence to the keys of another, for "local".
 
+        Grids of equal sizes and times that one mask serves (`by_place`) are not asked about.
+
         Args:
             query, key: two grids with equal rows and columns, the same places of the picture.
 

@@ -16,7 +16,6 @@ from diffattn.masks.base import AttentionMask
 from diffattn.masks.neighbourhood import AxisWindow, NeighbourhoodMask, block_size_for
 from diffattn.methods.base import StaticMaskMethod
 from diffattn.orders import TileOrder
-from diffattn.spans import Span
 
 # Rows and columns of tokens at the resolution that a model was trained on. The entry of Wan 2.1 is
 # for the paper's 1.3B at 480 x 832 pixels; the 14B has (45, 80).
@@ -136,12 +135,6 @@ class FreeSwimAttn(StaticMaskMethod):
         to a pipeline, the method has the values for the pipeline's model instead.
         """
         return NeighbourhoodMask(grid, self.axes(grid))
-
-    def mask_between(self, query: Span, key: Span) -> AttentionMask | None:
-        """The window around a token's place in another grid; None unless both have equal frames."""
-        if not query.in_step_with(key):
-            return None
-        return NeighbourhoodMask(query.grid, self.axes(query.grid), key.grid)
 
     def score_scale(self, grid: TokenGrid, head_dim: int, scale: float | None) -> float | None:
         if not self.temperature:
