@@ -183,7 +183,11 @@ class LinFusionAttn(Method):
         rotation = _rotation(site, query)
         if joint:
             attend = partial(
-                self._attend_jointly, site=site, rotation=rotation, scale=scale, key_mask=key_mask
+                self._attend_outside_graphs,
+                site=site,
+                rotation=rotation,
+                scale=scale,
+                key_mask=key_mask,
             )
         else:
             attend = partial(self._attend_linearly, rotation=rotation, key_mask=key_mask)
@@ -215,8 +219,12 @@ class LinFusionAttn(Method):
             backend=_BACKENDS[chosen],
         )
 
-    # The content of a layout depends on the mask and cannot be traced: compiled code breaks here.
-    @torch.compiler.disable
+    def _attend_outside_graphs(self, *tensors: torch.Tensor, **settings: Any) -> Any:
+        """The content of a layout depends on the mask and cannot be traced."""
+        from diffattn.kernels.outside_graphs import call_outside  # which imports Dynamo
+
+        return call_outside(self._attend_jointly, *tensors, **settings)
+
     def _attend_jointly(
         self,
         query: torch.Tensor,
