@@ -219,7 +219,16 @@ def _decoded(path: Path) -> Generator[tuple[np.ndarray, float, float], None, Non
     form = _form(path)
     decoder = [] if form.decoder is None else ["-c:v", form.decoder]
     arguments = ["-loglevel", "level+info", *decoder, "-i", f"file:{path}", "-map", "0:v:0"]
-    arguments += ["-vf", _FILTERS.format(matrix=form.matrix), "-fps_mode", "passthrough", "-pix_fmt", "rgba", "-c:v", "pam"]
+    arguments += [
+        "-vf",
+        _FILTERS.format(matrix=form.matrix),
+        "-fps_mode",
+        "passthrough",
+        "-pix_fmt",
+        "rgba",
+        "-c:v",
+        "pam",
+    ]
     arguments += ["-f", "image2pipe", "pipe:1"]
     process = start(
         arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE

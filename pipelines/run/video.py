@@ -82,7 +82,7 @@ def write_picture(path: Path, image: Image) -> None:
         UserError: if the file does not hold a picture of the size.
     """
     image.save(path)
-    _check_picture(path, image.size)
+    check_picture(path, image.size)
 
 
 def _check_ffmpeg() -> None:
@@ -198,10 +198,19 @@ def _write_png(path: Path, frames: np.ndarray, fps: float) -> None:
     for index, frame in enumerate(frames):
         file = folder / f"frame_{index:0{digits}d}.png"
         Image.fromarray(frame).save(file)
-        _check_picture(file, (frame.shape[1], frame.shape[0]))
+        check_picture(file, (frame.shape[1], frame.shape[0]))
 
 
-def _check_picture(path: Path, size: tuple[int, int]) -> None:
+def check_picture(path: Path, size: tuple[int, int]) -> None:
+    """Read a picture back.
+
+    Args:
+        path: the file.
+        size: width and height in pixels.
+
+    Raises:
+        UserError: if the file cannot be read, or the picture has another size.
+    """
     from PIL import Image
 
     try:

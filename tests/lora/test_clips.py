@@ -340,7 +340,6 @@ class TestShown:
                 read = (read_clip(path, 32, 32, 2).mean(dim=(1, 2, 3)) + 1) * 127.5
                 assert (read - torch.tensor(colour)).abs().max() <= 4, (matrix, colour)
 
-
     @pytest.mark.parametrize("container", ["mp4", "mkv", "webm", "avi"])
     @pytest.mark.parametrize(
         ("size", "matrix"),

@@ -2,14 +2,14 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import cv2
 import numpy as np
 import pytest
 
-from diffattn import GNAAttn, Method, TokenGrid, draw, plan
+from diffattn import FreeSwimAttn, GNAAttn, Method, RadialAttn, TokenGrid, draw, plan
 from diffattn.methods import METHODS, from_dict
 from diffattn.pipelines.cli.grid_text import read_grid, read_place
 
@@ -244,6 +244,51 @@ class TestMask:
         assert [path.name for path in (tmp_path / "there").iterdir()] == ["small.png"]
         image = cv2.imread(str(tmp_path / "there" / "small.png"))[..., ::-1]
         assert np.array_equal(image, draw.picture(method, grid, (2, 3, 4)))
+
+    @pytest.mark.parametrize(
+        ("options", "method", "text", "grid"),
+        [
+            (["window=1,3,5"], GNAAttn(window=(1, 3, 5)), "2x4x5", TokenGrid(2, 4, 5)),
+            (
+                ["window=3", "is_causal=True"],
+                GNAAttn(window=3, is_causal=True),
+                "5x8",
+                TokenGrid(1, 5, 8),
+            ),
+            (["radius=1"], FreeSwimAttn(radius=1), "2x5x6+3", TokenGrid(2, 5, 6, 0, 3)),
+            (["decay_factor=0.2"], RadialAttn(decay_factor=0.2), "5x3x4", TokenGrid(5, 3, 4)),
+        ],
+    )
+    def test_the_file_shows_every_pair_of_tokens(self, mask, tmp_path, options, method, text, grid):
+        """Pixels of the file against the method's dense mask."""
+        given = [word for option in options for word in ("--arg", option)]
+        assert mask("--method", method.type, *given, "--grid", text, "-o", "a.png").code == 0
+        image = cv2.imread(str(tmp_path / "a.png"))[..., ::-1]
+        video = replace(grid, text_before=0, text_after=0)
+        pairs = np.asarray(method.for_model("", video).mask(grid).dense())
+        side = 600 // grid.tokens
+        # The left picture begins at the margin, below three lines of text and a heading.
+        colours = np.where(pairs[..., None], draw.ALL, draw.NONE)
+        middles = slice(28 + side // 2, 28 + side * grid.tokens, side)
+        found = [
+            top
+            for top in range(28, image.shape[0] - side * grid.tokens)
+            if (image[top + side // 2 :: side, middles][: grid.tokens] == colours).all()
+        ]
+        assert found, "no place of the picture shows the mask"
+
+    def test_a_picture_that_was_not_written_is_no_picture(self, mask, tmp_path, monkeypatch):
+        (tmp_path / "a.png").write_bytes(b"an older picture")
+        whole = draw.png
+        monkeypatch.setattr(draw, "png", lambda image: whole(image)[:500])
+        result = mask("--grid", "2x3x4", "--method", "dense", "-o", "a.png")
+        assert result.code == 2
+        assert "cannot write a.png: it cannot be read back: " in result.err
+        monkeypatch.setattr(draw, "png", lambda image: whole(image[:-8]))
+        result = mask("--grid", "2x3x4", "--method", "dense", "-o", "a.png")
+        assert re.search(r"cannot write a.png: it is \d+x\d+ instead of \d+x\d+$", result.err)
+        assert (tmp_path / "a.png").read_bytes() == b"an older picture"
+        assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
     def test_keys_that_are_no_tokens_are_mentioned(self, mask):
         note = (
