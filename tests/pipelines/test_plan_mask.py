@@ -8,10 +8,14 @@ from typing import ClassVar
 import cv2
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from diffattn import FreeSwimAttn, GNAAttn, Method, RadialAttn, TokenGrid, draw, plan
 from diffattn.methods import METHODS, from_dict
 from diffattn.pipelines.cli.grid_text import read_grid, read_place
+
+from .conftest import SIZE
 
 GNA = ["--method", "gna", "--arg", "window=2,5,5"]
 
@@ -223,6 +227,98 @@ class TestPlan:
         assert error.startswith(
             f"{tmp_path} is not a diffusers pipeline: there is no model_index.json"
         )
+
+
+class TestPlanOfFiles:
+    """`plan` reads LoRAs and records as `generate` does."""
+
+    @pytest.mark.parametrize(
+        ("model", "latents", "size"),
+        [
+            ("Wan-AI/Wan2.1-T2V-14B", [16, 21, 60, 104], (480, 832, 81)),
+            ("Wan-AI/Wan2.2-TI2V-5B", [48, 31, 44, 80], (704, 1280, 121)),
+            ("THUDM/CogVideoX-5b", [16, 13, 60, 90], (480, 720, 49)),
+            ("Lightricks/LTX-Video", [128, 21, 16, 22], (512, 704, 161)),
+        ],
+    )
+    def test_the_method_and_the_size_of_a_lora(self, diffattn, tmp_path, model, latents, size):
+        lora = self.lora(tmp_path, {"type": "gna", "window": ["full", 5, 7]}, latents)
+        height, width, frames = size
+        sizes = ["--height", height, "--width", width, "--num-frames", frames]
+        options = ["--attn", "gna", "--attn-arg", "window=full,5,7", *sizes]
+        wanted = diffattn("plan", "--model", model, "--json", *options)
+        found = diffattn("plan", "--lora", lora, "--model", model, "--json")
+        assert wanted.code == found.code == 0, (wanted.err, found.err)
+        assert json.loads(found.out) == json.loads(wanted.out)
+
+    def test_options_come_before_a_lora(self, diffattn, tmp_path):
+        lora = self.lora(tmp_path, {"type": "gna", "window": 3}, [16, 21, 60, 104])
+        model = ["--model", "Wan-AI/Wan2.1-T2V-1.3B", "--json"]
+        other = json.loads(diffattn("plan", "--lora", lora, "--attn", "radial", *model).out)
+        assert other["method"]["type"] == "radial"
+        assert other["grid"]["frames"] == 21
+        larger = diffattn("plan", "--lora", lora, "--num-frames", 33, *model)
+        assert json.loads(larger.out)["grid"]["frames"] == 9
+        assert json.loads(larger.out)["method"]["window"] == 3
+        grid = json.loads(diffattn("plan", "--lora", lora, "--grid", "4x8x8", "--json").out)
+        assert (grid["method"]["type"], grid["tokens"]) == ("gna", 256)
+
+    def test_the_run_of_a_record(self, diffattn, generate, tmp_path):
+        options = ["--attn", "gna", "--attn-arg", "window=3", *SIZE]
+        assert generate("a cat", *options, "-o", tmp_path / "a.gif").code == 0
+        record = tmp_path / "a.gif.json"
+        model = json.loads(record.read_text())["settings"]["model"]
+        wanted = json.loads(diffattn("plan", "--model", model, *options, "--json").out)
+        assert json.loads(diffattn("plan", "--from", record, "--json").out) == wanted
+        shorter = diffattn("plan", "--from", record, "--num-frames", 1, "--steps", 7, "--json")
+        assert json.loads(shorter.out)["grid"]["frames"] == 1
+        assert json.loads(shorter.out)["steps"] == 7
+        grid = json.loads(diffattn("plan", "--from", record, "--grid", "4x8x8", "--json").out)
+        assert (grid["method"]["type"], grid["tokens"], grid["steps"]) == ("gna", 256, 2)
+
+    def test_a_lora_goes_before_a_record(self, diffattn, tmp_path):
+        lora = self.lora(tmp_path, {"type": "gna", "window": 3}, [16, 21, 60, 104])
+        settings = {"prompt": "x", "attention": {"type": "radial"}, "steps": 3,
+                    "model": "Wan-AI/Wan2.1-T2V-1.3B", "num_frames": 5}  # fmt: skip
+        record = tmp_path / "a.mp4.json"
+        record.write_text(json.dumps({"diffattn_record": 1, "settings": settings}))
+        read = json.loads(diffattn("plan", "--from", record, "--lora", lora, "--json").out)
+        assert (read["method"]["type"], read["steps"], read["grid"]["frames"]) == ("gna", 3, 2)
+
+    @pytest.mark.parametrize("suffix", [".bin", ".pt"])
+    def test_files_that_say_nothing(self, diffattn, tmp_path, suffix):
+        pickled = tmp_path / f"a{suffix}"
+        pickled.write_bytes(b"x")
+        model = ["--model", "Wan-AI/Wan2.1-T2V-1.3B"]
+        assert "is a pickled file" in diffattn("plan", "--lora", pickled, *model).error
+        foreign = tmp_path / "a.safetensors"
+        save_file({"x.lora_A.weight": torch.ones(1)}, foreign)
+        error = diffattn("plan", "--lora", foreign, *model).error
+        assert error.endswith("names no method and no size: `diffattn lora train` did not train it")
+        assert diffattn("plan", "--lora", " ", *model).error.startswith("--lora must be text")
+        assert "there is no LoRA at" in diffattn("plan", "--lora", tmp_path / "no", *model).error
+        lora = self.lora(tmp_path, {"type": "gna", "window": 3}, [1])
+        error = diffattn("plan", "--lora", lora, *model).error
+        assert error.startswith("the LoRA's header gives its latents as [1], but latents have chan")
+        error = diffattn("plan", "--lora", lora).error
+        assert error == "give exactly one of --model and --grid"
+        error = diffattn("plan", "--from", tmp_path / "no.json").error
+        assert error.startswith(f"cannot read {tmp_path / 'no.json'}: No such file")
+        record = tmp_path / "a.json"
+        settings = {"model": "Wan-AI/Wan2.1-T2V-1.3B", "height": "x"}
+        record.write_text(json.dumps({"diffattn_record": 1, "settings": settings}))
+        error = diffattn("plan", "--from", record).error
+        assert error == "--height must be a whole number of at least 1, not 'x'"
+
+    @staticmethod
+    def lora(folder, method, latents):
+        """A LoRA's file with the header of a training; its weights are not read."""
+        header = {"method": method, "denoiser": "transformer", "steps": 1, "latents": latents,
+                  "settings": {}}  # fmt: skip
+        path = folder / "lora" / "pytorch_lora_weights.safetensors"
+        path.parent.mkdir()
+        save_file({"x.lora_A.weight": torch.ones(1)}, path, {"diffattn": json.dumps(header)})
+        return path.parent
 
 
 class TestMask:
