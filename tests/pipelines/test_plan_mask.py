@@ -96,7 +96,9 @@ class TestPlan:
         assert "0 of 3 layers stay dense" in rows["FLOPs of a forward"]
         assert rows["dense steps"] == f"{wanted.dense_steps} of 10"
         assert rows["speed-up at most"].startswith(f"{wanted.attention_speedup:.2f}x of a sparse")
-        assert rows["block-sparse"] == "no; in whole tiles of this grid only dense attention is"
+        assert rows["block-sparse"].startswith(
+            "no; in whole tiles of 3x7x9+5 text only dense attention is; on 3x8x8+5 text"
+        )
         assert "model" not in rows
         assert "other layers" not in rows
 
@@ -122,6 +124,33 @@ class TestPlan:
         setting = re.search(r"nearest setting that is: (window=\S+) (stride=\S+)$", out, re.M)
         again = diffattn("plan", *options, setting[1], "--arg", setting[2]).out
         assert re.search(r"block-sparse +yes: no block needs a mask", again)
+
+    @pytest.mark.parametrize(
+        ("grid", "options"),
+        [
+            ("21x45x80", []),
+            ("21x30x52", []),
+            ("31x45x80", ["window=9,24,24"]),
+            ("3x7x9+5", ["window=2,5,5"]),
+            ("31x31", ["window=5"]),
+            ("20x45x77", ["window=18,24,24", "is_causal=True,False,False"]),
+        ],
+    )
+    def test_a_grid_without_such_a_setting_has_one_beside_it(self, diffattn, grid, options):
+        given = [word for option in options for word in ("--arg", option)]
+        out = diffattn("plan", "--grid", grid, "--method", "gna", *given).out
+        out = " ".join(out.split())
+        found = re.search(
+            r"only dense attention is; on ([\dx]+)\S* ?(?:text )?(window=\S+) (stride=\S+) is ", out
+        )
+        text = "+5" if "+" in grid else ""
+        more = [word for option in options if "causal" in option for word in ("--arg", option)]
+        again = diffattn("plan", "--grid", f"{found[1]}{text}", "--method", "gna", "--arg",
+                         found[2], "--arg", found[3], *more).out  # fmt: skip
+        assert re.search(r"block-sparse +yes: no block needs a mask", again)
+        assert float(re.search(r"token density +([\d.]+)%", again)[1]) < 100
+        sides = [[int(n) for n in name.split("+")[0].split("x")][-2:] for name in (found[1], grid)]
+        assert all(abs(a - b) <= 0.2 * b for a, b in zip(*sides, strict=True))
 
     def test_text_and_ends_need_masks(self, diffattn):
         options = ["--grid", "77+4x16x16", "--method", "gna", "--arg", "window=4,8,8"]
