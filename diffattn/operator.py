@@ -17,7 +17,6 @@ from diffattn.blocks import FULL, BlockLayout, layout_from_states
 from diffattn.flex_backend import flex_forward
 from diffattn.interception import through_modes
 from diffattn.kernels.autocast import autocast_off, cast_as_sdpa
-from diffattn.kernels.checks import check_tensors
 from diffattn.kernels.cpu import block_sparse as cpu_kernel
 from diffattn.kernels.reference import reference_attention
 from diffattn.kernels.transforms import first_order, is_forward_mode
@@ -149,15 +148,12 @@ def attention(
         `return_lse` also the log-sum-exp.
 
     Raises:
-        TypeError: if query, key, value or the key mask is no tensor.
         ValueError: if shapes, dtypes or devices do not fit together or the mask, or the backend is
             unknown.
         NotImplementedError: if the tensors' device has no sparse kernel, or the backend cannot
             compute the call; and in a second derivative.
         ImportError: if the backend is "triton" and Triton cannot be imported.
     """
-    given = {} if key_mask is None else {"key_mask": key_mask}
-    check_tensors(query=query, key=key, value=value, **given)
     query, key, value = cast_as_sdpa(query, key, value)
     _check_inputs(query, key, value, key_mask)
     if mask is None and not return_lse:
