@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -47,9 +48,12 @@ def captioned_clips(
     if table is None:
         return [CaptionedClip(clip, _caption_beside(clip)) for clip in clips], []
     known = {_plain(clip): clip for clip in clips}
+    # Some systems take the accents of file names apart, and most tables have them whole.
+    composed = {_composed(path): clip for path, clip in known.items()}
     captions: dict[Path, str] = {}
     for line, name, caption in _rows(table):
-        clip = known.get(_plain(folder / name))
+        path = _plain(folder / name)
+        clip = known.get(path) or composed.get(_composed(path))
         if clip is None:
             names = [path.relative_to(folder).as_posix() for path in clips]
             hint = did_you_mean(name, names)
@@ -182,3 +186,8 @@ def _one_line(text: str) -> str:
 def _plain(path: Path) -> Path:
     """The absolute path without `..`, for files that exist and for files that do not."""
     return Path(os.path.abspath(path))
+
+
+def _composed(path: Path) -> str:
+    """A path with each letter and its accents as one character."""
+    return unicodedata.normalize("NFC", str(path))

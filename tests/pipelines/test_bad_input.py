@@ -297,6 +297,16 @@ class TestModel:
         error = generate(PROMPT, "-o", "out.mp4", "--model", broken).error
         assert error.startswith(f"cannot load {broken}: ")
 
+    @pytest.mark.parametrize("part", ["transformer", "vae"])
+    def test_weights_that_are_not_there(self, generate, broken, part):
+        for path in (broken / part).glob("*.safetensors*"):
+            path.unlink()
+        error = generate(PROMPT, "-o", "out.mp4", "--model", broken).error
+        assert error == (
+            f"cannot load {broken}: there is no diffusion_pytorch_model.safetensors in"
+            f" {broken / part}"
+        )
+
     def test_damaged_weights(self, generate, broken):
         for path in (broken / "transformer").glob("*.safetensors"):
             path.write_bytes(b"no weights")
