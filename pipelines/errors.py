@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# Letters; the longest name of a file has 255 bytes, and a path is made of few long names.
+_LONGEST_WORD = 1024
+
 
 def one_line(message: object) -> str:
     """The message of any library as one line, without surplus blanks."""
@@ -20,7 +23,9 @@ class UserError(Exception):
     """Bad input: shown as one line on stderr, exit code 2."""
 
     def __init__(self, message: object) -> None:
-        super().__init__(one_line(message))
+        """Take the message of any library; values longer than any path's name are cut in it."""
+        words = one_line(message).split(" ")
+        super().__init__(" ".join(shortened(word, _LONGEST_WORD) for word in words))
 
 
 class RunInterruptedError(Exception):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from ..errors import UserError
 
 # Words of torch's errors where a CPU has too little memory; on a GPU the error has a class.
-_NO_MEMORY = ("can't allocate memory", "tried to allocate")
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "tried to allocate")
 _OUT_OF_MEMORY = "out of memory: try fewer frames, a smaller size, --dtype bfloat16 or --offload"
 
 
@@ -27,8 +27,11 @@ def refusals() -> Iterator[None]:
 
 
 @contextmanager
-def lacks() -> Iterator[None]:
+def lacks(no_memory: str = _OUT_OF_MEMORY) -> Iterator[None]:
     """Turn a lack of memory, or of an implementation, into an error for the user.
+
+    Args:
+        no_memory: what to say where memory is missing.
 
     Raises:
         UserError: in the place of a NotImplementedError, or an error that says that memory is
@@ -41,10 +44,10 @@ def lacks() -> Iterator[None]:
     except NotImplementedError as error:
         raise UserError(error) from error
     except MemoryError:
-        raise UserError(_OUT_OF_MEMORY) from None
+        raise UserError(no_memory) from None
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in _NO_MEMORY):
-            raise UserError(_OUT_OF_MEMORY) from None
+            raise UserError(no_memory) from None
         raise
 
 
