@@ -9,8 +9,8 @@ _LONGEST_WORD = 1024
 
 
 def one_line(message: object) -> str:
-    """The message of any library as one line, without surplus blanks."""
-    return " ".join(str(message).split())
+    """The message of any library as one line, without surplus blanks; very long words are cut."""
+    return " ".join(shortened(word, _LONGEST_WORD) for word in str(message).split())
 
 
 def shortened(value: object, most: int = 80) -> str:
@@ -23,9 +23,7 @@ class UserError(Exception):
     """Bad input: shown as one line on stderr, exit code 2."""
 
     def __init__(self, message: object) -> None:
-        """Take the message of any library; values longer than any path's name are cut in it."""
-        words = one_line(message).split(" ")
-        super().__init__(" ".join(shortened(word, _LONGEST_WORD) for word in words))
+        super().__init__(one_line(message))
 
 
 class RunInterruptedError(Exception):

@@ -37,18 +37,22 @@ def lacks(no_memory: str = _OUT_OF_MEMORY) -> Iterator[None]:
         UserError: in the place of a NotImplementedError, or an error that says that memory is
             missing. All other errors pass.
     """
-    import torch
-
     try:
         yield
     except NotImplementedError as error:
         raise UserError(error) from error
-    except MemoryError:
-        raise UserError(no_memory) from None
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in _NO_MEMORY):
+    except (MemoryError, RuntimeError) as error:
+        if is_lack_of_memory(error):
             raise UserError(no_memory) from None
         raise
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """Whether an error of Python or torch says that memory is missing."""
+    import torch
+
+    words = any(words in str(error) for words in _NO_MEMORY)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or words
 
 
 def gave_nan(dtype: str) -> str:

@@ -333,7 +333,11 @@ def _run_alone(
         _put_away(loaded, recipe)
     count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     start = f"from step {trainer.step} on" if trainer.step else f"{settings.steps} steps"
-    say(f"training {count:,} weights under {settings.attention['type']} attention, {start}")
+    processes = accelerator.num_processes
+    say(
+        f"training {count:,} weights under {settings.attention['type']} attention, {start}, in"
+        f" {processes} process{'es' if processes > 1 else ''}"
+    )
     with shown(settings.steps, trainer.step) as show, _interrupts_wait() as interrupted:
         trainer.train(
             report=show if accelerator.is_main_process else lambda _: None,

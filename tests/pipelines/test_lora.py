@@ -4,6 +4,9 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,8 @@ CELLS = ["--attn", "clear", "--attn-arg", "radius=1", "--attn-arg", "frame_radiu
 CELLS += ["--attn-arg", "down_factor=2", "--attn-arg", "first_frame=false"]
 QUICK = ["--steps", "2", "--rank", "2", "--learning-rate", "0.05"]
 OUT = "run"
+# Far more than it takes on idle processors.
+SECONDS_TO_WAIT = 240
 
 
 @pytest.fixture
@@ -196,7 +201,7 @@ class TestTrain:
         )
         result = train("--config", "train.toml", "--resume", "--steps", "3")
         assert result.code == 0, result.err
-        assert "gna attention, from step 2 on" in result.out
+        assert "gna attention, from step 2 on, in 1 process\n" in result.out
         assert "run: trained for 3 steps" in result.out
 
     def test_validation_videos(self, train: Callable[..., Result], tmp_path: Path) -> None:
@@ -360,6 +365,45 @@ class TestInterrupt:
         assert result.code == 130
         assert result.err.splitlines()[-1] == "diffattn: interrupted: kept run/clips"
         assert not (tmp_path / OUT / "checkpoints").exists()
+
+    def test_all_processes_of_a_launcher_stop_at_one_step(
+        self, tiny_wan: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "prompts.txt").write_text(PROMPTS)
+        command = [
+            sys.executable, "-P", "-m", "torch.distributed.run", "--standalone",
+            "--nproc_per_node", "2", "-m", "diffattn.pipelines", "lora", "train",
+            "--model", tiny_wan, *SIZE[: SIZE.index("--steps")], "--rank", "2", "--attn", "vmoba",
+            "--prompts", "prompts.txt", "--teacher-steps", "1", "--steps", "1000000",
+            "--checkpoint-every", "1000000", "--device", "cpu", "-o", OUT,
+        ]  # fmt: skip
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        log = tmp_path / OUT / "losses.jsonl"
+        # A launcher hands its Ctrl-C on to its processes, which have sessions of their own.
+        with subprocess.Popen(
+            list(map(str, command)), cwd=tmp_path, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) as launcher:  # fmt: skip
+            try:
+                end = time.monotonic() + SECONDS_TO_WAIT
+                while not (log.is_file() and log.read_text().count("\n") >= 2):
+                    assert time.monotonic() < end
+                    assert launcher.poll() is None, launcher.communicate()
+                    time.sleep(0.1)
+                launcher.send_signal(signal.SIGINT)
+                out, err = launcher.communicate(timeout=SECONDS_TO_WAIT)
+            except BaseException:
+                launcher.terminate()  # which ends its processes, too
+                raise
+        (checkpoint,) = (tmp_path / OUT / "checkpoints").iterdir()
+        steps = int(checkpoint.name.removeprefix("step-"))
+        assert steps == log.read_text().count("\n")
+        assert len(list(checkpoint.glob("random_states_*.pkl"))) == 2
+        progress = json.loads((checkpoint / "progress.json").read_text())
+        assert (progress["step"], progress["identity"]["processes"]) == (steps, 2)
+        assert "attention, 1000000 steps, in 2 processes\n" in out
+        assert err.count("stopping after this step with a checkpoint") == 1
+        assert f"interrupted: kept run/checkpoints/{checkpoint.name}; go on from there" in err
 
     def test_a_validation_video_that_fails_does_not_end_the_training(
         self, train: Callable[..., Result], tmp_path: Path, fake_ffmpeg: Callable[[str], None]
