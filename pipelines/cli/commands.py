@@ -50,6 +50,8 @@ def finish(code: int) -> int:
     A program that reads stdout may have ended, as `head` does: then nothing is said. A full disk is
     an error.
     """
+    if sys.stdout is None:  # closed by the shell
+        return code
     try:
         sys.stdout.flush()
     except OSError as error:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from diffattn.lora.cache import CachedClips
     from diffattn.lora.recipes import Recipe
     from diffattn.lora.settings import TrainSettings
-    from diffattn.lora.trainer import Trainer
+    from diffattn.lora.trainer import StepReport, Trainer
 
     from .validation import Validation
 
@@ -338,12 +338,23 @@ def _run_alone(
         f"training {count:,} weights under {settings.attention['type']} attention, {start}, in"
         f" {processes} process{'es' if processes > 1 else ''}"
     )
+    unsaid: list[OSError] = []
     with shown(settings.steps, trainer.step) as show, _interrupts_wait() as interrupted:
+
+        def report(made: StepReport) -> None:
+            # Whoever reads the progress may have left: the steps made are kept before the end.
+            try:
+                show(made)
+            except OSError as error:
+                unsaid.append(error)
+
         trainer.train(
-            report=show if accelerator.is_main_process else lambda _: None,
+            report=report,
             between=lambda step: _look(validation, step, warn),
-            stop=interrupted,
+            stop=lambda: interrupted() or bool(unsaid),
         )
+    if unsaid:
+        raise unsaid[0]
     if trainer.step < settings.steps:
         raise KeyboardInterrupt
     say(f"{output}: trained for {trainer.step} steps; use it by diffattn generate --lora {output}")

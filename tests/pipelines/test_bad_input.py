@@ -720,6 +720,13 @@ class TestStdout:
         assert line.startswith("diffattn: ")
         assert "No space left on device" in line
 
+    def test_a_closed_stdout_is_nothing_to_speak_of(self):
+        done = subprocess.run(
+            f"{sys.executable} -P -m diffattn.pipelines plan --grid 2x3x4 >&-",
+            shell=True, executable="/bin/bash", capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+
     def test_a_reader_that_left_is_nothing_to_speak_of(self):
         done = subprocess.run(
             f"{sys.executable} -P -m diffattn.pipelines methods | true; exit ${{PIPESTATUS[0]}}",

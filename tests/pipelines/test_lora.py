@@ -366,6 +366,21 @@ class TestInterrupt:
         assert result.err.splitlines()[-1] == "diffattn: interrupted: kept run/clips"
         assert not (tmp_path / OUT / "checkpoints").exists()
 
+    def test_a_reader_of_the_progress_that_leaves_costs_no_step(
+        self, train: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = []
+
+        def print_line(report: Any, smooth: Any) -> None:
+            made.append(report.step)
+            if report.step == 3:
+                raise BrokenPipeError
+
+        monkeypatch.setattr("diffattn.lora.progress._print_line", print_line)
+        assert train(*self.ARGUMENTS).code == 1
+        assert made == [1, 2, 3]
+        assert [p.name for p in (tmp_path / OUT / "checkpoints").iterdir()] == ["step-000003"]
+
     def test_all_processes_of_a_launcher_stop_at_one_step(
         self, tiny_wan: Path, tmp_path: Path
     ) -> None:
