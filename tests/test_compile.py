@@ -1,6 +1,8 @@
 """torch.compile: as many graphs as the stock model, and the same output and gradients."""
 
+import copy
 import functools
+import gc
 import threading
 import warnings
 from dataclasses import replace
@@ -227,6 +229,30 @@ def test_as_many_graphs_as_stock(how: str) -> None:
     count, out = graphs(model, how)
     assert count == stock
     torch.testing.assert_close(out, want, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["whole", "repeated blocks"])
+def test_attaching_to_another_model_compiles_nothing_again(how: str) -> None:
+    """Servers attach while they serve: attach, call, drop, copy and take off."""
+    model, other = tiny_wan.transformer(), tiny_wan.transformer()
+    diffattn.set_attn_processor(model, SPARSE)
+    if how == "whole":
+        model.compile(fullgraph=True, backend="eager")
+    else:
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    with torch.no_grad():
+        want = model(**inputs())[0]
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for method in (SPARSE, VMoBAAttn(topk=1, dense_layers=1), None, stock.IN_TILES):
+            diffattn.set_attn_processor(other, method)
+            other(**inputs())
+            assert torch.equal(model(**inputs())[0], want)
+        copied = copy.deepcopy(other)
+        assert torch.equal(model(**inputs())[0], want)
+        del other, copied
+        gc.collect()
+        diffattn.set_attn_processor(tiny_wan.transformer(), SPARSE)
+        assert torch.equal(model(**inputs())[0], want)
 
 
 def test_compiled_attention_trains() -> None:

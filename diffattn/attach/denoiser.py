@@ -39,10 +39,6 @@ from diffattn.models.twins import dispatching
 
 _ATTRIBUTE = "_diffattn_attached"
 
-# Backends of models that are gone. They leave diffusers' registry before the next backend enters.
-_retired: list[Any] = []
-
-
 # Threads enter their calls into the set of running calls one after another.
 _entering = threading.Lock()
 
@@ -175,8 +171,7 @@ class AttachedModel(Unpicklable):
             adaptation.apply(self)
         for name, method in chosen.items():
             self._attach(name, modules[name], processors[name], method, layers[name])
-        # The backends of a model that is dropped while attached leave the registry as well, but
-        # later: a compilation that has read the registry may be running.
+        # The backends of a model that is dropped while attached become free as well.
         self._retire_with(model)
         self._hooks += [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -223,7 +218,6 @@ class AttachedModel(Unpicklable):
         if self._gates is not None:
             self._gates.remove()
         self._retire()
-        _unregister_retired()
         for hook in self._hooks:
             hook.remove()
         self._model.__dict__.pop(_ATTRIBUTE, None)
@@ -262,7 +256,6 @@ class AttachedModel(Unpicklable):
         group = Group(
             method, self.family, self.variant, kind, layer, self.layers, previous, self.serial
         )
-        _unregister_retired()
         group.member = _compat.register_backend(backend_of(group))
         self.groups.append(group)
         return group
@@ -393,9 +386,7 @@ class AttachedModel(Unpicklable):
         return copied
 
     def _retire_with(self, model: torch.nn.Module) -> None:
-        self._retire = weakref.finalize(
-            model, _retired.extend, [group.member for group in self.groups]
-        )
+        self._retire = weakref.finalize(model, _unregister, [g.member for g in self.groups])
 
     def _use(self, grid: TokenGrid) -> None:
         """Set the grid of the attention calls to come: of the running call, or of the next ones."""
@@ -439,9 +430,9 @@ def _adaptations(model: torch.nn.Module, chosen: Mapping[str, Method]) -> list[A
     return out
 
 
-def _unregister_retired() -> None:
-    while _retired:
-        _compat.unregister_backend(_retired.pop())
+def _unregister(members: Iterable[Any]) -> None:
+    for member in members:
+        _compat.unregister_backend(member)
 
 
 def attached_to(model: torch.nn.Module) -> AttachedModel | None:
