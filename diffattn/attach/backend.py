@@ -184,16 +184,16 @@ class Group:
         Tensors are as for `Method.attend`.
         """
         site = Site(self.family.name, self.layer, self.layers, grid)
-        method = self._method_on(_without_text(grid))
+        method = self._method_on(grid.alone)
         return method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
 
     def _static_method(self, grid: TokenGrid) -> StaticMaskMethod:
-        method = self._method_on(_without_text(grid))
+        method = self._method_on(grid.alone)
         assert isinstance(method, StaticMaskMethod)
         return method
 
     def _method_in(self, call: Call) -> Method:
-        return self._method_on(call.video)
+        return self._method_on(None if call.video is None else call.video.alone)
 
     def _method_on(self, video: TokenGrid | None) -> Method:
         if video not in self._methods:
@@ -242,8 +242,7 @@ class Group:
             )
         grid = call.video
         if text:
-            before = text if self.family.text == "before" else 0
-            grid = TokenGrid(grid.frames, grid.height, grid.width, before, text - before)
+            grid = grid.beside(**{self.family.text or "after": text})
         order = call.order
         if order is not None and order.grid != grid:
             raise RuntimeError(
@@ -265,10 +264,6 @@ class Group:
         if self.last is not None:
             copied.use(Call(RunClock(), self.last.video))
         return copied
-
-
-def _without_text(grid: TokenGrid) -> TokenGrid:
-    return TokenGrid(grid.frames, grid.height, grid.width)
 
 
 def backend_of(group: Group) -> _compat.BackendFunction:

@@ -6,7 +6,7 @@ The figures come from the models' own configuration files and pipelines.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from diffattn.grid import TokenGrid
@@ -108,9 +108,11 @@ class ModelShape:
         missing = [name for name, value in sizes.items() if value is None]
         if missing:
             raise ValueError(f"the sizes {self.name} makes are not known: give {_and(missing)}")
-        return replace(self.sizes.grid(**sizes), **self._text(text))
+        before, after = self._text(text)
+        return self.sizes.grid(**sizes).beside(before, after)
 
-    def _text(self, text: int | None) -> dict[str, int]:
+    def _text(self, text: int | None) -> tuple[int, int]:
+        """Numbers of text tokens before and after the video."""
         sides = {"text_before": self.text_before, "text_after": self.text_after}
         holds_text = [side for side, tokens in sides.items() if tokens != 0]
         if not holds_text:
@@ -119,7 +121,7 @@ class ModelShape:
                     f"text is {text}, but the sequence of {self.name} holds video tokens only:"
                     f" its text is apart"
                 )
-            return {}
+            return 0, 0
         side = holds_text[0]
         tokens = sides[side] if text is None else text
         if tokens is None:
@@ -127,7 +129,7 @@ class ModelShape:
                 f"the sequence of {self.name} holds text too, and how much depends on the prompt:"
                 f" give text, its number of tokens"
             )
-        return {side: tokens}
+        return (tokens, 0) if side == "text_before" else (0, tokens)
 
 
 def _and(names: list[str]) -> str:

@@ -10,7 +10,7 @@ import torch
 from tiny_families import CASES, Case
 
 import diffattn
-from diffattn import AgentAttn, DenseAttn, GNAAttn, TokenGrid, VMoBAAttn
+from diffattn import AgentAttn, DenseAttn, GNAAttn, VMoBAAttn
 
 EXACT = {"atol": 1e-5, "rtol": 1e-4}
 
@@ -121,6 +121,32 @@ def test_a_pixel_arrives_at_the_token_that_the_grid_says(case: Case) -> None:
         assert tuple(int(x) for x in site.grid.coordinates(torch.tensor(token))) == place
 
 
+@pytest.mark.parametrize(
+    "name",
+    [n for n in CASES if CASES[n].reference_pixel] or [pytest.param("", marks=pytest.mark.skip)],
+)
+def test_a_pixel_of_a_reference_arrives_at_the_token_that_the_grid_says(name: str) -> None:
+    case = CASES[name]
+    model = case.build()
+    recorder = stock.Recording()
+    diffattn.set_attn_processor(model, recorder)
+    forward(model, case.inputs())
+    site, before = recorder.calls[0]
+    assert site.grid.references
+    assert case.reference_pixel is not None
+    for number, reference in enumerate(site.grid.references):
+        frames, height, width = reference.frames, reference.height, reference.width
+        for t, h, w in {(0, 0, 1), (frames - 1, height // 2, 0), (frames // 2, height - 1, 1)}:
+            inputs = case.inputs()
+            argument, pixel = case.reference_pixel(number, t, h, w)
+            inputs[argument][pixel] += 0.5
+            recorder.calls.clear()
+            forward(model, inputs)
+            moved = (recorder.calls[0][1] - before).flatten(2).norm(dim=2)[0]
+            (token,) = (moved > 0.5 * moved.max()).nonzero().flatten().tolist()
+            assert token == reference.start + (t * height + h) * width + w
+
+
 def test_sites_know_their_layer_and_tokens(case: Case) -> None:
     model, inputs = case.build(), case.inputs()
     recorder = stock.Recording()
@@ -131,12 +157,12 @@ def test_sites_know_their_layer_and_tokens(case: Case) -> None:
     forward(model, inputs)
     assert len(recorder.calls) == len(case.sites)
     text = 0 if case.text is None else case.text[1]
+    others = case.grids[0].tokens - case.grids[0].video_tokens
     for site, query in recorder.calls:
         assert site.layers == len(blocks)
         assert site.grid == case.grid_of(query.shape[1])
-        assert site.grid.text_before + site.grid.text_after in (0, text)
-    seen = {TokenGrid(g.grid.frames, g.grid.height, g.grid.width) for g, _ in recorder.calls}
-    assert seen == set(case.grids)
+        assert site.grid.text_before + site.grid.text_after in (others, others + text)
+    assert {g.grid.alone for g, _ in recorder.calls} == {grid.alone for grid in case.grids}
 
 
 def test_gradients_through_checkpoints_are_those_of_the_stock_model(case: Case) -> None:
