@@ -18,7 +18,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from triton_device import triton_device
 
 import diffattn
-from diffattn import FullMask, RadialAttn, TokenGrid, VMoBAAttn, attention
+from diffattn import (
+    AgentAttn,
+    FullMask,
+    LinFusionAttn,
+    RadialAttn,
+    TokenGrid,
+    VMoBAAttn,
+    attention,
+)
 from diffattn.attach.compiled import remember, traced_attention
 from diffattn.kernels.cpu import block_sparse as cpu_kernel
 from diffattn.kernels.reference import reference_attention
@@ -119,6 +127,30 @@ def test_as_many_graphs_over_all_sizes_as_stock(name: str, how: str, dynamic: bo
     # Blocks of VMoBA are of three kinds.
     kinds = 3 if (name, how) == ("content", "repeated blocks") else 1
     assert counts == [kinds * count for count in graphs_of_stock(how, dynamic)]
+    with torch.no_grad():
+        for size, out in zip(SIZES, outputs, strict=True):
+            torch.testing.assert_close(out, eager(**of_size(*size))[0], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("linfusion", "repeated blocks"), ("agent", "repeated blocks"), ("agent", "whole")],
+)
+def test_methods_that_are_no_mask_need_no_more_graphs(name: str, how: str) -> None:
+    """LinFusion has weights in each block; hooks give them to the method."""
+    method = {
+        "linfusion": LinFusionAttn(mid_dim=3),
+        "agent": AgentAttn(cell=(2, 2, 2), dense_steps=0, last_dense_steps=0),
+    }[name]
+    eager, model = tiny_wan.transformer(), tiny_wan.transformer()
+    for each in (eager, model):
+        diffattn.set_attn_processor(each, method)
+        torch.manual_seed(3)
+        for key, weight in each.named_parameters():
+            if ".linfusion." in key:
+                torch.nn.init.normal_(weight, std=0.1)
+    counts, outputs = graphs_over_sizes(model, how, dynamic=True)
+    assert counts == graphs_of_stock(how, dynamic=True)
     with torch.no_grad():
         for size, out in zip(SIZES, outputs, strict=True):
             torch.testing.assert_close(out, eager(**of_size(*size))[0], atol=2e-6, rtol=1e-5)

@@ -160,6 +160,7 @@ class AttachedModel(Unpicklable):
         self._first_forward = True
         self._reported = False
         self._hooks: list[RemovableHandle] = []
+        self._numbers: dict[str, tuple[int, ...]] = {}
         self._gates: Gates | None = None
         layers = family.layers(model)
         self.layers = max(layers.values()) + 1
@@ -238,10 +239,10 @@ class AttachedModel(Unpicklable):
         if weights is not None:
             module.add_module(method.type, weights)
             call = _WeightsOfCall(group, method.type)
-            self._hooks += [
-                module.register_forward_pre_hook(call.begin, with_kwargs=True),
-                module.register_forward_hook(call.end, always_call=True),
-            ]
+            first = module.register_forward_pre_hook(call.begin, with_kwargs=True)
+            last = module.register_forward_hook(call.end, always_call=True)
+            self._number_alike("weights", first, last)
+            self._hooks += [first, last]
         name_of_weights = None if weights is None else method.type
         self.sites[name] = AttachedSite(module, original, processor, group.member, name_of_weights)
 
@@ -303,7 +304,7 @@ class AttachedModel(Unpicklable):
                 f" thread a copy (copy.deepcopy)"
             )
         traced = [group for group in self.groups if group.was_traced]
-        if any(group.operator is None for group in traced):
+        if any(group.compiled_as not in ("mask", "operator") for group in traced):
             raise RuntimeError(
                 f"another thread is in a call of this {name}, but compiled code of"
                 f" {traced[0].chosen.type} attention is for one call at a time: call it from one"
@@ -332,17 +333,36 @@ class AttachedModel(Unpicklable):
         """Let the calls of a module set the grid of the sites inside it."""
         sites = [site.module for key, site in self.sites.items() if key.startswith(name + ".")]
         inside = _Inside(self, name)
+        hooks = [inside.learn, inside.forget, inside.use, inside.leave]
+        if any(group.compiled_as == "outside" for group in self.groups):
+            # The graph breaks inside, where code that is not compiled looks for the grid.
+            hooks = [torch.compiler.disable(hook) for hook in hooks]
+        learn, forget, use, leave = hooks
         if sites:
             self._hooks += [
-                module.register_forward_pre_hook(inside.learn, with_kwargs=True),
-                module.register_forward_hook(inside.forget, always_call=True),
+                module.register_forward_pre_hook(learn, with_kwargs=True),
+                module.register_forward_hook(forget, always_call=True),
             ]
         for site in sites:
-            self._hooks += [
-                # First of the site's hooks: the others read the grid.
-                site.register_forward_pre_hook(inside.use, prepend=True),
-                site.register_forward_hook(inside.leave, always_call=True),
-            ]
+            # First of the site's hooks: the others read the grid.
+            first = site.register_forward_pre_hook(use, prepend=True)
+            last = site.register_forward_hook(leave, always_call=True)
+            self._number_alike("grid", first, last)
+            site._forward_pre_hooks.move_to_end(first.id, last=False)
+            self._hooks += [first, last]
+
+    def _number_alike(self, purpose: str, *hooks: RemovableHandle) -> None:
+        """Give the hooks of a site the numbers of the other sites' hooks for the same purpose.
+
+        Compiled code depends on the numbers, so that sites share it only if these are alike.
+        """
+        numbers = self._numbers.setdefault(purpose, tuple(hook.id for hook in hooks))
+        for hook, number in zip(hooks, numbers, strict=True):
+            for ref in (hook.hooks_dict_ref, *hook.extra_dict_ref):
+                table = ref()
+                if table is not None and hook.id in table:
+                    table[number] = table.pop(hook.id)
+            hook.id = number
 
     def group_at(self, name: str) -> Group | None:
         """The group of the site called `name`; None where nothing is attached."""
