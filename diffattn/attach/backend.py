@@ -7,7 +7,7 @@ holds the rest: the grid, and the position in the denoising run.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +22,14 @@ from diffattn.attach.running_call import Call, running_call
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.methods.agent.merging import Merging
-from diffattn.methods.base import Method, Site, StaticMaskMethod, attends_by_mask_alone
+from diffattn.methods.base import (
+    Compiled,
+    Method,
+    Site,
+    SiteWeights,
+    StaticMaskMethod,
+    attends_by_mask_alone,
+)
 from diffattn.models import Family
 from diffattn.orders import TileOrder
 
@@ -65,8 +72,8 @@ class Group:
         model: serial number of the attached denoiser, by which the running call is found.
         member: the group's own backend, as a member of diffusers' enumeration of backends. The
             processors of the sites are set to it.
-        operator: the operator that compiled code calls: for attention under a mask alone, or for
-            any method; None for a method that is traced.
+        compiled_as: how compiled code calls the method: by the operator for attention under a mask
+            alone, or see `Compiled`.
         last: the state of the last call that began, without the order of its tokens; None before
             any.
         method_now, sparse_now: `method` and `sparse` of the last call that began.
@@ -86,7 +93,7 @@ class Group:
     previous: Any
     model: int
     member: Any = None
-    operator: Literal["mask", "method"] | None = field(init=False)
+    compiled_as: Compiled | Literal["mask"] = field(init=False)
     last: Call | None = None
     method_now: Method = field(init=False)
     sparse_now: bool = True
@@ -99,11 +106,9 @@ class Group:
 
     def __post_init__(self) -> None:
         self.method_now = self._method_on(None)
-        self.operator = None
-        if attends_by_mask_alone(self.chosen):
-            self.operator = "mask"
-        elif self.chosen.traced_whole:
-            self.operator = "method"
+        self.compiled_as = "mask"
+        if not attends_by_mask_alone(self.chosen):
+            self.compiled_as = self.chosen.compiled_as(self.family.name)
         self.serial = remember(self)
 
     @property
@@ -361,15 +366,54 @@ def _attend_sparse(
     queries: tuple[range, ...] | None,
 ) -> torch.Tensor:
     """Attention by the group's method, for queries at the positions `queries`; None is all."""
-    if torch.compiler.is_dynamo_compiling() and queries is None and group.operator is not None:
-        traced = traced_attention if group.operator == "mask" else traced_method
-        grid = group.traced_grid
-        return traced(query, key, value, grid, group.serial, scale=scale, key_mask=key_mask)
+    if torch.compiler.is_dynamo_compiling() and queries is None and group.compiled_as != "traced":
+        return _attend_compiled(group, scale, query, key, value, key_mask)
     site = group.site(key.shape[1])
     if queries is not None:
         return attend_queries(
             group.method, query, key, value, site, queries, scale=scale, key_mask=key_mask
         )
+    return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
+
+
+def _attend_compiled(
+    group: Group,
+    scale: float | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention by the group's method in code that is compiled for all grids."""
+    if group.compiled_as in ("mask", "operator"):
+        traced = traced_attention if group.compiled_as == "mask" else traced_method
+        grid = group.traced_grid
+        return traced(query, key, value, grid, group.serial, scale=scale, key_mask=key_mask)
+    weights, rotary = (
+        (None, None) if group.last is None else (group.last.weights, group.last.rotary)
+    )
+    if group.compiled_as == "outside":
+        return _attend_outside(group, scale, query, key, value, key_mask, weights, rotary)
+    row = TokenGrid(1, 1, key.shape[1])
+    site = Site(group.family.name, group.layer, group.layers, row, weights=weights, rotary=rotary)
+    return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
+
+
+@torch.compiler.disable
+def _attend_outside(
+    group: Group,
+    scale: float | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    weights: SiteWeights | None,
+    rotary: Any,
+) -> torch.Tensor:
+    """Attention by the group's method with what compiled code knows of the site."""
+    site = group.site(key.shape[1])
+    if weights is not None:
+        site = replace(site, weights=weights, rotary=rotary)
     return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
 
 
