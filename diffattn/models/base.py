@@ -207,3 +207,16 @@ def latent_grid(
     """The grid of a call on latents (batch, channels, frames, height, width)."""
     sizes = zip(first_input(args, kwargs).shape[2:], patch_size, strict=True)
     return TokenGrid(*(size // patch for size, patch in sizes))
+
+
+def sizes_in_the_call(reason: str) -> Callable[[Any], SizeRules]:
+    """The `sizes` of a family whose grid no size foretells.
+
+    Args:
+        reason: what the pipeline does, after its name.
+    """
+
+    def refuse(pipe: Any) -> SizeRules:
+        raise ValueError(f"{type(pipe).__name__} {reason}: the grid is only known in the call")
+
+    return refuse
