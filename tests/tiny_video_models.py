@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from tiny_case import BATCH, Case, make, names, noise, valid_text
 
@@ -291,3 +292,114 @@ CASES["motif-video"] = Case(
     text=("after", 72),
     pixel=lambda t, h, w: (0, 1, t, 2 * h + 1, 2 * w),
 )
+
+# --- MiniMax-H3
+
+
+def minimax_h3() -> torch.nn.Module:
+    return make(
+        "MiniMaxH3Transformer3DModel",
+        num_attention_heads=2,
+        attention_head_dim=16,
+        hidden_size=32,
+        num_layers=2,
+        num_refiner_layers=1,
+        ffn_dim=32,
+        in_channels=4,
+        audio_in_channels=6,
+        text_dim=16,
+        freq_dim=16,
+        time_embed_hidden_dim=16,
+        time_embed_dim=8,
+        rope_freq_dim=2,
+    )
+
+
+_TEXT, _SOUND = 7, 5
+_VIDEO: dict[str, Any] = {
+    "num_latent_frames": 3,
+    "latent_height": 8,
+    "latent_width": 12,
+    "num_audio_latents": _SOUND,
+    "patch_size": (1, 2, 2),
+    "audio_channels": 2,
+    "audio_tag": 2,
+    "video_tag": 0,
+}
+
+
+def _layout_steps() -> Any:
+    return pytest.importorskip("diffusers.modular_pipelines.minimax_h3.before_denoise")
+
+
+def _text_tags() -> torch.Tensor:
+    tags = torch.ones(_TEXT, dtype=torch.long)
+    tags[2:5] = 0  # what the text encoder sees of a picture counts as video
+    return tags
+
+
+def key_frame_layout(**changes: Any) -> tuple[Any, ...]:
+    """The pipeline's layout of text, a first and a last key frame, sound, and the video."""
+    build = _layout_steps().MiniMaxH3PrepareLayoutStep.build_packed_sequence
+    given = {"text_token_tags": _text_tags(), "keyframe_anchors": ("first", "last")}
+    return build(**(_VIDEO | given | changes))
+
+
+def reference_layout() -> tuple[Any, ...]:
+    """The pipeline's layout of text, a picture, sound, a video with sound, sound, and the video."""
+
+    class Medium:
+        def __init__(self, kind: str, has_audio: bool = False) -> None:
+            self.kind, self.has_audio = kind, has_audio
+
+    return _layout_steps().MiniMaxH3Ref2VAPrepareLayoutStep.build_ref2va_packed_sequence(
+        _text_tags(),
+        [Medium("image"), Medium("audio"), Medium("video", has_audio=True)],
+        [torch.zeros(1, 4, 1, 6, 8), torch.zeros(1, 4, 2, 8, 8)],
+        [torch.zeros(6, 6), torch.zeros(4, 6)],
+        **_VIDEO,
+    )
+
+
+def _minimax_inputs(layout: tuple[Any, ...]) -> dict[str, Any]:
+    ids, tags, video, audio, text = layout[:5]
+    return {
+        "hidden_states": noise(BATCH, len(video), 16),
+        "audio_hidden_states": noise(BATCH, len(audio), 6, seed=1),
+        "encoder_hidden_states": noise(BATCH, len(text), 16, seed=2),
+        "timestep": torch.tensor([0.3, 0.9]),
+        "timestep_indices": (torch.arange(len(ids)) >= len(ids) - 72).long(),
+        "token_tags": tags,
+        "position_ids": ids,
+        "video_indices": video,
+        "audio_indices": audio,
+        "text_indices": text,
+    }
+
+
+_MINIMAX: dict[str, Any] = {"build": minimax_h3, "sites": names(("transformer_blocks.{}.attn", 2))}
+CASES |= {
+    "minimax-h3-key-frames": Case(
+        inputs=lambda: _minimax_inputs(key_frame_layout()),
+        grids=(
+            TokenGrid(3, 4, 6, _TEXT + 58, references=(Reference(7, 2, 4, 6, times=(0.0, 2.0)),)),
+        ),
+        pixel=lambda t, h, w: (0, 48 + (t * 4 + h) * 6 + w, 1),
+        reference_pixel=lambda n, t, h, w: ("hidden_states", (0, (t * 4 + h) * 6 + w, 1)),
+        **_MINIMAX,
+    ),
+    "minimax-h3-references": Case(
+        inputs=lambda: _minimax_inputs(reference_layout()),
+        grids=(
+            TokenGrid(
+                3, 4, 6, _TEXT + 64, references=(Reference(7, 1, 3, 4), Reference(29, 2, 4, 4))
+            ),
+        ),
+        pixel=lambda t, h, w: (0, 44 + (t * 4 + h) * 6 + w, 1),
+        reference_pixel=lambda n, t, h, w: (
+            "hidden_states",
+            (0, h * 4 + w if n == 0 else 12 + (t * 4 + h) * 4 + w, 1),
+        ),
+        **_MINIMAX,
+    ),
+}

@@ -18,6 +18,7 @@ from diffattn.models.helios import HELIOS
 from diffattn.models.hunyuanvideo import HUNYUANVIDEO, HUNYUANVIDEO15
 from diffattn.models.kandinsky import KANDINSKY5, KANDINSKY6
 from diffattn.models.ltx import LTX, LTX2
+from diffattn.models.minimax import MINIMAX_H3
 from diffattn.models.mochi import MOCHI
 from diffattn.models.motif import MOTIF_VIDEO
 from diffattn.models.qwen import QWEN_IMAGE
@@ -50,6 +51,7 @@ FAMILIES: tuple[Family, ...] = (
     KANDINSKY6,
     COSMOS,
     MOTIF_VIDEO,
+    MINIMAX_H3,
 )
 
 # Models of diffusers without a rectangular grid or without token pairs, and the reason.
@@ -58,7 +60,6 @@ _WITHOUT_GRID = {
     "Cosmos3OmniTransformer": "text and video share a packed sequence",
     "Flux3Transformer2DModel": "tokens of several modes share a sequence",
     "Kandinsky6SRTransformer3DModel": "its own sparse attention puts tokens in another order",
-    "MiniMaxH3Transformer3DModel": "text, images, audio and video share a packed sequence",
     "QwenImage21Transformer2DModel": "segments of several images share a sequence",
     "SanaVideoTransformer3DModel": "its self-attention is linear: it has no token pairs",
     "SanaWMLTX2RefinerTransformer3DModel": "keys of earlier chunks come from a cache",

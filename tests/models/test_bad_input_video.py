@@ -83,6 +83,76 @@ def test_a_picture_has_no_frame_beside_it() -> None:
     assert grid_of("kandinsky-6", **inputs, visual_token_type_ids=types) == TokenGrid(1, 4, 6)
 
 
+# --- MiniMax-H3
+
+
+def test_minimax_h3_at_full_size() -> None:
+    """The layout of 480 x 832 pixels and 124 frames: 200 of text, key frames, sound, video."""
+    ids, _, video, *_ = tiny.key_frame_layout(
+        text_token_tags=torch.ones(200, dtype=torch.long),
+        num_latent_frames=37,
+        latent_height=30,
+        latent_width=52,
+        num_audio_latents=207,
+    )
+    grid = grid_of("minimax-h3-key-frames", position_ids=ids, video_indices=video)
+    assert grid.tokens == 15824
+    assert (grid.frames, grid.height, grid.width) == (37, 15, 26)
+    assert grid.text_before == 200 + 2 * 15 * 26 + 2 * 207
+    (keys,) = grid.references
+    assert (keys.start, keys.frames) == (200, 2)
+    assert keys.times == (0.0, 36.0)
+
+
+def test_minimax_h3_without_key_frames() -> None:
+    ids, _, video, *_ = tiny.key_frame_layout(keyframe_anchors=())
+    grid = grid_of("minimax-h3-key-frames", position_ids=ids, video_indices=video)
+    assert grid == TokenGrid(3, 4, 6, 7 + 10)
+
+
+def test_minimax_h3_longer_text_keeps_the_times_of_key_frames() -> None:
+    grids = []
+    for text in (7, 1001):
+        ids, _, video, *_ = tiny.key_frame_layout(
+            text_token_tags=torch.ones(text, dtype=torch.long), num_latent_frames=22
+        )
+        grids.append(grid_of("minimax-h3-key-frames", position_ids=ids, video_indices=video))
+    assert grids[0].references[0].times == grids[1].references[0].times == (0.0, 21.0)
+
+
+def test_minimax_h3_ids_that_contradict_the_indices() -> None:
+    inputs = tiny.CASES["minimax-h3-key-frames"].inputs()
+    zeros = torch.zeros_like(inputs["position_ids"])
+    message = "position_ids of MiniMaxH3.* contradict its video_indices: the last 72 video tokens"
+    with pytest.raises(ValueError, match=message):
+        grid_of("minimax-h3-key-frames", position_ids=zeros)
+    shuffled = inputs["position_ids"].clone()
+    shuffled[-72:] = shuffled[-72:].flip(0)
+    with pytest.raises(ValueError, match="position_ids of MiniMaxH3"):
+        grid_of("minimax-h3-key-frames", position_ids=shuffled)
+
+
+def test_minimax_h3_with_tokens_after_the_video() -> None:
+    inputs = tiny.CASES["minimax-h3-key-frames"].inputs()
+    longer = torch.cat([inputs["position_ids"], torch.full((3, 3), 99.0)])
+    with pytest.raises(ValueError, match="3 tokens after the last video token"):
+        grid_of("minimax-h3-key-frames", position_ids=longer)
+
+
+def test_sizes_of_minimax_h3() -> None:
+    pipe = SimpleNamespace(
+        transformer=tiny.minimax_h3(), canvas_multiple=32, vae_frames_per_chunk=17,
+        vae_latents_per_chunk=5, fps=24, min_duration=5.0, max_duration=15.0,
+    )  # fmt: skip
+    assert pipeline_grid(pipe, 480, 832, 124) == TokenGrid(37, 15, 26)
+    assert pipeline_grid(pipe, 768, 1344, 345) == TokenGrid(102, 24, 42)
+    for frames, message in ((120, "try 124"), (362, "try 345"), (200, "try 192 or 209")):
+        with pytest.raises(ValueError, match=f"num_frames is {frames}, .*{message}"):
+            pipeline_grid(pipe, 480, 832, frames)
+    with pytest.raises(ValueError, match="width is 840, but this model needs a multiple of 32"):
+        pipeline_grid(pipe, 480, 840, 124)
+
+
 # --- sizes
 
 
