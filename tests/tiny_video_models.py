@@ -296,23 +296,23 @@ CASES["motif-video"] = Case(
 # --- MiniMax-H3
 
 
-def minimax_h3() -> torch.nn.Module:
-    return make(
-        "MiniMaxH3Transformer3DModel",
-        num_attention_heads=2,
-        attention_head_dim=16,
-        hidden_size=32,
-        num_layers=2,
-        num_refiner_layers=1,
-        ffn_dim=32,
-        in_channels=4,
-        audio_in_channels=6,
-        text_dim=16,
-        freq_dim=16,
-        time_embed_hidden_dim=16,
-        time_embed_dim=8,
-        rope_freq_dim=2,
-    )
+def minimax_h3(**changes: Any) -> torch.nn.Module:
+    config: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_refiner_layers": 1,
+        "ffn_dim": 32,
+        "in_channels": 4,
+        "audio_in_channels": 6,
+        "text_dim": 16,
+        "freq_dim": 16,
+        "time_embed_hidden_dim": 16,
+        "time_embed_dim": 8,
+        "rope_freq_dim": 2,
+    }
+    return make("MiniMaxH3Transformer3DModel", **(config | changes))
 
 
 _TEXT, _SOUND = 7, 5
