@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from diffattn.grid import Reference, TokenGrid
 from diffattn.models.base import Family, SizeRules, argument
 from diffattn.models.position_ids import Rectangle, rectangles
+from diffattn.models.video_clock import frame_at
 
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
@@ -87,20 +87,8 @@ def _reference(rectangle: Rectangle, clock: tuple[float, ...]) -> Reference:
         rectangle.frames,
         rectangle.height,
         rectangle.width,
-        times=tuple(_frame_at(time, clock) for time in rectangle.times) if of_target else (),
+        times=tuple(frame_at(time, clock) for time in rectangle.times) if of_target else (),
     )
-
-
-def _frame_at(time: float, clock: tuple[float, ...]) -> float:
-    """The latent frame, and fraction of one, at a time from the first of `clock` on.
-
-    Times after the first moment of the last frame are in the last frame.
-    """
-    frame = bisect_right(clock, time) - 1
-    if frame == len(clock) - 1:
-        return float(frame)
-    # Rounded: the clock starts after the text, and equal layouts are to have equal grids.
-    return round(frame + (time - clock[frame]) / (clock[frame + 1] - clock[frame]), 3)
 
 
 def _sizes(pipe: Any) -> SizeRules:

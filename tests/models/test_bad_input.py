@@ -24,18 +24,6 @@ def call(name: str, **changes: Any) -> None:
         model(**(case.inputs() | changes), return_dict=False)
 
 
-def test_ltx_by_coordinates() -> None:
-    coordinates = tiny.noise(2, 3, 72)
-    with pytest.raises(ValueError, match="places its 72 tokens by coordinates"):
-        call("ltx", num_frames=None, height=None, width=None, video_coords=coordinates)
-
-
-@pytest.mark.parametrize("name", ["ltx", "ltx-2"])
-def test_ltx_with_reference_tokens(name: str) -> None:
-    with pytest.raises(ValueError, match=r"has 80 tokens, .* make 3x4x6 = 72: reference tokens"):
-        call(name, hidden_states=tiny.noise(2, 80, 8))
-
-
 @pytest.mark.parametrize("name", ["flux", "flux.2"])
 def test_flux_with_reference_images(name: str) -> None:
     ids = tiny.CASES[name].inputs()["img_ids"]
