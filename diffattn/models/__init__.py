@@ -24,7 +24,7 @@ from diffattn.models.motif import MOTIF_VIDEO
 from diffattn.models.qwen import QWEN_IMAGE
 from diffattn.models.sd3 import SD3
 from diffattn.models.unet import UNET
-from diffattn.models.wan import ANYFLOW, CHRONOEDIT, SKYREELS_V2, WAN, WAN_ANIMATE
+from diffattn.models.wan import ANYFLOW, CHRONOEDIT, SKYREELS_V2, WAN, WAN_ANIMATE, WAN_ANIMATE2
 
 FAMILIES: tuple[Family, ...] = (
     WAN,
@@ -52,6 +52,7 @@ FAMILIES: tuple[Family, ...] = (
     COSMOS,
     MOTIF_VIDEO,
     MINIMAX_H3,
+    WAN_ANIMATE2,
 )
 
 # Models of diffusers without a rectangular grid or without token pairs, and the reason.
@@ -64,7 +65,6 @@ _WITHOUT_GRID = {
     "SanaVideoTransformer3DModel": "its self-attention is linear: it has no token pairs",
     "SanaWMLTX2RefinerTransformer3DModel": "keys of earlier chunks come from a cache",
     "SanaWMTransformer3DModel": "its self-attention is linear: it has no token pairs",
-    "WanAnimate2Transformer3DModel": "keys of earlier chunks come from a cache",
 }
 
 # The components of a pipeline that may be denoisers.
