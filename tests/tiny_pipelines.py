@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import tiny_families as tiny
+import tiny_picture_models
 import tiny_wan
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -466,5 +467,25 @@ PIPELINES: dict[str, PipelineCase] = {
         _easyanimate,
         lambda: _prompts(5, 3),
         size=(64, 96, 9),
+    ),
+}
+
+# --- Pictures whose grid follows from shapes
+
+
+def _texts(*lengths: int) -> dict[str, Any]:
+    """Encoded prompts of their own lengths, without padding."""
+    prefixes = ("", "negative_")
+    return {
+        f"{prefix}prompt_embeds": [tiny.noise(length, WIDTH, seed=length)]
+        for prefix, length in zip(prefixes, lengths, strict=False)
+    }
+
+
+PIPELINES |= {
+    "z-image": PipelineCase(
+        lambda: _pipeline("ZImagePipeline", transformer=tiny_picture_models.z_image()),
+        lambda: _texts(7, 40),
+        size=(96, 144, 1),
     ),
 }

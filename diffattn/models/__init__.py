@@ -20,6 +20,7 @@ from diffattn.models.qwen import QWEN_IMAGE
 from diffattn.models.sd3 import SD3
 from diffattn.models.unet import UNET
 from diffattn.models.wan import ANYFLOW, CHRONOEDIT, SKYREELS_V2, WAN, WAN_ANIMATE
+from diffattn.models.z_image import Z_IMAGE
 
 FAMILIES: tuple[Family, ...] = (
     WAN,
@@ -41,6 +42,7 @@ FAMILIES: tuple[Family, ...] = (
     ALLEGRO,
     KANDINSKY5,
     EASYANIMATE,
+    Z_IMAGE,
 )
 
 # Models of diffusers without a rectangular grid or without token pairs, and the reason.

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import stock
 import torch
+from tiny_case import nudged
 from tiny_families import CASES, Case
 
 import diffattn
@@ -92,8 +93,7 @@ def perturbed(module: torch.nn.Module, pixel: tuple[Any, ...]) -> Iterator[None]
 
     def change(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = None if args else next(iter(kwargs))
-        pixels = (args[0] if name is None else kwargs[name]).clone()
-        pixels[pixel] += 0.5
+        pixels = nudged(args[0] if name is None else kwargs[name], pixel)
         return ((pixels, *args[1:]), kwargs) if name is None else (args, kwargs | {name: pixels})
 
     hook = module.register_forward_pre_hook(change, with_kwargs=True)
@@ -139,7 +139,7 @@ def test_a_pixel_of_a_reference_arrives_at_the_token_that_the_grid_says(name: st
         for t, h, w in {(0, 0, 1), (frames - 1, height // 2, 0), (frames // 2, height - 1, 1)}:
             inputs = case.inputs()
             argument, pixel = case.reference_pixel(number, t, h, w)
-            inputs[argument][pixel] += 0.5
+            inputs[argument] = nudged(inputs[argument], pixel)
             recorder.calls.clear()
             forward(model, inputs)
             moved = (recorder.calls[0][1] - before).flatten(2).norm(dim=2)[0]
