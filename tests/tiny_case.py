@@ -29,6 +29,7 @@ class Case:
         entry: name of the module that has this input; the model, unless other layers come between.
         reference_pixel: name of an input of the model, and index into the input of a pixel in the
             token at (t, h, w) of reference number n, from (n, t, h, w). None without references.
+        checkpoints: whether gradient checkpointing of the class works in diffusers.
     """
 
     build: Callable[[], torch.nn.Module]
@@ -39,6 +40,7 @@ class Case:
     text: tuple[str, int] | None = None
     entry: str = ""
     reference_pixel: Callable[[int, int, int, int], tuple[str, tuple[Any, ...]]] | None = None
+    checkpoints: bool = True
 
     def grid_of(self, tokens: int) -> TokenGrid:
         """The grid of an attention call over `tokens`, with its text."""

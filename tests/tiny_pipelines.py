@@ -488,4 +488,36 @@ PIPELINES |= {
         lambda: _texts(7, 40),
         size=(96, 144, 1),
     ),
+    "hunyuan-image": PipelineCase(
+        lambda: _pipeline(
+            "HunyuanImagePipeline",
+            transformer=tiny_picture_models.hunyuan_image(),
+            guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0),
+            absent=_SECOND,
+        ),
+        lambda: _prompts(5, 3, mask="prompt_embeds_mask") | _glyphs(),
+        size=(192, 288, 1),
+        forwards=2,
+    ),
+    "ernie-image": PipelineCase(
+        lambda: _pipeline("ErnieImagePipeline", transformer=tiny_picture_models.ernie_image()),
+        lambda: _texts(7, 4),
+        size=(96, 144, 1),
+    ),
+    "pixart": PipelineCase(
+        lambda: _pipeline(
+            "PixArtSigmaPipeline",
+            transformer=tiny_picture_models.pixart(),
+            scheduler=DDIMScheduler(),
+        ),
+        lambda: _prompts(5, 3) | {"negative_prompt": None, "use_resolution_binning": False},
+        size=(96, 144, 1),
+    ),
+    "latte": PipelineCase(
+        lambda: _pipeline(
+            "LattePipeline", transformer=tiny_picture_models.latte(), scheduler=DDIMScheduler()
+        ),
+        lambda: _prompts(TEXT, TEXT, mask=None) | {"video_length": 3, "negative_prompt": None},
+        size=(96, 144, 3),
+    ),
 }

@@ -11,11 +11,16 @@ from diffattn.models.allegro import ALLEGRO
 from diffattn.models.base import Family, SizeRules
 from diffattn.models.cogvideox import COGVIDEOX
 from diffattn.models.easyanimate import EASYANIMATE
+from diffattn.models.ernie import ERNIE_IMAGE
 from diffattn.models.flux import FLUX, FLUX2
+from diffattn.models.glm import GLM_IMAGE
+from diffattn.models.hunyuan_image import HUNYUAN_IMAGE
 from diffattn.models.hunyuanvideo import HUNYUANVIDEO, HUNYUANVIDEO15
+from diffattn.models.joyimage import JOYIMAGE_EDIT, JOYIMAGE_EDIT_PLUS
 from diffattn.models.kandinsky import KANDINSKY5
 from diffattn.models.ltx import LTX, LTX2
 from diffattn.models.mochi import MOCHI
+from diffattn.models.pixart import LATTE, PIXART
 from diffattn.models.qwen import QWEN_IMAGE
 from diffattn.models.sd3 import SD3
 from diffattn.models.unet import UNET
@@ -43,6 +48,13 @@ FAMILIES: tuple[Family, ...] = (
     KANDINSKY5,
     EASYANIMATE,
     Z_IMAGE,
+    HUNYUAN_IMAGE,
+    ERNIE_IMAGE,
+    GLM_IMAGE,
+    PIXART,
+    LATTE,
+    JOYIMAGE_EDIT,
+    JOYIMAGE_EDIT_PLUS,
 )
 
 # Models of diffusers without a rectangular grid or without token pairs, and the reason.

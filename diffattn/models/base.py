@@ -207,3 +207,10 @@ def latent_grid(
     """The grid of a call on latents (batch, channels, frames, height, width)."""
     sizes = zip(first_input(args, kwargs).shape[2:], patch_size, strict=True)
     return TokenGrid(*(size // patch for size, patch in sizes))
+
+
+def image_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
+    """The grid of a call on latents (..., height, width), in patches of one size along both."""
+    height, width = first_input(args, kwargs).shape[-2:]
+    patch = model.config.patch_size
+    return TokenGrid(1, height // patch, width // patch)

@@ -50,3 +50,37 @@ def test_text_of_z_image_may_differ_by_sample() -> None:
     with torch.no_grad():
         model(**(inputs | {"x": list(inputs["x"]), "cap_feats": texts}))
     assert {site.grid.text_after for site, _ in recorder.calls} == {10 + 128}
+
+
+def test_masks_of_glm_image() -> None:
+    message = "GlmImageTransformer2DModel has an attention_mask.*adds them to the scores, so that"
+    with pytest.raises(ValueError, match=message):
+        call("glm-image", attention_mask=tiny.valid_text(7, 7, 4))
+
+
+def test_joyimage_plus_with_samples_of_different_pictures() -> None:
+    shapes = [[(1, 6, 9), (1, 4, 5)], [(1, 6, 9)]]
+    message = (
+        r"JoyImageEditPlus\w+ has a shape_list whose samples differ: .*\(1, 4, 5\).*once per sample"
+    )
+    with pytest.raises(ValueError, match=message):
+        call("joyimage-edit-plus", shape_list=shapes)
+
+
+def test_joyimage_with_one_picture_without_its_dimension() -> None:
+    model = pictures.joyimage()
+    recorder = stock.Recording()
+    diffattn.set_attn_processor(model, recorder)
+    inputs = tiny.CASES["joyimage-edit"].inputs()
+    with torch.no_grad():
+        model(**(inputs | {"hidden_states": tiny.noise(2, 4, 1, 12, 18)}))
+    assert {site.grid for site, _ in recorder.calls} == {diffattn.TokenGrid(1, 6, 9, 0, 7)}
+
+
+def test_padding_of_pixart_is_a_mask_over_keys() -> None:
+    model = pictures.pixart()
+    inputs = tiny.CASES["pixart"].inputs() | {"attention_mask": tiny.valid_text(54, 54, 40)}
+    with torch.no_grad():
+        want = model(**inputs).sample
+        diffattn.set_attn_processor(model, diffattn.DenseAttn())
+        torch.testing.assert_close(model(**inputs).sample, want, atol=1e-5, rtol=1e-4)
