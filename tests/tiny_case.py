@@ -29,6 +29,8 @@ class Case:
         entry: name of the module that has this input; the model, unless other layers come between.
         reference_pixel: name of an input of the model, and index into the input of a pixel in the
             token at (t, h, w) of reference number n, from (n, t, h, w). None without references.
+        queries: the positions of the queries of a site's call with so many queries and keys, where
+            there are more keys; None for a model without such calls.
         checkpoints: whether gradient checkpointing of the class works in diffusers.
     """
 
@@ -40,6 +42,7 @@ class Case:
     text: tuple[str, int] | None = None
     entry: str = ""
     reference_pixel: Callable[[int, int, int, int], tuple[str, tuple[Any, ...]]] | None = None
+    queries: Callable[[int, int], tuple[range, ...]] | None = None
     checkpoints: bool = True
 
     def grid_of(self, tokens: int) -> TokenGrid:

@@ -346,3 +346,67 @@ CASES |= {
         **_JOYIMAGE,
     ),
 }
+
+# --- PRX and Nucleus-Image, without queries of the text
+
+
+def prx() -> torch.nn.Module:
+    return make(
+        "PRXTransformer2DModel",
+        in_channels=4,
+        patch_size=2,
+        context_in_dim=16,
+        hidden_size=32,
+        num_heads=2,
+        depth=2,
+        axes_dim=[8, 8],
+    )
+
+
+CASES["prx"] = Case(
+    build=prx,
+    inputs=lambda: {
+        "hidden_states": noise(BATCH, 4, 12, 18),
+        "timestep": torch.tensor([0.9, 0.4]),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        "attention_mask": valid_text(7, 7, 4),
+    },
+    grids=(TokenGrid(1, 6, 9),),
+    sites=names(("blocks.{}.attention", 2)),
+    text=("before", 7),
+    pixel=lambda t, h, w: (0, 1, 2 * h + 1, 2 * w),
+    queries=lambda queries, keys: (range(keys - queries, keys),),
+)
+
+
+def nucleus_image() -> torch.nn.Module:
+    return make(
+        "NucleusMoEImageTransformer2DModel",
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+        moe_enabled=False,
+    )
+
+
+CASES["nucleus-image"] = Case(
+    build=nucleus_image,
+    inputs=lambda: {
+        "hidden_states": noise(BATCH, 54, 16),
+        "img_shapes": [(1, 6, 9)] * BATCH,
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        "encoder_hidden_states_mask": valid_text(7, 7, 4).bool(),
+        "timestep": torch.tensor([0.9, 0.4]),
+    },
+    grids=(TokenGrid(1, 6, 9),),
+    sites=names(("transformer_blocks.{}.attn", 2)),
+    text=("after", 7),
+    pixel=lambda t, h, w: (0, h * 9 + w),
+    queries=lambda queries, keys: (range(queries),),
+)

@@ -20,7 +20,9 @@ from diffattn.models.joyimage import JOYIMAGE_EDIT, JOYIMAGE_EDIT_PLUS
 from diffattn.models.kandinsky import KANDINSKY5
 from diffattn.models.ltx import LTX, LTX2
 from diffattn.models.mochi import MOCHI
+from diffattn.models.nucleus import NUCLEUS_IMAGE
 from diffattn.models.pixart import LATTE, PIXART
+from diffattn.models.prx import PRX
 from diffattn.models.qwen import QWEN_IMAGE
 from diffattn.models.sd3 import SD3
 from diffattn.models.unet import UNET
@@ -55,6 +57,8 @@ FAMILIES: tuple[Family, ...] = (
     LATTE,
     JOYIMAGE_EDIT,
     JOYIMAGE_EDIT_PLUS,
+    PRX,
+    NUCLEUS_IMAGE,
 )
 
 # Models of diffusers without a rectangular grid or without token pairs, and the reason.

@@ -1,4 +1,4 @@
-"""GLM-Image: text to image."""
+"""GLM-Image: text to image, and to image out of images whose keys a cache keeps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffattn.grid import TokenGrid
-from diffattn.models.base import Family, SizeRules, argument, image_grid
+from diffattn.models.base import Family, SizeRules, argument, image_grid, last_queries
 
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
@@ -43,7 +43,9 @@ GLM_IMAGE = Family(
     sites=re.compile(r"transformer_blocks\.(?P<layer>\d+)\.attn1"),
     grid=_grid,
     sizes=_sizes,
+    # Keys of condition images stand before the text.
     text="before",
+    queries=last_queries,
     images=True,
     tested="model",
 )

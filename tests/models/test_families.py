@@ -26,6 +26,11 @@ def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 
 
+def masked(case: Case, model: torch.nn.Module) -> contextlib.AbstractContextManager[list[int]]:
+    """The stock model with the boolean mask of `stock.NEARBY`."""
+    return stock.masked(model, list(case.sites), case.grid_of, stock.NEARBY, case.queries)
+
+
 def attached_sites(model: torch.nn.Module) -> list[str]:
     attached = diffattn.attach.attached_to(model)
     assert attached is not None
@@ -57,7 +62,7 @@ def test_content_method_that_selects_everything_gives_the_models_own_output(case
 def test_sparse_method_is_the_stock_model_with_that_mask(case: Case) -> None:
     model, inputs = case.build(), case.inputs()
     dense = forward(model, inputs)
-    with stock.masked(model, list(case.sites), case.grid_of, stock.NEARBY) as calls:
+    with masked(case, model) as calls:
         want = forward(model, inputs)
     assert len(calls) >= len(case.sites)
     assert not torch.allclose(want, dense, atol=1e-3), "the mask should matter"
@@ -180,7 +185,7 @@ def test_gradients_through_checkpoints_are_those_of_the_stock_model(case: Case) 
             out = model(**inputs, return_dict=False)[0]
             out.square().mean().backward()
         else:
-            with stock.masked(model, list(case.sites), case.grid_of, stock.NEARBY):
+            with masked(case, model):
                 out = model(**inputs, return_dict=False)[0]
                 out.square().mean().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
