@@ -5,6 +5,7 @@ from typing import Any
 
 import diffusers
 import tiny_picture_models
+import tiny_video_models
 import torch
 from tiny_case import BATCH, Case, make, names, noise, valid_text
 
@@ -814,3 +815,4 @@ CASES["easyanimate"] = Case(
 )
 
 CASES |= tiny_picture_models.CASES
+CASES |= tiny_video_models.CASES

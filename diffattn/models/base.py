@@ -21,6 +21,9 @@ class SizeRules:
         spatial_multiple: height and width in pixels are multiples of this number.
         frame_stride, frame_offset: a number of frames is `frame_stride * k + frame_offset`, k >= 0.
             A stride of 0 is a pipeline that makes images.
+        latent_frames: latent frames of a stride, and of the offset. None for 1 of each; an offset
+            of 0 has none.
+        frame_bounds: the least and the largest number of frames; None for no bounds.
         token_pixels: pixels per token along height and width; None for `spatial_multiple`.
         frames_per_token: latent frames per token; pipelines pad the last token.
         frames_apart: whether each frame attends to itself alone, on a grid of one frame.
@@ -31,6 +34,8 @@ class SizeRules:
     spatial_multiple: int
     frame_stride: int
     frame_offset: int
+    latent_frames: tuple[int, int] | None = None
+    frame_bounds: tuple[int, int] | None = None
     token_pixels: int | None = None
     frames_per_token: int = 1
     frames_apart: bool = False
@@ -63,6 +68,12 @@ class SizeRules:
                     f"{name} is {pixels}, but this model needs a multiple of"
                     f" {self.spatial_multiple}: {_both_sides(pixels, self.spatial_multiple, 0)}"
                 )
+        least, most = self.frame_bounds or (num_frames, num_frames)
+        if not least <= num_frames <= most:
+            raise ValueError(
+                f"num_frames is {num_frames}, but this model makes {least} to {most} frames:"
+                f" try {least if num_frames < least else most}"
+            )
         if self.frame_stride == 0:
             if num_frames != self.frame_offset:
                 raise ValueError(f"num_frames is {num_frames}, but this model makes images: try 1")
@@ -91,9 +102,18 @@ class SizeRules:
 
     def _tokens(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
         """Tokens along frames, height and width, of frames that attend apart too."""
-        latent_frames = -(-num_frames // self.frame_stride) if self.frame_stride else 1
+        latent_frames = 1
+        if self.frame_stride:
+            of_stride, of_offset = self._latents
+            strides = (num_frames - self.frame_offset) // self.frame_stride
+            latent_frames = of_stride * strides + of_offset
         pixels = self.token_pixels or self.spatial_multiple
         return -(-latent_frames // self.frames_per_token), height // pixels, width // pixels
+
+    @property
+    def _latents(self) -> tuple[int, int]:
+        """Latent frames of a stride, and of the offset."""
+        return self.latent_frames or (1, 1 if self.frame_offset else 0)
 
     def _check_limits(self, height: int, width: int, num_frames: int) -> None:
         """Raise ValueError for more tokens along an axis than the model has positions for."""
@@ -113,8 +133,9 @@ class SizeRules:
         """The largest number of frames or pixels that makes at most `most` tokens."""
         if name == "num_frames":
             latent_frames = most * self.frames_per_token
-            whole = latent_frames - 1 if self.frame_offset else latent_frames
-            return whole * self.frame_stride + self.frame_offset
+            of_stride, of_offset = self._latents
+            strides = (latent_frames - of_offset) // of_stride
+            return strides * self.frame_stride + self.frame_offset
         pixels = most * (self.token_pixels or self.spatial_multiple)
         return pixels // self.spatial_multiple * self.spatial_multiple
 
@@ -238,3 +259,16 @@ def first_queries(video: TokenGrid, queries: int, keys: int) -> tuple[range, ...
     """
     fits = video.text_before + video.video_tokens <= queries < keys
     return (range(queries),) if fits else None
+
+
+def sizes_in_the_call(reason: str) -> Callable[[Any], SizeRules]:
+    """The `sizes` of a family whose grid no size foretells.
+
+    Args:
+        reason: what the pipeline does, after its name.
+    """
+
+    def refuse(pipe: Any) -> SizeRules:
+        raise ValueError(f"{type(pipe).__name__} {reason}: the grid is only known in the call")
+
+    return refuse

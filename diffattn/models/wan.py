@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffattn.grid import TokenGrid
-from diffattn.models.base import Family, SizeRules, first_input, latent_grid
+from diffattn.models.base import Family, SizeRules, first_input, latent_grid, sizes_in_the_call
 from diffattn.models.token_flow import TokenFlow
 
 _TI2V_5B_CHANNELS = 48
@@ -103,13 +103,6 @@ def _variant(pipe: Any, model: torch.nn.Module) -> str:
     return "wan2.2" if two_experts else "wan2.1"
 
 
-def _animate_sizes(pipe: Any) -> SizeRules:
-    raise ValueError(
-        f"{type(pipe).__name__} takes its number of frames from the video that drives it and makes"
-        f" it in segments: the grid is only known in the call"
-    )
-
-
 _wan_shaped = partial(
     Family, sites=re.compile(r"blocks\.(?P<layer>\d+)\.attn1"), grid=_grid, sizes=_sizes
 )
@@ -150,5 +143,7 @@ WAN_ANIMATE = _wan_shaped(
     name="wan-animate",
     title="Wan 2.2 Animate",
     model_classes=("WanAnimateTransformer3DModel",),
-    sizes=_animate_sizes,
+    sizes=sizes_in_the_call(
+        "takes its number of frames from the video that drives it and makes it in segments"
+    ),
 )

@@ -100,11 +100,8 @@ def test_nabla_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("HunyuanVideoFramepackTransformer3DModel", "history in three sizes"),
         ("WanAnimate2Transformer3DModel", "come from a cache"),
         ("Kandinsky6SRTransformer3DModel", "its own sparse attention"),
-        ("CosmosTransformer3DModel", "cannot be given a backend"),
-        ("HeliosTransformer3DModel", "history of three lengths"),
         ("Cosmos3OmniTransformer", "text and video share a packed sequence"),
         ("SanaWMTransformer3DModel", "self-attention is linear"),
     ],
