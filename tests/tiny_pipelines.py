@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import tiny_families as tiny
+import tiny_picture_models
 import tiny_wan
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -466,5 +467,57 @@ PIPELINES: dict[str, PipelineCase] = {
         _easyanimate,
         lambda: _prompts(5, 3),
         size=(64, 96, 9),
+    ),
+}
+
+# --- Pictures whose grid follows from shapes
+
+
+def _texts(*lengths: int) -> dict[str, Any]:
+    """Encoded prompts of their own lengths, without padding."""
+    prefixes = ("", "negative_")
+    return {
+        f"{prefix}prompt_embeds": [tiny.noise(length, WIDTH, seed=length)]
+        for prefix, length in zip(prefixes, lengths, strict=False)
+    }
+
+
+PIPELINES |= {
+    "z-image": PipelineCase(
+        lambda: _pipeline("ZImagePipeline", transformer=tiny_picture_models.z_image()),
+        lambda: _texts(7, 40),
+        size=(96, 144, 1),
+    ),
+    "hunyuan-image": PipelineCase(
+        lambda: _pipeline(
+            "HunyuanImagePipeline",
+            transformer=tiny_picture_models.hunyuan_image(),
+            guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0),
+            absent=_SECOND,
+        ),
+        lambda: _prompts(5, 3, mask="prompt_embeds_mask") | _glyphs(),
+        size=(192, 288, 1),
+        forwards=2,
+    ),
+    "ernie-image": PipelineCase(
+        lambda: _pipeline("ErnieImagePipeline", transformer=tiny_picture_models.ernie_image()),
+        lambda: _texts(7, 4),
+        size=(96, 144, 1),
+    ),
+    "pixart": PipelineCase(
+        lambda: _pipeline(
+            "PixArtSigmaPipeline",
+            transformer=tiny_picture_models.pixart(),
+            scheduler=DDIMScheduler(),
+        ),
+        lambda: _prompts(5, 3) | {"negative_prompt": None, "use_resolution_binning": False},
+        size=(96, 144, 1),
+    ),
+    "latte": PipelineCase(
+        lambda: _pipeline(
+            "LattePipeline", transformer=tiny_picture_models.latte(), scheduler=DDIMScheduler()
+        ),
+        lambda: _prompts(TEXT, TEXT, mask=None) | {"video_length": 3, "negative_prompt": None},
+        size=(96, 144, 3),
     ),
 }

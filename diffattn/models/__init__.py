@@ -12,19 +12,27 @@ from diffattn.models.base import Family, SizeRules
 from diffattn.models.cogvideox import COGVIDEOX
 from diffattn.models.cosmos import COSMOS
 from diffattn.models.easyanimate import EASYANIMATE
+from diffattn.models.ernie import ERNIE_IMAGE
 from diffattn.models.flux import FLUX, FLUX2
 from diffattn.models.framepack import FRAMEPACK
+from diffattn.models.glm import GLM_IMAGE
 from diffattn.models.helios import HELIOS
+from diffattn.models.hunyuan_image import HUNYUAN_IMAGE
 from diffattn.models.hunyuanvideo import HUNYUANVIDEO, HUNYUANVIDEO15
+from diffattn.models.joyimage import JOYIMAGE_EDIT, JOYIMAGE_EDIT_PLUS
 from diffattn.models.kandinsky import KANDINSKY5, KANDINSKY6
 from diffattn.models.ltx import LTX, LTX2
 from diffattn.models.minimax import MINIMAX_H3
 from diffattn.models.mochi import MOCHI
 from diffattn.models.motif import MOTIF_VIDEO
+from diffattn.models.nucleus import NUCLEUS_IMAGE
+from diffattn.models.pixart import LATTE, PIXART
+from diffattn.models.prx import PRX
 from diffattn.models.qwen import QWEN_IMAGE
 from diffattn.models.sd3 import SD3
 from diffattn.models.unet import UNET
 from diffattn.models.wan import ANYFLOW, CHRONOEDIT, SKYREELS_V2, WAN, WAN_ANIMATE, WAN_ANIMATE2
+from diffattn.models.z_image import Z_IMAGE
 
 FAMILIES: tuple[Family, ...] = (
     WAN,
@@ -46,6 +54,16 @@ FAMILIES: tuple[Family, ...] = (
     ALLEGRO,
     KANDINSKY5,
     EASYANIMATE,
+    Z_IMAGE,
+    HUNYUAN_IMAGE,
+    ERNIE_IMAGE,
+    GLM_IMAGE,
+    PIXART,
+    LATTE,
+    JOYIMAGE_EDIT,
+    JOYIMAGE_EDIT_PLUS,
+    PRX,
+    NUCLEUS_IMAGE,
     FRAMEPACK,
     HELIOS,
     KANDINSKY6,

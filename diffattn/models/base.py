@@ -176,6 +176,11 @@ class Family:
         rotary: position and name of the argument of a site's call that holds the rotary position
             embedding: cosines and sines for pairs of neighbouring channels, every number twice.
             None if the sites have no such argument.
+        queries: for models with calls that have fewer queries than keys, or that are over a part of
+            the sequence: function of the video tokens of a forward and the numbers of queries and
+            keys of a site's call. The keys are the sequence. The function gives the positions of
+            the queries in the sequence, in order. None for a call that is to stay dense. Calls over
+            fewer tokens than the forward's video tokens stay dense, too.
         images: whether the models make images, or frames that each attend to themselves alone.
             Some methods recommend other settings for images than for videos.
         flow: where video tokens enter and leave the blocks, to permute them once per forward; None
@@ -195,6 +200,7 @@ class Family:
     grid_modules: re.Pattern[str] | None = None
     padding: Literal["keys", "pairs", "bias"] = "keys"
     rotary: tuple[int, str] | None = None
+    queries: Callable[[TokenGrid, int, int], tuple[range, ...] | None] | None = None
     images: bool = False
     flow: TokenFlow | None = None
     tested: Literal["model", "model, pipeline"] = "model, pipeline"
@@ -228,6 +234,31 @@ def latent_grid(
     """The grid of a call on latents (batch, channels, frames, height, width)."""
     sizes = zip(first_input(args, kwargs).shape[2:], patch_size, strict=True)
     return TokenGrid(*(size // patch for size, patch in sizes))
+
+
+def image_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
+    """The grid of a call on latents (..., height, width), in patches of one size along both."""
+    height, width = first_input(args, kwargs).shape[-2:]
+    patch = model.config.patch_size
+    return TokenGrid(1, height // patch, width // patch)
+
+
+def last_queries(video: TokenGrid, queries: int, keys: int) -> tuple[range, ...] | None:
+    """The positions of queries that are the last tokens of the sequence, for `Family.queries`.
+
+    None for queries that are not all of the video tokens and those after them.
+    """
+    fits = video.video_tokens + video.text_after <= queries < keys
+    return (range(keys - queries, keys),) if fits else None
+
+
+def first_queries(video: TokenGrid, queries: int, keys: int) -> tuple[range, ...] | None:
+    """The positions of queries that are the first tokens of the sequence, for `Family.queries`.
+
+    None for queries that are not all of the video tokens and those before them.
+    """
+    fits = video.text_before + video.video_tokens <= queries < keys
+    return (range(queries),) if fits else None
 
 
 def sizes_in_the_call(reason: str) -> Callable[[Any], SizeRules]:
