@@ -11,6 +11,7 @@ from diffattn.models.allegro import ALLEGRO
 from diffattn.models.base import Family, SizeRules
 from diffattn.models.cogvideox import COGVIDEOX
 from diffattn.models.cosmos import COSMOS
+from diffattn.models.cosmos3 import COSMOS3
 from diffattn.models.easyanimate import EASYANIMATE
 from diffattn.models.ernie import ERNIE_IMAGE
 from diffattn.models.flux import FLUX, FLUX2
@@ -68,6 +69,7 @@ FAMILIES: tuple[Family, ...] = (
     HELIOS,
     KANDINSKY6,
     COSMOS,
+    COSMOS3,
     MOTIF_VIDEO,
     MINIMAX_H3,
     WAN_ANIMATE2,
@@ -76,7 +78,6 @@ FAMILIES: tuple[Family, ...] = (
 # Models of diffusers without a rectangular grid or without token pairs, and the reason.
 _WITHOUT_GRID = {
     "AnyFlowFARTransformer3DModel": "keys of earlier chunks come from a cache",
-    "Cosmos3OmniTransformer": "text and video share a packed sequence",
     "Flux3Transformer2DModel": "tokens of several modes share a sequence",
     "Kandinsky6SRTransformer3DModel": "its own sparse attention puts tokens in another order",
     "QwenImage21Transformer2DModel": "segments of several images share a sequence",

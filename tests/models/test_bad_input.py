@@ -93,7 +93,6 @@ def test_nabla_is_refused() -> None:
     [
         ("AnyFlowFARTransformer3DModel", "come from a cache"),
         ("Kandinsky6SRTransformer3DModel", "its own sparse attention"),
-        ("Cosmos3OmniTransformer", "text and video share a packed sequence"),
         ("SanaWMTransformer3DModel", "self-attention is linear"),
     ],
 )
