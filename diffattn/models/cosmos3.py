@@ -78,6 +78,7 @@ COSMOS3 = Family(
     sites=re.compile(r"layers\.(?P<layer>\d+)\.self_attn"),
     grid=_grid,
     sizes=_sizes,
+    text="before",
     queries=last_queries,
     tested="model",
 )

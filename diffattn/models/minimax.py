@@ -93,4 +93,5 @@ MINIMAX_H3 = Family(
     sites=re.compile(r"transformer_blocks\.(?P<layer>\d+)\.attn"),
     grid=_grid,
     sizes=_sizes,
+    text="before",
 )

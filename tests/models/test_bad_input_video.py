@@ -12,6 +12,7 @@ from tiny_case import noise
 import diffattn
 from diffattn import TokenGrid
 from diffattn.models import family_of, pipeline_grid, size_rules
+from diffattn.planning.folder import denoiser_shape
 
 
 def grid_of(name: str, **changes: Any) -> TokenGrid:
@@ -139,11 +140,16 @@ def test_minimax_h3_with_tokens_after_the_video() -> None:
         grid_of("minimax-h3-key-frames", position_ids=longer)
 
 
+def minimax_h3_pipeline() -> Any:
+    blocks = pytest.importorskip("diffusers.modular_pipelines.minimax_h3.before_denoise")
+    pipe = blocks.MiniMaxH3PrepareLayoutStep().init_pipeline()
+    # The step itself needs no model.
+    pipe.transformer = tiny.minimax_h3()
+    return pipe
+
+
 def test_sizes_of_minimax_h3() -> None:
-    pipe = SimpleNamespace(
-        transformer=tiny.minimax_h3(), canvas_multiple=32, vae_frames_per_chunk=17,
-        vae_latents_per_chunk=5, fps=24, min_duration=5.0, max_duration=15.0,
-    )  # fmt: skip
+    pipe = minimax_h3_pipeline()
     assert pipeline_grid(pipe, 480, 832, 124) == TokenGrid(37, 15, 26)
     assert pipeline_grid(pipe, 768, 1344, 345) == TokenGrid(102, 24, 42)
     for frames, message in ((120, "try 124"), (362, "try 345"), (200, "try 192 or 209")):
@@ -313,3 +319,34 @@ def test_sizes_of_motif_video() -> None:
     patches = {"transformer_spatial_patch_size": 2, "transformer_temporal_patch_size": 1}
     rules = size_rules(pipeline(tiny.motif_video(), **patches))
     assert rules.grid(736, 1280, 121) == TokenGrid(31, 46, 80)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cosmos-1",
+        "framepack",
+        "helios",
+        "kandinsky-6",
+        "ltx-2-key-frames",
+        "minimax-h3-references",
+        "motif-video",
+    ],
+)
+def test_plans_know_the_heads_of_a_model(name: str) -> None:
+    """By the configuration, which names heads differently in each class."""
+    case = tiny.CASES[name]
+    model, recorder = case.build(), stock.Recording()
+    diffattn.set_attn_processor(model, recorder)
+    with torch.no_grad():
+        model(**case.inputs())
+    shape = denoiser_shape(model)
+    assert (shape.heads, shape.head_dim) == tuple(recorder.calls[0][1].shape[2:])
+    assert len(shape.block_of_site) == len(case.sites)
+
+
+def test_plans_of_a_pipeline_know_its_sound() -> None:
+    method = diffattn.DenseAttn()
+    pipe = minimax_h3_pipeline()
+    got = diffattn.plan(pipe, method, height=480, width=832, num_frames=124, text=200)
+    assert got.tokens == 15044
