@@ -4,6 +4,8 @@ import inspect
 from typing import Any
 
 import diffusers
+import tiny_picture_models
+import tiny_video_models
 import torch
 from tiny_case import BATCH, Case, make, names, noise, valid_text
 
@@ -811,3 +813,6 @@ CASES["easyanimate"] = Case(
     text=("before", 7),
     pixel=lambda t, h, w: (0, 1, t, 2 * h + 1, 2 * w),
 )
+
+CASES |= tiny_picture_models.CASES
+CASES |= tiny_video_models.CASES

@@ -12,6 +12,8 @@ import diffusers
 import numpy as np
 import pytest
 import tiny_families as tiny
+import tiny_picture_models
+import tiny_video_models as tiny_video
 import tiny_wan
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -466,5 +468,111 @@ PIPELINES: dict[str, PipelineCase] = {
         _easyanimate,
         lambda: _prompts(5, 3),
         size=(64, 96, 9),
+    ),
+}
+
+# --- Pictures whose grid follows from shapes
+
+
+def _texts(*lengths: int) -> dict[str, Any]:
+    """Encoded prompts of their own lengths, without padding."""
+    prefixes = ("", "negative_")
+    return {
+        f"{prefix}prompt_embeds": [tiny.noise(length, WIDTH, seed=length)]
+        for prefix, length in zip(prefixes, lengths, strict=False)
+    }
+
+
+PIPELINES |= {
+    "z-image": PipelineCase(
+        lambda: _pipeline("ZImagePipeline", transformer=tiny_picture_models.z_image()),
+        lambda: _texts(7, 40),
+        size=(96, 144, 1),
+    ),
+    "hunyuan-image": PipelineCase(
+        lambda: _pipeline(
+            "HunyuanImagePipeline",
+            transformer=tiny_picture_models.hunyuan_image(),
+            guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0),
+            absent=_SECOND,
+        ),
+        lambda: _prompts(5, 3, mask="prompt_embeds_mask") | _glyphs(),
+        size=(192, 288, 1),
+        forwards=2,
+    ),
+    "ernie-image": PipelineCase(
+        lambda: _pipeline("ErnieImagePipeline", transformer=tiny_picture_models.ernie_image()),
+        lambda: _texts(7, 4),
+        size=(96, 144, 1),
+    ),
+    "pixart": PipelineCase(
+        lambda: _pipeline(
+            "PixArtSigmaPipeline",
+            transformer=tiny_picture_models.pixart(),
+            scheduler=DDIMScheduler(),
+        ),
+        lambda: _prompts(5, 3) | {"negative_prompt": None, "use_resolution_binning": False},
+        size=(96, 144, 1),
+    ),
+    "latte": PipelineCase(
+        lambda: _pipeline(
+            "LattePipeline", transformer=tiny_picture_models.latte(), scheduler=DDIMScheduler()
+        ),
+        lambda: _prompts(TEXT, TEXT, mask=None) | {"video_length": 3, "negative_prompt": None},
+        size=(96, 144, 3),
+    ),
+}
+
+# --- Videos beside sound, and Cosmos
+
+
+def _motif_video() -> Any:
+    channels = 2  # of the latents; the model also gets those of an image, and a mask
+    return _pipeline(
+        "MotifVideoPipeline",
+        transformer=tiny_video.motif_video(
+            in_channels=2 * channels + 1, out_channels=channels, image_embed_dim=None
+        ),
+        vae=tiny.make(
+            "AutoencoderKLWan",
+            base_dim=3,
+            z_dim=channels,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            latents_mean=[0.0] * channels,
+            latents_std=[1.0] * channels,
+        ),
+        guider=diffusers.guiders.ClassifierFreeGuidance(guidance_scale=3.0),
+    )
+
+
+def _cosmos() -> Any:
+    class Guard:
+        """Instead of NVIDIA's, which only looks at prompts and at finished videos."""
+
+        def to(self, device: Any) -> None: ...
+
+    return _pipeline(
+        "CosmosTextToWorldPipeline",
+        transformer=tiny_video.cosmos(in_channels=4, extra_pos_embed_type="learnable"),
+        scheduler=diffusers.EDMEulerScheduler(),
+        safety_checker=Guard(),
+    )
+
+
+PIPELINES |= {
+    "kandinsky-6": PipelineCase(
+        lambda: _pipeline(
+            "Kandinsky6TI2VAPipeline", transformer=tiny_video.kandinsky6(), absent=_SECOND
+        ),
+        lambda: _prompts(TEXT, TEXT, mask=None) | _pooled(*_POOLED) | {"sample_audio": False},
+        size=(64, 96, 9),
+        forwards=2,
+    ),
+    "motif-video": PipelineCase(
+        _motif_video, lambda: _prompts(TEXT, 5), size=(64, 96, 9), forwards=2
+    ),
+    "cosmos": PipelineCase(
+        _cosmos, lambda: _prompts(TEXT, TEXT, mask=None), size=(64, 96, 17), forwards=2
     ),
 }

@@ -1,4 +1,6 @@
-"""Twins of the attention processors of diffusers that call PyTorch's attention themselves.
+"""Twins of the attention processors of diffusers that cannot be given a backend.
+
+Most of these call PyTorch's attention themselves.
 
 A twin computes the same result as the processor in its name, and ends in diffusers' attention
 dispatch, which accepts a backend. Queries, keys and values are (batch, tokens, heads, head_dim).
@@ -117,6 +119,28 @@ class CogVideoXTwin(Twin):
         return out[:, text:], out[:, :text]
 
 
+class CosmosTwin(Twin):
+    """CosmosAttnProcessor2_0: calls diffusers' dispatch, but without a backend."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> torch.Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = _heads(attn, "to_q to_k to_v", hidden_states, context, context)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if image_rotary_emb is not None:
+            query, key = (
+                apply_rotary_emb(x, image_rotary_emb, use_real_unbind_dim=-2, sequence_dim=1)
+                for x in (query, key)
+            )
+        return _project_out(attn, self._attend(query, key, value, attention_mask))
+
+
 class EasyAnimateTwin(Twin):
     """EasyAnimateAttnProcessor2_0: text before video, through other or the same projections."""
 
@@ -197,6 +221,7 @@ _TWINS: dict[str, type[Twin]] = {
     "AllegroAttnProcessor2_0": AllegroTwin,
     "AttnProcessor2_0": AttentionTwin,
     "CogVideoXAttnProcessor2_0": CogVideoXTwin,
+    "CosmosAttnProcessor2_0": CosmosTwin,
     "EasyAnimateAttnProcessor2_0": EasyAnimateTwin,
     "JointAttnProcessor2_0": JointTwin,
     "MochiAttnProcessor2_0": MochiTwin,

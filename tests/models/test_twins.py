@@ -7,7 +7,7 @@ import pytest
 import tiny_families as tiny
 import torch
 from diffusers.models import attention_processor
-from diffusers.models.transformers import transformer_easyanimate
+from diffusers.models.transformers import transformer_cosmos, transformer_easyanimate
 
 import diffattn
 from diffattn.models import twins
@@ -16,6 +16,7 @@ STOCK = [
     "AllegroAttnProcessor2_0",
     "AttnProcessor2_0",
     "CogVideoXAttnProcessor2_0",
+    "CosmosAttnProcessor2_0",
     "EasyAnimateAttnProcessor2_0",
     "JointAttnProcessor2_0",
     "MochiAttnProcessor2_0",
@@ -24,8 +25,8 @@ STOCK = [
 
 @pytest.mark.parametrize("name", STOCK)
 def test_signatures_name_what_the_stock_processors_name(name: str) -> None:
-    easyanimate = name.startswith("EasyAnimate")
-    stock = getattr(transformer_easyanimate if easyanimate else attention_processor, name)()
+    homes = (attention_processor, transformer_cosmos, transformer_easyanimate)
+    (stock,) = (getattr(home, name)() for home in homes if hasattr(home, name))
     twin = twins.dispatching("x", stock)
     wanted = inspect.signature(stock.__call__).parameters
     named = {n for n, p in wanted.items() if p.kind == p.POSITIONAL_OR_KEYWORD}
@@ -48,7 +49,7 @@ def test_each_site_has_a_twin_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["cogvideox-5b", "mochi", "allegro", "sd3.5", "sdxl", "easyanimate"]
+    "name", ["cogvideox-5b", "mochi", "allegro", "sd3.5", "sdxl", "easyanimate", "cosmos-2"]
 )
 def test_bfloat16(name: str) -> None:
     """Twins round where the stock processors round: the same bits but for the attention itself."""
