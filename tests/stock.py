@@ -86,11 +86,13 @@ def attending_by(
     stock = torch.nn.functional.scaled_dot_product_attention
     inside: list[str] = []
 
-    def called(query: Any, key: Any, value: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
+    def called(
+        query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **kwargs: Any
+    ) -> Any:
         cross = query.shape[-2] != key.shape[-2] and not some_queries
         if inside and not cross and not kwargs.get("is_causal"):
             return attention(stock, inside[-1], query, key, value, attn_mask, **kwargs)
-        return stock(query, key, value, attn_mask=attn_mask, **kwargs)
+        return stock(query, key, value, attn_mask, *rest, **kwargs)
 
     with contextlib.ExitStack() as hooks:
         for name in sites:

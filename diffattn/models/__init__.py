@@ -8,6 +8,7 @@ import torch
 
 from diffattn.grid import TokenGrid
 from diffattn.models.allegro import ALLEGRO
+from diffattn.models.auraflow import AURAFLOW
 from diffattn.models.base import Family, SizeRules
 from diffattn.models.cogvideox import COGVIDEOX
 from diffattn.models.cosmos import COSMOS
@@ -15,13 +16,16 @@ from diffattn.models.easyanimate import EASYANIMATE
 from diffattn.models.ernie import ERNIE_IMAGE
 from diffattn.models.flux import FLUX, FLUX2
 from diffattn.models.framepack import FRAMEPACK
-from diffattn.models.glm import GLM_IMAGE
+from diffattn.models.glm import COGVIEW3PLUS, COGVIEW4, GLM_IMAGE
 from diffattn.models.helios import HELIOS
+from diffattn.models.hidream import HIDREAM
 from diffattn.models.hunyuan_image import HUNYUAN_IMAGE
+from diffattn.models.hunyuandit import HUNYUANDIT
 from diffattn.models.hunyuanvideo import HUNYUANVIDEO, HUNYUANVIDEO15
 from diffattn.models.joyimage import JOYIMAGE_EDIT, JOYIMAGE_EDIT_PLUS
 from diffattn.models.kandinsky import KANDINSKY5, KANDINSKY6
 from diffattn.models.ltx import LTX, LTX2
+from diffattn.models.lumina2 import LUMINA2
 from diffattn.models.minimax import MINIMAX_H3
 from diffattn.models.mochi import MOCHI
 from diffattn.models.motif import MOTIF_VIDEO
@@ -64,6 +68,12 @@ FAMILIES: tuple[Family, ...] = (
     JOYIMAGE_EDIT_PLUS,
     PRX,
     NUCLEUS_IMAGE,
+    HUNYUANDIT,
+    HIDREAM,
+    LUMINA2,
+    COGVIEW4,
+    COGVIEW3PLUS,
+    AURAFLOW,
     FRAMEPACK,
     HELIOS,
     KANDINSKY6,

@@ -52,10 +52,65 @@ def test_text_of_z_image_may_differ_by_sample() -> None:
     assert {site.grid.text_after for site, _ in recorder.calls} == {10 + 128}
 
 
-def test_masks_of_glm_image() -> None:
-    message = "GlmImageTransformer2DModel has an attention_mask.*adds them to the scores, so that"
+@pytest.mark.parametrize("name", ["glm-image", "cogview-4"])
+def test_masks_that_the_model_adds_to_the_scores(name: str) -> None:
+    message = r"(Glm|CogView4)\w+ has an attention_mask.*adds them to the scores, so that padding"
     with pytest.raises(ValueError, match=message):
-        call("glm-image", attention_mask=tiny.valid_text(7, 7, 4))
+        call(name, attention_mask=tiny.valid_text(7, 7, 4))
+
+
+def test_lumina_with_prompts_of_two_lengths() -> None:
+    message = r"has prompts of \[9, 5\] tokens in one batch.*call it once per prompt"
+    with pytest.raises(ValueError, match=message):
+        call("lumina-2", encoder_attention_mask=tiny.valid_text(9, 9, 5))
+
+
+def test_lumina_with_one_prompt_with_padding() -> None:
+    model = pictures.lumina2()
+    recorder = stock.Recording()
+    diffattn.set_attn_processor(model, recorder)
+    inputs = {name: x[:1] for name, x in tiny.CASES["lumina-2"].inputs().items()}
+    with torch.no_grad():
+        model(**inputs)
+    assert [site.grid.text_before for site, _ in recorder.calls] == [0, 7, 7]
+
+
+def _packed(height: int, width: int, padded: int) -> dict[str, torch.Tensor]:
+    """HiDream's latents as its training passes them: patches in a row, with ids and masks."""
+    tokens = height * width
+    ids, masks = torch.zeros(2, padded, 3), torch.zeros(2, padded)
+    ids[:, :tokens, 1:] = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+    masks[:, :tokens] = 1
+    return {
+        "hidden_states": tiny.noise(2, padded, 16),
+        "img_ids": ids,
+        "hidden_states_masks": masks,
+    }
+
+
+def test_packed_latents_of_hidream() -> None:
+    model = pictures.hidream()
+    inputs = tiny.CASES["hidream"].inputs() | _packed(4, 9, 64)
+    inputs["img_sizes"] = torch.tensor([[4, 9]] * 2)
+    with torch.no_grad():
+        want = model(**inputs).sample
+        recorder = stock.Recording()
+        diffattn.set_attn_processor(model, recorder)
+        torch.testing.assert_close(model(**inputs).sample, want, atol=1e-5, rtol=1e-4)
+    assert {site.grid for site, _ in recorder.calls} == {
+        diffattn.TokenGrid(1, 4, 9, 0, 64 - 36 + 13)
+    }
+
+
+def test_packed_latents_of_hidream_in_two_sizes() -> None:
+    sizes = [(4, 9), (9, 4)]
+    with pytest.raises(ValueError, match=r"img_sizes \[\(4, 9\), \(9, 4\)\] in one batch: call"):
+        call("hidream", **_packed(4, 9, 64), img_sizes=sizes)
+
+
+def test_nucleus_with_a_shape_of_other_tokens() -> None:
+    with pytest.raises(ValueError, match=r"has 54 tokens, but img_shapes .* make 1x6x8 = 48: pass"):
+        call("nucleus-image", img_shapes=(1, 6, 8))
 
 
 def test_joyimage_plus_with_samples_of_different_pictures() -> None:
