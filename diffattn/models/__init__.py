@@ -10,6 +10,8 @@ from diffattn.grid import TokenGrid
 from diffattn.models.allegro import ALLEGRO
 from diffattn.models.auraflow import AURAFLOW
 from diffattn.models.base import Family, SizeRules
+from diffattn.models.bria import BRIA, BRIA_FIBO
+from diffattn.models.chroma import CHROMA
 from diffattn.models.cogvideox import COGVIDEOX
 from diffattn.models.cosmos import COSMOS
 from diffattn.models.easyanimate import EASYANIMATE
@@ -24,12 +26,15 @@ from diffattn.models.hunyuandit import HUNYUANDIT
 from diffattn.models.hunyuanvideo import HUNYUANVIDEO, HUNYUANVIDEO15
 from diffattn.models.joyimage import JOYIMAGE_EDIT, JOYIMAGE_EDIT_PLUS
 from diffattn.models.kandinsky import KANDINSKY5, KANDINSKY6
+from diffattn.models.krea import KREA2
+from diffattn.models.longcat import LONGCAT_IMAGE
 from diffattn.models.ltx import LTX, LTX2
 from diffattn.models.lumina2 import LUMINA2
 from diffattn.models.minimax import MINIMAX_H3
 from diffattn.models.mochi import MOCHI
 from diffattn.models.motif import MOTIF_VIDEO
 from diffattn.models.nucleus import NUCLEUS_IMAGE
+from diffattn.models.ovis import OVIS_IMAGE
 from diffattn.models.pixart import LATTE, PIXART
 from diffattn.models.prx import PRX
 from diffattn.models.qwen import QWEN_IMAGE
@@ -55,6 +60,12 @@ FAMILIES: tuple[Family, ...] = (
     SD3,
     UNET,
     QWEN_IMAGE,
+    CHROMA,
+    LONGCAT_IMAGE,
+    OVIS_IMAGE,
+    BRIA,
+    BRIA_FIBO,
+    KREA2,
     ALLEGRO,
     KANDINSKY5,
     EASYANIMATE,
