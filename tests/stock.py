@@ -114,7 +114,7 @@ def masked(
     sites: list[str],
     grid_of: Callable[[int], TokenGrid],
     method: Method,
-    queries: Callable[[int, int], tuple[range, ...]] | None = None,
+    queries: Callable[[int, int], tuple[slice, ...]] | None = None,
 ) -> Iterator[list[int]]:
     """The stock model with a method's boolean mask in PyTorch's attention under some modules.
 
@@ -137,9 +137,7 @@ def masked(
             masks[tokens] = method.mask(grid_of(tokens)).dense()
         seen = masks[tokens]
         if queries is not None and q.shape[-2] != tokens:
-            seen = torch.cat(
-                [seen[part.start : part.stop] for part in queries(q.shape[-2], tokens)]
-            )
+            seen = torch.cat([seen[part] for part in queries(q.shape[-2], tokens)])
         if mask is not None:
             boolean = mask.dtype == torch.bool
             seen = mask & seen if boolean else mask.masked_fill(~seen, -torch.inf)

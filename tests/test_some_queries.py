@@ -29,11 +29,11 @@ METHODS = {
 }
 # Text, references and video; then which of them have queries.
 LAYOUTS = {
-    "text without queries": (TokenGrid(3, 5, 7, 9), (range(9, 114),)),
-    "text after": (TokenGrid(3, 5, 7, 0, 9), (range(105),)),
-    "references between": (TokenGrid(1, 6, 9, 5 + 39), (range(5), range(44, 98))),
-    "video and sound": (TokenGrid(3, 5, 7, 6, 4), (range(6, 115),)),
-    "both ends": (TokenGrid(1, 9, 9, 20, 30), (range(3, 8), range(20, 101), range(110, 131))),
+    "text without queries": (TokenGrid(3, 5, 7, 9), (slice(9, 114),)),
+    "text after": (TokenGrid(3, 5, 7, 0, 9), (slice(0, 105),)),
+    "references between": (TokenGrid(1, 6, 9, 5 + 39), (slice(0, 5), slice(44, 98))),
+    "video and sound": (TokenGrid(3, 5, 7, 6, 4), (slice(6, 115),)),
+    "both ends": (TokenGrid(1, 9, 9, 20, 30), (slice(3, 8), slice(20, 101), slice(110, 131))),
 }
 
 
@@ -141,7 +141,7 @@ def test_glm_with_condition_images_in_its_cache() -> None:
         sites,
         grids.__getitem__,
         stock.NEARBY,
-        lambda queries, keys: (range(keys - queries, keys),),
+        lambda queries, keys: (slice(keys - queries, keys),),
     ) as calls:
         want = run()
     assert calls == [20, 20, 81, 81]
@@ -186,8 +186,8 @@ def test_calls_that_fit_no_sequence_stay_dense() -> None:
 
 
 def test_positions_at_the_ends() -> None:
-    assert last_queries(TokenGrid(1, 6, 9), 54, 61) == (range(7, 61),)
-    assert last_queries(TokenGrid(1, 6, 9, 5, 4), 58, 70) == (range(12, 70),)
+    assert last_queries(TokenGrid(1, 6, 9), 54, 61) == (slice(7, 61),)
+    assert last_queries(TokenGrid(1, 6, 9, 5, 4), 58, 70) == (slice(12, 70),)
     assert last_queries(TokenGrid(1, 6, 9, 5, 4), 57, 70) is None
-    assert first_queries(TokenGrid(1, 6, 9), 54, 61) == (range(54),)
+    assert first_queries(TokenGrid(1, 6, 9), 54, 61) == (slice(0, 54),)
     assert first_queries(TokenGrid(1, 6, 9, 5), 58, 61) is None

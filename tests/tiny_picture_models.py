@@ -375,7 +375,7 @@ CASES["prx"] = Case(
     sites=names(("blocks.{}.attention", 2)),
     text=("before", 7),
     pixel=lambda t, h, w: (0, 1, 2 * h + 1, 2 * w),
-    queries=lambda queries, keys: (range(keys - queries, keys),),
+    queries=lambda queries, keys: (slice(keys - queries, keys),),
 )
 
 
@@ -408,7 +408,7 @@ CASES["nucleus-image"] = Case(
     sites=names(("transformer_blocks.{}.attn", 2)),
     text=("after", 7),
     pixel=lambda t, h, w: (0, h * 9 + w),
-    queries=lambda queries, keys: (range(queries),),
+    queries=lambda queries, keys: (slice(0, queries),),
 )
 
 # --- HunyuanDiT

@@ -188,7 +188,7 @@ class Group:
         method = self._method_on(grid.alone)
         return method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
 
-    def positions(self, queries: int, keys: int) -> tuple[range, ...] | None:
+    def positions(self, queries: int, keys: int) -> tuple[slice, ...] | None:
         """Positions in the sequence of the queries of a call with more keys; None if unknown."""
         video = self.video
         if self.family.queries is None or video is None:
@@ -198,11 +198,15 @@ class Group:
     def is_over_a_part(self, tokens: int) -> bool:
         """Whether a call of a site is over less than the sequence, for models that do such calls.
 
-        Code that is traced takes each call for one over the sequence.
+        Code that is traced asks for grids with tokens before the video alone: such grids belong to
+        models that do.
         """
-        if self.family.queries is None or torch.compiler.is_dynamo_compiling():
+        video = self.video
+        if self.family.queries is None or video is None:
             return False
-        return self.video is not None and tokens < self.video.tokens
+        if torch.compiler.is_dynamo_compiling() and not video.text_before:
+            return False
+        return tokens < video.tokens
 
     def _static_method(self, grid: TokenGrid) -> StaticMaskMethod:
         method = self._method_on(grid.alone)
@@ -406,7 +410,7 @@ def _attend_some(
     key: torch.Tensor,
     value: torch.Tensor,
     key_mask: torch.Tensor | None,
-    queries: tuple[range, ...],
+    queries: tuple[slice, ...],
 ) -> torch.Tensor:
     """Attention by the group's method in a call that has no other queries than those given."""
     tokens = key.shape[1]
