@@ -1,7 +1,9 @@
 """Tiny video models whose sequences hold more than text and a video, and Cosmos."""
 
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from tiny_case import BATCH, Case, make, names, noise, valid_text
@@ -403,3 +405,156 @@ CASES |= {
         **_MINIMAX,
     ),
 }
+
+# --- LTX-Video with conditions, LTX-2 with key frames
+
+
+def ltx_coordinates(*parts: tuple[int, int], height: int = 4, width: int = 6) -> torch.Tensor:
+    """(batch, 3, tokens) of videos of latents, each with its number of frames and first frame."""
+    pipe = diffusers.LTXConditionPipeline
+    ids = [
+        pipe._scale_video_ids(pipe._prepare_video_ids(BATCH, f, height, width), frame_index=at)
+        for f, at in parts
+    ]
+    coords = torch.cat(ids, 2).float()
+    coords[:, 0] /= 25
+    return coords
+
+
+def ltx_inputs(coords: torch.Tensor) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(BATCH, coords.shape[2], 8),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        # Conditions are less noisy.
+        "timestep": torch.linspace(100, 900, coords.shape[2]).expand(BATCH, -1),
+        "encoder_attention_mask": valid_text(7, 7, 4),
+        "video_coords": coords,
+    }
+
+
+_BY_COORDINATES = names(("transformer_blocks.{}.attn1", 2))
+CASES["ltx-conditions"] = Case(
+    build=lambda: make(
+        "LTXVideoTransformer3DModel",
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=16,
+    ),
+    # Frames of the video begin at 0, 1 and 9.
+    inputs=lambda: ltx_inputs(ltx_coordinates((1, 5), (2, 2), (3, 0))),
+    grids=(
+        TokenGrid(
+            3,
+            4,
+            6,
+            72,
+            references=(
+                Reference(0, 1, 4, 6, times=(1.5,)),
+                Reference(24, 2, 4, 6, times=(1.125, 1.25)),
+            ),
+        ),
+    ),
+    sites=_BY_COORDINATES,
+    pixel=lambda t, h, w: (0, 72 + (t * 4 + h) * 6 + w),
+    reference_pixel=lambda n, t, h, w: ("hidden_states", (0, 24 * n + (t * 4 + h) * 6 + w)),
+)
+
+
+def ltx2_coordinates(frames: int, height: int, width: int) -> torch.Tensor:
+    """(batch, 3, tokens, 2) of a video of latents, by the model itself."""
+    return (
+        CASES["ltx-2-key-frames"]
+        .build()
+        .rope.prepare_video_coords(BATCH, frames, height, width, torch.device("cpu"), fps=24.0)
+    )
+
+
+def ltx2_key_frame(at: int, frames: int = 1, height: int = 4, width: int = 6) -> torch.Tensor:
+    """(batch, 3, tokens, 2) of a key frame, or of a video, from frame `at` on, by the pipeline."""
+    factors = SimpleNamespace(
+        transformer_spatial_patch_size=1,
+        transformer_temporal_patch_size=1,
+        vae_temporal_compression_ratio=8,
+        vae_spatial_compression_ratio=32,
+    )
+    coords = diffusers.LTX2ConditionPipeline._prepare_keyframe_coords(
+        factors,
+        keyframe_latent_num_frames=frames,
+        keyframe_latent_height=height,
+        keyframe_latent_width=width,
+        pixel_frame_idx=at,
+        num_pixel_frames=1 if frames == 1 else 8 * frames,
+        fps=24.0,
+        device=torch.device("cpu"),
+    )
+    return coords.expand(BATCH, -1, -1, -1)
+
+
+def ltx2_reference(frames: int, height: int, width: int, factor: int) -> torch.Tensor:
+    """(batch, 3, tokens, 2) of a reference video, smaller than the video by a factor."""
+    coords = ltx2_coordinates(frames, height // factor, width // factor).clone()
+    coords[:, 1:] *= factor
+    return coords
+
+
+def ltx2_inputs(*coords: torch.Tensor) -> dict[str, Any]:
+    together = torch.cat(coords, 2)
+    return ltx_inputs(together) | {
+        "audio_hidden_states": noise(BATCH, 5, 4, seed=4),
+        "audio_encoder_hidden_states": noise(BATCH, 7, 16, seed=5),
+        "audio_encoder_attention_mask": valid_text(7, 7, 4),
+        "audio_timestep": torch.tensor([900.0, 400.0]),
+        "audio_num_frames": 5,
+        "num_frames": 3,
+        "height": 4,
+        "width": 6,
+    }
+
+
+def _ltx2_inputs() -> dict[str, Any]:
+    return ltx2_inputs(
+        ltx2_coordinates(3, 4, 6), ltx2_key_frame(9), ltx2_reference(3, 4, 6, factor=2)
+    )
+
+
+CASES["ltx-2-key-frames"] = Case(
+    build=lambda: make(
+        "LTX2VideoTransformer3DModel",
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=8,
+        audio_cross_attention_dim=16,
+        num_layers=2,
+        caption_channels=16,
+    ),
+    inputs=_ltx2_inputs,
+    grids=(
+        TokenGrid(
+            3,
+            4,
+            6,
+            0,
+            42,
+            references=(
+                Reference(72, 1, 4, 6, times=(2.0,)),
+                Reference(96, 3, 2, 3, aligned=False, times=(0.0, 1.0, 2.0)),
+            ),
+        ),
+    ),
+    sites=_BY_COORDINATES,
+    pixel=lambda t, h, w: (0, (t * 4 + h) * 6 + w),
+    reference_pixel=lambda n, t, h, w: (
+        "hidden_states",
+        (0, 72 + h * 6 + w if n == 0 else 96 + (t * 2 + h) * 3 + w),
+    ),
+)

@@ -14,6 +14,7 @@ from diffattn.models.bria import BRIA, BRIA_FIBO
 from diffattn.models.chroma import CHROMA
 from diffattn.models.cogvideox import COGVIDEOX
 from diffattn.models.cosmos import COSMOS
+from diffattn.models.cosmos3 import COSMOS3
 from diffattn.models.easyanimate import EASYANIMATE
 from diffattn.models.ernie import ERNIE_IMAGE
 from diffattn.models.flux import FLUX, FLUX2
@@ -40,7 +41,7 @@ from diffattn.models.prx import PRX
 from diffattn.models.qwen import QWEN_IMAGE
 from diffattn.models.sd3 import SD3
 from diffattn.models.unet import UNET
-from diffattn.models.wan import ANYFLOW, CHRONOEDIT, SKYREELS_V2, WAN, WAN_ANIMATE
+from diffattn.models.wan import ANYFLOW, CHRONOEDIT, SKYREELS_V2, WAN, WAN_ANIMATE, WAN_ANIMATE2
 from diffattn.models.z_image import Z_IMAGE
 
 FAMILIES: tuple[Family, ...] = (
@@ -89,21 +90,21 @@ FAMILIES: tuple[Family, ...] = (
     HELIOS,
     KANDINSKY6,
     COSMOS,
+    COSMOS3,
     MOTIF_VIDEO,
     MINIMAX_H3,
+    WAN_ANIMATE2,
 )
 
 # Models of diffusers without a rectangular grid or without token pairs, and the reason.
 _WITHOUT_GRID = {
     "AnyFlowFARTransformer3DModel": "keys of earlier chunks come from a cache",
-    "Cosmos3OmniTransformer": "text and video share a packed sequence",
     "Flux3Transformer2DModel": "tokens of several modes share a sequence",
     "Kandinsky6SRTransformer3DModel": "its own sparse attention puts tokens in another order",
     "QwenImage21Transformer2DModel": "segments of several images share a sequence",
     "SanaVideoTransformer3DModel": "its self-attention is linear: it has no token pairs",
     "SanaWMLTX2RefinerTransformer3DModel": "keys of earlier chunks come from a cache",
     "SanaWMTransformer3DModel": "its self-attention is linear: it has no token pairs",
-    "WanAnimate2Transformer3DModel": "keys of earlier chunks come from a cache",
 }
 
 # The components of a pipeline that may be denoisers.

@@ -24,7 +24,8 @@ class SizeRules:
         latent_frames: latent frames of a stride, and of the offset. None for 1 of each; an offset
             of 0 has none.
         frame_bounds: the least and the largest number of frames; None for no bounds.
-        token_pixels: pixels per token along height and width; None for `spatial_multiple`.
+        token_pixels: pixels per token along height and width, of which the last may be less; None
+            for `spatial_multiple`.
         frames_per_token: latent frames per token; pipelines pad the last token.
         frames_apart: whether each frame attends to itself alone, on a grid of one frame.
         most_tokens: the most tokens along frames, height and width; None for no limit.
@@ -108,7 +109,7 @@ class SizeRules:
             strides = (num_frames - self.frame_offset) // self.frame_stride
             latent_frames = of_stride * strides + of_offset
         pixels = self.token_pixels or self.spatial_multiple
-        return -(-latent_frames // self.frames_per_token), height // pixels, width // pixels
+        return -(-latent_frames // self.frames_per_token), -(-height // pixels), -(-width // pixels)
 
     @property
     def _latents(self) -> tuple[int, int]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
-
-import torch
 
 from diffattn.grid import Reference, TokenGrid
 from diffattn.models.base import Family, SizeRules, argument
+from diffattn.models.packed import runs
 from diffattn.models.position_ids import Rectangle, rectangles
+from diffattn.models.video_clock import frame_at
 
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
@@ -23,21 +23,15 @@ def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Token
     """
     ids = argument(args, kwargs, 6, "position_ids")
     name = type(model).__name__
-    runs = rectangles(
-        argument(args, kwargs, 7, "video_indices"),
-        f"video_indices of {name}",
-        joined=False,
-        of_tokens=_places,
-    )
     found: list[Rectangle] = []
-    for run in runs:
-        first = run.start + int(run.times[0])
+    of_video = runs(argument(args, kwargs, 7, "video_indices"), f"video_indices of {name}")
+    for run in of_video:
         inside = rectangles(
-            ids, f"position_ids of {name}", joined=True, start=first, stop=first + run.tokens
+            ids, f"position_ids of {name}", joined=True, start=run.start, stop=run.stop
         )
-        found += [_moved(rectangle, first) for rectangle in inside]
+        found += [replace(part, start=run.start + part.start) for part in inside]
     video = found.pop()
-    _check_last(video, last_run=runs[-1].tokens, tokens=len(ids), name=name)
+    _check_last(video, last_run=len(of_video[-1]), tokens=len(ids), name=name)
     return TokenGrid(
         video.frames,
         video.height,
@@ -45,19 +39,6 @@ def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Token
         text_before=video.start,
         references=tuple(_reference(rectangle, video.times) for rectangle in found),
     )
-
-
-def _places(indices: torch.Tensor) -> torch.Tensor:
-    """Ids (video tokens, 3) of `video_indices`, in which each run of positions is a row.
-
-    The time of a row is what its positions are ahead of their places in `indices`.
-    """
-    place = torch.arange(len(indices), device=indices.device)
-    return torch.stack([indices - place, torch.zeros_like(indices), indices], dim=1)
-
-
-def _moved(rectangle: Rectangle, by: int) -> Rectangle:
-    return Rectangle(**(vars(rectangle) | {"start": rectangle.start + by}))
 
 
 def _check_last(video: Rectangle, last_run: int, tokens: int, name: str) -> None:
@@ -87,20 +68,8 @@ def _reference(rectangle: Rectangle, clock: tuple[float, ...]) -> Reference:
         rectangle.frames,
         rectangle.height,
         rectangle.width,
-        times=tuple(_frame_at(time, clock) for time in rectangle.times) if of_target else (),
+        times=tuple(frame_at(time, clock) for time in rectangle.times) if of_target else (),
     )
-
-
-def _frame_at(time: float, clock: tuple[float, ...]) -> float:
-    """The latent frame, and fraction of one, at a time from the first of `clock` on.
-
-    Times after the first moment of the last frame are in the last frame.
-    """
-    frame = bisect_right(clock, time) - 1
-    if frame == len(clock) - 1:
-        return float(frame)
-    # Rounded: the clock starts after the text, and equal layouts are to have equal grids.
-    return round(frame + (time - clock[frame]) / (clock[frame + 1] - clock[frame]), 3)
 
 
 def _sizes(pipe: Any) -> SizeRules:
@@ -124,4 +93,5 @@ MINIMAX_H3 = Family(
     sites=re.compile(r"transformer_blocks\.(?P<layer>\d+)\.attn"),
     grid=_grid,
     sizes=_sizes,
+    text="before",
 )

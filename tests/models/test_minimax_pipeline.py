@@ -27,12 +27,10 @@ def pipeline() -> Any:
         "denoise": denoise.MiniMaxH3DenoiseStep,
     }
 
-    class Blocks(diffusers.modular_pipelines.SequentialPipelineBlocks):
-        model_name = "minimax-h3"
-        block_classes = list(steps.values())
-        block_names = list(steps)
-
-    pipe = Blocks().init_pipeline()
+    blocks = diffusers.modular_pipelines.SequentialPipelineBlocks.from_blocks_dict(
+        {name: step() for name, step in steps.items()}
+    )
+    pipe = blocks.init_pipeline()
     schedulers = {name: diffusers.MiniMaxH3Scheduler() for name in ("scheduler", "audio_scheduler")}
     pipe.update_components(
         transformer=tiny.minimax_h3(in_channels=24, audio_in_channels=32), **schedulers
