@@ -633,3 +633,58 @@ CASES["auraflow"] = Case(
     text=("before", 8 + 7),
     pixel=lambda t, h, w: (0, 1, 2 * h + 1, 2 * w),
 )
+
+# --- Ideogram 4
+
+
+def ideogram4() -> torch.nn.Module:
+    return make(
+        "Ideogram4Transformer2DModel",
+        in_channels=8,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        intermediate_size=32,
+        adaln_dim=16,
+        llm_features_dim=16,
+        mrope_section=(4, 2, 2),
+    )
+
+
+def ideogram4_inputs(*lengths: int, height: int = 6, width: int = 9) -> dict[str, Any]:
+    """The arguments of a call with texts of these lengths, padded on the left to 7 tokens."""
+    batch, tokens = len(lengths), 7 + height * width
+    ids = torch.zeros(batch, tokens, 3, dtype=torch.long)
+    places = torch.cartesian_prod(*map(torch.arange, (1, height, width)))
+    segments = torch.full((batch, tokens), -1)
+    roles = torch.zeros(batch, tokens, dtype=torch.long)
+    for sample, length in enumerate(lengths):
+        ids[sample, 7 - length : 7] = torch.arange(length)[:, None]
+        ids[sample, 7:] = 65536 + places
+        segments[sample, 7 - length :] = 1
+        roles[sample, 7 - length : 7] = 3
+        roles[sample, 7:] = 2
+    return {
+        "hidden_states": noise(batch, tokens, 8),
+        "timestep": torch.tensor([0.9, 0.4])[:batch],
+        "encoder_hidden_states": noise(batch, tokens, 16, seed=1),
+        "position_ids": ids,
+        "segment_ids": segments,
+        "indicator": roles,
+    }
+
+
+def _image_alone(model: torch.nn.Module) -> torch.nn.Module:
+    """A model without the output for text and padding, which nobody uses."""
+    model.register_forward_hook(lambda module, args, out: (out[0][:, 7:], *out[1:]))
+    return model
+
+
+CASES["ideogram-4"] = Case(
+    build=lambda: _image_alone(ideogram4()),
+    inputs=lambda: ideogram4_inputs(4, 7),
+    grids=(TokenGrid(1, 6, 9),),
+    sites=names(("layers.{}.attention", 2)),
+    text=("before", 7),
+    pixel=lambda t, h, w: (0, 7 + h * 9 + w),
+)

@@ -25,6 +25,7 @@ from diffattn.models.hidream import HIDREAM
 from diffattn.models.hunyuan_image import HUNYUAN_IMAGE
 from diffattn.models.hunyuandit import HUNYUANDIT
 from diffattn.models.hunyuanvideo import HUNYUANVIDEO, HUNYUANVIDEO15
+from diffattn.models.ideogram import IDEOGRAM4
 from diffattn.models.joyimage import JOYIMAGE_EDIT, JOYIMAGE_EDIT_PLUS
 from diffattn.models.kandinsky import KANDINSKY5, KANDINSKY6
 from diffattn.models.krea import KREA2
@@ -86,6 +87,7 @@ FAMILIES: tuple[Family, ...] = (
     COGVIEW4,
     COGVIEW3PLUS,
     AURAFLOW,
+    IDEOGRAM4,
     FRAMEPACK,
     HELIOS,
     KANDINSKY6,
@@ -108,7 +110,7 @@ _WITHOUT_GRID = {
 }
 
 # The components of a pipeline that may be denoisers.
-_DENOISERS = ("transformer", "transformer_2", "unet")
+_DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
 
 
 def family_of(model: torch.nn.Module) -> Family:
