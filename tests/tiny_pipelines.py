@@ -483,6 +483,23 @@ def _texts(*lengths: int) -> dict[str, Any]:
     }
 
 
+def _second_prompts() -> dict[str, Any]:
+    """What HunyuanDiT's second text encoder makes of the prompts."""
+    out = {}
+    for prefix in ("", "negative_"):
+        out[f"{prefix}prompt_embeds_2"] = tiny.noise(1, 5, WIDTH, seed=5)
+        out[f"{prefix}prompt_attention_mask_2"] = tiny.valid_text(5, 5)
+    return out
+
+
+def _nucleus_image() -> Any:
+    return diffusers.NucleusMoEImagePipeline(
+        transformer=tiny_picture_models.nucleus_image(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        **dict.fromkeys(("vae", "text_encoder", "processor")),
+    )
+
+
 PIPELINES |= {
     "z-image": PipelineCase(
         lambda: _pipeline("ZImagePipeline", transformer=tiny_picture_models.z_image()),
@@ -520,6 +537,57 @@ PIPELINES |= {
         ),
         lambda: _prompts(TEXT, TEXT, mask=None) | {"video_length": 3, "negative_prompt": None},
         size=(96, 144, 3),
+    ),
+    "prx": PipelineCase(
+        lambda: _pipeline("PRXPipeline", transformer=tiny_picture_models.prx()),
+        lambda: (
+            _prompts(5, 3)
+            | {"negative_prompt": None, "use_resolution_binning": False, "guidance_scale": 3.0}
+        ),
+        size=(96, 144, 1),
+    ),
+    "nucleus-image": PipelineCase(
+        _nucleus_image,
+        lambda: _prompts(5, 3, mask="prompt_embeds_mask") | {"guidance_scale": 3.0},
+        size=(96, 144, 1),
+        forwards=2,
+    ),
+    "hunyuandit": PipelineCase(
+        lambda: _pipeline(
+            "HunyuanDiTPipeline",
+            transformer=tiny_picture_models.hunyuandit(),
+            scheduler=DDIMScheduler(),
+            absent=(*_SECOND, "safety_checker", "feature_extractor"),
+            requires_safety_checker=False,
+        ),
+        lambda: _prompts(5, 3) | _second_prompts() | {"use_resolution_binning": False},
+        size=(96, 144, 1),
+    ),
+    "lumina-2": PipelineCase(
+        lambda: _pipeline("Lumina2Pipeline", transformer=tiny_picture_models.lumina2()),
+        lambda: _prompts(5, 3),
+        size=(96, 144, 1),
+        forwards=2,
+    ),
+    "cogview-4": PipelineCase(
+        lambda: _pipeline("CogView4Pipeline", transformer=tiny_picture_models.cogview4()),
+        lambda: _prompts(TEXT, TEXT, mask=None),
+        size=(96, 144, 1),
+        forwards=2,
+    ),
+    "cogview-3-plus": PipelineCase(
+        lambda: _pipeline(
+            "CogView3PlusPipeline",
+            transformer=tiny_picture_models.cogview3plus(),
+            scheduler=diffusers.CogVideoXDDIMScheduler(),
+        ),
+        lambda: _prompts(TEXT, TEXT, mask=None),
+        size=(96, 144, 1),
+    ),
+    "auraflow": PipelineCase(
+        lambda: _pipeline("AuraFlowPipeline", transformer=tiny_picture_models.auraflow()),
+        lambda: _prompts(TEXT, TEXT),
+        size=(96, 144, 1),
     ),
 }
 

@@ -8,7 +8,10 @@ import torch
 
 from diffattn.grid import TokenGrid
 from diffattn.models.allegro import ALLEGRO
+from diffattn.models.auraflow import AURAFLOW
 from diffattn.models.base import Family, SizeRules
+from diffattn.models.bria import BRIA, BRIA_FIBO
+from diffattn.models.chroma import CHROMA
 from diffattn.models.cogvideox import COGVIDEOX
 from diffattn.models.cosmos import COSMOS
 from diffattn.models.cosmos3 import COSMOS3
@@ -16,17 +19,24 @@ from diffattn.models.easyanimate import EASYANIMATE
 from diffattn.models.ernie import ERNIE_IMAGE
 from diffattn.models.flux import FLUX, FLUX2
 from diffattn.models.framepack import FRAMEPACK
-from diffattn.models.glm import GLM_IMAGE
+from diffattn.models.glm import COGVIEW3PLUS, COGVIEW4, GLM_IMAGE
 from diffattn.models.helios import HELIOS
+from diffattn.models.hidream import HIDREAM
 from diffattn.models.hunyuan_image import HUNYUAN_IMAGE
+from diffattn.models.hunyuandit import HUNYUANDIT
 from diffattn.models.hunyuanvideo import HUNYUANVIDEO, HUNYUANVIDEO15
+from diffattn.models.ideogram import IDEOGRAM4
 from diffattn.models.joyimage import JOYIMAGE_EDIT, JOYIMAGE_EDIT_PLUS
 from diffattn.models.kandinsky import KANDINSKY5, KANDINSKY6
+from diffattn.models.krea import KREA2
+from diffattn.models.longcat import LONGCAT_IMAGE
 from diffattn.models.ltx import LTX, LTX2
+from diffattn.models.lumina2 import LUMINA2
 from diffattn.models.minimax import MINIMAX_H3
 from diffattn.models.mochi import MOCHI
 from diffattn.models.motif import MOTIF_VIDEO
 from diffattn.models.nucleus import NUCLEUS_IMAGE
+from diffattn.models.ovis import OVIS_IMAGE
 from diffattn.models.pixart import LATTE, PIXART
 from diffattn.models.prx import PRX
 from diffattn.models.qwen import QWEN_IMAGE
@@ -52,6 +62,12 @@ FAMILIES: tuple[Family, ...] = (
     SD3,
     UNET,
     QWEN_IMAGE,
+    CHROMA,
+    LONGCAT_IMAGE,
+    OVIS_IMAGE,
+    BRIA,
+    BRIA_FIBO,
+    KREA2,
     ALLEGRO,
     KANDINSKY5,
     EASYANIMATE,
@@ -65,6 +81,13 @@ FAMILIES: tuple[Family, ...] = (
     JOYIMAGE_EDIT_PLUS,
     PRX,
     NUCLEUS_IMAGE,
+    HUNYUANDIT,
+    HIDREAM,
+    LUMINA2,
+    COGVIEW4,
+    COGVIEW3PLUS,
+    AURAFLOW,
+    IDEOGRAM4,
     FRAMEPACK,
     HELIOS,
     KANDINSKY6,
@@ -87,7 +110,7 @@ _WITHOUT_GRID = {
 }
 
 # The components of a pipeline that may be denoisers.
-_DENOISERS = ("transformer", "transformer_2", "unet")
+_DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
 
 
 def family_of(model: torch.nn.Module) -> Family:

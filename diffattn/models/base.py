@@ -201,7 +201,7 @@ class Family:
     grid_modules: re.Pattern[str] | None = None
     padding: Literal["keys", "pairs", "bias"] = "keys"
     rotary: tuple[int, str] | None = None
-    queries: Callable[[TokenGrid, int, int], tuple[range, ...] | None] | None = None
+    queries: Callable[[TokenGrid, int, int], tuple[slice, ...] | None] | None = None
     images: bool = False
     flow: TokenFlow | None = None
     tested: Literal["model", "model, pipeline"] = "model, pipeline"
@@ -244,22 +244,27 @@ def image_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     return TokenGrid(1, height // patch, width // patch)
 
 
-def last_queries(video: TokenGrid, queries: int, keys: int) -> tuple[range, ...] | None:
+def last_queries(video: TokenGrid, queries: int, keys: int) -> tuple[slice, ...] | None:
     """The positions of queries that are the last tokens of the sequence, for `Family.queries`.
 
     None for queries that are not all of the video tokens and those after them.
     """
-    fits = video.video_tokens + video.text_after <= queries < keys
-    return (range(keys - queries, keys),) if fits else None
+    fits = _traced() or video.video_tokens + video.text_after <= queries
+    return (slice(keys - queries, keys),) if fits and queries < keys else None
 
 
-def first_queries(video: TokenGrid, queries: int, keys: int) -> tuple[range, ...] | None:
+def first_queries(video: TokenGrid, queries: int, keys: int) -> tuple[slice, ...] | None:
     """The positions of queries that are the first tokens of the sequence, for `Family.queries`.
 
     None for queries that are not all of the video tokens and those before them.
     """
-    fits = video.text_before + video.video_tokens <= queries < keys
-    return (range(queries),) if fits else None
+    fits = _traced() or video.text_before + video.video_tokens <= queries
+    return (slice(0, queries),) if fits and queries < keys else None
+
+
+def _traced() -> bool:
+    # Code that compares with a grid would be compiled again for each grid.
+    return torch.compiler.is_dynamo_compiling()
 
 
 def sizes_in_the_call(reason: str) -> Callable[[Any], SizeRules]:
