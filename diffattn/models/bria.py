@@ -37,4 +37,5 @@ BRIA_FIBO = Family(
     text="before",
     rotary=(3, "image_rotary_emb"),
     images=True,
+    tested="model",
 )
