@@ -9,7 +9,7 @@ import torch
 from diffattn.grid import TokenGrid
 from diffattn.models.allegro import ALLEGRO
 from diffattn.models.base import Family, SizeRules
-from diffattn.models.bria import BRIA, BRIA_FIBO
+from diffattn.models.bria import BRIA, BRIA_FIBO, BRIA_FIBO2
 from diffattn.models.chroma import CHROMA
 from diffattn.models.cogvideox import COGVIDEOX
 from diffattn.models.easyanimate import EASYANIMATE
@@ -49,6 +49,7 @@ FAMILIES: tuple[Family, ...] = (
     OVIS_IMAGE,
     BRIA,
     BRIA_FIBO,
+    BRIA_FIBO2,
     KREA2,
     ALLEGRO,
     KANDINSKY5,

@@ -156,6 +156,8 @@ def _heads(config: Any) -> tuple[int, int]:
     if "axes_dims" in config and "model_dim" in config:  # Kandinsky
         head_dim = sum(config.axes_dims)
         return config.model_dim // head_dim, head_dim
+    if "n_heads" in config:  # Bria Fibo 2
+        return config.n_heads, config.dim // config.n_heads
     return config.num_attention_heads, config.attention_head_dim
 
 

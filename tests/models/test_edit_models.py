@@ -232,6 +232,39 @@ class TestFlux3:
             grid_of("flux.3-edit", image_cond_ids=ids[1:])
 
 
+class TestFibo2:
+    @pytest.mark.parametrize(
+        ("lengths", "before", "after"),
+        [
+            ((), 8, 0),
+            ((16, 16), 8, 0),
+            ((4, 4), 4, 0),
+            ((3, 1), 4, 0),  # of unequal prompts with as many gist tokens
+            ((16, 4), 0, 8),
+            ((4, 9), 0, 8),
+        ],
+    )
+    def test_gist_tokens_stand_last_where_they_are_padded(
+        self, lengths: tuple[int, ...], before: int, after: int
+    ) -> None:
+        inputs = edit.fibo2_inputs(*lengths)
+        model = edit.bria_fibo2()
+        grid = family_of(model).grid(model, (), inputs)
+        assert (grid.text_before, grid.text_after) == (before, 54 + 20 + after)
+        assert [r.start for r in grid.references] == [before + 54, before + 108]
+        recorder = stock.Recording()
+        diffattn.set_attn_processor(model, recorder)
+        forward(model, inputs)
+        refiner, *layers = [site.grid for site, _ in recorder.calls]
+        assert layers == [grid, grid]
+        assert refiner == tiny.CASES["bria-fibo-2"].grids[0]
+
+    def test_plans_know_its_heads(self) -> None:
+        model = edit.bria_fibo2()
+        got = diffattn.plan(model, DenseAttn(), grid=grid_of("bria-fibo-2"))
+        assert (got.heads, got.head_dim, got.layers, got.tokens) == (2, 16, 2, 136)
+
+
 class TestIdsOfPipelines:
     """Ids that the functions of diffusers' own pipelines write."""
 
