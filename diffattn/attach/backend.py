@@ -19,6 +19,7 @@ from diffattn.attach.compiled import remember, traced_attention, traced_method
 from diffattn.attach.context_parallel import attend_queries, attend_sharded, gather_tables
 from diffattn.attach.run_clock import RunClock
 from diffattn.attach.running_call import Call, running_call
+from diffattn.attach.some_queries import attend_some, attend_whole
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.methods.agent.merging import Merging
@@ -191,6 +192,28 @@ class Group:
         method = self._method_on(grid.alone)
         return method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
 
+    def positions(self, queries: int, keys: int) -> tuple[slice, ...] | None:
+        """Positions in the sequence of the queries of a call with more keys; None if unknown."""
+        video = self.video
+        if self.family.queries is None or video is None:
+            return None
+        return self.family.queries(video, queries, keys)
+
+    def is_over_a_part(self, tokens: int) -> bool:
+        """Whether a call of a site is over less than the sequence, for models that do such calls.
+
+        Code that is traced asks for grids with tokens before the video alone: such grids belong to
+        models that do.
+        """
+        if self.family.queries is None:
+            return False
+        video = self.video
+        if video is None:
+            return False
+        if torch.compiler.is_dynamo_compiling() and not video.text_before:
+            return False
+        return tokens < video.tokens
+
     def _static_method(self, grid: TokenGrid) -> StaticMaskMethod:
         method = self._method_on(grid.alone)
         assert isinstance(method, StaticMaskMethod)
@@ -290,13 +313,17 @@ def backend_of(group: Group) -> _compat.BackendFunction:
         _parallel_config: Any = None,
     ) -> torch.Tensor:
         over = _compat.context_parallel(_parallel_config)
+        tokens, queries = key.shape[1], None
+        if query.shape[1] != tokens and over is None:
+            queries = group.positions(query.shape[1], tokens)
         ordinary = (
-            query.shape[1] == key.shape[1]
+            (query.shape[1] == tokens or queries is not None)
             and not is_causal
             and not isinstance(attn_mask, BlockMask)
+            and not group.is_over_a_part(tokens)
         )
         sparse = ordinary and group.sparse
-        if not sparse and query.shape[1] == key.shape[1] and _is_reordered(group):
+        if not sparse and query.shape[1] == tokens and _is_reordered(group):
             _check_any_order(attn_mask, is_causal, key, group.family)
         group.count(sparse=sparse)
         masked = attn_mask is not None
@@ -316,6 +343,11 @@ def backend_of(group: Group) -> _compat.BackendFunction:
         if dropout_p:
             raise ValueError(f"dropout_p is {dropout_p}, but sparse attention has no dropout")
         key_mask = _key_mask(attn_mask, key, group.family)
+        if key.shape[2] != query.shape[2]:
+            shared_by = query.shape[2] // key.shape[2]
+            key, value = (x.repeat_interleave(shared_by, dim=2) for x in (key, value))
+        if queries is not None:
+            return _attend_some(group, scale, query, key, value, key_mask, queries)
         attend = partial(_attend_sparse if sparse else _attend_dense, group, scale)
         if over is None:
             return attend(query, key, value, key_mask, None)
@@ -380,6 +412,30 @@ def _attend_sparse(
             group.method, query, key, value, site, queries, scale=scale, key_mask=key_mask
         )
     return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
+
+
+def _attend_some(
+    group: Group,
+    scale: float | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    queries: tuple[slice, ...],
+) -> torch.Tensor:
+    """Attention by the group's method in a call that has no other queries than those given."""
+    tokens = key.shape[1]
+    # The rows of a layout cannot be traced.
+    if not torch.compiler.is_dynamo_compiling() and attends_by_mask_alone(group.method):
+        return attend_some(
+            group.method, query, key, value, group.site(tokens), queries, scale=scale,
+            key_mask=key_mask,
+        )  # fmt: skip
+
+    def attend(whole: torch.Tensor) -> torch.Tensor:
+        return _attend_sparse(group, scale, whole, key, value, key_mask, None)
+
+    return attend_whole(attend, query, tokens, queries)
 
 
 def _attend_dense(
