@@ -164,8 +164,9 @@ class Family:
             `named_modules()`.
         grid: function of a module and the positional and keyword arguments of its forward; gives
             the video tokens of the call. The module is the denoiser, or a module of `grid_modules`.
-            The function should read shapes only: reading values waits for the device and cannot be
-            compiled.
+            The grid may count other tokens and name references among them; a site's call adds the
+            tokens that are missing on the side of `text`. Reading the values of tensors waits for
+            the device: `position_ids` keeps what it has read.
         sizes: function of a pipeline; gives the legal sizes.
         variants: function of a pipeline, which may be None, and a denoiser; gives the model's name
             in the tables of recommended settings. None if the family's name serves all models.
