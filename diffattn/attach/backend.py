@@ -320,7 +320,7 @@ def backend_of(group: Group) -> _compat.BackendFunction:
             (query.shape[1] == tokens or queries is not None)
             and not is_causal
             and not isinstance(attn_mask, BlockMask)
-            and not group.is_over_a_part(tokens)
+            and not (over is None and group.is_over_a_part(tokens))
         )
         sparse = ordinary and group.sparse
         if not sparse and query.shape[1] == tokens and _is_reordered(group):
