@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from diffattn._checks import whole
@@ -87,7 +88,6 @@ def _table(plan: Plan | Estimate) -> Iterator[str]:
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows(plan):
         table.add_row(name, value)
-    console = Console(markup=False, highlight=False, width=100)
-    with console.capture() as capture:
-        console.print(table)
-    yield from (line.rstrip() for line in capture.get().splitlines())
+    text = StringIO()
+    Console(file=text, markup=False, highlight=False, width=100).print(table)
+    yield from (line.rstrip() for line in text.getvalue().splitlines())
