@@ -67,12 +67,12 @@ def make_plan(options: PlanOptions) -> Plan | Estimate:
     if options.grid is None:
         assert known.model is not None
         target: Any = shape_of(known.model)
-        numbers: Mapping[str, int] = known.numbers_for(target)
+        numbers: dict[str, Any] = dict(known.numbers_for(target))
     else:
         # A grid takes the place of the model and the size of a record.
         target = read_grid(options.grid)
-        of_a_run = {name: number for name, number in known.numbers.items() if name not in SIZES}
-        numbers = of_a_run | dict(options.numbers)
+        numbers = {name: known.numbers[name] for name in known.numbers if name not in SIZES}
+        numbers |= options.numbers
     try:
         return diffattn.plan(target, method, **numbers)
     except ValueError as error:
