@@ -73,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _run(command: Any, arguments: list[str]) -> int:
     try:
-        return command.main(arguments, prog_name="diffattn", standalone_mode=False) or 0
+        code = command.main(arguments, prog_name="diffattn", standalone_mode=False) or 0
     except UserError as error:
         return _fail(str(error), _BAD_INPUT)
     except RunInterruptedError as interruption:
@@ -99,6 +99,8 @@ def _run(command: Any, arguments: list[str]) -> int:
         message = one_line(error.format_message())
         # Without arguments the help is shown, which says it all.
         return _fail(message, _BAD_INPUT) if message else _BAD_INPUT
+    # Releases of Typer make an exit code of Ctrl-C, and say nothing.
+    return _fail(str(RunInterruptedError([])), code) if code == _INTERRUPTED else code
 
 
 @app.callback()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from diffattn._checks import whole
@@ -66,12 +67,12 @@ def make_plan(options: PlanOptions) -> Plan | Estimate:
     if options.grid is None:
         assert known.model is not None
         target: Any = shape_of(known.model)
-        numbers: Mapping[str, Any] = known.numbers_for(target)
+        numbers: dict[str, Any] = dict(known.numbers_for(target))
     else:
         # A grid takes the place of the model and the size of a record.
         target = read_grid(options.grid)
-        of_a_run = {name: number for name, number in known.numbers.items() if name not in SIZES}
-        numbers = of_a_run | dict(options.numbers)
+        numbers = {name: known.numbers[name] for name in known.numbers if name not in SIZES}
+        numbers |= options.numbers
     try:
         return diffattn.plan(target, method, **numbers)
     except ValueError as error:
@@ -87,7 +88,6 @@ def _table(plan: Plan | Estimate) -> Iterator[str]:
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows(plan):
         table.add_row(name, value)
-    console = Console(markup=False, highlight=False, width=100)
-    with console.capture() as capture:
-        console.print(table)
-    yield from (line.rstrip() for line in capture.get().splitlines())
+    text = StringIO()
+    Console(file=text, markup=False, highlight=False, width=100).print(table)
+    yield from (line.rstrip() for line in text.getvalue().splitlines())

@@ -96,9 +96,12 @@ def read_origin(
     found = {name: settings[name] for name in (*SIZES, "steps") if settings.get(name) is not None}
     for name, value in found.items():
         check_option(name, value, whole(1))
+    if model is None and settings.get("model") is not None:
+        model = settings["model"]
+        check_option("model", model, TEXT)
     return Known(
         attention_settings(method, recorded),
-        settings.get("model") if model is None else model,
+        model,
         {**found, **numbers},
         trained,
     )

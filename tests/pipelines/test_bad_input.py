@@ -728,7 +728,7 @@ class TestStdout:
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
         assert line.startswith("diffattn: ")
-        assert "No space left on device" in line
+        assert "cannot write to stdout: No space left on device" in line
 
     def test_a_closed_stdout_is_nothing_to_speak_of(self):
         done = subprocess.run(
@@ -754,3 +754,23 @@ def test_ctrl_c_while_modules_load(monkeypatch, capsys):
         cli.main()
     assert ended.value.code == 130
     assert capsys.readouterr().err == "diffattn: interrupted: nothing was written\n"
+
+
+@pytest.mark.parametrize(
+    ("home", "arguments"),
+    [
+        ("diffattn.pipelines.cli.plan_table.make_plan", ["plan", "--grid", "2x3x4"]),
+        ("diffattn.pipelines.cli.listing.method_lines", ["methods"]),
+        ("diffattn.pipelines.cli.mask_picture.draw_mask", ["mask", "--grid", "2x3x4"]),
+        ("diffattn.pipelines.run.job.plan_job", ["generate", "a cat"]),
+    ],
+)
+def test_ctrl_c_in_any_command(diffattn, monkeypatch, tmp_path, home, arguments):
+    def interrupted(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(home, interrupted)
+    result = diffattn(*arguments)
+    assert result.code == 130
+    assert result.err == "diffattn: interrupted: nothing was written\n"

@@ -338,6 +338,8 @@ class TestPlanOfFiles:
         record.write_text(json.dumps({"diffattn_record": 1, "settings": settings}))
         error = diffattn("plan", "--from", record).error
         assert error == "--height must be a whole number of at least 1, not 'x'"
+        record.write_text(json.dumps({"diffattn_record": 1, "settings": {"model": 5}}))
+        assert diffattn("plan", "--from", record).error == "--model must be text, not 5"
 
     @staticmethod
     def lora(folder, method, latents):
