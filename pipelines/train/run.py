@@ -21,6 +21,7 @@ from diffattn._locks import alone, lock_existing
 from ..errors import RunInterruptedError, UserError
 from ..run.loading import LoadedModel, load_model
 from ..run.machine import quiet_libraries
+from ..run.memory import check_memory
 from ..run.method_settings import MethodOptions, attention_settings
 from ..run.processes import rank
 from ..run.request import BUNDLED_MODEL, Request
@@ -134,6 +135,7 @@ def train_lora(
     resume: bool,
     say: Callable[[str], None],
     warn: Callable[[str], None],
+    memory_check: bool = True,
 ) -> None:
     """Check the settings, prepare the data, train, and write the LoRA.
 
@@ -145,6 +147,8 @@ def train_lora(
         resume: go on from the last checkpoint in `output`.
         say: takes lines for the user.
         warn: takes one-line warnings.
+        memory_check: whether to refuse what the device has too little memory for, even without
+            gradients.
 
     Raises:
         UserError: if a setting, the data, the model or the output folder is refused.
@@ -165,6 +169,9 @@ def train_lora(
 
     try:
         training = TrainSettings.from_dict({**settings, "attention": attention})
+        quiet_libraries()
+        if memory_check:
+            check_memory(job.request())
         _run(job, training, output, resume, nowhere if rank() else say, nowhere if rank() else warn)
     except LoraError as error:
         raise UserError(error) from None
@@ -212,7 +219,6 @@ def _run(
     from diffattn.lora.checkpoint import alone_in
     from diffattn.lora.trainer import check_output
 
-    quiet_libraries()
     is_new = not output.exists()
     check_output(output, resume)
     try:
