@@ -22,6 +22,7 @@ from diffattn.attach.running_call import Call, running_call
 from diffattn.attach.some_queries import attend_some, attend_whole
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
+from diffattn.interception import modes_are_active
 from diffattn.methods.agent.merging import Merging
 from diffattn.methods.base import (
     Compiled,
@@ -407,7 +408,8 @@ def _attend_sparse(
     queries: tuple[range, ...] | None,
 ) -> torch.Tensor:
     """Attention by the group's method, for queries at the positions `queries`; None is all."""
-    if torch.compiler.is_dynamo_compiling() and queries is None and group.compiled_as != "traced":
+    compiling = torch.compiler.is_dynamo_compiling() and queries is None
+    if compiling and (group.compiled_as != "traced" or modes_are_active()):
         return _attend_compiled(group, scale, query, key, value, key_mask)
     site = group.site(key.shape[1])
     if queries is not None:
@@ -426,21 +428,25 @@ def _attend_compiled(
     key_mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention by the group's method in code that is compiled for all grids."""
-    if group.compiled_as in ("mask", "operator"):
+    outside = group.compiled_as == "outside" or modes_are_active()
+    if group.compiled_as in ("mask", "operator") and not outside:
         traced = traced_attention if group.compiled_as == "mask" else traced_method
         grid = group.traced_grid
         return traced(query, key, value, grid, group.serial, scale=scale, key_mask=key_mask)
     weights, rotary = (
         (None, None) if group.last is None else (group.last.weights, group.last.rotary)
     )
-    if group.compiled_as == "outside":
+    if outside:
         return _attend_outside(group, scale, query, key, value, key_mask, weights, rotary)
     row = TokenGrid(1, 1, key.shape[1])
     site = Site(group.family.name, group.layer, group.layers, row, weights=weights, rotary=rotary)
     return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
 
 
-@torch.compiler.disable
+@torch.compiler.disable(
+    reason="diffattn attends outside of compiled code by methods with weights beside text or with"
+    " merged tokens, and where a function mode (a guider's hook) changes attention"
+)
 def _attend_outside(
     group: Group,
     scale: float | None,

@@ -27,6 +27,7 @@ _NOT_OF_A_REQUEST = (
     "attn_config",
     "prompts_file",
     "record",
+    "no_memory_check",
 )
 
 
@@ -99,6 +100,7 @@ def generate(
             rich_help_panel=options.MACHINE,
         ),
     ] = None,
+    no_memory_check: options.NoMemoryCheck = False,
     lora: Annotated[
         str | None,
         typer.Option(help="LoRA file or folder; a LoRA of `lora train` brings its method."),
@@ -130,4 +132,4 @@ def generate(
 
     from ..run.generate import generate as make_videos
 
-    make_videos(job, say, warn)
+    make_videos(job, say, warn, memory_check=not no_memory_check)

@@ -12,7 +12,7 @@ from . import options
 app = typer.Typer(no_args_is_help=True, help="Adapt a model to sparse attention by LoRA.")
 
 # Parameters that are not settings of the training.
-_APART = ("output", "config", "resume", "attn", "attn_arg", "attn_config")
+_APART = ("output", "config", "resume", "attn", "attn_arg", "attn_config", "no_memory_check")
 # Options that may be repeated, and the setting that takes all values of each.
 _PLURALS = {
     "target": "targets",
@@ -215,6 +215,7 @@ def train(
         str | None,
         typer.Option(help="cpu, or the accelerator (default).", rich_help_panel=options.MACHINE),
     ] = None,
+    no_memory_check: options.NoMemoryCheck = False,
 ) -> None:
     """Train a LoRA under a method; several processes by `accelerate launch -m diffattn.pipelines`.
 
@@ -234,6 +235,7 @@ def train(
         output,
         config,
         resume=resume,
+        memory_check=not no_memory_check,
         say=typer.echo,
         warn=lambda line: typer.echo(f"warning: {line}", err=True),
     )

@@ -44,6 +44,14 @@ LoraEverywhere = Annotated[
     ),
 ]
 
+NoMemoryCheck = Annotated[
+    bool,
+    typer.Option(
+        "--no-memory-check",
+        help="Go on where the device seems to have too little memory.",
+        rich_help_panel=MACHINE,
+    ),
+]
 Attn = Annotated[
     str | None,
     typer.Option(

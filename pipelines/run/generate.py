@@ -18,6 +18,7 @@ from .advice import cautions, cost_words, estimated_cost
 from .compare import psnr, side_by_side, ssim
 from .loading import LoadedModel, load_model
 from .machine import describe_device, quiet_libraries
+from .memory import check_memory
 from .outputs import Outputs, on_disk, staged
 from .processes import count, rank, spread, together
 from .progress import LoopTimes, clock, watched
@@ -64,13 +65,20 @@ class Rendering:
         }
 
 
-def generate(job: Job, say: Callable[[str], None], warn: Callable[[str], None]) -> list[Path]:
+def generate(
+    job: Job,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+    *,
+    memory_check: bool = True,
+) -> list[Path]:
     """Render each request of a job into its outputs.
 
     Args:
         job: the videos to make, and the path of each.
         say: takes lines for the user.
         warn: takes one-line warnings.
+        memory_check: whether to refuse what the device has too little memory for.
 
     Returns:
         The videos written.
@@ -81,6 +89,10 @@ def generate(job: Job, say: Callable[[str], None], warn: Callable[[str], None]) 
     """
     kept: list[Path] = []
     try:
+        quiet_libraries()
+        # Processes that share a video share its memory too.
+        if memory_check and count() == 1:
+            check_memory(job.requests[0])
         with together(job.requests[0]):
             _make_all(job, kept, say, warn)
     except KeyboardInterrupt:
@@ -99,7 +111,6 @@ def _make_all(
     warn: Callable[[str], None],
 ) -> None:
     """Load the model and make the files of every video."""
-    quiet_libraries()
     start = time.perf_counter()
     loaded = load_model(job.requests[0], job.record)
     runs = [complete(request, loaded) for request in job.requests]

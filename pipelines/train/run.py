@@ -31,6 +31,7 @@ from ..errors import RunInterruptedError, UserError
 from ..run.job import check_output_name
 from ..run.loading import LoadedModel, load_model
 from ..run.machine import quiet_libraries
+from ..run.memory import check_memory
 from ..run.method_settings import MethodOptions, attention_settings
 from ..run.processes import rank
 from ..run.refusals import lacks, refusals
@@ -162,6 +163,7 @@ def train_lora(
     resume: bool,
     say: Callable[[str], None],
     warn: Callable[[str], None],
+    memory_check: bool = True,
 ) -> None:
     """Check the settings, prepare the data, train, and write the LoRA.
 
@@ -173,6 +175,8 @@ def train_lora(
         resume: go on from the last checkpoint in `output`.
         say: takes lines for the user.
         warn: takes one-line warnings.
+        memory_check: whether to refuse what the device has too little memory for, even without
+            gradients.
 
     Raises:
         UserError: if a setting, the data, the model or the output folder is refused.
@@ -195,6 +199,9 @@ def train_lora(
 
     try:
         training = TrainSettings.from_dict({**settings, "attention": attention})
+        quiet_libraries()
+        if memory_check:
+            check_memory(job.request())
         with lacks(_NO_MEMORY):
             _run(
                 job,
@@ -258,7 +265,6 @@ def _run(
     from diffattn.lora.checkpoint import alone_in, checkpoints
     from diffattn.lora.trainer import check_output
 
-    quiet_libraries()
     is_new = not output.exists()
     if resume and is_new:
         raise UserError(
