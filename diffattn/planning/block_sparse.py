@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,8 @@ import torch
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.methods.gna import GNAAttn, nearest_block_sparse
-from diffattn.orders import TileOrder, tiles_that_fit
+from diffattn.orders import tiles_that_fit
+from diffattn.spans import Span
 
 # Grids that are tried, and how much larger or smaller than the given grid they may be, all axes
 # together.
@@ -19,16 +20,18 @@ _MOST_GRIDS = 8
 _MOST_CHANGE = math.log(1.5)
 
 
-def has_text(block: int, grid: TokenGrid) -> torch.Tensor:
-    """Whether each block of the sequence, in any order, holds text: bool `(blocks,)`."""
-    start = torch.arange(0, grid.tokens, block)
-    end = (start + block).clamp(max=grid.tokens)
-    return (start < grid.video.start) | (end > grid.video.stop)
+def in_one_of(block: int, spans: Sequence[Span]) -> torch.Tensor:
+    """Whether each block of the sequence, in any order, lies in some span: bool `(blocks,)`."""
+    tokens = spans[0].grid.tokens
+    start = torch.arange(0, tokens, block)
+    end = (start + block).clamp(max=tokens)
+    videos = [span.grid.video for span in spans]
+    return torch.stack([(start >= v.start) & (end <= v.stop) for v in videos]).any(0)
 
 
-def has_masked_blocks(layout: BlockLayout, grid: TokenGrid, order: TileOrder | None) -> bool:
-    """Whether a block of whole query and key blocks without text is partial."""
-    whole = ~has_text(layout.block_q, grid)
+def has_masked_blocks(layout: BlockLayout, spans: Sequence[Span]) -> bool:
+    """Whether a block of whole query and key blocks, each of one span alone, is partial."""
+    whole = in_one_of(layout.block_q, spans)
     if layout.tokens_q % layout.block_q and bool(whole.any()):
         whole[-1] = False
     slot = torch.arange(layout.partial_index.shape[-1])
@@ -60,7 +63,7 @@ def nearest_on(method: GNAAttn, grid: TokenGrid) -> GNAAttn | None:
             continue
         order = candidate.order(grid)
         layout = candidate.layout(grid, torch.device("cpu"), order)
-        if not has_masked_blocks(layout, grid, order):
+        if not has_masked_blocks(layout, candidate.spans(grid)):
             return candidate
     return None
 
@@ -96,4 +99,4 @@ def _grids_of_tiles(grid: TokenGrid, block_size: int) -> Iterator[TokenGrid]:
         change[near] = sum(abs(math.log(a / b)) for a, b in zip(near, sizes, strict=True))
     nearest = sorted((moved, near) for near, moved in change.items() if 0 < moved <= _MOST_CHANGE)
     for _, (frames, height, width) in nearest[:_MOST_GRIDS]:
-        yield replace(grid, frames=frames, height=height, width=width)
+        yield replace(grid, frames=frames, height=height, width=width, references=())

@@ -19,7 +19,7 @@ from diffattn.methods.base import Method, StaticMaskMethod
 from diffattn.methods.gna import GNAAttn, Tile
 from diffattn.methods.registry import as_method
 from diffattn.models.base import SizeRules
-from diffattn.planning.block_sparse import has_masked_blocks, has_text, nearest_on
+from diffattn.planning.block_sparse import has_masked_blocks, in_one_of, nearest_on
 from diffattn.planning.costs import Cost, Estimate
 from diffattn.planning.published import PUBLISHED, ModelShape, published_shape
 from diffattn.schedule import resolve_steps
@@ -42,11 +42,11 @@ class Plan(Cost):
         blocks: all blocks of a head's attention matrix.
         full_blocks: visited blocks that attend everywhere.
         partial_blocks: visited blocks that need a bit mask.
-        worst_blocks: the most key blocks that a query block without text tokens visits.
+        worst_blocks: the most key blocks that a query block of video tokens alone visits.
         columns: key blocks in a row.
         layout_bytes: memory of the index lists and bit masks, which all heads and layers share.
-        is_block_sparse: whether every visited block is full. Blocks that hold text, and blocks at
-            the ragged end of the sequence, do not count.
+        is_block_sparse: whether every visited block is full. Blocks that hold text, or tokens of
+            two pictures, and blocks at the ragged end of the sequence, do not count.
         nearest_block_sparse: for GNA, the nearest setting that is block-sparse, which may be the
             method itself. None for other methods, and where no setting but dense attention is
             block-sparse in whole tiles of the grid.
@@ -266,11 +266,11 @@ def _plan(grid: TokenGrid, method: Method, shape: ModelShape, model: str | None)
         )
     order = fitted.order(grid)
     layout = fitted.layout(grid, torch.device("cpu"), order)
-    masked = has_masked_blocks(layout, grid, order)
+    masked = has_masked_blocks(layout, fitted.spans(grid))
     best = None
     if isinstance(fitted, GNAAttn):
         best = nearest_on(fitted, grid) if masked else fitted
-    with_text = has_text(layout.block_q, grid)
+    with_text = ~in_one_of(layout.block_q, fitted.spans(grid)[:1])
     visited = (layout.full_count + layout.partial_count)[0, 0]
     video_rows = visited if bool(with_text.all()) else visited[~with_text]
     return Plan(
@@ -279,7 +279,8 @@ def _plan(grid: TokenGrid, method: Method, shape: ModelShape, model: str | None)
         density=allowed_pairs(layout) / grid.tokens**2,
         extra_keys=extra_keys,
         block_size=layout.block_q,
-        tile=None if order is None else order.tile,
+        # Where only references are tiled, the order's own tile is one token.
+        tile=None if order is None or order.tile == (1, 1, 1) else order.tile,
         blocks=layout.rows * layout.columns,
         full_blocks=layout.full_blocks,
         partial_blocks=layout.partial_blocks,

@@ -15,11 +15,12 @@ EXAMPLES = options.examples(
     "plan --model Wan-AI/Wan2.1-T2V-14B --attn gna --height 720 --width 1280 --num-frames 81",
     "plan --from circle.mp4.json",
     "plan --grid 21x30x52 --attn gna --attn-arg window=7,15,15",
+    "plan --grid 512+64x64 --reference 64x64 --attn clear --attn-arg references=local",
 )
 
 # Parameters that `plan` reads itself; all other options are arguments of `diffattn.plan`.
 _NOT_OF_A_PLAN = (
-    "attn", "attn_arg", "attn_config", "model", "grid", "lora", "record", "as_json",
+    "attn", "attn_arg", "attn_config", "model", "grid", "reference", "lora", "record", "as_json",
 )  # fmt: skip
 
 
@@ -36,6 +37,7 @@ def plan(
         ),
     ] = None,
     grid: options.Grid = None,
+    reference: options.References = None,
     height: options.Pixels = None,
     width: options.Pixels = None,
     num_frames: options.Frames = None,
@@ -69,6 +71,7 @@ def plan(
     method = MethodOptions(attn, tuple(attn_arg or ()), attn_config)
     numbers = options.given_options(context, _NOT_OF_A_PLAN)
     for line in plan_lines(
-        PlanOptions(method, model, grid, numbers, Origin(lora, record)), as_json
+        PlanOptions(method, model, grid, tuple(reference or ()), numbers, Origin(lora, record)),
+        as_json,
     ):
         say(line)

@@ -15,11 +15,13 @@ from ..run.method_settings import MethodOptions, make_method
 from ..run.model_shape import shape_of
 from ..run.origin import SIZES, Origin, read_origin
 from ..run.request import check_option
-from .grid_text import read_grid
+from .grid_text import read_grid, with_references
 
 if TYPE_CHECKING:
     from diffattn import Plan
     from diffattn.planning.costs import Estimate
+
+_SIZES = (*SIZES, "text")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class PlanOptions:
 
     Attributes:
         method: the attention method.
-        model, grid: as the user wrote them.
+        model, grid, references: as the user wrote them.
         numbers: further arguments of `diffattn.plan` that the user gave.
         origin: files that say what the options leave open.
     """
@@ -36,6 +38,7 @@ class PlanOptions:
     method: MethodOptions
     model: str | None
     grid: str | None
+    references: tuple[str, ...]
     numbers: Mapping[str, int]
     origin: Origin = field(default_factory=Origin)
 
@@ -70,10 +73,13 @@ def make_plan(options: PlanOptions) -> Plan | Estimate:
         numbers: dict[str, Any] = dict(known.numbers_for(target))
     else:
         # A grid takes the place of the model and the size of a record.
-        target = read_grid(options.grid)
+        target = with_references(read_grid(options.grid), options.references)
         numbers = {name: known.numbers[name] for name in known.numbers if name not in SIZES}
         numbers |= options.numbers
     try:
+        if options.grid is None and options.references:
+            sizes = {name: numbers.pop(name, None) for name in _SIZES}
+            numbers["grid"] = with_references(target.grid(**sizes), options.references)
         return diffattn.plan(target, method, **numbers)
     except ValueError as error:
         raise UserError(error) from None

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from diffattn import FreeSwimAttn, GNAAttn, Method, RadialAttn, TokenGrid, draw, plan
+from diffattn.grid import Reference
 from diffattn.methods import METHODS, from_dict
-from diffattn.pipelines.cli.grid_text import read_grid, read_place
+from diffattn.pipelines.cli.grid_text import read_grid, read_place, with_references
 
 from .conftest import SIZE
 
@@ -577,3 +578,78 @@ class TestMask:
         assert mask("--grid", "2x3x4", "-o", "/proc/nowhere/mask.png").error.startswith(
             "cannot write to /proc/nowhere: "
         )
+
+
+class TestReferences:
+    @pytest.mark.parametrize(
+        ("grid", "texts", "starts", "tokens"),
+        [
+            ("4+3x5", ["3x5"], [19], 34),
+            ("4+3x5+7", ["1 x 2X2", "2x3x4"], [19, 23], 54),
+            ("60+2x3x5+1", ["2x3x5@8", "3x5@40"], [8, 40], 91),
+            ("9+3x5+20", ["2x3@30", "2x2", "2x4@1"], [1, 24, 34], 48),
+        ],
+    )
+    def test_places(self, grid, texts, starts, tokens):
+        made = with_references(read_grid(grid), texts)
+        assert [reference.start for reference in made.references] == starts
+        assert made.tokens == tokens
+
+    def test_sizes(self):
+        made = with_references(TokenGrid(1, 4, 4), ["2x3x5"])
+        assert made == TokenGrid(1, 4, 4, 0, 30, references=(Reference(16, 2, 3, 5),))
+
+    @pytest.mark.parametrize("command", ["plan", "mask"])
+    @pytest.mark.parametrize(
+        ("reference", "message"),
+        [
+            ("8x", "must be frames x height x width in tokens, such as 1x64x64"),
+            ("8x8@", "must be frames x height x width"),
+            ("0x4", "a reference of 1x0x4 tokens from position 58 needs at least 1 along each"),
+            ("2x2@8", "is not among the other tokens of"),
+            ("2x5@0", "is not among the other tokens of"),
+        ],
+    )
+    def test_bad_ones(self, diffattn, command, reference, message, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        result = diffattn(command, "--grid", "9+7x7", "--attn", "clear", "--reference", reference)
+        assert result.code == 2
+        assert message in result.err
+        assert result.err.count("\n") == 1
+        assert not list(tmp_path.iterdir())
+
+    def test_plan(self, diffattn):
+        sequence = ["--grid", "512+64x64", "--reference", "64x64", "--attn", "clear", "--json"]
+        shares = {}
+        for policy in ("exact", "visible", "local"):
+            result = diffattn("plan", *sequence, "--attn-arg", f"references={policy}")
+            shares[policy] = json.loads(result.out)["density"]
+        assert shares == pytest.approx({"exact": 0.8128, "visible": 0.6256, "local": 0.2512}, 1e-3)
+
+    def test_plan_of_a_model(self, diffattn):
+        options = ["--model", "black-forest-labs/FLUX.1-dev", "--height", "1024", "--width", "1024"]
+        result = diffattn("plan", *options, "--reference", "64x64", "--attn", "clear", "--json")
+        assert json.loads(result.out)["tokens"] == 8704
+        table = diffattn("plan", *options, "--reference", "64x64", "--attn", "clear").out
+        assert "visible, 1 of 1 with pairs left out" in table
+
+    def test_a_policy_is_one_of_three(self, diffattn):
+        result = diffattn("plan", "--grid", "8x8", "--attn", "gna", "--attn-arg", "references=all")
+        assert result.code == 2
+        assert "references is 'all', but must be one of exact, visible, local" in result.err
+
+    def test_mask(self, mask, tmp_path):
+        result = mask(
+            "--grid", "5+12x12", "--reference", "12x12", "--reference", "2x3", "--attn", "clear",
+            "--attn-arg", "radius=3", "--attn-arg", "references=local", "-o", "m.png",
+        )  # fmt: skip
+        assert "references: local, 1 of 2 with pairs left out (1x2x3: as text)" in result.out
+        alone = mask("--grid", "5+12x12", "--attn", "clear", "-o", "alone.png")
+        assert not alone.code
+        image, smaller = (cv2.imread(str(tmp_path / name)) for name in ("m.png", "alone.png"))
+        assert image.shape[0] > smaller.shape[0]  # the frames of references are drawn, too
+
+    def test_no_references_in_a_run_that_is_drawn(self, mask):
+        result = mask("--attn", "vmoba", "--prompt", "x", "--reference", "2x2")
+        assert result.code == 2
+        assert "--reference: what vmoba attends to depends on the video" in result.err
