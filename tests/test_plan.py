@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import golden_files
 import diffusers
+import golden_files
 import pytest
 import tiny_complete
 import torch
