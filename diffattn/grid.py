@@ -137,6 +137,12 @@ class TokenGrid:
         """The positions of the video tokens in the sequence."""
         return slice(self.text_before, self.text_before + self.video_tokens)
 
+    @property
+    def pictures(self) -> slice:
+        """The positions from the first to the last token of the video and its references."""
+        ends = [self.video, *(slice(r.start, r.stop) for r in self.references)]
+        return slice(min(end.start for end in ends), max(end.stop for end in ends))
+
     def text_of(self, x: torch.Tensor) -> torch.Tensor:
         """The tokens before and after the video of a sequence `(batch, tokens, ...)`."""
         return torch.cat([x[:, : self.video.start], x[:, self.video.stop :]], 1)
@@ -154,6 +160,46 @@ class TokenGrid:
         place = position % self.frame_tokens
         return position // self.frame_tokens, place // self.width, place % self.width
 
+    def places(self, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`coordinates`, where a token that is no video token has the place of some video token."""
+        return self.coordinates(token.clamp(self.video.start, self.video.stop - 1))
+
     def __str__(self) -> str:
-        text = self.text_before + self.text_after
-        return f"{self.frames}x{self.height}x{self.width}" + (f"+{text} text" if text else "")
+        text = self.text_before + self.text_after - sum(r.tokens for r in self.references)
+        parts = [f"{self.frames}x{self.height}x{self.width}"]
+        if text > 0:
+            parts.append(f"{text} text")
+        parts += [f"reference {r.frames}x{r.height}x{r.width}" for r in self.references]
+        return "+".join(parts)
+
+
+@dataclass(frozen=True)
+class RepeatedGrid(TokenGrid):
+    """A grid whose video stands several times in the sequence, as the video and as references.
+
+    The first copy is the `video`. All copies count for `is_text`, `coordinates` and `places`: a
+    token has the same place in every copy.
+
+    Attributes:
+        starts: the position of the first token of each copy, ascending.
+    """
+
+    starts: tuple[int, ...] = field(default=(), kw_only=True)
+
+    def is_text(self, token: torch.Tensor) -> torch.Tensor:
+        out = torch.ones_like(token, dtype=torch.bool)
+        for start in self.starts:
+            out &= (token < start) | (token >= start + self.video_tokens)
+        return out
+
+    def coordinates(self, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return super().coordinates(self._in_first_copy(token))
+
+    def places(self, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return super().places(self._in_first_copy(token))
+
+    def _in_first_copy(self, token: torch.Tensor) -> torch.Tensor:
+        shift = torch.zeros_like(token)
+        for start in self.starts[1:]:
+            shift = torch.where(token >= start, start - self.starts[0], shift)
+        return token - shift

@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import diffusers
+import tiny_edit_models
 import tiny_picture_models
 import tiny_video_models
 import torch
@@ -816,3 +817,4 @@ CASES["easyanimate"] = Case(
 
 CASES |= tiny_picture_models.CASES
 CASES |= tiny_video_models.CASES
+CASES |= tiny_edit_models.CASES

@@ -25,6 +25,7 @@ from diffattn.grid import TokenGrid
 from diffattn.methods.agent.merging import Merging
 from diffattn.methods.base import Method, Site, StaticMaskMethod, attends_by_mask_alone
 from diffattn.models import Family
+from diffattn.models.base import Part
 from diffattn.orders import TileOrder
 
 # Threads count their calls of a group one after another.
@@ -35,8 +36,9 @@ _counting = threading.Lock()
 class Group:
     """The sites of a denoiser that always behave alike, and their backend.
 
-    Sites belong to one group when they have the same method, the same `kind` and the same
-    `previous` backend. One backend serves all sites of a group, so that they share compiled code.
+    Sites belong to one group when they have the same method, the same `kind`, the same `part` and
+    the same `previous` backend. One backend serves all sites of a group, so that they share
+    compiled code.
 
     A group holds nothing that differs between calls: `video`, `order` and the like are those of the
     call that runs in the context of the reader, or of the last call where none does.
@@ -64,6 +66,7 @@ class Group:
         previous: the backend that the sites had before attaching, to which dense calls still go;
             None for diffusers' active backend.
         model: serial number of the attached denoiser, by which the running call is found.
+        part: gives the tokens of the sites' calls from those of the denoiser's call; None for all.
         member: the group's own backend, as a member of diffusers' enumeration of backends. The
             processors of the sites are set to it.
         operator: the operator that compiled code calls: for attention under a mask alone, or for
@@ -86,6 +89,7 @@ class Group:
     layers: int
     previous: Any
     model: int
+    part: Part | None = None
     member: Any = None
     operator: Literal["mask", "method"] | None = field(init=False)
     last: Call | None = None
@@ -122,8 +126,8 @@ class Group:
 
     @property
     def video(self) -> TokenGrid | None:
-        """The video tokens of the call, without text; None before a call."""
-        return None if self.call is None else self.call.video
+        """The video tokens of the sites' calls, without text; None before a call."""
+        return None if self.call is None else self._video_in(self.call)
 
     @property
     def sparse(self) -> bool:
@@ -210,7 +214,11 @@ class Group:
         return method
 
     def _method_in(self, call: Call) -> Method:
-        return self._method_on(None if call.video is None else call.video.alone)
+        video = self._video_in(call)
+        return self._method_on(None if video is None else video.alone)
+
+    def _video_in(self, call: Call) -> TokenGrid | None:
+        return call.video if self.part is None or call.video is None else self.part(call.video)
 
     def _method_on(self, video: TokenGrid | None) -> Method:
         if video not in self._methods:
@@ -235,7 +243,8 @@ class Group:
             RuntimeError: outside of the model's forward, or if the tokens do not fit its grid.
         """
         call = self.call
-        if call is None or call.video is None:
+        video = None if call is None else self._video_in(call)
+        if call is None or video is None:
             raise RuntimeError(
                 "an attached attention module was called outside of its model's forward, so its"
                 " token grid is unknown; call the model, or set_attn_processor(None)"
@@ -251,13 +260,13 @@ class Group:
                 weights=call.weights,
                 merging=call.merging,
             )
-        text = tokens - call.video.tokens
+        text = tokens - video.tokens
         if text < 0 or (text > 0 and self.family.text is None):
             raise RuntimeError(
                 f"the attention call has {tokens} tokens, but the model's input makes a grid of"
-                f" {call.video} = {call.video.tokens} tokens"
+                f" {video} = {video.tokens} tokens"
             )
-        grid = call.video
+        grid = video
         if text:
             grid = grid.beside(**{self.family.text or "after": text})
         order = call.order
@@ -274,7 +283,7 @@ class Group:
         """The group of a copied model's sites, with a backend and a serial number of its own."""
         copied = Group(
             self.chosen, self.family, self.variant, self.kind, self.layer, self.layers,
-            self.previous, self.model,
+            self.previous, self.model, self.part,
         )  # fmt: skip
         copied.member = _compat.register_backend(backend_of(copied))
         memo[id(self.member)] = copied.member
@@ -309,7 +318,7 @@ def backend_of(group: Group) -> _compat.BackendFunction:
         )
         sparse = ordinary and group.sparse
         if not sparse and query.shape[1] == tokens and _is_reordered(group):
-            _check_any_order(attn_mask, is_causal, key, group.family.padding)
+            _check_any_order(attn_mask, is_causal, key, group.family)
         group.count(sparse=sparse)
         masked = attn_mask is not None
         if not sparse and not (ordinary and over and over.exceeds(group.previous, masked)):
@@ -327,7 +336,7 @@ def backend_of(group: Group) -> _compat.BackendFunction:
             )
         if dropout_p:
             raise ValueError(f"dropout_p is {dropout_p}, but sparse attention has no dropout")
-        key_mask = _key_mask(attn_mask, key, group.family.padding)
+        key_mask = _key_mask(attn_mask, key, group.family)
         if key.shape[2] != query.shape[2]:
             shared_by = query.shape[2] // key.shape[2]
             key, value = (x.repeat_interleave(shared_by, dim=2) for x in (key, value))
@@ -367,14 +376,14 @@ def _is_reordered(group: Group) -> bool:
     return group.call is not None and group.call.order is not None
 
 
-def _check_any_order(attn_mask: Any, is_causal: bool, key: torch.Tensor, padding: str) -> None:
+def _check_any_order(attn_mask: Any, is_causal: bool, key: torch.Tensor, family: Family) -> None:
     """Raise unless dense attention under a mask does not depend on the order of the tokens."""
     if is_causal or isinstance(attn_mask, BlockMask):
         raise RuntimeError(
             "this attention call is causal or has a BlockMask, which is about tokens in the model's"
             " own order, but the forward has put them in another"
         )
-    _key_mask(attn_mask, key, padding)
+    _key_mask(attn_mask, key, family)
 
 
 def _attend_sparse(
@@ -439,13 +448,13 @@ def _attend_dense(
     )
 
 
-def _key_mask(attn_mask: Any, key: torch.Tensor, padding: str) -> torch.Tensor | None:
+def _key_mask(attn_mask: Any, key: torch.Tensor, family: Family) -> torch.Tensor | None:
     """Reduce a model's padding mask to bool (batch, tokens), where False hides a key.
 
     Args:
         attn_mask: the mask of the call; None without padding.
         key: (batch, tokens, heads, head_dim).
-        padding: the form of the model's masks, see `Family`.
+        family: says the form of the model's masks, and where its text and thus its padding stands.
 
     Raises:
         ValueError: if the mask is no padding mask of that form.
@@ -458,12 +467,20 @@ def _key_mask(attn_mask: Any, key: torch.Tensor, padding: str) -> torch.Tensor |
     if attn_mask.dtype == torch.bool and by_key:
         return attn_mask.reshape(-1, tokens).expand(batch, tokens)
     by_pair = shape == (batch, 1, tokens, tokens)
-    if attn_mask.dtype == torch.bool and by_pair and padding == "pairs":
-        # The first token is a video token: it sees every key that is not padding.
-        return attn_mask[:, 0, 0]
+    if attn_mask.dtype == torch.bool and by_pair and family.padding == "pairs":
+        # Tokens of pictures see every key that is not padding, and no text stands beyond them on
+        # their side. (The grid has the position of the first, but is not known to traced code.)
+        return attn_mask[:, 0, -1 if family.text == "before" else 0]
     per_head = len(shape) == 4 and (shape[0], *shape[2:]) == (batch, 1, tokens)
-    if attn_mask.dtype.is_floating_point and per_head and padding == "bias":
+    if attn_mask.dtype.is_floating_point and per_head and family.padding == "bias":
         return attn_mask[:, 0, 0] == 0
+    if attn_mask.dtype.is_floating_point and by_pair and family.padding == "pairs":
+        raise ValueError(
+            f"the model passes an attention mask of {attn_mask.dtype} {shape}: numbers, which"
+            f" attention adds to its scores, so that 0 for padding does not hide the padding. Pass"
+            f" the model a mask of torch.bool; pipelines take one with encoded prompts, as"
+            f" prompt_attention_mask=mask.bool() and negative_prompt_attention_mask=mask.bool()"
+        )
     raise ValueError(
         f"the model passes an attention mask of {attn_mask.dtype} {shape}, which cannot be combined"
         f" with a sparse method; only padding masks over keys can: bool ({batch}, {tokens}) or"

@@ -9,12 +9,14 @@ import torch
 from diffattn.grid import TokenGrid
 from diffattn.models.allegro import ALLEGRO
 from diffattn.models.base import Family, SizeRules
+from diffattn.models.bria import BRIA, BRIA_FIBO
+from diffattn.models.chroma import CHROMA
 from diffattn.models.cogvideox import COGVIDEOX
 from diffattn.models.cosmos import COSMOS
 from diffattn.models.cosmos3 import COSMOS3
 from diffattn.models.easyanimate import EASYANIMATE
 from diffattn.models.ernie import ERNIE_IMAGE
-from diffattn.models.flux import FLUX, FLUX2
+from diffattn.models.flux import FLUX, FLUX2, FLUX3
 from diffattn.models.framepack import FRAMEPACK
 from diffattn.models.glm import GLM_IMAGE
 from diffattn.models.helios import HELIOS
@@ -22,11 +24,14 @@ from diffattn.models.hunyuan_image import HUNYUAN_IMAGE
 from diffattn.models.hunyuanvideo import HUNYUANVIDEO, HUNYUANVIDEO15
 from diffattn.models.joyimage import JOYIMAGE_EDIT, JOYIMAGE_EDIT_PLUS
 from diffattn.models.kandinsky import KANDINSKY5, KANDINSKY6
+from diffattn.models.krea import KREA2
+from diffattn.models.longcat import LONGCAT_IMAGE
 from diffattn.models.ltx import LTX, LTX2
 from diffattn.models.minimax import MINIMAX_H3
 from diffattn.models.mochi import MOCHI
 from diffattn.models.motif import MOTIF_VIDEO
 from diffattn.models.nucleus import NUCLEUS_IMAGE
+from diffattn.models.ovis import OVIS_IMAGE
 from diffattn.models.pixart import LATTE, PIXART
 from diffattn.models.prx import PRX
 from diffattn.models.qwen import QWEN_IMAGE
@@ -48,10 +53,17 @@ FAMILIES: tuple[Family, ...] = (
     LTX2,
     FLUX,
     FLUX2,
+    FLUX3,
     MOCHI,
     SD3,
     UNET,
     QWEN_IMAGE,
+    CHROMA,
+    LONGCAT_IMAGE,
+    OVIS_IMAGE,
+    BRIA,
+    BRIA_FIBO,
+    KREA2,
     ALLEGRO,
     KANDINSKY5,
     EASYANIMATE,
@@ -78,7 +90,6 @@ FAMILIES: tuple[Family, ...] = (
 # Models of diffusers without a rectangular grid or without token pairs, and the reason.
 _WITHOUT_GRID = {
     "AnyFlowFARTransformer3DModel": "keys of earlier chunks come from a cache",
-    "Flux3Transformer2DModel": "tokens of several modes share a sequence",
     "Kandinsky6SRTransformer3DModel": "its own sparse attention puts tokens in another order",
     "QwenImage21Transformer2DModel": "segments of several images share a sequence",
     "SanaVideoTransformer3DModel": "its self-attention is linear: it has no token pairs",
