@@ -3,10 +3,12 @@
 import threading
 from typing import Any
 
+import diffusers
 import pytest
 import stock
 import tiny_families as tiny
 import torch
+from tiny_pipelines import PipelineCase, _pipeline, _prompts
 
 import diffattn
 from diffattn import CLEARAttn, DenseAttn, GNAAttn, TokenGrid, VMoBAAttn, _compat
@@ -124,3 +126,33 @@ def test_context_parallelism_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(_compat, "context_parallel", lambda config: object())
     with pytest.raises(NotImplementedError, match="cannot be cut for context parallelism: pass"):
         run(plain, inputs())
+
+
+def pipeline() -> Any:
+    return _pipeline(
+        "SkyReelsV2DiffusionForcingPipeline",
+        transformer=model(1),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
+        ),
+    )
+
+
+@pytest.mark.parametrize(("ar_step", "calls"), [(0, 8), (1, 10)])
+def test_a_run_with_blocks_of_frames(ar_step: int, calls: int) -> None:
+    """With ar_step, one block after the other begins: the run has a model call more per block."""
+    pipe = pipeline()
+    given = {"prompt": None, "causal_block_size": 2, "ar_step": ar_step}
+    case = PipelineCase(pipeline, lambda: _prompts(7, 7, mask=None) | given, size=(64, 96, 13))
+    want = case.run(pipe, steps=4)
+    dense = diffattn.set_attn_processor(pipe, DenseAttn())
+    torch.testing.assert_close(case.run(pipe, steps=4), want, atol=1e-4, rtol=1e-3)
+    assert (dense.sparse_calls, dense.dense_calls) == (calls * len(SITES), 0)
+    method = GNAAttn(window=3, dense_steps=1, dense_layers=0)
+    sparse = diffattn.set_attn_processor(pipe, method)
+    assert not torch.allclose(case.run(pipe, steps=4), want, atol=1e-3)
+    # Prompt and negative prompt.
+    assert (sparse.sparse_calls, sparse.dense_calls) == ((calls - 2) * len(SITES), 2 * len(SITES))
+    attached = diffattn.attach.attached_to(pipe.transformer)
+    assert attached is not None
+    assert attached.grid == GRID
