@@ -13,6 +13,7 @@ from diffattn._checks import check_fields, choice, count
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import BLOCK, AttentionMask, TextMask
+from diffattn.masks.frame_causal import FrameCausalMask
 from diffattn.masks.several_grids import Rule, SeveralGridsMask
 from diffattn.operator import attention
 from diffattn.orders import TileOrder, joined_order
@@ -387,6 +388,8 @@ class StaticMaskMethod(Method):
                 mask = self.video_mask(grid)
                 if grid.text_before or grid.text_after:
                     mask = TextMask(grid) | mask
+            if grid.causal_frames:
+                mask = FrameCausalMask(grid) & mask
             self._masks[grid] = mask
         return self._masks[grid]
 
