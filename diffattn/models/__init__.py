@@ -31,17 +31,17 @@ from diffattn.models.kandinsky import KANDINSKY5, KANDINSKY6
 from diffattn.models.krea import KREA2
 from diffattn.models.longcat import LONGCAT_IMAGE
 from diffattn.models.ltx import LTX, LTX2
-from diffattn.models.lumina2 import LUMINA2
+from diffattn.models.lumina2 import LUMINA2, LUMINA_NEXT
 from diffattn.models.minimax import MINIMAX_H3
 from diffattn.models.mochi import MOCHI
 from diffattn.models.motif import MOTIF_VIDEO
 from diffattn.models.nucleus import NUCLEUS_IMAGE
 from diffattn.models.ovis import OVIS_IMAGE
-from diffattn.models.pixart import LATTE, PIXART
+from diffattn.models.pixart import DIT, LATTE, PIXART
 from diffattn.models.prx import PRX
 from diffattn.models.qwen import QWEN_IMAGE
 from diffattn.models.sd3 import SD3
-from diffattn.models.unet import UNET
+from diffattn.models.unet import DREAMLITE, KANDINSKY3, UNET, UNET_VIDEO
 from diffattn.models.wan import ANYFLOW, CHRONOEDIT, SKYREELS_V2, WAN, WAN_ANIMATE, WAN_ANIMATE2
 from diffattn.models.z_image import Z_IMAGE
 
@@ -88,6 +88,11 @@ FAMILIES: tuple[Family, ...] = (
     COGVIEW3PLUS,
     AURAFLOW,
     IDEOGRAM4,
+    UNET_VIDEO,
+    DREAMLITE,
+    KANDINSKY3,
+    DIT,
+    LUMINA_NEXT,
     FRAMEPACK,
     HELIOS,
     KANDINSKY6,
