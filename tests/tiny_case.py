@@ -21,7 +21,8 @@ class Case:
     Attributes:
         build: makes the model.
         inputs: the arguments of its forward.
-        grids: the video tokens of its sites' calls; several where they differ in size.
+        grids: the video tokens of its sites' calls; several where they differ in size, of which
+            the first is that of the sites with text.
         sites: the names of its sites in the order of their layers.
         text: where text tokens stand, and how many there are with the padding.
         pixel: index into the first input of a pixel in the token at (t, h, w). The first numbers
@@ -51,7 +52,7 @@ class Case:
             if grid.tokens == tokens:
                 return grid
         assert self.text is not None
-        (grid,) = self.grids
+        grid = self.grids[0]
         count = tokens - grid.tokens
         assert 0 < count <= self.text[1]
         return grid.beside(**{self.text[0]: count})

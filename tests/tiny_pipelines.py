@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import tiny_edit_models as edit
 import tiny_families as tiny
 import tiny_picture_models
 import tiny_wan
@@ -164,6 +165,35 @@ def _ltx2() -> Any:
         connectors=connectors.eval(),
         absent=("vocoder",),
     )
+
+
+def _bria() -> Any:
+    vae = tiny.make(
+        "AutoencoderKL",
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+    )
+    return _pipeline(
+        "BriaPipeline",
+        transformer=edit.bria(),
+        vae=vae,
+        absent=("image_encoder", "feature_extractor"),
+    )
+
+
+def _prompts_by_layers(*lengths: int) -> dict[str, Any]:
+    """Encoded prompts of Krea 2: of several layers of the text encoder."""
+    out = _prompts(*lengths, mask="prompt_embeds_mask")
+    masks = {name: value.bool() for name, value in out.items() if name.endswith("mask")}
+    return masks | {
+        name: torch.stack([value, value.flip(1)], 2)
+        for name, value in out.items()
+        if name.endswith("embeds")
+    }
 
 
 def picture(height: int = 64, width: int = 96, seed: int = 0) -> Image.Image:
@@ -384,6 +414,36 @@ PIPELINES: dict[str, PipelineCase] = {
             _prompts(TEXT if tiny.qwen_takes_lengths() else 5, TEXT, mask="prompt_embeds_mask")
             | {"true_cfg_scale": 3.0}
         ),
+        size=(96, 144, 1),
+        forwards=2,
+    ),
+    "chroma": PipelineCase(
+        lambda: _pipeline(
+            "ChromaPipeline",
+            transformer=edit.chroma(),
+            absent=("image_encoder", "feature_extractor"),
+        ),
+        lambda: {
+            name: value.bool() if name.endswith("mask") else value
+            for name, value in _prompts(5, 3).items()
+        },
+        size=(96, 144, 1),
+        forwards=2,
+    ),
+    "ovis-image": PipelineCase(
+        lambda: _pipeline("OvisImagePipeline", transformer=edit.ovis()),
+        lambda: _prompts(TEXT, TEXT, mask=None) | {"negative_prompt": None},
+        size=(96, 144, 1),
+        forwards=2,
+    ),
+    "bria": PipelineCase(
+        _bria,
+        lambda: _prompts(TEXT, TEXT, mask=None),
+        size=(96, 144, 1),
+    ),
+    "krea-2": PipelineCase(
+        lambda: _pipeline("Krea2Pipeline", transformer=edit.krea2()),
+        lambda: _prompts_by_layers(5, 3),
         size=(96, 144, 1),
         forwards=2,
     ),

@@ -25,6 +25,7 @@ from diffattn.grid import TokenGrid
 from diffattn.methods.agent.merging import Merging
 from diffattn.methods.base import Method, Site, StaticMaskMethod, attends_by_mask_alone
 from diffattn.models import Family
+from diffattn.models.base import Part
 from diffattn.orders import TileOrder
 
 # Threads count their calls of a group one after another.
@@ -35,8 +36,9 @@ _counting = threading.Lock()
 class Group:
     """The sites of a denoiser that always behave alike, and their backend.
 
-    Sites belong to one group when they have the same method, the same `kind` and the same
-    `previous` backend. One backend serves all sites of a group, so that they share compiled code.
+    Sites belong to one group when they have the same method, the same `kind`, the same `part` and
+    the same `previous` backend. One backend serves all sites of a group, so that they share
+    compiled code.
 
     A group holds nothing that differs between calls: `video`, `order` and the like are those of the
     call that runs in the context of the reader, or of the last call where none does.
@@ -64,6 +66,7 @@ class Group:
         previous: the backend that the sites had before attaching, to which dense calls still go;
             None for diffusers' active backend.
         model: serial number of the attached denoiser, by which the running call is found.
+        part: gives the tokens of the sites' calls from those of the denoiser's call; None for all.
         member: the group's own backend, as a member of diffusers' enumeration of backends. The
             processors of the sites are set to it.
         operator: the operator that compiled code calls: for attention under a mask alone, or for
@@ -86,6 +89,7 @@ class Group:
     layers: int
     previous: Any
     model: int
+    part: Part | None = None
     member: Any = None
     operator: Literal["mask", "method"] | None = field(init=False)
     last: Call | None = None
@@ -122,8 +126,8 @@ class Group:
 
     @property
     def video(self) -> TokenGrid | None:
-        """The video tokens of the call, without text; None before a call."""
-        return None if self.call is None else self.call.video
+        """The video tokens of the sites' calls, without text; None before a call."""
+        return None if self.call is None else self._video_in(self.call)
 
     @property
     def sparse(self) -> bool:
@@ -201,8 +205,10 @@ class Group:
         Code that is traced asks for grids with tokens before the video alone: such grids belong to
         models that do.
         """
+        if self.family.queries is None:
+            return False
         video = self.video
-        if self.family.queries is None or video is None:
+        if video is None:
             return False
         if torch.compiler.is_dynamo_compiling() and not video.text_before:
             return False
@@ -214,7 +220,11 @@ class Group:
         return method
 
     def _method_in(self, call: Call) -> Method:
-        return self._method_on(None if call.video is None else call.video.alone)
+        video = self._video_in(call)
+        return self._method_on(None if video is None else video.alone)
+
+    def _video_in(self, call: Call) -> TokenGrid | None:
+        return call.video if self.part is None or call.video is None else self.part(call.video)
 
     def _method_on(self, video: TokenGrid | None) -> Method:
         if video not in self._methods:
@@ -239,7 +249,8 @@ class Group:
             RuntimeError: outside of the model's forward, or if the tokens do not fit its grid.
         """
         call = self.call
-        if call is None or call.video is None:
+        video = None if call is None else self._video_in(call)
+        if call is None or video is None:
             raise RuntimeError(
                 "an attached attention module was called outside of its model's forward, so its"
                 " token grid is unknown; call the model, or set_attn_processor(None)"
@@ -255,13 +266,13 @@ class Group:
                 weights=call.weights,
                 merging=call.merging,
             )
-        text = tokens - call.video.tokens
+        text = tokens - video.tokens
         if text < 0 or (text > 0 and self.family.text is None):
             raise RuntimeError(
                 f"the attention call has {tokens} tokens, but the model's input makes a grid of"
-                f" {call.video} = {call.video.tokens} tokens"
+                f" {video} = {video.tokens} tokens"
             )
-        grid = call.video
+        grid = video
         if text:
             grid = grid.beside(**{self.family.text or "after": text})
         order = call.order
@@ -278,7 +289,7 @@ class Group:
         """The group of a copied model's sites, with a backend and a serial number of its own."""
         copied = Group(
             self.chosen, self.family, self.variant, self.kind, self.layer, self.layers,
-            self.previous, self.model,
+            self.previous, self.model, self.part,
         )  # fmt: skip
         copied.member = _compat.register_backend(backend_of(copied))
         memo[id(self.member)] = copied.member

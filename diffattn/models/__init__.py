@@ -10,14 +10,14 @@ from diffattn.grid import TokenGrid
 from diffattn.models.allegro import ALLEGRO
 from diffattn.models.auraflow import AURAFLOW
 from diffattn.models.base import Family, SizeRules
-from diffattn.models.bria import BRIA, BRIA_FIBO
+from diffattn.models.bria import BRIA, BRIA_FIBO, BRIA_FIBO2
 from diffattn.models.chroma import CHROMA
 from diffattn.models.cogvideox import COGVIDEOX
 from diffattn.models.cosmos import COSMOS
 from diffattn.models.cosmos3 import COSMOS3
 from diffattn.models.easyanimate import EASYANIMATE
 from diffattn.models.ernie import ERNIE_IMAGE
-from diffattn.models.flux import FLUX, FLUX2
+from diffattn.models.flux import FLUX, FLUX2, FLUX3
 from diffattn.models.framepack import FRAMEPACK
 from diffattn.models.glm import COGVIEW3PLUS, COGVIEW4, GLM_IMAGE
 from diffattn.models.helios import HELIOS
@@ -58,6 +58,7 @@ FAMILIES: tuple[Family, ...] = (
     LTX2,
     FLUX,
     FLUX2,
+    FLUX3,
     MOCHI,
     SD3,
     UNET,
@@ -67,6 +68,7 @@ FAMILIES: tuple[Family, ...] = (
     OVIS_IMAGE,
     BRIA,
     BRIA_FIBO,
+    BRIA_FIBO2,
     KREA2,
     ALLEGRO,
     KANDINSKY5,
@@ -106,7 +108,6 @@ FAMILIES: tuple[Family, ...] = (
 # Models of diffusers without a rectangular grid or without token pairs, and the reason.
 _WITHOUT_GRID = {
     "AnyFlowFARTransformer3DModel": "keys of earlier chunks come from a cache",
-    "Flux3Transformer2DModel": "tokens of several modes share a sequence",
     "Kandinsky6SRTransformer3DModel": "its own sparse attention puts tokens in another order",
     "QwenImage21Transformer2DModel": "segments of several images share a sequence",
     "SanaVideoTransformer3DModel": "its self-attention is linear: it has no token pairs",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -148,6 +148,9 @@ def _both_sides(value: int, multiple: int, offset: int) -> str:
     return f"try {smallest}" if value < smallest else f"try {below} or {above}"
 
 
+Part: TypeAlias = Callable[[TokenGrid], TokenGrid | None]  # of the tokens of a call
+
+
 @dataclass(frozen=True)
 class Family:
     """A row of the table of models: everything particular to a family of denoisers.
@@ -171,6 +174,9 @@ class Family:
         grid_modules: pattern of the names of the modules inside the denoiser that have a grid of
             their own in each call, for the sites inside them. None if the denoiser's call has one
             grid for all sites.
+        parts: for models with sites whose calls have a part of the tokens, as blocks for one kind
+            of tokens have: patterns of their names, and functions of the grid of the denoiser's
+            call that give the grid of their calls, or None if the denoiser does not call them.
         padding: the format of the model's attention masks. "keys": True for each key that counts.
             "pairs": True for each pair of query and key that both count. "bias": 0 for each key
             that counts.
@@ -199,6 +205,7 @@ class Family:
     variants: Callable[[Any, torch.nn.Module], str] | None = None
     text: Literal["before", "after"] | None = None
     grid_modules: re.Pattern[str] | None = None
+    parts: tuple[tuple[re.Pattern[str], Part], ...] = ()
     padding: Literal["keys", "pairs", "bias"] = "keys"
     rotary: tuple[int, str] | None = None
     queries: Callable[[TokenGrid, int, int], tuple[slice, ...] | None] | None = None
@@ -209,6 +216,10 @@ class Family:
     def variant(self, pipe: Any, model: torch.nn.Module) -> str:
         """The model's name in the tables of recommended settings; `pipe` may be None."""
         return self.name if self.variants is None else self.variants(pipe, model)
+
+    def part(self, site: str) -> Part | None:
+        """The part of a call's tokens that the site of this name attends over; None for all."""
+        return next((part for pattern, part in self.parts if pattern.fullmatch(site)), None)
 
     def layers(self, model: torch.nn.Module) -> dict[str, int]:
         """The attention sites of a denoiser by name, with the index of each site's block."""

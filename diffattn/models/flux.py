@@ -1,15 +1,16 @@
-"""Flux and Flux.2: images, also from reference images, in dual-stream and single-stream blocks."""
+"""Flux, Flux.2 and Flux 3: images, also from reference images."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from diffattn.grid import TokenGrid
-from diffattn.models.base import Family, SizeRules, argument
-from diffattn.models.pictures_by_ids import grid_of_ids
+from diffattn.models.base import Family, SizeRules, argument, first_input
+from diffattn.models.pictures_by_ids import grid_of_ids, grid_of_pictures, pictures_of
 from diffattn.models.position_ids import Rectangle
 from diffattn.models.token_flow import TokenFlow
 
@@ -56,6 +57,41 @@ def _has_residuals_or_masks(model: Any, args: tuple[Any, ...], kwargs: Mapping[s
     return any(x is not None and len(x) > 0 for x in given)
 
 
+def _flux3_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
+    count = first_input(args, kwargs).shape[1]
+    ids = argument(args, kwargs, 3, "img_ids")
+    pictures = list(pictures_of(model, ids, "img_ids", {"hidden_states": count}))
+    references = argument(args, kwargs, 5, "image_cond_hidden_states")
+    if references is not None:
+        ids = argument(args, kwargs, 6, "image_cond_ids")
+        counted = {"image_cond_hidden_states": references.shape[1]}
+        found = pictures_of(model, ids, "image_cond_ids", counted)
+        pictures += [replace(picture, start=picture.start + count) for picture in found]
+    return grid_of_pictures(pictures[0], pictures)
+
+
+def _target_alone(grid: TokenGrid) -> TokenGrid:
+    return grid.alone
+
+
+def _references_alone(grid: TokenGrid) -> TokenGrid | None:
+    """The first reference, and the others as references beside it."""
+    if not grid.references:
+        return None
+    first, *others = grid.references
+    same = (first.height, first.width, first.aligned)
+    return TokenGrid(
+        1,
+        first.height,
+        first.width,
+        text_after=grid.text_after - first.tokens,
+        references=tuple(
+            replace(r, start=r.start - first.start, aligned=(r.height, r.width, r.aligned) == same)
+            for r in others
+        ),
+    )
+
+
 # Dual-stream blocks come first, in the model and in the numbering.
 DUAL_AND_SINGLE = re.compile(r"(?P<layer>(?:single_)?transformer_blocks\.\d+)\.attn")
 
@@ -87,4 +123,22 @@ FLUX2 = Family(
     text="before",
     queries=_flux2_queries,
     images=True,
+)
+
+FLUX3 = Family(
+    name="flux.3",
+    title="Flux 3",
+    model_classes=("Flux3Transformer2DModel",),
+    sites=re.compile(
+        r"(?P<layer>single_transformer_blocks\.\d+|mode_blocks\.(?:image|image_cond)\.\d+)\.attn"
+    ),
+    grid=_flux3_grid,
+    sizes=sizes_of_packed_latents,
+    text="before",
+    parts=(
+        (re.compile(r"mode_blocks\.image\..*"), _target_alone),
+        (re.compile(r"mode_blocks\.image_cond\..*"), _references_alone),
+    ),
+    images=True,
+    tested="model",
 )

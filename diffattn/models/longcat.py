@@ -18,4 +18,5 @@ LONGCAT_IMAGE = Family(
     text="before",
     rotary=(3, "image_rotary_emb"),
     images=True,
+    tested="model",
 )

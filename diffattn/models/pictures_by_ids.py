@@ -45,18 +45,42 @@ def grid_of_ids(
     """
     ids = argument(args, kwargs, position, name)
     tokens = first_input(args, kwargs).shape[1]
-    start = 0 if text is None else argument(args, kwargs, *text).shape[1]
+    if text is None:
+        pictures = pictures_of(model, ids, name, {"hidden_states": tokens})
+    else:
+        words = argument(args, kwargs, *text).shape[1]
+        counted = {text[1]: words, "hidden_states": tokens}
+        pictures = pictures_of(model, ids, name, counted, start=words)
+    return grid_of_pictures(target(pictures), pictures)
+
+
+def pictures_of(
+    model: torch.nn.Module,
+    ids: torch.Tensor,
+    name: str,
+    tokens: Mapping[str, int],
+    start: int = 0,
+) -> Sequence[Rectangle]:
+    """The pictures of position ids, by their positions from `start`.
+
+    Args:
+        ids, name: the argument with the ids.
+        tokens: the number of tokens of each argument that the ids are of.
+        start: the first token that is of a picture.
+
+    Raises:
+        ValueError: as for `grid_of_ids`.
+    """
     of_model = f"{name} of {type(model).__name__}"
-    if ids.shape[-2] != start + tokens:
-        has = f"hidden_states has {tokens}" + (f" and {text[1]} has {start}" if text else "")
+    if ids.shape[-2] != sum(tokens.values()):
+        has = " and ".join(f"{argument} has {count}" for argument, count in tokens.items())
         raise ValueError(
             f"{of_model} place {ids.shape[-2]} tokens, but {has}: the arguments contradict each"
             f" other; pass the position ids of each token"
         )
     pictures = rectangles(ids, of_model, joined=False, start=start)
-    if len(pictures) == tokens > 1:
-        return _square(of_model, tokens)
-    return grid_of_pictures(target(pictures), pictures)
+    many = ids.shape[-2] - start
+    return [_square(of_model, many)] if len(pictures) == many > 1 else pictures
 
 
 def grid_of_pictures(target: Rectangle, pictures: Sequence[Rectangle]) -> TokenGrid:
@@ -86,8 +110,8 @@ def _places(picture: Rectangle) -> tuple[Any, ...]:
     return picture.height, picture.width, picture.origin, picture.step
 
 
-def _square(of_model: str, tokens: int) -> TokenGrid:
-    """The grid of tokens of whose places only their number is known."""
+def _square(of_model: str, tokens: int) -> Rectangle:
+    """The picture of tokens of whose places only their number is known."""
     side = math.isqrt(tokens)
     if side**2 != tokens:
         raise ValueError(
@@ -101,4 +125,4 @@ def _square(of_model: str, tokens: int) -> TokenGrid:
         f" each token, as the pipelines do",
         stacklevel=2,
     )
-    return TokenGrid(1, side, side)
+    return Rectangle(0, 1, side, side, origin=(0, 0), step=(1, 1), times=(0,))

@@ -18,7 +18,10 @@ _CONFIG = "config.json"
 # Components that determine the tokens; all others are left out.
 _PARTS = ("transformer", "transformer_2", "unet", "vae")
 # Families whose blocks are those of `LinearWork.joint`.
-_JOINT = ("flux", "hunyuanvideo", "mochi", "cogvideox", "sd3")
+_JOINT = (
+    "flux", "hunyuanvideo", "mochi", "cogvideox", "sd3", "qwen-image", "chroma", "longcat-image",
+    "bria", "bria-fibo",
+)  # fmt: skip
 _CONTEXT_OF_WAN = 512
 # Fields of a shape, and the arguments of a pipeline's call whose defaults they are.
 ARGUMENTS = {
@@ -102,12 +105,14 @@ def _shape(pipe: Any, model: Any, name: str) -> ModelShape:
         beside = {side: None if like is None else getattr(like, side)}
     if like is not None:
         beside["sound"] = like.sound
+    # Blocks for a part of the tokens cost less, and are left out.
+    blocks = (block for site, block in family.layers(model).items() if family.part(site) is None)
     return ModelShape(
         name=name,
         variant=family.variant(pipe, model),
         heads=heads,
         head_dim=head_dim,
-        block_of_site=tuple(family.layers(model).values()),
+        block_of_site=tuple(blocks),
         sizes=None,
         linear=_linear(family.name, model.config, heads * head_dim),
         **beside,
@@ -166,6 +171,13 @@ def _first_of(config: Any, *names: str) -> Any:
 def _linear(family: str, config: Any, channels: int) -> LinearWork | None:
     if family in _JOINT:
         return LinearWork.joint(channels)
+    if family == "flux.2":  # gated feed-forwards
+        return LinearWork(round(8 + 6 * config.mlp_ratio) * channels**2)
+    if family == "ovis-image":
+        return LinearWork(32 * channels**2)
+    if family == "krea-2":  # grouped keys and values, a gate, a gated feed-forward
+        keys = config.num_key_value_heads * config.attention_head_dim
+        return LinearWork(2 * channels * (3 * channels + 2 * keys + 3 * config.intermediate_size))
     if family == "wan":
         return LinearWork.apart(channels, config.ffn_dim, _CONTEXT_OF_WAN)
     return None

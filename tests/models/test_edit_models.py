@@ -1,8 +1,10 @@
 """Models of images that are placed by position ids or lists of shapes, and what they refuse."""
 
 import copy
+import warnings
 from typing import Any
 
+import diffusers
 import pytest
 import stock
 import tiny_edit_models as edit
@@ -138,9 +140,7 @@ class TestIdsThatContradict:
 
     def test_krea_counts_its_text(self) -> None:
         ids = tiny.CASES["krea-2"].inputs()["position_ids"]
-        said = (
-            "position_ids of .* 60 tokens, but hidden_states has 54 and encoder_hidden_states has 7"
-        )
+        said = "position_ids of Krea.* 60 tokens, but encoder_.* has 7 and hidden_states has 54"
         with pytest.raises(ValueError, match=said):
             grid_of("krea-2", position_ids=ids[1:])
 
@@ -181,6 +181,131 @@ class TestChroma:
         said = r"torch.float32 \(2, 1, 61, 61\): .* as prompt_attention_mask=mask.bool\(\)"
         with pytest.raises(ValueError, match=said):
             forward(model, inputs | {"attention_mask": inputs["attention_mask"].float()})
+
+
+class TestFlux3:
+    def test_blocks_for_one_kind_of_tokens_have_grids_of_their_own(self) -> None:
+        recorder = stock.Recording()
+        model = edit.flux3()
+        diffattn.set_attn_processor(model, recorder)
+        forward(model, edit.flux3_inputs())
+        grids = [site.grid for site, _ in recorder.calls]
+        alone, references, joint, _ = grids
+        assert alone == TokenGrid(1, 6, 9)
+        assert references.references == (Reference(54, 1, 4, 5, aligned=False),)
+        assert (references.height, references.width, references.tokens) == (6, 9, 74)
+        assert joint == grid_of("flux.3-edit").beside(before=edit.TEXT)
+        assert [r.aligned for r in joint.references] == [True, False]
+
+    def test_without_references_their_blocks_are_not_missed(self) -> None:
+        model, inputs = edit.flux3(), edit.flux3_inputs(references=False)
+        want = forward(model, inputs)
+        attachment = diffattn.set_attn_processor(model, DenseAttn())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            torch.testing.assert_close(forward(model, inputs), want, **EXACT)
+        assert (attachment.sites, attachment.sparse_calls) == (4, 3)
+        copied = copy.deepcopy(model)
+        torch.testing.assert_close(forward(copied, inputs), want, **EXACT)
+        assert diffattn.attach.attached_to(copied).groups[0].part is not None
+
+    def test_compiled(self) -> None:
+        model, inputs = edit.flux3(), edit.flux3_inputs()
+        diffattn.set_attn_processor(model, stock.NEARBY)
+        want = forward(model, inputs)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(forward(compiled, inputs), want, **EXACT)
+        torch._dynamo.reset()
+
+    def test_ids_of_references_that_contradict(self) -> None:
+        ids = edit.flux3_inputs()["image_cond_ids"]
+        said = "image_cond_ids of Flux3.* place 73 tokens, but image_cond_hidden_states has 74"
+        with pytest.raises(ValueError, match=said):
+            grid_of("flux.3-edit", image_cond_ids=ids[1:])
+
+
+class TestFibo2:
+    @pytest.mark.parametrize(
+        ("lengths", "before", "after"),
+        [
+            ((), 8, 0),
+            ((16, 16), 8, 0),
+            ((4, 4), 4, 0),
+            ((3, 1), 4, 0),  # of unequal prompts with as many gist tokens
+            ((16, 4), 0, 8),
+            ((4, 9), 0, 8),
+        ],
+    )
+    def test_gist_tokens_stand_last_where_they_are_padded(
+        self, lengths: tuple[int, ...], before: int, after: int
+    ) -> None:
+        inputs = edit.fibo2_inputs(*lengths)
+        model = edit.bria_fibo2()
+        grid = family_of(model).grid(model, (), inputs)
+        assert (grid.text_before, grid.text_after) == (before, 54 + 20 + after)
+        assert [r.start for r in grid.references] == [before + 54, before + 108]
+        recorder = stock.Recording()
+        diffattn.set_attn_processor(model, recorder)
+        forward(model, inputs)
+        refiner, *layers = [site.grid for site, _ in recorder.calls]
+        assert layers == [grid, grid]
+        assert refiner == tiny.CASES["bria-fibo-2"].grids[0]
+
+    def test_plans_know_its_heads(self) -> None:
+        model = edit.bria_fibo2()
+        got = diffattn.plan(model, DenseAttn(), grid=grid_of("bria-fibo-2"))
+        assert (got.heads, got.head_dim, got.layers, got.tokens) == (2, 16, 2, 136)
+
+
+class TestIdsOfPipelines:
+    """Ids that the functions of diffusers' own pipelines write."""
+
+    def test_flux_kontext(self) -> None:
+        write = diffusers.FluxKontextPipeline._prepare_latent_image_ids
+        target, reference = (write(1, h, w, "cpu", torch.bfloat16) for h, w in ((6, 9), (200, 9)))
+        reference[:, 0] = 1
+        tokens = tiny.noise(1, 54 + 1800, 1)
+        grid = grid_of("flux", img_ids=torch.cat([target, reference]), hidden_states=tokens)
+        assert grid == edit.pictures((200, 9))
+
+    def test_flux2(self) -> None:
+        pipe = diffusers.Flux2KleinPipeline
+        target = pipe._prepare_latent_ids(torch.zeros(2, 8, 6, 9))
+        references = pipe._prepare_image_ids([torch.zeros(1, 8, h, w) for h, w in ((6, 9), (4, 5))])
+        ids = torch.cat([target, references.expand(2, -1, -1)], 1)
+        grid = grid_of("flux.2", img_ids=ids, hidden_states=tiny.noise(2, ids.shape[1], 1))
+        assert grid == edit.pictures((6, 9), (4, 5))
+
+    def test_flux3(self) -> None:
+        module = pytest.importorskip("diffusers.modular_pipelines.flux3.before_denoise")
+        write = module._prepare_image_ids
+        for scale in (1.0, 0.37, 1 / 3):
+            grid = grid_of(
+                "flux.3-edit",
+                img_ids=write(6, 9, scale),
+                image_cond_ids=torch.cat([write(6, 9, scale, -1), write(4, 5, scale, -2)]),
+            )
+            assert grid == edit.pictures((6, 9), (4, 5))
+
+    def test_longcat(self) -> None:
+        module = pytest.importorskip("diffusers.pipelines.longcat_image.pipeline_longcat_image")
+
+        def write(number: int, height: int, width: int) -> torch.Tensor:
+            return module.prepare_pos_ids(
+                number, type="image", start=(512, 512), height=height, width=width
+            )
+
+        ids = torch.cat([write(1, 6, 9), write(2, 4, 5)])
+        grid = grid_of("longcat-image", img_ids=ids, hidden_states=tiny.noise(1, 74, 1))
+        assert grid == edit.pictures((4, 5))
+
+    def test_krea(self) -> None:
+        pipe = getattr(diffusers, "Krea2Pipeline", None)
+        if pipe is None:
+            pytest.skip(f"diffusers {diffusers.__version__} has no Krea 2")
+        ids = pipe.prepare_position_ids(edit.TEXT, 6, 9, "cpu")
+        assert grid_of("krea-2", position_ids=ids) == edit.pictures()
 
 
 class TestQwen:
