@@ -410,7 +410,8 @@ class AttachedModel(Unpicklable):
     @torch.compiler.disable
     def _after_forward(self, model: torch.nn.Module, args: Any, output: Any) -> None:
         call = running_call(self.serial)
-        if call is None or self._reported:
+        unreached = self.family.grid_modules is None and call is not None and call.video is None
+        if call is None or self._reported or unreached:
             return
         counted = self._first_forward and not any(group.was_traced for group in self.groups)
         found = complaint(

@@ -40,6 +40,7 @@ from diffattn.models.ovis import OVIS_IMAGE
 from diffattn.models.pixart import DIT, LATTE, PIXART
 from diffattn.models.prx import PRX
 from diffattn.models.qwen import QWEN_IMAGE
+from diffattn.models.qwen21 import QWEN_IMAGE21
 from diffattn.models.sd3 import SD3
 from diffattn.models.unet import DREAMLITE, KANDINSKY3, UNET, UNET_VIDEO
 from diffattn.models.wan import ANYFLOW, CHRONOEDIT, SKYREELS_V2, WAN, WAN_ANIMATE, WAN_ANIMATE2
@@ -90,6 +91,7 @@ FAMILIES: tuple[Family, ...] = (
     COGVIEW3PLUS,
     AURAFLOW,
     IDEOGRAM4,
+    QWEN_IMAGE21,
     UNET_VIDEO,
     DREAMLITE,
     KANDINSKY3,
@@ -109,7 +111,6 @@ FAMILIES: tuple[Family, ...] = (
 _WITHOUT_GRID = {
     "AnyFlowFARTransformer3DModel": "keys of earlier chunks come from a cache",
     "Kandinsky6SRTransformer3DModel": "its own sparse attention puts tokens in another order",
-    "QwenImage21Transformer2DModel": "segments of several images share a sequence",
     "SanaVideoTransformer3DModel": "its self-attention is linear: it has no token pairs",
     "SanaWMLTX2RefinerTransformer3DModel": "keys of earlier chunks come from a cache",
     "SanaWMTransformer3DModel": "its self-attention is linear: it has no token pairs",

@@ -165,7 +165,7 @@ class Family:
         grid: function of a module and the positional and keyword arguments of its forward; gives
             the video tokens of the call. The module is the denoiser, or a module of `grid_modules`.
             The function should read shapes only: reading values waits for the device and cannot be
-            compiled.
+            compiled. None for a call whose attention cannot be given a backend, and stays dense.
         sizes: function of a pipeline; gives the legal sizes.
         variants: function of a pipeline, which may be None, and a denoiser; gives the model's name
             in the tables of recommended settings. None if the family's name serves all models.
@@ -200,7 +200,7 @@ class Family:
     title: str
     model_classes: tuple[str, ...]
     sites: re.Pattern[str]
-    grid: Callable[[torch.nn.Module, tuple[Any, ...], Mapping[str, Any]], TokenGrid]
+    grid: Callable[[torch.nn.Module, tuple[Any, ...], Mapping[str, Any]], TokenGrid | None]
     sizes: Callable[[Any], SizeRules]
     variants: Callable[[Any, torch.nn.Module], str] | None = None
     text: Literal["before", "after"] | None = None
