@@ -108,12 +108,29 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 # Models of diffusers without a rectangular grid or without token pairs, and the reason.
+_LINEAR = "its self-attention is linear: it has no token pairs"
+_OVER_TIME = "its attention is over time alone, for each place of the picture by itself"
 _WITHOUT_GRID = {
-    "AnyFlowFARTransformer3DModel": "keys of earlier chunks come from a cache",
+    "AnyFlowFARTransformer3DModel": "keys of earlier chunks come from a cache, and a BlockMask of"
+    " its own says which frames see which",
+    "DreamLiteTransformer2DModel": "a part of DreamLiteUNetModel, which is to be attached to",
     "Kandinsky6SRTransformer3DModel": "its own sparse attention puts tokens in another order",
-    "SanaVideoTransformer3DModel": "its self-attention is linear: it has no token pairs",
-    "SanaWMLTX2RefinerTransformer3DModel": "keys of earlier chunks come from a cache",
-    "SanaWMTransformer3DModel": "its self-attention is linear: it has no token pairs",
+    "MotionAdapter": _OVER_TIME,
+    "OmniGenTransformer2DModel": "text attends causally and images as wholes, by a mask of its own"
+    " over all pairs of tokens",
+    "SanaTransformer2DModel": _LINEAR,
+    "SanaVideoTransformer3DModel": _LINEAR,
+    "SanaWMLTX2RefinerTransformer3DModel": "keys of earlier chunks come from a cache, and a"
+    " BlockMask of its own says which frames see which",
+    "SanaWMTransformer3DModel": "its self-attention is linear: it has no token pairs, but in every"
+    " fourth layer, whose attention has no processor",
+    "StableCascadeUNet": "it attends on its smallest grids alone, of at most 32 x 32 tokens for"
+    " pictures of 1024 pixels",
+    "Transformer2DModel": "a part of U-Nets, which are to be attached to",
+    "TransformerTemporalModel": _OVER_TIME,
+    "UNet2DModel": "it attends on its smallest grids alone, of at most 32 x 32 tokens in published"
+    " models",
+    "UVit2DModel": "it chooses codes of at most 32 x 32 tokens",
 }
 
 # The components of a pipeline that may be denoisers.
