@@ -312,6 +312,8 @@ class TestOfPublishedModels:
             "lodestones/Chroma1-HD": "ChromaTransformer2DModel",
             "AIDC-AI/Ovis-Image-7B": "OvisImageTransformer2DModel",
             "krea/Krea-2-Raw": "Krea2Transformer2DModel",
+            "hunyuanvideo-community/HunyuanImage-2.1": "HunyuanImageTransformer2DModel",
+            "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "PixArtTransformer2DModel",
         }
         for name, cls in newer.items():
             if hasattr(diffusers, cls):  # not in all releases
@@ -343,6 +345,8 @@ class TestOfPublishedModels:
             ("black-forest-labs/FLUX.1-Kontext-dev", 64 * 64 + 512),
             ("black-forest-labs/FLUX.2-klein-4B", 64 * 64 + 512),
             ("krea/Krea-2-Turbo", 64 * 64 + 512),
+            ("hunyuanvideo-community/HunyuanImage-2.1-Diffusers", 64 * 64 + 1128),
+            ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 64 * 64),
         ],
     )
     def test_tokens_of_unusual_compressions(self, model, tokens):
@@ -383,7 +387,8 @@ class TestOfPublishedModels:
         "name",
         [
             "flux", "flux.2", "flux.2-edit", "ovis-image", "qwen-image", "chroma", "longcat-image",
-            "bria", "bria-fibo", "krea-2",
+            "bria", "bria-fibo", "krea-2", "hunyuan-image", "cogview-4", "cogview-3-plus",
+            "glm-image", "z-image",
         ],
     )  # fmt: skip
     def test_linear_work_is_that_of_the_layers_in_blocks(self, name):
@@ -397,7 +402,8 @@ class TestOfPublishedModels:
                 flops.append(2 * layer.weight.numel() * args[0].shape[1])
 
         for part, layer in model.named_modules():
-            if "transformer_blocks." in part and isinstance(layer, torch.nn.Linear):
+            in_blocks = "transformer_blocks." in part or part.startswith("layers.")
+            if in_blocks and isinstance(layer, torch.nn.Linear):
                 layer.register_forward_hook(count)
         with torch.no_grad():
             model(**inputs)
