@@ -76,6 +76,7 @@ class _Inside:
 
     def learn(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         grid = self.attached.family.grid(module, args, kwargs)
+        assert grid is not None  # of a part of a model
         if torch.compiler.is_dynamo_compiling():
             self.traced = grid
         else:

@@ -42,7 +42,7 @@ from diffattn.models.prx import PRX
 from diffattn.models.qwen import QWEN_IMAGE
 from diffattn.models.qwen21 import QWEN_IMAGE21
 from diffattn.models.sd3 import SD3
-from diffattn.models.unet import DREAMLITE, KANDINSKY3, UNET, UNET_VIDEO
+from diffattn.models.unet import KANDINSKY3, UNET, UNET_VIDEO
 from diffattn.models.wan import ANYFLOW, CHRONOEDIT, SKYREELS_V2, WAN, WAN_ANIMATE, WAN_ANIMATE2
 from diffattn.models.z_image import Z_IMAGE
 
@@ -93,7 +93,6 @@ FAMILIES: tuple[Family, ...] = (
     IDEOGRAM4,
     QWEN_IMAGE21,
     UNET_VIDEO,
-    DREAMLITE,
     KANDINSKY3,
     DIT,
     LUMINA_NEXT,

@@ -48,8 +48,8 @@ def _kandinsky3_sizes(pipe: Any) -> SizeRules:
 
 UNET = Family(
     name="unet",
-    title="Stable Diffusion 1.5 and XL, AnimateDiff (spatial self-attention)",
-    model_classes=("UNet2DConditionModel", "UNetMotionModel"),
+    title="Stable Diffusion 1.5 and XL, DreamLite, AnimateDiff (spatial self-attention)",
+    model_classes=("UNet2DConditionModel", "UNetMotionModel", "DreamLiteUNetModel"),
     sites=re.compile(rf"(?P<layer>{_TRANSFORMER}\.transformer_blocks\.\d+)\.attn1"),
     grid=_grid,
     grid_modules=re.compile(_TRANSFORMER),
@@ -66,19 +66,6 @@ UNET_VIDEO = Family(
     grid_modules=UNET.grid_modules,
     sizes=_frame_sizes,
     images=True,
-)
-
-DREAMLITE = Family(
-    name="dreamlite",
-    title="DreamLite",
-    model_classes=("DreamLiteUNetModel",),
-    # The blocks of its larger grids have no self-attention.
-    sites=UNET.sites,
-    grid=_grid,
-    grid_modules=UNET.grid_modules,
-    sizes=_sizes,
-    images=True,
-    tested="model",
 )
 
 # The first attention of a block is over the picture; the others are to the text.
