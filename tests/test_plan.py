@@ -305,7 +305,8 @@ class TestOfPublishedModels:
             "Lightricks/LTX-2": "LTX2VideoTransformer3DModel",
             "MiniMaxAI/MiniMax-H3": "MiniMaxH3Transformer3DModel",
             "nvidia/Cosmos-1.0-Diffusion-7B-Text2World": "CosmosTransformer3DModel",
-        }
+            "hunyuanvideo-community/HunyuanImage-2.1": "HunyuanImageTransformer2DModel",
+            "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "PixArtTransformer2DModel",
         }
         for name, model in published.items():
             if not hasattr(diffusers, model):
@@ -341,6 +342,8 @@ class TestOfPublishedModels:
             ("black-forest-labs/FLUX.1-Kontext-dev", 64 * 64 + 512),
             ("black-forest-labs/FLUX.2-klein-4B", 64 * 64 + 512),
             ("krea/Krea-2-Turbo", 64 * 64 + 512),
+            ("hunyuanvideo-community/HunyuanImage-2.1-Diffusers", 64 * 64 + 1128),
+            ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 64 * 64),
         ],
     )
     def test_tokens_of_unusual_compressions(self, model, tokens):
@@ -381,7 +384,8 @@ class TestOfPublishedModels:
         "name",
         [
             "flux", "flux.2", "flux.2-edit", "ovis-image", "qwen-image", "chroma", "longcat-image",
-            "bria", "bria-fibo", "krea-2",
+            "bria", "bria-fibo", "krea-2", "hunyuan-image", "cogview-4", "cogview-3-plus",
+            "glm-image", "z-image",
         ],
     )  # fmt: skip
     def test_linear_work_is_that_of_the_layers_in_blocks(self, name):
@@ -395,7 +399,8 @@ class TestOfPublishedModels:
                 flops.append(2 * layer.weight.numel() * args[0].shape[1])
 
         for part, layer in model.named_modules():
-            if "transformer_blocks." in part and isinstance(layer, torch.nn.Linear):
+            in_blocks = "transformer_blocks." in part or part.startswith("layers.")
+            if in_blocks and isinstance(layer, torch.nn.Linear):
                 layer.register_forward_hook(count)
         with torch.no_grad():
             model(**inputs)

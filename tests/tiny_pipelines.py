@@ -649,6 +649,15 @@ PIPELINES |= {
         lambda: _prompts(TEXT, TEXT),
         size=(96, 144, 1),
     ),
+    "modelscope": PipelineCase(
+        lambda: _pipeline(
+            "TextToVideoSDPipeline",
+            unet=tiny_picture_models.unet_3d(),
+            scheduler=DDIMScheduler(),
+        ),
+        lambda: _prompts(TEXT, TEXT, mask=None),
+        size=(96, 144, 3),
+    ),
 }
 
 # --- Videos beside sound, and Cosmos

@@ -31,17 +31,17 @@ from diffattn.models.kandinsky import KANDINSKY5, KANDINSKY6
 from diffattn.models.krea import KREA2
 from diffattn.models.longcat import LONGCAT_IMAGE
 from diffattn.models.ltx import LTX, LTX2
-from diffattn.models.lumina2 import LUMINA2
+from diffattn.models.lumina2 import LUMINA2, LUMINA_NEXT
 from diffattn.models.minimax import MINIMAX_H3
 from diffattn.models.mochi import MOCHI
 from diffattn.models.motif import MOTIF_VIDEO
 from diffattn.models.nucleus import NUCLEUS_IMAGE
 from diffattn.models.ovis import OVIS_IMAGE
-from diffattn.models.pixart import LATTE, PIXART
+from diffattn.models.pixart import DIT, LATTE, PIXART
 from diffattn.models.prx import PRX
 from diffattn.models.qwen import QWEN_IMAGE, QWEN_IMAGE21
 from diffattn.models.sd3 import SD3
-from diffattn.models.unet import UNET
+from diffattn.models.unet import KANDINSKY3, UNET, UNET_VIDEO
 from diffattn.models.wan import ANYFLOW, CHRONOEDIT, SKYREELS_V2, WAN, WAN_ANIMATE, WAN_ANIMATE2
 from diffattn.models.z_image import Z_IMAGE
 
@@ -91,6 +91,10 @@ FAMILIES: tuple[Family, ...] = (
     COGVIEW3PLUS,
     AURAFLOW,
     IDEOGRAM4,
+    UNET_VIDEO,
+    KANDINSKY3,
+    DIT,
+    LUMINA_NEXT,
     FRAMEPACK,
     HELIOS,
     KANDINSKY6,
@@ -102,12 +106,29 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 # Models of diffusers without a rectangular grid or without token pairs, and the reason.
+_LINEAR = "its self-attention is linear: it has no token pairs"
+_OVER_TIME = "its attention is over time alone, for each place of the picture by itself"
 _WITHOUT_GRID = {
-    "AnyFlowFARTransformer3DModel": "keys of earlier chunks come from a cache",
+    "AnyFlowFARTransformer3DModel": "keys of earlier chunks come from a cache, and a BlockMask of"
+    " its own says which frames see which",
+    "DreamLiteTransformer2DModel": "a part of DreamLiteUNetModel, which is to be attached to",
     "Kandinsky6SRTransformer3DModel": "its own sparse attention puts tokens in another order",
-    "SanaVideoTransformer3DModel": "its self-attention is linear: it has no token pairs",
-    "SanaWMLTX2RefinerTransformer3DModel": "keys of earlier chunks come from a cache",
-    "SanaWMTransformer3DModel": "its self-attention is linear: it has no token pairs",
+    "MotionAdapter": _OVER_TIME,
+    "OmniGenTransformer2DModel": "text attends causally and images as wholes, by a mask of its own"
+    " over all pairs of tokens",
+    "SanaTransformer2DModel": _LINEAR,
+    "SanaVideoTransformer3DModel": _LINEAR,
+    "SanaWMLTX2RefinerTransformer3DModel": "keys of earlier chunks come from a cache, and a"
+    " BlockMask of its own says which frames see which",
+    "SanaWMTransformer3DModel": "its self-attention is linear: it has no token pairs, but in every"
+    " fourth layer, whose attention has no processor",
+    "StableCascadeUNet": "it attends on its smallest grids alone, of at most 32 x 32 tokens for"
+    " pictures of 1024 pixels",
+    "Transformer2DModel": "a part of U-Nets, which are to be attached to",
+    "TransformerTemporalModel": _OVER_TIME,
+    "UNet2DModel": "it attends on its smallest grids alone, of at most 32 x 32 tokens in published"
+    " models",
+    "UVit2DModel": "it chooses codes of at most 32 x 32 tokens",
 }
 
 # The components of a pipeline that may be denoisers.

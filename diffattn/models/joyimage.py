@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from diffattn.grid import Reference, TokenGrid
@@ -46,14 +45,13 @@ def _plus_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 
 def _in_a_row(sizes: Sequence[Sequence[int]]) -> TokenGrid:
     """The grid of pictures of some sizes one after another, of which the first is denoised."""
-    target = TokenGrid(*sizes[0])
+    (frames, height, width), *others = sizes
+    start = end = frames * height * width
     references: list[Reference] = []
-    end = target.tokens
-    for size in sizes[1:]:
-        references.append(Reference(end, *size))
+    for length, rows, columns in others:
+        references.append(Reference(end, length, rows, columns))
         end = references[-1].stop
-    after = end - target.tokens
-    return replace(target.beside(after=after), references=tuple(references))
+    return TokenGrid(frames, height, width, text_after=end - start, references=tuple(references))
 
 
 def _sizes(pipe: Any) -> SizeRules:

@@ -52,18 +52,19 @@ def _sample(
         if picture is None:
             start += _MULTIPLE
         else:
-            references.append(Reference(start, *_tokens(picture, patches)))
+            frames, height, width = _tokens(picture, patches)
+            references.append(Reference(start, frames, height, width))
             start += _padded(references[-1].tokens)
-    target = TokenGrid(*_tokens(pictures[-1], patches))
-    after = _padded(target.tokens) - target.tokens
+    frames, height, width = _tokens(pictures[-1], patches)
+    tokens = frames * height * width
     return TokenGrid(
-        target.frames, target.height, target.width, start, after, references=tuple(references)
+        frames, height, width, start, _padded(tokens) - tokens, references=tuple(references)
     )
 
 
-def _tokens(picture: Any, patches: tuple[int, int, int]) -> tuple[int, ...]:
+def _tokens(picture: Any, patches: tuple[int, int, int]) -> list[int]:
     """Tokens along each axis of latents (channels, frames, height, width)."""
-    return tuple(size // patch for size, patch in zip(picture.shape[1:], patches, strict=True))
+    return [size // patch for size, patch in zip(picture.shape[1:], patches, strict=True)]
 
 
 def _padded(tokens: int) -> int:

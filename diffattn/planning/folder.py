@@ -20,7 +20,7 @@ _PARTS = ("transformer", "transformer_2", "unet", "vae")
 # Families whose blocks are those of `LinearWork.joint`.
 _JOINT = (
     "flux", "hunyuanvideo", "mochi", "cogvideox", "sd3", "qwen-image", "chroma", "longcat-image",
-    "bria", "bria-fibo",
+    "bria", "bria-fibo", "hunyuan-image", "cogview-4", "cogview-3-plus", "glm-image",
 )  # fmt: skip
 _CONTEXT_OF_WAN = 512
 # Fields of a shape, and the arguments of a pipeline's call whose defaults they are.
@@ -178,6 +178,8 @@ def _linear(family: str, config: Any, channels: int) -> LinearWork | None:
     if family == "krea-2":  # grouped keys and values, a gate, a gated feed-forward
         keys = config.num_key_value_heads * config.attention_head_dim
         return LinearWork(2 * channels * (3 * channels + 2 * keys + 3 * config.intermediate_size))
+    if family == "z-image":  # gated feed-forwards
+        return LinearWork(8 * channels**2 + 6 * channels * int(channels / 3 * 8))
     if family == "wan":
         return LinearWork.apart(channels, config.ffn_dim, _CONTEXT_OF_WAN)
     return None

@@ -202,7 +202,7 @@ def _joint(
     layers: int,
     steps: int,
     text_before: int | None = 0,
-    text_after: int = 0,
+    text_after: int | None = 0,
     linear: int = 24,
 ) -> ModelShape:
     """A model with text in its sequence; `linear`: FLOPs of a token, in channels squared."""
@@ -242,6 +242,15 @@ _qwen = partial(
 _longcat = partial(_image, variant="longcat-image", heads=24, layers=30, steps=50)
 # Keys and values of a quarter of the heads, a gate, and a gated feed-forward of 16384.
 _krea2 = partial(_image, variant="krea-2", heads=48, layers=28, linear=23)
+# Prompts are padded to a multiple of 32 tokens. The gated feed-forward is 8/3 x the channels.
+_z_image = partial(
+    _image, variant="z-image", heads=30, layers=30, text_before=0, text_after=None,
+)  # fmt: skip
+# Prompts are padded to 1000 tokens, and the text to draw to 128.
+_hunyuan_image = partial(
+    _joint, variant="hunyuan-image", size=(2048, 2048, 1), sizes=SizeRules.images(32),
+    heads=28, head_dim=128, layers=60, text_after=1000 + 128,
+)  # fmt: skip
 _hunyuanvideo = partial(
     _joint, variant="hunyuanvideo", size=(720, 1280, 129),
     sizes=SizeRules(16, frame_stride=4, frame_offset=1),
@@ -373,6 +382,19 @@ _SHAPES: tuple[ModelShape, ...] = (
     ),
     _krea2("krea/Krea-2-Raw", steps=28),
     _krea2("krea/Krea-2-Turbo", steps=8),
+    _z_image("Tongyi-MAI/Z-Image-Turbo", steps=9),
+    _z_image("Tongyi-MAI/Z-Image", steps=50),
+    _hunyuan_image("hunyuanvideo-community/HunyuanImage-2.1", steps=50),
+    _hunyuan_image("hunyuanvideo-community/HunyuanImage-2.1-Distilled", steps=8),
+    _image(
+        "zai-org/CogView4-6B", variant="cogview-4", heads=32, layers=28, text_before=None, steps=50,
+    ),
+    ModelShape(
+        name="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", variant="pixart",
+        heads=16, head_dim=72, block_of_site=tuple(range(28)), sizes=SizeRules.images(16),
+        linear=LinearWork.apart(1152, 4 * 1152, context=300),
+        height=1024, width=1024, steps=20,
+    ),
     _sd3("stabilityai/stable-diffusion-3-medium", heads=24, layers=24),
     _sd3("stabilityai/stable-diffusion-3.5-large", heads=38, layers=38),
 )  # fmt: skip
