@@ -75,7 +75,7 @@ def family_of(model: torch.nn.Module) -> Family:
     family = _known_family(model)
     if family is not None:
         return family
-    reason = _refusal(model)
+    reason = refusal(model)
     if reason is not None:
         raise ValueError(reason)
     known = ", ".join(name for family in FAMILIES for name in family.model_classes)
@@ -91,7 +91,7 @@ def _known_family(model: torch.nn.Module) -> Family | None:
     return next((family for family in FAMILIES if names & set(family.model_classes)), None)
 
 
-def _refusal(model: torch.nn.Module) -> str | None:
+def refusal(model: torch.nn.Module) -> str | None:
     """Why the class of a model can be in no family; None if no reason is known."""
     for cls in type(model).__mro__:
         reason = _WITHOUT_GRID.get(cls.__name__)
@@ -126,7 +126,7 @@ def denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
     if found:
         return found
     for name, model in models.items():
-        if name in _DENOISERS or _refusal(model) is not None:
+        if name in _DENOISERS or refusal(model) is not None:
             family_of(model)  # raises, with the reason
     host = type(pipe).__name__
     absent = getattr(pipe, "null_component_names", None)  # of modular pipelines, which load later
@@ -143,13 +143,13 @@ def denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
 
 def without_grid(pipe: Any) -> dict[str, str]:
     """The components of a pipeline that diffattn refuses, by name, and the reason of each."""
-    reasons = {name: _refusal(model) for name, model in _models(pipe).items()}
+    reasons = {name: refusal(model) for name, model in _models(pipe).items()}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def _models(pipe: Any) -> dict[str, torch.nn.Module]:
     """The components of a pipeline that are models; those with the names of denoisers first."""
-    parts = vars(pipe)
+    parts = getattr(pipe, "__dict__", {})
     names = dict.fromkeys((*(name for name in _DENOISERS if name in parts), *parts))
     return {name: parts[name] for name in names if isinstance(parts[name], torch.nn.Module)}
 
@@ -184,6 +184,7 @@ __all__ = [
     "family_of",
     "makes_images",
     "pipeline_grid",
+    "refusal",
     "size_rules",
     "without_grid",
 ]
