@@ -64,7 +64,7 @@ class Construction:
                 self._hook(cls)
 
         def hook_new(cls: type[Any], **kwargs: Any) -> None:
-            super(base, cls).__init_subclass__(**kwargs)
+            super(base, cls).__init_subclass__(**kwargs)  # type: ignore[arg-type]
             self._hook(cls)
 
         base.__init_subclass__ = classmethod(hook_new)  # type: ignore[assignment]
