@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import diffusers
+import tiny_edit_models
 import torch
 from tiny_case import BATCH, Case, make, names, noise, valid_text
 
@@ -811,3 +812,5 @@ CASES["easyanimate"] = Case(
     text=("before", 7),
     pixel=lambda t, h, w: (0, 1, t, 2 * h + 1, 2 * w),
 )
+
+CASES |= tiny_edit_models.CASES

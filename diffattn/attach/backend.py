@@ -288,7 +288,7 @@ def backend_of(group: Group) -> _compat.BackendFunction:
         )
         sparse = ordinary and group.sparse
         if not sparse and query.shape[1] == key.shape[1] and _is_reordered(group):
-            _check_any_order(attn_mask, is_causal, key, group.family.padding)
+            _check_any_order(attn_mask, is_causal, key, group.family)
         group.count(sparse=sparse)
         masked = attn_mask is not None
         if not sparse and not (ordinary and over and over.exceeds(group.previous, masked)):
@@ -306,7 +306,7 @@ def backend_of(group: Group) -> _compat.BackendFunction:
             )
         if dropout_p:
             raise ValueError(f"dropout_p is {dropout_p}, but sparse attention has no dropout")
-        key_mask = _key_mask(attn_mask, key, group.family.padding)
+        key_mask = _key_mask(attn_mask, key, group.family)
         attend = partial(_attend_sparse if sparse else _attend_dense, group, scale)
         if over is None:
             return attend(query, key, value, key_mask, None)
@@ -341,14 +341,14 @@ def _is_reordered(group: Group) -> bool:
     return group.call is not None and group.call.order is not None
 
 
-def _check_any_order(attn_mask: Any, is_causal: bool, key: torch.Tensor, padding: str) -> None:
+def _check_any_order(attn_mask: Any, is_causal: bool, key: torch.Tensor, family: Family) -> None:
     """Raise unless dense attention under a mask does not depend on the order of the tokens."""
     if is_causal or isinstance(attn_mask, BlockMask):
         raise RuntimeError(
             "this attention call is causal or has a BlockMask, which is about tokens in the model's"
             " own order, but the forward has put them in another"
         )
-    _key_mask(attn_mask, key, padding)
+    _key_mask(attn_mask, key, family)
 
 
 def _attend_sparse(
@@ -389,13 +389,13 @@ def _attend_dense(
     )
 
 
-def _key_mask(attn_mask: Any, key: torch.Tensor, padding: str) -> torch.Tensor | None:
+def _key_mask(attn_mask: Any, key: torch.Tensor, family: Family) -> torch.Tensor | None:
     """Reduce a model's padding mask to bool (batch, tokens), where False hides a key.
 
     Args:
         attn_mask: the mask of the call; None without padding.
         key: (batch, tokens, heads, head_dim).
-        padding: the form of the model's masks, see `Family`.
+        family: says the form of the model's masks, and where its text and thus its padding stands.
 
     Raises:
         ValueError: if the mask is no padding mask of that form.
@@ -408,12 +408,20 @@ def _key_mask(attn_mask: Any, key: torch.Tensor, padding: str) -> torch.Tensor |
     if attn_mask.dtype == torch.bool and by_key:
         return attn_mask.reshape(-1, tokens).expand(batch, tokens)
     by_pair = shape == (batch, 1, tokens, tokens)
-    if attn_mask.dtype == torch.bool and by_pair and padding == "pairs":
-        # The first token is a video token: it sees every key that is not padding.
-        return attn_mask[:, 0, 0]
+    if attn_mask.dtype == torch.bool and by_pair and family.padding == "pairs":
+        # Tokens of pictures see every key that is not padding, and no text stands beyond them on
+        # their side. (The grid has the position of the first, but is not known to traced code.)
+        return attn_mask[:, 0, -1 if family.text == "before" else 0]
     per_head = len(shape) == 4 and (shape[0], *shape[2:]) == (batch, 1, tokens)
-    if attn_mask.dtype.is_floating_point and per_head and padding == "bias":
+    if attn_mask.dtype.is_floating_point and per_head and family.padding == "bias":
         return attn_mask[:, 0, 0] == 0
+    if attn_mask.dtype.is_floating_point and by_pair and family.padding == "pairs":
+        raise ValueError(
+            f"the model passes an attention mask of {attn_mask.dtype} {shape}: numbers, which"
+            f" attention adds to its scores, so that 0 for padding does not hide the padding. Pass"
+            f" the model a mask of torch.bool; pipelines take one with encoded prompts, as"
+            f" prompt_attention_mask=mask.bool() and negative_prompt_attention_mask=mask.bool()"
+        )
     raise ValueError(
         f"the model passes an attention mask of {attn_mask.dtype} {shape}, which cannot be combined"
         f" with a sparse method; only padding masks over keys can: bool ({batch}, {tokens}) or"

@@ -9,13 +9,18 @@ import torch
 from diffattn.grid import TokenGrid
 from diffattn.models.allegro import ALLEGRO
 from diffattn.models.base import Family, SizeRules
+from diffattn.models.bria import BRIA, BRIA_FIBO
+from diffattn.models.chroma import CHROMA
 from diffattn.models.cogvideox import COGVIDEOX
 from diffattn.models.easyanimate import EASYANIMATE
 from diffattn.models.flux import FLUX, FLUX2
 from diffattn.models.hunyuanvideo import HUNYUANVIDEO, HUNYUANVIDEO15
 from diffattn.models.kandinsky import KANDINSKY5
+from diffattn.models.krea import KREA2
+from diffattn.models.longcat import LONGCAT_IMAGE
 from diffattn.models.ltx import LTX, LTX2
 from diffattn.models.mochi import MOCHI
+from diffattn.models.ovis import OVIS_IMAGE
 from diffattn.models.qwen import QWEN_IMAGE
 from diffattn.models.sd3 import SD3
 from diffattn.models.unet import UNET
@@ -38,6 +43,12 @@ FAMILIES: tuple[Family, ...] = (
     SD3,
     UNET,
     QWEN_IMAGE,
+    CHROMA,
+    LONGCAT_IMAGE,
+    OVIS_IMAGE,
+    BRIA,
+    BRIA_FIBO,
+    KREA2,
     ALLEGRO,
     KANDINSKY5,
     EASYANIMATE,

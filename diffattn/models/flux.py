@@ -1,66 +1,38 @@
-"""Flux and Flux.2: images, in dual-stream and single-stream blocks."""
+"""Flux and Flux.2: images, also from reference images, in dual-stream and single-stream blocks."""
 
 from __future__ import annotations
 
 import re
-import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from diffattn.grid import TokenGrid
-from diffattn.models.base import Family, SizeRules, argument, first_input
+from diffattn.models.base import Family, SizeRules, argument
+from diffattn.models.pictures_by_ids import grid_of_ids
+from diffattn.models.position_ids import Rectangle
 from diffattn.models.token_flow import TokenFlow
 
-# The position ids that were read last, by shape, and their grid. Reading waits for the device; a
-# pipeline passes the same ids in all its steps.
-_read: dict[tuple[int, ...], tuple[weakref.ref[torch.Tensor], TokenGrid]] = {}
+
+def _target(pictures: Sequence[Rectangle]) -> Rectangle:
+    """The picture at time 0; VisualCloze counts its rows from 1 and makes the last."""
+    return next((picture for picture in pictures if picture.times == (0,)), pictures[-1])
 
 
-def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int) -> TokenGrid:
-    """The grid of a call on a sequence of tokens, whose rows and columns only `img_ids` has.
-
-    Args:
-        position: position of the argument `img_ids`.
-
-    Raises:
-        ValueError: if the tokens are no rectangular grid in order.
-    """
-    ids = argument(args, kwargs, position, "img_ids")
-    tokens = first_input(args, kwargs).shape[1]
-    shape = tuple(ids.shape)
-    seen, grid = _read.get(shape, (None, None))
-    if seen is None or seen() is not ids:
-        grid = _read_grid(model, ids)
-        _read[shape] = weakref.ref(ids), grid
-    assert grid is not None
-    if grid.tokens != tokens:
-        raise ValueError(_no_grid(model, f"{tokens} tokens, but position ids for {grid.tokens}"))
-    return grid
+def _flux2_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
+    mode = argument(args, kwargs, 9, "kv_cache_mode")
+    if mode is not None:
+        raise ValueError(
+            f"this call of {type(model).__name__} has kv_cache_mode={mode!r}, as those of"
+            f" Flux2KleinKVPipeline have: its reference images attend to themselves alone, and"
+            f" later steps take their keys from a cache; use Flux2KleinPipeline, or"
+            f" set_attn_processor(None)"
+        )
+    return grid_of_ids(model, args, kwargs, position=3)
 
 
-def _read_grid(model: torch.nn.Module, ids: torch.Tensor) -> TokenGrid:
-    """The grid of position ids (tokens, 3 or more): the second and third are row and column."""
-    places = (ids if ids.ndim == 2 else ids[0])[:, 1:3].long().cpu()
-    height, width = (int(x) + 1 for x in places.amax(0))
-    expected = torch.cartesian_prod(torch.arange(height), torch.arange(width))
-    if not torch.equal(places, expected.view(-1, 2)):
-        found = f"{len(places)} tokens where its rows and columns make {height} x {width}"
-        raise ValueError(_no_grid(model, found))
-    return TokenGrid(1, height, width)
-
-
-def _no_grid(model: torch.nn.Module, found: str) -> str:
-    return (
-        f"this call of {type(model).__name__} has {found}: reference images (Kontext, Flux.2"
-        f" editing) have no place in a rectangular grid; use the pipeline without them, or"
-        f" set_attn_processor(None)"
-    )
-
-
-def _sizes(pipe: Any) -> SizeRules:
+def sizes_of_packed_latents(pipe: Any) -> SizeRules:
+    """The sizes of a pipeline that packs 2 x 2 latents into a token."""
     return SizeRules.images(pipe.vae_scale_factor * 2)
 
 
@@ -74,15 +46,15 @@ def _has_residuals_or_masks(model: Any, args: tuple[Any, ...], kwargs: Mapping[s
 
 
 # Dual-stream blocks come first, in the model and in the numbering.
-_SITES = re.compile(r"(?P<layer>(?:single_)?transformer_blocks\.\d+)\.attn")
+DUAL_AND_SINGLE = re.compile(r"(?P<layer>(?:single_)?transformer_blocks\.\d+)\.attn")
 
 FLUX = Family(
     name="flux",
     title="Flux",
     model_classes=("FluxTransformer2DModel",),
-    sites=_SITES,
-    grid=partial(_grid, position=4),
-    sizes=_sizes,
+    sites=DUAL_AND_SINGLE,
+    grid=partial(grid_of_ids, position=4, target=_target),
+    sizes=sizes_of_packed_latents,
     text="before",
     images=True,
     rotary=(3, "image_rotary_emb"),
@@ -98,9 +70,9 @@ FLUX2 = Family(
     name="flux.2",
     title="Flux.2",
     model_classes=("Flux2Transformer2DModel",),
-    sites=_SITES,
-    grid=partial(_grid, position=3),
-    sizes=_sizes,
+    sites=DUAL_AND_SINGLE,
+    grid=_flux2_grid,
+    sizes=sizes_of_packed_latents,
     text="before",
     images=True,
 )

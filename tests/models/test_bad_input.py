@@ -36,22 +36,6 @@ def test_ltx_with_reference_tokens(name: str) -> None:
         call(name, hidden_states=tiny.noise(2, 80, 8))
 
 
-@pytest.mark.parametrize("name", ["flux", "flux.2"])
-def test_flux_with_reference_images(name: str) -> None:
-    ids = tiny.CASES[name].inputs()["img_ids"]
-    latents = tiny.noise(2, 2 * 54, 16)
-    with pytest.raises(ValueError, match=r"has 108 tokens where .* make 6 x 9: reference images"):
-        call(name, hidden_states=latents, img_ids=torch.cat([ids, ids], dim=-2))
-    with pytest.raises(ValueError, match="108 tokens, but position ids for 54"):
-        call(name, hidden_states=latents)
-
-
-def test_flux_in_another_order() -> None:
-    ids = tiny.image_ids(6, 9).flip(0)
-    with pytest.raises(ValueError, match="no place in a rectangular grid"):
-        call("flux", img_ids=ids)
-
-
 def test_images_of_the_same_number_of_tokens_are_told_apart() -> None:
     case = tiny.CASES["flux"]
     model = case.build()
@@ -63,14 +47,6 @@ def test_images_of_the_same_number_of_tokens_are_told_apart() -> None:
             model(**(case.inputs() | {"img_ids": tiny.image_ids(height, width)}))
         grid = recorder.calls[-1][0].grid
         assert (grid.frames, grid.height, grid.width) == (1, height, width)
-
-
-@pytest.mark.parametrize(
-    "shapes", [[(1, 6, 9), (1, 6, 9)], [(1, 3, 9), (1, 3, 9)], [(1, 6, 8)]], ids=str
-)
-def test_qwen_with_several_images(shapes: list[tuple[int, int, int]]) -> None:
-    with pytest.raises(ValueError, match=r"has 54 tokens of . images, .* no rectangular grid"):
-        call("qwen-image", img_shapes=[shapes] * 2)
 
 
 def test_qwen_with_several_shapes_in_a_batch() -> None:
