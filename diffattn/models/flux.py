@@ -20,15 +20,26 @@ def _target(pictures: Sequence[Rectangle]) -> Rectangle:
 
 
 def _flux2_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
+    """The grid of a call. With a cache for references, their keys stand between text and target.
+
+    The references of such a call attend to themselves alone and are no part of the pattern.
+    """
     mode = argument(args, kwargs, 9, "kv_cache_mode")
-    if mode is not None:
-        raise ValueError(
-            f"this call of {type(model).__name__} has kv_cache_mode={mode!r}, as those of"
-            f" Flux2KleinKVPipeline have: its reference images attend to themselves alone, and"
-            f" later steps take their keys from a cache; use Flux2KleinPipeline, or"
-            f" set_attn_processor(None)"
-        )
-    return grid_of_ids(model, args, kwargs, position=3)
+    grid = grid_of_ids(model, args, kwargs, position=3)
+    if mode is None:
+        return grid
+    if mode == "cached":
+        return grid.alone.beside(before=argument(args, kwargs, 8, "kv_cache").num_ref_tokens)
+    return grid.alone.beside(before=grid.text_before)
+
+
+def _flux2_queries(video: TokenGrid, queries: int, keys: int) -> tuple[slice, ...] | None:
+    """The positions of text and target, whose calls have keys of references between them."""
+    references = video.text_before
+    text = keys - video.tokens
+    if not references or text < 0 or keys - queries != references:
+        return None
+    return slice(0, text), slice(text + references, keys)
 
 
 def sizes_of_packed_latents(pipe: Any) -> SizeRules:
@@ -74,5 +85,6 @@ FLUX2 = Family(
     grid=_flux2_grid,
     sizes=sizes_of_packed_latents,
     text="before",
+    queries=_flux2_queries,
     images=True,
 )

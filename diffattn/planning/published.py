@@ -40,6 +40,24 @@ class LinearWork:
         return cls(12 * channels**2 + 4 * channels * feed_forward + attends, attends * channels)
 
 
+@dataclass(frozen=True)
+class Sound:
+    """Sound in the same sequence as the video, as long as the video.
+
+    Attributes:
+        latents_per_second, frames_per_second: rates of the sound's tokens and of the video.
+        channels: each has tokens of its own.
+    """
+
+    latents_per_second: int
+    frames_per_second: int
+    channels: int
+
+    def tokens(self, num_frames: int) -> int:
+        """Tokens beside a video of so many frames."""
+        return self.channels * round(num_frames * self.latents_per_second / self.frames_per_second)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """The figures of a model that planning needs.
@@ -52,6 +70,7 @@ class ModelShape:
         sizes: pixels and frames that the model can make, and the tokens they become; None where
             that is not known, as of a denoiser without its pipeline.
         text_before, text_after: text tokens in the sequence; None where the prompt decides.
+        sound: sound between the text and the video; None for none.
         linear: work outside self-attention; None where it is not known.
         height, width, num_frames, steps: defaults of the pipeline; None where they are not known.
     """
@@ -64,6 +83,7 @@ class ModelShape:
     sizes: SizeRules | None
     text_before: int | None = 0
     text_after: int | None = 0
+    sound: Sound | None = None
     linear: LinearWork | None = None
     height: int | None = None
     width: int | None = None
@@ -109,7 +129,10 @@ class ModelShape:
         if missing:
             raise ValueError(f"the sizes {self.name} makes are not known: give {_and(missing)}")
         before, after = self._text(text)
-        return self.sizes.grid(**sizes).beside(before, after)
+        video = self.sizes.grid(**sizes)
+        if self.sound is not None:
+            before += self.sound.tokens(sizes["num_frames"])
+        return video.beside(before, after)
 
     def _text(self, text: int | None) -> tuple[int, int]:
         """Numbers of text tokens before and after the video."""
@@ -253,6 +276,18 @@ _SHAPES: tuple[ModelShape, ...] = (
         sizes=SizeRules(32, frame_stride=8, frame_offset=1),
         linear=LinearWork.apart(2048, 4 * 2048, context=128),
         height=512, width=704, num_frames=161, steps=50,
+    ),
+    ModelShape(
+        name="MiniMaxAI/MiniMax-H3", variant="minimax-h3",
+        heads=56, head_dim=128, block_of_site=tuple(range(50)),
+        sizes=SizeRules(
+            32, frame_stride=17, frame_offset=5, latent_frames=(5, 2), frame_bounds=(124, 345)
+        ),
+        text_before=None,
+        sound=Sound(latents_per_second=40, frames_per_second=24, channels=2),
+        # The heads are wider than the model; the feed-forward has a gate.
+        linear=LinearWork(8 * 5376 * 56 * 128 + 6 * 5376 * 14336),
+        height=768, width=1344, num_frames=124,
     ),
     ModelShape(
         name="rhymes-ai/Allegro", variant="allegro",

@@ -145,13 +145,6 @@ class TestIdsThatContradict:
             grid_of("krea-2", position_ids=ids[1:])
 
 
-@pytest.mark.parametrize("mode", ["extract", "cached"])
-def test_klein_with_a_cache_is_refused(mode: str) -> None:
-    said = rf"Flux2Transformer2DModel has kv_cache_mode='{mode}', as .* use Flux2KleinPipeline"
-    with pytest.raises(ValueError, match=said):
-        grid_of("flux.2", kv_cache_mode=mode)
-
-
 class TestChroma:
     # Padding at the end, first, and among text that counts.
     SEEN = ([1, 1, 1, 1, 0, 0, 0], [0, 1, 1, 0, 1, 0, 0])

@@ -21,7 +21,7 @@ from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.interception import through_modes
 from diffattn.kernels.linear import CHUNK, linear_attention
-from diffattn.methods.base import Method, Site, SiteState, SiteWeights, Work
+from diffattn.methods.base import Compiled, Method, Site, SiteState, SiteWeights, Work
 from diffattn.methods.checkpoint import parameters_by_own_name
 from diffattn.methods.linfusion.projections import with_input_maps
 from diffattn.models import FAMILIES, family_of
@@ -149,6 +149,11 @@ class LinFusionAttn(Method):
                 f" {shown}; leave it out"
             )
 
+    def compiled_as(self, family: str) -> Compiled:
+        texts = {known.name: known.text for known in FAMILIES}
+        # Among video tokens alone the arrangement of the tokens does not matter.
+        return "row" if texts.get(family) is None else "outside"
+
     def caution(self, grid: TokenGrid) -> str:
         return "without trained weights pictures lose their composition"
 
@@ -182,9 +187,11 @@ class LinFusionAttn(Method):
         joint = site.grid.text_before + site.grid.text_after > 0
         rotation = _rotation(site, query)
         if joint:
-            attend = partial(
-                self._attend_jointly, site=site, rotation=rotation, scale=scale, key_mask=key_mask
-            )
+            from diffattn.kernels.outside_graphs import call_outside  # which imports Dynamo
+
+            # The content of a layout depends on the mask and cannot be traced.
+            outside = partial(call_outside, self._attend_jointly)
+            attend = partial(outside, site=site, rotation=rotation, scale=scale, key_mask=key_mask)
         else:
             attend = partial(self._attend_linearly, rotation=rotation, key_mask=key_mask)
         return through_modes(attend, query, key, value)
@@ -215,8 +222,6 @@ class LinFusionAttn(Method):
             backend=_BACKENDS[chosen],
         )
 
-    # The content of a layout depends on the mask and cannot be traced: compiled code breaks here.
-    @torch.compiler.disable
     def _attend_jointly(
         self,
         query: torch.Tensor,
