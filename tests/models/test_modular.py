@@ -4,9 +4,11 @@ import re
 import warnings
 from typing import Any
 
+import diffusers
 import pytest
 import stock
 import tiny_families
+import tiny_video_models
 import tiny_wan
 import torch
 from tiny_modular import MODULAR
@@ -166,3 +168,28 @@ def test_plans_take_sizes_as_of_other_pipelines() -> None:
     assert grid == pipeline_grid(pipe, 64, 96, 9)
     with pytest.raises(ValueError, match="height is 70, but this model needs a multiple of 16"):
         plan_of(pipe, height=70, width=96, num_frames=9)
+
+
+def test_a_cosmos_model_whose_modular_pipeline_makes_pictures() -> None:
+    if not hasattr(diffusers, "AnimaModularPipeline"):
+        pytest.skip(f"diffusers {diffusers.__version__} has no AnimaModularPipeline")
+    pipe = diffusers.AnimaModularPipeline()
+    pipe.update_components(transformer=tiny_families.CASES["cosmos-2"].build())
+    # Eight pixels a latent, two latents a token.
+    assert pipeline_grid(pipe, 64, 96, 1) == diffattn.TokenGrid(1, 4, 6)
+    assert plan_of(pipe, height=64, width=96).grid == diffattn.TokenGrid(1, 4, 6)
+    with pytest.raises(ValueError, match="num_frames is 5, but this model makes images: try 1"):
+        pipeline_grid(pipe, 64, 96, 5)
+
+
+def test_minimax_h3_attaches_to_both_of_its_models_and_plans_its_published_size() -> None:
+    if not hasattr(diffusers, "MiniMaxH3ModularPipeline"):
+        pytest.skip(f"diffusers {diffusers.__version__} has no MiniMaxH3ModularPipeline")
+    pipe = diffusers.MiniMaxH3ModularPipeline()
+    build = tiny_video_models.minimax_h3
+    pipe.update_components(transformer=build(), transformer_ref=build())
+    assert list(pipe.set_attn_processor(stock.NEARBY).models) == ["transformer", "transformer_ref"]
+    # 124 frames are 37 latent frames: 5 of each 17, and 2 of the last 5.
+    plan = plan_of(pipe, height=480, width=832, num_frames=124, text=100)
+    assert plan.grid.alone == diffattn.TokenGrid(37, 15, 26)
+    assert plan.grid.text_before == 100 + 414  # audio of 124 frames
