@@ -348,7 +348,8 @@ class AttachedModel(Unpicklable):
             first = site.register_forward_pre_hook(use, prepend=True)
             last = site.register_forward_hook(leave, always_call=True)
             self._number_alike("grid", first, last)
-            site._forward_pre_hooks.move_to_end(first.id, last=False)
+            before: Any = site._forward_pre_hooks
+            before.move_to_end(first.id, last=False)
             self._hooks += [first, last]
 
     def _number_alike(self, purpose: str, *hooks: RemovableHandle) -> None:

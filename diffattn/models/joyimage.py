@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from diffattn.grid import Reference, TokenGrid
@@ -52,7 +53,7 @@ def _in_a_row(sizes: Sequence[Sequence[int]]) -> TokenGrid:
         references.append(Reference(end, *size))
         end = references[-1].stop
     after = end - target.tokens
-    return TokenGrid(*sizes[0], text_after=after, references=tuple(references))
+    return replace(target.beside(after=after), references=tuple(references))
 
 
 def _sizes(pipe: Any) -> SizeRules:

@@ -66,7 +66,7 @@ def make_plan(options: PlanOptions) -> Plan | Estimate:
     if options.grid is None:
         assert known.model is not None
         target: Any = shape_of(known.model)
-        numbers: Mapping[str, int] = known.numbers_for(target)
+        numbers: Mapping[str, Any] = known.numbers_for(target)
     else:
         # A grid takes the place of the model and the size of a record.
         target = read_grid(options.grid)
