@@ -162,6 +162,9 @@ def _make(
         return  # The first process has the same frames and writes the files.
     if len(sparse.frames) != request.num_frames:
         warn(f"the model made {len(sparse.frames)} frames, not {request.num_frames}")
+    height, width = sparse.frames.shape[1:3]
+    if (height, width) != (request.height, request.width):
+        warn(f"the model made {width}x{height} pixels, not {request.width}x{request.height}")
 
     facts: dict[str, Any] = {
         "files": {"picture" if outputs.picture else "video": outputs.video.name},

@@ -150,9 +150,8 @@ def _size(
     if None not in asked:
         return {}
     usual = (filled.get("height"), filled.get("width"))
-    if is_picture and usual == (None, None):
-        side = _usual_side(pipe)
-        usual = (side, side)
+    if usual == (None, None):
+        usual = _usual_picture(pipe) if is_picture else _usual_frame(pipe)
     if sources.shape is not None:
         with refusals():
             multiple = size_rules(pipe).spatial_multiple
@@ -162,12 +161,23 @@ def _size(
     return {name: own for name, given, own in sides if given is None and own is not None}
 
 
-def _usual_side(pipe: Any) -> int | None:
-    """The side in pixels of the square pictures that a pipeline makes where no size is given."""
+def _usual_picture(pipe: Any) -> tuple[int, int] | tuple[None, None]:
+    """Height and width in pixels of the pictures that a pipeline makes where no size is given."""
     side = getattr(pipe, "default_sample_size", None)
     if side is None:
         side = getattr(getattr(getattr(pipe, "unet", None), "config", None), "sample_size", None)
-    return side * pipe.vae_scale_factor if isinstance(side, int) else None
+    if not isinstance(side, int):
+        return None, None
+    return side * pipe.vae_scale_factor, side * pipe.vae_scale_factor
+
+
+def _usual_frame(pipe: Any) -> tuple[int, int] | tuple[None, None]:
+    """Height and width in pixels of videos where no size is given: CogVideoX' model says them."""
+    config = getattr(getattr(pipe, "transformer", None), "config", {})
+    if "sample_height" not in config:
+        return None, None
+    factor = pipe.vae_scale_factor_spatial
+    return config["sample_height"] * factor, config["sample_width"] * factor
 
 
 def _clip(path: Path, fps: float, usual: int | None, asked: int | None, pipe: Any) -> list[Image]:

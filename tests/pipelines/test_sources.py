@@ -1,6 +1,7 @@
 """Runs that start from pictures and videos, and runs that make pictures."""
 
 import importlib
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,10 @@ def _pipelines() -> dict[str, tuple[Callable[[], Any], dict[str, Any]]]:
     return {
         "wan": (tiny_complete.wan, short | {"fps": 8}),
         "wan-i2v": (i2v, short | {"fps": 8}),
+        "cogvideox": (
+            lambda: tiny_complete._cogvideox(diffusers.CogVideoXDDIMScheduler),
+            {"max_sequence_length": 7},
+        ),
         "wan-ti2v": (tiny_complete._wan_ti2v, short),
         "vace": (vace, short),
         "ltx": (tiny_complete._ltx, short),
@@ -170,6 +175,8 @@ class TestVideosFromPictures:
         ]
         want = own(pipe, conditions=conditions, max_sequence_length=16)
         assert (png_frames(tmp_path / "out") == want).all()
+        assert make("ltx-condition", *VIDEO, *frames, *NARROW, "-o", "sparse.png").code == 0
+        assert (png_frames(tmp_path / "sparse") != want).any()
 
     def test_reference_pictures_keep_their_size(self, make, model, tmp_path):
         pictures = ("--image", "wide.png", "--image", "b.png")
@@ -184,6 +191,29 @@ class TestVideosFromPictures:
         assert make("wan-i2v", *arguments, "--height", 32, "-o", "out.gif").code == 0
         settings = json.loads((tmp_path / "out.gif.json").read_text())["settings"]
         assert (settings["height"], settings["width"]) == (32, 112)
+
+    def test_the_size_of_a_model_that_keeps_it_to_itself(self, make, tmp_path):
+        arguments = ("--num-frames", 9, "--steps", 1, *DENSE, "-o", "out.gif")
+        result = make("cogvideox", *arguments)
+        assert result.code == 0, result.err
+        settings = json.loads((tmp_path / "out.gif.json").read_text())["settings"]
+        # Of the model's configuration: latents of 8 pixels.
+        config = json.loads((tmp_path / settings["model"] / "transformer/config.json").read_text())
+        want = (config["sample_height"] * 8, config["sample_width"] * 8)
+        assert (settings["height"], settings["width"]) == want
+
+    def test_a_size_that_the_model_changes_is_told(self, make, monkeypatch):
+        call = diffusers.WanPipeline.__call__
+
+        def smaller(self, *args, **kwargs):
+            out = call(self, *args, **kwargs)
+            out.frames = out.frames[:, :, :-16]
+            return out
+
+        monkeypatch.setattr(smaller, "__signature__", inspect.signature(call), raising=False)
+        monkeypatch.setattr(diffusers.WanPipeline, "__call__", smaller)
+        result = make("wan", *VIDEO, *DENSE, "-o", "out.gif")
+        assert "warning: the model made 96x48 pixels, not 96x64" in result.err, result.err
 
     def test_a_package_that_a_pipeline_lacks_is_named(self, make, monkeypatch):
         module = importlib.import_module("diffusers.pipelines.wan.pipeline_wan_i2v")
