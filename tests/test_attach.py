@@ -437,7 +437,7 @@ def test_unknown_model() -> None:
 
 
 def test_target_without_a_denoiser() -> None:
-    with pytest.raises(ValueError, match="object has no denoiser: none of transformer"):
+    with pytest.raises(ValueError, match="object has no denoiser: none of its components"):
         diffattn.set_attn_processor(object(), SPARSE)
 
 

@@ -315,7 +315,9 @@ class TestModel:
 
     def test_a_pipeline_that_needs_more_than_a_prompt(self, generate, tiny_wan_image):
         error = generate(PROMPT, "-o", "out.mp4", "--model", tiny_wan_image).error
-        assert error.startswith("WanImageToVideoPipeline needs 'image', which this command cannot")
+        assert error.startswith(
+            "WanImageToVideoPipeline needs a picture to start from: give --image"
+        )
 
     def test_a_hub_id_offline(self, generate, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -520,7 +522,8 @@ class TestRecord:
     def test_the_recorded_run_is_not_overwritten(self, diffattn, recorded, tmp_path, record):
         # Earlier versions left the video's extension out of the name of its record.
         (tmp_path / "out.json").rename(tmp_path / record)
-        error = diffattn("generate", "--from", record, "-o", "out.mp4").error
+        model = ("--model", "moving-shapes")
+        error = diffattn("generate", "--from", record, *model, "-o", "out.mp4").error
         assert error == "-o out.mp4 would overwrite out.mp4, which is read here"
 
     def test_a_name_without_the_videos_extension(self, diffattn, recorded, tmp_path):
