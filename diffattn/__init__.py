@@ -18,7 +18,7 @@ if _TYPE_CHECKING:
     from diffattn.block_forms import from_block_mask
     from diffattn.blocks import BlockLayout
     from diffattn.calibration import calibrate_agent
-    from diffattn.grid import TokenGrid
+    from diffattn.grid import Reference, TokenGrid
     from diffattn.masks.base import AttentionMask, Blocking, FullMask, PredicateMask
     from diffattn.methods import (
         AgentAttn,
@@ -60,6 +60,7 @@ __all__ = [
     "Plan",
     "PredicateMask",
     "RadialAttn",
+    "Reference",
     "TokenGrid",
     "VMoBAAttn",
     "__version__",
@@ -103,7 +104,7 @@ _HOMES = {
         "block_forms": ("from_block_mask",),
         "blocks": ("BlockLayout",),
         "calibration": ("calibrate_agent",),
-        "grid": ("TokenGrid",),
+        "grid": ("Reference", "TokenGrid"),
         "masks.base": ("AttentionMask", "Blocking", "FullMask", "PredicateMask"),
         "methods": (
             "AgentAttn",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import textwrap
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -59,7 +58,7 @@ def picture(method: StaticMaskMethod, grid: TokenGrid, query: Place | None = Non
     """
     query = middle(grid) if query is None else query
     check_query(grid, query)
-    fitted = method.for_model("", replace(grid, text_before=0, text_after=0))
+    fitted = method.for_model("", grid.alone)
     mask, order = fitted.mask(grid), fitted.order(grid)
     layout = fitted.layout(grid, torch.device("cpu"), order)
     tiles = "" if order is None else f" ({_by(order.tile)} tiles)"

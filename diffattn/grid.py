@@ -2,25 +2,75 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
 
 @dataclass(frozen=True)
+class Reference:
+    """A rectangle of tokens beside the video: a picture or a video that the model looks at.
+
+    Reference pictures of an editing model, key frames, condition frames, histories and reference
+    videos are references. Their tokens are frame by frame and row by row, as those of the video.
+
+    Attributes:
+        start: position of the first token in the sequence.
+        frames, height, width: tokens along each axis.
+        aligned: whether a row and a column of the reference are the same place in the picture as
+            the row and the column of the video, provided that both have equally many.
+        times: the time of each frame, in latent frames of the video; empty for 0, 1, 2 and so on.
+
+    Raises:
+        ValueError: for an axis below 1, a negative start, or another number of times than frames.
+    """
+
+    start: int
+    frames: int
+    height: int
+    width: int
+    aligned: bool = field(default=True, kw_only=True)
+    times: tuple[float, ...] = field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        if min(self.frames, self.height, self.width) < 1 or self.start < 0:
+            raise ValueError(
+                f"a reference of {self.frames}x{self.height}x{self.width} tokens from position"
+                f" {self.start} needs at least 1 along each axis, and a position from 0"
+            )
+        if self.times and len(self.times) != self.frames:
+            raise ValueError(f"a reference of {self.frames} frames has {len(self.times)} times")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all frames."""
+        return self.frames * self.height * self.width
+
+    @property
+    def stop(self) -> int:
+        """The position after the last token."""
+        return self.start + self.tokens
+
+
+@dataclass(frozen=True)
 class TokenGrid:
-    """Latent frames x height x width of video tokens, with text tokens before or after them.
+    """Latent frames x height x width of video tokens, with other tokens before or after them.
 
     Every model that diffattn supports orders its video tokens frame by frame, row by row (t, h, w).
-    An image is a grid of one frame.
+    An image is a grid of one frame. The video tokens are the tokens that the model denoises. Other
+    tokens of the same sequence are text, padding, audio, or references: further pictures and videos
+    that the model looks at.
 
     Attributes:
         frames, height, width: video tokens along each axis, after the VAE and the patch embedding.
-        text_before, text_after: text tokens that stand before or after the video tokens in the same
-            sequence (joint attention); 0 where text has its own cross-attention.
+        text_before, text_after: other tokens that stand before or after the video tokens in the
+            same sequence; 0 where text has its own cross-attention.
+        references: the rectangles among the other tokens, by their positions. Other tokens outside
+            of them have no place in a picture.
 
     Raises:
-        ValueError: for an axis below 1 or a negative number of text tokens.
+        ValueError: for an axis below 1, a negative number of other tokens, or references that
+            overlap, are out of order, or are not among the other tokens.
         TypeError: for a number that is no integer.
     """
 
@@ -29,6 +79,7 @@ class TokenGrid:
     width: int
     text_before: int = 0
     text_after: int = 0
+    references: tuple[Reference, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "text_before", "text_after"):
@@ -42,6 +93,29 @@ class TokenGrid:
         for name in ("text_before", "text_after"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but cannot be negative")
+        end = 0
+        for reference in self.references:
+            inside_video = reference.start < self.video.stop and reference.stop > self.video.start
+            if reference.start < end or reference.stop > self.tokens or inside_video:
+                raise ValueError(
+                    f"a reference at tokens {reference.start} to {reference.stop - 1} is not"
+                    f" among the other tokens of {self}, or not after the reference before"
+                )
+            end = reference.stop
+
+    @property
+    def alone(self) -> TokenGrid:
+        """The video tokens without all others."""
+        return TokenGrid(self.frames, self.height, self.width)
+
+    def beside(self, before: int = 0, after: int = 0) -> TokenGrid:
+        """This grid with further tokens at the start and at the end of the sequence."""
+        return replace(
+            self,
+            text_before=self.text_before + before,
+            text_after=self.text_after + after,
+            references=tuple(replace(r, start=r.start + before) for r in self.references),
+        )
 
     @property
     def frame_tokens(self) -> int:
@@ -55,7 +129,7 @@ class TokenGrid:
 
     @property
     def tokens(self) -> int:
-        """Length of the sequence: video and text."""
+        """Length of the sequence: video tokens and others."""
         return self.text_before + self.video_tokens + self.text_after
 
     @property
@@ -64,11 +138,11 @@ class TokenGrid:
         return slice(self.text_before, self.text_before + self.video_tokens)
 
     def text_of(self, x: torch.Tensor) -> torch.Tensor:
-        """The text tokens of a sequence `(batch, tokens, ...)`, before the video and after it."""
+        """The tokens before and after the video of a sequence `(batch, tokens, ...)`."""
         return torch.cat([x[:, : self.video.start], x[:, self.video.stop :]], 1)
 
     def is_text(self, token: torch.Tensor) -> torch.Tensor:
-        """Whether each sequence position holds text: bool, in the shape of `token`."""
+        """Whether each sequence position holds no video token: bool, in the shape of `token`."""
         return (token < self.text_before) | (token >= self.text_before + self.video_tokens)
 
     def coordinates(self, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

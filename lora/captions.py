@@ -106,6 +106,11 @@ def _rows(table: Path) -> Iterator[tuple[int, str, str]]:
         if not name.strip() or not caption:
             what = "caption" if name.strip() else "file name"
             raise LoraError(f"{table}, line {line}: the {what} is empty")
+        if not _is_text(caption):
+            raise LoraError(
+                f"{table}, line {line}: the caption {caption!r} is no text: JSON escapes from"
+                f" \\ud800 to \\udfff stand in pairs"
+            )
         yield line, name.strip(), caption
 
 
@@ -144,7 +149,7 @@ def _json_rows(table: Path, text: str) -> Iterator[tuple[int, str, str]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LoraError(f"{table}, line {number} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise LoraError(f"{table}, line {number}: {line.strip()!r} is not a JSON object")
@@ -177,6 +182,11 @@ def _text(path: Path) -> str:
         raise LoraError(
             f"{path} is not UTF-8: byte 0x{data[error.start]:02x} in line {line}"
         ) from None
+
+
+def _is_text(value: str) -> bool:
+    """Whether a value can be written as UTF-8; JSON may hold halves of characters."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _one_line(text: str) -> str:

@@ -149,7 +149,7 @@ def test_each_front_has_its_own_exception_and_form() -> None:
     ):
         methods.from_dict({"type": "radial", "block_size": True})
     with pytest.raises(
-        LoraError, match=r"^rank is True, but must be a whole number of at least 1$"
+        LoraError, match=r"^rank is True, but must be a whole number from 1 to 65536$"
     ):
         TrainSettings(rank=True)
     with pytest.raises(

@@ -313,10 +313,11 @@ class TestOfPublishedModels:
 
     def test_all_make_their_own_size(self):
         for name, shape in PUBLISHED.items():
-            grid = shape.grid(None, None, None, None)
+            by_prompt = None in (shape.text_before, shape.text_after)
+            grid = shape.grid(None, None, None, 200 if by_prompt else None)
             assert grid.tokens > 1000, name
             assert shape.linear_flops(grid.tokens) > 0
-            assert shape.steps > 0
+            assert shape.steps is None or shape.steps > 0
 
     @pytest.mark.parametrize(
         ("model", "tokens"),
@@ -330,6 +331,27 @@ class TestOfPublishedModels:
     )
     def test_tokens_of_unusual_compressions(self, model, tokens):
         assert plan(model, DenseAttn()).tokens == tokens
+
+    def test_sound_is_as_long_as_the_video(self):
+        """MiniMax-H3: stereo at 40 latents a second beside 24 frames a second."""
+        short = plan("MiniMaxAI/MiniMax-H3", DenseAttn(), height=480, width=832, text=200)
+        assert short.tokens == 200 + 2 * 207 + 37 * 15 * 26 == 15044
+        long = plan("MiniMaxAI/MiniMax-H3", DenseAttn(), num_frames=345, text=0)
+        assert long.grid == TokenGrid(102, 24, 42, text_before=2 * 575)
+        with pytest.raises(ValueError, match="depends on the prompt: give text"):
+            plan("MiniMaxAI/MiniMax-H3", DenseAttn())
+
+    @pytest.mark.parametrize(
+        ("frames", "message"),
+        [
+            (107, "makes 124 to 345 frames: try 124"),
+            (362, "makes 124 to 345 frames: try 345"),
+            (130, r"needs 17 \* k \+ 5: try 124 or 141"),
+        ],
+    )
+    def test_frames_that_minimax_h3_does_not_make(self, frames, message):
+        with pytest.raises(ValueError, match=f"num_frames is {frames}, but this model {message}"):
+            plan("MiniMaxAI/MiniMax-H3", DenseAttn(), num_frames=frames, text=0)
 
     def test_text_of_another_length(self):
         got = plan("genmo/mochi-1-preview", DenseAttn(), num_frames=1, text=0)
@@ -600,7 +622,9 @@ class TestRefusals:
             plan("nobody/knows-this", DenseAttn())
         with pytest.raises(ValueError, match=r"did you mean 'Wan-AI/Wan2.1-T2V-14B'\?"):
             plan("Wan-AI/Wan2.1-T2V-14", DenseAttn())
-        with pytest.raises(ValueError, match=r"choose from Lightricks/LTX-Video, Skywork/SkyReels"):
+        with pytest.raises(
+            ValueError, match=r"choose from Lightricks/LTX-Video, MiniMaxAI/MiniMax"
+        ):
             plan("?", DenseAttn())
 
     def test_sizes_of_a_grid_and_heads_of_a_model(self):

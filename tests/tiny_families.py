@@ -1,80 +1,16 @@
 """Tiny models with random weights, one or more per family, and what a test has to know of them."""
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import diffusers
-import pytest
+import tiny_edit_models
+import tiny_picture_models
+import tiny_video_models
 import torch
+from tiny_case import BATCH, Case, make, names, noise, valid_text
 
 from diffattn import TokenGrid
-
-BATCH = 2
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model with the inputs of a call.
-
-    Attributes:
-        build: makes the model.
-        inputs: the arguments of its forward.
-        grids: the video tokens of its sites' calls; several where they differ in size.
-        sites: the names of its sites in the order of their layers.
-        text: where text tokens stand, and how many there are with the padding.
-        pixel: index into the first input of a pixel in the token at (t, h, w).
-        entry: name of the module that has this input; the model, unless other layers come between.
-    """
-
-    build: Callable[[], torch.nn.Module]
-    inputs: Callable[[], dict[str, Any]]
-    grids: tuple[TokenGrid, ...]
-    sites: tuple[str, ...]
-    pixel: Callable[[int, int, int], tuple[int, ...]]
-    text: tuple[str, int] | None = None
-    entry: str = ""
-
-    def grid_of(self, tokens: int) -> TokenGrid:
-        """The grid of an attention call over `tokens`, with its text."""
-        for grid in self.grids:
-            if grid.tokens == tokens:
-                return grid
-        assert self.text is not None
-        (grid,) = self.grids
-        count = tokens - grid.tokens
-        assert 0 < count <= self.text[1]
-        before = count if self.text[0] == "before" else 0
-        return TokenGrid(grid.frames, grid.height, grid.width, before, count - before)
-
-
-def make(name: str, **config: Any) -> torch.nn.Module:
-    """A model of diffusers with seeded weights that all matter (many start at zero)."""
-    torch.manual_seed(0)
-    cls = getattr(diffusers, name, None)
-    if cls is None or config.keys() - inspect.signature(cls.__init__).parameters.keys():
-        pytest.skip(f"diffusers {diffusers.__version__} has no such {name}")
-    model = cls(**config).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.ndim == 1 or not parameter.any():
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def valid_text(tokens: int, *lengths: int) -> torch.Tensor:
-    """int64 (batch, tokens): 1 where the text is, 0 where it is padding."""
-    return (torch.arange(tokens) < torch.tensor(lengths)[:, None]).long()
-
-
-def _names(*patterns: tuple[str, int]) -> tuple[str, ...]:
-    return tuple(pattern.format(i) for pattern, count in patterns for i in range(count))
-
 
 # --- HunyuanVideo
 
@@ -109,7 +45,7 @@ def _hunyuanvideo_inputs() -> dict[str, Any]:
 _HUNYUANVIDEO: dict[str, Any] = {
     "inputs": _hunyuanvideo_inputs,
     "grids": (TokenGrid(3, 4, 6),),
-    "sites": _names(("transformer_blocks.{}.attn", 2), ("single_transformer_blocks.{}.attn", 2)),
+    "sites": names(("transformer_blocks.{}.attn", 2), ("single_transformer_blocks.{}.attn", 2)),
     "text": ("after", 7),
     "pixel": lambda t, h, w: (0, 1, t, 2 * h + 1, 2 * w),
 }
@@ -163,7 +99,7 @@ def _cogvideox_case(frames: int, rope: bool, patch_t: int | None = None) -> Case
         build=lambda: cogvideox(**changes),
         inputs=lambda: _cogvideox_inputs(frames, grid.tokens if rope else 0),
         grids=(grid,),
-        sites=_names(("transformer_blocks.{}.attn1", 2)),
+        sites=names(("transformer_blocks.{}.attn1", 2)),
         text=("before", 7),
         pixel=lambda t, h, w: (0, (patch_t or 1) * t, 1, 2 * h, 2 * w + 1),
     )
@@ -223,7 +159,7 @@ CASES["consisid"] = Case(
     build=consisid,
     inputs=_consisid_inputs,
     grids=(TokenGrid(3, 4, 6),),
-    sites=_names(("transformer_blocks.{}.attn1", 2)),
+    sites=names(("transformer_blocks.{}.attn1", 2)),
     text=("before", 7),
     pixel=lambda t, h, w: (0, t, 1, 2 * h, 2 * w + 1),
 )
@@ -260,7 +196,7 @@ CASES["ltx"] = Case(
     build=ltx,
     inputs=_ltx_inputs,
     grids=(TokenGrid(3, 4, 6),),
-    sites=_names(("transformer_blocks.{}.attn1", 2)),
+    sites=names(("transformer_blocks.{}.attn1", 2)),
     pixel=lambda t, h, w: (0, (t * 4 + h) * 6 + w),
 )
 
@@ -303,7 +239,7 @@ CASES["flux"] = Case(
     build=flux,
     inputs=_flux_inputs,
     grids=(TokenGrid(1, 6, 9),),
-    sites=_names(("transformer_blocks.{}.attn", 2), ("single_transformer_blocks.{}.attn", 2)),
+    sites=names(("transformer_blocks.{}.attn", 2), ("single_transformer_blocks.{}.attn", 2)),
     text=("before", 7),
     pixel=lambda t, h, w: (0, h * 9 + w),
 )
@@ -338,7 +274,7 @@ CASES["mochi"] = Case(
     build=mochi,
     inputs=_mochi_inputs,
     grids=(TokenGrid(3, 4, 6),),
-    sites=_names(("transformer_blocks.{}.attn1", 2)),
+    sites=names(("transformer_blocks.{}.attn1", 2)),
     text=("after", 7),
     pixel=lambda t, h, w: (0, 1, t, 2 * h + 1, 2 * w),
 )
@@ -379,7 +315,7 @@ _SD3: dict[str, Any] = {
 }
 
 CASES |= {
-    "sd3": Case(build=sd3, sites=_names(("transformer_blocks.{}.attn", 2)), **_SD3),
+    "sd3": Case(build=sd3, sites=names(("transformer_blocks.{}.attn", 2)), **_SD3),
     "sd3.5": Case(
         build=lambda: sd3(dual_attention_layers=(0,), qk_norm="rms_norm"),
         sites=(
@@ -502,7 +438,7 @@ def _qwen_image_inputs(*lengths: int) -> dict[str, Any]:
 _QWEN_IMAGE: dict[str, Any] = {
     "build": qwen_image,
     "grids": (TokenGrid(1, 6, 9),),
-    "sites": _names(("transformer_blocks.{}.attn", 2)),
+    "sites": names(("transformer_blocks.{}.attn", 2)),
     "text": ("before", 7),
     "pixel": lambda t, h, w: (0, h * 9 + w),
 }
@@ -551,7 +487,7 @@ def _allegro_inputs(masked: bool) -> dict[str, Any]:
 _ALLEGRO: dict[str, Any] = {
     "build": allegro,
     "grids": (TokenGrid(3, 4, 6),),
-    "sites": _names(("transformer_blocks.{}.attn1", 2)),
+    "sites": names(("transformer_blocks.{}.attn1", 2)),
     "pixel": lambda t, h, w: (0, 1, t, 2 * h + 1, 2 * w),
 }
 CASES |= {
@@ -594,7 +530,7 @@ def _hunyuanvideo15_inputs(image: bool) -> dict[str, Any]:
 _HUNYUANVIDEO15: dict[str, Any] = {
     "build": hunyuanvideo15,
     "grids": (TokenGrid(3, 4, 6),),
-    "sites": _names(("transformer_blocks.{}.attn", 2)),
+    "sites": names(("transformer_blocks.{}.attn", 2)),
     "text": ("after", 7 + 4 + 3),
     "pixel": lambda t, h, w: (0, 1, t, h, w),
 }
@@ -638,7 +574,7 @@ def _ltx2_inputs() -> dict[str, Any]:
 _LTX2: dict[str, Any] = {
     "inputs": _ltx2_inputs,
     "grids": (TokenGrid(3, 4, 6),),
-    "sites": _names(("transformer_blocks.{}.attn1", 2)),
+    "sites": names(("transformer_blocks.{}.attn1", 2)),
     "pixel": lambda t, h, w: (0, (t * 4 + h) * 6 + w),
 }
 CASES |= {
@@ -681,7 +617,7 @@ CASES["flux.2"] = Case(
     build=flux2,
     inputs=_flux2_inputs,
     grids=(TokenGrid(1, 6, 9),),
-    sites=_names(("transformer_blocks.{}.attn", 2), ("single_transformer_blocks.{}.attn", 2)),
+    sites=names(("transformer_blocks.{}.attn", 2), ("single_transformer_blocks.{}.attn", 2)),
     text=("before", 7),
     pixel=lambda t, h, w: (0, h * 9 + w),
 )
@@ -752,7 +688,7 @@ def _wan_animate_inputs() -> dict[str, Any]:
 
 _WAN: dict[str, Any] = {
     "grids": (TokenGrid(3, 4, 6),),
-    "sites": _names(("blocks.{}.attn1", 2)),
+    "sites": names(("blocks.{}.attn1", 2)),
     "pixel": lambda t, h, w: (0, 1, t, 2 * h + 1, 2 * w),
 }
 CASES |= {
@@ -840,7 +776,7 @@ CASES["kandinsky-5"] = Case(
     build=kandinsky5,
     inputs=_kandinsky5_inputs,
     grids=(TokenGrid(3, 4, 6),),
-    sites=_names(("visual_transformer_blocks.{}.self_attention", 2)),
+    sites=names(("visual_transformer_blocks.{}.self_attention", 2)),
     pixel=lambda t, h, w: (0, t, 2 * h + 1, 2 * w, 1),
 )
 
@@ -874,7 +810,11 @@ CASES["easyanimate"] = Case(
     build=easyanimate,
     inputs=_easyanimate_inputs,
     grids=(TokenGrid(3, 4, 6),),
-    sites=_names(("transformer_blocks.{}.attn1", 2)),
+    sites=names(("transformer_blocks.{}.attn1", 2)),
     text=("before", 7),
     pixel=lambda t, h, w: (0, 1, t, 2 * h + 1, 2 * w),
 )
+
+CASES |= tiny_picture_models.CASES
+CASES |= tiny_video_models.CASES
+CASES |= tiny_edit_models.CASES

@@ -7,7 +7,7 @@ holds the rest: the grid, and the position in the denoising run.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -19,10 +19,18 @@ from diffattn.attach.compiled import remember, traced_attention, traced_method
 from diffattn.attach.context_parallel import attend_queries, attend_sharded, gather_tables
 from diffattn.attach.run_clock import RunClock
 from diffattn.attach.running_call import Call, running_call
+from diffattn.attach.some_queries import attend_some, attend_whole
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.methods.agent.merging import Merging
-from diffattn.methods.base import Method, Site, StaticMaskMethod, attends_by_mask_alone
+from diffattn.methods.base import (
+    Compiled,
+    Method,
+    Site,
+    SiteWeights,
+    StaticMaskMethod,
+    attends_by_mask_alone,
+)
 from diffattn.models import Family
 from diffattn.orders import TileOrder
 
@@ -65,8 +73,8 @@ class Group:
         model: serial number of the attached denoiser, by which the running call is found.
         member: the group's own backend, as a member of diffusers' enumeration of backends. The
             processors of the sites are set to it.
-        operator: the operator that compiled code calls: for attention under a mask alone, or for
-            any method; None for a method that is traced.
+        compiled_as: how compiled code calls the method: by the operator for attention under a mask
+            alone, or see `Compiled`.
         last: the state of the last call that began, without the order of its tokens; None before
             any.
         method_now, sparse_now: `method` and `sparse` of the last call that began.
@@ -86,7 +94,7 @@ class Group:
     previous: Any
     model: int
     member: Any = None
-    operator: Literal["mask", "method"] | None = field(init=False)
+    compiled_as: Compiled | Literal["mask"] = field(init=False)
     last: Call | None = None
     method_now: Method = field(init=False)
     sparse_now: bool = True
@@ -99,11 +107,9 @@ class Group:
 
     def __post_init__(self) -> None:
         self.method_now = self._method_on(None)
-        self.operator = None
-        if attends_by_mask_alone(self.chosen):
-            self.operator = "mask"
-        elif self.chosen.traced_whole:
-            self.operator = "method"
+        self.compiled_as = "mask"
+        if not attends_by_mask_alone(self.chosen):
+            self.compiled_as = self.chosen.compiled_as(self.family.name)
         self.serial = remember(self)
 
     @property
@@ -184,16 +190,36 @@ class Group:
         Tensors are as for `Method.attend`.
         """
         site = Site(self.family.name, self.layer, self.layers, grid)
-        method = self._method_on(_without_text(grid))
+        method = self._method_on(grid.alone)
         return method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
 
+    def positions(self, queries: int, keys: int) -> tuple[slice, ...] | None:
+        """Positions in the sequence of the queries of a call with more keys; None if unknown."""
+        video = self.video
+        if self.family.queries is None or video is None:
+            return None
+        return self.family.queries(video, queries, keys)
+
+    def is_over_a_part(self, tokens: int) -> bool:
+        """Whether a call of a site is over less than the sequence, for models that do such calls.
+
+        Code that is traced asks for grids with tokens before the video alone: such grids belong to
+        models that do.
+        """
+        video = self.video
+        if self.family.queries is None or video is None:
+            return False
+        if torch.compiler.is_dynamo_compiling() and not video.text_before:
+            return False
+        return tokens < video.tokens
+
     def _static_method(self, grid: TokenGrid) -> StaticMaskMethod:
-        method = self._method_on(_without_text(grid))
+        method = self._method_on(grid.alone)
         assert isinstance(method, StaticMaskMethod)
         return method
 
     def _method_in(self, call: Call) -> Method:
-        return self._method_on(call.video)
+        return self._method_on(None if call.video is None else call.video.alone)
 
     def _method_on(self, video: TokenGrid | None) -> Method:
         if video not in self._methods:
@@ -242,8 +268,7 @@ class Group:
             )
         grid = call.video
         if text:
-            before = text if self.family.text == "before" else 0
-            grid = TokenGrid(grid.frames, grid.height, grid.width, before, text - before)
+            grid = grid.beside(**{self.family.text or "after": text})
         order = call.order
         if order is not None and order.grid != grid:
             raise RuntimeError(
@@ -267,10 +292,6 @@ class Group:
         return copied
 
 
-def _without_text(grid: TokenGrid) -> TokenGrid:
-    return TokenGrid(grid.frames, grid.height, grid.width)
-
-
 def backend_of(group: Group) -> _compat.BackendFunction:
     """The function that diffusers' dispatch calls for the sites of a group."""
 
@@ -286,14 +307,18 @@ def backend_of(group: Group) -> _compat.BackendFunction:
         _parallel_config: Any = None,
     ) -> torch.Tensor:
         over = _compat.context_parallel(_parallel_config)
+        tokens, queries = key.shape[1], None
+        if query.shape[1] != tokens and over is None:
+            queries = group.positions(query.shape[1], tokens)
         ordinary = (
-            query.shape[1] == key.shape[1]
+            (query.shape[1] == tokens or queries is not None)
             and not is_causal
             and not isinstance(attn_mask, BlockMask)
+            and not group.is_over_a_part(tokens)
         )
         sparse = ordinary and group.sparse
-        if not sparse and query.shape[1] == key.shape[1] and _is_reordered(group):
-            _check_any_order(attn_mask, is_causal, key, group.family.padding)
+        if not sparse and query.shape[1] == tokens and _is_reordered(group):
+            _check_any_order(attn_mask, is_causal, key, group.family)
         group.count(sparse=sparse)
         masked = attn_mask is not None
         if not sparse and not (ordinary and over and over.exceeds(group.previous, masked)):
@@ -311,7 +336,12 @@ def backend_of(group: Group) -> _compat.BackendFunction:
             )
         if dropout_p:
             raise ValueError(f"dropout_p is {dropout_p}, but sparse attention has no dropout")
-        key_mask = _key_mask(attn_mask, key, group.family.padding)
+        key_mask = _key_mask(attn_mask, key, group.family)
+        if key.shape[2] != query.shape[2]:
+            shared_by = query.shape[2] // key.shape[2]
+            key, value = (x.repeat_interleave(shared_by, dim=2) for x in (key, value))
+        if queries is not None:
+            return _attend_some(group, scale, query, key, value, key_mask, queries)
         attend = partial(_attend_sparse if sparse else _attend_dense, group, scale)
         if over is None:
             return attend(query, key, value, key_mask, None)
@@ -346,14 +376,14 @@ def _is_reordered(group: Group) -> bool:
     return group.call is not None and group.call.order is not None
 
 
-def _check_any_order(attn_mask: Any, is_causal: bool, key: torch.Tensor, padding: str) -> None:
+def _check_any_order(attn_mask: Any, is_causal: bool, key: torch.Tensor, family: Family) -> None:
     """Raise unless dense attention under a mask does not depend on the order of the tokens."""
     if is_causal or isinstance(attn_mask, BlockMask):
         raise RuntimeError(
             "this attention call is causal or has a BlockMask, which is about tokens in the model's"
             " own order, but the forward has put them in another"
         )
-    _key_mask(attn_mask, key, padding)
+    _key_mask(attn_mask, key, family)
 
 
 def _attend_sparse(
@@ -366,16 +396,79 @@ def _attend_sparse(
     queries: tuple[range, ...] | None,
 ) -> torch.Tensor:
     """Attention by the group's method, for queries at the positions `queries`; None is all."""
-    if torch.compiler.is_dynamo_compiling() and queries is None and group.operator is not None:
-        traced = traced_attention if group.operator == "mask" else traced_method
-        grid = group.traced_grid
-        return traced(query, key, value, grid, group.serial, scale=scale, key_mask=key_mask)
+    if torch.compiler.is_dynamo_compiling() and queries is None and group.compiled_as != "traced":
+        return _attend_compiled(group, scale, query, key, value, key_mask)
     site = group.site(key.shape[1])
     if queries is not None:
         return attend_queries(
             group.method, query, key, value, site, queries, scale=scale, key_mask=key_mask
         )
     return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
+
+
+def _attend_compiled(
+    group: Group,
+    scale: float | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention by the group's method in code that is compiled for all grids."""
+    if group.compiled_as in ("mask", "operator"):
+        traced = traced_attention if group.compiled_as == "mask" else traced_method
+        grid = group.traced_grid
+        return traced(query, key, value, grid, group.serial, scale=scale, key_mask=key_mask)
+    weights, rotary = (
+        (None, None) if group.last is None else (group.last.weights, group.last.rotary)
+    )
+    if group.compiled_as == "outside":
+        return _attend_outside(group, scale, query, key, value, key_mask, weights, rotary)
+    row = TokenGrid(1, 1, key.shape[1])
+    site = Site(group.family.name, group.layer, group.layers, row, weights=weights, rotary=rotary)
+    return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
+
+
+@torch.compiler.disable
+def _attend_outside(
+    group: Group,
+    scale: float | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    weights: SiteWeights | None,
+    rotary: Any,
+) -> torch.Tensor:
+    """Attention by the group's method with what compiled code knows of the site."""
+    site = group.site(key.shape[1])
+    if weights is not None:
+        site = replace(site, weights=weights, rotary=rotary)
+    return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
+
+
+def _attend_some(
+    group: Group,
+    scale: float | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    queries: tuple[slice, ...],
+) -> torch.Tensor:
+    """Attention by the group's method in a call that has no other queries than those given."""
+    tokens = key.shape[1]
+    # The rows of a layout cannot be traced.
+    if not torch.compiler.is_dynamo_compiling() and attends_by_mask_alone(group.method):
+        return attend_some(
+            group.method, query, key, value, group.site(tokens), queries, scale=scale,
+            key_mask=key_mask,
+        )  # fmt: skip
+
+    def attend(whole: torch.Tensor) -> torch.Tensor:
+        return _attend_sparse(group, scale, whole, key, value, key_mask, None)
+
+    return attend_whole(attend, query, tokens, queries)
 
 
 def _attend_dense(
@@ -394,13 +487,13 @@ def _attend_dense(
     )
 
 
-def _key_mask(attn_mask: Any, key: torch.Tensor, padding: str) -> torch.Tensor | None:
+def _key_mask(attn_mask: Any, key: torch.Tensor, family: Family) -> torch.Tensor | None:
     """Reduce a model's padding mask to bool (batch, tokens), where False hides a key.
 
     Args:
         attn_mask: the mask of the call; None without padding.
         key: (batch, tokens, heads, head_dim).
-        padding: the form of the model's masks, see `Family`.
+        family: says the form of the model's masks, and where its text and thus its padding stands.
 
     Raises:
         ValueError: if the mask is no padding mask of that form.
@@ -413,12 +506,20 @@ def _key_mask(attn_mask: Any, key: torch.Tensor, padding: str) -> torch.Tensor |
     if attn_mask.dtype == torch.bool and by_key:
         return attn_mask.reshape(-1, tokens).expand(batch, tokens)
     by_pair = shape == (batch, 1, tokens, tokens)
-    if attn_mask.dtype == torch.bool and by_pair and padding == "pairs":
-        # The first token is a video token: it sees every key that is not padding.
-        return attn_mask[:, 0, 0]
+    if attn_mask.dtype == torch.bool and by_pair and family.padding == "pairs":
+        # Tokens of pictures see every key that is not padding, and no text stands beyond them on
+        # their side. (The grid has the position of the first, but is not known to traced code.)
+        return attn_mask[:, 0, -1 if family.text == "before" else 0]
     per_head = len(shape) == 4 and (shape[0], *shape[2:]) == (batch, 1, tokens)
-    if attn_mask.dtype.is_floating_point and per_head and padding == "bias":
+    if attn_mask.dtype.is_floating_point and per_head and family.padding == "bias":
         return attn_mask[:, 0, 0] == 0
+    if attn_mask.dtype.is_floating_point and by_pair and family.padding == "pairs":
+        raise ValueError(
+            f"the model passes an attention mask of {attn_mask.dtype} {shape}: numbers, which"
+            f" attention adds to its scores, so that 0 for padding does not hide the padding. Pass"
+            f" the model a mask of torch.bool; pipelines take one with encoded prompts, as"
+            f" prompt_attention_mask=mask.bool() and negative_prompt_attention_mask=mask.bool()"
+        )
     raise ValueError(
         f"the model passes an attention mask of {attn_mask.dtype} {shape}, which cannot be combined"
         f" with a sparse method; only padding masks over keys can: bool ({batch}, {tokens}) or"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -139,6 +139,8 @@ def order_throughout(
         # Checkpointing of any kind runs modules again in the backward pass, when the order of
         # their tokens is no longer known.
         torch.is_grad_enabled()
+        # A flow knows the places of video tokens and of text, but of no other tokens.
+        or grid != grid.alone
         or type(model).__name__ != flow.model_class
         or not any(group.sparse for group in groups)
         or (flow.interrupted is not None and flow.interrupted(model, args, kwargs))
@@ -146,8 +148,7 @@ def order_throughout(
         return None
     if flow.text is not None:
         text = argument(args, kwargs, *flow.text).shape[1]
-        before = text if family.text == "before" else 0
-        grid = replace(grid, text_before=before, text_after=text - before)
+        grid = grid.beside(**{family.text or "after": text})
     order = _common_order(groups, grid)
     if order is None or is_watched(model, groups, gates.hooks) or _is_parallel(sites):
         return None

@@ -117,9 +117,12 @@ class Cost(ABC):
         return None if share is None else 1 / (1 - share * (1 - self.run_density))
 
     @property
-    def grid_sizes(self) -> dict[str, int]:
+    def grid_sizes(self) -> dict[str, Any]:
         """The grid, ready for JSON."""
-        return asdict(self.grid)
+        sizes = asdict(self.grid)
+        if not self.grid.references:
+            del sizes["references"]
+        return sizes
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -93,12 +93,15 @@ def _shape(pipe: Any, model: Any, name: str) -> ModelShape:
             f" describe; plan each grid by itself"
         )
     heads, head_dim = _heads(model.config)
-    # Prompts are padded to the same length in all published models of a family.
+    # Prompts are padded to the same length in all published models of a family, and sound is as
+    # dense.
     like = next((shape for shape in PUBLISHED.values() if shape.variant == family.name), None)
-    text: dict[str, int | None] = {}
+    beside: dict[str, Any] = {}
     if family.text is not None:
         side = f"text_{family.text}"
-        text = {side: None if like is None else getattr(like, side)}
+        beside = {side: None if like is None else getattr(like, side)}
+    if like is not None:
+        beside["sound"] = like.sound
     return ModelShape(
         name=name,
         variant=family.variant(pipe, model),
@@ -107,7 +110,7 @@ def _shape(pipe: Any, model: Any, name: str) -> ModelShape:
         block_of_site=tuple(family.layers(model).values()),
         sizes=None,
         linear=_linear(family.name, model.config, heads * head_dim),
-        **text,
+        **beside,
     )
 
 
@@ -151,7 +154,13 @@ def _heads(config: Any) -> tuple[int, int]:
     if "axes_dims" in config and "model_dim" in config:  # Kandinsky
         head_dim = sum(config.axes_dims)
         return config.model_dim // head_dim, head_dim
-    return config.num_attention_heads, config.attention_head_dim
+    heads: int = _first_of(config, "num_attention_heads", "num_heads", "n_heads")
+    width = _first_of(config, "attention_head_dim", "head_dim")
+    return heads, width or _first_of(config, "hidden_size", "dim") // heads
+
+
+def _first_of(config: Any, *names: str) -> Any:
+    return next((config[name] for name in names if config.get(name) is not None), None)
 
 
 def _linear(family: str, config: Any, channels: int) -> LinearWork | None:

@@ -255,7 +255,7 @@ def _refuse(given: dict[str, Any], why: str) -> None:
 
 def _plan(grid: TokenGrid, method: Method, shape: ModelShape, model: str | None) -> Plan | Estimate:
     check_tokens(grid)
-    fitted = method.for_model(shape.variant, _video(grid))
+    fitted = method.for_model(shape.variant, grid.alone)
     if not isinstance(fitted, StaticMaskMethod):
         return _estimate(grid, fitted, shape, model)
     extra_keys = fitted.extra_keys(grid)
@@ -327,10 +327,6 @@ def _estimate(grid: TokenGrid, method: Method, shape: ModelShape, model: str | N
         work.append(known)
     common = _of_any_method(grid, method, shape, model)
     return Estimate(method=method, **common, work=tuple(work))
-
-
-def _video(grid: TokenGrid) -> TokenGrid:
-    return replace(grid, text_before=0, text_after=0)
 
 
 def _dense_steps(method: Method, steps: int) -> int:

@@ -6,7 +6,7 @@ The figures come from the models' own configuration files and pipelines.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from diffattn.grid import TokenGrid
@@ -40,6 +40,24 @@ class LinearWork:
         return cls(12 * channels**2 + 4 * channels * feed_forward + attends, attends * channels)
 
 
+@dataclass(frozen=True)
+class Sound:
+    """Sound in the same sequence as the video, as long as the video.
+
+    Attributes:
+        latents_per_second, frames_per_second: rates of the sound's tokens and of the video.
+        channels: each has tokens of its own.
+    """
+
+    latents_per_second: int
+    frames_per_second: int
+    channels: int
+
+    def tokens(self, num_frames: int) -> int:
+        """Tokens beside a video of so many frames."""
+        return self.channels * round(num_frames * self.latents_per_second / self.frames_per_second)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """The figures of a model that planning needs.
@@ -52,6 +70,7 @@ class ModelShape:
         sizes: pixels and frames that the model can make, and the tokens they become; None where
             that is not known, as of a denoiser without its pipeline.
         text_before, text_after: text tokens in the sequence; None where the prompt decides.
+        sound: sound between the text and the video; None for none.
         linear: work outside self-attention; None where it is not known.
         height, width, num_frames, steps: defaults of the pipeline; None where they are not known.
     """
@@ -64,6 +83,7 @@ class ModelShape:
     sizes: SizeRules | None
     text_before: int | None = 0
     text_after: int | None = 0
+    sound: Sound | None = None
     linear: LinearWork | None = None
     height: int | None = None
     width: int | None = None
@@ -108,9 +128,14 @@ class ModelShape:
         missing = [name for name, value in sizes.items() if value is None]
         if missing:
             raise ValueError(f"the sizes {self.name} makes are not known: give {_and(missing)}")
-        return replace(self.sizes.grid(**sizes), **self._text(text))
+        before, after = self._text(text)
+        video = self.sizes.grid(**sizes)
+        if self.sound is not None:
+            before += self.sound.tokens(sizes["num_frames"])
+        return video.beside(before, after)
 
-    def _text(self, text: int | None) -> dict[str, int]:
+    def _text(self, text: int | None) -> tuple[int, int]:
+        """Numbers of text tokens before and after the video."""
         sides = {"text_before": self.text_before, "text_after": self.text_after}
         holds_text = [side for side, tokens in sides.items() if tokens != 0]
         if not holds_text:
@@ -119,7 +144,7 @@ class ModelShape:
                     f"text is {text}, but the sequence of {self.name} holds video tokens only:"
                     f" its text is apart"
                 )
-            return {}
+            return 0, 0
         side = holds_text[0]
         tokens = sides[side] if text is None else text
         if tokens is None:
@@ -127,7 +152,7 @@ class ModelShape:
                 f"the sequence of {self.name} holds text too, and how much depends on the prompt:"
                 f" give text, its number of tokens"
             )
-        return {side: tokens}
+        return (tokens, 0) if side == "text_before" else (0, tokens)
 
 
 def _and(names: list[str]) -> str:
@@ -251,6 +276,18 @@ _SHAPES: tuple[ModelShape, ...] = (
         sizes=SizeRules(32, frame_stride=8, frame_offset=1),
         linear=LinearWork.apart(2048, 4 * 2048, context=128),
         height=512, width=704, num_frames=161, steps=50,
+    ),
+    ModelShape(
+        name="MiniMaxAI/MiniMax-H3", variant="minimax-h3",
+        heads=56, head_dim=128, block_of_site=tuple(range(50)),
+        sizes=SizeRules(
+            32, frame_stride=17, frame_offset=5, latent_frames=(5, 2), frame_bounds=(124, 345)
+        ),
+        text_before=None,
+        sound=Sound(latents_per_second=40, frames_per_second=24, channels=2),
+        # The heads are wider than the model; the feed-forward has a gate.
+        linear=LinearWork(8 * 5376 * 56 * 128 + 6 * 5376 * 14336),
+        height=768, width=1344, num_frames=124,
     ),
     ModelShape(
         name="rhymes-ai/Allegro", variant="allegro",

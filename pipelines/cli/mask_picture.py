@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +150,7 @@ def _write(image: Image, output: Path) -> Path:
 def _static_method(made: Method, variant: str, grid: TokenGrid) -> StaticMaskMethod:
     from diffattn.methods import StaticMaskMethod
 
-    fitted = made.for_model(variant, replace(grid, text_before=0, text_after=0))
+    fitted = made.for_model(variant, grid.alone)
     if not isinstance(fitted, StaticMaskMethod):
         raise UserError(
             f"{made.type} has no mask that the grid alone decides, and cannot be drawn; a method "

@@ -160,6 +160,11 @@ class TestTables:
             ('{"file": "a.mp4"}', 'line 2 has no "caption": it has file'),
             ('{"file": "a.mp4", "caption": 7}', 'line 2: "caption" is 7, but must be a text'),
             ('{"file": "a.mp4", "caption": ""}', "line 2: the caption is empty"),
+            ('{"file": "a.mp4", "caption": ' + "[" * 100_000, "line 2 is not JSON: maximum recurs"),
+            (
+                '{"file": "a.mp4", "caption": "a \\udcff"}',
+                "line 2: the caption 'a .*' is no text",
+            ),
             ('{"file": "b.mp4", "caption": "x"}', "line 2: 'b.mp4' has a caption already"),
             ('{"file": "x.mp4", "caption": "x"}', "line 2: there is no clip 'x.mp4' in DATA"),
         ],

@@ -18,7 +18,7 @@ from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.interception import through_modes
 from diffattn.masks.base import BLOCK, AttentionMask
-from diffattn.methods.base import AttachedSites, Site, SiteWeights, StaticMaskMethod
+from diffattn.methods.base import AttachedSites, Compiled, Site, SiteWeights, StaticMaskMethod
 from diffattn.methods.clear.cells import CellWeights, cells, mean_weight, pooled
 from diffattn.methods.clear.disk import DiskMask, best_tile, disk_limits
 from diffattn.operator import add_keys, attention, every_pair
@@ -187,6 +187,10 @@ class CLEARAttn(StaticMaskMethod):
 
     def caution(self, grid: TokenGrid) -> str:
         return "without fine-tuned weights pictures lose quality"
+
+    def compiled_as(self, family: str) -> Compiled:
+        # An operator of a whole group of blocks does not know the weights of one block.
+        return "outside"
 
     def check_family(self, family: str) -> None:
         if self.ntk_factor != 1 and family not in ("", "flux"):

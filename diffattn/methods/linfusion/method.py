@@ -21,7 +21,7 @@ from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.interception import through_modes
 from diffattn.kernels.linear import CHUNK, linear_attention
-from diffattn.methods.base import Method, Site, SiteState, SiteWeights, Work
+from diffattn.methods.base import Compiled, Method, Site, SiteState, SiteWeights, Work
 from diffattn.methods.checkpoint import parameters_by_own_name
 from diffattn.methods.linfusion.projections import with_input_maps
 from diffattn.models import FAMILIES, family_of
@@ -148,6 +148,11 @@ class LinFusionAttn(Method):
                 f"reference_arithmetic is True, but the public code has none for"
                 f" {shown}; leave it out"
             )
+
+    def compiled_as(self, family: str) -> Compiled:
+        texts = {known.name: known.text for known in FAMILIES}
+        # Among video tokens alone the arrangement of the tokens does not matter.
+        return "row" if texts.get(family) is None else "outside"
 
     def caution(self, grid: TokenGrid) -> str:
         return "without trained weights pictures lose their composition"

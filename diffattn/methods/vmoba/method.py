@@ -233,14 +233,14 @@ class VMoBAAttn(Method):
 
     def _chunk(self, kind: str, grid: TokenGrid) -> Sides | float:
         given: Sides | float | None = getattr(self, f"chunk_{kind}")
-        video = replace(grid, text_before=0, text_after=0)
+        video = grid.alone
         return recommended_chunk(kind, video) if given is None else given
 
     def _topk(self, kind: str, grid: TokenGrid) -> int | None:
         if self._select == "threshold":
             return None
         if self.topk is None:
-            video = replace(grid, text_before=0, text_after=0)
+            video = grid.alone
             blocks = len(self._known_partition(kind, video).lengths())
             return max(2, round(_SHARE[kind] * blocks))
         return self.topk[PARTITIONS.index(kind)] if isinstance(self.topk, tuple) else self.topk
