@@ -19,6 +19,7 @@ from diffattn.attach.compiled import remember, traced_attention, traced_method
 from diffattn.attach.context_parallel import attend_queries, attend_sharded, gather_tables
 from diffattn.attach.run_clock import RunClock
 from diffattn.attach.running_call import Call, running_call
+from diffattn.attach.some_queries import attend_some, attend_whole
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.interception import modes_are_active
@@ -32,6 +33,7 @@ from diffattn.methods.base import (
     attends_by_mask_alone,
 )
 from diffattn.models import Family
+from diffattn.models.base import Part
 from diffattn.orders import TileOrder
 
 # Threads count their calls of a group one after another.
@@ -42,8 +44,9 @@ _counting = threading.Lock()
 class Group:
     """The sites of a denoiser that always behave alike, and their backend.
 
-    Sites belong to one group when they have the same method, the same `kind` and the same
-    `previous` backend. One backend serves all sites of a group, so that they share compiled code.
+    Sites belong to one group when they have the same method, the same `kind`, the same `part` and
+    the same `previous` backend. One backend serves all sites of a group, so that they share
+    compiled code.
 
     A group holds nothing that differs between calls: `video`, `order` and the like are those of the
     call that runs in the context of the reader, or of the last call where none does.
@@ -71,6 +74,7 @@ class Group:
         previous: the backend that the sites had before attaching, to which dense calls still go;
             None for diffusers' active backend.
         model: serial number of the attached denoiser, by which the running call is found.
+        part: gives the tokens of the sites' calls from those of the denoiser's call; None for all.
         member: the group's own backend, as a member of diffusers' enumeration of backends. The
             processors of the sites are set to it.
         compiled_as: how compiled code calls the method: by the operator for attention under a mask
@@ -93,6 +97,7 @@ class Group:
     layers: int
     previous: Any
     model: int
+    part: Part | None = None
     member: Any = None
     compiled_as: Compiled | Literal["mask"] = field(init=False)
     last: Call | None = None
@@ -127,8 +132,8 @@ class Group:
 
     @property
     def video(self) -> TokenGrid | None:
-        """The video tokens of the call, without text; None before a call."""
-        return None if self.call is None else self.call.video
+        """The video tokens of the sites' calls, without text; None before a call."""
+        return None if self.call is None else self._video_in(self.call)
 
     @property
     def sparse(self) -> bool:
@@ -193,13 +198,39 @@ class Group:
         method = self._method_on(grid.alone)
         return method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
 
+    def positions(self, queries: int, keys: int) -> tuple[slice, ...] | None:
+        """Positions in the sequence of the queries of a call with more keys; None if unknown."""
+        video = self.video
+        if self.family.queries is None or video is None:
+            return None
+        return self.family.queries(video, queries, keys)
+
+    def is_over_a_part(self, tokens: int) -> bool:
+        """Whether a call of a site is over less than the sequence, for models that do such calls.
+
+        Code that is traced asks for grids with tokens before the video alone: such grids belong to
+        models that do.
+        """
+        if self.family.queries is None:
+            return False
+        video = self.video
+        if video is None:
+            return False
+        if torch.compiler.is_dynamo_compiling() and not video.text_before:
+            return False
+        return tokens < video.tokens
+
     def _static_method(self, grid: TokenGrid) -> StaticMaskMethod:
         method = self._method_on(grid.alone)
         assert isinstance(method, StaticMaskMethod)
         return method
 
     def _method_in(self, call: Call) -> Method:
-        return self._method_on(None if call.video is None else call.video.alone)
+        video = self._video_in(call)
+        return self._method_on(None if video is None else video.alone)
+
+    def _video_in(self, call: Call) -> TokenGrid | None:
+        return call.video if self.part is None or call.video is None else self.part(call.video)
 
     def _method_on(self, video: TokenGrid | None) -> Method:
         if video not in self._methods:
@@ -224,7 +255,8 @@ class Group:
             RuntimeError: outside of the model's forward, or if the tokens do not fit its grid.
         """
         call = self.call
-        if call is None or call.video is None:
+        video = None if call is None else self._video_in(call)
+        if call is None or video is None:
             raise RuntimeError(
                 "an attached attention module was called outside of its model's forward, so its"
                 " token grid is unknown; call the model, or set_attn_processor(None)"
@@ -240,13 +272,13 @@ class Group:
                 weights=call.weights,
                 merging=call.merging,
             )
-        text = tokens - call.video.tokens
+        text = tokens - video.tokens
         if text < 0 or (text > 0 and self.family.text is None):
             raise RuntimeError(
                 f"the attention call has {tokens} tokens, but the model's input makes a grid of"
-                f" {call.video} = {call.video.tokens} tokens"
+                f" {video} = {video.tokens} tokens"
             )
-        grid = call.video
+        grid = video
         if text:
             grid = grid.beside(**{self.family.text or "after": text})
         order = call.order
@@ -263,7 +295,7 @@ class Group:
         """The group of a copied model's sites, with a backend and a serial number of its own."""
         copied = Group(
             self.chosen, self.family, self.variant, self.kind, self.layer, self.layers,
-            self.previous, self.model,
+            self.previous, self.model, self.part,
         )  # fmt: skip
         copied.member = _compat.register_backend(backend_of(copied))
         memo[id(self.member)] = copied.member
@@ -287,14 +319,18 @@ def backend_of(group: Group) -> _compat.BackendFunction:
         _parallel_config: Any = None,
     ) -> torch.Tensor:
         over = _compat.context_parallel(_parallel_config)
+        tokens, queries = key.shape[1], None
+        if query.shape[1] != tokens and over is None:
+            queries = group.positions(query.shape[1], tokens)
         ordinary = (
-            query.shape[1] == key.shape[1]
+            (query.shape[1] == tokens or queries is not None)
             and not is_causal
             and not isinstance(attn_mask, BlockMask)
+            and not (over is None and group.is_over_a_part(tokens))
         )
         sparse = ordinary and group.sparse
-        if not sparse and query.shape[1] == key.shape[1] and _is_reordered(group):
-            _check_any_order(attn_mask, is_causal, key, group.family.padding)
+        if not sparse and query.shape[1] == tokens and _is_reordered(group):
+            _check_any_order(attn_mask, is_causal, key, group.family)
         group.count(sparse=sparse)
         masked = attn_mask is not None
         if not sparse and not (ordinary and over and over.exceeds(group.previous, masked)):
@@ -312,7 +348,12 @@ def backend_of(group: Group) -> _compat.BackendFunction:
             )
         if dropout_p:
             raise ValueError(f"dropout_p is {dropout_p}, but sparse attention has no dropout")
-        key_mask = _key_mask(attn_mask, key, group.family.padding)
+        key_mask = _key_mask(attn_mask, key, group.family)
+        if key.shape[2] != query.shape[2]:
+            shared_by = query.shape[2] // key.shape[2]
+            key, value = (x.repeat_interleave(shared_by, dim=2) for x in (key, value))
+        if queries is not None:
+            return _attend_some(group, scale, query, key, value, key_mask, queries)
         attend = partial(_attend_sparse if sparse else _attend_dense, group, scale)
         if over is None:
             return attend(query, key, value, key_mask, None)
@@ -347,14 +388,14 @@ def _is_reordered(group: Group) -> bool:
     return group.call is not None and group.call.order is not None
 
 
-def _check_any_order(attn_mask: Any, is_causal: bool, key: torch.Tensor, padding: str) -> None:
+def _check_any_order(attn_mask: Any, is_causal: bool, key: torch.Tensor, family: Family) -> None:
     """Raise unless dense attention under a mask does not depend on the order of the tokens."""
     if is_causal or isinstance(attn_mask, BlockMask):
         raise RuntimeError(
             "this attention call is causal or has a BlockMask, which is about tokens in the model's"
             " own order, but the forward has put them in another"
         )
-    _key_mask(attn_mask, key, padding)
+    _key_mask(attn_mask, key, family)
 
 
 def _attend_sparse(
@@ -423,6 +464,30 @@ def _attend_outside(
     return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
 
 
+def _attend_some(
+    group: Group,
+    scale: float | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    queries: tuple[slice, ...],
+) -> torch.Tensor:
+    """Attention by the group's method in a call that has no other queries than those given."""
+    tokens = key.shape[1]
+    # The rows of a layout cannot be traced.
+    if not torch.compiler.is_dynamo_compiling() and attends_by_mask_alone(group.method):
+        return attend_some(
+            group.method, query, key, value, group.site(tokens), queries, scale=scale,
+            key_mask=key_mask,
+        )  # fmt: skip
+
+    def attend(whole: torch.Tensor) -> torch.Tensor:
+        return _attend_sparse(group, scale, whole, key, value, key_mask, None)
+
+    return attend_whole(attend, query, tokens, queries)
+
+
 def _attend_dense(
     group: Group,
     scale: float | None,
@@ -439,13 +504,13 @@ def _attend_dense(
     )
 
 
-def _key_mask(attn_mask: Any, key: torch.Tensor, padding: str) -> torch.Tensor | None:
+def _key_mask(attn_mask: Any, key: torch.Tensor, family: Family) -> torch.Tensor | None:
     """Reduce a model's padding mask to bool (batch, tokens), where False hides a key.
 
     Args:
         attn_mask: the mask of the call; None without padding.
         key: (batch, tokens, heads, head_dim).
-        padding: the form of the model's masks, see `Family`.
+        family: says the form of the model's masks, and where its text and thus its padding stands.
 
     Raises:
         ValueError: if the mask is no padding mask of that form.
@@ -458,12 +523,20 @@ def _key_mask(attn_mask: Any, key: torch.Tensor, padding: str) -> torch.Tensor |
     if attn_mask.dtype == torch.bool and by_key:
         return attn_mask.reshape(-1, tokens).expand(batch, tokens)
     by_pair = shape == (batch, 1, tokens, tokens)
-    if attn_mask.dtype == torch.bool and by_pair and padding == "pairs":
-        # The first token is a video token: it sees every key that is not padding.
-        return attn_mask[:, 0, 0]
+    if attn_mask.dtype == torch.bool and by_pair and family.padding == "pairs":
+        # Tokens of pictures see every key that is not padding, and no text stands beyond them on
+        # their side. (The grid has the position of the first, but is not known to traced code.)
+        return attn_mask[:, 0, -1 if family.text == "before" else 0]
     per_head = len(shape) == 4 and (shape[0], *shape[2:]) == (batch, 1, tokens)
-    if attn_mask.dtype.is_floating_point and per_head and padding == "bias":
+    if attn_mask.dtype.is_floating_point and per_head and family.padding == "bias":
         return attn_mask[:, 0, 0] == 0
+    if attn_mask.dtype.is_floating_point and by_pair and family.padding == "pairs":
+        raise ValueError(
+            f"the model passes an attention mask of {attn_mask.dtype} {shape}: numbers, which"
+            f" attention adds to its scores, so that 0 for padding does not hide the padding. Pass"
+            f" the model a mask of torch.bool; pipelines take one with encoded prompts, as"
+            f" prompt_attention_mask=mask.bool() and negative_prompt_attention_mask=mask.bool()"
+        )
     raise ValueError(
         f"the model passes an attention mask of {attn_mask.dtype} {shape}, which cannot be combined"
         f" with a sparse method; only padding masks over keys can: bool ({batch}, {tokens}) or"

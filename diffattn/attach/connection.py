@@ -12,12 +12,18 @@ from diffattn.attach.sites import AttachedSite
 
 
 def complaint(
-    model: torch.nn.Module, sites: Mapping[str, AttachedSite], calls: int, *, first_forward: bool
+    model: torch.nn.Module,
+    sites: Mapping[str, AttachedSite],
+    calls: int,
+    called: int,
+    *,
+    first_forward: bool,
 ) -> str:
     """A message about lost or skipped sites of a denoiser after a forward; empty without any.
 
     Args:
         calls: attention calls of the forward that went through diffattn.
+        called: sites that such a forward calls.
         first_forward: whether the forward is the first since attaching.
     """
     lost = {name: why for name, site in sites.items() if (why := why_lost(model, name, site))}
@@ -28,10 +34,10 @@ def complaint(
             f" longer attached: {why} ({name})"
         )
     # Several calls of each site are fine: FreeNoise's split inference calls a site part by part.
-    if first_forward and _uneven(calls, len(sites)) and not _has_compiled(model):
+    if first_forward and _uneven(calls, called) and not _has_compiled(model):
         return (
             f"{type(model).__name__} made {calls} attention calls through diffattn where it has"
-            f" {len(sites)} attached sites"
+            f" {called} attached sites"
         )
     return ""
 

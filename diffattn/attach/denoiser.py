@@ -34,7 +34,7 @@ from diffattn.methods.base import (
     SiteWeights,
 )
 from diffattn.models import Family
-from diffattn.models.base import argument
+from diffattn.models.base import Part, argument
 from diffattn.models.twins import dispatching
 
 _ATTRIBUTE = "_diffattn_attached"
@@ -190,7 +190,8 @@ class AttachedModel(Unpicklable):
     @property
     def grid(self) -> TokenGrid | None:
         """The video tokens of the current call; None before the first call."""
-        return self.groups[0].video if self.groups else None
+        call = self.groups[0].call if self.groups else None
+        return None if call is None else call.video
 
     @property
     def sparse_calls(self) -> int:
@@ -226,7 +227,8 @@ class AttachedModel(Unpicklable):
     def _attach(
         self, name: str, module: torch.nn.Module, processor: Any, method: Method, layer: int
     ) -> None:
-        group = self._group(method, layer, _compat.processor_backend(processor))
+        previous = _compat.processor_backend(processor)
+        group = self._group(method, layer, previous, self.family.part(name))
         _compat.set_processor_backend(processor, group.member)
         processor = method.site_processor(processor, group)
         original = module.processor
@@ -246,16 +248,17 @@ class AttachedModel(Unpicklable):
         name_of_weights = None if weights is None else method.type
         self.sites[name] = AttachedSite(module, original, processor, group.member, name_of_weights)
 
-    def _group(self, method: Method, layer: int, previous: Any) -> Group:
+    def _group(self, method: Method, layer: int, previous: Any, part: Part | None) -> Group:
         """The group of a site; each layer that may stay dense gets a group of its own."""
         single = method.dense_layers
         dense = min(layer, method.most_dense_layers if single is None else single)
         kind = dense, method.layer_kind(layer)
         for group in self.groups:
-            if group.chosen is method and group.kind == kind and group.previous is previous:
+            alike = group.chosen is method and group.kind == kind and group.part is part
+            if alike and group.previous is previous:
                 return group
         group = Group(
-            method, self.family, self.variant, kind, layer, self.layers, previous, self.serial
+            method, self.family, self.variant, kind, layer, self.layers, previous, self.serial, part
         )
         group.member = _compat.register_backend(backend_of(group))
         self.groups.append(group)
@@ -348,7 +351,8 @@ class AttachedModel(Unpicklable):
             first = site.register_forward_pre_hook(use, prepend=True)
             last = site.register_forward_hook(leave, always_call=True)
             self._number_alike("grid", first, last)
-            site._forward_pre_hooks.move_to_end(first.id, last=False)
+            before: Any = site._forward_pre_hooks
+            before.move_to_end(first.id, last=False)
             self._hooks += [first, last]
 
     def _number_alike(self, purpose: str, *hooks: RemovableHandle) -> None:
@@ -421,7 +425,9 @@ class AttachedModel(Unpicklable):
         if call is None or self._reported:
             return
         counted = self._first_forward and not any(group.was_traced for group in self.groups)
-        found = complaint(model, self.sites, call.attention_calls, first_forward=counted)
+        found = complaint(
+            model, self.sites, call.attention_calls, self._sites_in(call), first_forward=counted
+        )
         self._first_forward = False
         if found:
             self._reported = True
@@ -429,6 +435,12 @@ class AttachedModel(Unpicklable):
                 f"{found}. Call set_attn_processor with your method again, after such changes",
                 stacklevel=2,
             )
+
+    def _sites_in(self, call: Call) -> int:
+        """The number of sites that the denoiser has called in a call on such tokens."""
+        video = call.video
+        parts = [self.family.part(name) for name in self.sites]
+        return sum(part is None or video is None or part(video) is not None for part in parts)
 
 
 def _adaptations(model: torch.nn.Module, chosen: Mapping[str, Method]) -> list[Adaptation]:

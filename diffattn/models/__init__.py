@@ -8,18 +8,42 @@ import torch
 
 from diffattn.grid import TokenGrid
 from diffattn.models.allegro import ALLEGRO
+from diffattn.models.auraflow import AURAFLOW
 from diffattn.models.base import Family, SizeRules
+from diffattn.models.bria import BRIA, BRIA_FIBO, BRIA_FIBO2
+from diffattn.models.chroma import CHROMA
 from diffattn.models.cogvideox import COGVIDEOX
+from diffattn.models.cosmos import COSMOS
+from diffattn.models.cosmos3 import COSMOS3
 from diffattn.models.easyanimate import EASYANIMATE
-from diffattn.models.flux import FLUX, FLUX2
+from diffattn.models.ernie import ERNIE_IMAGE
+from diffattn.models.flux import FLUX, FLUX2, FLUX3
+from diffattn.models.framepack import FRAMEPACK
+from diffattn.models.glm import COGVIEW3PLUS, COGVIEW4, GLM_IMAGE
+from diffattn.models.helios import HELIOS
+from diffattn.models.hidream import HIDREAM
+from diffattn.models.hunyuan_image import HUNYUAN_IMAGE
+from diffattn.models.hunyuandit import HUNYUANDIT
 from diffattn.models.hunyuanvideo import HUNYUANVIDEO, HUNYUANVIDEO15
-from diffattn.models.kandinsky import KANDINSKY5
+from diffattn.models.ideogram import IDEOGRAM4
+from diffattn.models.joyimage import JOYIMAGE_EDIT, JOYIMAGE_EDIT_PLUS
+from diffattn.models.kandinsky import KANDINSKY5, KANDINSKY6
+from diffattn.models.krea import KREA2
+from diffattn.models.longcat import LONGCAT_IMAGE
 from diffattn.models.ltx import LTX, LTX2
+from diffattn.models.lumina2 import LUMINA2
+from diffattn.models.minimax import MINIMAX_H3
 from diffattn.models.mochi import MOCHI
-from diffattn.models.qwen import QWEN_IMAGE
+from diffattn.models.motif import MOTIF_VIDEO
+from diffattn.models.nucleus import NUCLEUS_IMAGE
+from diffattn.models.ovis import OVIS_IMAGE
+from diffattn.models.pixart import LATTE, PIXART
+from diffattn.models.prx import PRX
+from diffattn.models.qwen import QWEN_IMAGE, QWEN_IMAGE21
 from diffattn.models.sd3 import SD3
 from diffattn.models.unet import UNET
-from diffattn.models.wan import ANYFLOW, CHRONOEDIT, SKYREELS_V2, WAN, WAN_ANIMATE
+from diffattn.models.wan import ANYFLOW, CHRONOEDIT, SKYREELS_V2, WAN, WAN_ANIMATE, WAN_ANIMATE2
+from diffattn.models.z_image import Z_IMAGE
 
 FAMILIES: tuple[Family, ...] = (
     WAN,
@@ -34,35 +58,60 @@ FAMILIES: tuple[Family, ...] = (
     LTX2,
     FLUX,
     FLUX2,
+    FLUX3,
     MOCHI,
     SD3,
     UNET,
     QWEN_IMAGE,
+    QWEN_IMAGE21,
+    CHROMA,
+    LONGCAT_IMAGE,
+    OVIS_IMAGE,
+    BRIA,
+    BRIA_FIBO,
+    BRIA_FIBO2,
+    KREA2,
     ALLEGRO,
     KANDINSKY5,
     EASYANIMATE,
+    Z_IMAGE,
+    HUNYUAN_IMAGE,
+    ERNIE_IMAGE,
+    GLM_IMAGE,
+    PIXART,
+    LATTE,
+    JOYIMAGE_EDIT,
+    JOYIMAGE_EDIT_PLUS,
+    PRX,
+    NUCLEUS_IMAGE,
+    HUNYUANDIT,
+    HIDREAM,
+    LUMINA2,
+    COGVIEW4,
+    COGVIEW3PLUS,
+    AURAFLOW,
+    IDEOGRAM4,
+    FRAMEPACK,
+    HELIOS,
+    KANDINSKY6,
+    COSMOS,
+    COSMOS3,
+    MOTIF_VIDEO,
+    MINIMAX_H3,
+    WAN_ANIMATE2,
 )
 
 # Models of diffusers without a rectangular grid or without token pairs, and the reason.
 _WITHOUT_GRID = {
     "AnyFlowFARTransformer3DModel": "keys of earlier chunks come from a cache",
-    "Cosmos3OmniTransformer": "text and video share a packed sequence",
-    "CosmosTransformer3DModel": "its attention calls cannot be given a backend",
-    "Flux3Transformer2DModel": "tokens of several modes share a sequence",
-    "HeliosTransformer3DModel": "history of three lengths stands before the video",
-    "HunyuanVideoFramepackTransformer3DModel": "history in three sizes stands before the video",
     "Kandinsky6SRTransformer3DModel": "its own sparse attention puts tokens in another order",
-    "Kandinsky6Transformer3DModel": "video and audio share a sequence",
-    "MiniMaxH3Transformer3DModel": "text, images, audio and video share a packed sequence",
-    "QwenImage21Transformer2DModel": "segments of several images share a sequence",
     "SanaVideoTransformer3DModel": "its self-attention is linear: it has no token pairs",
     "SanaWMLTX2RefinerTransformer3DModel": "keys of earlier chunks come from a cache",
     "SanaWMTransformer3DModel": "its self-attention is linear: it has no token pairs",
-    "WanAnimate2Transformer3DModel": "keys of earlier chunks come from a cache",
 }
 
 # The components of a pipeline that may be denoisers.
-_DENOISERS = ("transformer", "transformer_2", "unet")
+_DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
 
 
 def family_of(model: torch.nn.Module) -> Family:

@@ -1,66 +1,50 @@
-"""Flux and Flux.2: images, in dual-stream and single-stream blocks."""
+"""Flux, Flux.2 and Flux 3: images, also from reference images."""
 
 from __future__ import annotations
 
 import re
-import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from diffattn.grid import TokenGrid
 from diffattn.models.base import Family, SizeRules, argument, first_input
+from diffattn.models.pictures_by_ids import grid_of_ids, grid_of_pictures, pictures_of
+from diffattn.models.position_ids import Rectangle
 from diffattn.models.token_flow import TokenFlow
 
-# The position ids that were read last, by shape, and their grid. Reading waits for the device; a
-# pipeline passes the same ids in all its steps.
-_read: dict[tuple[int, ...], tuple[weakref.ref[torch.Tensor], TokenGrid]] = {}
+
+def _target(pictures: Sequence[Rectangle]) -> Rectangle:
+    """The picture at time 0; VisualCloze counts its rows from 1 and makes the last."""
+    return next((picture for picture in pictures if picture.times == (0,)), pictures[-1])
 
 
-def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int) -> TokenGrid:
-    """The grid of a call on a sequence of tokens, whose rows and columns only `img_ids` has.
+def _flux2_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
+    """The grid of a call. With a cache for references, their keys stand between text and target.
 
-    Args:
-        position: position of the argument `img_ids`.
-
-    Raises:
-        ValueError: if the tokens are no rectangular grid in order.
+    The references of such a call attend to themselves alone and are no part of the pattern.
     """
-    ids = argument(args, kwargs, position, "img_ids")
-    tokens = first_input(args, kwargs).shape[1]
-    shape = tuple(ids.shape)
-    seen, grid = _read.get(shape, (None, None))
-    if seen is None or seen() is not ids:
-        grid = _read_grid(model, ids)
-        _read[shape] = weakref.ref(ids), grid
-    assert grid is not None
-    if grid.tokens != tokens:
-        raise ValueError(_no_grid(model, f"{tokens} tokens, but position ids for {grid.tokens}"))
-    return grid
+    mode = argument(args, kwargs, 9, "kv_cache_mode")
+    grid = grid_of_ids(model, args, kwargs, position=3)
+    if mode is None:
+        return grid
+    if mode == "cached":
+        return grid.alone.beside(before=argument(args, kwargs, 8, "kv_cache").num_ref_tokens)
+    return grid.alone.beside(before=grid.text_before)
 
 
-def _read_grid(model: torch.nn.Module, ids: torch.Tensor) -> TokenGrid:
-    """The grid of position ids (tokens, 3 or more): the second and third are row and column."""
-    places = (ids if ids.ndim == 2 else ids[0])[:, 1:3].long().cpu()
-    height, width = (int(x) + 1 for x in places.amax(0))
-    expected = torch.cartesian_prod(torch.arange(height), torch.arange(width))
-    if not torch.equal(places, expected.view(-1, 2)):
-        found = f"{len(places)} tokens where its rows and columns make {height} x {width}"
-        raise ValueError(_no_grid(model, found))
-    return TokenGrid(1, height, width)
+def _flux2_queries(video: TokenGrid, queries: int, keys: int) -> tuple[slice, ...] | None:
+    """The positions of text and target, whose calls have keys of references between them."""
+    references = video.text_before
+    text = keys - video.tokens
+    if not references or text < 0 or keys - queries != references:
+        return None
+    return slice(0, text), slice(text + references, keys)
 
 
-def _no_grid(model: torch.nn.Module, found: str) -> str:
-    return (
-        f"this call of {type(model).__name__} has {found}: reference images (Kontext, Flux.2"
-        f" editing) have no place in a rectangular grid; use the pipeline without them, or"
-        f" set_attn_processor(None)"
-    )
-
-
-def _sizes(pipe: Any) -> SizeRules:
+def sizes_of_packed_latents(pipe: Any) -> SizeRules:
+    """The sizes of a pipeline that packs 2 x 2 latents into a token."""
     return SizeRules.images(pipe.vae_scale_factor * 2)
 
 
@@ -73,16 +57,51 @@ def _has_residuals_or_masks(model: Any, args: tuple[Any, ...], kwargs: Mapping[s
     return any(x is not None and len(x) > 0 for x in given)
 
 
+def _flux3_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
+    count = first_input(args, kwargs).shape[1]
+    ids = argument(args, kwargs, 3, "img_ids")
+    pictures = list(pictures_of(model, ids, "img_ids", {"hidden_states": count}))
+    references = argument(args, kwargs, 5, "image_cond_hidden_states")
+    if references is not None:
+        ids = argument(args, kwargs, 6, "image_cond_ids")
+        counted = {"image_cond_hidden_states": references.shape[1]}
+        found = pictures_of(model, ids, "image_cond_ids", counted)
+        pictures += [replace(picture, start=picture.start + count) for picture in found]
+    return grid_of_pictures(pictures[0], pictures)
+
+
+def _target_alone(grid: TokenGrid) -> TokenGrid:
+    return grid.alone
+
+
+def _references_alone(grid: TokenGrid) -> TokenGrid | None:
+    """The first reference, and the others as references beside it."""
+    if not grid.references:
+        return None
+    first, *others = grid.references
+    same = (first.height, first.width, first.aligned)
+    return TokenGrid(
+        1,
+        first.height,
+        first.width,
+        text_after=grid.text_after - first.tokens,
+        references=tuple(
+            replace(r, start=r.start - first.start, aligned=(r.height, r.width, r.aligned) == same)
+            for r in others
+        ),
+    )
+
+
 # Dual-stream blocks come first, in the model and in the numbering.
-_SITES = re.compile(r"(?P<layer>(?:single_)?transformer_blocks\.\d+)\.attn")
+DUAL_AND_SINGLE = re.compile(r"(?P<layer>(?:single_)?transformer_blocks\.\d+)\.attn")
 
 FLUX = Family(
     name="flux",
     title="Flux",
     model_classes=("FluxTransformer2DModel",),
-    sites=_SITES,
-    grid=partial(_grid, position=4),
-    sizes=_sizes,
+    sites=DUAL_AND_SINGLE,
+    grid=partial(grid_of_ids, position=4, target=_target),
+    sizes=sizes_of_packed_latents,
     text="before",
     images=True,
     rotary=(3, "image_rotary_emb"),
@@ -98,9 +117,28 @@ FLUX2 = Family(
     name="flux.2",
     title="Flux.2",
     model_classes=("Flux2Transformer2DModel",),
-    sites=_SITES,
-    grid=partial(_grid, position=3),
-    sizes=_sizes,
+    sites=DUAL_AND_SINGLE,
+    grid=_flux2_grid,
+    sizes=sizes_of_packed_latents,
     text="before",
+    queries=_flux2_queries,
     images=True,
+)
+
+FLUX3 = Family(
+    name="flux.3",
+    title="Flux 3",
+    model_classes=("Flux3Transformer2DModel",),
+    sites=re.compile(
+        r"(?P<layer>single_transformer_blocks\.\d+|mode_blocks\.(?:image|image_cond)\.\d+)\.attn"
+    ),
+    grid=_flux3_grid,
+    sizes=sizes_of_packed_latents,
+    text="before",
+    parts=(
+        (re.compile(r"mode_blocks\.image\..*"), _target_alone),
+        (re.compile(r"mode_blocks\.image_cond\..*"), _references_alone),
+    ),
+    images=True,
+    tested="model",
 )

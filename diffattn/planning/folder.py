@@ -18,7 +18,10 @@ _CONFIG = "config.json"
 # Components that determine the tokens; all others are left out.
 _PARTS = ("transformer", "transformer_2", "unet", "vae")
 # Families whose blocks are those of `LinearWork.joint`.
-_JOINT = ("flux", "hunyuanvideo", "mochi", "cogvideox", "sd3")
+_JOINT = (
+    "flux", "hunyuanvideo", "mochi", "cogvideox", "sd3", "qwen-image", "chroma", "longcat-image",
+    "bria", "bria-fibo",
+)  # fmt: skip
 _CONTEXT_OF_WAN = 512
 # Fields of a shape, and the arguments of a pipeline's call whose defaults they are.
 ARGUMENTS = {
@@ -93,21 +96,26 @@ def _shape(pipe: Any, model: Any, name: str) -> ModelShape:
             f" describe; plan each grid by itself"
         )
     heads, head_dim = _heads(model.config)
-    # Prompts are padded to the same length in all published models of a family.
+    # Prompts are padded to the same length in all published models of a family, and sound is as
+    # dense.
     like = next((shape for shape in PUBLISHED.values() if shape.variant == family.name), None)
-    text: dict[str, int | None] = {}
+    beside: dict[str, Any] = {}
     if family.text is not None:
         side = f"text_{family.text}"
-        text = {side: None if like is None else getattr(like, side)}
+        beside = {side: None if like is None else getattr(like, side)}
+    if like is not None:
+        beside["sound"] = like.sound
+    # Blocks for a part of the tokens cost less, and are left out.
+    blocks = (block for site, block in family.layers(model).items() if family.part(site) is None)
     return ModelShape(
         name=name,
         variant=family.variant(pipe, model),
         heads=heads,
         head_dim=head_dim,
-        block_of_site=tuple(family.layers(model).values()),
+        block_of_site=tuple(blocks),
         sizes=None,
         linear=_linear(family.name, model.config, heads * head_dim),
-        **text,
+        **beside,
     )
 
 
@@ -151,12 +159,25 @@ def _heads(config: Any) -> tuple[int, int]:
     if "axes_dims" in config and "model_dim" in config:  # Kandinsky
         head_dim = sum(config.axes_dims)
         return config.model_dim // head_dim, head_dim
-    return config.num_attention_heads, config.attention_head_dim
+    heads: int = _first_of(config, "num_attention_heads", "num_heads", "n_heads")
+    width = _first_of(config, "attention_head_dim", "head_dim")
+    return heads, width or _first_of(config, "hidden_size", "dim") // heads
+
+
+def _first_of(config: Any, *names: str) -> Any:
+    return next((config[name] for name in names if config.get(name) is not None), None)
 
 
 def _linear(family: str, config: Any, channels: int) -> LinearWork | None:
     if family in _JOINT:
         return LinearWork.joint(channels)
+    if family == "flux.2":  # gated feed-forwards
+        return LinearWork(round(8 + 6 * config.mlp_ratio) * channels**2)
+    if family == "ovis-image":
+        return LinearWork(32 * channels**2)
+    if family == "krea-2":  # grouped keys and values, a gate, a gated feed-forward
+        keys = config.num_key_value_heads * config.attention_head_dim
+        return LinearWork(2 * channels * (3 * channels + 2 * keys + 3 * config.intermediate_size))
     if family == "wan":
         return LinearWork.apart(channels, config.ffn_dim, _CONTEXT_OF_WAN)
     return None

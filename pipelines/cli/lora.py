@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,7 +26,7 @@ EXAMPLES = options.examples(
     "lora train --data clips/ --attn gna --output my-lora",
     "lora train --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --attn radial --data clips/ "
     "--num-frames 161 --steps 2500 --gradient-checkpointing --output wan-radial",
-    "lora train --output my-lora --resume",
+    "lora train --data clips/ --attn gna --output my-lora --resume",
 )
 
 _Number = Annotated[int | None, typer.Option(rich_help_panel=_SCHEDULE)]
@@ -41,23 +40,23 @@ _Weight = Annotated[
 def train(
     context: typer.Context,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the LoRA, checkpoints and the log.")
+        str, typer.Option("--output", "-o", help="Folder for the LoRA, checkpoints and the log.")
     ],
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Folder of clips and pictures, with captions in .txt files beside them.",
             rich_help_panel=_DATA,
         ),
     ] = None,
     captions: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="A .csv or .jsonl table of file names and captions instead.", rich_help_panel=_DATA
         ),
     ] = None,
     prompts: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Instead of --data: prompts, one a line, of which the dense model makes "
             "its own training set.",
@@ -65,7 +64,7 @@ def train(
         ),
     ] = None,
     config: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="TOML or JSON file of these options by their names; options override."),
     ] = None,
     resume: Annotated[
@@ -100,7 +99,7 @@ def train(
         ),
     ] = None,
     cache: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Folder of encoded clips (default: clips in --output).", rich_help_panel=_DATA
         ),

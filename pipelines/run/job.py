@@ -172,6 +172,9 @@ def _prompts(
     if read.blank_lines:
         lines = ", ".join(map(str, read.blank_lines))
         say(f"note: skipped blank lines of {source.prompts_file}: {lines}")
+    if read.hash_lines:
+        lines = ", ".join(map(str, read.hash_lines))
+        say(f"note: lines of {source.prompts_file} that begin with # are prompts, too: {lines}")
     return read.prompts
 
 

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 DEFAULTS_FILE = "generation.json"
 
 _INDEX_FILE = "model_index.json"
+# diffusers names the last of the files that it has looked for, which is a pickled one.
+_NO_WEIGHTS = re.compile(
+    r"no file named (\S+?)\.(?:bin|safetensors),? .*?in directory (\S+?)\.?(?: |$)"
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -222,6 +226,11 @@ def _from_pretrained(source: Path | str, shown: str, dtype: torch.dtype) -> Diff
             f" ({type(error).__name__}: {one_line(error)})"
         ) from None
     except (OSError, ValueError, ImportError, RuntimeError) as error:
+        missing = _NO_WEIGHTS.search(one_line(error))
+        if missing is not None:
+            raise UserError(
+                f"cannot load {shown}: there is no {missing[1]}.safetensors in {missing[2]}"
+            ) from None
         raise UserError(f"cannot load {shown}: {one_line(error)}") from None
 
 

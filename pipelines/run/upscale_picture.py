@@ -248,7 +248,8 @@ def _make(
         if method is not None:
             diffattn.set_attn_processor(pipe, method)
         try:
-            with watched(pipe, "upscale"):
+            stages = ("upscale",) if image is not None else ("first picture", "upscale")
+            with watched(pipe, *stages):
                 if is_flux:
                     image = _make_flux(request, pipe, image, start, ladder, steps, say)
                 else:

@@ -326,7 +326,8 @@ def _make(
     if choices["negative_prompt"] is None:
         choices["negative_prompt"] = loaded.defaults.get("negative_prompt", NEGATIVE_PROMPT)
     start = clock()
-    with refusals(), watched(loaded.pipe, "upscale") as times:
+    stages = ("upscale",) if video is not None else ("base video", "upscale")
+    with refusals(), watched(loaded.pipe, *stages) as times:
         out = FreeSwimPipeline(loaded.pipe)(
             request.prompt,
             video=video,

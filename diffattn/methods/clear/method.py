@@ -220,7 +220,11 @@ class CLEARAttn(StaticMaskMethod):
         scale: float | None = None,
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        attend = super().attend if self.is_mask_alone else self._attend_with_cells
+        from diffattn.kernels.outside_graphs import call_outside  # which imports Dynamo
+
+        # The content of a layout depends on the mask and cannot be traced.
+        outside = partial(call_outside, self._attend_with_cells)
+        attend = super().attend if self.is_mask_alone else outside
         with_rest = partial(attend, site=site, scale=scale, key_mask=key_mask)
         return through_modes(with_rest, query, key, value)
 

@@ -187,9 +187,11 @@ class LinFusionAttn(Method):
         joint = site.grid.text_before + site.grid.text_after > 0
         rotation = _rotation(site, query)
         if joint:
-            attend = partial(
-                self._attend_jointly, site=site, rotation=rotation, scale=scale, key_mask=key_mask
-            )
+            from diffattn.kernels.outside_graphs import call_outside  # which imports Dynamo
+
+            # The content of a layout depends on the mask and cannot be traced.
+            outside = partial(call_outside, self._attend_jointly)
+            attend = partial(outside, site=site, rotation=rotation, scale=scale, key_mask=key_mask)
         else:
             attend = partial(self._attend_linearly, rotation=rotation, key_mask=key_mask)
         return through_modes(attend, query, key, value)
