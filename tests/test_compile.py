@@ -15,6 +15,8 @@ import tiny_wan
 import torch
 from peft import LoraConfig
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import scheduler
+from torch._inductor.utils import is_cudagraph_unsafe_op
 from triton_device import triton_device
 
 import diffattn
@@ -27,7 +29,7 @@ from diffattn import (
     VMoBAAttn,
     attention,
 )
-from diffattn.attach.compiled import remember, traced_attention
+from diffattn.attach.compiled import move_tokens, remember, traced_attention, traced_method
 from diffattn.kernels.cpu import block_sparse as cpu_kernel
 from diffattn.kernels.reference import reference_attention
 from diffattn.operator import BACKEND_VARIABLE
@@ -357,6 +359,35 @@ def test_operators_that_look_up_the_running_call_are_kept_out_of_cuda_graphs() -
     for name in f"{names} {backward}".split():
         operator = getattr(torch.ops.diffattn, name).default
         assert torch.Tag.cudagraph_unsafe in operator.tags
+
+
+def test_inductor_itself_cuts_a_cuda_graph_at_the_operators(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Inductor asks of each kernel whether a graph may hold it; on a CPU the answer is not used."""
+    unsafe: dict[str, bool] = {}
+
+    def asked(self: Any, node: Any) -> str:
+        operator = getattr(node.node, "op_overload", None)
+        if operator is not None:
+            unsafe[str(operator)] = is_cudagraph_unsafe_op(node.node)
+        return "the CPU has no graphs"
+
+    monkeypatch.setattr(scheduler.Scheduler, "should_partition", asked)
+    method = RadialAttn(decay_factor=0.0, split_threshold=8, block_size=4)
+    grid, masked, whole = TokenGrid(5, 3, 4), remember(method), Whole()
+    serial = remember(whole)
+
+    def attend(q: torch.Tensor) -> torch.Tensor:
+        out = traced_attention(q.sin(), q, q, grid, masked)
+        out = traced_method(out, q, q, grid, serial)
+        return move_tokens(out.flatten(2), serial, 1, True).cos()
+
+    options = {"graph_partition": True, "fx_graph_cache": False}
+    q = torch.randn(2, 60, 3, 8)
+    torch.compile(attend, fullgraph=True, options=options)(q)
+    names = ("static_mask_attention", "method_attention", "move_tokens")
+    assert unsafe == {f"diffattn.{name}.default": True for name in names}
 
 
 class Whole:
