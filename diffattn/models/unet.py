@@ -1,4 +1,4 @@
-"""The U-Nets of Stable Diffusion 1.5 and XL, and AnimateDiff's spatial blocks."""
+"""The U-Nets of Stable Diffusion 1.5 and XL, and the spatial blocks of U-Nets for videos."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Any
 from diffattn.grid import TokenGrid
 from diffattn.models.base import Family, SizeRules, first_input
 
-# Spatial transformers. Motion modules, which attend across the frames of one place, are left out.
+# U-Nets for videos of any number of frames, beside AnimateDiff's.
+_OF_VIDEOS = ("UNetSpatioTemporalConditionModel", "UNet3DConditionModel", "I2VGenXLUNet")
+
+# Spatial transformers. Modules that attend across the frames of one place are left out.
 # FreeNoise's split inference wraps a transformer, whose name then ends in `module`.
 _TRANSFORMER = r"(?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+(?:\.module)?"
 
 
 def _grid(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
-    # (batch, channels, height, width); the frames of AnimateDiff are samples of the batch
+    # (batch, channels, height, width); the frames of a video are samples of the batch
     height, width = first_input(args, kwargs).shape[2:]
     return TokenGrid(1, height, width)
 
@@ -25,12 +28,13 @@ def _sizes(pipe: Any) -> SizeRules:
     blocks = [len(getattr(block, "attentions", ())) for block in pipe.unet.down_blocks]
     halved = next((i for i, count in enumerate(blocks) if count), len(blocks) - 1)
     multiple = pipe.vae_scale_factor * 2**halved
-    if "motion_max_seq_length" in pipe.unet.config:
+    of_videos = type(pipe.unet).__name__ in _OF_VIDEOS
+    if of_videos or "motion_max_seq_length" in pipe.unet.config:
         rules = SizeRules(
             spatial_multiple=multiple, frame_stride=1, frame_offset=1, frames_apart=True
         )
-        if getattr(pipe, "free_noise_enabled", False):
-            return rules  # frames pass in windows
+        if of_videos or getattr(pipe, "free_noise_enabled", False):
+            return rules  # there are no positions, or frames pass in windows
         frames = pipe.unet.config.motion_max_seq_length
         return rules.up_to(frames, None, "motion_max_seq_length of its U-Net")
     return SizeRules.images(multiple)
@@ -38,8 +42,8 @@ def _sizes(pipe: Any) -> SizeRules:
 
 UNET = Family(
     name="unet",
-    title="Stable Diffusion 1.5 and XL, AnimateDiff (spatial self-attention)",
-    model_classes=("UNet2DConditionModel", "UNetMotionModel"),
+    title="Stable Diffusion 1.5 and XL, AnimateDiff, SVD, I2VGen-XL (spatial self-attention)",
+    model_classes=("UNet2DConditionModel", "UNetMotionModel", *_OF_VIDEOS),
     sites=re.compile(rf"(?P<layer>{_TRANSFORMER}\.transformer_blocks\.\d+)\.attn1"),
     grid=_grid,
     grid_modules=re.compile(_TRANSFORMER),
