@@ -89,12 +89,16 @@ FAMILIES: tuple[Family, ...] = (
 
 # Models of diffusers without a rectangular grid or without token pairs, and the reason.
 _WITHOUT_GRID = {
-    "AnyFlowFARTransformer3DModel": "keys of earlier chunks come from a cache",
+    "AnyFlowFARTransformer3DModel": (
+        "keys of earlier chunks come from a cache, under a block mask of the model's own"
+    ),
     "Kandinsky6SRTransformer3DModel": "its own sparse attention puts tokens in another order",
     "QwenImage21Transformer2DModel": "segments of several images share a sequence",
     "SanaVideoTransformer3DModel": "its self-attention is linear: it has no token pairs",
-    "SanaWMLTX2RefinerTransformer3DModel": "keys of earlier chunks come from a cache",
-    "SanaWMTransformer3DModel": "its self-attention is linear: it has no token pairs",
+    "SanaWMLTX2RefinerTransformer3DModel": (
+        "keys of earlier chunks come from a cache, under a block mask of the model's own"
+    ),
+    "SanaWMTransformer3DModel": "three of four layers are recurrences, which have no token pairs",
 }
 
 # The components of a pipeline that may be denoisers.
