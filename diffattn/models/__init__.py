@@ -107,10 +107,10 @@ FAMILIES: tuple[Family, ...] = (
 
 # Models of diffusers without a rectangular grid or without token pairs, and the reason.
 _LINEAR = "its self-attention is linear: it has no token pairs"
+_OWN_BLOCK_MASK = "keys of earlier chunks come from a cache, under a block mask of the model's own"
 _OVER_TIME = "its attention is over time alone, for each place of the picture by itself"
 _WITHOUT_GRID = {
-    "AnyFlowFARTransformer3DModel": "keys of earlier chunks come from a cache, and a BlockMask of"
-    " its own says which frames see which",
+    "AnyFlowFARTransformer3DModel": _OWN_BLOCK_MASK,
     "DreamLiteTransformer2DModel": "a part of DreamLiteUNetModel, which is to be attached to",
     "Kandinsky6SRTransformer3DModel": "its own sparse attention puts tokens in another order",
     "MotionAdapter": _OVER_TIME,
@@ -118,10 +118,9 @@ _WITHOUT_GRID = {
     " over all pairs of tokens",
     "SanaTransformer2DModel": _LINEAR,
     "SanaVideoTransformer3DModel": _LINEAR,
-    "SanaWMLTX2RefinerTransformer3DModel": "keys of earlier chunks come from a cache, and a"
-    " BlockMask of its own says which frames see which",
-    "SanaWMTransformer3DModel": "its self-attention is linear: it has no token pairs, but in every"
-    " fourth layer, whose attention has no processor",
+    "SanaWMLTX2RefinerTransformer3DModel": _OWN_BLOCK_MASK,
+    "SanaWMTransformer3DModel": "three of four layers are recurrences, which have no token pairs, and"
+    " the attention of the fourth has no processor",
     "StableCascadeUNet": "it attends on its smallest grids alone, of at most 32 x 32 tokens for"
     " pictures of 1024 pixels",
     "Transformer2DModel": "a part of U-Nets, which are to be attached to",

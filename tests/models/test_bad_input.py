@@ -56,9 +56,10 @@ def test_nabla_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("AnyFlowFARTransformer3DModel", "come from a cache"),
+        ("AnyFlowFARTransformer3DModel", "come from a cache, under a block mask"),
         ("Kandinsky6SRTransformer3DModel", "its own sparse attention"),
-        ("SanaWMTransformer3DModel", "self-attention is linear"),
+        ("SanaWMTransformer3DModel", "three of four layers are recurrences"),
+        ("SanaVideoTransformer3DModel", "self-attention is linear"),
     ],
 )
 def test_models_without_a_grid_say_why(name: str, reason: str) -> None:
