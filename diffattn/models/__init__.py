@@ -119,8 +119,8 @@ _WITHOUT_GRID = {
     "SanaTransformer2DModel": _LINEAR,
     "SanaVideoTransformer3DModel": _LINEAR,
     "SanaWMLTX2RefinerTransformer3DModel": _OWN_BLOCK_MASK,
-    "SanaWMTransformer3DModel": "three of four layers are recurrences, which have no token pairs, and"
-    " the attention of the fourth has no processor",
+    "SanaWMTransformer3DModel": "three of four layers are recurrences, which have no token pairs,"
+    " and the attention of the fourth has no processor",
     "StableCascadeUNet": "it attends on its smallest grids alone, of at most 32 x 32 tokens for"
     " pictures of 1024 pixels",
     "Transformer2DModel": "a part of U-Nets, which are to be attached to",

@@ -234,7 +234,7 @@ def render(
     """
     with watched(loaded.pipe, label) as times:
         start = clock()
-        arguments = call_arguments(request, loaded) | sources
+        arguments = call_arguments(request, loaded) | dict(sources)
         frames = _call(loaded.pipe, arguments, request.seed, times)
         total = clock() - start
     if not np.isfinite(frames).all():
@@ -281,7 +281,8 @@ def _warm_up(run: Run, loaded: LoadedModel) -> None:
     step = dataclasses.replace(run.request, steps=1)
     render(step, loaded, "warming up (dense)", run.sources)
     # A schedule that keeps the first steps dense would leave the sparse kernels cold.
-    sparse = dataclasses.replace(run.method, **_NO_SCHEDULE)
+    no_schedule: Any = _NO_SCHEDULE
+    sparse = dataclasses.replace(run.method, **no_schedule)
     with _attached(loaded.pipe, dataclasses.replace(run, method=sparse)):
         render(step, loaded, f"warming up ({sparse.type})", run.sources)
 

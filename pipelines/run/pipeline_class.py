@@ -78,19 +78,19 @@ def model_makes_pictures(model: str) -> bool:
 
 def makes_pictures(cls: type) -> bool:
     """Whether a pipeline makes pictures, not videos."""
-    names = inspect.signature(cls.__call__).parameters  # type: ignore[operator]
+    names = inspect.signature(cls.__call__).parameters
     return not any(word in name for name in names for word in ("video", "num_frames"))
 
 
 def edits(cls: type) -> bool:
     """Whether a pipeline looks at pictures of any size, and does not start from their pixels."""
-    names = inspect.signature(cls.__call__).parameters  # type: ignore[operator]
+    names = inspect.signature(cls.__call__).parameters
     return "reference_images" in names or (makes_pictures(cls) and "strength" not in names)
 
 
 def _refused(cls: type, request: Request) -> str | None:
     """The first of `_REFUSALS` that a class has for a request; None if it takes all of it."""
-    names = inspect.signature(cls.__call__).parameters  # type: ignore[operator]
+    names = inspect.signature(cls.__call__).parameters
     if request.image and not {"image", "reference_images", "conditions"} & names.keys():
         return _REFUSALS[0]
     if len(request.image) > 1 and not _SEVERAL.search(cls.__name__):

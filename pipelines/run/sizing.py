@@ -119,7 +119,7 @@ def complete(
     clip: list[Image] = []
     if sources.video is not None:
         usual_frames = filled.get("num_frames", request.num_frames)
-        fps = filled.get("fps", request.fps)
+        fps: Any = filled.get("fps", request.fps)
         clip = _clip(sources.video, fps, usual_frames, request.num_frames, loaded.pipe)
         filled["num_frames"] = len(clip)
     for name in _REQUIRED:

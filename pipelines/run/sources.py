@@ -163,7 +163,7 @@ def source_arguments(
     """
     assert request.height is not None
     assert request.width is not None
-    names = inspect.signature(cls.__call__).parameters  # type: ignore[operator]
+    names = inspect.signature(cls.__call__).parameters
 
     def frame(image: Image) -> Image:
         return fitted(image, request.height or 0, request.width or 0)
