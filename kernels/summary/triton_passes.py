@@ -22,6 +22,7 @@ from ..common.primitives import (
 )
 from ..common.row_sums import row_sums
 from ..common.softmax import weigh
+from ..common.tile_tables import Table, both, row_of
 from .torch_passes import Gradients
 
 MAX_HEAD_DIM = 256
@@ -29,6 +30,18 @@ MAX_HEAD_DIM = 256
 _LEAST_TILE = 16
 # The largest offset from the first token of a head that 32 bits hold.
 _MAX_OFFSET = 2**31 - 1
+
+# Chosen by the machine code for sm_80, sm_90 and sm_100; untried on a GPU.
+_TILES: dict[str, Table] = {
+    "forward": {64: both(64, 64, 4, 2), 128: both(64, 64, 4, 2), 256: both(32, 32, 4, 2)},
+    "queries": {64: both(64, 64, 4, 2), 128: both(64, 64, 4, 2), 256: both(32, 32, 4, 2)},
+    "keys": {64: both(64, 128, 8, 2), 128: both(32, 64, 4, 2), 256: both(32, 32, 4, 2)},
+}
+_FLOAT32: dict[str, Table] = {
+    "forward": {64: both(32, 32, 4, 2), 128: both(32, 32, 8, 2), 256: both(16, 32, 8, 2)},
+    "queries": {64: both(32, 32, 4, 2), 128: both(32, 16, 8, 2), 256: both(16, 32, 8, 2)},
+    "keys": {64: both(32, 32, 8, 2), 128: both(16, 32, 16, 2), 256: both(16, 16, 16, 1)},
+}
 
 
 @triton.jit
@@ -67,9 +80,9 @@ def forward_kernel(
     for start_n in tl.range(0, keys, BLOCK_N):
         b_bias, m_n = visible_keys(p_bias, p_hidden, start_n + o_n, keys)  # twice (BLOCK_N,)
         # Hidden keys are read as 0: a NaN in the mean of a block must not reach a sum.
+        # Both (BLOCK_N, BLOCK_D).
         b_k = load_tile(p_k, s_kt, s_kd, start_n + o_n, m_n, True, D, BLOCK_D)
         b_v = load_tile(p_v, s_vt, s_vd, start_n + o_n, m_n, True, D, BLOCK_D)
-        b_k, b_v = b_k.to(b_q.dtype), b_v.to(b_q.dtype)  # both (BLOCK_N, BLOCK_D)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
         b_s = b_s * (scale * LOG2_E) + b_bias[None, :]
         b_p, b_max, b_old = weigh(b_s, b_max, 1.0, m_n[None, :], True)
@@ -104,7 +117,7 @@ def queries_kernel(
     p_bias += i_b * s_bb + i_h * s_bh
     p_hidden += i_b * s_hb + i_h * s_hh + start_m // block_q * s_hr
     b_q = load_tile(p_q, s_qt, s_qd, o_m, m_m, True, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
-    b_grad = load_tile(p_grad, s_gt, s_gd, o_m, m_m, True, D, BLOCK_D).to(b_q.dtype)
+    b_grad = load_tile(p_grad, s_gt, s_gd, o_m, m_m, True, D, BLOCK_D)
     first = (i_b * heads + i_h) * tokens_padded + start_m
     b_delta = tl.load(p_delta + first + o_m)  # (BLOCK_M,)
     b_lse = tl.load(p_lse + first + o_m)  # (BLOCK_M,)
@@ -112,9 +125,9 @@ def queries_kernel(
     o_n = tl.arange(0, BLOCK_N)
     for start_n in tl.range(0, keys, BLOCK_N):
         b_bias, m_n = visible_keys(p_bias, p_hidden, start_n + o_n, keys)  # twice (BLOCK_N,)
+        # Both (BLOCK_N, BLOCK_D).
         b_k = load_tile(p_k, s_kt, s_kd, start_n + o_n, m_n, True, D, BLOCK_D)
         b_v = load_tile(p_v, s_vt, s_vd, start_n + o_n, m_n, True, D, BLOCK_D)
-        b_k, b_v = b_k.to(b_q.dtype), b_v.to(b_q.dtype)  # both (BLOCK_N, BLOCK_D)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
         b_s = b_s * (scale * LOG2_E) + b_bias[None, :]
         b_p = tl.where(m_n[None, :], tl.exp2(b_s - b_lse[:, None]), 0.0)
@@ -151,7 +164,6 @@ def keys_kernel(
     m_bias = tl.load(p_bias + start_n + o_n, mask=m_n, other=float("-inf")) > float("-inf")
     b_k = load_tile(p_k, s_kt, s_kd, o_n, m_bias, True, D, BLOCK_D)  # (BLOCK_N, BLOCK_D)
     b_v = load_tile(p_v, s_vt, s_vd, o_n, m_bias, True, D, BLOCK_D)  # (BLOCK_N, BLOCK_D)
-    b_k, b_v = b_k.to(p_q.dtype.element_ty), b_v.to(p_q.dtype.element_ty)
     b_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     b_dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     b_dbias = tl.zeros((BLOCK_N,), tl.float32)
@@ -160,9 +172,9 @@ def keys_kernel(
         m_m = start_m + o_m < tokens_q
         p_row = p_hidden + start_m // block_q * s_hr
         b_bias, m_seen = visible_keys(p_bias, p_row, start_n + o_n, keys)  # twice (BLOCK_N,)
+        # Both (BLOCK_M, BLOCK_D).
         b_q = load_tile(p_q + start_m * s_qt, s_qt, s_qd, o_m, m_m, True, D, BLOCK_D)
         b_grad = load_tile(p_grad + start_m * s_gt, s_gt, s_gd, o_m, m_m, True, D, BLOCK_D)
-        b_grad = b_grad.to(b_q.dtype)  # as b_q (BLOCK_M, BLOCK_D)
         b_delta = tl.load(p_delta + start_m + o_m)  # (BLOCK_M,)
         b_lse = tl.load(p_lse + start_m + o_m)  # (BLOCK_M,), inf past the end
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
@@ -196,7 +208,8 @@ def forward(
     batch, tokens, heads, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
-    constants = _constants(q, k, block_q)
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    constants = _constants("forward", q, k, block_q)
     with on_device(q.device):
         forward_kernel[(batch * heads * triton.cdiv(tokens, constants["BLOCK_M"]),)](
             q, k, v, bias, hidden, out, lse,
@@ -222,9 +235,12 @@ def backward(
     """The gradients of q, k, v, and of the bias for every sample and head."""
     batch, tokens, heads, _ = q.shape
     keys = k.shape[1]
-    constants = _constants(q, k, block_q, grad_out)
-    block_m, block_n = constants["BLOCK_M"], constants["BLOCK_N"]
-    sums = row_sums(out, grad_out, lse, grad_lse, block_q=block_m, wide=constants["WIDE"])
+    k, v, grad_out = (x.to(q.dtype) for x in (k, v, grad_out))
+    of_queries, of_keys = (
+        _constants(kernel, q, k, block_q, grad_out) for kernel in ("queries", "keys")
+    )
+    block_m = max(of_queries["BLOCK_M"], of_keys["BLOCK_M"])
+    sums = row_sums(out, grad_out, lse, grad_lse, block_q=block_m, wide=of_queries["WIDE"])
     dq = q.new_empty(q.shape)
     dk, dv = (x.new_empty(x.shape, dtype=torch.float32) for x in (k, v))
     dbias = dk.new_empty((batch, heads, keys))
@@ -234,11 +250,11 @@ def backward(
         tokens, sums.tokens, keys, heads, block_q, scale,
     )  # fmt: skip
     with on_device(q.device):
-        queries_kernel[(batch * heads * triton.cdiv(tokens, block_m),)](
-            *inputs, dq, *numbers, **constants
+        queries_kernel[(batch * heads * triton.cdiv(tokens, of_queries["BLOCK_M"]),)](
+            *inputs, dq, *numbers, **of_queries
         )
-        keys_kernel[(batch * heads * triton.cdiv(keys, block_n),)](
-            *inputs, dk, dv, dbias, *numbers, **constants
+        keys_kernel[(batch * heads * triton.cdiv(keys, of_keys["BLOCK_N"]),)](
+            *inputs, dk, dv, dbias, *numbers, **of_keys
         )
     return dq, dk, dv, dbias
 
@@ -266,22 +282,24 @@ def check_supported(q: torch.Tensor, block_q: int) -> None:
 
 
 def _constants(
-    q: torch.Tensor, k: torch.Tensor, block_q: int, *more: torch.Tensor
+    kernel: str, q: torch.Tensor, k: torch.Tensor, block_q: int, *more: torch.Tensor
 ) -> dict[str, Any]:
     block_d = padded_head_dim(q.shape[-1])
-    # Untried on a GPU. Tiles of queries must not lie in two query blocks.
-    largest = 64 if q.dtype != torch.float32 and block_d <= 128 else 32
-    block_m = min(largest, block_q & -block_q)
-    reach = max(block_m, 64) * max(abs(s) for x in (q, k, *more) for s in x.stride()[1:2])
+    tables = _FLOAT32 if q.dtype == torch.float32 else _TILES
+    tiles, _ = row_of(tables[kernel], block_d)
+    # Tiles of queries must not lie in two query blocks.
+    block_m = min(tiles.block_m, block_q & -block_q)
+    tokens = max(block_m, tiles.block_n)
+    reach = tokens * max(abs(x.stride(1)) for x in (q, k, *more))
     return {
         "D": q.shape[-1],
         "BLOCK_D": block_d,
         "BLOCK_M": block_m,
-        "BLOCK_N": min(largest, 64),
+        "BLOCK_N": tiles.block_n,
         "WIDE": reach > _MAX_OFFSET,
         "PRECISION": float32_precision(),
-        "num_warps": 4 if block_m < 64 or block_d < 128 else 8,
-        "num_stages": 2,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
     }
 
 
