@@ -24,7 +24,7 @@ MAY_IMPORT = {
 # Rooms of diffattn/ from the ground up: a room imports from those before it, and from itself.
 ROOMS = (
     ("_checks", "_compat", "_locks", "grid"),
-    ("orders", "schedule"),
+    ("orders", "schedule", "spans"),
     ("blocks", "block_forms"),
     ("masks",),
     ("flex_backend", "interception"),
@@ -34,7 +34,7 @@ ROOMS = (
     ("planning",),
     ("draw",),
     ("attach",),
-    ("calibration",),
+    ("calibration", "testing"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 # Shortcuts of the face of the package, and what only type checkers read.

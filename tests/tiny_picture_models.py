@@ -633,3 +633,266 @@ CASES["auraflow"] = Case(
     text=("before", 8 + 7),
     pixel=lambda t, h, w: (0, 1, 2 * h + 1, 2 * w),
 )
+
+# --- Ideogram 4
+
+
+def ideogram4() -> torch.nn.Module:
+    return make(
+        "Ideogram4Transformer2DModel",
+        in_channels=8,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        intermediate_size=32,
+        adaln_dim=16,
+        llm_features_dim=16,
+        mrope_section=(4, 2, 2),
+    )
+
+
+def ideogram4_inputs(*lengths: int, height: int = 6, width: int = 9) -> dict[str, Any]:
+    """The arguments of a call with texts of these lengths, padded on the left to 7 tokens."""
+    batch, tokens = len(lengths), 7 + height * width
+    ids = torch.zeros(batch, tokens, 3, dtype=torch.long)
+    places = torch.cartesian_prod(*map(torch.arange, (1, height, width)))
+    segments = torch.full((batch, tokens), -1)
+    roles = torch.zeros(batch, tokens, dtype=torch.long)
+    for sample, length in enumerate(lengths):
+        ids[sample, 7 - length : 7] = torch.arange(length)[:, None]
+        ids[sample, 7:] = 65536 + places
+        segments[sample, 7 - length :] = 1
+        roles[sample, 7 - length : 7] = 3
+        roles[sample, 7:] = 2
+    return {
+        "hidden_states": noise(batch, tokens, 8),
+        "timestep": torch.tensor([0.9, 0.4])[:batch],
+        "encoder_hidden_states": noise(batch, tokens, 16, seed=1),
+        "position_ids": ids,
+        "segment_ids": segments,
+        "indicator": roles,
+    }
+
+
+def _image_alone(model: torch.nn.Module) -> torch.nn.Module:
+    """A model without the output for text and padding, which nobody uses."""
+    model.register_forward_hook(lambda module, args, out: (out[0][:, 7:], *out[1:]))
+    return model
+
+
+CASES["ideogram-4"] = Case(
+    build=lambda: _image_alone(ideogram4()),
+    inputs=lambda: ideogram4_inputs(4, 7),
+    grids=(TokenGrid(1, 6, 9),),
+    sites=names(("layers.{}.attention", 2)),
+    text=("before", 7),
+    pixel=lambda t, h, w: (0, 7 + h * 9 + w),
+)
+
+# --- U-Nets of videos, and of DreamLite and Kandinsky 3
+
+_ATTENTIONS = "{}.attentions.{}.transformer_blocks.0.attn1"
+
+
+def _video_unet(name: str, kind: str, **changes: Any) -> torch.nn.Module:
+    config: dict[str, Any] = {
+        "sample_size": 12,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "cross_attention_dim": 16,
+        "down_block_types": (f"CrossAttnDownBlock{kind}", f"DownBlock{kind}"),
+        "up_block_types": (f"UpBlock{kind}", f"CrossAttnUpBlock{kind}"),
+    }
+    return make(name, **(config | changes))
+
+
+def svd(**changes: Any) -> torch.nn.Module:
+    config: dict[str, Any] = {
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 24,
+        "num_attention_heads": 2,
+        "num_frames": 3,
+    }
+    return _video_unet("UNetSpatioTemporalConditionModel", "SpatioTemporal", **(config | changes))
+
+
+def unet_3d(name: str = "UNet3DConditionModel") -> torch.nn.Module:
+    return _video_unet(name, "3D", attention_head_dim=8, norm_num_groups=8)
+
+
+def _video_unet_case(blocks: tuple[tuple[str, int], ...], **parts: Any) -> Case:
+    return Case(
+        grids=(TokenGrid(1, 12, 18), TokenGrid(1, 6, 9)),
+        sites=tuple(_ATTENTIONS.format(block, i) for block, count in blocks for i in range(count)),
+        pixel=lambda t, h, w: (0, slice(None, 3), h, w),
+        entry="down_blocks.0.attentions.0",
+        checkpoints=False,
+        **parts,
+    )
+
+
+_VIDEO_BLOCKS = (("down_blocks.0", 1), ("up_blocks.1", 2), ("mid_block", 1))
+CASES |= {
+    "svd": _video_unet_case(
+        _VIDEO_BLOCKS,
+        build=svd,
+        inputs=lambda: {
+            "sample": noise(BATCH, 3, 8, 12, 18),
+            "timestep": torch.tensor([900, 400]),
+            "encoder_hidden_states": noise(BATCH, 1, 16, seed=1),
+            "added_time_ids": torch.ones(BATCH, 3),
+        },
+    ),
+    "modelscope": _video_unet_case(
+        _VIDEO_BLOCKS,
+        build=unet_3d,
+        inputs=lambda: {
+            "sample": noise(BATCH, 4, 3, 12, 18),
+            "timestep": torch.tensor([900, 400]),
+            "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        },
+    ),
+    "i2vgen-xl": _video_unet_case(
+        _VIDEO_BLOCKS,
+        build=lambda: unet_3d("I2VGenXLUNet"),
+        inputs=lambda: {
+            "sample": noise(BATCH, 4, 3, 12, 18),
+            "timestep": torch.tensor([900, 400]),
+            "fps": torch.tensor([16, 16]),
+            "image_latents": noise(BATCH, 4, 3, 12, 18, seed=2),
+            "image_embeddings": noise(BATCH, 16, seed=3),
+            "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        },
+    ),
+}
+
+
+def dreamlite() -> torch.nn.Module:
+    return make(
+        "DreamLiteUNetModel",
+        sample_size=12,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        down_block_types=(
+            "DreamLiteCrossAttnNoSelfAttnDownBlock2D",
+            "DreamLiteCrossAttnDownBlock2D",
+        ),
+        up_block_types=("DreamLiteCrossAttnUpBlock2D", "DreamLiteUpBlock2D"),
+    )
+
+
+CASES["dreamlite"] = Case(
+    build=dreamlite,
+    inputs=lambda: {
+        "sample": noise(BATCH, 4, 12, 18),
+        "timestep": torch.tensor([900, 400]),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+    },
+    grids=(TokenGrid(1, 6, 9),),
+    sites=tuple(
+        _ATTENTIONS.format(block, i)
+        for block, count in (("down_blocks.1", 1), ("up_blocks.0", 2), ("mid_block", 1))
+        for i in range(count)
+    ),
+    pixel=lambda t, h, w: (0, slice(None, 3), h, w),
+    entry="down_blocks.1.attentions.0",
+)
+
+
+def kandinsky3() -> torch.nn.Module:
+    return make(
+        "Kandinsky3UNet",
+        in_channels=4,
+        time_embedding_dim=16,
+        groups=2,
+        attention_head_dim=4,
+        layers_per_block=3,
+        block_out_channels=(8, 16, 32, 64),
+        cross_attention_dim=16,
+        encoder_hid_dim=16,
+    )
+
+
+CASES["kandinsky-3"] = Case(
+    build=kandinsky3,
+    inputs=lambda: {
+        "sample": noise(BATCH, 4, 24, 32),
+        "timestep": torch.tensor([900, 400]),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        "encoder_attention_mask": valid_text(7, 7, 4),
+    },
+    grids=(TokenGrid(1, 12, 16), TokenGrid(1, 6, 8), TokenGrid(1, 3, 4)),
+    sites=(
+        *(f"down_blocks.{i}.attentions.0.attention" for i in (1, 2, 3)),
+        *(f"up_blocks.{i}.attentions.0.attention" for i in (0, 1, 2)),
+    ),
+    pixel=lambda t, h, w: (0, slice(None, 3), h, w),
+    entry="down_blocks.1.attentions.0",
+    checkpoints=False,
+)
+
+# --- DiT and Lumina-Next
+
+
+def dit() -> torch.nn.Module:
+    return make(
+        "DiTTransformer2DModel",
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        sample_size=16,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    )
+
+
+CASES["dit"] = Case(
+    build=dit,
+    # The class unpatchifies squares alone.
+    inputs=lambda: {
+        "hidden_states": noise(BATCH, 4, 16, 16),
+        "timestep": torch.tensor([900, 400]),
+        "class_labels": torch.tensor([3, 7]),
+    },
+    grids=(TokenGrid(1, 8, 8),),
+    sites=names(("transformer_blocks.{}.attn1", 2)),
+    pixel=lambda t, h, w: (0, 1, 2 * h + 1, 2 * w),
+)
+
+
+def lumina_next() -> torch.nn.Module:
+    return make(
+        "LuminaNextDiT2DModel",
+        sample_size=18,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=2,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        cross_attention_dim=16,
+        learn_sigma=False,
+    )
+
+
+CASES["lumina-next"] = Case(
+    build=lumina_next,
+    inputs=lambda: {
+        "hidden_states": noise(BATCH, 4, 12, 18),
+        "timestep": torch.tensor([0.9, 0.4]),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        "encoder_mask": valid_text(7, 7, 4),
+        "image_rotary_emb": torch.polar(torch.ones(16, 16, 8), noise(16, 16, 8, seed=2)),
+        "cross_attention_kwargs": {},
+    },
+    grids=(TokenGrid(1, 6, 9),),
+    sites=names(("layers.{}.attn1", 2)),
+    pixel=lambda t, h, w: (0, 1, 2 * h + 1, 2 * w),
+    checkpoints=False,
+)

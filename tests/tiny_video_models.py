@@ -208,7 +208,7 @@ def cosmos(**changes: Any) -> torch.nn.Module:
         "num_layers": 2,
         "text_embed_dim": 16,
         "adaln_lora_dim": 4,
-        "max_size": (8, 16, 16),
+        "max_size": (8, 32, 32),
         "extra_pos_embed_type": None,
         # Needs torchvision.
         "concat_padding_mask": False,
@@ -254,22 +254,22 @@ CASES |= {
 # --- Motif-Video
 
 
-def motif_video() -> torch.nn.Module:
-    return make(
-        "MotifVideoTransformer3DModel",
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=1,
-        num_single_layers=3,
-        num_decoder_layers=2,
-        text_embed_dim=16,
-        image_embed_dim=8,
-        rope_axes_dim=(4, 6, 6),
-        enable_text_cross_attention_dual=True,
-        enable_text_cross_attention_single=True,
-    )
+def motif_video(**changes: Any) -> torch.nn.Module:
+    config: dict[str, Any] = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_layers": 1,
+        "num_single_layers": 3,
+        "num_decoder_layers": 2,
+        "text_embed_dim": 16,
+        "image_embed_dim": 8,
+        "rope_axes_dim": (4, 6, 6),
+        "enable_text_cross_attention_dual": True,
+        "enable_text_cross_attention_single": True,
+    }
+    return make("MotifVideoTransformer3DModel", **(config | changes))
 
 
 def _motif_video_inputs() -> dict[str, Any]:

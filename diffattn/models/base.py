@@ -172,6 +172,9 @@ class Family:
             in the tables of recommended settings. None if the family's name serves all models.
         text: where text tokens stand in the sequence of a site; None if the sequence has no text.
             The number of text tokens follows from each call.
+        beside: for people: tokens beside the grid that are no text, and what becomes of them. "As
+            references" are those that `Family.grid` gives as references; others are dense: their
+            rows and columns are full. "" without any.
         grid_modules: pattern of the names of the modules inside the denoiser that have a grid of
             their own in each call, for the sites inside them. None if the denoiser's call has one
             grid for all sites.
@@ -180,7 +183,7 @@ class Family:
             call that give the grid of their calls, or None if the denoiser does not call them.
         padding: the format of the model's attention masks. "keys": True for each key that counts.
             "pairs": True for each pair of query and key that both count. "bias": 0 for each key
-            that counts.
+            that counts. "grid": a rule that the grid has as `causal_frames`.
         rotary: position and name of the argument of a site's call that holds the rotary position
             embedding: cosines and sines for pairs of neighbouring channels, every number twice.
             None if the sites have no such argument.
@@ -205,9 +208,10 @@ class Family:
     sizes: Callable[[Any], SizeRules]
     variants: Callable[[Any, torch.nn.Module], str] | None = None
     text: Literal["before", "after"] | None = None
+    beside: str = ""
     grid_modules: re.Pattern[str] | None = None
     parts: tuple[tuple[re.Pattern[str], Part], ...] = ()
-    padding: Literal["keys", "pairs", "bias"] = "keys"
+    padding: Literal["keys", "pairs", "bias", "grid"] = "keys"
     rotary: tuple[int, str] | None = None
     queries: Callable[[TokenGrid, int, int], tuple[slice, ...] | None] | None = None
     images: bool = False

@@ -1,4 +1,4 @@
-"""Lumina 2: text to image. The image starts where the prompt ends."""
+"""Lumina 2, whose image starts where the prompt ends, and Lumina-Next: text to image."""
 
 from __future__ import annotations
 
@@ -42,4 +42,15 @@ LUMINA2 = Family(
     sizes=_sizes,
     text="before",
     images=True,
+)
+
+LUMINA_NEXT = Family(
+    name="lumina-next",
+    title="Lumina-Next",
+    model_classes=("LuminaNextDiT2DModel",),
+    sites=re.compile(r"layers\.(?P<layer>\d+)\.attn1"),
+    grid=image_grid,
+    sizes=_sizes,
+    images=True,
+    tested="model",
 )

@@ -26,11 +26,11 @@ def _sizes(pipe: Any) -> SizeRules:
 MOTIF_VIDEO = Family(
     name="motif-video",
     title="Motif-Video (T2V, I2V)",
+    beside="tokens of a picture, dense; in the last blocks the encoder's video, dense",
     model_classes=("MotifVideoTransformer3DModel",),
     sites=re.compile(r"(?P<layer>(?:single_)?transformer_blocks\.\d+)\.attn"),
     grid=_grid,
     sizes=_sizes,
     # The last single-stream blocks see the tokens of the blocks before in the place of text.
     text="after",
-    tested="model",
 )

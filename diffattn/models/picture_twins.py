@@ -121,6 +121,36 @@ class HunyuanDiTTwin(Twin):
         return out / attn.rescale_output_factor
 
 
+class LuminaTwin(Twin):
+    """LuminaAttnProcessor2_0 (Lumina-Next): the block adds a cross-attention before it projects."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        query_rotary_emb: torch.Tensor | None = None,
+        key_rotary_emb: torch.Tensor | None = None,
+        base_sequence_length: int | None = None,
+    ) -> torch.Tensor:
+        query = normalised(attn.norm_q, attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        key = normalised(attn.norm_k, attn.to_k(encoder_hidden_states))
+        value = attn.to_v(encoder_hidden_states)
+        key, value = (x.unflatten(2, (-1, query.shape[-1])) for x in (key, value))
+        query, key = (
+            _turned_by_numbers(query_rotary_emb, query),
+            _turned_by_numbers(key_rotary_emb, key),
+        )
+        scale = (
+            None if key_rotary_emb is None else _scale(attn, hidden_states, base_sequence_length)
+        )
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
+        key, value = (_for_each_head(attn, x).to(query.dtype) for x in (key, value))
+        out = self._attend(query, key, value, mask, scale=scale)
+        return out.unflatten(2, (attn.heads, -1))
+
+
 class Lumina2Twin(Twin):
     """Lumina2AttnProcessor2_0: fewer heads of keys, and scores that may grow with the tokens."""
 
@@ -139,19 +169,28 @@ class Lumina2Twin(Twin):
             for projection in (attn.to_k, attn.to_v)
         )
         query, key = normalised(attn.norm_q, query), normalised(attn.norm_k, key)
-        if image_rotary_emb is not None:
-            query, key = (
-                apply_rotary_emb(x, image_rotary_emb, use_real=False) for x in (query, key)
-            )
-        key, value = (
-            x.repeat_interleave(attn.heads // x.shape[2], dim=2).to(query.dtype)
-            for x in (key, value)
-        )
-        scale = attn.scale
-        if base_sequence_length is not None:
-            scale *= math.sqrt(math.log(hidden_states.shape[1], base_sequence_length))
+        query, key = (_turned_by_numbers(image_rotary_emb, x) for x in (query, key))
+        key, value = (_for_each_head(attn, x).to(query.dtype) for x in (key, value))
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
+        scale = _scale(attn, hidden_states, base_sequence_length)
         return project_out(attn, self._attend(query, key, value, mask, scale=scale))
+
+
+def _turned_by_numbers(numbers: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """Neighbouring channels of `x` times complex numbers, (1 or batch, tokens, head_dim / 2)."""
+    return x if numbers is None else apply_rotary_emb(x, numbers, use_real=False)
+
+
+def _for_each_head(attn: Any, x: torch.Tensor) -> torch.Tensor:
+    """Keys or values of fewer heads, repeated for the heads that share them."""
+    return x.repeat_interleave(attn.heads // x.shape[2], dim=2)
+
+
+def _scale(attn: Any, hidden_states: torch.Tensor, usual_tokens: int | None) -> float:
+    """The factor of the scores, which grows with the number of tokens if `usual_tokens` is set."""
+    if usual_tokens is None:
+        return attn.scale
+    return attn.scale * math.sqrt(math.log(hidden_states.shape[1], usual_tokens))
 
 
 def _turned(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:

@@ -89,6 +89,7 @@ def _sizes21(pipe: Any) -> SizeRules:
 QWEN_IMAGE = Family(
     name="qwen-image",
     title="Qwen-Image",
+    beside="reference pictures of Edit, Edit-Plus and Layered, as references",
     model_classes=("QwenImageTransformer2DModel",),
     sites=re.compile(r"transformer_blocks\.(?P<layer>\d+)\.attn"),
     grid=_grid,

@@ -23,6 +23,7 @@ from diffattn.models.picture_twins import (
     HiDreamTwin,
     HunyuanDiTTwin,
     Lumina2Twin,
+    LuminaTwin,
 )
 from diffattn.models.qwen_twin import QwenImage21Twin
 from diffattn.models.twin import (
@@ -222,6 +223,7 @@ _TWINS: dict[str, type[Twin]] = {
     "HunyuanAttnProcessor2_0": HunyuanDiTTwin,
     "JointAttnProcessor2_0": JointTwin,
     "Lumina2AttnProcessor2_0": Lumina2Twin,
+    "LuminaAttnProcessor2_0": LuminaTwin,
     "MochiAttnProcessor2_0": MochiTwin,
 }
 

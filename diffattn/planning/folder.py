@@ -20,7 +20,7 @@ _PARTS = ("transformer", "transformer_2", "unet", "vae")
 # Families whose blocks are those of `LinearWork.joint`.
 _JOINT = (
     "flux", "hunyuanvideo", "mochi", "cogvideox", "sd3", "qwen-image", "chroma", "longcat-image",
-    "bria", "bria-fibo",
+    "bria", "bria-fibo", "hunyuan-image", "cogview-4", "cogview-3-plus", "glm-image",
 )  # fmt: skip
 _CONTEXT_OF_WAN = 512
 # Fields of a shape, and the arguments of a pipeline's call whose defaults they are.
@@ -64,19 +64,31 @@ def pipeline_shape(pipe: Any, name: str) -> ModelShape:
     """
     model = next(iter(denoisers(pipe).values()))
     family = family_of(model)
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    given = _defaults(pipe)
     defaults = {
-        field: parameters[argument].default
+        field: given[argument]
         for field, argument in ARGUMENTS.items()
-        if argument in parameters and isinstance(parameters[argument].default, int)
+        if isinstance(given.get(argument), int)
     }
     shape = replace(_shape(pipe, model, name), sizes=family.sizes(pipe), **defaults)
     # A pipeline's default size need not be a size that this model can make.
     try:
-        shape.grid(None, None, None, None)
+        shape.grid(None, None, None, text=0)
     except ValueError:
         return replace(shape, height=None, width=None, num_frames=None)
     return shape
+
+
+def _defaults(pipe: Any) -> dict[str, Any]:
+    """The defaults of the arguments of a pipeline's call."""
+    of_blocks = getattr(pipe, "default_call_parameters", None)  # of modular pipelines
+    if of_blocks is None:
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        return {name: parameter.default for name, parameter in parameters.items()}
+    # Their blocks take a size from properties of the pipeline.
+    sizes = {name: getattr(pipe, f"default_{name}", None) for name in ("height", "width")}
+    sizes["num_frames"] = getattr(pipe, "default_num_frames", None)
+    return sizes | {name: value for name, value in of_blocks.items() if value is not None}
 
 
 def denoiser_shape(model: torch.nn.Module) -> ModelShape:
@@ -178,6 +190,8 @@ def _linear(family: str, config: Any, channels: int) -> LinearWork | None:
     if family == "krea-2":  # grouped keys and values, a gate, a gated feed-forward
         keys = config.num_key_value_heads * config.attention_head_dim
         return LinearWork(2 * channels * (3 * channels + 2 * keys + 3 * config.intermediate_size))
+    if family == "z-image":  # gated feed-forwards
+        return LinearWork(8 * channels**2 + 6 * channels * int(channels / 3 * 8))
     if family == "wan":
         return LinearWork.apart(channels, config.ffn_dim, _CONTEXT_OF_WAN)
     return None

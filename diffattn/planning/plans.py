@@ -13,14 +13,13 @@ from typing import Any
 import torch
 
 from diffattn._checks import did_you_mean
-from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import allowed_pairs
 from diffattn.methods.base import Method, StaticMaskMethod
-from diffattn.methods.gna import GNAAttn, Tile, nearest_block_sparse
+from diffattn.methods.gna import GNAAttn, Tile
 from diffattn.methods.registry import as_method
 from diffattn.models.base import SizeRules
-from diffattn.orders import TileOrder, tiles_that_fit
+from diffattn.planning.block_sparse import has_masked_blocks, in_one_of, nearest_on
 from diffattn.planning.costs import Cost, Estimate
 from diffattn.planning.published import PUBLISHED, ModelShape, published_shape
 from diffattn.schedule import resolve_steps
@@ -43,11 +42,11 @@ class Plan(Cost):
         blocks: all blocks of a head's attention matrix.
         full_blocks: visited blocks that attend everywhere.
         partial_blocks: visited blocks that need a bit mask.
-        worst_blocks: the most key blocks that a query block without text tokens visits.
+        worst_blocks: the most key blocks that a query block of video tokens alone visits.
         columns: key blocks in a row.
         layout_bytes: memory of the index lists and bit masks, which all heads and layers share.
-        is_block_sparse: whether every visited block is full. Blocks that hold text, and blocks at
-            the ragged end of the sequence, do not count.
+        is_block_sparse: whether every visited block is full. Blocks that hold text, or tokens of
+            two pictures, and blocks at the ragged end of the sequence, do not count.
         nearest_block_sparse: for GNA, the nearest setting that is block-sparse, which may be the
             method itself. None for other methods, and where no setting but dense attention is
             block-sparse in whole tiles of the grid.
@@ -267,20 +266,21 @@ def _plan(grid: TokenGrid, method: Method, shape: ModelShape, model: str | None)
         )
     order = fitted.order(grid)
     layout = fitted.layout(grid, torch.device("cpu"), order)
-    masked = _has_masked_blocks(layout, grid, order)
+    masked = has_masked_blocks(layout, fitted.spans(grid))
     best = None
     if isinstance(fitted, GNAAttn):
-        best = _nearest_block_sparse(fitted, grid) if masked else fitted
-    has_text = _has_text(layout.block_q, grid)
+        best = nearest_on(fitted, grid) if masked else fitted
+    with_text = ~in_one_of(layout.block_q, fitted.spans(grid)[:1])
     visited = (layout.full_count + layout.partial_count)[0, 0]
-    video_rows = visited if bool(has_text.all()) else visited[~has_text]
+    video_rows = visited if bool(with_text.all()) else visited[~with_text]
     return Plan(
         method=fitted,
         **_of_any_method(grid, fitted, shape, model),
         density=allowed_pairs(layout) / grid.tokens**2,
         extra_keys=extra_keys,
         block_size=layout.block_q,
-        tile=None if order is None else order.tile,
+        # Where only references are tiled, the order's own tile is one token.
+        tile=None if order is None or order.tile == (1, 1, 1) else order.tile,
         blocks=layout.rows * layout.columns,
         full_blocks=layout.full_blocks,
         partial_blocks=layout.partial_blocks,
@@ -334,49 +334,3 @@ def _dense_steps(method: Method, steps: int) -> int:
     """Number of steps that stay dense, at both ends of a run."""
     ends = (method.dense_steps or 0, method.last_dense_steps)
     return min(steps, sum(resolve_steps(end, steps) for end in ends))
-
-
-def _has_text(block: int, grid: TokenGrid) -> torch.Tensor:
-    """Whether each block of the sequence, in any order, holds text: bool `(blocks,)`."""
-    start = torch.arange(0, grid.tokens, block)
-    end = (start + block).clamp(max=grid.tokens)
-    return (start < grid.video.start) | (end > grid.video.stop)
-
-
-def _has_masked_blocks(layout: BlockLayout, grid: TokenGrid, order: TileOrder | None) -> bool:
-    """Whether a block of whole query and key blocks without text is partial."""
-    whole = ~_has_text(layout.block_q, grid)
-    if layout.tokens_q % layout.block_q and bool(whole.any()):
-        whole[-1] = False
-    slot = torch.arange(layout.partial_index.shape[-1])
-    listed = slot < layout.partial_count[0, 0, :, None]
-    return bool((listed & whole[:, None] & whole[layout.partial_index[0, 0].long()]).any())
-
-
-def _nearest_block_sparse(method: GNAAttn, grid: TokenGrid) -> GNAAttn | None:
-    """The nearest setting whose blocks on `grid` are all full, in tiles of any shape."""
-    axes = method.axes(grid)
-    block_size = method.block_size_on(grid)
-    tiles = [
-        tile
-        for tile in tiles_that_fit(grid, block_size)
-        if all(
-            side == 1 or (axis.size % side == 0 and axis.dilation == 1 and not axis.is_causal)
-            for side, axis in zip(tile, axes, strict=True)
-        )
-    ]
-    candidates = (nearest_block_sparse(method, grid, tile) for tile in tiles)
-
-    def change(candidate: GNAAttn) -> float:
-        pairs = zip(axes, candidate.axes(grid), strict=True)
-        return sum(abs(a.window - b.window) + abs(a.stride - b.stride) / a.size for a, b in pairs)
-
-    for candidate in sorted(filter(None, candidates), key=change):
-        windows = candidate.axes(grid)
-        if all(axis.window == axis.size for axis in windows):
-            continue
-        order = candidate.order(grid)
-        layout = candidate.layout(grid, torch.device("cpu"), order)
-        if not _has_masked_blocks(layout, grid, order):
-            return candidate
-    return None

@@ -202,7 +202,7 @@ def _joint(
     layers: int,
     steps: int,
     text_before: int | None = 0,
-    text_after: int = 0,
+    text_after: int | None = 0,
     linear: int = 24,
 ) -> ModelShape:
     """A model with text in its sequence; `linear`: FLOPs of a token, in channels squared."""
@@ -242,6 +242,15 @@ _qwen = partial(
 _longcat = partial(_image, variant="longcat-image", heads=24, layers=30, steps=50)
 # Keys and values of a quarter of the heads, a gate, and a gated feed-forward of 16384.
 _krea2 = partial(_image, variant="krea-2", heads=48, layers=28, linear=23)
+# Prompts are padded to a multiple of 32 tokens. The gated feed-forward is 8/3 x the channels.
+_z_image = partial(
+    _image, variant="z-image", heads=30, layers=30, text_before=0, text_after=None,
+)  # fmt: skip
+# Prompts are padded to 1000 tokens, and the text to draw to 128.
+_hunyuan_image = partial(
+    _joint, variant="hunyuan-image", size=(2048, 2048, 1), sizes=SizeRules.images(32),
+    heads=28, head_dim=128, layers=60, text_after=1000 + 128,
+)  # fmt: skip
 _hunyuanvideo = partial(
     _joint, variant="hunyuanvideo", size=(720, 1280, 129),
     sizes=SizeRules(16, frame_stride=4, frame_offset=1),
@@ -251,6 +260,33 @@ _sd3 = partial(
     _joint, variant="sd3", size=(1024, 1024, 1), sizes=SizeRules.images(16),
     head_dim=64, text_after=333, steps=28,
 )  # fmt: skip
+
+
+def _cosmos(
+    name: str, size: tuple[int, int, int], *, heads: int, layers: int, steps: int, stride: int = 4
+) -> ModelShape:
+    height, width, num_frames = size
+    channels, context, of_text = heads * 128, 512, 1024
+    apart = LinearWork.apart(channels, 4 * channels, context)
+    return ModelShape(
+        name=name,
+        variant="cosmos",
+        heads=heads,
+        head_dim=128,
+        block_of_site=tuple(range(layers)),
+        sizes=SizeRules(16, frame_stride=stride, frame_offset=1),
+        # Keys and values of the text come from its own channels.
+        linear=LinearWork(apart.per_token, 4 * context * of_text * channels),
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        steps=steps,
+    )
+
+
+_cosmos1 = partial(_cosmos, size=(704, 1280, 121), steps=36, stride=8)
+_cosmos2 = partial(_cosmos, size=(704, 1280, 93), steps=35)
+_cosmos2_image = partial(_cosmos, size=(768, 1360, 1), steps=35)
 
 _480P, _720P = (480, 832, 81), (720, 1280, 81)
 _WITH_IMAGE = 512 + 257  # the context of image-to-video: text, and CLIP's tokens of the image
@@ -288,6 +324,24 @@ _SHAPES: tuple[ModelShape, ...] = (
         linear=LinearWork.apart(2048, 4 * 2048, context=128),
         height=512, width=704, num_frames=161, steps=50,
     ),
+    ModelShape(
+        name="Lightricks/LTX-2", variant="ltx-2",
+        heads=32, head_dim=128, block_of_site=tuple(range(48)),
+        sizes=SizeRules(32, frame_stride=8, frame_offset=1),
+        # Four projections between the video and the audio of half its width. The audio's own
+        # layers are below 1 % and left out.
+        linear=LinearWork(
+            LinearWork.apart(4096, 4 * 4096, context=1024).per_token + 8 * 4096 * 2048,
+            4 * 1024 * 4096**2,
+        ),
+        height=512, width=768, num_frames=121, steps=30,
+    ),
+    _cosmos1("nvidia/Cosmos-1.0-Diffusion-7B-Text2World", heads=32, layers=28),
+    _cosmos1("nvidia/Cosmos-1.0-Diffusion-14B-Text2World", heads=40, layers=36),
+    _cosmos2("nvidia/Cosmos-Predict2-2B-Video2World", heads=16, layers=28),
+    _cosmos2("nvidia/Cosmos-Predict2-14B-Video2World", heads=40, layers=36),
+    _cosmos2_image("nvidia/Cosmos-Predict2-2B-Text2Image", heads=16, layers=28),
+    _cosmos2_image("nvidia/Cosmos-Predict2-14B-Text2Image", heads=40, layers=36),
     ModelShape(
         name="MiniMaxAI/MiniMax-H3", variant="minimax-h3",
         heads=56, head_dim=128, block_of_site=tuple(range(50)),
@@ -328,6 +382,19 @@ _SHAPES: tuple[ModelShape, ...] = (
     ),
     _krea2("krea/Krea-2-Raw", steps=28),
     _krea2("krea/Krea-2-Turbo", steps=8),
+    _z_image("Tongyi-MAI/Z-Image-Turbo", steps=9),
+    _z_image("Tongyi-MAI/Z-Image", steps=50),
+    _hunyuan_image("hunyuanvideo-community/HunyuanImage-2.1", steps=50),
+    _hunyuan_image("hunyuanvideo-community/HunyuanImage-2.1-Distilled", steps=8),
+    _image(
+        "zai-org/CogView4-6B", variant="cogview-4", heads=32, layers=28, text_before=None, steps=50,
+    ),
+    ModelShape(
+        name="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", variant="pixart",
+        heads=16, head_dim=72, block_of_site=tuple(range(28)), sizes=SizeRules.images(16),
+        linear=LinearWork.apart(1152, 4 * 1152, context=300),
+        height=1024, width=1024, steps=20,
+    ),
     _sd3("stabilityai/stable-diffusion-3-medium", heads=24, layers=24),
     _sd3("stabilityai/stable-diffusion-3.5-large", heads=38, layers=38),
 )  # fmt: skip

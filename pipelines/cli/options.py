@@ -14,6 +14,7 @@ _FROM_MODEL = "Default: the model's."
 
 # Groups of options in the help.
 ATTENTION = "Attention"
+SOURCES = "Pictures and videos to start from"
 SIZE = "Size and length"
 SAMPLING = "Sampling"
 MACHINE = "Machine"
@@ -44,12 +45,20 @@ LoraEverywhere = Annotated[
     ),
 ]
 
+NoMemoryCheck = Annotated[
+    bool,
+    typer.Option(
+        "--no-memory-check",
+        help="Go on where the device seems to have too little memory.",
+        rich_help_panel=MACHINE,
+    ),
+]
 Attn = Annotated[
     str | None,
     typer.Option(
         "--attn",
         "--method",
-        help="Attention method, see `diffattn methods` (default: radial).",
+        help="Attention method, see `diffattn methods` (default: radial; gna for pictures).",
         rich_help_panel=ATTENTION,
         autocompletion=_method_names,
     ),
@@ -75,6 +84,17 @@ Grid = Annotated[
     str | None,
     typer.Option(
         help="Latent frames x height x width in tokens; text tokens as 21x30x52+256 or 256+64x64.",
+        rich_help_panel=SIZE,
+    ),
+]
+References = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reference",
+        metavar="TxHxW[@START]",
+        help="A further picture or video in the sequence, in tokens: after the video, or with START"
+        " among the other tokens of --grid, from that position. May be repeated. How references"
+        " attend: --attn-arg references=exact, visible or local.",
         rich_help_panel=SIZE,
     ),
 ]

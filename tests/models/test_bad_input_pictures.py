@@ -1,7 +1,9 @@
 """Calls of models of pictures that have no one grid, by what stands in the way."""
 
+import inspect
 from typing import Any
 
+import diffusers
 import pytest
 import stock
 import tiny_families as tiny
@@ -139,3 +141,44 @@ def test_padding_of_pixart_is_a_mask_over_keys() -> None:
         want = model(**inputs).sample
         diffattn.set_attn_processor(model, diffattn.DenseAttn())
         torch.testing.assert_close(model(**inputs).sample, want, atol=1e-5, rtol=1e-4)
+
+
+class TestIdeogram:
+    def test_text_after_the_picture(self) -> None:
+        inputs = pictures.ideogram4_inputs(4, 7)
+        flipped = {name: inputs[name].flip(1) for name in ("position_ids", "indicator")}
+        with pytest.raises(ValueError, match="not text and then one picture, as those of its pipe"):
+            call("ideogram-4", **flipped)
+
+    def test_two_pictures_in_a_sequence(self) -> None:
+        ids = pictures.ideogram4_inputs(4, 7)["position_ids"]
+        ids[:, 7 + 27 :] += 100
+        with pytest.raises(ValueError, match="the last 54 position_ids make 2 pictures"):
+            call("ideogram-4", position_ids=ids)
+
+    def test_samples_with_pictures_at_different_places(self) -> None:
+        roles = pictures.ideogram4_inputs(4, 7)["indicator"].clone()
+        roles[1, 7] = 3
+        with pytest.raises(ValueError, match="at different places: pad their texts on the left"):
+            call("ideogram-4", indicator=roles)
+
+    def test_a_picture_without_text(self) -> None:
+        model = pictures.ideogram4()
+        recorder = stock.Recording()
+        diffattn.set_attn_processor(model, recorder)
+        inputs = pictures.ideogram4_inputs(4, 7)
+        inputs = {name: x if x.ndim == 1 else x[:, 7:] for name, x in inputs.items()}
+        with torch.no_grad():
+            model(**inputs)
+        assert {site.grid for site, _ in recorder.calls} == {diffattn.TokenGrid(1, 6, 9)}
+
+    def test_the_model_without_text_is_attached_as_well(self) -> None:
+        if not hasattr(diffusers, "Ideogram4Pipeline"):
+            pytest.skip(f"diffusers {diffusers.__version__} has no Ideogram4Pipeline")
+        parameters = inspect.signature(diffusers.Ideogram4Pipeline.__init__).parameters
+        parts = dict.fromkeys(list(parameters)[1:]) | {
+            "transformer": pictures.ideogram4(),
+            "unconditional_transformer": pictures.ideogram4(),
+        }
+        attachment = diffusers.Ideogram4Pipeline(**parts).set_attn_processor(stock.NEARBY)
+        assert attachment.sites == 4

@@ -8,6 +8,7 @@ import stock
 import tiny_video_models as tiny
 import torch
 from tiny_case import noise
+from tiny_pipelines import PIPELINES
 
 import diffattn
 from diffattn import TokenGrid
@@ -350,3 +351,18 @@ def test_plans_of_a_pipeline_know_its_sound() -> None:
     pipe = minimax_h3_pipeline()
     got = diffattn.plan(pipe, method, height=480, width=832, num_frames=124, text=200)
     assert got.tokens == 15044
+
+
+# --- image to video in pipelines
+
+
+def test_a_run_of_kandinsky6_with_a_picture() -> None:
+    """The pipeline appends the picture's latents, and drops them afterwards."""
+    pipe, case = PIPELINES["kandinsky-6"].build(), PIPELINES["kandinsky-6"]
+    pipe.encode_image = lambda *args: noise(1, 8, 12, 4)
+    image = {"image": torch.zeros(1, 3, 64, 96)}
+    want = case.run(pipe, **image)
+    recorder = stock.Recording()
+    diffattn.set_attn_processor(pipe, recorder)
+    torch.testing.assert_close(case.run(pipe, **image), want, atol=1e-5, rtol=1e-4)
+    assert {site.grid for site, _ in recorder.calls} == set(tiny.CASES["kandinsky-6-i2v"].grids)

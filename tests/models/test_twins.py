@@ -38,6 +38,7 @@ STOCK = [
     "HunyuanAttnProcessor2_0",
     "JointAttnProcessor2_0",
     "Lumina2AttnProcessor2_0",
+    "LuminaAttnProcessor2_0",
     "MochiAttnProcessor2_0",
 ]
 
@@ -81,6 +82,7 @@ def test_each_site_has_a_twin_of_its_own() -> None:
         "cosmos-2",
         "hidream-wide",
         "lumina-2",
+        "lumina-next",
         "cogview-4",
         "auraflow",
     ],
