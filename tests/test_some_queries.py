@@ -250,27 +250,9 @@ def test_klein_with_references_in_its_cache(method: Any) -> None:
 
 def _qwen21() -> tuple[Any, Any]:
     """Qwen-Image 2.1, and a function that runs two steps with a condition image of 2 x 4 tokens."""
-    model: Any = tiny.make(
-        "QwenImage21Transformer2DModel",
-        in_channels=16,
-        out_channels=16,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        context_in_dim=16,
-        axes_dims_rope=(4, 6, 6),
-    )
+    model = pictures.qwen_image21()
     module: Any = importlib.import_module(type(model).__module__)
-    # Text of 3, the condition's 2 x 4 tokens in 2 slots, text of 2, the target's 4 x 6 in 6 slots.
-    slots = torch.tensor([[0, 0, 0, 1, 1, 0, 0] + [1] * 6] * 2).bool()
-    inputs = {
-        "hidden_states": tiny.noise(2, 8 + 24, 16),
-        "encoder_hidden_states": tiny.noise(2, 7, 16, seed=1),
-        "encoder_hidden_states_mask": torch.tensor([[1] * 7, [1, 1, 1, 1, 1, 1, 0]]),
-        "timestep": torch.tensor([0.9]),
-        "img_shapes": [[(1, 2, 4), (1, 4, 6)]] * 2,
-        "img_mask": slots,
-    }
+    inputs = pictures.qwen21_inputs()
 
     def run(call: Any, **changes: Any) -> list[torch.Tensor]:
         cache = module.QwenImage21KVCache(2)
@@ -285,11 +267,11 @@ def _qwen21() -> tuple[Any, Any]:
 
 def test_qwen_image_21_with_its_prompt_in_a_cache() -> None:
     model, run = _qwen21()
-    allowed = stock.NEARBY.mask(TokenGrid(1, 4, 6, 3 + 8 + 2)).dense()[13:]
+    allowed = stock.NEARBY.mask(TokenGrid(1, 6, 8, 3 + 8 + 2)).dense()[13:]
 
     def attention(plain: Any, site: str, q: Any, k: Any, v: Any, mask: Any, **rest: Any) -> Any:
         # The segments of the first step see what stands before them, and no mask but of the text.
-        cached = (q.shape[-2], k.shape[-2]) == (24, 37) and step
+        cached = (q.shape[-2], k.shape[-2]) == (48, 61) and step
         return plain(q, k, v, attn_mask=mask & allowed if cached else mask, **rest)
 
     step = 0
