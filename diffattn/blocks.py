@@ -167,14 +167,17 @@ def unpack_bits(words: torch.Tensor, n: int) -> torch.Tensor:
 
 EMPTY, PARTIAL, FULL = 0, 1, 2  # states of a block, as stored in the uint8 tensors below
 
-# (rows, columns) of n partial blocks -> their token masks, bool (n, block_q, block_kv)
+# (rows, columns) of n partial blocks -> their token masks, bool (n, block_q, block_kv), or as the
+# int32 words of `pack_bits`
 BlockBits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # (rows, columns) of n partial blocks -> int64 (n,): blocks of equal signature have equal token
 # masks; None if not known
 BlockSignatures = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 # Token masks are computed for this many token pairs at a time: few enough for a processor's cache.
-_PAIRS_PER_CHUNK = 1 << 20
+PAIRS_PER_CHUNK = 1 << 20
+# Packed masks of this many token pairs are compared at a time.
+_PACKED_PAIRS_PER_CHUNK = 1 << 26
 
 
 def layout_from_states(
@@ -186,6 +189,7 @@ def layout_from_states(
     block_q: int,
     block_kv: int,
     signatures: BlockSignatures | None = None,
+    packed: bool = False,
 ) -> BlockLayout:
     """Build a layout shared by all heads and samples from the state of every block.
 
@@ -198,6 +202,7 @@ def layout_from_states(
         block_q, block_kv: tokens per block.
         signatures: gives equal numbers to partial blocks of equal masks, so that `bits` computes
             one block per number. Blocks at the ragged end of the sequence are kept apart anyway.
+        packed: whether `bits` gives words of `pack_bits`.
 
     Raises:
         ValueError: if `states` does not have one entry per block, or a partial block has no bits.
@@ -214,7 +219,15 @@ def layout_from_states(
         raise ValueError(f"{row.numel()} blocks are partial, but no bits were given for them")
     one_of_each, like = _representatives(states, row, column, signatures)
     words, mask_of_block = _distinct_masks(
-        states, row[one_of_each], column[one_of_each], bits, tokens_q, tokens_kv, block_q, block_kv
+        states,
+        row[one_of_each],
+        column[one_of_each],
+        bits if packed or bits is None else _packing(bits, block_q, block_kv),
+        tokens_q,
+        tokens_kv,
+        block_q,
+        block_kv,
+        _PACKED_PAIRS_PER_CHUNK if packed else PAIRS_PER_CHUNK,
     )
     states[row, column] = states[row[one_of_each], column[one_of_each]][like]
     mask_of_block = mask_of_block[like]
@@ -267,15 +280,24 @@ def _representatives(
     return first.scatter_reduce(0, like, every, "amin"), like
 
 
+def _packing(bits: BlockBits, block_q: int, block_kv: int) -> BlockBits:
+    def words(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        # A rule that ignores the key, or the query, may give a mask with a dimension of 1.
+        return pack_bits(bits(row, column).expand(len(row), block_q, block_kv))
+
+    return words
+
+
 def _distinct_masks(
     states: torch.Tensor,
     row: torch.Tensor,
     column: torch.Tensor,
-    bits: BlockBits | None,
+    words: BlockBits | None,
     tokens_q: int,
     tokens_kv: int,
     block_q: int,
     block_kv: int,
+    pairs_at_once: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The distinct masks of the partial blocks, packed, and the index of each block's mask.
 
@@ -288,15 +310,14 @@ def _distinct_masks(
     found = 0
     in_block_q = torch.arange(block_q, device=device)
     in_block_kv = torch.arange(block_kv, device=device)
-    step = max(1, _PAIRS_PER_CHUNK // (block_q * block_kv))
+    step = max(1, pairs_at_once // (block_q * block_kv))
     for start in range(0, row.numel(), step):
-        assert bits is not None
+        assert words is not None
         r, c = row[start : start + step], column[start : start + step]
         query_exists = r[:, None] * block_q + in_block_q < tokens_q
         key_exists = pack_bits(c[:, None] * block_kv + in_block_kv < tokens_kv)
         exists = key_exists[:, None, :].where(query_exists[:, :, None], 0)
-        # A rule that ignores the key, or the query, may give a mask with a dimension of 1.
-        allowed = pack_bits(bits(r, c).expand(len(r), block_q, block_kv)) & exists
+        allowed = words(r, c) & exists
         empty = ~allowed.flatten(1).any(1)
         full = (allowed == exists).flatten(1).all(1)
         states[r[empty], c[empty]] = EMPTY

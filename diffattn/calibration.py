@@ -135,16 +135,17 @@ class _Comparing(AgentAttn):
         if agents is None:
             return out
         sums: Any = site.weights
-        video = site.grid.video
-        goal, own = out[:, video].float(), value[:, video].float()
-        if key_mask is not None:
-            own = own.masked_fill(~key_mask[:, video, None, None], 0)
+        division = self.division(site.grid)
+        goal, own = division.inside(out).float(), division.inside(value).float()
+        counted = None if key_mask is None else division.inside(key_mask)[..., None, None]
+        if counted is not None:
+            own = own.masked_fill(~counted, 0)
         sums.value_square += _product(own, own)
-        ask = asking(agents, query, key, value, site.grid, scale, key_mask)
+        ask = asking(agents, query, key, value, division, scale, key_mask)
         for i, k_scale2 in enumerate(self.candidates):
             residual = goal - ask(sharpness(query.shape[-1], k_scale2)).float()
-            if key_mask is not None:
-                residual = residual.masked_fill(~key_mask[:, video, None, None], 0)
+            if counted is not None:
+                residual = residual.masked_fill(~counted, 0)
             sums.residual_square[i] += _product(residual, residual)
             sums.residual_value[i] += _product(residual, own)
         return out

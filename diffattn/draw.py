@@ -16,7 +16,7 @@ from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import AttentionMask, allowed_pairs
 from diffattn.methods.base import Method, StaticMaskMethod
-from diffattn.methods.words import method_words
+from diffattn.methods.words import method_words, reference_words
 from diffattn.schedule import resolve_steps
 
 if TYPE_CHECKING:
@@ -29,13 +29,14 @@ Place: TypeAlias = tuple[int, int, int]
 
 # Colours: no pair attends; all pairs attend; a block that needs a mask; the query.
 NONE, ALL, SOME, QUERY = (232, 236, 241), (23, 64, 140), (242, 150, 40), (214, 30, 40)
-FRAME_LINE, TEXT_LINE = (120, 132, 150), (20, 140, 90)
+FRAME_LINE, TEXT_LINE, REFERENCE_LINE = (120, 132, 150), (20, 140, 90), (150, 60, 170)
 _PAPER, _INK, _FAINT = (255, 255, 255), (28, 32, 40), (96, 104, 118)
 
 _PANEL = 600  # pixels of the square pictures
 _GAP = 28
 _LINE = 22  # pixels of a line of text
 _SHEET = 640  # pixels that the frames of a neighbourhood may take in height
+_MOST_REFERENCES = 4  # whose frames are drawn, too
 _FRAME_GAP = 10
 _FRAME_LABEL = 70  # pixels that `frame 99` takes in width
 _LARGEST_TOKEN = 24  # pixels
@@ -65,6 +66,8 @@ def picture(method: StaticMaskMethod, grid: TokenGrid, query: Place | None = Non
     visited = layout.full_blocks + layout.partial_blocks
     density = allowed_pairs(layout) / grid.tokens**2
     beside = _extra_words(fitted, grid)
+    if grid.references:
+        beside += f" References: {reference_words(fitted, grid)}."
     width = 2 * _PANEL + _GAP
     title = _stacked(
         [
@@ -200,7 +203,8 @@ def mask_image(mask: AttentionMask, size: int = _PANEL) -> Image:
     """The whole mask in at most `size` pixels a side, darker where more of the pairs attend.
 
     Masks of more tokens than pixels are sampled: all keys, and some queries of each row of pixels.
-    Lines show where latent frames begin, and in `TEXT_LINE` where text and video meet.
+    Lines show where latent frames begin, in `TEXT_LINE` where text and video meet, and in
+    `REFERENCE_LINE` where references begin and end.
     """
     grid = mask.grid
     per_pixel = -(-grid.tokens // size)
@@ -212,6 +216,8 @@ def mask_image(mask: AttentionMask, size: int = _PANEL) -> Image:
     if frame_pixels >= 6:
         starts = range(grid.video.start + grid.frame_tokens, grid.video.stop, grid.frame_tokens)
         lines = dict.fromkeys(starts, (FRAME_LINE, 0.45))
+    ends = (end for r in grid.references for end in (r.start, r.stop))
+    lines |= dict.fromkeys(ends, (REFERENCE_LINE, 1.0))
     lines |= dict.fromkeys((grid.video.start, grid.video.stop), (TEXT_LINE, 1.0))
     for token, (color, strength) in lines.items():
         if 0 < token < grid.tokens:
@@ -252,22 +258,30 @@ def frame_images(mask: AttentionMask, query: Place, scale: float = 1) -> list[Im
     grid = mask.grid
     check_query(grid, query)
     seen = _seen_by(mask, query)[grid.video].view(grid.frames, grid.height, grid.width)
+    images = _images_of(seen, scale)
+    image = images[query[0]]
+    top, left = (int(place * scale) for place in query[1:])
+    side = max(3, int(scale))
+    image[top : top + side, left : left + side] = QUERY
+    if side < 8:
+        center = (left + side // 2, top + side // 2)
+        cv2.circle(image, center, side + 5, QUERY, 2, cv2.LINE_AA)
+    return images
+
+
+def _images_of(seen: torch.Tensor, scale: float) -> list[Image]:
+    """An image of each frame of bool `(frames, rows, columns)`: `ALL` where True, else `NONE`."""
+    import cv2
+
     colors = np.array([NONE, ALL], np.uint8)
     images: list[Image] = []
-    for frame in range(grid.frames):
-        image: Image = colors[seen[frame].long().numpy()]
+    for frame in seen:
+        image: Image = colors[frame.long().numpy()]
         if scale >= 1:
             image = _enlarged(image, int(scale))
         else:
-            shape = [max(1, round(n * scale)) for n in (grid.width, grid.height)]
+            shape = [max(1, round(n * scale)) for n in reversed(frame.shape)]
             image = np.asarray(cv2.resize(image, shape, interpolation=cv2.INTER_AREA), np.uint8)
-        if frame == query[0]:
-            top, left = (int(place * scale) for place in query[1:])
-            side = max(3, int(scale))
-            image[top : top + side, left : left + side] = QUERY
-            if side < 8:
-                center = (left + side // 2, top + side // 2)
-                cv2.circle(image, center, side + 5, QUERY, 2, cv2.LINE_AA)
         images.append(image)
     return images
 
@@ -302,7 +316,8 @@ def _extra_words(method: StaticMaskMethod, grid: TokenGrid) -> str:
         return " The method does more than attend under this mask."
     if not extra:
         return ""
-    return f" Every token but those of text also sees {extra:,} pooled keys, not drawn."
+    who = "Every token of the video" if grid.references else "Every token but those of text"
+    return f" {who} also sees {extra:,} pooled keys, not drawn."
 
 
 def _by(sides: Place) -> str:
@@ -310,9 +325,15 @@ def _by(sides: Place) -> str:
 
 
 def _ascii(grid: TokenGrid) -> str:
-    before = f"{grid.text_before} text + " if grid.text_before else ""
-    after = f" + {grid.text_after} text" if grid.text_after else ""
-    return before + _by((grid.frames, grid.height, grid.width)) + after
+    """The parts of the sequence in their order."""
+    video = grid.video.start, grid.video.stop, _by((grid.frames, grid.height, grid.width))
+    parts = [(r.start, r.stop, f"reference {_by((r.frames, r.height, r.width))}")
+             for r in grid.references]  # fmt: skip
+    words, at = [], 0
+    for start, stop, name in (*sorted([*parts, video]), (grid.tokens, grid.tokens, "")):
+        words += [f"{start - at} text"] * (start > at) + [name] * bool(name)
+        at = stop
+    return " + ".join(words)
 
 
 def _seen_by(mask: AttentionMask, query: Place) -> torch.Tensor:
@@ -366,40 +387,55 @@ def _states(layout: BlockLayout) -> np.ndarray[Any, Any]:
 def _neighbourhood(mask: AttentionMask, query: Place, width: int) -> Image:
     """The frames of a neighbourhood side by side, with a caption and a legend."""
     grid = mask.grid
-    scale, columns = _sheet(grid, width)
-    cells = frame_images(mask, query, scale)
+    seen = _seen_by(mask, query)
+    scale, columns = _sheet((grid.frames, grid.height, grid.width), width)
+    rows = _rows_of_frames(frame_images(mask, query, scale), columns)
     whole, place = "picture", f"row {query[1]}, column {query[2]}"
     if grid.frames > 1:
         whole, place = "video", f"frame {query[0]}, {place}"
-        labels = [_label(f"frame {number}", _FAINT, 0.4) for number in range(grid.frames)]
-        cells = [_stacked([*pair], gap=0) for pair in zip(labels, cells, strict=True)]
-    rows = [
-        _beside(*cells[start : start + columns], gap=_FRAME_GAP)
-        for start in range(0, grid.frames, columns)
-    ]
-    seen = _seen_by(mask, query)
     caption = (
         f"What the token at {place} sees: {int(seen[grid.video].sum()):,} of"
         f" {grid.video_tokens:,} tokens of the {whole}"
     )
-    text = grid.text_before + grid.text_after
+    others = seen.clone()
+    others[grid.video] = False
+    text = grid.tokens - grid.video_tokens
+    for number, reference in enumerate(grid.references, 1):
+        own = slice(reference.start, reference.stop)
+        caption += f", {int(seen[own].sum()):,} of {reference.tokens:,} of reference {number}"
+        others[own] = False
+        text -= reference.tokens
+        if number <= _MOST_REFERENCES:
+            sizes = reference.frames, reference.height, reference.width
+            scale, columns = _sheet(sizes, width)
+            images = _images_of(seen[own].view(sizes), scale)
+            rows += [_text(f"Reference {number}", width), *_rows_of_frames(images, columns)]
     if text:
-        seen_text = int(seen.sum() - seen[grid.video].sum())
-        caption += f", {seen_text:,} of {text:,} of the text"
+        caption += f", {int(others.sum()):,} of {text:,} of the text"
     legend = _legend([(QUERY, "the token"), (ALL, "seen"), (NONE, "not seen")], width)
     return _stacked([_text(caption, width), *rows, legend])
 
 
-def _sheet(grid: TokenGrid, width: int) -> tuple[float, int]:
-    """Pixels per token, and frames in a row, at which all frames fit."""
+def _rows_of_frames(images: list[Image], columns: int) -> list[Image]:
+    """Images of the frames of a video, with their numbers, so many in a row."""
+    if len(images) > 1:
+        labels = [_label(f"frame {number}", _FAINT, 0.4) for number in range(len(images))]
+        images = [_stacked([*pair], gap=0) for pair in zip(labels, images, strict=True)]
+    starts = range(0, len(images), columns)
+    return [_beside(*images[start : start + columns], gap=_FRAME_GAP) for start in starts]
+
+
+def _sheet(sizes: tuple[int, int, int], width: int) -> tuple[float, int]:
+    """Pixels per token, and frames in a row, at which all frames of a video fit."""
+    frames, height, columns_of_tokens = sizes
     sides = [*range(_LARGEST_TOKEN, 0, -1), *(1 / n for n in range(2, 65))]
     for scale in sides:
-        frame_width = max(grid.width * scale, _FRAME_LABEL) + _FRAME_GAP
+        frame_width = max(columns_of_tokens * scale, _FRAME_LABEL) + _FRAME_GAP
         columns = int((width + _FRAME_GAP) // frame_width)
         if columns:
-            rows = -(-grid.frames // columns)
-            if rows * (grid.height * scale + _LINE + _FRAME_GAP) <= _SHEET:
-                return scale, min(columns, grid.frames)
+            rows = -(-frames // columns)
+            if rows * (height * scale + _LINE + _FRAME_GAP) <= _SHEET:
+                return scale, min(columns, frames)
     return scale, max(1, columns)
 
 
@@ -419,7 +455,10 @@ def _ramp_legend(width: int, grid: TokenGrid) -> Image:
     if grid.frames > 1:
         entries += [_swatch(FRAME_LINE), _label("latent frames")]
     if grid.tokens > grid.video_tokens:
-        entries += [_swatch(TEXT_LINE), _label("text")]
+        name = "ends of the video" if grid.references else "text"
+        entries += [_swatch(TEXT_LINE), _label(name)]
+    if grid.references:
+        entries += [_swatch(REFERENCE_LINE), _label("of references")]
     return _row(entries, width)
 
 

@@ -67,10 +67,12 @@ class TokenGrid:
             same sequence; 0 where text has its own cross-attention.
         references: the rectangles among the other tokens, by their positions. Other tokens outside
             of them have no place in a picture.
+        causal_frames: latent frames of the blocks of which none sees a later one; 0 where all
+            frames may see all.
 
     Raises:
-        ValueError: for an axis below 1, a negative number of other tokens, or references that
-            overlap, are out of order, or are not among the other tokens.
+        ValueError: for an axis below 1, a negative number of other tokens or frames, or references
+            that overlap, are out of order, or are not among the other tokens.
         TypeError: for a number that is no integer.
     """
 
@@ -80,9 +82,10 @@ class TokenGrid:
     text_before: int = 0
     text_after: int = 0
     references: tuple[Reference, ...] = field(default=(), kw_only=True)
+    causal_frames: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
-        for name in ("frames", "height", "width", "text_before", "text_after"):
+        for name in ("frames", "height", "width", "text_before", "text_after", "causal_frames"):
             value = getattr(self, name)
             # Sizes of compiled code are integers of torch's own.
             if not isinstance(value, int) and not hasattr(value, "__index__"):
@@ -90,7 +93,7 @@ class TokenGrid:
         for name in ("frames", "height", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but a grid needs at least 1")
-        for name in ("text_before", "text_after"):
+        for name in ("text_before", "text_after", "causal_frames"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but cannot be negative")
         end = 0
@@ -137,6 +140,12 @@ class TokenGrid:
         """The positions of the video tokens in the sequence."""
         return slice(self.text_before, self.text_before + self.video_tokens)
 
+    @property
+    def pictures(self) -> slice:
+        """The positions from the first to the last token of the video and its references."""
+        ends = [self.video, *(slice(r.start, r.stop) for r in self.references)]
+        return slice(min(end.start for end in ends), max(end.stop for end in ends))
+
     def text_of(self, x: torch.Tensor) -> torch.Tensor:
         """The tokens before and after the video of a sequence `(batch, tokens, ...)`."""
         return torch.cat([x[:, : self.video.start], x[:, self.video.stop :]], 1)
@@ -154,6 +163,46 @@ class TokenGrid:
         place = position % self.frame_tokens
         return position // self.frame_tokens, place // self.width, place % self.width
 
+    def places(self, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`coordinates`, where a token that is no video token has the place of some video token."""
+        return self.coordinates(token.clamp(self.video.start, self.video.stop - 1))
+
     def __str__(self) -> str:
-        text = self.text_before + self.text_after
-        return f"{self.frames}x{self.height}x{self.width}" + (f"+{text} text" if text else "")
+        text = self.text_before + self.text_after - sum(r.tokens for r in self.references)
+        parts = [f"{self.frames}x{self.height}x{self.width}"]
+        if text > 0:
+            parts.append(f"{text} text")
+        parts += [f"reference {r.frames}x{r.height}x{r.width}" for r in self.references]
+        return "+".join(parts)
+
+
+@dataclass(frozen=True)
+class RepeatedGrid(TokenGrid):
+    """A grid whose video stands several times in the sequence, as the video and as references.
+
+    The first copy is the `video`. All copies count for `is_text`, `coordinates` and `places`: a
+    token has the same place in every copy.
+
+    Attributes:
+        starts: the position of the first token of each copy, ascending.
+    """
+
+    starts: tuple[int, ...] = field(default=(), kw_only=True)
+
+    def is_text(self, token: torch.Tensor) -> torch.Tensor:
+        out = torch.ones_like(token, dtype=torch.bool)
+        for start in self.starts:
+            out &= (token < start) | (token >= start + self.video_tokens)
+        return out
+
+    def coordinates(self, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return super().coordinates(self._in_first_copy(token))
+
+    def places(self, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return super().places(self._in_first_copy(token))
+
+    def _in_first_copy(self, token: torch.Tensor) -> torch.Tensor:
+        shift = torch.zeros_like(token)
+        for start in self.starts[1:]:
+            shift = torch.where(token >= start, start - self.starts[0], shift)
+        return token - shift

@@ -31,13 +31,17 @@ class TileOrder:
     Attributes:
         grid: the tokens of the sequence.
         tile: frames, rows and columns of a tile; each may exceed the grid's.
+        beside: orders of further tokens of the sequence, such as those of references. Each has a
+            grid over as many tokens, and orders the video tokens of that grid.
 
     Raises:
-        ValueError: for a tile that is not three sizes of at least 1.
+        ValueError: for a tile that is not three sizes of at least 1, or an order beside this one
+            over another number of tokens.
     """
 
     grid: TokenGrid
     tile: tuple[int, int, int]
+    beside: tuple[TileOrder, ...] = ()
     _permutations: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -47,6 +51,12 @@ class TileOrder:
             raise ValueError(
                 f"tile is {self.tile}, but must be frames, rows and columns, each at least 1"
             )
+        for order in self.beside:
+            if order.grid.tokens != self.grid.tokens:
+                raise ValueError(
+                    f"an order of {order.grid.tokens} tokens cannot stand beside an order of"
+                    f" {self.grid.tokens} tokens"
+                )
 
     def positions(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """int64 `(tokens,)`: the position in the model's sequence of each token of this order."""
@@ -56,7 +66,8 @@ class TileOrder:
         """Bring the tokens along `dim` from the model's order into this one; differentiable.
 
         Args:
-            x: has the whole sequence along `dim`, or its video tokens alone.
+            x: has the whole sequence along `dim`, or its `TokenGrid.pictures`: the video alone, if
+                the sequence has no references.
 
         Raises:
             ValueError: if `x` has another length along `dim`.
@@ -69,13 +80,15 @@ class TileOrder:
 
     def _moved(self, x: torch.Tensor, dim: int, *, into: bool) -> torch.Tensor:
         there, back = self._permutation(x.device)
-        tokens, video = self.grid.tokens, self.grid.video
-        if x.shape[dim] == self.grid.video_tokens != tokens:
-            there, back = there[video] - video.start, back[video] - video.start
+        tokens, pictures = self.grid.tokens, self.grid.pictures
+        count = pictures.stop - pictures.start
+        if x.shape[dim] == count != tokens:
+            there, back = there[pictures] - pictures.start, back[pictures] - pictures.start
         elif x.shape[dim] != tokens:
+            kind = "video tokens" if not self.grid.references else "tokens of video and references"
             raise ValueError(
                 f"dimension {dim} of a tensor of shape {tuple(x.shape)} has neither the {tokens}"
-                f" tokens of {self.grid} nor its {self.grid.video_tokens} video tokens"
+                f" tokens of {self.grid} nor its {count} {kind}"
             )
         return permuted(x, *((there, back) if into else (back, there)), dim)
 
@@ -101,7 +114,10 @@ class TileOrder:
         video = torch.cat([self._tiled(box) for box in boxes])
         video = video.roll(-grid.text_before % math.prod(self.tile)) + grid.text_before
         token = torch.arange(grid.tokens)
-        return torch.cat([token[: grid.video.start], video, token[grid.video.stop :]])
+        token[grid.video] = video
+        for order in self.beside:
+            token[order.grid.video] = order._sequence()[order.grid.video]
+        return token
 
     def _tiled(self, box: Sequence[range]) -> torch.Tensor:
         """The video tokens of a box, tile by tile and in raster order within a tile."""
@@ -114,6 +130,22 @@ class TileOrder:
             key = key * side + places[:, axis] % side
         frame, row, column = (places + torch.tensor([axis.start for axis in box])).unbind(1)
         return ((frame * self.grid.height + row) * self.grid.width + column)[key.argsort()]
+
+
+def joined_order(grid: TokenGrid, orders: Sequence[TileOrder | None]) -> TileOrder | None:
+    """The order of a sequence from the orders of its rectangles; None if all are None.
+
+    Args:
+        grid: the tokens of the sequence.
+        orders: the order of the video of `grid`, then orders of further tokens. None leaves tokens
+            in the order of the sequence.
+    """
+    of_video, *others = orders
+    beside = tuple(order for order in others if order is not None)
+    if of_video is None:
+        # A tile of one token leaves the video in its own order.
+        return TileOrder(grid, (1, 1, 1), beside) if beside else None
+    return TileOrder(grid, of_video.tile, beside)
 
 
 def tile_for(

@@ -23,7 +23,7 @@ from diffusers.hooks import context_parallel
 from stock import IN_TILES, NEARBY, Nearby
 
 import diffattn
-from diffattn import AgentAttn, LinFusionAttn, RadialAttn, TokenGrid, VMoBAAttn
+from diffattn import AgentAttn, GNAAttn, LinFusionAttn, RadialAttn, TokenGrid, VMoBAAttn
 from diffattn.methods import DenseAttn, Method, Site
 
 SECONDS_TO_WAIT = 60
@@ -147,6 +147,19 @@ def flux_inputs(height: int = 6, width: int = 8, text: int = 8) -> dict[str, Any
     }
 
 
+def kontext_inputs(height: int = 6, width: int = 8, text: int = 8) -> dict[str, Any]:
+    """A target and a reference of its size, and a smaller reference."""
+    sizes = ((height, width), (height, width), (4, 6))
+    ids = [tiny_families.image_ids(*size) for size in sizes]
+    for number, of_picture in enumerate(ids):
+        of_picture[:, 0] = number
+    tokens = sum(map(len, ids))
+    return flux_inputs(height, width, text) | {
+        "hidden_states": tiny_families.noise(2, tokens, 16),
+        "img_ids": torch.cat(ids),
+    }
+
+
 def flux2_inputs() -> dict[str, Any]:
     ids = torch.nn.functional.pad(tiny_families.image_ids(6, 8), (0, 1))
     return {
@@ -198,6 +211,9 @@ RADIAL = RadialAttn(rule="paper", sink=False, dense_layers=1, dense_steps=0)
 _QWEN = (tiny_families.qwen_image, partial(qwen_inputs, 8, 8))
 _PADDED_QWEN = (tiny_families.qwen_image, partial(qwen_inputs, 8, 3))
 _TILES = {"method": IN_TILES}
+_LOCAL = {"method": GNAAttn(window=(1, 3, 3), references="local", dense_steps=0)}
+_KONTEXT = (tiny_families.flux, kontext_inputs)
+_UNEVEN_KONTEXT = (tiny_families.flux, partial(kontext_inputs, 5, 5, 7))
 _AGENTS = {"method": AgentAttn(cell=(1, 2, 2), last_dense_steps=0)}
 _ONE_DENSE_LAYER = {"method": Nearby(dense_layers=1, dense_steps=0)}
 
@@ -250,6 +266,12 @@ RUNS: dict[int, dict[str, Callable[[bool], Result]]] = {
         "flux ulysses, in tiles": partial(run, tiny_families.flux, flux_inputs, ULYSSES, **_TILES),
         "flux ring, in tiles": partial(run, tiny_families.flux, flux_inputs, RING, **_TILES),
         "flux ring": partial(run, tiny_families.flux, flux_inputs, RING, gradients=True),
+        "kontext ulysses": partial(run, *_KONTEXT, ULYSSES, gradients=True, **_LOCAL),
+        "kontext ulysses, in tiles": partial(run, *_KONTEXT, ULYSSES, **_TILES),
+        "kontext any ulysses": partial(run, *_UNEVEN_KONTEXT, ANY_ULYSSES, **_LOCAL),
+        "kontext ulysses, agents": partial(run, *_KONTEXT, ULYSSES, **_AGENTS),
+        "kontext ring": partial(run, *_KONTEXT, RING, **_LOCAL),
+        "kontext any ring": partial(run, *_UNEVEN_KONTEXT, ANY_RING, **_TILES),
         "flux ring, dense layer": partial(
             run, tiny_families.flux, flux_inputs, RING, **_ONE_DENSE_LAYER
         ),

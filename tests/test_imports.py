@@ -24,7 +24,7 @@ MAY_IMPORT = {
 # Rooms of diffattn/ from the ground up: a room imports from those before it, and from itself.
 ROOMS = (
     ("_checks", "_compat", "_locks", "grid"),
-    ("orders", "schedule"),
+    ("orders", "schedule", "spans"),
     ("blocks", "block_forms"),
     ("masks",),
     ("flex_backend", "interception"),

@@ -204,7 +204,7 @@ class TestPermutation:
         grid = GRIDS[0]
         assert TileOrder(grid, (2, 2, 4)) == TileOrder(TokenGrid(5, 7, 11), (2, 2, 4))
         assert TileOrder(grid, (2, 2, 4)) != TileOrder(grid, (2, 4, 2))
-        assert repr(TileOrder(grid, (2, 2, 4))).endswith("tile=(2, 2, 4))")
+        assert repr(TileOrder(grid, (2, 2, 4))).endswith("tile=(2, 2, 4), beside=())")
 
 
 class TestBadInput:

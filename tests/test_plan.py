@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import diffusers
 import golden_files
 import pytest
 import tiny_complete
@@ -289,24 +290,16 @@ class TestOfPublishedModels:
         assert 1 - got.density == pytest.approx(sparsity, abs=1e-6)
 
     def test_the_table_agrees_with_diffusers_own_defaults(self):
-        import diffusers
-        from diffusers import (
-            FluxTransformer2DModel,
-            HunyuanVideoTransformer3DModel,
-            LTXVideoTransformer3DModel,
-            MochiTransformer3DModel,
-            WanTransformer3DModel,
-        )
-
         published = {
-            "black-forest-labs/FLUX.1-Kontext-dev": FluxTransformer2DModel,
-            "Wan-AI/Wan2.1-T2V-14B": WanTransformer3DModel,
-            "hunyuanvideo-community/HunyuanVideo": HunyuanVideoTransformer3DModel,
-            "black-forest-labs/FLUX.1-dev": FluxTransformer2DModel,
-            "genmo/mochi-1-preview": MochiTransformer3DModel,
-            "Lightricks/LTX-Video": LTXVideoTransformer3DModel,
-        }
-        newer = {
+            "Wan-AI/Wan2.1-T2V-14B": "WanTransformer3DModel",
+            "hunyuanvideo-community/HunyuanVideo": "HunyuanVideoTransformer3DModel",
+            "black-forest-labs/FLUX.1-dev": "FluxTransformer2DModel",
+            "genmo/mochi-1-preview": "MochiTransformer3DModel",
+            "Lightricks/LTX-Video": "LTXVideoTransformer3DModel",
+            "Lightricks/LTX-2": "LTX2VideoTransformer3DModel",
+            "MiniMaxAI/MiniMax-H3": "MiniMaxH3Transformer3DModel",
+            "nvidia/Cosmos-1.0-Diffusion-7B-Text2World": "CosmosTransformer3DModel",
+            "black-forest-labs/FLUX.1-Kontext-dev": "FluxTransformer2DModel",
             "black-forest-labs/FLUX.2-dev": "Flux2Transformer2DModel",
             "Qwen/Qwen-Image-Edit": "QwenImageTransformer2DModel",
             "lodestones/Chroma1-HD": "ChromaTransformer2DModel",
@@ -315,11 +308,11 @@ class TestOfPublishedModels:
             "hunyuanvideo-community/HunyuanImage-2.1": "HunyuanImageTransformer2DModel",
             "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "PixArtTransformer2DModel",
         }
-        for name, cls in newer.items():
-            if hasattr(diffusers, cls):  # not in all releases
-                published[name] = getattr(diffusers, cls)
         for name, model in published.items():
-            default = {k: v.default for k, v in inspect.signature(model).parameters.items()}
+            if not hasattr(diffusers, model):
+                continue  # an older diffusers
+            parameters = inspect.signature(getattr(diffusers, model)).parameters
+            default = {k: v.default for k, v in parameters.items()}
             shape = PUBLISHED[name]
             assert shape.heads == default["num_attention_heads"]
             assert shape.head_dim == default["attention_head_dim"]
@@ -341,6 +334,10 @@ class TestOfPublishedModels:
             ("zai-org/CogVideoX1.5-5B", 11 * 48 * 85 + 226),
             ("rhymes-ai/Allegro", 22 * 45 * 80),
             ("Lightricks/LTX-Video", 21 * 16 * 22),
+            ("Lightricks/LTX-2", 16 * 16 * 24),
+            ("nvidia/Cosmos-1.0-Diffusion-7B-Text2World", 16 * 44 * 80),
+            ("nvidia/Cosmos-Predict2-2B-Video2World", 24 * 44 * 80),
+            ("nvidia/Cosmos-Predict2-14B-Text2Image", 48 * 85),
             ("stabilityai/stable-diffusion-3.5-large", 64 * 64 + 333),
             ("black-forest-labs/FLUX.1-Kontext-dev", 64 * 64 + 512),
             ("black-forest-labs/FLUX.2-klein-4B", 64 * 64 + 512),
@@ -681,7 +678,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"did you mean 'Wan-AI/Wan2.1-T2V-14B'\?"):
             plan("Wan-AI/Wan2.1-T2V-14", DenseAttn())
         with pytest.raises(
-            ValueError, match=r"choose from Lightricks/LTX-Video, MiniMaxAI/MiniMax"
+            ValueError, match=r"choose from Lightricks/LTX-2, Lightricks/LTX-Video, MiniMax"
         ):
             plan("?", DenseAttn())
 

@@ -14,6 +14,7 @@ import pytest
 import tiny_edit_models as edit
 import tiny_families as tiny
 import tiny_picture_models
+import tiny_video_models as tiny_video
 import tiny_wan
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -648,13 +649,67 @@ PIPELINES |= {
         lambda: _prompts(TEXT, TEXT),
         size=(96, 144, 1),
     ),
-    "modelscope": PipelineCase(
+    "text-to-video": PipelineCase(
         lambda: _pipeline(
             "TextToVideoSDPipeline",
-            unet=tiny_picture_models.unet_3d(),
+            unet=tiny.CASES["text-to-video"].build(),
             scheduler=DDIMScheduler(),
         ),
         lambda: _prompts(TEXT, TEXT, mask=None),
         size=(96, 144, 3),
+    ),
+}
+
+# --- Videos beside sound, and Cosmos
+
+
+def _motif_video() -> Any:
+    channels = 2  # of the latents; the model also gets those of an image, and a mask
+    return _pipeline(
+        "MotifVideoPipeline",
+        transformer=tiny_video.motif_video(
+            in_channels=2 * channels + 1, out_channels=channels, image_embed_dim=None
+        ),
+        vae=tiny.make(
+            "AutoencoderKLWan",
+            base_dim=3,
+            z_dim=channels,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            latents_mean=[0.0] * channels,
+            latents_std=[1.0] * channels,
+        ),
+        guider=diffusers.guiders.ClassifierFreeGuidance(guidance_scale=3.0),
+    )
+
+
+def _cosmos() -> Any:
+    class Guard:
+        """Instead of NVIDIA's, which only looks at prompts and at finished videos."""
+
+        def to(self, device: Any) -> None: ...
+
+    return _pipeline(
+        "CosmosTextToWorldPipeline",
+        transformer=tiny_video.cosmos(in_channels=4, extra_pos_embed_type="learnable"),
+        scheduler=diffusers.EDMEulerScheduler(),
+        safety_checker=Guard(),
+    )
+
+
+PIPELINES |= {
+    "kandinsky-6": PipelineCase(
+        lambda: _pipeline(
+            "Kandinsky6TI2VAPipeline", transformer=tiny_video.kandinsky6(), absent=_SECOND
+        ),
+        lambda: _prompts(TEXT, TEXT, mask=None) | _pooled(*_POOLED) | {"sample_audio": False},
+        size=(64, 96, 9),
+        forwards=2,
+    ),
+    "motif-video": PipelineCase(
+        _motif_video, lambda: _prompts(TEXT, 5), size=(64, 96, 9), forwards=2
+    ),
+    "cosmos": PipelineCase(
+        _cosmos, lambda: _prompts(TEXT, TEXT, mask=None), size=(64, 96, 17), forwards=2
     ),
 }

@@ -208,7 +208,7 @@ def cosmos(**changes: Any) -> torch.nn.Module:
         "num_layers": 2,
         "text_embed_dim": 16,
         "adaln_lora_dim": 4,
-        "max_size": (8, 16, 16),
+        "max_size": (8, 32, 32),
         "extra_pos_embed_type": None,
         # Needs torchvision.
         "concat_padding_mask": False,
@@ -254,22 +254,22 @@ CASES |= {
 # --- Motif-Video
 
 
-def motif_video() -> torch.nn.Module:
-    return make(
-        "MotifVideoTransformer3DModel",
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=1,
-        num_single_layers=3,
-        num_decoder_layers=2,
-        text_embed_dim=16,
-        image_embed_dim=8,
-        rope_axes_dim=(4, 6, 6),
-        enable_text_cross_attention_dual=True,
-        enable_text_cross_attention_single=True,
-    )
+def motif_video(**changes: Any) -> torch.nn.Module:
+    config: dict[str, Any] = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_layers": 1,
+        "num_single_layers": 3,
+        "num_decoder_layers": 2,
+        "text_embed_dim": 16,
+        "image_embed_dim": 8,
+        "rope_axes_dim": (4, 6, 6),
+        "enable_text_cross_attention_dual": True,
+        "enable_text_cross_attention_single": True,
+    }
+    return make("MotifVideoTransformer3DModel", **(config | changes))
 
 
 def _motif_video_inputs() -> dict[str, Any]:
@@ -558,3 +558,86 @@ CASES["ltx-2-key-frames"] = Case(
         (0, 72 + h * 6 + w if n == 0 else 96 + (t * 2 + h) * 3 + w),
     ),
 )
+
+# --- U-Nets for videos
+
+
+def unet_of_videos(name: str, **changes: Any) -> torch.nn.Module:
+    kind = "SpatioTemporal" if name == "UNetSpatioTemporalConditionModel" else "3D"
+    config: dict[str, Any] = {
+        "sample_size": 12,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "cross_attention_dim": 16,
+        "down_block_types": (f"CrossAttnDownBlock{kind}", f"DownBlock{kind}"),
+        "up_block_types": (f"UpBlock{kind}", f"CrossAttnUpBlock{kind}"),
+    }
+    return make(name, **(config | changes))
+
+
+def svd() -> torch.nn.Module:
+    return unet_of_videos(
+        "UNetSpatioTemporalConditionModel",
+        in_channels=8,
+        num_attention_heads=2,
+        projection_class_embeddings_input_dim=24,
+        addition_time_embed_dim=8,
+    )
+
+
+def _svd_inputs() -> dict[str, Any]:
+    return {
+        "sample": noise(BATCH, 3, 8, 12, 16),
+        "timestep": torch.tensor([900, 400]),
+        "encoder_hidden_states": noise(BATCH, 1, 16, seed=1),
+        "added_time_ids": torch.ones(BATCH, 3),
+    }
+
+
+def _unet3d_inputs(**more: Any) -> dict[str, Any]:
+    return {
+        "sample": noise(BATCH, 4, 3, 12, 16),
+        "timestep": torch.tensor([900, 400]),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+    } | more
+
+
+def _i2vgen_inputs() -> dict[str, Any]:
+    return _unet3d_inputs(
+        fps=torch.tensor([8, 8]),
+        image_latents=noise(BATCH, 4, 3, 12, 16, seed=2),
+        image_embeddings=noise(BATCH, 16, seed=3),
+    )
+
+
+_SPATIAL: dict[str, Any] = {
+    "grids": (TokenGrid(1, 12, 16), TokenGrid(1, 6, 8)),
+    "sites": tuple(
+        f"{block}.transformer_blocks.0.attn1"
+        for block in (
+            "down_blocks.0.attentions.0",
+            "up_blocks.1.attentions.0",
+            "up_blocks.1.attentions.1",
+            "mid_block.attentions.0",
+        )
+    ),
+    "pixel": lambda t, h, w: (0, slice(None, 3), h, w),
+    "entry": "down_blocks.0.attentions.0",
+}
+CASES |= {
+    "svd": Case(build=svd, inputs=_svd_inputs, **_SPATIAL),
+    "text-to-video": Case(
+        build=lambda: unet_of_videos("UNet3DConditionModel", attention_head_dim=16),
+        inputs=_unet3d_inputs,
+        checkpoints=False,
+        **_SPATIAL,
+    ),
+    "i2vgen-xl": Case(
+        build=lambda: unet_of_videos(
+            "I2VGenXLUNet", attention_head_dim=16, num_attention_heads=None
+        ),
+        inputs=_i2vgen_inputs,
+        checkpoints=False,
+        **_SPATIAL,
+    ),
+}

@@ -28,7 +28,7 @@ from diffattn.attach.sites import set_processor, site_names
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import allowed_pairs
 from diffattn.methods.base import Method, StaticMaskMethod
-from diffattn.methods.words import as_table, method_words
+from diffattn.methods.words import as_table, method_words, reference_words
 from diffattn.models import denoisers, family_of
 from diffattn.models.base import argument
 from diffattn.schedule import resolve_steps
@@ -95,6 +95,7 @@ class Description:
         dense_layers, dense_steps, last_dense_steps: number of blocks, of first steps and of last
             steps that stay dense.
         num_steps: length of the run in denoising steps.
+        references: the policy for references, in words; empty for a grid without references.
     """
 
     method: Method
@@ -107,6 +108,7 @@ class Description:
     dense_steps: int
     last_dense_steps: int
     num_steps: int
+    references: str = ""
 
     def __str__(self) -> str:
         share = "" if self.density is None else f": {self.density:.1%} of the token pairs attend"
@@ -114,6 +116,8 @@ class Description:
             share += f", {self.visited_density:.1%} of the blocks are computed"
         if self.extra_keys:
             share += f", and {self.extra_keys:,} pooled keys for every token"
+        if self.references:
+            share += f"; references {self.references}"
         return (
             f"{self.method.type} attention{share}; {self.dense_layers} of {self.layers} layers, the"
             f" first {self.dense_steps} and the last {self.last_dense_steps} of {self.num_steps}"
@@ -223,7 +227,7 @@ class Attachment(Unpicklable):
         With several methods attached, the summary is that of the first method.
         """
         model = next(model for model in self.models.values() if model.groups)
-        method = model.groups[0].chosen.for_model(model.variant, grid)
+        method = model.groups[0].chosen.for_model(model.variant, grid.alone)
         density = visited = None
         extra_keys = 0
         if isinstance(method, StaticMaskMethod):
@@ -241,6 +245,7 @@ class Attachment(Unpicklable):
             dense_steps=resolve_steps(method.dense_steps or 0, num_steps),
             last_dense_steps=resolve_steps(method.last_dense_steps, num_steps),
             num_steps=num_steps,
+            references=reference_words(method, grid) if grid.references else "",
         )
 
     def enter_run(self, model: torch.nn.Module, args: Any, kwargs: Any) -> None:

@@ -340,6 +340,11 @@ def backend_of(group: Group) -> _compat.BackendFunction:
                 enable_gqa=enable_gqa,
                 _parallel_config=_parallel_config,
             )
+        if over is not None and masked and group.family.padding == "grid":
+            raise NotImplementedError(
+                "attention masks between blocks of frames cannot be cut for context parallelism:"
+                " pass causal_block_size=1 to the pipeline, or leave context parallelism out"
+            )
         if dropout_p:
             raise ValueError(f"dropout_p is {dropout_p}, but sparse attention has no dropout")
         key_mask = _key_mask(attn_mask, key, group.family)
@@ -465,7 +470,7 @@ def _key_mask(attn_mask: Any, key: torch.Tensor, family: Family) -> torch.Tensor
     Raises:
         ValueError: if the mask is no padding mask of that form.
     """
-    if attn_mask is None:
+    if attn_mask is None or family.padding == "grid":
         return None
     batch, tokens = key.shape[:2]
     shape = tuple(attn_mask.shape)

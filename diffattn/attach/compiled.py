@@ -16,6 +16,7 @@ it was captured with, so the operators are kept out of CUDA graphs.
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -36,8 +37,24 @@ _serials = itertools.count()
 _sources: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
-# The grid of a call as numbers: five sizes, and three of the tile that the tokens come in.
-_SIZES = 8
+# The grid of a call as numbers: five sizes, three of the tile that the tokens come in, and the
+# place in `_with_references` of a grid that these eight do not describe.
+_SIZES = 9
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A grid, and the order that its tokens come in."""
+
+    grid: TokenGrid
+    order: TileOrder | None
+
+
+# Grids with references, and orders with others beside them, by numbers from 1. There are as many as
+# sizes of calls in the life of the process.
+_with_references: dict[_Described, int] = {}
+_by_number: dict[int, _Described] = {}
+_numbering = threading.Lock()
 
 _KEPT_OUT_OF_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 
@@ -154,11 +171,17 @@ def _check_no_tangents() -> None:
 
 def _sizes(grid: TokenGrid, order: TileOrder | None) -> list[int]:
     tile = (0, 0, 0) if order is None else order.tile
-    return [grid.frames, grid.height, grid.width, grid.text_before, grid.text_after, *tile]
+    number = 0
+    if grid.references or grid.causal_frames or (order is not None and order.beside):
+        described = _Described(grid, order)
+        with _numbering:
+            number = _with_references.setdefault(described, len(_with_references) + 1)
+            _by_number[number] = described
+    return [grid.frames, grid.height, grid.width, grid.text_before, grid.text_after, *tile, number]
 
 
 def _used(size: list[int], serial: int, tokens: int) -> torch.Tensor:
-    """The sizes of a call of `tokens` tokens, int64 (8,): `size`, if empty the running call's."""
+    """The numbers of a call of `tokens` tokens, int64 (9,): `size`, if empty the running call's."""
     if not size:
         source: Running = _sources[serial]
         site = source.site(tokens)
@@ -168,7 +191,10 @@ def _used(size: list[int], serial: int, tokens: int) -> torch.Tensor:
 
 def _grid_and_order(used: torch.Tensor) -> tuple[TokenGrid, TileOrder | None]:
     """The grid of a call, and the order that its tensors have their tokens in."""
-    *sizes, depth, height, width = used.tolist()
+    *sizes, depth, height, width, number = used.tolist()
+    if number:
+        described = _by_number[number]
+        return described.grid, described.order
     grid = TokenGrid(*sizes)
     return grid, TileOrder(grid, (depth, height, width)) if depth else None
 

@@ -32,6 +32,7 @@ from diffattn.methods.base import (
     Adaptation,
     Method,
     SiteWeights,
+    attends_by_mask_alone,
 )
 from diffattn.models import Family
 from diffattn.models.base import Part, argument
@@ -278,6 +279,7 @@ class AttachedModel(Unpicklable):
         grid = None
         if self.family.grid_modules is None:
             grid = self.family.grid(model, args, kwargs)
+            self._check_causal(grid)
         call = Call(self.owner.clock, grid)
         call.sparse_groups = tuple(group.is_sparse_in(call) for group in self.groups)
         self._enter(call)
@@ -290,6 +292,17 @@ class AttachedModel(Unpicklable):
             model, self._gates, self.family, self.groups, self.sites.values(), grid, args, kwargs
         )
         return None if call.order is None else self._gates.flow.enter(call.order, args, kwargs)
+
+    def _check_causal(self, grid: TokenGrid) -> None:
+        """Raise ValueError if frames may not see all others and a method is no mask alone."""
+        for group in self.groups if grid.causal_frames else ():
+            if not attends_by_mask_alone(group.chosen):
+                raise ValueError(
+                    f"{type(self._model).__name__} lets no block of {grid.causal_frames} latent"
+                    f" frames see a later one, which {group.chosen.type} with these parameters"
+                    f" would not keep. Use a method that is a mask alone, such as radial or gna, or"
+                    f" pass causal_block_size=1 to the pipeline"
+                )
 
     def _enter(self, call: Call) -> None:
         """Make `call` the running call.

@@ -139,8 +139,8 @@ def order_throughout(
         # Checkpointing of any kind runs modules again in the backward pass, when the order of
         # their tokens is no longer known.
         torch.is_grad_enabled()
-        # A flow knows the places of video tokens and of text, but of no other tokens.
-        or grid != grid.alone
+        # A flow knows the places of pictures and of text, but of no other tokens.
+        or grid.pictures != slice(0, grid.tokens)
         or type(model).__name__ != flow.model_class
         or not any(group.sparse for group in groups)
         or (flow.interrupted is not None and flow.interrupted(model, args, kwargs))

@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 import torch
 
 from diffattn._checks import is_whole
-from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states
+from diffattn.blocks import (
+    EMPTY,
+    FULL,
+    PAIRS_PER_CHUNK,
+    PARTIAL,
+    BlockLayout,
+    layout_from_states,
+    pack_bits,
+)
 from diffattn.grid import TokenGrid
 from diffattn.orders import TileOrder
 
@@ -119,28 +127,38 @@ class AttentionMask(ABC):
         if blocking not in self._layouts:
             self._layouts[blocking] = layout_from_states(
                 self.block_states(blocking),
-                lambda row, column: self._block_bits(row, column, blocking),
+                lambda row, column: self.block_bits(row, column, blocking),
                 tokens_q=self.grid.tokens,
                 tokens_kv=self.grid.tokens,
                 block_q=block_q,
                 block_kv=block_kv,
                 signatures=lambda row, column: self.block_signatures(row, column, blocking),
+                packed=True,
             )
         return self._layouts[blocking]
 
-    def _block_bits(
+    def block_bits(
         self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
     ) -> torch.Tensor:
-        query, key = (
-            index[:, None] * block + torch.arange(block, device=row.device)
-            for index, block in ((row, blocking.block_q), (column, blocking.block_kv))
-        )
-        # Positions past the end are read as the last token: the layout drops their bits.
-        query, key = query.clamp(max=self.grid.tokens - 1), key.clamp(max=self.grid.tokens - 1)
-        if blocking.order is not None:
-            positions = blocking.order.positions(row.device)
-            query, key = positions[query], positions[key]
-        return self.allowed(query[:, :, None], key[:, None, :])
+        """The token masks of n blocks, in the words of `pack_bits`.
+
+        Args:
+            row, column: int64 `(n,)`, indices of the blocks.
+            blocking: the way in which the tokens are cut into blocks.
+
+        Returns:
+            int32 `(n, block_q, ceil(block_kv / 32))`. Bits of keys and rows of queries past the end
+            of the sequence mean nothing.
+        """
+        block_q, block_kv = blocking.block_q, blocking.block_kv
+        step = max(1, PAIRS_PER_CHUNK // (block_q * block_kv))
+        words = []
+        for r, c in zip(row.split(step), column.split(step), strict=True):
+            query = tokens_of_blocks(self.grid, r, block_q, blocking)
+            key = tokens_of_blocks(self.grid, c, block_kv, blocking)
+            seen = self.allowed(query[:, :, None], key[:, None, :])
+            words.append(pack_bits(seen.expand(len(r), block_q, block_kv)))
+        return torch.cat(words)
 
     def dense(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The mask as bool `(tokens, tokens)`; rows are queries. Needs memory for every pair."""
@@ -174,6 +192,23 @@ class AttentionMask(ABC):
                 f"masks over different grids cannot be combined: {self.grid} and {other.grid}"
             )
         return self.grid
+
+
+def tokens_of_blocks(
+    grid: TokenGrid, block: torch.Tensor, size: int, blocking: Blocking
+) -> torch.Tensor:
+    """The positions in the sequence of the tokens of n blocks of `size` tokens, int64 `(n, size)`.
+
+    Places past the end of the sequence are read as the last token.
+    """
+    place = block[:, None] * size + torch.arange(size, device=block.device)
+    place = place.clamp(max=grid.tokens - 1)
+    return place if blocking.order is None else blocking.order.positions(block.device)[place]
+
+
+def as_words(flags: torch.Tensor) -> torch.Tensor:
+    """int32 words of 32 equal bits each: all set for True."""
+    return -flags.to(torch.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,6 +263,13 @@ class TextMask(AttentionMask):
             ends = (start + block - self.grid.video.stop).clamp(0, block)
             kinds.append(begins * (block + 1) + ends)
         return kinds[0] * (blocking.block_kv + 1) ** 2 + kinds[1]
+
+    def block_bits(
+        self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
+    ) -> torch.Tensor:
+        query = self.grid.is_text(tokens_of_blocks(self.grid, row, blocking.block_q, blocking))
+        key = self.grid.is_text(tokens_of_blocks(self.grid, column, blocking.block_kv, blocking))
+        return as_words(query)[:, :, None] | pack_bits(key)[:, None]
 
     def _states_along(self, block: int, device: torch.device) -> torch.Tensor:
         start = torch.arange(0, self.grid.tokens, block, device=device)
@@ -323,6 +365,15 @@ class _Combination(AttentionMask):
             _, out = (out * row.numel() + kind).unique(return_inverse=True)
         return out
 
+    def block_bits(
+        self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
+    ) -> torch.Tensor:
+        out = self.parts[0].block_bits(row, column, blocking)
+        for part in self.parts[1:]:
+            other = part.block_bits(row, column, blocking)
+            out = out & other if self.all_of else out | other
+        return out
+
 
 @dataclass(frozen=True, eq=False)
 class _Complement(AttentionMask):
@@ -340,6 +391,11 @@ class _Complement(AttentionMask):
         self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
     ) -> torch.Tensor | None:
         return self.part.block_signatures(row, column, blocking)
+
+    def block_bits(
+        self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
+    ) -> torch.Tensor:
+        return ~self.part.block_bits(row, column, blocking)
 
 
 def _overlapped(block_map: torch.Tensor, old: int, new: int, tokens: int, dim: int) -> torch.Tensor:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from diffattn.blocks import EMPTY, FULL, PARTIAL
+from diffattn.blocks import EMPTY, FULL, PAIRS_PER_CHUNK, PARTIAL, pack_bits
 from diffattn.grid import TokenGrid
-from diffattn.masks.base import BLOCK, AttentionMask, Blocking
+from diffattn.masks.base import BLOCK, AttentionMask, Blocking, as_words, tokens_of_blocks
 from diffattn.masks.block_geometry import boxes_of, outlines_of
 
 _ENTRIES_PER_CHUNK = 1 << 20  # entries of a table over queries that are computed at a time
@@ -166,23 +166,29 @@ class NeighbourhoodMask(AttentionMask):
 
     Attributes:
         axes: the windows along frames, rows and columns.
+        keys: the grid whose video tokens are the keys, over the same tokens as `grid` and of its
+            size; None for `grid` itself.
 
     Raises:
-        ValueError: if the windows' axes are not as long as the grid's.
+        ValueError: if the windows' axes are not as long as those of both grids.
     """
 
     axes: tuple[AxisWindow, AxisWindow, AxisWindow]
+    keys: TokenGrid | None = None
 
     def __post_init__(self) -> None:
         sizes = tuple(axis.size for axis in self.axes)
-        if sizes != (self.grid.frames, self.grid.height, self.grid.width):
-            raise ValueError(f"the axes have {sizes} tokens, but the grid is {self.grid}")
+        for grid in (self.grid, self._key_grid):
+            if sizes != (grid.frames, grid.height, grid.width):
+                raise ValueError(f"the axes have {sizes} tokens, but the grid is {grid}")
+
+    @property
+    def _key_grid(self) -> TokenGrid:
+        return self.keys or self.grid
 
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        seen = ~self.grid.is_text(query) & ~self.grid.is_text(key)
-        # Text has no place in the grid: its positions are moved to a video token.
-        start, end = self.grid.video.start, self.grid.video.stop - 1
-        places = (self.grid.coordinates(x.clamp(start, end)) for x in (query, key))
+        seen = ~self.grid.is_text(query) & ~self._key_grid.is_text(key)
+        places = self.grid.places(query), self._key_grid.places(key)
         for axis, *pair in zip(self.axes, *places, strict=True):
             if axis.window < axis.size or axis.is_causal:
                 seen = seen & axis.allowed(*pair)
@@ -197,9 +203,9 @@ class NeighbourhoodMask(AttentionMask):
     def block_states(self, blocking: Blocking) -> torch.Tensor:
         block_q, block_kv, device = blocking.block_q, blocking.block_kv, blocking.device
         query = boxes_of(self.grid, block_q, device, blocking.order)
-        key = (
-            query if block_kv == block_q else boxes_of(self.grid, block_kv, device, blocking.order)
-        )
+        key = query
+        if block_kv != block_q or self.keys is not None:
+            key = boxes_of(self._key_grid, block_kv, device, blocking.order)
         # Attending pairs of two boxes; where int32 suffices, it takes half the time and memory.
         dtype = torch.int32 if block_q * block_kv < 1 << 31 else torch.int64
         pairs = torch.ones(len(query.block), len(key.block), dtype=dtype, device=device)
@@ -227,8 +233,11 @@ class NeighbourhoodMask(AttentionMask):
         # Three things determine a block's mask: the shape of its queries, the shape of its keys,
         # and the mask of each axis between the ranges of its queries and its keys.
         query, key = (
-            outlines_of(self.grid, size, row.device, blocking.order)
-            for size in (blocking.block_q, blocking.block_kv)
+            outlines_of(grid, size, row.device, blocking.order)
+            for grid, size in (
+                (self.grid, blocking.block_q),
+                (self._key_grid, blocking.block_kv),
+            )
         )
         kinds = [query.shape[row], key.shape[column]]
         for i, axis in enumerate(self.axes):
@@ -239,6 +248,46 @@ class NeighbourhoodMask(AttentionMask):
             ranges = ranges_q[pair // len(ranges_kv)], ranges_kv[pair % len(ranges_kv)]
             kinds.append(axis.kinds(*ranges)[which] if len(pair) else which)
         return _numbered(kinds)
+
+    def block_bits(
+        self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
+    ) -> torch.Tensor:
+        # A block's mask is the product of a mask along each axis, of which there are few.
+        is_query, *query = self._places(self.grid, row, blocking.block_q, blocking)
+        is_key, *key = self._places(self._key_grid, column, blocking.block_kv, blocking)
+        out = (
+            as_words(is_query[0])[is_query[1]][:, :, None]
+            & pack_bits(is_key[0])[is_key[1]][:, None]
+        )
+        for axis, at_query, at_key in zip(self.axes, query, key, strict=True):
+            if axis.window == axis.size and not axis.is_causal:
+                continue
+            (queries, which_query), (keys, which_key) = at_query, at_key
+            pair, which = (which_query * len(keys) + which_key).unique(return_inverse=True)
+            words = []
+            for some in pair.split(max(1, PAIRS_PER_CHUNK // (queries.shape[1] * keys.shape[1]))):
+                q, k = queries[some // len(keys)], keys[some % len(keys)]
+                words.append(pack_bits(axis.allowed(q[:, :, None], k[:, None])))
+            out &= torch.cat(words)[which]
+        return out
+
+    def _places(
+        self, grid: TokenGrid, block: torch.Tensor, size: int, blocking: Blocking
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Whether each token of some blocks is a video token, and its frame, row and column.
+
+        Returns:
+            For each of these four the distinct rows, `(m, size)`, and the row of each block, int64
+            `(n,)`.
+        """
+        block, which = block.unique(return_inverse=True)
+        token = tokens_of_blocks(grid, block, size, blocking)
+        is_text = grid.is_text(token)
+        out = []
+        for place in (~is_text, *grid.coordinates(token)):
+            rows, row_of = place.masked_fill(is_text, 0).unique(dim=0, return_inverse=True)
+            out.append((rows, row_of[which]))
+        return out
 
 
 def block_size_for(grid: TokenGrid) -> int:
@@ -254,8 +303,9 @@ def block_size_for(grid: TokenGrid) -> int:
 
 def _ranges(first: torch.Tensor, end: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The distinct ranges `(n, 2)`, and the index among them of each range."""
-    ranges, which = torch.stack([first, end], 1).unique(dim=0, return_inverse=True)
-    return ranges, which
+    span = int(end.max()) + 1 if len(end) else 1
+    number, which = (first * span + end).unique(return_inverse=True)
+    return torch.stack([number // span, number % span], 1), which
 
 
 def _numbered(properties: Sequence[torch.Tensor]) -> torch.Tensor:

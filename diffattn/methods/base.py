@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
 
-from diffattn._checks import check_fields, count
+from diffattn._checks import check_fields, choice, count
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import BLOCK, AttentionMask, TextMask
+from diffattn.masks.frame_causal import FrameCausalMask
+from diffattn.masks.several_grids import Rule, SeveralGridsMask
 from diffattn.operator import attention
-from diffattn.orders import TileOrder
+from diffattn.orders import TileOrder, joined_order
 from diffattn.schedule import check_steps
+from diffattn.spans import POLICIES, Span, repeated, spans_of
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -130,7 +134,7 @@ class Work:
     is_exact: bool = True
 
 
-_ALLOWED = {"dense_layers": count(0)}
+_ALLOWED = {"dense_layers": count(0), "references": choice(POLICIES)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +151,15 @@ class Method(ABC):
             of the run such as 0.25.
         last_dense_steps: denoising steps at the end of a run that stay dense: a count or a
             fraction.
+        references: how references attend, the further pictures and videos in the sequence of some
+            models. "exact": their tokens see all tokens and are seen by all. "visible": among
+            themselves, the tokens of a reference attend by the method's rule; all other pairs with
+            a reference attend. "local": a reference of the video's rows and columns is more of the
+            same picture, and the rule also holds between the reference and the video. A method
+            without a rule between two grids warns, and takes "visible". References of less than a
+            kernel's block, or of one row, are always "exact". A method that is no mask says in its
+            own description what it does. "local" is the cheapest, and is not known to keep the
+            quality of models that were not trained for it.
     """
 
     type: ClassVar[str]
@@ -167,6 +180,10 @@ class Method(ABC):
     last_dense_steps: int | float = field(
         default=0,
         metadata={"help": "steps at the end of a run that stay dense (count or fraction)"},
+    )
+    references: str = field(
+        default="visible",
+        metadata={"help": "exact, visible or local: how reference pictures and videos attend"},
     )
 
     def __post_init__(self) -> None:
@@ -289,6 +306,13 @@ class Method(ABC):
         """
         return None
 
+    def spans(self, grid: TokenGrid) -> tuple[Span, ...]:
+        """The rectangles of `grid` in which the method does not just attend to all tokens.
+
+        The video comes first, and references after it. All other tokens are treated as text is.
+        """
+        return spans_of(grid, grid.tokens + 1)
+
     def layer_kind(self, layer: int) -> int:
         """The index of a layer's variant where layers take turns; 0 if all layers do the same."""
         return 0
@@ -312,14 +336,21 @@ class StaticMaskMethod(Method):
 
     Attributes:
         any_order: whether the number of blocks to visit is the same in every order of the tokens.
+        by_place: whether the mask of `video_mask` knows tokens by `grid.is_text`, `grid.places` and
+            `grid.coordinates` alone. The mask then serves a grid that stands several times in a
+            sequence, too.
     """
 
     any_order: ClassVar[bool] = False
+    by_place: ClassVar[bool] = False
 
     _masks: dict[TokenGrid, AttentionMask] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
     _orders: dict[TokenGrid, TileOrder | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _spans: dict[TokenGrid, tuple[Span, ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -335,15 +366,97 @@ class StaticMaskMethod(Method):
                 f" height=30, width=52)"
             )
         if grid not in self._masks:
-            mask = self.video_mask(grid)
-            if grid.text_before or grid.text_after:
-                mask = TextMask(grid) | mask
+            spans = self.spans(grid)
+            if len(spans) > 1:
+                mask: AttentionMask = self._joint_mask(grid, spans)
+            else:
+                mask = self.video_mask(grid)
+                if grid.text_before or grid.text_after:
+                    mask = TextMask(grid) | mask
+            if grid.causal_frames:
+                mask = FrameCausalMask(grid) & mask
             self._masks[grid] = mask
         return self._masks[grid]
 
+    def spans(self, grid: TokenGrid) -> tuple[Span, ...]:
+        if self.references == "exact" or not grid.references:
+            return super().spans(grid)
+        if grid not in self._spans:
+            video, *references = spans_of(grid, self.block_size_on(grid))
+            self._spans[grid] = (video, *filter(self._fits, references))
+        return self._spans[grid]
+
+    def _fits(self, span: Span) -> bool:
+        try:
+            self.video_mask(span.grid)
+        except ValueError as error:
+            warnings.warn(
+                f"a reference of {'x'.join(map(str, span.sizes))} tokens attends to all tokens,"
+                f" because {self.type} with these parameters does not fit it: {error}",
+                stacklevel=2,
+            )
+            return False
+        return True
+
+    def _joint_mask(self, grid: TokenGrid, spans: tuple[Span, ...]) -> SeveralGridsMask:
+        is_local = self.references == "local"
+        rules, between = [], 0
+        for group in self._alike(spans):
+            pairs = [(n, n) for n in group]
+            if is_local:
+                sees = [(q, k) for q in group for k in group if spans[q].may_see(spans[k])]
+                pairs = list(dict.fromkeys(pairs + sees))
+                between += len(pairs) - len(group)
+            rules.append(Rule(tuple(pairs), self.video_mask(repeated([spans[n] for n in group]))))
+        ruled = {pair for rule in rules for pair in rule.pairs}
+        for q, query in enumerate(spans):
+            for k, key in enumerate(spans):
+                if is_local and (q, k) not in ruled and query.may_see(key):
+                    mask = self.mask_between(query, key)
+                    if mask is not None:
+                        rules.append(Rule(((q, k),), mask))
+                        between += 1
+        if is_local and not between:
+            warnings.warn(
+                f"references='local' is references='visible' here: {self.type} has no rule between"
+                f" these grids. A rule needs references with the rows and columns of the video, and"
+                f" for most methods with its frames",
+                stacklevel=3,
+            )
+        return SeveralGridsMask(grid, tuple(span.grid for span in spans), tuple(rules))
+
+    def _alike(self, spans: tuple[Span, ...]) -> list[list[int]]:
+        """The numbers of the spans, grouped by spans that one mask serves."""
+        groups: list[list[int]] = []
+        for n, span in enumerate(spans):
+            for group in groups if self.by_place else ():
+                first = spans[group[0]]
+                if first.sizes == span.sizes and first.in_step_with(span):
+                    group.append(n)
+                    break
+            else:
+                groups.append([n])
+        return groups
+
     @abstractmethod
     def video_mask(self, grid: TokenGrid) -> AttentionMask:
-        """The token pairs that attend among the video tokens of `grid`; text pairs are ignored."""
+        """The token pairs that attend among the video tokens of `grid`; text pairs are ignored.
+
+        For a sequence with references the mask is asked for once for each of them, on a grid whose
+        video tokens are the reference's.
+        """
+
+    def mask_between(self, query: Span, key: Span) -> AttentionMask | None:
+        """The rule from the queries of one grid of a sequence to the keys of another, for "local".
+
+        Args:
+            query, key: two grids with equal rows and columns, the same places of the picture.
+
+        Returns:
+            A mask over the tokens of the sequence, of which only these pairs are read. None if the
+            method has no such rule: all these pairs then attend.
+        """
+        return None
 
     def block_size_on(self, grid: TokenGrid) -> int:
         """Tokens per block for attention under this method on `grid`."""
@@ -397,8 +510,20 @@ class StaticMaskMethod(Method):
     def order(self, grid: TokenGrid) -> TileOrder | None:
         """The result of `order_on`, kept together with its permutation for the next call."""
         if grid not in self._orders:
-            self._orders[grid] = self.order_on(grid)
+            spans = self.spans(grid)
+            if len(spans) > 1:
+                self._orders[grid] = joined_order(grid, self._orders_of(spans))
+            else:
+                self._orders[grid] = self.order_on(grid)
         return self._orders[grid]
+
+    def _orders_of(self, spans: tuple[Span, ...]) -> list[TileOrder | None]:
+        out: list[TileOrder | None] = [None] * len(spans)
+        for group in self._alike(spans):
+            order = self.order_on(spans[group[0]].grid)
+            for n in group:
+                out[n] = None if order is None else TileOrder(spans[n].grid, order.tile)
+        return out
 
     def layout(
         self, grid: TokenGrid, device: torch.device, order: TileOrder | None = None

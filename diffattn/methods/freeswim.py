@@ -16,6 +16,7 @@ from diffattn.masks.base import AttentionMask
 from diffattn.masks.neighbourhood import AxisWindow, NeighbourhoodMask, block_size_for
 from diffattn.methods.base import StaticMaskMethod
 from diffattn.orders import TileOrder
+from diffattn.spans import Span
 
 # Rows and columns of tokens at the resolution that a model was trained on. The entry of Wan 2.1 is
 # for the paper's 1.3B at 480 x 832 pixels; the 14B has (45, 80).
@@ -67,6 +68,7 @@ class FreeSwimAttn(StaticMaskMethod):
 
     type: ClassVar[str] = "freeswim"
     paper: ClassVar[str] = "arXiv 2511.14712"
+    by_place: ClassVar[bool] = True
 
     native: tuple[int, int] | None = field(
         default=None, metadata={"help": "rows,columns of tokens that the model was trained on"}
@@ -134,6 +136,12 @@ class FreeSwimAttn(StaticMaskMethod):
         to a pipeline, the method has the values for the pipeline's model instead.
         """
         return NeighbourhoodMask(grid, self.axes(grid))
+
+    def mask_between(self, query: Span, key: Span) -> AttentionMask | None:
+        """The window around a token's place in another grid; None unless both have equal frames."""
+        if not query.in_step_with(key):
+            return None
+        return NeighbourhoodMask(query.grid, self.axes(query.grid), key.grid)
 
     def score_scale(self, grid: TokenGrid, head_dim: int, scale: float | None) -> float | None:
         if not self.temperature:

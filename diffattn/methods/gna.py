@@ -20,6 +20,7 @@ from diffattn.masks.neighbourhood import AxisWindow, NeighbourhoodMask, block_si
 from diffattn.methods.base import StaticMaskMethod
 from diffattn.models import makes_images
 from diffattn.orders import TileOrder, tiles_that_fit
+from diffattn.spans import Span
 
 Size: TypeAlias = int | float | str  # of a window along an axis
 Tile: TypeAlias = tuple[int, int, int]
@@ -98,6 +99,7 @@ class GNAAttn(StaticMaskMethod):
 
     type: ClassVar[str] = "gna"
     paper: ClassVar[str] = "arXiv 2504.16922"
+    by_place: ClassVar[bool] = True
 
     window: Size | tuple[Size, ...] | None = field(
         default=None,
@@ -165,6 +167,12 @@ class GNAAttn(StaticMaskMethod):
         pipeline, the method has the values for the pipeline's model instead.
         """
         return NeighbourhoodMask(grid, self.axes(grid))
+
+    def mask_between(self, query: Span, key: Span) -> AttentionMask | None:
+        """The window around a token's place in another grid; None unless both have equal frames."""
+        if not query.in_step_with(key):
+            return None
+        return NeighbourhoodMask(query.grid, self.axes(query.grid), key.grid)
 
     def axes(self, grid: TokenGrid) -> tuple[AxisWindow, AxisWindow, AxisWindow]:
         """The windows along the frames, the height and the width of `grid`, without any None.

@@ -17,6 +17,7 @@ from diffattn.grid import TokenGrid
 from diffattn.masks.base import AttentionMask, Blocking, BlockMapMask
 from diffattn.masks.block_geometry import any_in_block, fragments_of
 from diffattn.methods.base import StaticMaskMethod
+from diffattn.spans import Span
 
 _T = TypeVar("_T")
 
@@ -189,8 +190,23 @@ class RadialAttn(StaticMaskMethod):
         """
         settled = self._settled("", grid)
         if self.rule == "paper":
-            return FrameBandMask(grid, self._half_widths(settled, grid), settled.sink)
+            return FrameBandMask(grid, self.half_widths(grid), settled.sink)
         return BlockMapMask(grid, self._block_map(settled, grid), settled.block_size)
+
+    def mask_between(self, query: Span, key: Span) -> AttentionMask | None:
+        """The band of each frame of one grid in each frame of another, by their distance in time.
+
+        None under `block_rule="reference"`, which is about one video.
+        """
+        settled = self._settled("", query.grid)
+        distances = query.distances(key)
+        if self.rule == "paper":
+            widths = self._half_widths(settled, query.grid, int(distances.max()) + 1)
+            return FrameBandMask(query.grid, widths, settled.sink, key.grid, distances)
+        if self.block_rule == "reference":
+            return None
+        block_map = self._block_map(settled, query.grid, key.grid, distances)
+        return BlockMapMask(query.grid, block_map, settled.block_size)
 
     def block_size_on(self, grid: TokenGrid) -> int:
         return self._settled("", grid).block_size
@@ -202,14 +218,15 @@ class RadialAttn(StaticMaskMethod):
             int64 `(frames,)`: in a frame at distance d a token sees the tokens at most
             `half_widths[d]` positions from its own place in the frame; no token for -1.
         """
-        return self._half_widths(self._settled("", grid), grid)
+        return self._half_widths(self._settled("", grid), grid, grid.frames)
 
-    def _half_widths(self, settled: _Settled, grid: TokenGrid) -> torch.Tensor:
+    def _half_widths(self, settled: _Settled, grid: TokenGrid, frames: int) -> torch.Tensor:
+        """Half the width of the band at the temporal distances below `frames`."""
         size = grid.frame_tokens
         if self.rule == "paper":
-            widths = [_paper_half_width(d, size) for d in range(grid.frames)]
+            widths = [_paper_half_width(d, size) for d in range(frames)]
         else:
-            widths = [self._block_half_width(settled, d, size) for d in range(grid.frames)]
+            widths = [self._block_half_width(settled, d, size) for d in range(frames)]
         return torch.tensor(widths)
 
     def _block_half_width(self, settled: _Settled, distance: int, frame_tokens: int) -> int:
@@ -237,39 +254,53 @@ class RadialAttn(StaticMaskMethod):
         """
         return self._block_map(self._settled("", grid), grid)
 
-    def _block_map(self, settled: _Settled, grid: TokenGrid) -> torch.Tensor:
+    def _block_map(
+        self,
+        settled: _Settled,
+        grid: TokenGrid,
+        keys: TokenGrid | None = None,
+        distances: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The block map of `grid`, or of its video as queries and the video of `keys` as keys.
+
+        Args:
+            distances: int64 `(frames, frames of the keys)`, the temporal distances of frames; None
+                without `keys`.
+        """
         block = settled.block_size
         blocks = -(-grid.tokens // block)
         reference = self.block_rule == "reference"
-        fragments = fragments_of(grid, block, torch.device("cpu"))
+        query = fragments_of(grid, block, torch.device("cpu"))
+        key = query if keys is None else fragments_of(keys, block, torch.device("cpu"))
+        if distances is None:
+            distances = frame_distances(grid.frames)
 
-        half_width = self._half_widths(settled, grid)
-        distance = (fragments.frame[:, None] - fragments.frame[None, :]).abs()
-        width = half_width[distance]
+        half_width = self._half_widths(settled, grid, int(distances.max()) + 1)
+        width = half_width[distances[query.frame[:, None], key.frame[None, :]]]
         if settled.sink:
-            width[:, fragments.frame == 0] = grid.frame_tokens
+            width[:, key.frame == 0] = grid.frame_tokens
 
         # A key column counts as seen if more than a third of the rows see the column. A block is
         # kept if more than 60 % of the columns that any row sees count as seen. Both sets of
         # columns are intervals: only their ends are computed, never a token pair.
-        rows = fragments.size if not reference else torch.full_like(fragments.size, block)
+        rows = query.size if not reference else torch.full_like(query.size, block)
         enough = rows[:, None] // 3 + 1
-        top, bottom = fragments.first[:, None], fragments.last[:, None]
-        left, right = fragments.first[None, :], fragments.last[None, :]
+        top, bottom = query.first[:, None], query.last[:, None]
+        left, right = key.first[None, :], key.last[None, :]
         touched = _interval(torch.maximum(left, top - width), torch.minimum(right, bottom + width))
         seen = _interval(
             torch.maximum(left, top + enough - 1 - width),
             torch.minimum(right, bottom - enough + 1 + width),
         )
-        seen[(fragments.size[:, None] < enough) | (2 * width + 1 < enough)] = 0
+        seen[(query.size[:, None] < enough) | (2 * width + 1 < enough)] = 0
         kept = (5 * seen > 3 * touched) & (width >= 0)
         if reference:
             # The public code looks at ceil(frame / block) blocks of a frame, even if the frame
             # starts inside a block and reaches into another block.
-            first_block = (grid.video.start + fragments.frame * grid.frame_tokens) // block
-            looked_at = fragments.block - first_block < -(-grid.frame_tokens // block)
+            first_block = (grid.video.start + query.frame * grid.frame_tokens) // block
+            looked_at = query.block - first_block < -(-grid.frame_tokens // block)
             kept &= looked_at[:, None] & looked_at[None, :]
-        out = any_in_block(kept, fragments, fragments, blocks, blocks)
+        out = any_in_block(kept, query, key, blocks, blocks)
         if reference:
             dense = torch.ones(blocks, dtype=torch.bool)
             dense[-(-grid.video.start // block) : grid.video.stop // block] = False
@@ -282,23 +313,46 @@ class FrameBandMask(AttentionMask):
     """A token sees the tokens near its own place in other frames; text pairs never attend.
 
     Attributes:
-        half_widths: int64 `(frames,)`, see `RadialAttn.half_widths`.
+        half_widths: int64 `(distances,)`, see `RadialAttn.half_widths`.
         sink: whether every token sees the whole first frame.
+        keys: the grid whose video tokens are the keys, over the same tokens as `grid` and with
+            frames of the same size; None for `grid` itself.
+        distances: int64 `(frames, frames of the keys)`, the temporal distances of frames that
+            index `half_widths`; None where frames are 1 apart, as within one video.
     """
 
     half_widths: torch.Tensor
     sink: bool
+    keys: TokenGrid | None = None
+    distances: torch.Tensor | None = None
+
+    @property
+    def _key_grid(self) -> TokenGrid:
+        return self.keys or self.grid
+
+    @property
+    def _widths(self) -> torch.Tensor:
+        """Half the width of the band between frames, int64 `(frames, frames of the keys)`."""
+        distances = self.distances
+        if distances is None:
+            distances = frame_distances(self.grid.frames)
+        return self.half_widths[distances]
 
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         size = self.grid.frame_tokens
-        is_text = self.grid.is_text(query), self.grid.is_text(key)
+        is_text = self.grid.is_text(query), self._key_grid.is_text(key)
         # Text has no place in a frame and borrows the place of a video token. int32 is twice as
         # fast as int64 over many blocks.
-        start, end = self.grid.video.start, self.grid.video.stop - 1
-        query, key = ((x.clamp(start, end) - start).to(torch.int32) for x in (query, key))
-        distance = (query // size - key // size).abs_()
+        query, key = (
+            (x.clamp(grid.video.start, grid.video.stop - 1) - grid.video.start).to(torch.int32)
+            for grid, x in ((self.grid, query), (self._key_grid, key))
+        )
         half_widths = self.half_widths.to(query.device, torch.int32)
-        seen = (query % size - key % size).abs_() <= half_widths[distance]
+        if self.distances is None:
+            width = half_widths[(query // size - key // size).abs_()]
+        else:
+            width = half_widths[self.distances.to(query.device)][query // size, key // size]
+        seen = (query % size - key % size).abs_() <= width
         if self.sink:
             seen |= key < size
         return seen & ~is_text[0] & ~is_text[1]
@@ -309,11 +363,9 @@ class FrameBandMask(AttentionMask):
             return states
         rows, columns = states.shape
         block_q, block_kv, device = blocking.block_q, blocking.block_kv, blocking.device
-        query, key = (
-            fragments_of(self.grid, block_q, device),
-            fragments_of(self.grid, block_kv, device),
-        )
-        width = self.half_widths.to(device)[(query.frame[:, None] - key.frame[None, :]).abs()]
+        query = fragments_of(self.grid, block_q, device)
+        key = fragments_of(self._key_grid, block_kv, device)
+        width = self._widths.to(device)[query.frame[:, None], key.frame[None, :]]
         if self.sink:
             width[:, key.frame == 0] = self.grid.frame_tokens
         apart = torch.maximum(
@@ -324,9 +376,9 @@ class FrameBandMask(AttentionMask):
         )
         some = any_in_block(width >= apart, query, key, rows, columns)
         missing = any_in_block(width < furthest, query, key, rows, columns)
-        text = self.grid.is_text(torch.arange(self.grid.tokens, device=device))
-        missing[text.nonzero().flatten() // block_q] = True
-        missing[:, text.nonzero().flatten() // block_kv] = True
+        token = torch.arange(self.grid.tokens, device=device)
+        missing[self.grid.is_text(token).nonzero().flatten() // block_q] = True
+        missing[:, self._key_grid.is_text(token).nonzero().flatten() // block_kv] = True
         states[~some] = EMPTY
         states[~missing] = FULL
         return states
@@ -334,26 +386,33 @@ class FrameBandMask(AttentionMask):
     def block_signatures(
         self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
     ) -> torch.Tensor | None:
-        size, block_q, block_kv = self.grid.frame_tokens, blocking.block_q, blocking.block_kv
+        grid, keys = self.grid, self._key_grid
+        size, block_q, block_kv = grid.frame_tokens, blocking.block_q, blocking.block_kv
         if blocking.order is not None or size < max(block_q, block_kv):
             return None
         # A signature of blocks that touch at most two frames has three parts: the place in each
         # block where the frame changes, the shift between query and key in their frames, and the
         # bands between the frames involved.
         device = row.device
-        starts = row * block_q - self.grid.video.start, column * block_kv - self.grid.video.start
+        starts = row * block_q - grid.video.start, column * block_kv - keys.video.start
         (query_frame, query), (key_frame, key) = ((s // size, s % size) for s in starts)
         query_change, key_change = (
             (size - query).clamp(max=block_q),
             (size - key).clamp(max=block_kv),
         )
-        distance = torch.arange(-self.grid.frames, self.grid.frames + 1, device=device)
-        around = torch.stack([distance, distance + 1, distance - 1]).abs()
-        widths = self.half_widths.to(device)[around.clamp(max=self.grid.frames - 1)]
-        _, kind = widths.unique(dim=1, return_inverse=True)
-        out = kind[
-            (query_frame - key_frame).clamp(-self.grid.frames, self.grid.frames) + self.grid.frames
+        frames = torch.arange(grid.frames)[:, None], torch.arange(keys.frames)[None, :]
+        after = (
+            (frames[0] + 1).clamp(max=grid.frames - 1),
+            (frames[1] + 1).clamp(max=keys.frames - 1),
+        )
+        around = [
+            self._widths[q, k]
+            for q, k in (frames, (after[0], frames[1]), (frames[0], after[1]), after)
         ]
+        bands = torch.stack(around).flatten(1)
+        _, kind = bands.unique(dim=1, return_inverse=True)
+        inside = query_frame.clamp(0, grid.frames - 1), key_frame.clamp(0, keys.frames - 1)
+        out = kind.to(device)[inside[0] * keys.frames + inside[1]]
         out = out * 2 + (key_frame == 0)
         for part, values in (
             (query_change, block_q + 1),
@@ -363,9 +422,15 @@ class FrameBandMask(AttentionMask):
             out = out * values + part
         # A block that reaches past either end of the video holds text and has a signature alone.
         past = torch.stack(starts).amin(0) < 0
-        ends = torch.stack([starts[0] + block_q, starts[1] + block_kv]).amax(0)
-        past |= ends > self.grid.video_tokens
-        return torch.where(past, -1 - row * (self.grid.tokens // block_kv + 1) - column, out)
+        past |= starts[0] + block_q > grid.video_tokens
+        past |= starts[1] + block_kv > keys.video_tokens
+        return torch.where(past, -1 - row * (grid.tokens // block_kv + 1) - column, out)
+
+
+def frame_distances(frames: int) -> torch.Tensor:
+    """int64 `(frames, frames)`: the temporal distances of the frames of one video."""
+    frame = torch.arange(frames)
+    return (frame[:, None] - frame[None, :]).abs()
 
 
 def _given(value: _T | None, recommended: _T) -> _T:

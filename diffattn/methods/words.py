@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from diffattn.grid import TokenGrid
 from diffattn.methods.base import Method
 
 
@@ -15,6 +16,18 @@ def method_words(method: Method) -> str:
     values = {f.name: getattr(method, f.name) for f in own}
     told = (f for f in own if values[f.name] != f.default)
     return "  ".join([method.type, *(f"{f.name}={_word(values[f.name])}" for f in told)])
+
+
+def reference_words(method: Method, grid: TokenGrid) -> str:
+    """The policy for references on a grid, and the references that it does not apply to."""
+    starts = {span.grid.video.start for span in method.spans(grid)}
+    dense = [r for r in grid.references if r.start not in starts]
+    words = f"{method.references}, {len(grid.references) - len(dense)} of {len(grid.references)}"
+    words += " with pairs left out"
+    if dense and method.references != "exact":
+        sizes = ", ".join(f"{r.frames}x{r.height}x{r.width}" for r in dense)
+        words += f" ({sizes}: as text)"
+    return words
 
 
 def as_table(rows: Sequence[Sequence[str]]) -> str:

@@ -42,7 +42,7 @@ from diffattn.models.prx import PRX
 from diffattn.models.qwen import QWEN_IMAGE
 from diffattn.models.qwen21 import QWEN_IMAGE21
 from diffattn.models.sd3 import SD3
-from diffattn.models.unet import KANDINSKY3, UNET, UNET_VIDEO
+from diffattn.models.unet import KANDINSKY3, UNET
 from diffattn.models.wan import ANYFLOW, CHRONOEDIT, SKYREELS_V2, WAN, WAN_ANIMATE, WAN_ANIMATE2
 from diffattn.models.z_image import Z_IMAGE
 
@@ -92,7 +92,6 @@ FAMILIES: tuple[Family, ...] = (
     AURAFLOW,
     IDEOGRAM4,
     QWEN_IMAGE21,
-    UNET_VIDEO,
     KANDINSKY3,
     DIT,
     LUMINA_NEXT,
@@ -107,11 +106,11 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 # Models of diffusers without a rectangular grid or without token pairs, and the reason.
+_CHUNKS = "keys of earlier chunks come from a cache, under a block mask of the model's own"
 _LINEAR = "its self-attention is linear: it has no token pairs"
 _OVER_TIME = "its attention is over time alone, for each place of the picture by itself"
 _WITHOUT_GRID = {
-    "AnyFlowFARTransformer3DModel": "keys of earlier chunks come from a cache, and a BlockMask of"
-    " its own says which frames see which",
+    "AnyFlowFARTransformer3DModel": _CHUNKS,
     "DreamLiteTransformer2DModel": "a part of DreamLiteUNetModel, which is to be attached to",
     "Kandinsky6SRTransformer3DModel": "its own sparse attention puts tokens in another order",
     "MotionAdapter": _OVER_TIME,
@@ -119,10 +118,8 @@ _WITHOUT_GRID = {
     " over all pairs of tokens",
     "SanaTransformer2DModel": _LINEAR,
     "SanaVideoTransformer3DModel": _LINEAR,
-    "SanaWMLTX2RefinerTransformer3DModel": "keys of earlier chunks come from a cache, and a"
-    " BlockMask of its own says which frames see which",
-    "SanaWMTransformer3DModel": "its self-attention is linear: it has no token pairs, but in every"
-    " fourth layer, whose attention has no processor",
+    "SanaWMLTX2RefinerTransformer3DModel": _CHUNKS,
+    "SanaWMTransformer3DModel": "three of four layers are recurrences, which have no token pairs",
     "StableCascadeUNet": "it attends on its smallest grids alone, of at most 32 x 32 tokens for"
     " pictures of 1024 pixels",
     "Transformer2DModel": "a part of U-Nets, which are to be attached to",

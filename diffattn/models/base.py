@@ -179,7 +179,7 @@ class Family:
             call that give the grid of their calls, or None if the denoiser does not call them.
         padding: the format of the model's attention masks. "keys": True for each key that counts.
             "pairs": True for each pair of query and key that both count. "bias": 0 for each key
-            that counts.
+            that counts. "grid": a rule that the grid has as `causal_frames`.
         rotary: position and name of the argument of a site's call that holds the rotary position
             embedding: cosines and sines for pairs of neighbouring channels, every number twice.
             None if the sites have no such argument.
@@ -206,7 +206,7 @@ class Family:
     text: Literal["before", "after"] | None = None
     grid_modules: re.Pattern[str] | None = None
     parts: tuple[tuple[re.Pattern[str], Part], ...] = ()
-    padding: Literal["keys", "pairs", "bias"] = "keys"
+    padding: Literal["keys", "pairs", "bias", "grid"] = "keys"
     rotary: tuple[int, str] | None = None
     queries: Callable[[TokenGrid, int, int], tuple[slice, ...] | None] | None = None
     images: bool = False

@@ -41,5 +41,4 @@ COSMOS = Family(
     sites=re.compile(r"transformer_blocks\.(?P<layer>\d+)\.attn1"),
     grid=_grid,
     sizes=_sizes,
-    tested="model",
 )

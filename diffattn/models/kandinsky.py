@@ -71,5 +71,4 @@ KANDINSKY6 = Family(
     sites=re.compile(r"visual_transformer_blocks\.(?P<layer>\d+)\.video_dec_block\.self_attention"),
     grid=_grid_beside_first_frame,
     sizes=_sizes,
-    tested="model",
 )

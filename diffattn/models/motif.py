@@ -32,5 +32,4 @@ MOTIF_VIDEO = Family(
     sizes=_sizes,
     # The last single-stream blocks see the tokens of the blocks before in the place of text.
     text="after",
-    tested="model",
 )

@@ -21,7 +21,7 @@ class TokenFlow:
 
     The dimension of a place is the dimension of the tokens in its tensor. If tokens have several
     dimensions, such as frames, rows and columns, the dimension is the last of these. The dimension
-    may also hold the text of the same sequence.
+    may also hold the text of the same sequence. References stand beside the video in all places.
 
     Attributes:
         model_class: name of the diffusers class. Subclasses may do more and are left out.
@@ -79,9 +79,10 @@ def _reordered(order: TileOrder, x: Any, dim: int, *, optional: bool = False) ->
     if optional and (x is None or x.ndim <= dim or x.shape[dim] not in _lengths(order)):
         return x
     dim %= x.ndim
-    tokens = grid.tokens if x.shape[dim] == grid.tokens else grid.video_tokens
+    tokens = x.shape[dim] if x.shape[dim] in _lengths(order) else grid.video_tokens
     return order.to_tiles(x.reshape(-1, tokens, *x.shape[dim + 1 :])).reshape(x.shape)
 
 
 def _lengths(order: TileOrder) -> tuple[int, int]:
-    return order.grid.tokens, order.grid.video_tokens
+    pictures = order.grid.pictures
+    return order.grid.tokens, pictures.stop - pictures.start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -77,15 +78,10 @@ def _anyflow_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 
 def _forcing_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
+    """The grid of a call of SkyReels-V2, whose frames may be made block by block."""
     frames = model.config.num_frame_per_block
-    if frames > 1:
-        raise ValueError(
-            f"{type(model).__name__} with num_frame_per_block={frames} lets no block of {frames}"
-            f" latent frames see a later one, which a sparse method would not keep: pass"
-            f" causal_block_size=1 to the pipeline, which forces all frames at once, or"
-            f" set_attn_processor(None)"
-        )
-    return _grid(model, args, kwargs)
+    grid = _grid(model, args, kwargs)
+    return replace(grid, causal_frames=frames) if frames > 1 else grid
 
 
 def _animate2_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
@@ -153,9 +149,10 @@ WAN = _wan_shaped(
 
 SKYREELS_V2 = _wan_shaped(
     name="skyreels-v2",
-    title="SkyReels-V2 (without frame-causal blocks)",
+    title="SkyReels-V2 (diffusion forcing, T2V, I2V)",
     model_classes=("SkyReelsV2Transformer3DModel",),
     grid=_forcing_grid,
+    padding="grid",
 )
 
 CHRONOEDIT = _wan_shaped(

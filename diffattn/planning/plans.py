@@ -5,7 +5,7 @@ The module is not called `plan` because `diffattn.plan` is the function.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from diffattn.methods.base import Method, StaticMaskMethod
 from diffattn.methods.gna import GNAAttn, Tile, nearest_block_sparse
 from diffattn.methods.registry import as_method
 from diffattn.models.base import SizeRules
-from diffattn.orders import TileOrder, tiles_that_fit
+from diffattn.orders import tiles_that_fit
 from diffattn.planning.costs import Cost, Estimate
 from diffattn.planning.published import PUBLISHED, ModelShape, published_shape
 from diffattn.schedule import resolve_steps
+from diffattn.spans import Span
 
 # Blocks are counted in tables of blocks x blocks, which take gigabytes beyond this many tokens.
 _MOST_TOKENS = 1 << 21
@@ -43,11 +44,11 @@ class Plan(Cost):
         blocks: all blocks of a head's attention matrix.
         full_blocks: visited blocks that attend everywhere.
         partial_blocks: visited blocks that need a bit mask.
-        worst_blocks: the most key blocks that a query block without text tokens visits.
+        worst_blocks: the most key blocks that a query block of video tokens alone visits.
         columns: key blocks in a row.
         layout_bytes: memory of the index lists and bit masks, which all heads and layers share.
-        is_block_sparse: whether every visited block is full. Blocks that hold text, and blocks at
-            the ragged end of the sequence, do not count.
+        is_block_sparse: whether every visited block is full. Blocks that hold text, or tokens of
+            two pictures, and blocks at the ragged end of the sequence, do not count.
         nearest_block_sparse: for GNA, the nearest setting that is block-sparse, which may be the
             method itself. None for other methods, and where no setting but dense attention is
             block-sparse in whole tiles of the grid.
@@ -267,11 +268,11 @@ def _plan(grid: TokenGrid, method: Method, shape: ModelShape, model: str | None)
         )
     order = fitted.order(grid)
     layout = fitted.layout(grid, torch.device("cpu"), order)
-    masked = _has_masked_blocks(layout, grid, order)
+    masked = _has_masked_blocks(layout, fitted.spans(grid))
     best = None
     if isinstance(fitted, GNAAttn):
         best = _nearest_block_sparse(fitted, grid) if masked else fitted
-    has_text = _has_text(layout.block_q, grid)
+    has_text = ~_in_one_of(layout.block_q, fitted.spans(grid)[:1])
     visited = (layout.full_count + layout.partial_count)[0, 0]
     video_rows = visited if bool(has_text.all()) else visited[~has_text]
     return Plan(
@@ -280,7 +281,8 @@ def _plan(grid: TokenGrid, method: Method, shape: ModelShape, model: str | None)
         density=allowed_pairs(layout) / grid.tokens**2,
         extra_keys=extra_keys,
         block_size=layout.block_q,
-        tile=None if order is None else order.tile,
+        # Where only references are tiled, the order's own tile is one token.
+        tile=None if order is None or order.tile == (1, 1, 1) else order.tile,
         blocks=layout.rows * layout.columns,
         full_blocks=layout.full_blocks,
         partial_blocks=layout.partial_blocks,
@@ -336,16 +338,18 @@ def _dense_steps(method: Method, steps: int) -> int:
     return min(steps, sum(resolve_steps(end, steps) for end in ends))
 
 
-def _has_text(block: int, grid: TokenGrid) -> torch.Tensor:
-    """Whether each block of the sequence, in any order, holds text: bool `(blocks,)`."""
-    start = torch.arange(0, grid.tokens, block)
-    end = (start + block).clamp(max=grid.tokens)
-    return (start < grid.video.start) | (end > grid.video.stop)
+def _in_one_of(block: int, spans: Sequence[Span]) -> torch.Tensor:
+    """Whether each block of the sequence, in any order, lies in some span: bool `(blocks,)`."""
+    tokens = spans[0].grid.tokens
+    start = torch.arange(0, tokens, block)
+    end = (start + block).clamp(max=tokens)
+    videos = [span.grid.video for span in spans]
+    return torch.stack([(start >= v.start) & (end <= v.stop) for v in videos]).any(0)
 
 
-def _has_masked_blocks(layout: BlockLayout, grid: TokenGrid, order: TileOrder | None) -> bool:
-    """Whether a block of whole query and key blocks without text is partial."""
-    whole = ~_has_text(layout.block_q, grid)
+def _has_masked_blocks(layout: BlockLayout, spans: Sequence[Span]) -> bool:
+    """Whether a block of whole query and key blocks, each of one span alone, is partial."""
+    whole = _in_one_of(layout.block_q, spans)
     if layout.tokens_q % layout.block_q and bool(whole.any()):
         whole[-1] = False
     slot = torch.arange(layout.partial_index.shape[-1])
@@ -377,6 +381,6 @@ def _nearest_block_sparse(method: GNAAttn, grid: TokenGrid) -> GNAAttn | None:
             continue
         order = candidate.order(grid)
         layout = candidate.layout(grid, torch.device("cpu"), order)
-        if not _has_masked_blocks(layout, grid, order):
+        if not _has_masked_blocks(layout, candidate.spans(grid)):
             return candidate
     return None

@@ -261,6 +261,33 @@ _sd3 = partial(
     head_dim=64, text_after=333, steps=28,
 )  # fmt: skip
 
+
+def _cosmos(
+    name: str, size: tuple[int, int, int], *, heads: int, layers: int, steps: int, stride: int = 4
+) -> ModelShape:
+    height, width, num_frames = size
+    channels, context, of_text = heads * 128, 512, 1024
+    apart = LinearWork.apart(channels, 4 * channels, context)
+    return ModelShape(
+        name=name,
+        variant="cosmos",
+        heads=heads,
+        head_dim=128,
+        block_of_site=tuple(range(layers)),
+        sizes=SizeRules(16, frame_stride=stride, frame_offset=1),
+        # Keys and values of the text come from its own channels.
+        linear=LinearWork(apart.per_token, 4 * context * of_text * channels),
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        steps=steps,
+    )
+
+
+_cosmos1 = partial(_cosmos, size=(704, 1280, 121), steps=36, stride=8)
+_cosmos2 = partial(_cosmos, size=(704, 1280, 93), steps=35)
+_cosmos2_image = partial(_cosmos, size=(768, 1360, 1), steps=35)
+
 _480P, _720P = (480, 832, 81), (720, 1280, 81)
 _WITH_IMAGE = 512 + 257  # the context of image-to-video: text, and CLIP's tokens of the image
 
@@ -297,6 +324,24 @@ _SHAPES: tuple[ModelShape, ...] = (
         linear=LinearWork.apart(2048, 4 * 2048, context=128),
         height=512, width=704, num_frames=161, steps=50,
     ),
+    ModelShape(
+        name="Lightricks/LTX-2", variant="ltx-2",
+        heads=32, head_dim=128, block_of_site=tuple(range(48)),
+        sizes=SizeRules(32, frame_stride=8, frame_offset=1),
+        # Four projections between the video and the audio of half its width. The audio's own
+        # layers are below 1 % and left out.
+        linear=LinearWork(
+            LinearWork.apart(4096, 4 * 4096, context=1024).per_token + 8 * 4096 * 2048,
+            4 * 1024 * 4096**2,
+        ),
+        height=512, width=768, num_frames=121, steps=30,
+    ),
+    _cosmos1("nvidia/Cosmos-1.0-Diffusion-7B-Text2World", heads=32, layers=28),
+    _cosmos1("nvidia/Cosmos-1.0-Diffusion-14B-Text2World", heads=40, layers=36),
+    _cosmos2("nvidia/Cosmos-Predict2-2B-Video2World", heads=16, layers=28),
+    _cosmos2("nvidia/Cosmos-Predict2-14B-Video2World", heads=40, layers=36),
+    _cosmos2_image("nvidia/Cosmos-Predict2-2B-Text2Image", heads=16, layers=28),
+    _cosmos2_image("nvidia/Cosmos-Predict2-14B-Text2Image", heads=40, layers=36),
     ModelShape(
         name="MiniMaxAI/MiniMax-H3", variant="minimax-h3",
         heads=56, head_dim=128, block_of_site=tuple(range(50)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from diffattn.methods.words import method_words
+from diffattn.methods.words import method_words, reference_words
 from diffattn.planning.costs import Cost, Estimate
 from diffattn.planning.plans import Plan
 
@@ -26,6 +26,8 @@ def rows(plan: Cost) -> Iterator[tuple[str, str]]:
     if plan.model is not None:
         yield "model", plan.model
     yield "grid", f"{plan.grid}, {plan.tokens:,} tokens"
+    if plan.grid.references:
+        yield "references", reference_words(plan.method, plan.grid)
     yield "attention", f"{plan.layers} layers of {plan.heads} heads of {plan.head_dim}"
     if isinstance(plan, Plan):
         yield from _block_rows(plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -16,11 +17,12 @@ Chunk: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class KeyBlocks:
-    """A sequence cut into blocks of any lengths: blocks of video tokens, between blocks of text.
+    """A sequence cut into blocks of any lengths: blocks of video tokens, between other blocks.
 
     Attributes:
         starts: int32 `(blocks + 1,)`, the start of each block, and the end of the sequence.
-        text_before, text_after: text tokens at either end; the text at an end is one block.
+        others_before, others_after: lengths of the blocks at either end that hold no video tokens,
+            but text, or tokens of other pictures.
         members: int64 `(video blocks, longest)`, the video tokens of each block, counted from the
             first video token. Shorter blocks are filled up with the number of all video tokens.
         sizes: int64 `(video blocks,)`, the tokens of each video block.
@@ -29,8 +31,8 @@ class KeyBlocks:
     """
 
     starts: torch.Tensor
-    text_before: int
-    text_after: int
+    others_before: tuple[int, ...]
+    others_after: tuple[int, ...]
     members: torch.Tensor
     sizes: torch.Tensor
     block_of: torch.Tensor
@@ -46,8 +48,16 @@ class KeyBlocks:
         *,
         text_before: int = 0,
         text_after: int = 0,
+        others_before: Sequence[int] = (),
+        others_after: Sequence[int] = (),
     ) -> KeyBlocks:
-        """Cut a sequence into video blocks of `lengths` tokens, with text tokens around them.
+        """Cut a sequence into video blocks of `lengths` tokens, with other tokens around them.
+
+        Args:
+            lengths: tokens of each video block.
+            device: the device of the tensors.
+            text_before, text_after: text tokens at either end; the text at an end is one block.
+            others_before, others_after: lengths of further blocks next to the video blocks.
 
         Raises:
             ValueError: if there is no block, or a block without tokens.
@@ -57,15 +67,16 @@ class KeyBlocks:
         size = torch.tensor(lengths)
         ends = size.cumsum(0)
         video = int(ends[-1])
-        before, after = ([n] if n else [] for n in (text_before, text_after))
+        before = ((text_before,) if text_before else ()) + tuple(others_before)
+        after = tuple(others_after) + ((text_after,) if text_after else ())
         all_lengths = torch.tensor([0, *before, *lengths, *after])
         place = torch.arange(int(size.max()))
         members = (ends - size)[:, None] + place
         members[place >= size[:, None]] = video
         return cls(
             starts=all_lengths.cumsum(0).to(device, torch.int32),
-            text_before=text_before,
-            text_after=text_after,
+            others_before=before,
+            others_after=after,
             members=members.to(device),
             sizes=size.to(device),
             block_of=torch.arange(len(lengths)).repeat_interleave(size).to(device),
@@ -85,7 +96,8 @@ class KeyBlocks:
     @property
     def video(self) -> slice:
         """The positions of the video tokens in the sequence."""
-        return slice(self.text_before, self.text_before + self.block_of.numel())
+        start = sum(self.others_before)
+        return slice(start, start + self.block_of.numel())
 
     def padded(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Every block, text included, filled up to a multiple of `size` tokens.
@@ -96,8 +108,7 @@ class KeyBlocks:
         """
         if size not in self._padded:
             with torch.inference_mode(False):
-                before, after = ([n] if n else [] for n in (self.text_before, self.text_after))
-                lengths = torch.tensor([*before, *self.lengths, *after])
+                lengths = torch.tensor([*self.others_before, *self.lengths, *self.others_after])
                 runs = (lengths + size - 1) // size
                 block = torch.arange(len(lengths)).repeat_interleave(runs)
                 of_place = block.repeat_interleave(size)
@@ -147,34 +158,30 @@ class KeyBlocks:
         return self._tiles[tile]
 
 
-@dataclass(frozen=True)
-class Partition:
-    """An order of the tokens of `grid`: the video tokens block by block, text in its places.
-
-    Blocks at the ends of an axis that is no multiple of the chunk are shorter.
-
-    Attributes:
-        grid: the tokens of the sequence.
-        chunk: the size of a block: (frames, rows, columns) of a box, or (tokens,) of a run in the
-            grid's own order. Sizes beyond the grid's are allowed.
-    """
+class InBlocks(ABC):
+    """An order of the tokens of `grid` in which each block is a run."""
 
     grid: TokenGrid
-    chunk: Chunk
-    _on: dict[torch.device, tuple[KeyBlocks, torch.Tensor, torch.Tensor]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
+    @abstractmethod
     def lengths(self) -> list[int]:
         """Number of video tokens of each block."""
-        return torch.bincount(self._block_of_place()).tolist()
+
+    @abstractmethod
+    def _known(self, device: torch.device) -> tuple[KeyBlocks, torch.Tensor, torch.Tensor]:
+        """The blocks, the position in the sequence of each token, and the inverse of these."""
+
+    @property
+    def _keeps_order(self) -> bool:
+        """Whether the order is that of the sequence."""
+        return False
 
     def key_blocks(self, device: torch.device) -> KeyBlocks:
-        """The sequence in the partition's order, cut into blocks."""
+        """The sequence in this order, cut into blocks."""
         return self._known(device)[0]
 
     def to_blocks(self, x: torch.Tensor) -> torch.Tensor:
-        """Bring the tokens `(batch, tokens, ...)` into the partition's order; differentiable.
+        """Bring the tokens `(batch, tokens, ...)` into this order; differentiable.
 
         Raises:
             ValueError: if `x` does not have the grid's number of tokens.
@@ -203,6 +210,28 @@ class Partition:
                 f"dimension 1 of a tensor of shape {tuple(x.shape)} has not the {self.grid.tokens}"
                 f" tokens of {self.grid}"
             )
+
+
+@dataclass(frozen=True)
+class Partition(InBlocks):
+    """An order of the tokens of `grid`: the video tokens block by block, text in its places.
+
+    Blocks at the ends of an axis that is no multiple of the chunk are shorter.
+
+    Attributes:
+        grid: the tokens of the sequence.
+        chunk: the size of a block: (frames, rows, columns) of a box, or (tokens,) of a run in the
+            grid's own order. Sizes beyond the grid's are allowed.
+    """
+
+    grid: TokenGrid
+    chunk: Chunk
+    _on: dict[torch.device, tuple[KeyBlocks, torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def lengths(self) -> list[int]:
+        return torch.bincount(self._block_of_place()).tolist()
 
     @property
     def _keeps_order(self) -> bool:
@@ -238,3 +267,61 @@ class Partition:
         for axis, size, side in zip(axes, sizes, self.chunk, strict=True):
             out = out * -(-size // side) + axis // side
         return out
+
+
+@dataclass(frozen=True)
+class JointPartition(InBlocks):
+    """The partitions of several pictures or videos of one sequence, one after another.
+
+    All other tokens come first, as one block.
+
+    Attributes:
+        parts: partitions over as many tokens, each with another picture for the video.
+    """
+
+    parts: tuple[Partition, ...]
+    _on: dict[torch.device, tuple[KeyBlocks, torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _pools: dict[torch.device, tuple[KeyBlocks, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @property
+    def grid(self) -> TokenGrid:  # type: ignore[override]
+        return self.parts[0].grid
+
+    def lengths(self) -> list[int]:
+        return [length for part in self.parts for length in part.lengths()]
+
+    def pools(self, device: torch.device) -> tuple[KeyBlocks, ...]:
+        """For each part the blocks of the sequence, where those of this part hold the video."""
+        if device not in self._pools:
+            lengths = [part.lengths() for part in self.parts]
+            others = self.grid.tokens - sum(map(sum, lengths))
+            with torch.inference_mode(False):
+                self._pools[device] = tuple(
+                    KeyBlocks.of_lengths(
+                        lengths[n],
+                        device,
+                        text_before=others,
+                        others_before=[x for part in lengths[:n] for x in part],
+                        others_after=[x for part in lengths[n + 1 :] for x in part],
+                    )
+                    for n in range(len(self.parts))
+                )
+        return self._pools[device]
+
+    def _known(self, device: torch.device) -> tuple[KeyBlocks, torch.Tensor, torch.Tensor]:
+        if device not in self._on:
+            with torch.inference_mode(False):
+                token = torch.arange(self.grid.tokens)
+                inside = torch.zeros_like(token, dtype=torch.bool)
+                for part in self.parts:
+                    inside[part.grid.video] = True
+                pictures = [part.positions()[part.grid.video] for part in self.parts]
+                there = torch.cat([token[~inside], *pictures])
+                others = int((~inside).sum())
+                blocks = KeyBlocks.of_lengths(self.lengths(), device, text_before=others)
+                self._on[device] = blocks, there.to(device), there.argsort().to(device)
+        return self._on[device]

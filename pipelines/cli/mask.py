@@ -14,17 +14,28 @@ from .say import say
 EXAMPLES = options.examples(
     "mask --grid 21x30x52 --attn gna --attn-arg window=7,15,15 -o mask.png",
     "mask --model Wan-AI/Wan2.1-T2V-14B --attn radial -o radial.png",
+    "mask --grid 64+16x16 --reference 16x16 --attn clear --attn-arg references=local",
     'mask --attn vmoba --prompt "a red circle moving right on a blue background"',
 )
 
 # Parameters that `mask` reads itself; all other options describe a run, or a call in the run.
-_NOT_OF_A_RUN = ("grid", "attn", "attn_arg", "attn_config", "output", "query", "prompt")
+_NOT_OF_A_RUN = (
+    "grid",
+    "reference",
+    "attn",
+    "attn_arg",
+    "attn_config",
+    "output",
+    "query",
+    "prompt",
+)
 _OF_A_CALL = ("step", "layer", "head")
 
 
 def mask(
     context: typer.Context,
     grid: options.Grid = None,
+    reference: options.References = None,
     attn: options.Attn = None,
     attn_arg: options.AttnArg = None,
     attn_config: options.AttnConfig = None,
@@ -70,5 +81,5 @@ def mask(
     call = {name: settings.pop(name) for name in _OF_A_CALL if name in settings}
     run = RunOptions(prompt, settings, call)
     method = MethodOptions(attn, tuple(attn_arg or ()), attn_config)
-    for line in draw_mask(method, grid, query, output, run):
+    for line in draw_mask(method, grid, tuple(reference or ()), query, output, run):
         say(line)

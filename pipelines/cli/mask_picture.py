@@ -16,7 +16,7 @@ from ..run.method_settings import MethodOptions, attention_settings, make_method
 from ..run.model_shape import shape_of
 from ..run.outputs import Outputs, check_writable, staged
 from ..run.request import Request, check_option, option
-from .grid_text import read_grid, read_place
+from .grid_text import read_grid, read_place, with_references
 
 if TYPE_CHECKING:
     from diffattn import TokenGrid
@@ -43,13 +43,19 @@ class RunOptions:
 
 
 def draw_mask(
-    options: MethodOptions, grid: str | None, query: str | None, output: Path, run: RunOptions
+    options: MethodOptions,
+    grid: str | None,
+    references: tuple[str, ...],
+    query: str | None,
+    output: Path,
+    run: RunOptions,
 ) -> Iterator[str]:
     """Write the picture of a mask, and yield lines about the mask.
 
     Args:
         options: the attention method.
-        grid, query: as the user wrote them; without a query the middle of the grid is shown.
+        grid, references, query: as the user wrote them; without a query the middle of the grid is
+            shown.
         output: the PNG file.
         run: the model whose mask is drawn, in place of the grid or beside the grid; for a method
             that selects by content the run to draw.
@@ -64,9 +70,15 @@ def draw_mask(
     made = make_method(attention_settings(options, None))
     output = output.expanduser()
     if isinstance(made, VMoBAAttn):
+        if references:
+            raise UserError(
+                f"--reference: what {made.type} attends to depends on the video, and is drawn in a"
+                f" run; a run has the references that its pipeline is given"
+            )
         yield from _draw_run(made, grid, query, output, run)
         return
     variant, tokens = _place_of(made, grid, run)
+    tokens = with_references(tokens, references)
     place = draw.middle(tokens) if query is None else read_place(query)
     _check_output(output)
     try:
@@ -160,22 +172,23 @@ def _figures(method: StaticMaskMethod, grid: TokenGrid) -> Iterator[str]:
     import torch
 
     from diffattn.masks.base import allowed_pairs
+    from diffattn.methods.words import reference_words
 
     start = time.perf_counter()
     layout = method.layout(grid, torch.device("cpu"), method.order(grid))
     seconds = time.perf_counter() - start
     visited = layout.full_blocks + layout.partial_blocks
     yield f"{grid}: {grid.tokens} tokens"
+    if grid.references:
+        yield f"references: {reference_words(method, grid)}"
     yield f"density: {allowed_pairs(layout) / grid.tokens**2:.4%} of the token pairs attend"
     extra = method.extra_keys(grid)
     if extra is None:
         yield "note: the method does more than attend under this mask"
     elif extra:
         share = grid.video_tokens * extra / grid.tokens**2
-        yield (
-            f"pooled keys: {extra} more for every token but those of text, {share:.4%} as many"
-            f" pairs; not drawn"
-        )
+        who = "every token of the video" if grid.references else "every token but those of text"
+        yield f"pooled keys: {extra} more for {who}, {share:.4%} as many pairs; not drawn"
     yield (
         f"blocks: {visited} of {layout.rows * layout.columns} visited ({layout.density:.2%}), "
         f"{layout.full_blocks} full and {layout.partial_blocks} partial, of {layout.block_q} tokens"

@@ -78,6 +78,17 @@ Grid = Annotated[
         rich_help_panel=SIZE,
     ),
 ]
+References = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reference",
+        metavar="TxHxW[@START]",
+        help="A further picture or video in the sequence, in tokens: after the video, or with START"
+        " among the other tokens of --grid, from that position. May be repeated. How references"
+        " attend: --attn-arg references=exact, visible or local.",
+        rich_help_panel=SIZE,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
 
 

@@ -14,10 +14,11 @@ EXAMPLES = options.examples(
     "plan --model Wan-AI/Wan2.1-T2V-14B --attn gna --height 720 --width 1280 --num-frames 81",
     "plan --model moving-shapes",
     "plan --grid 21x30x52 --attn gna --attn-arg window=7,15,15",
+    "plan --grid 512+64x64 --reference 64x64 --attn clear --attn-arg references=local",
 )
 
 # Parameters that `plan` reads itself; all other options are arguments of `diffattn.plan`.
-_NOT_OF_A_PLAN = ("attn", "attn_arg", "attn_config", "model", "grid", "as_json")
+_NOT_OF_A_PLAN = ("attn", "attn_arg", "attn_config", "model", "grid", "reference", "as_json")
 
 
 def plan(
@@ -33,6 +34,7 @@ def plan(
         ),
     ] = None,
     grid: options.Grid = None,
+    reference: options.References = None,
     height: options.Pixels = None,
     width: options.Pixels = None,
     num_frames: options.Frames = None,
@@ -51,5 +53,7 @@ def plan(
 
     method = MethodOptions(attn, tuple(attn_arg or ()), attn_config)
     numbers = options.given_options(context, _NOT_OF_A_PLAN)
-    for line in plan_lines(PlanOptions(method, model, grid, numbers), as_json):
+    for line in plan_lines(
+        PlanOptions(method, model, grid, tuple(reference or ()), numbers), as_json
+    ):
         say(line)

@@ -13,11 +13,13 @@ from ..errors import UserError
 from ..run.method_settings import MethodOptions, attention_settings, make_method
 from ..run.model_shape import shape_of
 from ..run.request import check_option
-from .grid_text import read_grid
+from .grid_text import read_grid, with_references
 
 if TYPE_CHECKING:
     from diffattn import Plan
     from diffattn.planning.costs import Estimate
+
+_SIZES = ("height", "width", "num_frames", "text")
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,14 @@ class PlanOptions:
 
     Attributes:
         method: the attention method.
-        model, grid: as the user wrote them.
+        model, grid, references: as the user wrote them.
         numbers: further arguments of `diffattn.plan` that the user gave.
     """
 
     method: MethodOptions
     model: str | None
     grid: str | None
+    references: tuple[str, ...]
     numbers: Mapping[str, int]
 
 
@@ -59,8 +62,15 @@ def make_plan(options: PlanOptions) -> Plan | Estimate:
     numbers: dict[str, Any] = dict(options.numbers)
     for name, value in numbers.items():
         check_option(name, value, whole(0 if name == "text" else 1))
-    target = read_grid(options.grid) if options.grid is not None else shape_of(options.model or "")
+    target: Any
+    if options.grid is not None:
+        target = with_references(read_grid(options.grid), options.references)
+    else:
+        target = shape_of(options.model or "")
     try:
+        if options.model is not None and options.references:
+            sizes = {name: numbers.pop(name, None) for name in _SIZES}
+            numbers["grid"] = with_references(target.grid(**sizes), options.references)
         return diffattn.plan(target, method, **numbers)
     except ValueError as error:
         raise UserError(error) from None

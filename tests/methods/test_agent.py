@@ -202,6 +202,7 @@ def split_heads(x: np.ndarray, heads: int) -> torch.Tensor:
 def test_core_is_that_of_the_public_code(name: str) -> None:
     from diffattn.methods.agent.agents import Agents
     from diffattn.methods.agent.method import asking, sharpness
+    from diffattn.spans import division_of
 
     golden = np.load(GOLDENS / f"core_{name}.npz")
     q, k, v = (split_heads(golden[x], int(golden["heads"])) for x in "qkv")
@@ -209,7 +210,8 @@ def test_core_is_that_of_the_public_code(name: str) -> None:
     method = AgentAttn(k_scale2=golden["k_scale2"].item(), k_shortcut=golden["k_shortcut"].item())
     if "agent" in golden and 2 * golden["agent"].shape[1] < q.shape[1]:
         agents = Agents(split_heads(golden["agent"], int(golden["heads"])))
-        ask = asking(agents, q, k, v, grid, q.shape[-1] ** -0.5, None)
+        division = division_of(grid, method.spans(grid))
+        ask = asking(agents, q, k, v, division, q.shape[-1] ** -0.5, None)
         out = ask(sharpness(q.shape[-1], method.k_scale2)) + method.k_shortcut * v
     else:
         out = method.attend(q, k, v, Site("unet", 0, 1, grid))

@@ -109,7 +109,7 @@ def test_every_call_is_what_is_said_of_it(case: Case) -> None:
     for made, weights, (query, key, value, site, options, out) in zip(
         normalised, own_weights(model).values(), recorder.calls, strict=True
     ):
-        rotation = _rotation(site, query)
+        rotation = _rotation(site, query, recorder._division(site.grid))
         gate = weights.text_gate
         assert (gate is None) == (case.text is None)
         want = truth(query, key, value, site.grid, rotation, gate, options["scale"],

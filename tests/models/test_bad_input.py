@@ -48,17 +48,6 @@ def test_qwen_shapes_of_older_diffusers() -> None:
     assert family.grid(tiny.qwen_image(), (), inputs) == diffattn.TokenGrid(1, 6, 9)
 
 
-def test_frame_causal_masks_are_refused() -> None:
-    model = tiny.wan_shaped("SkyReelsV2Transformer3DModel", num_frame_per_block=2)
-    inputs = tiny.CASES["skyreels-v2"].inputs()
-    diffattn.set_attn_processor(model, stock.NEARBY)
-    message = (
-        "num_frame_per_block=2 lets no block of 2 latent frames see a later one, .*causal_block"
-    )
-    with pytest.raises(ValueError, match=message):
-        model(**(inputs | {"hidden_states": tiny.noise(2, 4, 4, 8, 12)}))
-
-
 def test_nabla_is_refused() -> None:
     with pytest.raises(ValueError, match="uses NABLA, the model's own sparse attention"):
         call("kandinsky-5", sparse_params={"to_fractal": True})
@@ -67,9 +56,10 @@ def test_nabla_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("AnyFlowFARTransformer3DModel", "come from a cache"),
+        ("AnyFlowFARTransformer3DModel", "come from a cache, under a block mask"),
         ("Kandinsky6SRTransformer3DModel", "its own sparse attention"),
-        ("SanaWMTransformer3DModel", "self-attention is linear"),
+        ("SanaWMTransformer3DModel", "three of four layers are recurrences"),
+        ("SanaVideoTransformer3DModel", "self-attention is linear"),
     ],
 )
 def test_models_without_a_grid_say_why(name: str, reason: str) -> None:

@@ -8,6 +8,7 @@ import stock
 import tiny_video_models as tiny
 import torch
 from tiny_case import noise
+from tiny_pipelines import PIPELINES
 
 import diffattn
 from diffattn import TokenGrid
@@ -350,3 +351,29 @@ def test_plans_of_a_pipeline_know_its_sound() -> None:
     pipe = minimax_h3_pipeline()
     got = diffattn.plan(pipe, method, height=480, width=832, num_frames=124, text=200)
     assert got.tokens == 15044
+
+
+def test_sizes_of_unets_of_videos() -> None:
+    """Frames attend apart in space: any number of them makes the same grid."""
+    pipe = SimpleNamespace(unet=tiny.svd(), vae_scale_factor=8)
+    for frames in (1, 14, 99):
+        assert pipeline_grid(pipe, 576, 1024, frames) == TokenGrid(1, 72, 128)
+    with pytest.raises(ValueError, match="height is 580, but this model needs a multiple of 8"):
+        pipeline_grid(pipe, 580, 1024, 14)
+    with pytest.raises(ValueError, match="num_frames is 0"):
+        pipeline_grid(pipe, 576, 1024, 0)
+
+
+# --- image to video in pipelines
+
+
+def test_a_run_of_kandinsky6_with_a_picture() -> None:
+    """The pipeline appends the picture's latents, and drops them afterwards."""
+    pipe, case = PIPELINES["kandinsky-6"].build(), PIPELINES["kandinsky-6"]
+    pipe.encode_image = lambda *args: noise(1, 8, 12, 4)
+    image = {"image": torch.zeros(1, 3, 64, 96)}
+    want = case.run(pipe, **image)
+    recorder = stock.Recording()
+    diffattn.set_attn_processor(pipe, recorder)
+    torch.testing.assert_close(case.run(pipe, **image), want, atol=1e-5, rtol=1e-4)
+    assert {site.grid for site, _ in recorder.calls} == set(tiny.CASES["kandinsky-6-i2v"].grids)

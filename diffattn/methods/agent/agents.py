@@ -6,6 +6,7 @@ memory linear in the tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -130,6 +131,16 @@ def cell_agents(
     mean = _cell_means(query.masked_fill(~mask[..., None, None], 0), grid, cell)
     # The mean of no token is 0 and not 0 / 0.
     return Agents(mean / share.clamp(min=torch.finfo(share.dtype).tiny), share[..., 0, 0] > 0)
+
+
+def joined_agents(parts: Sequence[Agents]) -> Agents:
+    """The agents of several grids as those of one."""
+    if len(parts) == 1:
+        return parts[0]
+    mean = torch.cat([part.mean for part in parts], 1)
+    if all(part.exists is None for part in parts):
+        return Agents(mean)
+    return Agents(mean, torch.cat([_full(part.exists, part.mean) for part in parts], 1))
 
 
 def cell_count(grid: TokenGrid, cell: tuple[int, int, int]) -> int:

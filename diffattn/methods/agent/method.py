@@ -26,6 +26,7 @@ from diffattn._checks import (
 )
 from diffattn.grid import TokenGrid
 from diffattn.interception import through_modes
+from diffattn.masks.base import BLOCK
 from diffattn.methods.agent.agents import (
     Agents,
     Beside,
@@ -34,9 +35,11 @@ from diffattn.methods.agent.agents import (
     cell_count,
     dense_attention,
     gather_values,
+    joined_agents,
 )
 from diffattn.methods.base import Adaptation, Method, Site, SiteWeights, Work
 from diffattn.models import family_of, makes_images
+from diffattn.spans import Division, Span, division_of, spans_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,6 +117,10 @@ class AgentAttn(Method):
             the same seed, step and block, and for all samples. None is the first token of a cell.
         last_dense_steps: steps at the end of the run without agents; the paper uses agents in the
             first 40 % of the steps.
+        references: with "exact" and "visible" references are treated as text is: their queries are
+            dense, and video queries see their keys beside the agents. With "local" each reference
+            has agents of its own, means over cells of the same size, and the queries of the video
+            and of all references ask the agents of all.
 
     Raises:
         ValueError: for a parameter out of range.
@@ -207,14 +214,18 @@ class AgentAttn(Method):
             return None
         return _Factors(_at(self.k_scale2, layer), _at(self.k_shortcut, layer))
 
+    def spans(self, grid: TokenGrid) -> tuple[Span, ...]:
+        return spans_of(grid, BLOCK) if self.references == "local" else super().spans(grid)
+
     def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work:
         """The cost of a call on a transformer, without the cost of computing the means."""
         channels = heads * head_dim
         agents = self._cell_count(grid)
         if agents is None:
             return Work(flops=4 * grid.tokens**2 * channels, density=1)
-        text = grid.tokens - grid.video_tokens
-        pairs = agents * grid.tokens + grid.video_tokens * (agents + text) + text * grid.tokens
+        division = self.division(grid)
+        text = division.others
+        pairs = agents * grid.tokens + division.tokens * (agents + text) + text * grid.tokens
         return Work(flops=4 * pairs * channels)
 
     def agents(
@@ -234,14 +245,23 @@ class AgentAttn(Method):
             return Agents(merging.agent_means(query))
         if self._cell_count(site.grid) is None:
             return None
-        video = site.grid.video
-        mask = None if key_mask is None else key_mask[:, video]
-        return cell_agents(query[:, video], site.grid, self.cell or _VIDEO_CELL, mask)
+        of_spans = []
+        for span in self.division(site.grid).spans:
+            mask = None if key_mask is None else key_mask[:, span.grid.video]
+            own = query[:, span.grid.video]
+            of_spans.append(cell_agents(own, span.grid, self.cell or _VIDEO_CELL, mask))
+        return joined_agents(of_spans)
+
+    def division(self, grid: TokenGrid) -> Division:
+        """The tokens whose queries ask agents, apart from all others."""
+        return division_of(grid, self.spans(grid))
 
     def _cell_count(self, grid: TokenGrid) -> int | None:
         """The number of agents of a call on a transformer; None if agents would save nothing."""
-        count = cell_count(grid, self.cell or _VIDEO_CELL)
-        return count if 2 * count < grid.video_tokens else None
+        division = self.division(grid)
+        cell = self.cell or _VIDEO_CELL
+        count = sum(cell_count(span.grid, cell) for span in division.spans)
+        return count if 2 * count < division.tokens else None
 
     def attend(
         self,
@@ -269,11 +289,11 @@ class AgentAttn(Method):
         agents = self.agents(query, site, key_mask)
         if agents is None:
             return dense_attention(query, key, value, scale, key_mask)
-        ask = asking(agents, query, key, value, site.grid, scale, key_mask)
+        division = self.division(site.grid)
+        ask = asking(agents, query, key, value, division, scale, key_mask)
         k_scale2, k_shortcut = self._factors(site, query.device)
-        video = site.grid.video
-        out = ask(sharpness(query.shape[-1], k_scale2)) + k_shortcut * value[:, video]
-        return with_dense_text(out.to(query.dtype), query, key, value, site.grid, scale, key_mask)
+        out = ask(sharpness(query.shape[-1], k_scale2)) + k_shortcut * division.inside(value)
+        return with_dense_text(out.to(query.dtype), query, key, value, division, scale, key_mask)
 
     def _factors(
         self, site: Site, device: torch.device
@@ -315,25 +335,25 @@ def asking(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    grid: TokenGrid,
+    division: Division,
     scale: float,
     key_mask: torch.Tensor | None,
 ) -> Callable[[Any], torch.Tensor]:
     """Let the agents of a call gather values.
 
     Returns:
-        A function that gives, for a sharpness, the attention output of the video queries,
-        (batch, video tokens, heads, head_dim).
+        A function that gives, for a sharpness, the attention output of the queries inside of the
+        division, (batch, tokens, heads, head_dim).
     """
     gathered = gather_values(agents, key, value, scale, key_mask)
-    video = grid.video
     beside = None
-    if grid.text_before or grid.text_after:
-        mask = None if key_mask is None else grid.text_of(key_mask)
-        beside = Beside(grid.text_of(key), grid.text_of(value), mask)
+    if division.others:
+        mask = None if key_mask is None else division.outside(key_mask)
+        beside = Beside(division.outside(key), division.outside(value), mask)
 
     def ask(sharpness: float | torch.Tensor) -> torch.Tensor:
-        return ask_agents(query[:, video], agents, gathered, scale, sharpness, beside)
+        own = division.inside(query)
+        return ask_agents(own, agents, gathered, scale, sharpness, beside)
 
     return ask
 
@@ -343,15 +363,15 @@ def with_dense_text(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    grid: TokenGrid,
+    division: Division,
     scale: float,
     key_mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The output of all tokens: `out` for the video tokens, dense attention for the text tokens."""
-    if not grid.text_before and not grid.text_after:
+    """The output of all tokens: `out` inside of the division, dense attention outside."""
+    if not division.others:
         return out
-    text = dense_attention(grid.text_of(query), key, value, scale, key_mask)
-    return torch.cat([text[:, : grid.text_before], out, text[:, grid.text_before :]], dim=1)
+    text = dense_attention(division.outside(query), key, value, scale, key_mask)
+    return division.joined(out, text)
 
 
 def _at(value: float | tuple[float, ...], layer: int) -> float:

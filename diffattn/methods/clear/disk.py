@@ -13,6 +13,9 @@ from diffattn.masks.base import AttentionMask, Blocking
 from diffattn.masks.block_geometry import Boxes, any_in_block, boxes_of, outlines_of
 from diffattn.orders import tiles_that_fit
 
+# Sums of three squared distances below this are exact in float32, in any order.
+_EXACT_IN_FLOAT32 = 1 << 22
+
 
 @dataclass(frozen=True, eq=False)
 class DiskMask(AttentionMask):
@@ -23,25 +26,29 @@ class DiskMask(AttentionMask):
             (rows apart)^2 + (columns apart)^2 < `limits[d]`. The limits never grow with d.
         first_frame: the tokens of the first frame see all video tokens, and all video tokens see
             the first frame.
+        keys: the grid whose video tokens are the keys, over the same tokens as `grid` and of as
+            many rows and columns; None for `grid` itself.
+        distances: int64 `(frames, frames of the keys)`, the temporal distances of frames that
+            index `limits`; None where frames are 1 apart, as within one video.
     """
 
     limits: torch.Tensor
     first_frame: bool
+    keys: TokenGrid | None = None
+    distances: torch.Tensor | None = None
 
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         if query.device.type == "cpu" and query.shape[-1:] == key.shape[-2:-1] == (1,):
             return self._allowed_between(query[..., 0], key[..., 0, :])
-        is_text = self.grid.is_text(query), self.grid.is_text(key)
-        # Text has no place in the grid and borrows the place of a video token. int32 is twice as
-        # fast as int64 over many blocks.
-        start, end = self.grid.video.start, self.grid.video.stop - 1
+        is_text = self.grid.is_text(query), self._key_grid.is_text(key)
+        # int32 is twice as fast as int64 over many blocks.
         query_at, key_at = (
-            [x.to(torch.int32) for x in self.grid.coordinates(token.clamp(start, end))]
-            for token in (query, key)
+            [x.to(torch.int32) for x in grid.places(token)]
+            for grid, token in ((self.grid, query), (self._key_grid, key))
         )
-        frames, rows, columns = (q - k for q, k in zip(query_at, key_at, strict=True))
-        limits = self.limits.to(query.device)
-        seen = rows.square_().add(columns.square_()) < limits[frames.abs_()]
+        rows, columns = query_at[1] - key_at[1], query_at[2] - key_at[2]
+        limits = self._limits_between(query_at[0], key_at[0])
+        seen = rows.square_().add(columns.square_()) < limits
         if self.first_frame:
             seen |= (query_at[0] == 0) | (key_at[0] == 0)
         return seen & ~is_text[0] & ~is_text[1]
@@ -50,38 +57,46 @@ class DiskMask(AttentionMask):
         """`allowed` of each query `(..., m)` and each key `(..., n)`, as bool `(..., m, n)`.
 
         The squared distance less the limit is a product of two matrices, which takes a fifth of the
-        time on a CPU. All numbers in the product are integers that float64 holds exactly.
+        time on a CPU. All numbers in the product are integers that its dtype holds exactly.
         """
-        start, end = self.grid.video.start, self.grid.video.stop - 1
-        frame_q, *plane_q = self.grid.coordinates(query.clamp(start, end))
-        frame_k, *plane_k = self.grid.coordinates(key.clamp(start, end))
+        farthest = self.grid.height**2 + self.grid.width**2
+        dtype = torch.float32 if farthest < _EXACT_IN_FLOAT32 else torch.float64
+        frame_q, *plane_q = self.grid.places(query)
+        frame_k, *plane_k = self._key_grid.places(key)
         (row_q, column_q), (row_k, column_k) = (
-            [x.double() for x in plane] for plane in (plane_q, plane_k)
+            [x.to(dtype) for x in plane] for plane in (plane_q, plane_k)
         )
         from_zero = [
-            (row.square() + column.square()).where(~self.grid.is_text(token), math.inf)
-            for row, column, token in ((row_q, column_q, query), (row_k, column_k, key))
+            (row.square() + column.square()).where(~grid.is_text(token), math.inf)
+            for grid, row, column, token in (
+                (self.grid, row_q, column_q, query),
+                (self._key_grid, row_k, column_k, key),
+            )
         ]
         # The frames that the queries are in.
         first = frame_q.amin(-1, keepdim=True)
         span = torch.arange(int((frame_q - first).max()) + 1)
         frames = (first + span).clamp(max=self.grid.frames - 1)
-        limits = self.limits.double()[(frames[..., None] - frame_k[..., None, :]).abs()]
+        limits = self._limits_between(frames[..., None], frame_k[..., None, :]).to(dtype)
         if self.first_frame:
             of_first = (frames[..., None] == 0) | (frame_k[..., None, :] == 0)
-            limits = limits.where(~of_first, self.grid.height**2 + self.grid.width**2)
+            limits = limits.where(~of_first, farthest)
         one_q, one_k = torch.ones_like(row_q), torch.ones_like(row_k)
         left = torch.stack([from_zero[0], one_q, -2 * row_q, -2 * column_q], -1)
-        left = torch.cat([left, ((frame_q - first)[..., None] == span).double()], -1)
+        left = torch.cat([left, ((frame_q - first)[..., None] == span).to(dtype)], -1)
         right = torch.stack([one_k, from_zero[1], row_k, column_k], -2)
         return left @ torch.cat([right, -limits], -2) < 0
 
     def block_states(self, blocking: Blocking) -> torch.Tensor:
         states = super().block_states(blocking)
         device, sizes = blocking.device, (blocking.block_q, blocking.block_kv)
-        query, key = (boxes_of(self.grid, size, device, blocking.order) for size in sizes)
+        query, key = (
+            boxes_of(grid, size, device, blocking.order)
+            for grid, size in zip((self.grid, self._key_grid), sizes, strict=True)
+        )
         limits = self.limits.to(device)
-        near, far = zip(*(_gaps(query, key, axis) for axis in range(3)), strict=True)
+        in_time = _gaps(query, key, 0) if self.distances is None else self._frame_gaps(query, key)
+        near, far = zip(in_time, *(_gaps(query, key, axis) for axis in (1, 2)), strict=True)
         seen = near[1].square().add_(near[2].square()) < limits[near[0]]
         unseen = far[1].square().add_(far[2].square()) >= limits[far[0]]
         if self.first_frame:
@@ -90,9 +105,9 @@ class DiskMask(AttentionMask):
         some = any_in_block(seen, query, key, *states.shape)
         missing = any_in_block(unseen, query, key, *states.shape)
         # Text keeps its places in every order.
-        text = self.grid.is_text(torch.arange(self.grid.tokens, device=device)).nonzero().flatten()
-        missing[text // sizes[0]] = True
-        missing[:, text // sizes[1]] = True
+        token = torch.arange(self.grid.tokens, device=device)
+        missing[self.grid.is_text(token).nonzero().flatten() // sizes[0]] = True
+        missing[:, self._key_grid.is_text(token).nonzero().flatten() // sizes[1]] = True
         states[~some] = EMPTY
         states[~missing] = FULL
         return states
@@ -102,31 +117,80 @@ class DiskMask(AttentionMask):
     ) -> torch.Tensor:
         # The shift between the blocks decides, and their tokens in the first frame. Out of reach,
         # the first frame alone decides.
-        grid = self.grid
         outlines = [
             outlines_of(grid, size, row.device, blocking.order)
-            for size in (blocking.block_q, blocking.block_kv)
+            for grid, size in (
+                (self.grid, blocking.block_q),
+                (self._key_grid, blocking.block_kv),
+            )
         ]
         (query, query_end), (key, key_end) = (
             (x.first[index], x.end[index]) for x, index in zip(outlines, (row, column), strict=True)
         )
         gap = torch.maximum(query - key_end, key - query_end).add(1).clamp(min=0)
+        in_time, shift = gap[:, 0], query[:, 0] - key[:, 0] + self._key_grid.frames
+        if self.distances is not None:
+            whole = [
+                Boxes(torch.arange(len(x.first), device=row.device), x.first, x.end)
+                for x in outlines
+            ]
+            in_time = self._frame_gaps(*whole)[0][row, column]
+            if not _by_shift(self.distances):
+                shift = query[:, 0] * self._key_grid.frames + key[:, 0]
         close = gap[:, 1].square() + gap[:, 2].square()
-        near = close < self.limits.to(row.device)[gap[:, 0]]
+        near = close < self.limits.to(row.device)[in_time]
         out = outlines[0].shape[row] * (len(outlines[1].shape) + 1) + outlines[1].shape[column]
-        sizes = (grid.frames, grid.height, grid.width)
-        for apart, size in zip((query - key).unbind(1), sizes, strict=True):
-            out = out * (2 * size) + (apart + size).where(near, 0)
+        rows, columns = (query - key)[:, 1:].unbind(1)
+        for apart, size in (
+            (shift, (self.grid.frames + 1) * (self._key_grid.frames + 1)),
+            (rows + self.grid.height, 2 * self.grid.height),
+            (columns + self.grid.width, 2 * self.grid.width),
+        ):
+            out = out * size + apart.where(near, 0)
         return out * 4 + (query[:, 0] == 0) * 2 + (key[:, 0] == 0)
 
+    @property
+    def _key_grid(self) -> TokenGrid:
+        return self.keys or self.grid
 
-def disk_limits(grid: TokenGrid, radius: int, frame_radius: int, window: str) -> torch.Tensor:
+    def _limits_between(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """The limits between frames of queries and frames of keys, which broadcast together."""
+        limits = self.limits.to(query.device)
+        if self.distances is None:
+            return limits[(query - key).abs_()]
+        return limits[self.distances.to(query.device)][query, key]
+
+    def _frame_gaps(self, query: Boxes, key: Boxes) -> tuple[torch.Tensor, torch.Tensor]:
+        """The least and the largest distance in time between boxes, as `_gaps` along an axis."""
+        assert self.distances is not None
+        out = []
+        for of_range in (torch.amin, torch.amax):
+            table = self.distances.to(query.first.device, torch.int32)
+            for boxes in (query, key):
+                # Boxes have few distinct ranges of frames.
+                frames = torch.stack([boxes.first[:, 0], boxes.end[:, 0]], 1)
+                ranges, which = frames.unique(dim=0, return_inverse=True)
+                rows = [of_range(table[first:end], 0) for first, end in ranges.tolist()]
+                table = torch.stack(rows)[which].T
+            out.append(table)
+        return out[0], out[1]
+
+
+def _by_shift(distances: torch.Tensor) -> bool:
+    """Whether the distance of two frames depends on the difference of their numbers alone."""
+    return torch.equal(distances[1:, 1:], distances[:-1, :-1])
+
+
+def disk_limits(
+    grid: TokenGrid, frames: int, radius: int, frame_radius: int, window: str
+) -> torch.Tensor:
     """The limits of a `DiskMask` over `grid`, exact in integers.
 
     No squared distance reaches the grid's squared diagonal. Limits are cut there to fit into int32.
 
     Args:
         grid: the tokens.
+        frames: number of temporal distances, from 0.
         radius: distance in the plane, in tokens, from which on tokens are not seen.
         frame_radius: distance in latent frames from which on frames are not seen.
         window: "ellipsoid", a disk that shrinks towards `frame_radius`, or "cylinder".
@@ -135,7 +199,7 @@ def disk_limits(grid: TokenGrid, radius: int, frame_radius: int, window: str) ->
         int32 `(frames,)`.
     """
     limits = []
-    for distance in range(grid.frames):
+    for distance in range(frames):
         if distance >= frame_radius:
             limits.append(0)
         elif window == "cylinder":

@@ -23,6 +23,7 @@ from diffattn.methods.clear.cells import CellWeights, cells, mean_weight, pooled
 from diffattn.methods.clear.disk import DiskMask, best_tile, disk_limits
 from diffattn.operator import add_keys, attention, every_pair
 from diffattn.orders import TileOrder
+from diffattn.spans import Span
 
 # Published weights exist for the radii 8, 16 and 32. 16 is the smallest of these radii without
 # repeated patterns in pictures that are made without pooled keys.
@@ -96,6 +97,7 @@ class CLEARAttn(StaticMaskMethod):
 
     type: ClassVar[str] = "clear"
     paper: ClassVar[str] = "arXiv 2412.16112"
+    by_place: ClassVar[bool] = True
 
     radius: int | None = field(
         default=None, metadata={"help": "tokens in the plane, those at this distance left out"}
@@ -160,13 +162,23 @@ class CLEARAttn(StaticMaskMethod):
     def video_mask(self, grid: TokenGrid) -> AttentionMask:
         # `first_frame` does not apply to an image: every token would see the whole image.
         first_frame = grid.frames > 1 and self._settled().first_frame
-        return DiskMask(grid, self._limits(grid), first_frame)
+        return DiskMask(grid, self._limits(grid, grid.frames), first_frame)
+
+    def mask_between(self, query: Span, key: Span) -> AttentionMask:
+        """The circle around a token's place in another grid, by the distance of frames in time.
+
+        Between two videos `first_frame` holds for the first frame of each.
+        """
+        distances = query.distances(key)
+        first_frame = min(distances.shape) > 1 and self._settled().first_frame
+        limits = self._limits(query.grid, int(distances.max()) + 1)
+        return DiskMask(query.grid, limits, first_frame, key.grid, distances)
 
     def order_on(self, grid: TokenGrid) -> TileOrder:
         """Tiles of one block: 8 x 16 tokens in an image, the result of `best_tile` in a video."""
         if grid.frames == 1:
             return TileOrder(grid, _IMAGE_TILE)
-        return TileOrder(grid, best_tile(grid, self._limits(grid), BLOCK))
+        return TileOrder(grid, best_tile(grid, self._limits(grid, grid.frames), BLOCK))
 
     @property
     def is_mask_alone(self) -> bool:
@@ -265,9 +277,9 @@ class CLEARAttn(StaticMaskMethod):
         )
         return torch.cat([out[:, : video.start], seen, out[:, video.stop :]], 1)
 
-    def _limits(self, grid: TokenGrid) -> torch.Tensor:
+    def _limits(self, grid: TokenGrid, frames: int) -> torch.Tensor:
         settled = self._settled()
-        return disk_limits(grid, settled.radius, settled.frame_radius, settled.window)
+        return disk_limits(grid, frames, settled.radius, settled.frame_radius, settled.window)
 
 
 @dataclass(frozen=True)

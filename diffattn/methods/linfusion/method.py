@@ -21,6 +21,7 @@ from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.interception import through_modes
 from diffattn.kernels.linear import CHUNK, linear_attention
+from diffattn.masks.base import BLOCK
 from diffattn.methods.base import Method, Site, SiteState, SiteWeights, Work
 from diffattn.methods.checkpoint import parameters_by_own_name
 from diffattn.methods.linfusion.projections import with_input_maps
@@ -33,6 +34,7 @@ from diffattn.operator import (
     choose_backend,
     every_pair,
 )
+from diffattn.spans import Division, Span, division_of, spans_of
 
 # U-Nets, and transformers whose rotary position embedding can be read at a site, see `Family`.
 FAMILIES_WITH_IT = ("unet", *(family.name for family in FAMILIES if family.rotary is not None))
@@ -92,6 +94,9 @@ class LinFusionAttn(Method):
         chunk: tokens whose features are in memory at a time, if no GPU kernel is used.
         reference_arithmetic: compute as the public code does, in the dtype of the model, where
             float16 may overflow; for U-Nets only. Otherwise features and state are float32.
+        references: with "exact" and "visible" references are treated as text is: attention to and
+            from them is softmax, and its cost grows with the tokens of references times all tokens.
+            With "local" the tokens of references join those of the video in linear attention.
 
     Raises:
         ValueError: for a parameter out of range.
@@ -158,10 +163,14 @@ class LinFusionAttn(Method):
     def site_processor(self, processor: Any, state: SiteState) -> Any:
         return with_input_maps(processor, self.type, state)
 
+    def spans(self, grid: TokenGrid) -> tuple[Span, ...]:
+        return spans_of(grid, BLOCK) if self.references == "local" else super().spans(grid)
+
     def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work:
         """The cost of a call, with the adapting networks and without computing the features."""
         channels = heads * head_dim
-        video, text = grid.video_tokens, grid.tokens - grid.video_tokens
+        division = self._division(grid)
+        video, text = division.tokens, division.others
         width = 0 if self.mid_dim == _IDENTITY else _middle(channels, self.mid_dim)
         linear = 4 * video * channels * head_dim + 8 * video * channels * width
         return Work(flops=linear + 4 * (text * grid.tokens + video * text) * channels)
@@ -179,15 +188,24 @@ class LinFusionAttn(Method):
         if self.reference_arithmetic:
             attend = partial(_in_reference_arithmetic, eps=self.eps, key_mask=key_mask)
             return through_modes(attend, query, key, value)
-        joint = site.grid.text_before + site.grid.text_after > 0
-        rotation = _rotation(site, query)
-        if joint:
+        division = self._division(site.grid)
+        rotation = _rotation(site, query, division)
+        if division.others:
             attend = partial(
-                self._attend_jointly, site=site, rotation=rotation, scale=scale, key_mask=key_mask
+                self._attend_jointly,
+                site=site,
+                division=division,
+                rotation=rotation,
+                scale=scale,
+                key_mask=key_mask,
             )
         else:
             attend = partial(self._attend_linearly, rotation=rotation, key_mask=key_mask)
         return through_modes(attend, query, key, value)
+
+    def _division(self, grid: TokenGrid) -> Division:
+        """The tokens of linear attention, apart from those of softmax attention."""
+        return division_of(grid, self.spans(grid))
 
     def _attend_linearly(
         self,
@@ -223,34 +241,39 @@ class LinFusionAttn(Method):
         key: torch.Tensor,
         value: torch.Tensor,
         site: Site,
+        division: Division,
         rotation: torch.Tensor | None,
         scale: float | None,
         key_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Linear attention among video tokens, softmax for text queries and text keys."""
-        video = site.grid.video
-        of_text = attention(site.grid.text_of(query), key, value, scale=scale, key_mask=key_mask)
+        """Linear attention among the tokens inside of a division, softmax for all others."""
+        of_text = attention(division.outside(query), key, value, scale=scale, key_mask=key_mask)
         video_mask = text_mask = None
         if key_mask is not None:
-            video_mask, text_mask = key_mask[:, video], site.grid.text_of(key_mask)
+            video_mask, text_mask = division.inside(key_mask), division.outside(key_mask)
+        video_query = division.inside(query)
         out = self._attend_linearly(
-            query[:, video], key[:, video], value[:, video], rotation, video_mask
+            video_query, division.inside(key), division.inside(value), rotation, video_mask
         )
         sizes = out.shape[1], of_text.shape[1], query.device
         if sizes not in self._every_pair:
             self._every_pair[sizes] = every_pair(*sizes)
         weights: Any = site.weights
+        gate = weights.text_gate
+        if gate is None:
+            # A model without text in its sequence has references there: the gate's first value.
+            gate = out.new_zeros(out.shape[2])
         seen = add_keys(
             out,
-            _stand_in_lse(out, video_mask, weights.text_gate),
-            query[:, video],
-            site.grid.text_of(key),
-            site.grid.text_of(value),
+            _stand_in_lse(out, video_mask, gate),
+            video_query,
+            division.outside(key),
+            division.outside(value),
             self._every_pair[sizes],
             scale,
             text_mask,
         )
-        return torch.cat([of_text[:, : video.start], seen, of_text[:, video.start :]], 1)
+        return division.joined(seen, of_text)
 
 
 class LinFusionWeights(SiteWeights):
@@ -343,8 +366,8 @@ def _on(network: torch.nn.Module, x: torch.Tensor) -> torch.nn.Module:
     return network
 
 
-def _rotation(site: Site, query: torch.Tensor) -> torch.Tensor | None:
-    """The rotation of the video tokens of a call, in the format of `linear_attention`.
+def _rotation(site: Site, query: torch.Tensor, division: Division) -> torch.Tensor | None:
+    """The rotation of the tokens of linear attention, in the format of `linear_attention`.
 
     The model rotates queries and keys before the call. With the same tables the kernel undoes the
     rotation, up to rounding. So the model's own processors stay unchanged, and dense calls need no
@@ -352,7 +375,7 @@ def _rotation(site: Site, query: torch.Tensor) -> torch.Tensor | None:
     in advance whether the next call is dense.)
 
     Returns:
-        float32 (2, video tokens, head_dim / 2), cosines and sines; None if nothing was rotated.
+        float32 (2, tokens, head_dim / 2), cosines and sines; None if nothing was rotated.
     """
     if site.rotary is None:
         return None
@@ -360,14 +383,19 @@ def _rotation(site: Site, query: torch.Tensor) -> torch.Tensor | None:
     # A rotation turns two neighbouring channels: the tables have every number twice.
     cos, sin = (table.reshape(-1, table.shape[-1])[:, ::2] for table in site.rotary)
     rotation = torch.stack([cos, sin]).to(query.device, torch.float32)
-    if rotation.shape[1] == grid.tokens:
-        rotation = rotation[:, grid.video]
-    if rotation.shape[1] != grid.video_tokens:
+    rows, pictures = rotation.shape[1], grid.pictures
+    if rows == division.tokens:
+        return rotation
+    if rows == pictures.stop - pictures.start:
+        ends = (pictures.start, grid.tokens - pictures.stop)
+        rotation = F.pad(rotation, (0, 0, *ends))
+    if rotation.shape[1] != grid.tokens:
         raise NotImplementedError(
-            f"the position embedding of this call is of {rotation.shape[1]} tokens, but it is over"
-            f" {grid.video_tokens}, of which linfusion needs each one's; use another method here"
+            f"the position embedding of this call is of {rows} tokens, but it is over"
+            f" {division.tokens}, of which linfusion needs each one's; use another method here"
+            + ("" if len(division.spans) == 1 else ", or references='visible'")
         )
-    return rotation
+    return division.inside(rotation)
 
 
 def _stand_in_lse(

@@ -23,11 +23,13 @@ from diffattn._checks import (
 )
 from diffattn.blocks import unpack_bits
 from diffattn.grid import TokenGrid
+from diffattn.masks.base import BLOCK
 from diffattn.methods.base import Method, Site, Work
 from diffattn.methods.vmoba.chunks import Sides, recommended_chunk
 from diffattn.methods.vmoba.selection import SCOPES, Rule, select_blocks
 from diffattn.selected.attention import SelectionMask, selected_attention
-from diffattn.selected.key_blocks import Chunk, Partition
+from diffattn.selected.key_blocks import Chunk, JointPartition, KeyBlocks, Partition
+from diffattn.spans import Span, spans_of
 
 PARTITIONS = ("1d", "2d", "3d")
 
@@ -121,6 +123,10 @@ class VMoBAAttn(Method):
             of each run of `tile` queries. Tiles are faster on a GPU, but another model than the
             paper's.
         tile: queries of a tile with `granularity="tile"`; 128 when None.
+        references: with "visible" a reference is cut into blocks of its own, by the same chunk. Its
+            queries select among its own blocks, the same share as queries of the video, and see
+            all other tokens. All other queries see the whole reference. With "local" every query
+            selects among the blocks of the video and of all references, again the same share.
 
     Raises:
         ValueError: for a parameter out of range, or a parameter without effect beside another.
@@ -161,6 +167,9 @@ class VMoBAAttn(Method):
     granularity: str = field(default="query", metadata={"help": "query or tile: who selects"})
     tile: int | None = field(default=None, metadata={"help": "queries of a tile (default: 128)"})
     _partitions_known: dict[tuple[TokenGrid, str], Partition] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _joint_known: dict[tuple[TokenGrid, str], JointPartition] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -255,9 +264,35 @@ class VMoBAAttn(Method):
     def _kind(self, layer: int) -> str:
         return self.partitions[self.layer_kind(layer)]
 
-    def partition(self, grid: TokenGrid, layer: int) -> Partition:
+    def partition(self, grid: TokenGrid, layer: int) -> Partition | JointPartition:
         """The blocks of the tokens of `grid` in a layer."""
-        return self._known_partition(self._kind(layer), grid)
+        kind = self._kind(layer)
+        spans = self.spans(grid)
+        if len(spans) == 1:
+            return self._known_partition(kind, grid)
+        if (grid, kind) not in self._joint_known:
+            parts = (self._known_partition(kind, span.grid) for span in spans)
+            self._joint_known[grid, kind] = JointPartition(tuple(parts))
+        return self._joint_known[grid, kind]
+
+    def spans(self, grid: TokenGrid) -> tuple[Span, ...]:
+        return super().spans(grid) if self.references == "exact" else spans_of(grid, BLOCK)
+
+    def pools(self, grid: TokenGrid, layer: int) -> list[Pool]:
+        """The pools of blocks among which tokens of `grid` select in a layer.
+
+        The video's tokens select in the first pool. With "visible" references each reference has a
+        pool of its own, with "local" references there is one pool for all.
+        """
+        rule = self.rule(grid, layer)
+        partition = self.partition(grid, layer)
+        if not isinstance(partition, JointPartition):
+            return [Pool(tuple(partition.lengths()), rule)]
+        each = [tuple(part.lengths()) for part in partition.parts]
+        if self.references == "local":
+            each = [tuple(length for lengths in each for length in lengths)]
+        blocks = len(partition.parts[0].lengths())
+        return [Pool(lengths, _for_blocks(rule, len(lengths) / blocks)) for lengths in each]
 
     def rule(self, grid: TokenGrid, layer: int) -> Rule:
         """The rule that selects blocks on `grid` in a layer."""
@@ -343,13 +378,16 @@ class VMoBAAttn(Method):
         partition = self.partition(site.grid, site.layer)
         query, key, value = (partition.to_blocks(x) for x in (query, key, value))
         key_mask = None if key_mask is None else partition.to_blocks(key_mask)
-        bits = select_blocks(
-            query,
-            key,
-            partition.key_blocks(query.device),
-            self.rule(site.grid, site.layer),
-            key_mask=key_mask,
+        blocks: tuple[KeyBlocks, ...] = (partition.key_blocks(query.device),)
+        if isinstance(partition, JointPartition) and self.references == "visible":
+            blocks = partition.pools(query.device)
+        pools = self.pools(site.grid, site.layer)
+        bits, *others = (
+            select_blocks(query, key, its_blocks, pool.rule, key_mask=key_mask)
+            for its_blocks, pool in zip(blocks, pools, strict=True)
         )
+        for its_blocks, selected in zip(blocks[1:], others, strict=True):
+            bits[:, :, its_blocks.video] = selected[:, :, its_blocks.video]
         return query, key, value, key_mask, bits
 
     def _known_partition(self, kind: str, grid: TokenGrid) -> Partition:
@@ -366,34 +404,75 @@ class VMoBAAttn(Method):
         The share is exact for "topk" with blocks of one length. For "threshold" it is an estimate
         from normally distributed scores; according to the paper, real scores are close to normal.
         """
-        rule = self.rule(grid, layer)
-        blocks = len(self.partition(grid, layer).lengths())
+        shares = [self._share(pool) for pool in self.pools(grid, layer)]
+        tokens = [sum(pool.lengths) for pool in self.pools(grid, layer)]
+        return 1 - sum(
+            (1 - share) * (count / grid.tokens) ** 2
+            for share, count in zip(shares, tokens, strict=True)
+        )
+
+    def _share(self, pool: Pool) -> float:
+        """The expected share of a pool's blocks that a query of the pool selects."""
+        blocks, rule = len(pool.lengths), pool.rule
         if rule.topk is not None:
-            share = min(rule.topk, blocks) / blocks
-        else:
-            assert rule.tau is not None
-            share = max(_share_by_threshold(rule.tau, self._pool(rule, grid, blocks)), 1 / blocks)
-        return 1 - (1 - share) * (grid.video_tokens / grid.tokens) ** 2
+            return min(rule.topk, blocks) / blocks
+        assert rule.tau is not None
+        return max(_share_by_threshold(rule.tau, pool.ranked), 1 / blocks)
 
     def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work:
         channels = heads * head_dim
-        rule = self.rule(grid, layer)
         density = self.expected_density(grid, layer)
-        lengths = self.partition(grid, layer).lengths()
-        is_dense = rule.tau == 1 or (rule.topk is not None and rule.topk >= len(lengths))
-        queries = -(-grid.video_tokens // rule.tile)
-        selection = 0 if is_dense else 2 * queries * len(lengths) * channels
+        pools = self.pools(grid, layer)
+        selection = sum(
+            2 * pool.queries * len(pool.lengths) * channels for pool in pools if not pool.is_dense
+        )
         return Work(
             flops=4 * density * grid.tokens**2 * channels + selection,
             density=density,
             selection_flops=selection,
-            is_exact=is_dense or (rule.topk is not None and len(set(lengths)) == 1),
+            is_exact=all(
+                pool.is_dense or (pool.rule.topk is not None and len(set(pool.lengths)) == 1)
+                for pool in pools
+            ),
         )
 
-    def _pool(self, rule: Rule, grid: TokenGrid, blocks: int) -> int:
+
+@dataclass(frozen=True)
+class Pool:
+    """Blocks among which the tokens of these blocks select.
+
+    Attributes:
+        lengths: tokens of each block.
+        rule: the rule that selects.
+    """
+
+    lengths: tuple[int, ...]
+    rule: Rule
+
+    @property
+    def queries(self) -> int:
+        """The queries, or tiles of queries, that select."""
+        return -(-sum(self.lengths) // self.rule.tile)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether all queries select all blocks."""
+        topk = self.rule.topk
+        return self.rule.tau == 1 or (topk is not None and topk >= len(self.lengths))
+
+    @property
+    def ranked(self) -> int:
         """The number of pairs of query and block, of one head, that are ranked together."""
-        queries = -(-grid.video_tokens // rule.tile)
-        return {"query": blocks, "unpublished-block": queries}.get(rule.scope, queries * blocks)
+        blocks = len(self.lengths)
+        alone = {"query": blocks, "unpublished-block": self.queries}
+        return alone.get(self.rule.scope, self.queries * blocks)
+
+
+def _for_blocks(rule: Rule, times: float) -> Rule:
+    """The rule with the same share of `times` as many blocks, at least the own and one more."""
+    if rule.topk is None:
+        return rule
+    return replace(rule, topk=max(min(rule.topk, 2), round(rule.topk * times)))
 
 
 def _chunk_on(grid: TokenGrid, chunk: Sides | float) -> Chunk:

@@ -64,7 +64,9 @@ def select_blocks(
     *,
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The blocks that each query selects. Text selects all blocks, and all queries select text.
+    """The blocks that each query selects; all queries select all blocks that hold no video.
+
+    Tokens that are no video tokens select all blocks.
 
     Args:
         query, key: (batch, tokens, heads, head_dim), in the order of the blocks.
@@ -108,7 +110,7 @@ def select_blocks(
                 chosen = _choose(scores, own, ranked, rule)
                 if rule.tile > 1:
                     chosen = chosen[:, deciders.block_of]
-                bits[sample, some, video] = _with_text(chosen, blocks)
+                bits[sample, some, video] = _with_others(chosen, blocks)
     return bits
 
 
@@ -248,9 +250,9 @@ def _choose(
     return chosen.view(heads, queries, count)
 
 
-def _with_text(chosen: torch.Tensor, blocks: KeyBlocks) -> torch.Tensor:
-    """Bits of the chosen blocks, bool (heads, video tokens, blocks), and of the text blocks."""
-    ends = (int(blocks.text_before > 0), int(blocks.text_after > 0))
+def _with_others(chosen: torch.Tensor, blocks: KeyBlocks) -> torch.Tensor:
+    """Bits of the chosen blocks, bool (heads, video tokens, blocks), and of the other blocks."""
+    ends = (len(blocks.others_before), len(blocks.others_after))
     return pack_bits(torch.nn.functional.pad(chosen, ends, value=True))
 
 
