@@ -34,7 +34,7 @@ ROOMS = (
     ("planning",),
     ("draw",),
     ("attach",),
-    ("calibration",),
+    ("calibration", "testing"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 # Shortcuts of the face of the package, and what only type checkers read.

@@ -248,58 +248,6 @@ def test_klein_with_references_in_its_cache(method: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(run(model), dense, strict=True))
 
 
-def _qwen21() -> tuple[Any, Any]:
-    """Qwen-Image 2.1, and a function that runs two steps with a condition image of 2 x 4 tokens."""
-    model = pictures.qwen_image21()
-    module: Any = importlib.import_module(type(model).__module__)
-    inputs = pictures.qwen21_inputs()
-
-    def run(call: Any, **changes: Any) -> list[torch.Tensor]:
-        cache = module.QwenImage21KVCache(2)
-        with torch.no_grad():
-            return [
-                call(**inputs, **({"kv_cache": cache, "kv_cache_mode": mode} | changes)).sample
-                for mode in ("extract", "cached")
-            ]
-
-    return model, run
-
-
-def test_qwen_image_21_with_its_prompt_in_a_cache() -> None:
-    model, run = _qwen21()
-    allowed = stock.NEARBY.mask(TokenGrid(1, 6, 8, 3 + 8 + 2)).dense()[13:]
-
-    def attention(plain: Any, site: str, q: Any, k: Any, v: Any, mask: Any, **rest: Any) -> Any:
-        # The segments of the first step see what stands before them, and no mask but of the text.
-        cached = (q.shape[-2], k.shape[-2]) == (48, 61) and step
-        return plain(q, k, v, attn_mask=mask & allowed if cached else mask, **rest)
-
-    step = 0
-
-    def counted(**inputs: Any) -> Any:
-        nonlocal step
-        step = int(inputs["kv_cache_mode"] == "cached")
-        return model(**inputs)
-
-    dense = run(model)
-    sites = [f"transformer_blocks.{i}.attn" for i in range(2)]
-    with stock.attending_by(attention, model, sites, some_queries=True):
-        want = run(counted)
-    assert torch.equal(want[0], dense[0])
-    assert not torch.allclose(want[1], dense[1], atol=1e-3)
-    attachment = diffattn.set_attn_processor(model, stock.NEARBY)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        got = run(model)
-    for mine, right in zip(got, want, strict=True):
-        torch.testing.assert_close(mine, right, atol=1e-5, rtol=1e-4)
-    assert (attachment.sparse_calls, attachment.dense_calls) == (2, 0)
-    with pytest.raises(ValueError, match=r"has no kv_cache: text in it .* use_kv_cache=True, its"):
-        run(model, kv_cache=None, kv_cache_mode=None)
-    diffattn.set_attn_processor(model, None)
-    assert all(torch.equal(a, b) for a, b in zip(run(model), dense, strict=True))
-
-
 def _one_site(grid: TokenGrid, queries: Any) -> tuple[Any, Any]:
     """The backend of an attached site whose family has `queries`, in a call over `grid`."""
     family = replace(PRX, queries=queries)

@@ -1,9 +1,7 @@
 """Tiny models of pictures whose grid follows from shapes, for the tests of all families."""
 
-import importlib
 from typing import Any
 
-import diffusers
 import torch
 from tiny_case import BATCH, Case, make, names, noise, valid_text
 
@@ -824,50 +822,4 @@ CASES["lumina-next"] = Case(
     sites=names(("layers.{}.attn1", 2)),
     pixel=lambda t, h, w: (0, 1, 2 * h + 1, 2 * w),
     checkpoints=False,
-)
-
-# --- Qwen-Image 2.1, whose cache has the keys of text and of a condition image
-
-
-def qwen_image21() -> torch.nn.Module:
-    return make(
-        "QwenImage21Transformer2DModel",
-        in_channels=16,
-        out_channels=16,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        context_in_dim=16,
-        axes_dims_rope=(4, 6, 6),
-    )
-
-
-def qwen21_inputs() -> dict[str, Any]:
-    """Text of 3, an image of 2 x 4 tokens in 2 slots, text of 2, 6 x 8 of the target in 12."""
-    return {
-        "hidden_states": noise(BATCH, 8 + 48, 16),
-        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
-        "encoder_hidden_states_mask": torch.tensor([[1] * 7, [1, 1, 1, 1, 1, 1, 0]]),
-        "timestep": torch.tensor([0.9]),
-        "img_shapes": [[(1, 2, 4), (1, 6, 8)]] * BATCH,
-        "img_mask": torch.tensor([[0, 0, 0, 1, 1, 0, 0] + [1] * 12] * BATCH).bool(),
-    }
-
-
-def _cached_inputs() -> dict[str, Any]:
-    module = importlib.import_module(diffusers.QwenImage21Transformer2DModel.__module__)
-    cache = module.QwenImage21KVCache(2)
-    for layer, kept in enumerate(cache.layer_caches):
-        kept.store(*(noise(BATCH, 13, 2, 16, seed=2 * layer + i) for i in range(2)))
-    return qwen21_inputs() | {"kv_cache": cache, "kv_cache_mode": "cached"}
-
-
-CASES["qwen-image-2.1"] = Case(
-    build=qwen_image21,
-    inputs=_cached_inputs,
-    grids=(TokenGrid(1, 6, 8),),
-    sites=names(("transformer_blocks.{}.attn", 2)),
-    text=("before", 3 + 8 + 2),
-    pixel=lambda t, h, w: (0, 8 + h * 8 + w),
-    queries=lambda queries, keys: (slice(keys - queries, keys),),
 )

@@ -19,6 +19,7 @@ def _sizes(pipe: Any) -> SizeRules:
 AURAFLOW = Family(
     name="auraflow",
     title="AuraFlow",
+    beside="eight register tokens, dense",
     model_classes=("AuraFlowTransformer2DModel",),
     # Dual-stream blocks come first, in the model and in the numbering.
     sites=re.compile(r"(?P<layer>(?:joint|single)_transformer_blocks\.\d+)\.attn"),

@@ -164,13 +164,17 @@ class Family:
             `named_modules()`.
         grid: function of a module and the positional and keyword arguments of its forward; gives
             the video tokens of the call. The module is the denoiser, or a module of `grid_modules`.
-            The function should read shapes only: reading values waits for the device and cannot be
-            compiled. None for a call whose attention cannot be given a backend, and stays dense.
+            The grid may count other tokens and name references among them; a site's call adds the
+            tokens that are missing on the side of `text`. Reading the values of tensors waits for
+            the device: `position_ids` keeps what it has read.
         sizes: function of a pipeline; gives the legal sizes.
         variants: function of a pipeline, which may be None, and a denoiser; gives the model's name
             in the tables of recommended settings. None if the family's name serves all models.
         text: where text tokens stand in the sequence of a site; None if the sequence has no text.
             The number of text tokens follows from each call.
+        beside: for people: tokens beside the grid that are no text, and what becomes of them. "As
+            references" are those that `Family.grid` gives as references; others are dense: their
+            rows and columns are full. "" without any.
         grid_modules: pattern of the names of the modules inside the denoiser that have a grid of
             their own in each call, for the sites inside them. None if the denoiser's call has one
             grid for all sites.
@@ -200,10 +204,11 @@ class Family:
     title: str
     model_classes: tuple[str, ...]
     sites: re.Pattern[str]
-    grid: Callable[[torch.nn.Module, tuple[Any, ...], Mapping[str, Any]], TokenGrid | None]
+    grid: Callable[[torch.nn.Module, tuple[Any, ...], Mapping[str, Any]], TokenGrid]
     sizes: Callable[[Any], SizeRules]
     variants: Callable[[Any, torch.nn.Module], str] | None = None
     text: Literal["before", "after"] | None = None
+    beside: str = ""
     grid_modules: re.Pattern[str] | None = None
     parts: tuple[tuple[re.Pattern[str], Part], ...] = ()
     padding: Literal["keys", "pairs", "bias", "grid"] = "keys"

@@ -81,6 +81,7 @@ BRIA = Family(
 BRIA_FIBO = Family(
     name="bria-fibo",
     title="Bria Fibo",
+    beside="reference pictures of Fibo Edit, as references",
     model_classes=("BriaFiboTransformer2DModel",),
     sites=DUAL_AND_SINGLE,
     grid=partial(grid_of_ids, position=5),

@@ -98,6 +98,7 @@ DUAL_AND_SINGLE = re.compile(r"(?P<layer>(?:single_)?transformer_blocks\.\d+)\.a
 FLUX = Family(
     name="flux",
     title="Flux",
+    beside="reference pictures of Kontext, as references",
     model_classes=("FluxTransformer2DModel",),
     sites=DUAL_AND_SINGLE,
     grid=partial(grid_of_ids, position=4, target=_target),
@@ -116,6 +117,7 @@ FLUX = Family(
 FLUX2 = Family(
     name="flux.2",
     title="Flux.2",
+    beside="reference pictures, as references; dense where they come from Klein's cache",
     model_classes=("Flux2Transformer2DModel",),
     sites=DUAL_AND_SINGLE,
     grid=_flux2_grid,

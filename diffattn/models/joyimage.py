@@ -61,6 +61,7 @@ def _sizes(pipe: Any) -> SizeRules:
 JOYIMAGE_EDIT = Family(
     name="joyimage-edit",
     title="JoyImage Edit",
+    beside="reference pictures, as references",
     model_classes=("JoyImageEditTransformer3DModel",),
     sites=_SITES,
     grid=_edit_grid,
@@ -73,6 +74,7 @@ JOYIMAGE_EDIT = Family(
 JOYIMAGE_EDIT_PLUS = Family(
     name="joyimage-edit-plus",
     title="JoyImage Edit Plus",
+    beside="reference pictures, as references; padding, dense",
     model_classes=("JoyImageEditPlusTransformer3DModel",),
     sites=_SITES,
     grid=_plus_grid,

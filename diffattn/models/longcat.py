@@ -11,6 +11,7 @@ from diffattn.models.pictures_by_ids import grid_of_ids
 LONGCAT_IMAGE = Family(
     name="longcat-image",
     title="LongCat-Image",
+    beside="reference pictures of Edit, as references",
     model_classes=("LongCatImageTransformer2DModel",),
     sites=DUAL_AND_SINGLE,
     grid=partial(grid_of_ids, position=3),

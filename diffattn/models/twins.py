@@ -25,6 +25,7 @@ from diffattn.models.picture_twins import (
     Lumina2Twin,
     LuminaTwin,
 )
+from diffattn.models.qwen_twin import QwenImage21Twin
 from diffattn.models.twin import (
     Twin,
     bias,
@@ -226,6 +227,12 @@ _TWINS: dict[str, type[Twin]] = {
     "MochiAttnProcessor2_0": MochiTwin,
 }
 
+# Twins of processors that give only a part of their calls a backend.
+_TWINS_IN_PART: dict[str, type[Twin]] = {
+    "QwenImage21AttnProcessor": QwenImage21Twin,
+    "QwenImage21FlexAttnProcessor": QwenImage21Twin,
+}
+
 
 def dispatching(site: str, processor: Any) -> Any:
     """A new processor with the result of `processor` that ends in diffusers' attention dispatch.
@@ -237,9 +244,14 @@ def dispatching(site: str, processor: Any) -> Any:
     Raises:
         ValueError: if there is no such processor; says what to do.
     """
+    name = type(processor).__name__
+    if name in _TWINS_IN_PART:
+        twin = _TWINS_IN_PART[name]()
+        _compat.share_parallelism(processor, twin)
+        _compat.set_processor_backend(twin, _compat.processor_backend(processor))
+        return twin
     if _compat.uses_dispatch(processor):
         return copy.copy(processor)
-    name = type(processor).__name__
     if name in _TWINS:
         return _TWINS[name]()
     if name.startswith("Fused"):

@@ -9,16 +9,13 @@ from typing import Any
 from diffattn.grid import TokenGrid
 from diffattn.models.base import Family, SizeRules, first_input
 
-# U-Nets for videos of any number of frames, beside AnimateDiff's.
-_OF_VIDEOS = ("UNetSpatioTemporalConditionModel", "UNet3DConditionModel", "I2VGenXLUNet")
-
-# Spatial transformers. Modules that attend across the frames of one place are left out.
+# Spatial transformers. Motion modules, which attend across the frames of one place, are left out.
 # FreeNoise's split inference wraps a transformer, whose name then ends in `module`.
 _TRANSFORMER = r"(?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+(?:\.module)?"
 
 
 def _grid(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
-    # (batch, channels, height, width); the frames of a video are samples of the batch
+    # (batch, channels, height, width); the frames of AnimateDiff are samples of the batch
     height, width = first_input(args, kwargs).shape[2:]
     return TokenGrid(1, height, width)
 
@@ -31,14 +28,17 @@ def _multiple(pipe: Any) -> int:
 
 
 def _sizes(pipe: Any) -> SizeRules:
-    of_videos = type(pipe.unet).__name__ in _OF_VIDEOS
-    if of_videos or "motion_max_seq_length" in pipe.unet.config:
-        rules = SizeRules(_multiple(pipe), frame_stride=1, frame_offset=1, frames_apart=True)
-        if of_videos or getattr(pipe, "free_noise_enabled", False):
-            return rules  # there are no positions, or frames pass in windows
+    if "motion_max_seq_length" in pipe.unet.config:
+        rules = _frame_sizes(pipe)
+        if getattr(pipe, "free_noise_enabled", False):
+            return rules  # frames pass in windows
         frames = pipe.unet.config.motion_max_seq_length
         return rules.up_to(frames, None, "motion_max_seq_length of its U-Net")
     return SizeRules.images(_multiple(pipe))
+
+
+def _frame_sizes(pipe: Any) -> SizeRules:
+    return SizeRules(_multiple(pipe), frame_stride=1, frame_offset=1, frames_apart=True)
 
 
 def _kandinsky3_sizes(pipe: Any) -> SizeRules:
@@ -48,12 +48,23 @@ def _kandinsky3_sizes(pipe: Any) -> SizeRules:
 
 UNET = Family(
     name="unet",
-    title="Stable Diffusion 1.5 and XL, DreamLite, AnimateDiff, SVD, I2VGen-XL (spatial)",
-    model_classes=("UNet2DConditionModel", "UNetMotionModel", "DreamLiteUNetModel", *_OF_VIDEOS),
+    title="Stable Diffusion 1.5 and XL, DreamLite, AnimateDiff (spatial self-attention)",
+    model_classes=("UNet2DConditionModel", "UNetMotionModel", "DreamLiteUNetModel"),
     sites=re.compile(rf"(?P<layer>{_TRANSFORMER}\.transformer_blocks\.\d+)\.attn1"),
     grid=_grid,
     grid_modules=re.compile(_TRANSFORMER),
     sizes=_sizes,
+    images=True,
+)
+
+UNET_VIDEO = Family(
+    name="unet-video",
+    title="Stable Video Diffusion, ModelScope, I2VGen-XL (spatial self-attention)",
+    model_classes=("UNetSpatioTemporalConditionModel", "UNet3DConditionModel", "I2VGenXLUNet"),
+    sites=UNET.sites,
+    grid=_grid,
+    grid_modules=UNET.grid_modules,
+    sizes=_frame_sizes,
     images=True,
 )
 

@@ -78,6 +78,7 @@ def _sizes(pipe: Any) -> SizeRules:
 Z_IMAGE = Family(
     name="z-image",
     title="Z-Image and Z-Image Omni (the noise refiner stays dense)",
+    beside="padding of each picture, dense; pictures of Omni, as references",
     model_classes=("ZImageTransformer2DModel",),
     # In Omni's calls the two blocks of the noise refiner see pictures without the texts before.
     sites=re.compile(r"layers\.(?P<layer>\d+)\.attention"),

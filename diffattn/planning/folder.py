@@ -64,19 +64,31 @@ def pipeline_shape(pipe: Any, name: str) -> ModelShape:
     """
     model = next(iter(denoisers(pipe).values()))
     family = family_of(model)
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    given = _defaults(pipe)
     defaults = {
-        field: parameters[argument].default
+        field: given[argument]
         for field, argument in ARGUMENTS.items()
-        if argument in parameters and isinstance(parameters[argument].default, int)
+        if isinstance(given.get(argument), int)
     }
     shape = replace(_shape(pipe, model, name), sizes=family.sizes(pipe), **defaults)
     # A pipeline's default size need not be a size that this model can make.
     try:
-        shape.grid(None, None, None, None)
+        shape.grid(None, None, None, text=0)
     except ValueError:
         return replace(shape, height=None, width=None, num_frames=None)
     return shape
+
+
+def _defaults(pipe: Any) -> dict[str, Any]:
+    """The defaults of the arguments of a pipeline's call."""
+    of_blocks = getattr(pipe, "default_call_parameters", None)  # of modular pipelines
+    if of_blocks is None:
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        return {name: parameter.default for name, parameter in parameters.items()}
+    # Their blocks take a size from properties of the pipeline.
+    sizes = {name: getattr(pipe, f"default_{name}", None) for name in ("height", "width")}
+    sizes["num_frames"] = getattr(pipe, "default_num_frames", None)
+    return sizes | {name: value for name, value in of_blocks.items() if value is not None}
 
 
 def denoiser_shape(model: torch.nn.Module) -> ModelShape:

@@ -18,6 +18,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
 from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from peft import LoraConfig
 from stock import IN_TILES
@@ -516,8 +517,17 @@ def hook_on_every_module(model: Any, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.nn.modules.module, "_global_forward_hooks", hooks)
 
 
+def register(function: Any, patch: pytest.MonkeyPatch) -> Any:
+    """Make a function a backend of diffusers until the test ends, as another package would."""
+    registry, member = _AttentionBackendRegistry, _compat._new_member("theirs")
+    for table in (registry._backends, registry._constraints, registry._supported_arg_names):
+        patch.setitem(table, member, None)  # gone afterwards
+    registry.register(member)(function)
+    return member
+
+
 def backend_of_another_package(model: Any, patch: pytest.MonkeyPatch) -> None:
-    member = _compat.register_backend(lambda query, key, value: query)
+    member = register(lambda query, key, value: query, patch)
     model.blocks[0].attn2.processor._attention_backend = member
 
 
@@ -548,11 +558,13 @@ def test_no_code_of_others_sees_tokens_in_another_order(
     assert_same(out, forward(model, wan_inputs()))
 
 
-def test_a_backend_of_another_package_for_dense_layers_gets_the_models_own_order() -> None:
+def test_a_backend_of_another_package_for_dense_layers_gets_the_models_own_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def theirs(query: Any, key: Any, value: Any, scale: float | None = None) -> torch.Tensor:
         return value.cumsum(1)  # depends on the order of the tokens
 
-    member = _compat.register_backend(theirs)
+    member = register(theirs, monkeypatch)
     outputs = []
     for method in (stock.NEARBY, IN_TILES):
         model = tiny_wan.transformer()
@@ -561,7 +573,6 @@ def test_a_backend_of_another_package_for_dense_layers_gets_the_models_own_order
             block.attn1.processor._attention_backend = member
         diffattn.set_attn_processor(model, replace(method, dense_layers=1))
         outputs.append(per_call(model, wan_inputs()))
-    _compat.unregister_backend(member)
     assert_same(*outputs)
 
 
