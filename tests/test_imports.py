@@ -24,12 +24,13 @@ MAY_IMPORT = {
 # Rooms of diffattn/ from the ground up: a room imports from those before it, and from itself.
 ROOMS = (
     ("_checks", "_compat", "_locks", "grid"),
-    ("orders", "schedule", "spans"),
+    ("orders", "schedule", "spans", "curves"),
     ("blocks", "block_forms"),
     ("masks",),
     ("flex_backend", "interception"),
     ("operator",),
     ("selected", "models"),
+    ("routing",),
     ("methods",),
     ("planning",),
     ("draw",),

@@ -87,7 +87,12 @@ class BlockTopKAttn(SelectedBlocksMethod):
             candidates = candidates & there[:, None, None]
             # No query of such a block counts, and a score of -inf would rank nothing.
             scores = scores.nan_to_num(0, neginf=0)
-        return top(scores, kept_blocks(self.keep, max(1, pooled.always.candidates)), candidates)
+        chosen = torch.zeros_like(scores, dtype=torch.bool)
+        # Rows of one span have as many candidates, up to neighbours that they see anyway.
+        for count in pooled.always.counts:
+            best = top(scores, kept_blocks(self.keep, count), candidates)
+            chosen |= best & (pooled.always.candidates == count)[:, None]
+        return chosen
 
     def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work:
         channels = heads * head_dim

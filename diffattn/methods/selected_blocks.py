@@ -20,6 +20,7 @@ from diffattn.routing.rules import neighbours
 from diffattn.selected.attention import SelectionMask
 from diffattn.selected.key_blocks import KeyBlocks
 from diffattn.selected.summary import Summary, summarised_attention
+from diffattn.spans import Span, spans_of
 
 ORDERS = ("raster", "tile", *CURVES)
 REMAINDERS = ("drop", "summary")
@@ -40,11 +41,13 @@ class Always:
 
     Attributes:
         pairs: bool (blocks, blocks).
-        candidates: the most other blocks that any row has.
+        candidates: int64 (blocks,), the number of other blocks of each row.
+        counts: the numbers in `candidates`, without repetitions and without 0.
     """
 
     pairs: torch.Tensor
-    candidates: int
+    candidates: torch.Tensor
+    counts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,9 @@ class SelectedBlocksMethod(Method):
 
     Blocks count from the start of the sequence; the last block may be short. Text and other tokens
     beside the video keep their places: blocks with such tokens see every key, and every query sees
-    them.
+    them. With "visible" references a block of a reference selects among the blocks of the same
+    reference, with "local" references each block selects among those of the video and of all
+    references.
 
     Attributes:
         block: tokens per block, a multiple of 16.
@@ -240,19 +245,33 @@ class SelectedBlocksMethod(Method):
         # A block without a key that counts has nothing to give, summary or not.
         return chosen if there is None else chosen & there[:, None, None]
 
+    def spans(self, grid: TokenGrid) -> tuple[Span, ...]:
+        return super().spans(grid) if self.references == "exact" else spans_of(grid, self.block)
+
     def _always(self, grid: TokenGrid, device: torch.device) -> Always:
         known = grid, device
         if known not in self._seen:
-            blocks = -(-grid.tokens // self.block)
-            pairs = neighbours(blocks, blocks, self.neighbours)
-            # Other tokens keep their places in every order.
-            other = grid.is_text(torch.arange(grid.tokens)).nonzero()[:, 0] // self.block
-            pairs[other] = True
-            pairs[:, other] = True
-            candidates = int((~pairs).sum(1).max())
+            owner = self._owners(grid)
+            pairs = neighbours(len(owner), len(owner), self.neighbours)
+            pairs |= (owner < 0)[:, None] | (owner < 0)
+            if self.references != "local":
+                pairs |= owner[:, None] != owner
+            candidates = (~pairs).sum(1)
+            counts = tuple(candidates[candidates > 0].unique().tolist())
             with torch.inference_mode(False):
-                self._seen[known] = Always(pairs.to(device), candidates)
+                self._seen[known] = Always(pairs.to(device), candidates.to(device), counts)
         return self._seen[known]
+
+    def _owners(self, grid: TokenGrid) -> torch.Tensor:
+        """The number of the span that each block lies in, int64 (blocks,); -1 for no single one."""
+        of_token = torch.full((grid.tokens,), -1)
+        for number, span in enumerate(self.spans(grid)):
+            of_token[span.grid.video] = number
+        # Tokens past the end belong to whom the last token does.
+        padded = torch.cat([of_token, of_token[-1:].expand(-grid.tokens % self.block)])
+        in_blocks = padded.unflatten(0, (-1, self.block))
+        first = in_blocks[:, 0]
+        return first.masked_fill((in_blocks != first[:, None]).any(1), -1)
 
     def _key_blocks(self, tokens: int, device: torch.device) -> KeyBlocks:
         known = tokens, device
@@ -276,22 +295,26 @@ class SelectedBlocksMethod(Method):
         return self._places[known]
 
     def _sequence(self, grid: TokenGrid) -> torch.Tensor:
+        out = torch.arange(grid.tokens)
+        for span in self.spans(grid):
+            out[span.grid.video] = self._in_span(span.grid)
+        return out
+
+    def _in_span(self, grid: TokenGrid) -> torch.Tensor:
+        """The positions of the tokens of one span, in the method's order."""
         if self.order == "raster":
-            return torch.arange(grid.tokens)
+            return torch.arange(grid.video.start, grid.video.stop)
         if self.order == "tile":
-            return TileOrder(grid, tile_for(grid, self.block)).positions()
-        video = along_curve(grid, self.order)  # type: ignore[arg-type]
-        # Video tokens fill the block that other tokens begin: later blocks then start where a run
-        # of `block` tokens of the curve starts.
-        video = video.roll(-grid.text_before % self.block) + grid.text_before
-        token = torch.arange(grid.tokens)
-        return torch.cat([token[: grid.video.start], video, token[grid.video.stop :]])
+            return TileOrder(grid, tile_for(grid, self.block)).positions()[grid.video]
+        places = along_curve(grid, self.order)  # type: ignore[arg-type]
+        # Tokens of the span fill the block that other tokens begin: later blocks then start where a
+        # run of `block` tokens of the curve starts.
+        return places.roll(-grid.text_before % self.block) + grid.text_before
 
     def _density(self, grid: TokenGrid, share: float) -> float:
-        """The share of token pairs that attend if video blocks select a share of video blocks."""
-        always = self._always(grid.alone, torch.device("cpu")).pairs.float().mean().item()
-        of_video = min(1.0, share + (1 - share) * always)
-        return 1 - (1 - of_video) * (grid.video_tokens / grid.tokens) ** 2
+        """The share of pairs of blocks that attend if rows select a share of their candidates."""
+        always = self._always(grid, torch.device("cpu")).pairs.float().mean().item()
+        return always + (1 - always) * share
 
     def _pooling_flops(self, grid: TokenGrid, channels: int) -> float:
         """Operations that pool and score: sums over queries and keys, and a product of means."""

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from diffattn.methods.vmoba.selection import choose
+from diffattn.routing.choosing import choose
 
 # Shares such as 1 - 0.8 are not exact in binary: a count that is whole but for this is whole.
 _ROUNDING = 1e-6

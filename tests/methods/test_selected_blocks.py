@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffattn
-from diffattn import BlockTopKAttn, SolAttn, TokenGrid
+from diffattn import BlockTopKAttn, Reference, SolAttn, TokenGrid
 from diffattn.methods.base import Site
 from diffattn.methods.selected_blocks import ORDERS, REMAINDERS, SelectedBlocksMethod
 
@@ -207,6 +207,34 @@ def test_what_keeps_everything_is_dense(method: SelectedBlocksMethod) -> None:
     q, k, v = torch.randn(3, 1, grid.tokens, 2, 8)
     out = method.attend(q, k, v, site(grid))
     torch.testing.assert_close(out, diffattn.attention(q, k, v), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("references", ["exact", "visible", "local"])
+@pytest.mark.parametrize("cls", METHODS)
+def test_references_select_as_the_policy_says(cls: Any, references: str) -> None:
+    torch.manual_seed(0)
+    picture = Reference(10, 1, 8, 8)
+    clip = Reference(10 + 64 + 256 + 6, 2, 8, 8, times=(0.0, 3.0))
+    grid = TokenGrid(4, 8, 8, 74, 6 + 128 + 9, references=(picture, clip))
+    method = cls(block=16, references=references)
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, grid.tokens, 1, 8))
+    mask = method.selection_mask(method.selection(q, k, site(grid))[0, 0], grid).dense()
+    target = torch.arange(grid.video.start, grid.video.stop)
+    inside = [torch.arange(r.start + 16, r.stop - 16) for r in grid.references]
+    assert not mask[target][:, target].all()
+    for number, tokens in enumerate(inside):
+        other = inside[1 - number]
+        whole_row = references == "exact"
+        assert mask[tokens][:, tokens].all() == whole_row
+        assert mask[tokens][:, other].all() == (references != "local")
+        assert mask[target][:, tokens].all() == (references != "local")
+        assert mask[:, :10].all()
+        assert mask[:10].all()
+    out = method.attend(q, k, v, site(grid))
+    want = truth(method, *(x.detach().double() for x in (q, k, v)), grid)
+    torch.testing.assert_close(out.double(), want, atol=2e-6, rtol=1e-5)
+    work = method.work(grid, 0, 1, 8)
+    assert abs(mask.float().mean() - work.density) < 0.12
 
 
 def test_lower_tau_keeps_more() -> None:
