@@ -689,82 +689,9 @@ CASES["ideogram-4"] = Case(
     pixel=lambda t, h, w: (0, 7 + h * 9 + w),
 )
 
-# --- U-Nets of videos, and of DreamLite and Kandinsky 3
+# --- U-Nets of DreamLite and Kandinsky 3
 
 _ATTENTIONS = "{}.attentions.{}.transformer_blocks.0.attn1"
-
-
-def _video_unet(name: str, kind: str, **changes: Any) -> torch.nn.Module:
-    config: dict[str, Any] = {
-        "sample_size": 12,
-        "block_out_channels": (32, 64),
-        "layers_per_block": 1,
-        "cross_attention_dim": 16,
-        "down_block_types": (f"CrossAttnDownBlock{kind}", f"DownBlock{kind}"),
-        "up_block_types": (f"UpBlock{kind}", f"CrossAttnUpBlock{kind}"),
-    }
-    return make(name, **(config | changes))
-
-
-def svd(**changes: Any) -> torch.nn.Module:
-    config: dict[str, Any] = {
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 24,
-        "num_attention_heads": 2,
-        "num_frames": 3,
-    }
-    return _video_unet("UNetSpatioTemporalConditionModel", "SpatioTemporal", **(config | changes))
-
-
-def unet_3d(name: str = "UNet3DConditionModel") -> torch.nn.Module:
-    return _video_unet(name, "3D", attention_head_dim=8, norm_num_groups=8)
-
-
-def _video_unet_case(blocks: tuple[tuple[str, int], ...], **parts: Any) -> Case:
-    return Case(
-        grids=(TokenGrid(1, 12, 18), TokenGrid(1, 6, 9)),
-        sites=tuple(_ATTENTIONS.format(block, i) for block, count in blocks for i in range(count)),
-        pixel=lambda t, h, w: (0, slice(None, 3), h, w),
-        entry="down_blocks.0.attentions.0",
-        checkpoints=False,
-        **parts,
-    )
-
-
-_VIDEO_BLOCKS = (("down_blocks.0", 1), ("up_blocks.1", 2), ("mid_block", 1))
-CASES |= {
-    "svd": _video_unet_case(
-        _VIDEO_BLOCKS,
-        build=svd,
-        inputs=lambda: {
-            "sample": noise(BATCH, 3, 8, 12, 18),
-            "timestep": torch.tensor([900, 400]),
-            "encoder_hidden_states": noise(BATCH, 1, 16, seed=1),
-            "added_time_ids": torch.ones(BATCH, 3),
-        },
-    ),
-    "modelscope": _video_unet_case(
-        _VIDEO_BLOCKS,
-        build=unet_3d,
-        inputs=lambda: {
-            "sample": noise(BATCH, 4, 3, 12, 18),
-            "timestep": torch.tensor([900, 400]),
-            "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
-        },
-    ),
-    "i2vgen-xl": _video_unet_case(
-        _VIDEO_BLOCKS,
-        build=lambda: unet_3d("I2VGenXLUNet"),
-        inputs=lambda: {
-            "sample": noise(BATCH, 4, 3, 12, 18),
-            "timestep": torch.tensor([900, 400]),
-            "fps": torch.tensor([16, 16]),
-            "image_latents": noise(BATCH, 4, 3, 12, 18, seed=2),
-            "image_embeddings": noise(BATCH, 16, seed=3),
-            "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
-        },
-    ),
-}
 
 
 def dreamlite() -> torch.nn.Module:

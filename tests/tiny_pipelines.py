@@ -649,10 +649,10 @@ PIPELINES |= {
         lambda: _prompts(TEXT, TEXT),
         size=(96, 144, 1),
     ),
-    "modelscope": PipelineCase(
+    "text-to-video": PipelineCase(
         lambda: _pipeline(
             "TextToVideoSDPipeline",
-            unet=tiny_picture_models.unet_3d(),
+            unet=tiny.CASES["text-to-video"].build(),
             scheduler=DDIMScheduler(),
         ),
         lambda: _prompts(TEXT, TEXT, mask=None),
