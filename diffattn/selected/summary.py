@@ -100,9 +100,8 @@ def summarised_attention(
         NotImplementedError: if the tensors' device has no sparse kernel, and in forward mode.
     """
     query, key, value = cast_as_sdpa(query, key, value)
-    options = {"scale": scale, "backend": backend}
     exact, lse_exact = attention(
-        query, key, value, layout, key_mask=key_mask, return_lse=True, **options
+        query, key, value, layout, key_mask=key_mask, scale=scale, return_lse=True, backend=backend
     )
     with autocast_off(query.device.type):
         pooled, lse_pooled = summary_attention(
