@@ -126,7 +126,7 @@ def check_adapter(model: Any, settings: TrainSettings) -> list[str]:
     names = _target_names(model, settings.targets)
     rank = settings.completed().rank
     assert rank is not None
-    layers = [model.get_submodule(name) for name in names]
+    layers: list[Any] = [model.get_submodule(name) for name in names]
     # A product of two factors has at most the rank of its smaller side.
     most = max(min(layer.in_features, layer.out_features) for layer in layers)
     if rank > most:

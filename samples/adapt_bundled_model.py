@@ -1,11 +1,11 @@
-"""Adapt the bundled model to a sparse mask, in minutes on two cores.
+"""Adapt the bundled model to a sparse mask, in 12 minutes of one core's time.
 
     python -m diffattn.samples.adapt_bundled_model --output outputs/adapted
 
 Every layer and every step is sparse here, under a Radial mask that breaks the untrained model: 35 %
-of the token pairs attend, and most shapes move in a wrong direction. The LoRA learns the model's
-own objective and the predictions of the dense model, from rendered clips or, with --teacher, from
-videos of the dense model.
+of the token pairs attend, and shapes fall apart. The LoRA learns the model's own objective and the
+predictions of the dense model, from rendered clips or, with --teacher, from videos of the dense
+model.
 
 The script measures the dense model, the sparse model before the training, and the sparse model with
 its LoRA: on held-out clips, and on videos of held-out captions. It prints the figures with a

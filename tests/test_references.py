@@ -62,6 +62,20 @@ class Checkers(StaticMaskMethod):
         return BLOCK
 
 
+@dataclass(frozen=True, kw_only=True)
+class Strips(Checkers):
+    """The example of docs/your-own-method.md: tokens see the rows near their own."""
+
+    type: ClassVar[str] = "strips"
+    by_place: ClassVar[bool] = True
+
+    def video_mask(self, grid: TokenGrid) -> AttentionMask:
+        def near(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return (grid.coordinates(query)[1] - grid.coordinates(key)[1]).abs() <= 1
+
+        return PredicateMask(grid, near)
+
+
 METHODS: dict[str, StaticMaskMethod] = {
     "clear": Clear(radius=3, frame_radius=2),
     "clear, cylinder": Clear(radius=2, window="cylinder", frame_radius=3, first_frame=False),
@@ -73,6 +87,7 @@ METHODS: dict[str, StaticMaskMethod] = {
     "radial, reference": RadialAttn(block_size=BLOCK, block_rule="reference"),
     "dense": DenseAttn(),
     "checkers": Checkers(),
+    "strips": Strips(),
 }
 
 
@@ -121,7 +136,7 @@ def rule_between(
     same = a.sizes == b.sizes and a.times == b.times
     frames, rows, columns = a.sizes
     distances = [[round(abs(s - t)) for t in b.times] for s in a.times]
-    if isinstance(method, GNAAttn | FreeSwimAttn):
+    if isinstance(method, GNAAttn | FreeSwimAttn | Strips):
         return method.video_mask(TokenGrid(*a.sizes)).dense() if same else None
     if isinstance(method, CLEARAttn):
         first = min(frames, b.sizes[0]) > 1 and method.first_frame is not False

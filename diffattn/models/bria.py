@@ -11,7 +11,7 @@ from typing import Any
 
 from diffattn.grid import Reference, TokenGrid
 from diffattn.models.base import Family, SizeRules, argument, first_input
-from diffattn.models.flux import DUAL_AND_SINGLE
+from diffattn.models.flux import DUAL_AND_SINGLE, flow_of_packed_latents
 from diffattn.models.pictures_by_ids import grid_of_ids
 
 
@@ -76,6 +76,15 @@ BRIA = Family(
     text="before",
     rotary=(3, "image_rotary_emb"),
     images=True,
+    flow=flow_of_packed_latents(
+        "BriaTransformer2DModel",
+        4,
+        interrupted_by=(
+            (7, "attention_kwargs"),
+            (9, "controlnet_block_samples"),
+            (10, "controlnet_single_block_samples"),
+        ),
+    ),
 )
 
 BRIA_FIBO = Family(
@@ -89,6 +98,9 @@ BRIA_FIBO = Family(
     text="before",
     rotary=(3, "image_rotary_emb"),
     images=True,
+    flow=flow_of_packed_latents(
+        "BriaFiboTransformer2DModel", 5, interrupted_by=((8, "joint_attention_kwargs"),)
+    ),
     tested="model",
 )
 

@@ -48,12 +48,35 @@ def sizes_of_packed_latents(pipe: Any) -> SizeRules:
     return SizeRules.images(pipe.vae_scale_factor * 2)
 
 
-def _has_residuals_or_masks(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    # Residuals of a ControlNet and arguments for attention processors, such as masks of an
-    # IP-Adapter, are in the model's own order of tokens.
-    names = "joint_attention_kwargs controlnet_block_samples controlnet_single_block_samples"
-    positions = (7, 8, 9)
-    given = [argument(args, kwargs, *at) for at in zip(positions, names.split(), strict=True)]
+def flow_of_packed_latents(
+    model_class: str,
+    ids: int,
+    *more: tuple[int, str, int],
+    interrupted_by: tuple[tuple[int, str], ...] = (),
+) -> TokenFlow:
+    """The flow of packed latents and their position ids through blocks like Flux'.
+
+    Args:
+        ids: position of the argument `img_ids`.
+        more: further arguments with tokens, see `TokenFlow`.
+        interrupted_by: arguments in the model's own order of tokens: residuals of a ControlNet, and
+            arguments for attention processors, such as masks of an IP-Adapter.
+    """
+    return TokenFlow(
+        model_class=model_class,
+        arguments=((0, "hidden_states", 1), (ids, "img_ids", -2), *more),
+        text=(1, "encoder_hidden_states"),
+        interrupted=partial(_any_given, which=interrupted_by),
+    )
+
+
+def _any_given(
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    which: tuple[tuple[int, str], ...],
+) -> bool:
+    given = [argument(args, kwargs, *place) for place in which]
     return any(x is not None and len(x) > 0 for x in given)
 
 
@@ -106,11 +129,14 @@ FLUX = Family(
     text="before",
     images=True,
     rotary=(3, "image_rotary_emb"),
-    flow=TokenFlow(
-        model_class="FluxTransformer2DModel",
-        arguments=((0, "hidden_states", 1), (4, "img_ids", -2)),
-        text=(1, "encoder_hidden_states"),
-        interrupted=_has_residuals_or_masks,
+    flow=flow_of_packed_latents(
+        "FluxTransformer2DModel",
+        4,
+        interrupted_by=(
+            (7, "joint_attention_kwargs"),
+            (8, "controlnet_block_samples"),
+            (9, "controlnet_single_block_samples"),
+        ),
     ),
 )
 

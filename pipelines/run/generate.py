@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .job import Job
 
 _WARM_UP = "timed after one untimed step of each"
-_NO_SCHEDULE = {"dense_layers": 0, "dense_steps": 0, "last_dense_steps": 0}
+_NO_SCHEDULE: dict[str, Any] = {"dense_layers": 0, "dense_steps": 0, "last_dense_steps": 0}
 
 
 @dataclass(frozen=True)

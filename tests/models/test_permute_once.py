@@ -12,6 +12,7 @@ from unittest import mock
 import diffusers
 import pytest
 import stock
+import tiny_edit_models
 import tiny_families
 import tiny_wan
 import torch
@@ -119,6 +120,32 @@ def flux_inputs(text: int = 7, **changes: Any) -> Inputs:
     return inputs | changes
 
 
+def packed_inputs(**changes: Any) -> Inputs:
+    """Those of models with Flux' blocks."""
+    inputs = flux_inputs()
+    return {
+        n: x for n, x in inputs.items() if n not in ("pooled_projections", "guidance")
+    } | changes
+
+
+def valid_keys() -> torch.Tensor:
+    """bool (batch, tokens): some of the text is padding, also before text that counts."""
+    mask = torch.ones(BATCH, 7 + IMAGE.tokens, dtype=torch.bool)
+    mask[0, 0] = mask[1, 4:7] = False
+    return mask
+
+
+def krea2_inputs() -> Inputs:
+    ids = tiny_families.image_ids(IMAGE.height, IMAGE.width)
+    return {
+        "hidden_states": noise(BATCH, IMAGE.tokens, 16),
+        "encoder_hidden_states": noise(BATCH, 7, 2, 16, seed=1),
+        "timestep": torch.tensor([0.9, 0.4]),
+        "position_ids": torch.cat([torch.zeros(7, 3), ids]),
+        "encoder_attention_mask": valid_text(7, 7, 4).bool(),
+    }
+
+
 def per_token_timesteps() -> torch.Tensor:
     return 900 * torch.rand(BATCH, GRID.tokens, generator=torch.Generator().manual_seed(4))
 
@@ -144,6 +171,15 @@ CASES: dict[str, tuple[Any, Any]] = {
     "ltx-i2v": (tiny_families.ltx, lambda: ltx_inputs(timestep=per_token_timesteps())),
     "flux": (tiny_families.flux, flux_inputs),
     "flux, much text": (tiny_families.flux, lambda: flux_inputs(text=39)),
+    "longcat-image": (tiny_edit_models.longcat, lambda: packed_inputs()),
+    "ovis-image": (tiny_edit_models.ovis, lambda: packed_inputs()),
+    "bria": (tiny_edit_models.bria, lambda: packed_inputs()),
+    "bria-fibo": (
+        tiny_edit_models.bria_fibo,
+        lambda: packed_inputs(text_encoder_layers=[noise(BATCH, 7, 16, seed=n) for n in range(4)]),
+    ),
+    "chroma": (tiny_edit_models.chroma, lambda: packed_inputs(attention_mask=valid_keys())),
+    "krea-2": (tiny_edit_models.krea2, krea2_inputs),
 }
 
 
@@ -200,17 +236,16 @@ def case(request: pytest.FixtureRequest) -> tuple[torch.nn.Module, Inputs]:
 
 
 def grid_of(model: torch.nn.Module, tokens: int) -> TokenGrid:
-    video = IMAGE if "Flux" in type(model).__name__ else GRID
+    video = IMAGE if family_of(model).images else GRID
     text = tokens - video.tokens
     before = text if family_of(model).text == "before" else 0
     return replace(video, text_before=before, text_after=text - before)
 
 
-class TestSixFamilies:
+class TestFamilies:
     def test_all_are_here(self, case: Any) -> None:
         with_flow = {family.name for family in FAMILIES if family.flow is not None}
-        assert with_flow == {"wan", "hunyuanvideo", "mochi", "cogvideox", "ltx", "flux"}
-        assert {name.partition("-")[0].partition(",")[0] for name in CASES} == with_flow
+        assert {family_of(build()).name for build, _ in CASES.values()} == with_flow
         assert type(case[0]).__name__ == family_of(case[0]).flow.model_class
 
     def test_output_is_that_of_permuting_in_each_call(self, case: Any) -> None:
