@@ -168,9 +168,13 @@ CASES = tiny_families.CASES | {"wan": WAN}
 WHOLE = {"type": "gna", "window": "full", "dense_layers": 0, "dense_steps": 0}
 
 
+# Families with more than one kind of call at a site, which tests of their own make.
+SEVERAL_CALLS = {"cosmos-3", "wan-animate-2"}
+
+
 def test_every_family_is_here() -> None:
     found = {family_of(case.build()).name for case in CASES.values()}
-    assert found == {family.name for family in FAMILIES}
+    assert found == {family.name for family in FAMILIES} - SEVERAL_CALLS
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

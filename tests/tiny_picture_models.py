@@ -1,7 +1,9 @@
 """Tiny models of pictures whose grid follows from shapes, for the tests of all families."""
 
+import importlib
 from typing import Any
 
+import diffusers
 import torch
 from tiny_case import BATCH, Case, make, names, noise, valid_text
 
@@ -689,9 +691,82 @@ CASES["ideogram-4"] = Case(
     pixel=lambda t, h, w: (0, 7 + h * 9 + w),
 )
 
-# --- U-Nets of DreamLite and Kandinsky 3
+# --- U-Nets of videos, and of DreamLite and Kandinsky 3
 
 _ATTENTIONS = "{}.attentions.{}.transformer_blocks.0.attn1"
+
+
+def _video_unet(name: str, kind: str, **changes: Any) -> torch.nn.Module:
+    config: dict[str, Any] = {
+        "sample_size": 12,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "cross_attention_dim": 16,
+        "down_block_types": (f"CrossAttnDownBlock{kind}", f"DownBlock{kind}"),
+        "up_block_types": (f"UpBlock{kind}", f"CrossAttnUpBlock{kind}"),
+    }
+    return make(name, **(config | changes))
+
+
+def svd(**changes: Any) -> torch.nn.Module:
+    config: dict[str, Any] = {
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 24,
+        "num_attention_heads": 2,
+        "num_frames": 3,
+    }
+    return _video_unet("UNetSpatioTemporalConditionModel", "SpatioTemporal", **(config | changes))
+
+
+def unet_3d(name: str = "UNet3DConditionModel") -> torch.nn.Module:
+    return _video_unet(name, "3D", attention_head_dim=8, norm_num_groups=8)
+
+
+def _video_unet_case(blocks: tuple[tuple[str, int], ...], **parts: Any) -> Case:
+    return Case(
+        grids=(TokenGrid(1, 12, 18), TokenGrid(1, 6, 9)),
+        sites=tuple(_ATTENTIONS.format(block, i) for block, count in blocks for i in range(count)),
+        pixel=lambda t, h, w: (0, slice(None, 3), h, w),
+        entry="down_blocks.0.attentions.0",
+        checkpoints=False,
+        **parts,
+    )
+
+
+_VIDEO_BLOCKS = (("down_blocks.0", 1), ("up_blocks.1", 2), ("mid_block", 1))
+CASES |= {
+    "svd": _video_unet_case(
+        _VIDEO_BLOCKS,
+        build=svd,
+        inputs=lambda: {
+            "sample": noise(BATCH, 3, 8, 12, 18),
+            "timestep": torch.tensor([900, 400]),
+            "encoder_hidden_states": noise(BATCH, 1, 16, seed=1),
+            "added_time_ids": torch.ones(BATCH, 3),
+        },
+    ),
+    "modelscope": _video_unet_case(
+        _VIDEO_BLOCKS,
+        build=unet_3d,
+        inputs=lambda: {
+            "sample": noise(BATCH, 4, 3, 12, 18),
+            "timestep": torch.tensor([900, 400]),
+            "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        },
+    ),
+    "i2vgen-xl": _video_unet_case(
+        _VIDEO_BLOCKS,
+        build=lambda: unet_3d("I2VGenXLUNet"),
+        inputs=lambda: {
+            "sample": noise(BATCH, 4, 3, 12, 18),
+            "timestep": torch.tensor([900, 400]),
+            "fps": torch.tensor([16, 16]),
+            "image_latents": noise(BATCH, 4, 3, 12, 18, seed=2),
+            "image_embeddings": noise(BATCH, 16, seed=3),
+            "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        },
+    ),
+}
 
 
 def dreamlite() -> torch.nn.Module:
@@ -822,4 +897,51 @@ CASES["lumina-next"] = Case(
     sites=names(("layers.{}.attn1", 2)),
     pixel=lambda t, h, w: (0, 1, 2 * h + 1, 2 * w),
     checkpoints=False,
+)
+
+# --- Qwen-Image 2.1, whose cache has the keys of text and of a condition image
+
+
+def qwen_image21() -> torch.nn.Module:
+    return make(
+        "QwenImage21Transformer2DModel",
+        in_channels=16,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        context_in_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def _cached_inputs() -> dict[str, Any]:
+    """A step after the first: text of 3, an image of 2 x 4, text of 2, and the target of 6 x 8.
+
+    The mask marks a slot for each 2 x 2 tokens of an image.
+    """
+    module = importlib.import_module(diffusers.QwenImage21Transformer2DModel.__module__)
+    cache = module.QwenImage21KVCache(2)
+    for layer, kept in enumerate(cache.layer_caches):
+        kept.store(*(noise(BATCH, 13, 2, 16, seed=2 * layer + i) for i in range(2)))
+    return {
+        "hidden_states": noise(BATCH, 8 + 48, 16),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        "encoder_hidden_states_mask": torch.tensor([[1] * 7, [1, 1, 1, 1, 1, 1, 0]]),
+        "timestep": torch.tensor([0.9]),
+        "img_shapes": [[(1, 2, 4), (1, 6, 8)]] * BATCH,
+        "img_mask": torch.tensor([[0, 0, 0, 1, 1, 0, 0] + [1] * 12] * BATCH).bool(),
+        "kv_cache": cache,
+        "kv_cache_mode": "cached",
+    }
+
+
+CASES["qwen-image-2.1"] = Case(
+    build=qwen_image21,
+    inputs=_cached_inputs,
+    grids=(TokenGrid(1, 6, 8),),
+    sites=names(("transformer_blocks.{}.attn", 2)),
+    text=("before", 3 + 8 + 2),
+    pixel=lambda t, h, w: (0, 8 + h * 8 + w),
+    queries=lambda queries, keys: (slice(keys - queries, keys),),
 )

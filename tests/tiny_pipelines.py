@@ -649,10 +649,10 @@ PIPELINES |= {
         lambda: _prompts(TEXT, TEXT),
         size=(96, 144, 1),
     ),
-    "text-to-video": PipelineCase(
+    "modelscope": PipelineCase(
         lambda: _pipeline(
             "TextToVideoSDPipeline",
-            unet=tiny.CASES["text-to-video"].build(),
+            unet=tiny_picture_models.unet_3d(),
             scheduler=DDIMScheduler(),
         ),
         lambda: _prompts(TEXT, TEXT, mask=None),
