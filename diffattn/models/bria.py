@@ -107,6 +107,7 @@ BRIA_FIBO = Family(
 BRIA_FIBO2 = Family(
     name="bria-fibo-2",
     title="Bria Fibo 2",
+    beside="reference pictures, as references",
     model_classes=("BriaFibo2Transformer2DModel",),
     sites=re.compile(r"(?P<layer>(?:noise_refiner|layers)\.\d+)\.attention"),
     grid=_fibo2_grid,

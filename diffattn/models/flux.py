@@ -156,6 +156,7 @@ FLUX2 = Family(
 FLUX3 = Family(
     name="flux.3",
     title="Flux 3",
+    beside="reference pictures, as references",
     model_classes=("Flux3Transformer2DModel",),
     sites=re.compile(
         r"(?P<layer>single_transformer_blocks\.\d+|mode_blocks\.(?:image|image_cond)\.\d+)\.attn"

@@ -101,6 +101,7 @@ QWEN_IMAGE = Family(
 QWEN_IMAGE21 = Family(
     name="qwen-image-2.1",
     title="Qwen-Image 2.1",
+    beside="pictures to edit, dense: keys of the picture's own calls",
     model_classes=("QwenImage21Transformer2DModel",),
     sites=re.compile(r"transformer_blocks\.(?P<layer>\d+)\.attn"),
     grid=_grid21,

@@ -89,9 +89,10 @@ def readme_models(families: Sequence[Mapping[str, Any]]) -> str:
     Args:
         families: those of `catalogue`.
     """
-    titles: dict[str, list[str]] = {"videos": [], "images": []}
+    titles: dict[str, list[str]] = {"videos": [], "images, and for videos frame by frame": []}
+    videos, images = titles.values()
     for family in families:
-        titles["images" if family["images"] else "videos"].append(family["title"])
+        (images if family["images"] else videos).append(family["title"])
     paragraphs = [f"For {kind}: {'; '.join(names)}." for kind, names in titles.items()]
     text = "\n\n".join(
         textwrap.fill(paragraph, _WIDTH, break_on_hyphens=False) for paragraph in paragraphs

@@ -90,7 +90,7 @@ def test_the_readme_is_rewritten_between_the_marks_alone():
     once = with_models(f"before\n{readme_models(families[:1])}\nafter\n", families)
     assert once == f"before\n{readme_models(families)}\nafter\n"
     assert "For videos: Wan." in once
-    assert "For images: Flux." in once
+    assert "For images, and for videos frame by frame: Flux." in once
     assert with_models(once, families) == once
 
 
