@@ -274,7 +274,7 @@ class NeighbourhoodMask(AttentionMask):
     def _places(
         self, grid: TokenGrid, block: torch.Tensor, size: int, blocking: Blocking
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Whether each token of some blocks is a video token, and its frame, row and column.
+        """1 for each video token of some blocks, else 0, and its frame, row and column.
 
         Returns:
             For each of these four the distinct rows, `(m, size)`, and the row of each block, int64
@@ -284,7 +284,7 @@ class NeighbourhoodMask(AttentionMask):
         token = tokens_of_blocks(grid, block, size, blocking)
         is_text = grid.is_text(token)
         out = []
-        for place in (~is_text, *grid.coordinates(token)):
+        for place in ((~is_text).long(), *grid.coordinates(token)):
             rows, row_of = place.masked_fill(is_text, 0).unique(dim=0, return_inverse=True)
             out.append((rows, row_of[which]))
         return out
