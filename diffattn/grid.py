@@ -29,8 +29,8 @@ class Reference:
     frames: int
     height: int
     width: int
-    aligned: bool = True
-    times: tuple[float, ...] = ()
+    aligned: bool = field(default=True, kw_only=True)
+    times: tuple[float, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         if min(self.frames, self.height, self.width) < 1 or self.start < 0:

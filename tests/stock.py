@@ -86,11 +86,13 @@ def attending_by(
     stock = torch.nn.functional.scaled_dot_product_attention
     inside: list[str] = []
 
-    def called(query: Any, key: Any, value: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
+    def called(
+        query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **kwargs: Any
+    ) -> Any:
         cross = query.shape[-2] != key.shape[-2] and not some_queries
         if inside and not cross and not kwargs.get("is_causal"):
             return attention(stock, inside[-1], query, key, value, attn_mask, **kwargs)
-        return stock(query, key, value, attn_mask=attn_mask, **kwargs)
+        return stock(query, key, value, attn_mask, *rest, **kwargs)
 
     with contextlib.ExitStack() as hooks:
         for name in sites:
@@ -112,7 +114,7 @@ def masked(
     sites: list[str],
     grid_of: Callable[[int], TokenGrid],
     method: Method,
-    queries: Callable[[int, int], tuple[range, ...]] | None = None,
+    queries: Callable[[int, int], tuple[slice, ...]] | None = None,
 ) -> Iterator[list[int]]:
     """The stock model with a method's boolean mask in PyTorch's attention under some modules.
 
@@ -135,9 +137,7 @@ def masked(
             masks[tokens] = method.mask(grid_of(tokens)).dense()
         seen = masks[tokens]
         if queries is not None and q.shape[-2] != tokens:
-            seen = torch.cat(
-                [seen[part.start : part.stop] for part in queries(q.shape[-2], tokens)]
-            )
+            seen = torch.cat([seen[part] for part in queries(q.shape[-2], tokens)])
         if mask is not None:
             boolean = mask.dtype == torch.bool
             seen = mask & seen if boolean else mask.masked_fill(~seen, -torch.inf)

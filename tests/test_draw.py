@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffattn import AttentionMask, CLEARAttn, DenseAttn, GNAAttn, RadialAttn, TokenGrid, draw, plan
+from diffattn.grid import Reference
 
 SMALL = TokenGrid(3, 4, 5, 2, 3)
 METHOD = GNAAttn(window=(3, 3, 2))
@@ -51,6 +52,17 @@ class TestMaskImage:
                     wanted = np.rint(0.55 * under + 0.45 * np.array(draw.FRAME_LINE))
                     assert (image[token * 8, along] == wanted).all()
         assert color(image, 8 * 8, 60 * 8 + 1) in (draw.NONE, draw.ALL)
+
+    def test_references_have_lines(self):
+        grid = TokenGrid(1, 4, 5, 2, 30, references=(Reference(25, 1, 4, 5),))
+        image = draw.mask_image(METHOD.mask(grid), 52 * 8)
+        for token, line in (
+            (2, draw.TEXT_LINE),
+            (25, draw.REFERENCE_LINE),
+            (45, draw.REFERENCE_LINE),
+        ):
+            assert (image[token * 8, :8] == line).all()
+            assert (image[:8, token * 8] == line).all()
 
     def test_shades_of_a_large_mask_are_the_share_that_attends(self):
         # 3 x 10 x 13 tokens in squares of 13: all queries of a square are looked at.
@@ -213,6 +225,33 @@ class TestPicture:
         # What it says is right all the same: a query sees its own frame.
         assert color(image, 5, 3) == draw.ALL
         assert color(image, 5, 100) == draw.NONE
+
+    def test_references_are_named_and_drawn(self, monkeypatch):
+        said = []
+        text = draw._text
+        monkeypatch.setattr(
+            draw, "_text", lambda words, *a, **k: said.append(words) or text(words, *a, **k)
+        )
+        grid = TokenGrid(
+            1, 12, 12, 3, 160, references=(Reference(150, 1, 12, 12), Reference(300, 1, 2, 3))
+        )
+        method = CLEARAttn(radius=3, references="local")
+        image = draw.picture(method, grid, (0, 5, 6))
+        words = " ".join(said)
+        assert (
+            "3 text + 1x12x12 + 3 text + reference 1x12x12 + 6 text + reference 1x2x3 + 1 text"
+            in words
+        )
+        assert "References: local, 1 of 2 with pairs left out (1x2x3: as text)." in words
+        seen = method.mask(grid).dense()[3 + 5 * 12 + 6]
+        own, other = int(seen[grid.video].sum()), int(seen[150:294].sum())
+        assert own == other < 144
+        assert (
+            f"sees: {own} of 144 tokens of the picture, {other} of 144 of reference 1, 6 of 6 of"
+            f" reference 2, 13 of 13 of the text"
+        ) in words
+        assert "Reference 1" in said
+        assert has(image, draw.REFERENCE_LINE)
 
     def test_keys_that_are_no_tokens_are_mentioned(self, monkeypatch):
         grid = TokenGrid(1, 8, 8)

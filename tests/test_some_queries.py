@@ -1,14 +1,18 @@
 """Calls with fewer queries than keys, and calls over a part of the sequence."""
 
 import importlib
+import warnings
 from dataclasses import replace
 from typing import Any
 
+import diffusers
 import pytest
 import stock
+import tiny_edit_models as edit
 import tiny_families as tiny
 import tiny_picture_models as pictures
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import diffattn
 from diffattn import CLEARAttn, GNAAttn, TokenGrid, VMoBAAttn
@@ -29,11 +33,11 @@ METHODS = {
 }
 # Text, references and video; then which of them have queries.
 LAYOUTS = {
-    "text without queries": (TokenGrid(3, 5, 7, 9), (range(9, 114),)),
-    "text after": (TokenGrid(3, 5, 7, 0, 9), (range(105),)),
-    "references between": (TokenGrid(1, 6, 9, 5 + 39), (range(5), range(44, 98))),
-    "video and sound": (TokenGrid(3, 5, 7, 6, 4), (range(6, 115),)),
-    "both ends": (TokenGrid(1, 9, 9, 20, 30), (range(3, 8), range(20, 101), range(110, 131))),
+    "text without queries": (TokenGrid(3, 5, 7, 9), (slice(9, 114),)),
+    "text after": (TokenGrid(3, 5, 7, 0, 9), (slice(0, 105),)),
+    "references between": (TokenGrid(1, 6, 9, 5 + 39), (slice(0, 5), slice(44, 98))),
+    "video and sound": (TokenGrid(3, 5, 7, 6, 4), (slice(6, 115),)),
+    "both ends": (TokenGrid(1, 9, 9, 20, 30), (slice(3, 8), slice(20, 101), slice(110, 131))),
 }
 
 
@@ -106,6 +110,25 @@ def test_compiled_models_equal_those_that_are_not(name: str, method: Any) -> Non
         torch.testing.assert_close(compiled(**inputs).sample, want, atol=1e-5, rtol=1e-4)
 
 
+def test_compiled_code_serves_all_sizes_of_pictures_and_texts() -> None:
+    case = tiny.CASES["prx"]
+    model = case.build()
+    diffattn.set_attn_processor(model, stock.NEARBY)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for height, width, text in ((12, 18, 7), (16, 10, 11), (20, 14, 5)):
+        inputs = case.inputs() | {
+            "hidden_states": tiny.noise(2, 4, height, width),
+            "encoder_hidden_states": tiny.noise(2, text, 16),
+            "attention_mask": tiny.valid_text(text, text, 4),
+        }
+        with torch.no_grad():
+            got, want = compiled(**inputs).sample, model(**inputs).sample
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    assert counter.frame_count == 1
+
+
 def test_a_method_that_selects_gives_each_query_what_it_would_have_among_all() -> None:
     """VMoBA's choice of a query does not depend on the queries that a call does not have."""
     grid = TokenGrid(1, 12, 12, 7)
@@ -141,13 +164,88 @@ def test_glm_with_condition_images_in_its_cache() -> None:
         sites,
         grids.__getitem__,
         stock.NEARBY,
-        lambda queries, keys: (range(keys - queries, keys),),
+        lambda queries, keys: (slice(keys - queries, keys),),
     ) as calls:
         want = run()
     assert calls == [20, 20, 81, 81]
     attachment = diffattn.set_attn_processor(model, stock.NEARBY)
     torch.testing.assert_close(run(), want, atol=1e-5, rtol=1e-4)
     assert (attachment.sparse_calls, attachment.dense_calls) == (4, 0)
+
+
+KLEIN = TokenGrid(1, 4, 6, 24 + 15)
+
+
+def _klein() -> tuple[Any, Any]:
+    """Flux.2 as Flux2KleinKVPipeline sets it up, and a function that runs two steps of it."""
+    model = edit.flux2()
+    module: Any = importlib.import_module(type(model).__module__)
+    if not hasattr(module, "Flux2KVAttnProcessor"):
+        pytest.skip(f"diffusers {diffusers.__version__} has no Flux.2 Klein KV")
+    for block in model.transformer_blocks:
+        block.attn.set_processor(module.Flux2KVAttnProcessor())
+    for block in model.single_transformer_blocks:
+        block.attn.set_processor(module.Flux2KVParallelSelfAttnProcessor())
+    references, target = tiny.noise(2, 39, 16, seed=1), tiny.noise(2, 24, 16)
+    ids = edit.ids((10, 6, 4), (20, 3, 5), (0, 4, 6), more=(0.0,)).expand(2, -1, -1)
+    both = {
+        "encoder_hidden_states": tiny.noise(2, 5, 16, seed=2),
+        "timestep": torch.tensor([0.9, 0.4]),
+        "txt_ids": torch.zeros(2, 5, 4),
+        "guidance": torch.tensor([3.5, 3.5]),
+        "return_dict": False,
+    }
+
+    def run(call: Any) -> list[torch.Tensor]:
+        with torch.no_grad():
+            first, cache = call(
+                hidden_states=torch.cat([references, target], dim=1),
+                img_ids=ids,
+                kv_cache_mode="extract",
+                num_ref_tokens=39,
+                **both,
+            )
+            (second,) = call(
+                hidden_states=target,
+                img_ids=ids[:, 39:],
+                kv_cache_mode="cached",
+                kv_cache=cache,
+                **both,
+            )
+        return [first, second]
+
+    return model, run
+
+
+@pytest.mark.parametrize("method", [stock.NEARBY, stock.IN_TILES], ids=["raster", "tiles"])
+def test_klein_with_references_in_its_cache(method: Any) -> None:
+    model, run = _klein()
+    allowed = method.mask(KLEIN.beside(before=5)).dense()
+    allowed = torch.cat([allowed[:5], allowed[44:]])
+
+    def attention(plain: Any, site: str, q: Any, k: Any, v: Any, mask: Any, **rest: Any) -> Any:
+        among_themselves = q.shape[-2] == k.shape[-2] == 39
+        return plain(q, k, v, attn_mask=None if among_themselves else allowed, **rest)
+
+    dense = run(model)
+    sites = list(tiny.CASES["flux.2"].sites)
+    with stock.attending_by(attention, model, sites, some_queries=True):
+        want = run(model)
+    assert all(not torch.allclose(a, b, atol=1e-3) for a, b in zip(want, dense, strict=True))
+    attachment = diffattn.set_attn_processor(model, method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        got = run(model)
+    for mine, right in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, right, atol=1e-5, rtol=1e-4)
+    # The first step has a call of the references among themselves at each site.
+    assert attachment.sparse_calls == 2 * len(sites)
+    assert attachment.dense_calls == len(sites)
+    torch._dynamo.reset()
+    for mine, right in zip(run(torch.compile(model, backend="eager")), want, strict=True):
+        torch.testing.assert_close(mine, right, atol=1e-5, rtol=1e-4)
+    diffattn.set_attn_processor(model, None)
+    assert all(torch.equal(a, b) for a, b in zip(run(model), dense, strict=True))
 
 
 def _one_site(grid: TokenGrid, queries: Any) -> tuple[Any, Any]:
@@ -186,8 +284,8 @@ def test_calls_that_fit_no_sequence_stay_dense() -> None:
 
 
 def test_positions_at_the_ends() -> None:
-    assert last_queries(TokenGrid(1, 6, 9), 54, 61) == (range(7, 61),)
-    assert last_queries(TokenGrid(1, 6, 9, 5, 4), 58, 70) == (range(12, 70),)
+    assert last_queries(TokenGrid(1, 6, 9), 54, 61) == (slice(7, 61),)
+    assert last_queries(TokenGrid(1, 6, 9, 5, 4), 58, 70) == (slice(12, 70),)
     assert last_queries(TokenGrid(1, 6, 9, 5, 4), 57, 70) is None
-    assert first_queries(TokenGrid(1, 6, 9), 54, 61) == (range(54),)
+    assert first_queries(TokenGrid(1, 6, 9), 54, 61) == (slice(0, 54),)
     assert first_queries(TokenGrid(1, 6, 9, 5), 58, 61) is None

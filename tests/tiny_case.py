@@ -43,7 +43,7 @@ class Case:
     text: tuple[str, int] | None = None
     entry: str = ""
     reference_pixel: Callable[[int, int, int, int], tuple[str, tuple[Any, ...]]] | None = None
-    queries: Callable[[int, int], tuple[range, ...]] | None = None
+    queries: Callable[[int, int], tuple[slice, ...]] | None = None
     checkpoints: bool = True
 
     def grid_of(self, tokens: int) -> TokenGrid:

@@ -375,7 +375,7 @@ CASES["prx"] = Case(
     sites=names(("blocks.{}.attention", 2)),
     text=("before", 7),
     pixel=lambda t, h, w: (0, 1, 2 * h + 1, 2 * w),
-    queries=lambda queries, keys: (range(keys - queries, keys),),
+    queries=lambda queries, keys: (slice(keys - queries, keys),),
 )
 
 
@@ -408,5 +408,418 @@ CASES["nucleus-image"] = Case(
     sites=names(("transformer_blocks.{}.attn", 2)),
     text=("after", 7),
     pixel=lambda t, h, w: (0, h * 9 + w),
-    queries=lambda queries, keys: (range(queries),),
+    queries=lambda queries, keys: (slice(0, queries),),
+)
+
+# --- HunyuanDiT
+
+
+def hunyuandit() -> torch.nn.Module:
+    return make(
+        "HunyuanDiT2DModel",
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        patch_size=2,
+        sample_size=12,
+        hidden_size=32,
+        num_layers=4,
+        cross_attention_dim=16,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=8,
+        text_len=7,
+        text_len_t5=5,
+        use_style_cond_and_image_meta_size=False,
+    )
+
+
+def _hunyuandit_inputs() -> dict[str, Any]:
+    angle = noise(54, 8, seed=3).repeat_interleave(2, dim=1)
+    return {
+        "hidden_states": noise(BATCH, 4, 12, 18),
+        "timestep": torch.tensor([900.0, 400.0]),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        "text_embedding_mask": valid_text(7, 7, 4),
+        "encoder_hidden_states_t5": noise(BATCH, 5, 16, seed=2),
+        "text_embedding_mask_t5": valid_text(5, 2, 5),
+        "image_rotary_emb": (angle.cos(), angle.sin()),
+    }
+
+
+CASES["hunyuandit"] = Case(
+    build=hunyuandit,
+    inputs=_hunyuandit_inputs,
+    grids=(TokenGrid(1, 6, 9),),
+    sites=names(("blocks.{}.attn1", 4)),
+    pixel=lambda t, h, w: (0, 1, 2 * h + 1, 2 * w),
+    checkpoints=False,
+)
+
+# --- HiDream
+
+
+def hidream() -> torch.nn.Module:
+    return make(
+        "HiDreamImageTransformer2DModel",
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        caption_channels=[16, 8],
+        text_emb_dim=8,
+        num_routed_experts=2,
+        num_activated_experts=1,
+        axes_dims_rope=(4, 6, 6),
+        max_resolution=(16, 16),
+        llama_layers=[0, 1, 0, 1],
+        force_inference_output=True,
+    )
+
+
+def _hidream_inputs(height: int, width: int) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(BATCH, 4, 2 * height, 2 * width),
+        "timesteps": torch.tensor([900, 400]),
+        "encoder_hidden_states_t5": noise(BATCH, 5, 16, seed=1),
+        "encoder_hidden_states_llama3": noise(2, BATCH, 4, 8, seed=2),
+        "pooled_embeds": noise(BATCH, 8, seed=3),
+    }
+
+
+_HIDREAM: dict[str, Any] = {
+    "build": hidream,
+    "sites": names(
+        ("double_stream_blocks.{}.block.attn1", 2), ("single_stream_blocks.{}.block.attn1", 2)
+    ),
+    # T5, the last of Llama's layers, and the block's own
+    "text": ("after", 5 + 4 + 4),
+    "pixel": lambda t, h, w: (0, 1, 2 * h + 1, 2 * w),
+}
+CASES |= {
+    "hidream": Case(inputs=lambda: _hidream_inputs(6, 6), grids=(TokenGrid(1, 6, 6),), **_HIDREAM),
+    # Padded to 8 x 8 tokens.
+    "hidream-wide": Case(
+        inputs=lambda: _hidream_inputs(6, 9),
+        grids=(TokenGrid(1, 6, 9, text_after=10),),
+        **_HIDREAM,
+    ),
+}
+
+# --- Lumina 2
+
+
+def lumina2() -> torch.nn.Module:
+    return make(
+        "Lumina2Transformer2DModel",
+        sample_size=18,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 6, 6),
+        axes_lens=(32, 24, 24),
+        cap_feat_dim=16,
+    )
+
+
+CASES["lumina-2"] = Case(
+    build=lumina2,
+    inputs=lambda: {
+        "hidden_states": noise(BATCH, 4, 12, 18),
+        "timestep": torch.tensor([0.9, 0.4]),
+        "encoder_hidden_states": noise(BATCH, 9, 16, seed=1),
+        # The padding is left out of the sequence.
+        "encoder_attention_mask": valid_text(9, 7, 7),
+    },
+    grids=(TokenGrid(1, 6, 9),),
+    sites=("noise_refiner.0.attn", *names(("layers.{}.attn", 2))),
+    text=("before", 7),
+    pixel=lambda t, h, w: (0, 1, 2 * h + 1, 2 * w),
+)
+
+# --- CogView 4 and CogView 3 Plus
+
+
+def _cogview(name: str, **changes: Any) -> torch.nn.Module:
+    config: dict[str, Any] = {
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "text_embed_dim": 16,
+        "time_embed_dim": 8,
+        "condition_dim": 8,
+        "sample_size": 12,
+        "pos_embed_max_size": 18,
+    }
+    return make(name, **(config | changes))
+
+
+def cogview4() -> torch.nn.Module:
+    return _cogview("CogView4Transformer2DModel", rope_axes_dim=(32, 32))
+
+
+def cogview3plus() -> torch.nn.Module:
+    return _cogview("CogView3PlusTransformer2DModel")
+
+
+def _cogview_inputs() -> dict[str, Any]:
+    size = torch.tensor([[96.0, 144.0]]).expand(BATCH, -1)
+    return {
+        "hidden_states": noise(BATCH, 4, 12, 18),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        "timestep": torch.tensor([900, 400]),
+        "original_size": size,
+        "target_size": size,
+        "crop_coords": torch.zeros(BATCH, 2),
+    }
+
+
+_COGVIEW: dict[str, Any] = {
+    "inputs": _cogview_inputs,
+    "grids": (TokenGrid(1, 6, 9),),
+    "sites": names(("transformer_blocks.{}.attn1", 2)),
+    "text": ("before", 7),
+    "pixel": lambda t, h, w: (0, 1, 2 * h + 1, 2 * w),
+}
+CASES |= {
+    "cogview-4": Case(build=cogview4, **_COGVIEW),
+    "cogview-3-plus": Case(build=cogview3plus, **_COGVIEW),
+}
+
+# --- AuraFlow
+
+
+def auraflow() -> torch.nn.Module:
+    model = make(
+        "AuraFlowTransformer2DModel",
+        sample_size=18,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=2,
+        num_single_dit_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=32,
+        pos_embed_max_size=18 * 18,
+    )
+    # Without biases, the gates of attention would be next to 0.
+    for name, parameter in model.named_parameters():
+        if "norm1" in name:
+            parameter.data *= 10
+    return model
+
+
+CASES["auraflow"] = Case(
+    build=auraflow,
+    inputs=lambda: {
+        "hidden_states": noise(BATCH, 4, 12, 18),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        "timestep": torch.tensor([0.9, 0.4]),
+    },
+    grids=(TokenGrid(1, 6, 9),),
+    sites=names(("joint_transformer_blocks.{}.attn", 2), ("single_transformer_blocks.{}.attn", 2)),
+    # Registers come before the text.
+    text=("before", 8 + 7),
+    pixel=lambda t, h, w: (0, 1, 2 * h + 1, 2 * w),
+)
+
+# --- Ideogram 4
+
+
+def ideogram4() -> torch.nn.Module:
+    return make(
+        "Ideogram4Transformer2DModel",
+        in_channels=8,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        intermediate_size=32,
+        adaln_dim=16,
+        llm_features_dim=16,
+        mrope_section=(4, 2, 2),
+    )
+
+
+def ideogram4_inputs(*lengths: int, height: int = 6, width: int = 9) -> dict[str, Any]:
+    """The arguments of a call with texts of these lengths, padded on the left to 7 tokens."""
+    batch, tokens = len(lengths), 7 + height * width
+    ids = torch.zeros(batch, tokens, 3, dtype=torch.long)
+    places = torch.cartesian_prod(*map(torch.arange, (1, height, width)))
+    segments = torch.full((batch, tokens), -1)
+    roles = torch.zeros(batch, tokens, dtype=torch.long)
+    for sample, length in enumerate(lengths):
+        ids[sample, 7 - length : 7] = torch.arange(length)[:, None]
+        ids[sample, 7:] = 65536 + places
+        segments[sample, 7 - length :] = 1
+        roles[sample, 7 - length : 7] = 3
+        roles[sample, 7:] = 2
+    return {
+        "hidden_states": noise(batch, tokens, 8),
+        "timestep": torch.tensor([0.9, 0.4])[:batch],
+        "encoder_hidden_states": noise(batch, tokens, 16, seed=1),
+        "position_ids": ids,
+        "segment_ids": segments,
+        "indicator": roles,
+    }
+
+
+def _image_alone(model: torch.nn.Module) -> torch.nn.Module:
+    """A model without the output for text and padding, which nobody uses."""
+    model.register_forward_hook(lambda module, args, out: (out[0][:, 7:], *out[1:]))
+    return model
+
+
+CASES["ideogram-4"] = Case(
+    build=lambda: _image_alone(ideogram4()),
+    inputs=lambda: ideogram4_inputs(4, 7),
+    grids=(TokenGrid(1, 6, 9),),
+    sites=names(("layers.{}.attention", 2)),
+    text=("before", 7),
+    pixel=lambda t, h, w: (0, 7 + h * 9 + w),
+)
+
+# --- U-Nets of DreamLite and Kandinsky 3
+
+_ATTENTIONS = "{}.attentions.{}.transformer_blocks.0.attn1"
+
+
+def dreamlite() -> torch.nn.Module:
+    return make(
+        "DreamLiteUNetModel",
+        sample_size=12,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        down_block_types=(
+            "DreamLiteCrossAttnNoSelfAttnDownBlock2D",
+            "DreamLiteCrossAttnDownBlock2D",
+        ),
+        up_block_types=("DreamLiteCrossAttnUpBlock2D", "DreamLiteUpBlock2D"),
+    )
+
+
+CASES["dreamlite"] = Case(
+    build=dreamlite,
+    inputs=lambda: {
+        "sample": noise(BATCH, 4, 12, 18),
+        "timestep": torch.tensor([900, 400]),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+    },
+    grids=(TokenGrid(1, 6, 9),),
+    sites=tuple(
+        _ATTENTIONS.format(block, i)
+        for block, count in (("down_blocks.1", 1), ("up_blocks.0", 2), ("mid_block", 1))
+        for i in range(count)
+    ),
+    pixel=lambda t, h, w: (0, slice(None, 3), h, w),
+    entry="down_blocks.1.attentions.0",
+)
+
+
+def kandinsky3() -> torch.nn.Module:
+    return make(
+        "Kandinsky3UNet",
+        in_channels=4,
+        time_embedding_dim=16,
+        groups=2,
+        attention_head_dim=4,
+        layers_per_block=3,
+        block_out_channels=(8, 16, 32, 64),
+        cross_attention_dim=16,
+        encoder_hid_dim=16,
+    )
+
+
+CASES["kandinsky-3"] = Case(
+    build=kandinsky3,
+    inputs=lambda: {
+        "sample": noise(BATCH, 4, 24, 32),
+        "timestep": torch.tensor([900, 400]),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        "encoder_attention_mask": valid_text(7, 7, 4),
+    },
+    grids=(TokenGrid(1, 12, 16), TokenGrid(1, 6, 8), TokenGrid(1, 3, 4)),
+    sites=(
+        *(f"down_blocks.{i}.attentions.0.attention" for i in (1, 2, 3)),
+        *(f"up_blocks.{i}.attentions.0.attention" for i in (0, 1, 2)),
+    ),
+    pixel=lambda t, h, w: (0, slice(None, 3), h, w),
+    entry="down_blocks.1.attentions.0",
+    checkpoints=False,
+)
+
+# --- DiT and Lumina-Next
+
+
+def dit() -> torch.nn.Module:
+    return make(
+        "DiTTransformer2DModel",
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        sample_size=16,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    )
+
+
+CASES["dit"] = Case(
+    build=dit,
+    # The class unpatchifies squares alone.
+    inputs=lambda: {
+        "hidden_states": noise(BATCH, 4, 16, 16),
+        "timestep": torch.tensor([900, 400]),
+        "class_labels": torch.tensor([3, 7]),
+    },
+    grids=(TokenGrid(1, 8, 8),),
+    sites=names(("transformer_blocks.{}.attn1", 2)),
+    pixel=lambda t, h, w: (0, 1, 2 * h + 1, 2 * w),
+)
+
+
+def lumina_next() -> torch.nn.Module:
+    return make(
+        "LuminaNextDiT2DModel",
+        sample_size=18,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=2,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        cross_attention_dim=16,
+        learn_sigma=False,
+    )
+
+
+CASES["lumina-next"] = Case(
+    build=lumina_next,
+    inputs=lambda: {
+        "hidden_states": noise(BATCH, 4, 12, 18),
+        "timestep": torch.tensor([0.9, 0.4]),
+        "encoder_hidden_states": noise(BATCH, 7, 16, seed=1),
+        "encoder_mask": valid_text(7, 7, 4),
+        "image_rotary_emb": torch.polar(torch.ones(16, 16, 8), noise(16, 16, 8, seed=2)),
+        "cross_attention_kwargs": {},
+    },
+    grids=(TokenGrid(1, 6, 9),),
+    sites=names(("layers.{}.attn1", 2)),
+    pixel=lambda t, h, w: (0, 1, 2 * h + 1, 2 * w),
+    checkpoints=False,
 )

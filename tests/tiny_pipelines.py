@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import tiny_edit_models as edit
 import tiny_families as tiny
 import tiny_picture_models
 import tiny_video_models as tiny_video
@@ -165,6 +166,35 @@ def _ltx2() -> Any:
         connectors=connectors.eval(),
         absent=("vocoder",),
     )
+
+
+def _bria() -> Any:
+    vae = tiny.make(
+        "AutoencoderKL",
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+    )
+    return _pipeline(
+        "BriaPipeline",
+        transformer=edit.bria(),
+        vae=vae,
+        absent=("image_encoder", "feature_extractor"),
+    )
+
+
+def _prompts_by_layers(*lengths: int) -> dict[str, Any]:
+    """Encoded prompts of Krea 2: of several layers of the text encoder."""
+    out = _prompts(*lengths, mask="prompt_embeds_mask")
+    masks = {name: value.bool() for name, value in out.items() if name.endswith("mask")}
+    return masks | {
+        name: torch.stack([value, value.flip(1)], 2)
+        for name, value in out.items()
+        if name.endswith("embeds")
+    }
 
 
 def picture(height: int = 64, width: int = 96, seed: int = 0) -> Image.Image:
@@ -388,6 +418,36 @@ PIPELINES: dict[str, PipelineCase] = {
         size=(96, 144, 1),
         forwards=2,
     ),
+    "chroma": PipelineCase(
+        lambda: _pipeline(
+            "ChromaPipeline",
+            transformer=edit.chroma(),
+            absent=("image_encoder", "feature_extractor"),
+        ),
+        lambda: {
+            name: value.bool() if name.endswith("mask") else value
+            for name, value in _prompts(5, 3).items()
+        },
+        size=(96, 144, 1),
+        forwards=2,
+    ),
+    "ovis-image": PipelineCase(
+        lambda: _pipeline("OvisImagePipeline", transformer=edit.ovis()),
+        lambda: _prompts(TEXT, TEXT, mask=None) | {"negative_prompt": None},
+        size=(96, 144, 1),
+        forwards=2,
+    ),
+    "bria": PipelineCase(
+        _bria,
+        lambda: _prompts(TEXT, TEXT, mask=None),
+        size=(96, 144, 1),
+    ),
+    "krea-2": PipelineCase(
+        lambda: _pipeline("Krea2Pipeline", transformer=edit.krea2()),
+        lambda: _prompts_by_layers(5, 3),
+        size=(96, 144, 1),
+        forwards=2,
+    ),
     "allegro": PipelineCase(
         lambda: _pipeline("AllegroPipeline", transformer=tiny.allegro(), scheduler=DDIMScheduler()),
         lambda: _prompts(5, 3) | {"negative_prompt": None},
@@ -483,6 +543,23 @@ def _texts(*lengths: int) -> dict[str, Any]:
     }
 
 
+def _second_prompts() -> dict[str, Any]:
+    """What HunyuanDiT's second text encoder makes of the prompts."""
+    out = {}
+    for prefix in ("", "negative_"):
+        out[f"{prefix}prompt_embeds_2"] = tiny.noise(1, 5, WIDTH, seed=5)
+        out[f"{prefix}prompt_attention_mask_2"] = tiny.valid_text(5, 5)
+    return out
+
+
+def _nucleus_image() -> Any:
+    return diffusers.NucleusMoEImagePipeline(
+        transformer=tiny_picture_models.nucleus_image(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        **dict.fromkeys(("vae", "text_encoder", "processor")),
+    )
+
+
 PIPELINES |= {
     "z-image": PipelineCase(
         lambda: _pipeline("ZImagePipeline", transformer=tiny_picture_models.z_image()),
@@ -519,6 +596,66 @@ PIPELINES |= {
             "LattePipeline", transformer=tiny_picture_models.latte(), scheduler=DDIMScheduler()
         ),
         lambda: _prompts(TEXT, TEXT, mask=None) | {"video_length": 3, "negative_prompt": None},
+        size=(96, 144, 3),
+    ),
+    "prx": PipelineCase(
+        lambda: _pipeline("PRXPipeline", transformer=tiny_picture_models.prx()),
+        lambda: (
+            _prompts(5, 3)
+            | {"negative_prompt": None, "use_resolution_binning": False, "guidance_scale": 3.0}
+        ),
+        size=(96, 144, 1),
+    ),
+    "nucleus-image": PipelineCase(
+        _nucleus_image,
+        lambda: _prompts(5, 3, mask="prompt_embeds_mask") | {"guidance_scale": 3.0},
+        size=(96, 144, 1),
+        forwards=2,
+    ),
+    "hunyuandit": PipelineCase(
+        lambda: _pipeline(
+            "HunyuanDiTPipeline",
+            transformer=tiny_picture_models.hunyuandit(),
+            scheduler=DDIMScheduler(),
+            absent=(*_SECOND, "safety_checker", "feature_extractor"),
+            requires_safety_checker=False,
+        ),
+        lambda: _prompts(5, 3) | _second_prompts() | {"use_resolution_binning": False},
+        size=(96, 144, 1),
+    ),
+    "lumina-2": PipelineCase(
+        lambda: _pipeline("Lumina2Pipeline", transformer=tiny_picture_models.lumina2()),
+        lambda: _prompts(5, 3),
+        size=(96, 144, 1),
+        forwards=2,
+    ),
+    "cogview-4": PipelineCase(
+        lambda: _pipeline("CogView4Pipeline", transformer=tiny_picture_models.cogview4()),
+        lambda: _prompts(TEXT, TEXT, mask=None),
+        size=(96, 144, 1),
+        forwards=2,
+    ),
+    "cogview-3-plus": PipelineCase(
+        lambda: _pipeline(
+            "CogView3PlusPipeline",
+            transformer=tiny_picture_models.cogview3plus(),
+            scheduler=diffusers.CogVideoXDDIMScheduler(),
+        ),
+        lambda: _prompts(TEXT, TEXT, mask=None),
+        size=(96, 144, 1),
+    ),
+    "auraflow": PipelineCase(
+        lambda: _pipeline("AuraFlowPipeline", transformer=tiny_picture_models.auraflow()),
+        lambda: _prompts(TEXT, TEXT),
+        size=(96, 144, 1),
+    ),
+    "text-to-video": PipelineCase(
+        lambda: _pipeline(
+            "TextToVideoSDPipeline",
+            unet=tiny.CASES["text-to-video"].build(),
+            scheduler=DDIMScheduler(),
+        ),
+        lambda: _prompts(TEXT, TEXT, mask=None),
         size=(96, 144, 3),
     ),
 }

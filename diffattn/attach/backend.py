@@ -7,7 +7,7 @@ holds the rest: the grid, and the position in the denoising run.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,8 +22,16 @@ from diffattn.attach.running_call import Call, running_call
 from diffattn.attach.some_queries import attend_some, attend_whole
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
+from diffattn.interception import modes_are_active
 from diffattn.methods.agent.merging import Merging
-from diffattn.methods.base import Method, Site, StaticMaskMethod, attends_by_mask_alone
+from diffattn.methods.base import (
+    Compiled,
+    Method,
+    Site,
+    SiteWeights,
+    StaticMaskMethod,
+    attends_by_mask_alone,
+)
 from diffattn.models import Family
 from diffattn.models.base import Part
 from diffattn.orders import TileOrder
@@ -69,8 +77,8 @@ class Group:
         part: gives the tokens of the sites' calls from those of the denoiser's call; None for all.
         member: the group's own backend, as a member of diffusers' enumeration of backends. The
             processors of the sites are set to it.
-        operator: the operator that compiled code calls: for attention under a mask alone, or for
-            any method; None for a method that is traced.
+        compiled_as: how compiled code calls the method: by the operator for attention under a mask
+            alone, or see `Compiled`.
         last: the state of the last call that began, without the order of its tokens; None before
             any.
         method_now, sparse_now: `method` and `sparse` of the last call that began.
@@ -91,7 +99,7 @@ class Group:
     model: int
     part: Part | None = None
     member: Any = None
-    operator: Literal["mask", "method"] | None = field(init=False)
+    compiled_as: Compiled | Literal["mask"] = field(init=False)
     last: Call | None = None
     method_now: Method = field(init=False)
     sparse_now: bool = True
@@ -104,11 +112,9 @@ class Group:
 
     def __post_init__(self) -> None:
         self.method_now = self._method_on(None)
-        self.operator = None
-        if attends_by_mask_alone(self.chosen):
-            self.operator = "mask"
-        elif self.chosen.traced_whole:
-            self.operator = "method"
+        self.compiled_as = "mask"
+        if not attends_by_mask_alone(self.chosen):
+            self.compiled_as = self.chosen.compiled_as(self.family.name)
         self.serial = remember(self)
 
     @property
@@ -192,7 +198,7 @@ class Group:
         method = self._method_on(grid.alone)
         return method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
 
-    def positions(self, queries: int, keys: int) -> tuple[range, ...] | None:
+    def positions(self, queries: int, keys: int) -> tuple[slice, ...] | None:
         """Positions in the sequence of the queries of a call with more keys; None if unknown."""
         video = self.video
         if self.family.queries is None or video is None:
@@ -202,11 +208,17 @@ class Group:
     def is_over_a_part(self, tokens: int) -> bool:
         """Whether a call of a site is over less than the sequence, for models that do such calls.
 
-        Code that is traced takes each call for one over the sequence.
+        Code that is traced asks for grids with tokens before the video alone: such grids belong to
+        models that do.
         """
-        if self.family.queries is None or torch.compiler.is_dynamo_compiling():
+        if self.family.queries is None:
             return False
-        return self.video is not None and tokens < self.video.tokens
+        video = self.video
+        if video is None:
+            return False
+        if torch.compiler.is_dynamo_compiling() and not video.text_before:
+            return False
+        return tokens < video.tokens
 
     def _static_method(self, grid: TokenGrid) -> StaticMaskMethod:
         method = self._method_on(grid.alone)
@@ -314,7 +326,7 @@ def backend_of(group: Group) -> _compat.BackendFunction:
             (query.shape[1] == tokens or queries is not None)
             and not is_causal
             and not isinstance(attn_mask, BlockMask)
-            and not group.is_over_a_part(tokens)
+            and not (over is None and group.is_over_a_part(tokens))
         )
         sparse = ordinary and group.sparse
         if not sparse and query.shape[1] == tokens and _is_reordered(group):
@@ -401,15 +413,59 @@ def _attend_sparse(
     queries: tuple[range, ...] | None,
 ) -> torch.Tensor:
     """Attention by the group's method, for queries at the positions `queries`; None is all."""
-    if torch.compiler.is_dynamo_compiling() and queries is None and group.operator is not None:
-        traced = traced_attention if group.operator == "mask" else traced_method
-        grid = group.traced_grid
-        return traced(query, key, value, grid, group.serial, scale=scale, key_mask=key_mask)
+    compiling = torch.compiler.is_dynamo_compiling() and queries is None
+    if compiling and (group.compiled_as != "traced" or modes_are_active()):
+        return _attend_compiled(group, scale, query, key, value, key_mask)
     site = group.site(key.shape[1])
     if queries is not None:
         return attend_queries(
             group.method, query, key, value, site, queries, scale=scale, key_mask=key_mask
         )
+    return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
+
+
+def _attend_compiled(
+    group: Group,
+    scale: float | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention by the group's method in code that is compiled for all grids."""
+    outside = group.compiled_as == "outside" or modes_are_active()
+    if group.compiled_as in ("mask", "operator") and not outside:
+        traced = traced_attention if group.compiled_as == "mask" else traced_method
+        grid = group.traced_grid
+        return traced(query, key, value, grid, group.serial, scale=scale, key_mask=key_mask)
+    weights, rotary = (
+        (None, None) if group.last is None else (group.last.weights, group.last.rotary)
+    )
+    if outside:
+        return _attend_outside(group, scale, query, key, value, key_mask, weights, rotary)
+    row = TokenGrid(1, 1, key.shape[1])
+    site = Site(group.family.name, group.layer, group.layers, row, weights=weights, rotary=rotary)
+    return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
+
+
+@torch.compiler.disable(
+    reason="diffattn attends outside of compiled code by methods with weights beside text or with"
+    " merged tokens, and where a function mode (a guider's hook) changes attention"
+)
+def _attend_outside(
+    group: Group,
+    scale: float | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    weights: SiteWeights | None,
+    rotary: Any,
+) -> torch.Tensor:
+    """Attention by the group's method with what compiled code knows of the site."""
+    site = group.site(key.shape[1])
+    if weights is not None:
+        site = replace(site, weights=weights, rotary=rotary)
     return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
 
 
@@ -420,7 +476,7 @@ def _attend_some(
     key: torch.Tensor,
     value: torch.Tensor,
     key_mask: torch.Tensor | None,
-    queries: tuple[range, ...],
+    queries: tuple[slice, ...],
 ) -> torch.Tensor:
     """Attention by the group's method in a call that has no other queries than those given."""
     tokens = key.shape[1]

@@ -68,8 +68,8 @@ def attend_sharded(
         query, key, value: the tokens of this process, (batch, tokens, heads, head_dim).
         key_mask: bool (batch, tokens) for the tokens of this process: False for padded keys.
         over: the processes.
-        video_tokens: video tokens of the whole sequence; all other tokens are text.
-        text_first: whether text stands before the video.
+        video_tokens: tokens of the whole sequence but for text; those of references count.
+        text_first: whether text stands before the video and its references.
         attend: computes the attention of some heads, for some queries.
 
     Returns:

@@ -22,7 +22,7 @@ def attend_some(
     key: torch.Tensor,
     value: torch.Tensor,
     site: Site,
-    queries: tuple[range, ...],
+    queries: tuple[slice, ...],
     *,
     scale: float | None,
     key_mask: torch.Tensor | None,
@@ -43,8 +43,9 @@ def attend_some(
         query = _some(order.to_tiles(_whole(query, queries, tokens)), queries)
         key, value = order.to_tiles(key), order.to_tiles(value)
         key_mask = None if key_mask is None else order.to_tiles(key_mask)
+    ranges = tuple(range(part.start, part.stop) for part in queries)
     out = attend_queries(
-        method, query, key, value, site, queries, scale=scale, key_mask=key_mask, order=order
+        method, query, key, value, site, ranges, scale=scale, key_mask=key_mask, order=order
     )
     if order is not None:
         out = _some(order.from_tiles(_whole(out, queries, tokens)), queries)
@@ -55,7 +56,7 @@ def attend_whole(
     attend: Callable[[torch.Tensor], torch.Tensor],
     query: torch.Tensor,
     tokens: int,
-    queries: tuple[range, ...],
+    queries: tuple[slice, ...],
 ) -> torch.Tensor:
     """Attention of the whole sequence, for methods that do more than attend under a mask.
 
@@ -71,15 +72,16 @@ def attend_whole(
     return _some(attend(_whole(query, queries, tokens)), queries)
 
 
-def _whole(x: torch.Tensor, queries: tuple[range, ...], tokens: int) -> torch.Tensor:
+def _whole(x: torch.Tensor, queries: tuple[slice, ...], tokens: int) -> torch.Tensor:
     """A sequence of `tokens` tokens with those of `x` at the positions `queries`, and zeros."""
-    parts, end = [], 0
-    for part, piece in zip(queries, x.split([len(part) for part in queries], dim=1), strict=True):
-        parts += [x.new_zeros(x.shape[0], part.start - end, *x.shape[2:]), piece]
-        end = part.stop
+    parts, taken, end = [], 0, 0
+    for part in queries:
+        stop = taken + part.stop - part.start
+        parts += [x.new_zeros(x.shape[0], part.start - end, *x.shape[2:]), x[:, taken:stop]]
+        taken, end = stop, part.stop
     parts.append(x.new_zeros(x.shape[0], tokens - end, *x.shape[2:]))
     return torch.cat(parts, dim=1)
 
 
-def _some(x: torch.Tensor, queries: tuple[range, ...]) -> torch.Tensor:
-    return torch.cat([x[:, part.start : part.stop] for part in queries], dim=1)
+def _some(x: torch.Tensor, queries: tuple[slice, ...]) -> torch.Tensor:
+    return torch.cat([x[:, part] for part in queries], dim=1)

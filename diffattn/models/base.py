@@ -164,13 +164,17 @@ class Family:
             `named_modules()`.
         grid: function of a module and the positional and keyword arguments of its forward; gives
             the video tokens of the call. The module is the denoiser, or a module of `grid_modules`.
-            The function should read shapes only: reading values waits for the device and cannot be
-            compiled.
+            The grid may count other tokens and name references among them; a site's call adds the
+            tokens that are missing on the side of `text`. Reading the values of tensors waits for
+            the device: `position_ids` keeps what it has read.
         sizes: function of a pipeline; gives the legal sizes.
         variants: function of a pipeline, which may be None, and a denoiser; gives the model's name
             in the tables of recommended settings. None if the family's name serves all models.
         text: where text tokens stand in the sequence of a site; None if the sequence has no text.
             The number of text tokens follows from each call.
+        beside: for people: tokens beside the grid that are no text, and what becomes of them. "As
+            references" are those that `Family.grid` gives as references; others are dense: their
+            rows and columns are full. "" without any.
         grid_modules: pattern of the names of the modules inside the denoiser that have a grid of
             their own in each call, for the sites inside them. None if the denoiser's call has one
             grid for all sites.
@@ -204,11 +208,12 @@ class Family:
     sizes: Callable[[Any], SizeRules]
     variants: Callable[[Any, torch.nn.Module], str] | None = None
     text: Literal["before", "after"] | None = None
+    beside: str = ""
     grid_modules: re.Pattern[str] | None = None
     parts: tuple[tuple[re.Pattern[str], Part], ...] = ()
     padding: Literal["keys", "pairs", "bias", "grid"] = "keys"
     rotary: tuple[int, str] | None = None
-    queries: Callable[[TokenGrid, int, int], tuple[range, ...] | None] | None = None
+    queries: Callable[[TokenGrid, int, int], tuple[slice, ...] | None] | None = None
     images: bool = False
     flow: TokenFlow | None = None
     tested: Literal["model", "model, pipeline"] = "model, pipeline"
@@ -255,22 +260,27 @@ def image_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     return TokenGrid(1, height // patch, width // patch)
 
 
-def last_queries(video: TokenGrid, queries: int, keys: int) -> tuple[range, ...] | None:
+def last_queries(video: TokenGrid, queries: int, keys: int) -> tuple[slice, ...] | None:
     """The positions of queries that are the last tokens of the sequence, for `Family.queries`.
 
     None for queries that are not all of the video tokens and those after them.
     """
-    fits = video.video_tokens + video.text_after <= queries < keys
-    return (range(keys - queries, keys),) if fits else None
+    fits = _traced() or video.video_tokens + video.text_after <= queries
+    return (slice(keys - queries, keys),) if fits and queries < keys else None
 
 
-def first_queries(video: TokenGrid, queries: int, keys: int) -> tuple[range, ...] | None:
+def first_queries(video: TokenGrid, queries: int, keys: int) -> tuple[slice, ...] | None:
     """The positions of queries that are the first tokens of the sequence, for `Family.queries`.
 
     None for queries that are not all of the video tokens and those before them.
     """
-    fits = video.text_before + video.video_tokens <= queries < keys
-    return (range(queries),) if fits else None
+    fits = _traced() or video.text_before + video.video_tokens <= queries
+    return (slice(0, queries),) if fits and queries < keys else None
+
+
+def _traced() -> bool:
+    # Code that compares with a grid would be compiled again for each grid.
+    return torch.compiler.is_dynamo_compiling()
 
 
 def sizes_in_the_call(reason: str) -> Callable[[Any], SizeRules]:

@@ -10,6 +10,8 @@ from typing import Any
 from diffattn.grid import TokenGrid
 from diffattn.models.base import Family, SizeRules, latent_grid
 
+_LIMIT = "max_size of its transformer"
+
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
     # Frames that the video continues, and masks, are latents of the same grid or channels of it.
@@ -19,6 +21,12 @@ def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Token
 def _sizes(pipe: Any) -> SizeRules:
     config = pipe.transformer.config
     patch_t, patch, _ = config.patch_size
+    if not hasattr(pipe, "vae_scale_factor_temporal"):  # Anima, which makes pictures
+        side = min(
+            n // step for n, step in zip(config.max_size[1:], config.patch_size[1:], strict=True)
+        )
+        rules = SizeRules.images(pipe.vae_scale_factor * patch)
+        return rules.up_to(None, side, _LIMIT)
     token_pixels = pipe.vae_scale_factor_spatial * patch
     rules = SizeRules(
         # The pipelines themselves refuse sizes that are no multiple of 16, for every VAE.
@@ -31,7 +39,7 @@ def _sizes(pipe: Any) -> SizeRules:
     if config.extra_pos_embed_type is None:
         # The rotary embedding alone has as many positions along each axis as along the longest.
         frames = sides[0] = sides[1] = max(frames, *sides)
-    return rules.up_to(frames, min(sides), "max_size of its transformer")
+    return rules.up_to(frames, min(sides), _LIMIT)
 
 
 COSMOS = Family(

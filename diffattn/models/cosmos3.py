@@ -73,7 +73,8 @@ def _sizes(pipe: Any) -> SizeRules:
 
 COSMOS3 = Family(
     name="cosmos-3",
-    title="Cosmos 3 (video and sound see text; text stays dense)",
+    title="Cosmos 3",
+    beside="sound, dense; other videos and pictures, as references",
     model_classes=("Cosmos3OmniTransformer",),
     sites=re.compile(r"layers\.(?P<layer>\d+)\.self_attn"),
     grid=_grid,

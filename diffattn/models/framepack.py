@@ -25,7 +25,8 @@ def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Token
 
 FRAMEPACK = Family(
     name="framepack",
-    title="FramePack (history as references)",
+    title="FramePack",
+    beside="history at three sizes, as references; tokens of a picture, dense",
     model_classes=("HunyuanVideoFramepackTransformer3DModel",),
     # The text refiner has transformer blocks of its own.
     sites=re.compile(r"(?P<layer>(?:single_)?transformer_blocks\.\d+)\.attn"),

@@ -26,7 +26,8 @@ def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Token
 
 HELIOS = Family(
     name="helios",
-    title="Helios (history as references)",
+    title="Helios",
+    beside="history at three sizes, as references",
     model_classes=("HeliosTransformer3DModel",),
     sites=re.compile(r"blocks\.(?P<layer>\d+)\.attn1"),
     grid=_grid,

@@ -45,14 +45,13 @@ def _plus_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 
 def _in_a_row(sizes: Sequence[Sequence[int]]) -> TokenGrid:
     """The grid of pictures of some sizes one after another, of which the first is denoised."""
-    target = TokenGrid(*sizes[0])
+    (frames, height, width), *others = sizes
+    start = end = frames * height * width
     references: list[Reference] = []
-    end = target.tokens
-    for size in sizes[1:]:
-        references.append(Reference(end, *size))
+    for length, rows, columns in others:
+        references.append(Reference(end, length, rows, columns))
         end = references[-1].stop
-    after = end - target.tokens
-    return TokenGrid(*sizes[0], text_after=after, references=tuple(references))
+    return TokenGrid(frames, height, width, text_after=end - start, references=tuple(references))
 
 
 def _sizes(pipe: Any) -> SizeRules:
@@ -62,6 +61,7 @@ def _sizes(pipe: Any) -> SizeRules:
 JOYIMAGE_EDIT = Family(
     name="joyimage-edit",
     title="JoyImage Edit",
+    beside="reference pictures, as references",
     model_classes=("JoyImageEditTransformer3DModel",),
     sites=_SITES,
     grid=_edit_grid,
@@ -74,6 +74,7 @@ JOYIMAGE_EDIT = Family(
 JOYIMAGE_EDIT_PLUS = Family(
     name="joyimage-edit-plus",
     title="JoyImage Edit Plus",
+    beside="reference pictures, as references; padding, dense",
     model_classes=("JoyImageEditPlusTransformer3DModel",),
     sites=_SITES,
     grid=_plus_grid,

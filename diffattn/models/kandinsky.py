@@ -66,7 +66,8 @@ KANDINSKY5 = Family(
 
 KANDINSKY6 = Family(
     name="kandinsky-6",
-    title="Kandinsky 6 (video self-attention; audio stays dense)",
+    title="Kandinsky 6",
+    beside="the clean first frame, as a reference; audio apart, dense",
     model_classes=("Kandinsky6Transformer3DModel",),
     sites=re.compile(r"visual_transformer_blocks\.(?P<layer>\d+)\.video_dec_block\.self_attention"),
     grid=_grid_beside_first_frame,

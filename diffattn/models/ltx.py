@@ -197,7 +197,8 @@ def _sizes(pipe: Any) -> SizeRules:
 
 LTX = Family(
     name="ltx",
-    title="LTX-Video (conditions as references)",
+    title="LTX-Video",
+    beside="conditions, as references",
     model_classes=("LTXVideoTransformer3DModel",),
     sites=re.compile(r"transformer_blocks\.(?P<layer>\d+)\.attn1"),
     grid=partial(_grid, places=_Places(sizes=4, coords=8, bounded=False)),
@@ -212,7 +213,8 @@ LTX = Family(
 
 LTX2 = Family(
     name="ltx-2",
-    title="LTX-2 (key frames as references; audio stays dense)",
+    title="LTX-2",
+    beside="key frames and reference videos, as references; audio apart, dense",
     model_classes=("LTX2VideoTransformer3DModel",),
     sites=re.compile(r"transformer_blocks\.(?P<layer>\d+)\.attn1"),
     grid=_grid_without_strengths,

@@ -87,7 +87,8 @@ def _sizes(pipe: Any) -> SizeRules:
 
 MINIMAX_H3 = Family(
     name="minimax-h3",
-    title="MiniMax-H3 (text, audio and references beside the video)",
+    title="MiniMax-H3",
+    beside="audio, dense; key frames, pictures and videos, as references",
     model_classes=("MiniMaxH3Transformer3DModel",),
     # The refiner of the text has blocks of its own.
     sites=re.compile(r"transformer_blocks\.(?P<layer>\d+)\.attn"),

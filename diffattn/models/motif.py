@@ -26,6 +26,7 @@ def _sizes(pipe: Any) -> SizeRules:
 MOTIF_VIDEO = Family(
     name="motif-video",
     title="Motif-Video (T2V, I2V)",
+    beside="tokens of a picture, dense; in the last blocks the encoder's video, dense",
     model_classes=("MotifVideoTransformer3DModel",),
     sites=re.compile(r"(?P<layer>(?:single_)?transformer_blocks\.\d+)\.attn"),
     grid=_grid,

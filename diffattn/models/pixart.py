@@ -1,4 +1,4 @@
-"""PixArt-alpha and PixArt-Sigma: text to image. Latte: text to video, frame by frame."""
+"""PixArt-alpha and PixArt-Sigma: text to image. Latte: text to video, frame by frame. DiT."""
 
 from __future__ import annotations
 
@@ -46,4 +46,16 @@ LATTE = Family(
     sizes=_frame_sizes,
     padding="bias",
     images=True,
+)
+
+DIT = Family(
+    name="dit",
+    title="DiT",
+    model_classes=("DiTTransformer2DModel",),
+    sites=_SITES,
+    grid=image_grid,
+    sizes=_picture_sizes,
+    padding="bias",
+    images=True,
+    tested="model",
 )

@@ -135,6 +135,7 @@ _wan_shaped = partial(
 WAN = _wan_shaped(
     name="wan",
     title="Wan 2.1 and 2.2 (T2V, I2V, TI2V-5B, VACE)",
+    beside="VACE's reference pictures, as the first frames of the video",
     model_classes=("WanTransformer3DModel", "WanVACETransformer3DModel"),
     sites=re.compile(r"(?:vace_)?blocks\.(?P<layer>\d+)\.attn1"),
     variants=_variant,
@@ -169,6 +170,7 @@ ANYFLOW = _wan_shaped(
 WAN_ANIMATE = _wan_shaped(
     name="wan-animate",
     title="Wan 2.2 Animate",
+    beside="the character, as the first frame of the video",
     model_classes=("WanAnimateTransformer3DModel",),
     sizes=sizes_in_the_call(
         "takes its number of frames from the video that drives it and makes it in segments"

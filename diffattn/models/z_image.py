@@ -52,18 +52,19 @@ def _sample(
         if picture is None:
             start += _MULTIPLE
         else:
-            references.append(Reference(start, *_tokens(picture, patches)))
+            frames, height, width = _tokens(picture, patches)
+            references.append(Reference(start, frames, height, width))
             start += _padded(references[-1].tokens)
-    target = TokenGrid(*_tokens(pictures[-1], patches))
-    after = _padded(target.tokens) - target.tokens
+    frames, height, width = _tokens(pictures[-1], patches)
+    tokens = frames * height * width
     return TokenGrid(
-        target.frames, target.height, target.width, start, after, references=tuple(references)
+        frames, height, width, start, _padded(tokens) - tokens, references=tuple(references)
     )
 
 
-def _tokens(picture: Any, patches: tuple[int, int, int]) -> tuple[int, ...]:
+def _tokens(picture: Any, patches: tuple[int, int, int]) -> list[int]:
     """Tokens along each axis of latents (channels, frames, height, width)."""
-    return tuple(size // patch for size, patch in zip(picture.shape[1:], patches, strict=True))
+    return [size // patch for size, patch in zip(picture.shape[1:], patches, strict=True)]
 
 
 def _padded(tokens: int) -> int:
@@ -77,6 +78,7 @@ def _sizes(pipe: Any) -> SizeRules:
 Z_IMAGE = Family(
     name="z-image",
     title="Z-Image and Z-Image Omni (the noise refiner stays dense)",
+    beside="padding of each picture, dense; pictures of Omni, as references",
     model_classes=("ZImageTransformer2DModel",),
     # In Omni's calls the two blocks of the noise refiner see pictures without the texts before.
     sites=re.compile(r"layers\.(?P<layer>\d+)\.attention"),

@@ -201,9 +201,11 @@ def _joint(
     head_dim: int,
     layers: int,
     steps: int,
-    text_before: int = 0,
-    text_after: int = 0,
+    text_before: int | None = 0,
+    text_after: int | None = 0,
+    linear: int = 24,
 ) -> ModelShape:
+    """A model with text in its sequence; `linear`: FLOPs of a token, in channels squared."""
     height, width, num_frames = size
     return ModelShape(
         name=name,
@@ -214,7 +216,7 @@ def _joint(
         sizes=sizes,
         text_before=text_before,
         text_after=text_after,
-        linear=LinearWork.joint(heads * head_dim),
+        linear=LinearWork(linear * (heads * head_dim) ** 2),
         height=height,
         width=width,
         num_frames=num_frames,
@@ -227,9 +229,27 @@ _cogvideox = partial(
     sizes=SizeRules(16, frame_stride=4, frame_offset=1),
     head_dim=64, text_before=226, steps=50,
 )  # fmt: skip
-_flux = partial(
-    _joint, variant="flux", size=(1024, 1024, 1), sizes=SizeRules.images(16),
-    heads=24, head_dim=128, layers=57, text_before=512,
+_image = partial(
+    _joint, size=(1024, 1024, 1), sizes=SizeRules.images(16), head_dim=128, text_before=512,
+)  # fmt: skip
+_flux = partial(_image, variant="flux", heads=24, layers=57)
+# Gated feed-forwards of 3 x the channels.
+_flux2 = partial(_image, variant="flux.2", linear=26)
+# Prompts are not padded: the text tokens are those of the prompt, and of the images in it.
+_qwen = partial(
+    _image, variant="qwen-image", heads=24, layers=60, text_before=None, steps=50,
+)  # fmt: skip
+_longcat = partial(_image, variant="longcat-image", heads=24, layers=30, steps=50)
+# Keys and values of a quarter of the heads, a gate, and a gated feed-forward of 16384.
+_krea2 = partial(_image, variant="krea-2", heads=48, layers=28, linear=23)
+# Prompts are padded to a multiple of 32 tokens. The gated feed-forward is 8/3 x the channels.
+_z_image = partial(
+    _image, variant="z-image", heads=30, layers=30, text_before=0, text_after=None,
+)  # fmt: skip
+# Prompts are padded to 1000 tokens, and the text to draw to 128.
+_hunyuan_image = partial(
+    _joint, variant="hunyuan-image", size=(2048, 2048, 1), sizes=SizeRules.images(32),
+    heads=28, head_dim=128, layers=60, text_after=1000 + 128,
 )  # fmt: skip
 _hunyuanvideo = partial(
     _joint, variant="hunyuanvideo", size=(720, 1280, 129),
@@ -343,6 +363,38 @@ _SHAPES: tuple[ModelShape, ...] = (
     ),
     _flux("black-forest-labs/FLUX.1-dev", steps=28),
     _flux("black-forest-labs/FLUX.1-schnell", steps=4, text_before=256),
+    _flux("black-forest-labs/FLUX.1-Kontext-dev", steps=28),
+    _flux2("black-forest-labs/FLUX.2-dev", heads=48, layers=56, steps=50),
+    _flux2("black-forest-labs/FLUX.2-klein-4B", heads=24, layers=25, steps=4),
+    _flux2("black-forest-labs/FLUX.2-klein-9B", heads=32, layers=32, steps=4),
+    _flux2("black-forest-labs/FLUX.2-klein-base-4B", heads=24, layers=25, steps=50),
+    _flux2("black-forest-labs/FLUX.2-klein-base-9B", heads=32, layers=32, steps=50),
+    _qwen("Qwen/Qwen-Image"),
+    _qwen("Qwen/Qwen-Image-Edit"),
+    _qwen("Qwen/Qwen-Image-Edit-2509"),
+    _qwen("Qwen/Qwen-Image-Edit-2511"),
+    _image("lodestones/Chroma1-HD", variant="chroma", heads=24, layers=57, steps=35),
+    _longcat("meituan-longcat/LongCat-Image"),
+    _longcat("meituan-longcat/LongCat-Image-Edit"),
+    _image(
+        "AIDC-AI/Ovis-Image-7B", variant="ovis-image", heads=24, layers=33, text_before=256,
+        linear=32, steps=50,
+    ),
+    _krea2("krea/Krea-2-Raw", steps=28),
+    _krea2("krea/Krea-2-Turbo", steps=8),
+    _z_image("Tongyi-MAI/Z-Image-Turbo", steps=9),
+    _z_image("Tongyi-MAI/Z-Image", steps=50),
+    _hunyuan_image("hunyuanvideo-community/HunyuanImage-2.1", steps=50),
+    _hunyuan_image("hunyuanvideo-community/HunyuanImage-2.1-Distilled", steps=8),
+    _image(
+        "zai-org/CogView4-6B", variant="cogview-4", heads=32, layers=28, text_before=None, steps=50,
+    ),
+    ModelShape(
+        name="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", variant="pixart",
+        heads=16, head_dim=72, block_of_site=tuple(range(28)), sizes=SizeRules.images(16),
+        linear=LinearWork.apart(1152, 4 * 1152, context=300),
+        height=1024, width=1024, steps=20,
+    ),
     _sd3("stabilityai/stable-diffusion-3-medium", heads=24, layers=24),
     _sd3("stabilityai/stable-diffusion-3.5-large", heads=38, layers=38),
 )  # fmt: skip

@@ -73,10 +73,10 @@ def with_references(grid: TokenGrid, texts: Sequence[str]) -> TokenGrid:
                 f"--reference must be frames x height x width in tokens, such as 1x64x64 or 64x64,"
                 f" with the position of its first token as in 37x15x26@200, not {text!r}"
             )
-        sizes = [int(match[name] or 1) for name in ("frames", "height", "width")]
+        frames, *plane = (int(match[name] or 1) for name in ("frames", "height", "width"))
         given = match["start"]
         try:
-            reference = Reference(end if given is None else int(given), *sizes)
+            reference = Reference(end if given is None else int(given), frames, plane[0], plane[1])
         except ValueError as error:
             raise UserError(f"--reference {text}: {error}") from None
         if given is None:

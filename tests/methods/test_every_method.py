@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny_wan
@@ -12,8 +14,9 @@ import torch
 
 import diffattn
 from diffattn import TokenGrid, draw
+from diffattn.grid import Reference
 from diffattn.lora.settings import TrainSettings
-from diffattn.methods import METHODS, Method, from_dict
+from diffattn.methods import METHODS, Method, Site, from_dict
 from diffattn.methods.base import StaticMaskMethod
 
 GRID = TokenGrid(3, 8, 8)
@@ -60,6 +63,27 @@ def test_planned_and_drawn(name: str) -> None:
     if isinstance(method, StaticMaskMethod):
         picture = draw.picture(method.for_model("wan2.1", GRID), GRID)
         assert draw.png(picture).startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore:references='local'")
+@pytest.mark.parametrize("policy", ["exact", "visible", "local"])
+@every_method
+def test_references(name: str, policy: str) -> None:
+    method = METHODS[name](references=policy)
+    assert f"references={policy!r}" in repr(method) or policy == "visible"
+    assert from_dict(json.loads(json.dumps(method.to_dict()))) == method
+    grid = TokenGrid(3, 8, 8, 5, 200, references=(Reference(199, 3, 8, 8), Reference(393, 1, 2, 2)))
+    cost = diffattn.plan(grid, method, heads=2, head_dim=16, layers=4)
+    assert cost.tokens == 5 + 192 + 200
+    assert f"{policy}, " in str(cost)
+    query, key, value = torch.randn(3, 1, grid.tokens, 2, 16).unbind(0)
+    weights: Any = SimpleNamespace(text_gate=torch.zeros(2))
+    site = Site("wan2.1", 0, 1, grid, weights=weights if name == "linfusion" else None)
+    out = method.for_model("wan2.1", grid.alone).attend(query, key, value, site)
+    assert out.shape == query.shape
+    assert out.isfinite().all()
+    if isinstance(method, StaticMaskMethod):
+        assert draw.png(draw.picture(method, grid)).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "dense"])

@@ -1,7 +1,9 @@
 """Calls of models of pictures that have no one grid, by what stands in the way."""
 
+import inspect
 from typing import Any
 
+import diffusers
 import pytest
 import stock
 import tiny_families as tiny
@@ -52,10 +54,65 @@ def test_text_of_z_image_may_differ_by_sample() -> None:
     assert {site.grid.text_after for site, _ in recorder.calls} == {10 + 128}
 
 
-def test_masks_of_glm_image() -> None:
-    message = "GlmImageTransformer2DModel has an attention_mask.*adds them to the scores, so that"
+@pytest.mark.parametrize("name", ["glm-image", "cogview-4"])
+def test_masks_that_the_model_adds_to_the_scores(name: str) -> None:
+    message = r"(Glm|CogView4)\w+ has an attention_mask.*adds them to the scores, so that padding"
     with pytest.raises(ValueError, match=message):
-        call("glm-image", attention_mask=tiny.valid_text(7, 7, 4))
+        call(name, attention_mask=tiny.valid_text(7, 7, 4))
+
+
+def test_lumina_with_prompts_of_two_lengths() -> None:
+    message = r"has prompts of \[9, 5\] tokens in one batch.*call it once per prompt"
+    with pytest.raises(ValueError, match=message):
+        call("lumina-2", encoder_attention_mask=tiny.valid_text(9, 9, 5))
+
+
+def test_lumina_with_one_prompt_with_padding() -> None:
+    model = pictures.lumina2()
+    recorder = stock.Recording()
+    diffattn.set_attn_processor(model, recorder)
+    inputs = {name: x[:1] for name, x in tiny.CASES["lumina-2"].inputs().items()}
+    with torch.no_grad():
+        model(**inputs)
+    assert [site.grid.text_before for site, _ in recorder.calls] == [0, 7, 7]
+
+
+def _packed(height: int, width: int, padded: int) -> dict[str, torch.Tensor]:
+    """HiDream's latents as its training passes them: patches in a row, with ids and masks."""
+    tokens = height * width
+    ids, masks = torch.zeros(2, padded, 3), torch.zeros(2, padded)
+    ids[:, :tokens, 1:] = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+    masks[:, :tokens] = 1
+    return {
+        "hidden_states": tiny.noise(2, padded, 16),
+        "img_ids": ids,
+        "hidden_states_masks": masks,
+    }
+
+
+def test_packed_latents_of_hidream() -> None:
+    model = pictures.hidream()
+    inputs = tiny.CASES["hidream"].inputs() | _packed(4, 9, 64)
+    inputs["img_sizes"] = torch.tensor([[4, 9]] * 2)
+    with torch.no_grad():
+        want = model(**inputs).sample
+        recorder = stock.Recording()
+        diffattn.set_attn_processor(model, recorder)
+        torch.testing.assert_close(model(**inputs).sample, want, atol=1e-5, rtol=1e-4)
+    assert {site.grid for site, _ in recorder.calls} == {
+        diffattn.TokenGrid(1, 4, 9, 0, 64 - 36 + 13)
+    }
+
+
+def test_packed_latents_of_hidream_in_two_sizes() -> None:
+    sizes = [(4, 9), (9, 4)]
+    with pytest.raises(ValueError, match=r"img_sizes \[\(4, 9\), \(9, 4\)\] in one batch: call"):
+        call("hidream", **_packed(4, 9, 64), img_sizes=sizes)
+
+
+def test_nucleus_with_a_shape_of_other_tokens() -> None:
+    with pytest.raises(ValueError, match=r"has 54 tokens, but img_shapes .* make 1x6x8 = 48: pass"):
+        call("nucleus-image", img_shapes=(1, 6, 8))
 
 
 def test_joyimage_plus_with_samples_of_different_pictures() -> None:
@@ -84,3 +141,44 @@ def test_padding_of_pixart_is_a_mask_over_keys() -> None:
         want = model(**inputs).sample
         diffattn.set_attn_processor(model, diffattn.DenseAttn())
         torch.testing.assert_close(model(**inputs).sample, want, atol=1e-5, rtol=1e-4)
+
+
+class TestIdeogram:
+    def test_text_after_the_picture(self) -> None:
+        inputs = pictures.ideogram4_inputs(4, 7)
+        flipped = {name: inputs[name].flip(1) for name in ("position_ids", "indicator")}
+        with pytest.raises(ValueError, match="not text and then one picture, as those of its pipe"):
+            call("ideogram-4", **flipped)
+
+    def test_two_pictures_in_a_sequence(self) -> None:
+        ids = pictures.ideogram4_inputs(4, 7)["position_ids"]
+        ids[:, 7 + 27 :] += 100
+        with pytest.raises(ValueError, match="the last 54 position_ids make 2 pictures"):
+            call("ideogram-4", position_ids=ids)
+
+    def test_samples_with_pictures_at_different_places(self) -> None:
+        roles = pictures.ideogram4_inputs(4, 7)["indicator"].clone()
+        roles[1, 7] = 3
+        with pytest.raises(ValueError, match="at different places: pad their texts on the left"):
+            call("ideogram-4", indicator=roles)
+
+    def test_a_picture_without_text(self) -> None:
+        model = pictures.ideogram4()
+        recorder = stock.Recording()
+        diffattn.set_attn_processor(model, recorder)
+        inputs = pictures.ideogram4_inputs(4, 7)
+        inputs = {name: x if x.ndim == 1 else x[:, 7:] for name, x in inputs.items()}
+        with torch.no_grad():
+            model(**inputs)
+        assert {site.grid for site, _ in recorder.calls} == {diffattn.TokenGrid(1, 6, 9)}
+
+    def test_the_model_without_text_is_attached_as_well(self) -> None:
+        if not hasattr(diffusers, "Ideogram4Pipeline"):
+            pytest.skip(f"diffusers {diffusers.__version__} has no Ideogram4Pipeline")
+        parameters = inspect.signature(diffusers.Ideogram4Pipeline.__init__).parameters
+        parts = dict.fromkeys(list(parameters)[1:]) | {
+            "transformer": pictures.ideogram4(),
+            "unconditional_transformer": pictures.ideogram4(),
+        }
+        attachment = diffusers.Ideogram4Pipeline(**parts).set_attn_processor(stock.NEARBY)
+        assert attachment.sites == 4

@@ -353,17 +353,6 @@ def test_plans_of_a_pipeline_know_its_sound() -> None:
     assert got.tokens == 15044
 
 
-def test_sizes_of_unets_of_videos() -> None:
-    """Frames attend apart in space: any number of them makes the same grid."""
-    pipe = SimpleNamespace(unet=tiny.svd(), vae_scale_factor=8)
-    for frames in (1, 14, 99):
-        assert pipeline_grid(pipe, 576, 1024, frames) == TokenGrid(1, 72, 128)
-    with pytest.raises(ValueError, match="height is 580, but this model needs a multiple of 8"):
-        pipeline_grid(pipe, 580, 1024, 14)
-    with pytest.raises(ValueError, match="num_frames is 0"):
-        pipeline_grid(pipe, 576, 1024, 0)
-
-
 # --- image to video in pipelines
 
 

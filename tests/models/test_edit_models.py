@@ -145,13 +145,6 @@ class TestIdsThatContradict:
             grid_of("krea-2", position_ids=ids[1:])
 
 
-@pytest.mark.parametrize("mode", ["extract", "cached"])
-def test_klein_with_a_cache_is_refused(mode: str) -> None:
-    said = rf"Flux2Transformer2DModel has kv_cache_mode='{mode}', as .* use Flux2KleinPipeline"
-    with pytest.raises(ValueError, match=said):
-        grid_of("flux.2", kv_cache_mode=mode)
-
-
 class TestChroma:
     # Padding at the end, first, and among text that counts.
     SEEN = ([1, 1, 1, 1, 0, 0, 0], [0, 1, 1, 0, 1, 0, 0])
@@ -230,6 +223,39 @@ class TestFlux3:
         said = "image_cond_ids of Flux3.* place 73 tokens, but image_cond_hidden_states has 74"
         with pytest.raises(ValueError, match=said):
             grid_of("flux.3-edit", image_cond_ids=ids[1:])
+
+
+class TestFibo2:
+    @pytest.mark.parametrize(
+        ("lengths", "before", "after"),
+        [
+            ((), 8, 0),
+            ((16, 16), 8, 0),
+            ((4, 4), 4, 0),
+            ((3, 1), 4, 0),  # of unequal prompts with as many gist tokens
+            ((16, 4), 0, 8),
+            ((4, 9), 0, 8),
+        ],
+    )
+    def test_gist_tokens_stand_last_where_they_are_padded(
+        self, lengths: tuple[int, ...], before: int, after: int
+    ) -> None:
+        inputs = edit.fibo2_inputs(*lengths)
+        model = edit.bria_fibo2()
+        grid = family_of(model).grid(model, (), inputs)
+        assert (grid.text_before, grid.text_after) == (before, 54 + 20 + after)
+        assert [r.start for r in grid.references] == [before + 54, before + 108]
+        recorder = stock.Recording()
+        diffattn.set_attn_processor(model, recorder)
+        forward(model, inputs)
+        refiner, *layers = [site.grid for site, _ in recorder.calls]
+        assert layers == [grid, grid]
+        assert refiner == tiny.CASES["bria-fibo-2"].grids[0]
+
+    def test_plans_know_its_heads(self) -> None:
+        model = edit.bria_fibo2()
+        got = diffattn.plan(model, DenseAttn(), grid=grid_of("bria-fibo-2"))
+        assert (got.heads, got.head_dim, got.layers, got.tokens) == (2, 16, 2, 136)
 
 
 class TestIdsOfPipelines:

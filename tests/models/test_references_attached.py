@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffattn
-from diffattn import GNAAttn, TokenGrid
+from diffattn import GNAAttn, TokenGrid, VMoBAAttn
 from diffattn.attach.backend import Group
 from diffattn.grid import Reference
 from diffattn.methods import Method
@@ -138,6 +138,47 @@ def test_gradients_of_compiled_code(policy: str, apart: bool) -> None:
         assert (found is None) == (want is None)
         if want is not None:
             torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["vmoba", "linfusion", "agent"])
+def test_other_methods_run_and_describe_the_policy(name: str) -> None:
+    model, inputs = CASE.build(), CASE.inputs()
+    (grid,) = CASE.grids
+    dense, outputs = forward(model, inputs), []
+    for policy in POLICIES:
+        method = diffattn.methods.from_dict({"type": name, "references": policy, "dense_steps": 0})
+        attachment = diffattn.set_attn_processor(model, replace(method, last_dense_steps=0))
+        outputs.append(forward(model, inputs))
+        assert outputs[-1].isfinite().all()
+        assert f"references {policy}, 0 of 2 with pairs left out" in str(
+            attachment.describe(grid, 10)
+        )
+    # These references have less than 128 tokens: they are treated as text is.
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    assert not torch.allclose(outputs[0], dense, atol=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["visible", "local"])
+def test_compiled_selections_know_references(policy: str) -> None:
+    side = TokenGrid(1, 12, 12, 0, 144, references=(Reference(144, 1, 12, 12),))
+    inputs = tiny_edit_models.edit_inputs(
+        side,
+        (0, 1),
+        pooled_projections=CASE.inputs()["pooled_projections"],
+        guidance=torch.tensor([3.5, 3.5]),
+    )
+    method = VMoBAAttn(
+        partitions=("2d",), chunk_2d=(4, 4), topk=3, references=policy, dense_steps=0
+    )
+    eager, model = CASE.build(), CASE.build()
+    for attached in (eager, model):
+        diffattn.set_attn_processor(attached, method)
+    want = forward(eager, inputs)
+    diffattn.set_attn_processor(eager, replace(method, references="exact"))
+    assert not torch.allclose(forward(eager, inputs), want, atol=1e-3)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(forward(compiled, inputs), want, atol=1e-5, rtol=1e-4)
 
 
 def test_a_lora_trains_under_a_policy() -> None:
