@@ -678,7 +678,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"did you mean 'Wan-AI/Wan2.1-T2V-14B'\?"):
             plan("Wan-AI/Wan2.1-T2V-14", DenseAttn())
         with pytest.raises(
-            ValueError, match=r"choose from Lightricks/LTX-2, Lightricks/LTX-Video, MiniMax"
+            ValueError, match=r"choose from AIDC-AI/Ovis-Image-7B, Lightricks/LTX-2, Li"
         ):
             plan("?", DenseAttn())
 

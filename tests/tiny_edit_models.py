@@ -38,8 +38,7 @@ def pictures(*references: tuple[int, int], frames: int = 1, before: int = 0) -> 
     at = before + frames * TOKENS
     placed = []
     for height, width in references:
-        aligned = (height, width) == (HEIGHT, WIDTH)
-        placed.append(Reference(at, 1, height, width, aligned=aligned))
+        placed.append(Reference(at, 1, height, width))
         at += height * width
     tokens = sum(r.tokens for r in placed)
     return TokenGrid(frames, HEIGHT, WIDTH, before, tokens, references=tuple(placed))
@@ -173,7 +172,7 @@ def flux3_inputs(references: bool = True) -> dict[str, Any]:
 _FLUX3_PARTS = (
     _TWO,
     pictures(),
-    TokenGrid(1, HEIGHT, WIDTH, 0, 20, references=(Reference(TOKENS, 1, 4, 5, aligned=False),)),
+    TokenGrid(1, HEIGHT, WIDTH, 0, 20, references=(Reference(TOKENS, 1, 4, 5),)),
 )
 
 
@@ -331,16 +330,9 @@ def fibo2_inputs(*lengths: int) -> dict[str, Any]:
     }
 
 
-def _placed_alike(*references: tuple[int, int], frames: int = 1) -> TokenGrid:
-    """Lists of sizes do not say where a reference lies: equal sizes are one place."""
-    grid = pictures(*references, frames=frames)
-    placed = (Reference(r.start, 1, r.height, r.width) for r in grid.references)
-    return TokenGrid(frames, HEIGHT, WIDTH, 0, grid.text_after, references=tuple(placed))
-
-
 _FIBO2: dict[str, Any] = {
     "build": bria_fibo2,
-    "grids": (_placed_alike((HEIGHT, WIDTH), (4, 5)),),
+    "grids": (pictures((HEIGHT, WIDTH), (4, 5)),),
     "sites": names(("noise_refiner.{}.attention", 1), ("layers.{}.attention", 2)),
     "pixel": lambda t, h, w: (0, 1, 2 * h + 1, 2 * w),
     "reference_pixel": lambda n, t, h, w: ("context_latents", (n, 0, 1, 2 * h + 1, 2 * w)),
@@ -443,7 +435,7 @@ _QWEN: dict[str, Any] = {
     "sites": names(("transformer_blocks.{}.attn", 2)),
     "text": ("before", TEXT),
 }
-_EDIT_PLUS, _LAYERED = _placed_alike((6, 9), (4, 5)), _placed_alike((4, 5), frames=3)
+_EDIT_PLUS, _LAYERED = pictures((6, 9), (4, 5)), pictures((4, 5), frames=3)
 CASES |= {
     "qwen-image-edit": Case(
         build=_qwen,

@@ -102,14 +102,13 @@ def _references_alone(grid: TokenGrid) -> TokenGrid | None:
     if not grid.references:
         return None
     first, *others = grid.references
-    same = (first.height, first.width, first.aligned)
     return TokenGrid(
         1,
         first.height,
         first.width,
         text_after=grid.text_after - first.tokens,
         references=tuple(
-            replace(r, start=r.start - first.start, aligned=(r.height, r.width, r.aligned) == same)
+            replace(r, start=r.start - first.start, aligned=r.aligned and first.aligned)
             for r in others
         ),
     )

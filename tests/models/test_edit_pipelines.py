@@ -79,7 +79,7 @@ def qwen_edit_plus() -> tuple[Any, Callable[[], torch.Tensor]]:
     return pipe, call
 
 
-ALIGNED, SMALL = Reference(54, 1, 6, 9), Reference(108, 1, 4, 5, aligned=False)
+ALIGNED, SMALL = Reference(54, 1, 6, 9), Reference(108, 1, 4, 5)
 # Qwen's pictures become 96 x 128 pixels: of the area patched above, in multiples of 32.
 CASES = {
     "kontext": (kontext, (ALIGNED,)),
