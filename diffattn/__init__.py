@@ -22,6 +22,7 @@ if _TYPE_CHECKING:
     from diffattn.masks.base import AttentionMask, Blocking, FullMask, PredicateMask
     from diffattn.methods import (
         AgentAttn,
+        BlockTopKAttn,
         CLEARAttn,
         DenseAttn,
         FreeSwimAttn,
@@ -29,6 +30,7 @@ if _TYPE_CHECKING:
         LinFusionAttn,
         Method,
         RadialAttn,
+        SolAttn,
         VMoBAAttn,
         register_method,
     )
@@ -48,6 +50,7 @@ __all__ = [
     "Attachment",
     "AttentionMask",
     "BlockLayout",
+    "BlockTopKAttn",
     "Blocking",
     "CLEARAttn",
     "DenseAttn",
@@ -61,6 +64,7 @@ __all__ = [
     "PredicateMask",
     "RadialAttn",
     "Reference",
+    "SolAttn",
     "TokenGrid",
     "VMoBAAttn",
     "__version__",
@@ -108,6 +112,7 @@ _HOMES = {
         "masks.base": ("AttentionMask", "Blocking", "FullMask", "PredicateMask"),
         "methods": (
             "AgentAttn",
+            "BlockTopKAttn",
             "CLEARAttn",
             "DenseAttn",
             "FreeSwimAttn",
@@ -115,6 +120,7 @@ _HOMES = {
             "LinFusionAttn",
             "Method",
             "RadialAttn",
+            "SolAttn",
             "VMoBAAttn",
             "register_method",
         ),

@@ -6,7 +6,9 @@ something fails in one place.
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,9 @@ ATTENTION_CLASSES = (Attention, MochiAttention, AttentionModuleMixin)
 BackendFunction = Callable[..., torch.Tensor]
 
 _serial = itertools.count()
+
+# Backends that enter diffusers' registry together: more than a model has groups of sites.
+_AT_ONCE = 64
 
 # Modules of diffusers' hooks that move or cast weights and do not look at tokens.
 _BLIND_HOOKS = ("diffusers.hooks.group_offloading", "diffusers.hooks.layerwise_casting")
@@ -78,30 +83,100 @@ class ContextParallel:
         )
 
 
+class _Slot:
+    """An entry of diffusers' registry of backends, whose function may change.
+
+    Dynamo guards on every name in the registry, so a new entry makes all compiled code that calls
+    attention compile again, of other models too. An entry therefore stays for good, and serves one
+    attached group of sites after another.
+
+    Attributes:
+        member: the key of the entry.
+        function: the function of the group; None while no group has the entry.
+    """
+
+    def __init__(self) -> None:
+        self.member = _new_member(f"diffattn_{next(_serial)}")
+        self.function: BackendFunction | None = None
+        register = _AttentionBackendRegistry.register(self.member, supports_context_parallel=True)
+        register(_calling(self))
+
+
+def _new_member(value: str) -> AttentionBackendName:
+    """A member of the enumeration that the enumeration does not list; equal for equal values."""
+    member = str.__new__(AttentionBackendName, value)
+    member._name_ = value.upper()
+    member._value_ = value
+    return member
+
+
+def _calling(slot: _Slot) -> BackendFunction:
+    def diffattn_backend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        _parallel_config: Any = None,
+    ) -> torch.Tensor:
+        function = slot.function
+        if function is None:
+            raise RuntimeError(
+                "an attention processor belongs to a method that was taken off its model; call"
+                " set_attn_processor(None) for the model's own processors, or attach a method"
+            )
+        return function(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            _parallel_config=_parallel_config,
+        )
+
+    return diffattn_backend
+
+
+_slots: dict[str, _Slot] = {}
+_free: list[_Slot] = []
+
+
 def register_backend(function: BackendFunction) -> AttentionBackendName:
     """Make `function` an attention backend of diffusers under a name of its own.
 
     Args:
-        function: takes `query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-            _parallel_config` and returns the attention output, (batch, tokens, heads, head_dim).
+        function: takes `query, key, value` by position and `attn_mask, dropout_p, is_causal, scale,
+            enable_gqa, _parallel_config` by name, and returns the attention output, (batch, tokens,
+            heads, head_dim).
 
     Returns:
         A member of diffusers' backend enumeration, to be set on processors. The enumeration does
-        not list the member, so that nobody selects it by name.
+        not list the member, so that nobody selects it by name. Until no processor has the member
+        any more, no other function gets its name.
     """
-    value = f"diffattn_{next(_serial)}"
-    member = str.__new__(AttentionBackendName, value)
-    member._name_ = value.upper()
-    member._value_ = value
-    _AttentionBackendRegistry.register(member, supports_context_parallel=True)(function)
+    if not _free:
+        gc.collect()  # members may be part of cycles
+    if not _free:
+        made = [_Slot() for _ in range(_AT_ONCE)]
+        _slots.update((slot.member.value, slot) for slot in made)
+        _free.extend(reversed(made))
+    slot = _free.pop()
+    slot.function = function
+    # Not the key itself: the key lives as long as the process.
+    member = _new_member(slot.member.value)
+    weakref.finalize(member, _free.append, slot).atexit = False
     return member
 
 
 def unregister_backend(member: AttentionBackendName) -> None:
-    """Undo `register_backend`."""
-    for table in ("_backends", "_constraints", "_supported_arg_names"):
-        getattr(_AttentionBackendRegistry, table).pop(member, None)
-    _AttentionBackendRegistry._supports_context_parallel.discard(member.value)
+    """Undo `register_backend`: a processor that still has the member raises an error."""
+    _slots[member.value].function = None
 
 
 def dispatch(

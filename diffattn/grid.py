@@ -29,8 +29,8 @@ class Reference:
     frames: int
     height: int
     width: int
-    aligned: bool = True
-    times: tuple[float, ...] = ()
+    aligned: bool = field(default=True, kw_only=True)
+    times: tuple[float, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         if min(self.frames, self.height, self.width) < 1 or self.start < 0:
@@ -67,10 +67,12 @@ class TokenGrid:
             same sequence; 0 where text has its own cross-attention.
         references: the rectangles among the other tokens, by their positions. Other tokens outside
             of them have no place in a picture.
+        causal_frames: latent frames of the blocks of which none sees a later one; 0 where all
+            frames may see all.
 
     Raises:
-        ValueError: for an axis below 1, a negative number of other tokens, or references that
-            overlap, are out of order, or are not among the other tokens.
+        ValueError: for an axis below 1, a negative number of other tokens or frames, or references
+            that overlap, are out of order, or are not among the other tokens.
         TypeError: for a number that is no integer.
     """
 
@@ -80,9 +82,10 @@ class TokenGrid:
     text_before: int = 0
     text_after: int = 0
     references: tuple[Reference, ...] = field(default=(), kw_only=True)
+    causal_frames: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
-        for name in ("frames", "height", "width", "text_before", "text_after"):
+        for name in ("frames", "height", "width", "text_before", "text_after", "causal_frames"):
             value = getattr(self, name)
             # Sizes of compiled code are integers of torch's own.
             if not isinstance(value, int) and not hasattr(value, "__index__"):
@@ -90,7 +93,7 @@ class TokenGrid:
         for name in ("frames", "height", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but a grid needs at least 1")
-        for name in ("text_before", "text_after"):
+        for name in ("text_before", "text_after", "causal_frames"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but cannot be negative")
         end = 0

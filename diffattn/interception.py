@@ -20,10 +20,20 @@ from torch.overrides import (
     _pop_mode,
     _push_mode,
 )
+from torch.utils._device import DeviceContext
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 _ARGUMENTS = ("query", "key", "value")
+
+
+def modes_are_active() -> bool:
+    """Whether function modes may change torch's attention at present; compiled code may ask.
+
+    Code that is compiled is compiled anew where other modes are active.
+    """
+    modes = range(torch._C._len_torch_function_stack())
+    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in modes)
 
 
 def through_modes(
@@ -31,7 +41,7 @@ def through_modes(
 ) -> torch.Tensor:
     """`attend(query, key, value)`, as the active function modes change torch's attention.
 
-    Compiled code calls `attend` alone.
+    Compiled code calls `attend` alone. Attached sites leave compiled code where `modes_are_active`.
 
     Args:
         attend: a function of three tensors (batch, tokens, heads, head_dim) that gives such a

@@ -148,12 +148,14 @@ def attention(
         `return_lse` also the log-sum-exp.
 
     Raises:
+        TypeError: if query, key, value or key_mask is no tensor, or order is no `TileOrder`.
         ValueError: if shapes, dtypes or devices do not fit together or the mask, or the backend is
             unknown.
         NotImplementedError: if the tensors' device has no sparse kernel, or the backend cannot
             compute the call; and in a second derivative.
         ImportError: if the backend is "triton" and Triton cannot be imported.
     """
+    _check_types(query, key, value, key_mask, order)
     query, key, value = cast_as_sdpa(query, key, value)
     _check_inputs(query, key, value, key_mask)
     if mask is None and not return_lse:
@@ -530,6 +532,31 @@ def _layout_of(
             f" call .to({str(query.device)!r}) on the layout"
         )
     return layout
+
+
+def _check_types(
+    query: object, key: object, value: object, key_mask: object, order: object
+) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(
+                f"{name} is {_kind(tensor)}, but must be a torch.Tensor of shape"
+                f" (batch, tokens, heads, head_dim)"
+            )
+    if key_mask is not None and not isinstance(key_mask, torch.Tensor):
+        raise TypeError(
+            f"key_mask is {_kind(key_mask)}, but must be a bool torch.Tensor of shape"
+            f" (batch, tokens), or None"
+        )
+    if order is not None and not isinstance(order, TileOrder):
+        raise TypeError(f"order is {_kind(order)}, but must be a TileOrder or None")
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "None"
+    kind, module = type(value).__name__, type(value).__module__
+    return f"a {kind}" if module == "builtins" else f"a {module}.{kind}"
 
 
 def _check_inputs(

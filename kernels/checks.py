@@ -20,6 +20,15 @@ LAYOUT_NAMES = (
 )
 
 
+def check_tensors(**arguments: object) -> None:
+    """Raise TypeError for an argument that is no tensor; arrays of other libraries are none."""
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            is_array = hasattr(value, "__array__")
+            hint = f"; torch.as_tensor({name}) makes one of it" if is_array else ""
+            raise TypeError(f"{name} is {type(value).__name__}, but must be a torch.Tensor{hint}")
+
+
 def check_inputs(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -128,12 +128,10 @@ class _FirstOrder(torch.autograd.Function):
         return _one_by_one(first_order, info.batch_size, in_dims, arguments)
 
 
-@torch.compiler.disable(
-    reason="torch.compile drops the forward-mode derivative of attention; compile without"
-    " fullgraph, or compile only what is outside of torch.func.jvp and dual_level"
-)
 def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    return function.apply(*arguments)
+    from .outside_graphs import apply_outside  # which imports Dynamo
+
+    return apply_outside(function, *arguments)
 
 
 def _one_by_one(

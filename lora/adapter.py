@@ -77,20 +77,15 @@ def add_adapter(model: Any, settings: TrainSettings) -> dict[str, torch.nn.Param
         The parameters to train, by name.
 
     Raises:
-        LoraError: if a target is no layer of any site, or the model has a LoRA already.
+        LoraError: as `check_adapter`.
     """
     from peft import LoraConfig
 
     settings = settings.completed()
-    if getattr(model, "peft_config", None):
-        raise LoraError(
-            f"{type(model).__name__} has a LoRA already: fuse it (pipe.fuse_lora, then"
-            f" pipe.unload_lora_weights) or load the pipeline without it"
-        )
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
-        target_modules=_target_names(model, settings.targets),
+        target_modules=check_adapter(model, settings),
         lora_dropout=settings.dropout,
         use_dora=settings.dora,
         use_rslora=settings.rslora,
@@ -107,6 +102,39 @@ def add_adapter(model: Any, settings: TrainSettings) -> dict[str, torch.nn.Param
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def check_adapter(model: Any, settings: TrainSettings) -> list[str]:
+    """Check that a denoiser can take the LoRA of a training.
+
+    Args:
+        model: the denoiser.
+        settings: the settings of the training.
+
+    Returns:
+        The full names of the layers that the LoRA is for.
+
+    Raises:
+        LoraError: if a target is no layer of any site, the rank is larger than any of the layers
+            can use, or the model has a LoRA already.
+    """
+    if getattr(model, "peft_config", None):
+        raise LoraError(
+            f"{type(model).__name__} has a LoRA already: fuse it (pipe.fuse_lora, then"
+            f" pipe.unload_lora_weights) or load the pipeline without it"
+        )
+    names = _target_names(model, settings.targets)
+    rank = settings.completed().rank
+    assert rank is not None
+    layers: list[Any] = [model.get_submodule(name) for name in names]
+    # A product of two factors has at most the rank of its smaller side.
+    most = max(min(layer.in_features, layer.out_features) for layer in layers)
+    if rank > most:
+        raise LoraError(
+            f"rank is {rank}, but the {len(names)} layers of {type(model).__name__} that get a LoRA"
+            f" have a rank of {most} at most themselves: give a rank from 1 to {most}"
+        )
+    return names
 
 
 def save_adapter(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -47,9 +48,12 @@ def captioned_clips(
     if table is None:
         return [CaptionedClip(clip, _caption_beside(clip)) for clip in clips], []
     known = {_plain(clip): clip for clip in clips}
+    # Some systems take the accents of file names apart, and most tables have them whole.
+    composed = {_composed(path): clip for path, clip in known.items()}
     captions: dict[Path, str] = {}
     for line, name, caption in _rows(table):
-        clip = known.get(_plain(folder / name))
+        path = _plain(folder / name)
+        clip = known.get(path) or composed.get(_composed(path))
         if clip is None:
             names = [path.relative_to(folder).as_posix() for path in clips]
             hint = did_you_mean(name, names)
@@ -102,6 +106,11 @@ def _rows(table: Path) -> Iterator[tuple[int, str, str]]:
         if not name.strip() or not caption:
             what = "caption" if name.strip() else "file name"
             raise LoraError(f"{table}, line {line}: the {what} is empty")
+        if not _is_text(caption):
+            raise LoraError(
+                f"{table}, line {line}: the caption {caption!r} is no text: JSON escapes from"
+                f" \\ud800 to \\udfff stand in pairs"
+            )
         yield line, name.strip(), caption
 
 
@@ -140,7 +149,7 @@ def _json_rows(table: Path, text: str) -> Iterator[tuple[int, str, str]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LoraError(f"{table}, line {number} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise LoraError(f"{table}, line {number}: {line.strip()!r} is not a JSON object")
@@ -175,6 +184,11 @@ def _text(path: Path) -> str:
         ) from None
 
 
+def _is_text(value: str) -> bool:
+    """Whether a value can be written as UTF-8; JSON may hold halves of characters."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 
@@ -182,3 +196,8 @@ def _one_line(text: str) -> str:
 def _plain(path: Path) -> Path:
     """The absolute path without `..`, for files that exist and for files that do not."""
     return Path(os.path.abspath(path))
+
+
+def _composed(path: Path) -> str:
+    """A path with each letter and its accents as one character."""
+    return unicodedata.normalize("NFC", str(path))

@@ -14,6 +14,10 @@ QUIET = ("-hide_banner", "-nostdin", "-nostats")
 
 _LONGEST = 160
 
+# Players take the colours of a video without a tag for BT.709 from this size on, and for BT.601
+# below.
+_HD_WIDTH, _HD_HEIGHT = 1280, 577
+
 
 class FfmpegError(Exception):
     """ffmpeg is missing, or did not do its work; the message is one line."""
@@ -79,6 +83,11 @@ def run(arguments: Sequence[str], feed: Iterable[bytes] = ()) -> str:
             raise FfmpegError(reason(code, said))
         out.seek(0)
         return out.read().decode(errors="replace")
+
+
+def is_hd(height: int, width: int) -> bool:
+    """Whether players take the colours of a video of this size in pixels for BT.709."""
+    return width >= _HD_WIDTH or height >= _HD_HEIGHT
 
 
 def reason(code: int, messages: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from diffattn.lora.ffmpeg import reason, start
+from diffattn.lora.ffmpeg import is_hd, reason, start
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -60,13 +60,21 @@ _UNITS = {"GIF": 0.01, "PNG": 0.001, "WEBP": 0.001}
 # Times are reported; pixels are made square.
 _FILTERS = (
     "showinfo,"
-    "scale=w='round(iw*max(sar,1))':h='round(ih*max(1/sar,1))'"
+    "scale=w='round(iw*max(sar,1))':h='round(ih*max(1/sar,1))':in_color_matrix={matrix}"
     ":flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp,"
     "setsar=1"
 )
 _CONFIG = re.compile(r"config in time_base: *(\d+)/(\d+), *frame_rate: *(\d+)/(\d+)")
 _TIME = re.compile(r"\bn: *\d+ +pts: *(\S+)")
 _ERROR = re.compile(r"\[(?:error|fatal)\] *(.*)")
+
+# The first video stream as ffmpeg describes it, up to the next stream, and a frame of it.
+_STREAM = re.compile(r"Stream #[^\n]*?: Video: (\w+)(.*?)(?=Stream #|Stream mapping)", re.DOTALL)
+_SIZE = re.compile(r"\bs:(\d+)x(\d+)")
+_MATRIX = re.compile(r"\bcolor_space:(\w+)")
+_WITH_ALPHA = re.compile(r"alpha_mode *: *1\b")
+# ffmpeg's own decoders of these codecs leave out transparency.
+_DECODERS_OF_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 @dataclass(frozen=True)
@@ -208,8 +216,19 @@ def _video(path: Path, note: Callable[[str], None]) -> Iterator[Frame]:
 
 def _decoded(path: Path) -> Generator[tuple[np.ndarray, float, float], None, None]:
     """The frames of a video, uint8 (height, width, 4), with start times and the interval."""
-    arguments = ["-loglevel", "level+info", "-i", f"file:{path}", "-map", "0:v:0"]
-    arguments += ["-vf", _FILTERS, "-fps_mode", "passthrough", "-pix_fmt", "rgba", "-c:v", "pam"]
+    form = _form(path)
+    decoder = [] if form.decoder is None else ["-c:v", form.decoder]
+    arguments = ["-loglevel", "level+info", *decoder, "-i", f"file:{path}", "-map", "0:v:0"]
+    arguments += [
+        "-vf",
+        _FILTERS.format(matrix=form.matrix),
+        "-fps_mode",
+        "passthrough",
+        "-pix_fmt",
+        "rgba",
+        "-c:v",
+        "pam",
+    ]
     arguments += ["-f", "image2pipe", "pipe:1"]
     process = start(
         arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -230,6 +249,37 @@ def _decoded(path: Path) -> Generator[tuple[np.ndarray, float, float], None, Non
         log.close()
     if code or not count:
         raise ValueError(reason(code, log.errors))
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a video is to be decoded.
+
+    Attributes:
+        decoder: ffmpeg's name of the decoder; None for the usual one.
+        matrix: ffmpeg's name of the matrix of the colours; "auto" for that which the file states.
+    """
+
+    decoder: str | None
+    matrix: str
+
+
+def _form(path: Path) -> _Form:
+    """How a video is to be decoded, by its description and its first frame."""
+    arguments = ["-loglevel", "info", "-i", f"file:{path}", "-map", "0:v:0", "-frames:v", "1"]
+    arguments += ["-vf", "showinfo", "-f", "null", "-"]
+    process = start(
+        arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    text = process.communicate()[1].decode(errors="replace")
+    stream, size, matrix = (found.search(text) for found in (_STREAM, _SIZE, _MATRIX))
+    decoder = None
+    if stream is not None and _WITH_ALPHA.search(stream[2]):
+        decoder = _DECODERS_OF_ALPHA.get(stream[1])
+    if size is None or matrix is None or matrix[1] != "unknown":
+        return _Form(decoder, "auto")
+    width, height = int(size[1]), int(size[2])
+    return _Form(decoder, "bt709" if is_hd(height, width) else "bt601")
 
 
 class _Log:

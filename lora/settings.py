@@ -141,6 +141,11 @@ class TrainSettings:
             raise LoraError(
                 "the method is dense, which needs no adapting: choose a sparse one, such as radial"
             )
+        if self.warmup_steps > self.steps:
+            raise LoraError(
+                f"warmup_steps is {self.warmup_steps}, but the run has {self.steps} steps: give at"
+                f" most as many"
+            )
         advice = self._advice()
         weights = (
             _or_else(self.objective, advice.objective),
@@ -215,31 +220,40 @@ def _are_names(value: Any) -> bool:
     return isinstance(value, tuple) and all(isinstance(one, str) and one for one in value)
 
 
+# The largest weight of a loss, and the like: larger numbers overflow float32 on their way.
+_LARGEST = 1e6
+# What the gradient's norm may be cut to; a larger number is infinite in float32.
+_LARGEST_NORM = 1e30
+_LARGEST_SEED = 2**64 - 1  # torch's
+# More than any layer is wide, and more samples than any memory holds.
+_LARGEST_RANK = _LARGEST_BATCH = 65_536
+_WEIGHT = number(at_least=0, at_most=_LARGEST)
+
 _NAMES = Allowed("a list of names", _are_names)
 _ALLOWED: Mapping[str, Allowed] = {
     "attention": Allowed("a method's settings with its type", lambda it: isinstance(it, Mapping)),
-    "rank": whole(1),
-    "alpha": number(above=0),
+    "rank": whole(1, _LARGEST_RANK),
+    "alpha": number(above=0, at_most=_LARGEST),
     "targets": _NAMES,
     "dropout": number(at_least=0, below=1),
     "dora": FLAG,
     "rslora": FLAG,
     "denoiser": choice(("transformer", "transformer_2", "unet")),
-    "objective": number(at_least=0),
-    "prediction": number(at_least=0),
-    "attention_output": number(at_least=0),
+    "objective": _WEIGHT,
+    "prediction": _WEIGHT,
+    "attention_output": _WEIGHT,
     "attention_every": whole(1),
     "steps": whole(1),
-    "batch_size": whole(1),
+    "batch_size": whole(1, _LARGEST_BATCH),
     "accumulation": whole(1),
-    "learning_rate": number(above=0),
+    "learning_rate": number(above=0, at_most=_LARGEST),
     "schedule": choice(SCHEDULES),
     "warmup_steps": whole(0),
-    "weight_decay": number(at_least=0),
-    "max_grad_norm": number(above=0),
-    "shift": number(above=0),
+    "weight_decay": _WEIGHT,
+    "max_grad_norm": number(above=0, at_most=_LARGEST_NORM),
+    "shift": number(above=0, at_most=_LARGEST),
     "caption_dropout": number(at_least=0, below=1),
-    "seed": whole(0),
+    "seed": whole(0, _LARGEST_SEED),
     "mixed_precision": choice(PRECISIONS),
     "gradient_checkpointing": FLAG,
     "checkpoint_every": whole(1),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# Letters; the longest name of a file has 255 bytes, and a path is made of few long names.
+_LONGEST_WORD = 1024
+
 
 def one_line(message: object) -> str:
-    """The message of any library as one line, without surplus blanks."""
-    return " ".join(str(message).split())
+    """The message of any library as one line, without surplus blanks; very long words are cut."""
+    return " ".join(shortened(word, _LONGEST_WORD) for word in str(message).split())
 
 
 def shortened(value: object, most: int = 80) -> str:

@@ -69,7 +69,11 @@ class Recording(DenseAttn):
 
 @contextlib.contextmanager
 def attending_by(
-    attention: Callable[..., torch.Tensor], model: torch.nn.Module, sites: Iterable[str]
+    attention: Callable[..., torch.Tensor],
+    model: torch.nn.Module,
+    sites: Iterable[str],
+    *,
+    some_queries: bool = False,
 ) -> Iterator[None]:
     """The stock model with another self-attention in the place of PyTorch's under some modules.
 
@@ -77,14 +81,18 @@ def attending_by(
         attention: takes PyTorch's attention, the name of the site, and what PyTorch's is called
             with: query, key, value `(batch, heads, tokens, head_dim)`, the mask or None, the rest.
         sites: names of these modules.
+        some_queries: whether calls with more keys than queries are self-attention, too.
     """
     stock = torch.nn.functional.scaled_dot_product_attention
     inside: list[str] = []
 
-    def called(query: Any, key: Any, value: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
-        if inside and query.shape[-2] == key.shape[-2]:
+    def called(
+        query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **kwargs: Any
+    ) -> Any:
+        cross = query.shape[-2] != key.shape[-2] and not some_queries
+        if inside and not cross and not kwargs.get("is_causal"):
             return attention(stock, inside[-1], query, key, value, attn_mask, **kwargs)
-        return stock(query, key, value, attn_mask=attn_mask, **kwargs)
+        return stock(query, key, value, attn_mask, *rest, **kwargs)
 
     with contextlib.ExitStack() as hooks:
         for name in sites:
@@ -102,13 +110,19 @@ def attending_by(
 
 @contextlib.contextmanager
 def masked(
-    model: torch.nn.Module, sites: list[str], grid_of: Callable[[int], TokenGrid], method: Method
+    model: torch.nn.Module,
+    sites: list[str],
+    grid_of: Callable[[int], TokenGrid],
+    method: Method,
+    queries: Callable[[int, int], tuple[slice, ...]] | None = None,
 ) -> Iterator[list[int]]:
     """The stock model with a method's boolean mask in PyTorch's attention under some modules.
 
     Args:
         sites: names of these modules.
         grid_of: the grid of a call over so many tokens.
+        queries: the positions of the queries of a call with so many queries and keys, where there
+            are more keys; None if such a call is cross-attention.
 
     Yields:
         The number of tokens of each masked call so far.
@@ -117,15 +131,17 @@ def masked(
     calls: list[int] = []
 
     def attention(plain: Any, site: str, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
-        tokens = q.shape[-2]
+        tokens = k.shape[-2]
         calls.append(tokens)
         if tokens not in masks:
             masks[tokens] = method.mask(grid_of(tokens)).dense()
         seen = masks[tokens]
+        if queries is not None and q.shape[-2] != tokens:
+            seen = torch.cat([seen[part] for part in queries(q.shape[-2], tokens)])
         if mask is not None:
             boolean = mask.dtype == torch.bool
             seen = mask & seen if boolean else mask.masked_fill(~seen, -torch.inf)
         return plain(q, k, v, attn_mask=seen, **kwargs)
 
-    with attending_by(attention, model, sites):
+    with attending_by(attention, model, sites, some_queries=queries is not None):
         yield calls

@@ -97,7 +97,6 @@ def test_sparse_method_is_the_stock_model_with_that_mask(
 
 def test_none_restores_objects_and_bits(model: Any) -> None:
     before = dict(model.attn_processors)
-    backends = set(_AttentionBackendRegistry.list_backends())
     want = forward(model)
     diffattn.set_attn_processor(model, SPARSE)
     assert not torch.equal(forward(model), want)
@@ -109,8 +108,6 @@ def test_none_restores_objects_and_bits(model: Any) -> None:
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
     assert not any("diffattn" in name for name in vars(model))
-    # Those of models dropped by other tests may leave in the meantime.
-    assert set(_AttentionBackendRegistry.list_backends()) <= backends
 
 
 def test_attaching_again_replaces(model: Any) -> None:
@@ -440,7 +437,7 @@ def test_unknown_model() -> None:
 
 
 def test_target_without_a_denoiser() -> None:
-    with pytest.raises(ValueError, match="object has no denoiser: none of transformer"):
+    with pytest.raises(ValueError, match="object has no denoiser: none of its components"):
         diffattn.set_attn_processor(object(), SPARSE)
 
 
@@ -500,15 +497,15 @@ def test_padding_masks_are_honoured() -> None:
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
-def test_a_dropped_model_is_freed_and_its_backends_with_the_next() -> None:
-    gc.collect()
-    backends = len(_AttentionBackendRegistry.list_backends())
+def test_a_dropped_model_is_freed_with_its_backends() -> None:
+    names = []
     for _ in range(5):
         model = tiny_wan.transformer()
         diffattn.set_attn_processor(model, SPARSE)
         forward(model)
+        names.append(model.blocks[0].attn1.processor._attention_backend.value)
         alive = weakref.ref(model)
         del model
         gc.collect()
         assert alive() is None
-    assert len(_AttentionBackendRegistry.list_backends()) <= backends + 1
+    assert len(set(names)) == 1

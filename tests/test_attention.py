@@ -4,7 +4,9 @@ import logging
 import shutil
 import subprocess
 import sys
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
@@ -296,6 +298,36 @@ def test_kernels_of_the_other_device_are_refused() -> None:
     layout = MASKS["full"].blocks().to("meta")
     with pytest.raises(ValueError, match="this is the CPU path, but q is on meta"):
         attention(q, k, v, layout, backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"),
+    [
+        (np.zeros((2, 143, 3, 16), np.float32), "a numpy.ndarray"),
+        ([[1.0]], "a list"),
+        (None, "None"),
+        ("query", "a str"),
+    ],
+)
+def test_what_is_no_tensor_is_a_type_error_with_its_name(wrong: Any, kind: str) -> None:
+    q, k, v = inputs()
+    mask = MASKS["full"]
+    shape = r"but must be a torch.Tensor of shape \(batch, tokens, heads, head_dim\)"
+    for name, arguments in (
+        ("query", (wrong, k, v)),
+        ("key", (q, wrong, v)),
+        ("value", (q, k, wrong)),
+        ("query", (wrong, wrong, wrong)),
+    ):
+        for given in (None, mask):
+            with pytest.raises(TypeError, match=f"^{name} is {kind}, {shape}$"):
+                attention(*arguments, given)
+    if wrong is None:
+        return
+    with pytest.raises(TypeError, match=f"^key_mask is {kind}, but must be a bool torch.Tensor"):
+        attention(q, k, v, mask, key_mask=wrong)
+    with pytest.raises(TypeError, match=f"^order is {kind}, but must be a TileOrder or None$"):
+        attention(q, k, v, mask, order=wrong)
 
 
 def test_errors_say_what_is_wrong() -> None:

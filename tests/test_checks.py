@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
 from diffattn import methods
 from diffattn._checks import (
@@ -24,10 +25,12 @@ from diffattn._checks import (
     sides,
     whole,
 )
+from diffattn.kernels.linear import linear_attention
 from diffattn.lora.errors import LoraError
 from diffattn.lora.settings import TrainSettings
 from diffattn.pipelines.errors import UserError
 from diffattn.pipelines.run.request import Request, check_option
+from diffattn.selected.attention import selected_attention
 
 NO_NUMBERS = (True, False, None, "1", "", [1], (1,), {}, 1j, math.nan, math.inf, -math.inf)
 HUGE = 10**400  # no float can hold it
@@ -146,7 +149,7 @@ def test_each_front_has_its_own_exception_and_form() -> None:
     ):
         methods.from_dict({"type": "radial", "block_size": True})
     with pytest.raises(
-        LoraError, match=r"^rank is True, but must be a whole number of at least 1$"
+        LoraError, match=r"^rank is True, but must be a whole number from 1 to 65536$"
     ):
         TrainSettings(rank=True)
     with pytest.raises(
@@ -179,3 +182,14 @@ def test_tuples_of_a_method_may_come_as_the_lists_of_json(name: str) -> None:
     read = methods.from_dict(json.loads(json.dumps(method.to_dict())))
     assert read == method
     assert hash(read) == hash(method)
+
+
+def test_operators_name_what_is_no_tensor() -> None:
+    x: Any = torch.ones(1, 8, 1, 4)
+    with pytest.raises(TypeError, match=r"^key is NoneType, but must be a torch\.Tensor$"):
+        selected_attention(x, None, x, blocks=x, bits=x)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^query is list, but must be a torch\.Tensor$"):
+        selected_attention([1.0], x, x, blocks=x, bits=x)  # type: ignore[arg-type]
+    message = r"^v is ndarray, but must be a torch\.Tensor; torch\.as_tensor\(v\) makes one of it$"
+    with pytest.raises(TypeError, match=message):
+        linear_attention(x, x, x.numpy())

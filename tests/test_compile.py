@@ -1,6 +1,8 @@
 """torch.compile: as many graphs as the stock model, and the same output and gradients."""
 
+import copy
 import functools
+import gc
 import threading
 import warnings
 from dataclasses import replace
@@ -13,11 +15,21 @@ import tiny_wan
 import torch
 from peft import LoraConfig
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import scheduler
+from torch._inductor.utils import is_cudagraph_unsafe_op
 from triton_device import triton_device
 
 import diffattn
-from diffattn import FullMask, RadialAttn, TokenGrid, VMoBAAttn, attention
-from diffattn.attach.compiled import remember, traced_attention
+from diffattn import (
+    AgentAttn,
+    FullMask,
+    LinFusionAttn,
+    RadialAttn,
+    TokenGrid,
+    VMoBAAttn,
+    attention,
+)
+from diffattn.attach.compiled import move_tokens, remember, traced_attention, traced_method
 from diffattn.kernels.cpu import block_sparse as cpu_kernel
 from diffattn.kernels.reference import reference_attention
 from diffattn.operator import BACKEND_VARIABLE
@@ -117,6 +129,30 @@ def test_as_many_graphs_over_all_sizes_as_stock(name: str, how: str, dynamic: bo
     # Blocks of VMoBA are of three kinds.
     kinds = 3 if (name, how) == ("content", "repeated blocks") else 1
     assert counts == [kinds * count for count in graphs_of_stock(how, dynamic)]
+    with torch.no_grad():
+        for size, out in zip(SIZES, outputs, strict=True):
+            torch.testing.assert_close(out, eager(**of_size(*size))[0], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("linfusion", "repeated blocks"), ("agent", "repeated blocks"), ("agent", "whole")],
+)
+def test_methods_that_are_no_mask_need_no_more_graphs(name: str, how: str) -> None:
+    """LinFusion has weights in each block; hooks give them to the method."""
+    method = {
+        "linfusion": LinFusionAttn(mid_dim=3),
+        "agent": AgentAttn(cell=(2, 2, 2), dense_steps=0, last_dense_steps=0),
+    }[name]
+    eager, model = tiny_wan.transformer(), tiny_wan.transformer()
+    for each in (eager, model):
+        diffattn.set_attn_processor(each, method)
+        torch.manual_seed(3)
+        for key, weight in each.named_parameters():
+            if ".linfusion." in key:
+                torch.nn.init.normal_(weight, std=0.1)
+    counts, outputs = graphs_over_sizes(model, how, dynamic=True)
+    assert counts == graphs_of_stock(how, dynamic=True)
     with torch.no_grad():
         for size, out in zip(SIZES, outputs, strict=True):
             torch.testing.assert_close(out, eager(**of_size(*size))[0], atol=2e-6, rtol=1e-5)
@@ -229,6 +265,30 @@ def test_as_many_graphs_as_stock(how: str) -> None:
     torch.testing.assert_close(out, want, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["whole", "repeated blocks"])
+def test_attaching_to_another_model_compiles_nothing_again(how: str) -> None:
+    """Servers attach while they serve: attach, call, drop, copy and take off."""
+    model, other = tiny_wan.transformer(), tiny_wan.transformer()
+    diffattn.set_attn_processor(model, SPARSE)
+    if how == "whole":
+        model.compile(fullgraph=True, backend="eager")
+    else:
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    with torch.no_grad():
+        want = model(**inputs())[0]
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for method in (SPARSE, VMoBAAttn(topk=1, dense_layers=1), None, stock.IN_TILES):
+            diffattn.set_attn_processor(other, method)
+            other(**inputs())
+            assert torch.equal(model(**inputs())[0], want)
+        copied = copy.deepcopy(other)
+        assert torch.equal(model(**inputs())[0], want)
+        del other, copied
+        gc.collect()
+        diffattn.set_attn_processor(tiny_wan.transformer(), SPARSE)
+        assert torch.equal(model(**inputs())[0], want)
+
+
 def test_compiled_attention_trains() -> None:
     grid = TokenGrid(5, 3, 4)
     generator = torch.Generator().manual_seed(0)
@@ -299,6 +359,35 @@ def test_operators_that_look_up_the_running_call_are_kept_out_of_cuda_graphs() -
     for name in f"{names} {backward}".split():
         operator = getattr(torch.ops.diffattn, name).default
         assert torch.Tag.cudagraph_unsafe in operator.tags
+
+
+def test_inductor_itself_cuts_a_cuda_graph_at_the_operators(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Inductor asks of each kernel whether a graph may hold it; on a CPU the answer is not used."""
+    unsafe: dict[str, bool] = {}
+
+    def asked(self: Any, node: Any) -> str:
+        operator = getattr(node.node, "op_overload", None)
+        if operator is not None:
+            unsafe[str(operator)] = is_cudagraph_unsafe_op(node.node)
+        return "the CPU has no graphs"
+
+    monkeypatch.setattr(scheduler.Scheduler, "should_partition", asked)
+    method = RadialAttn(decay_factor=0.0, split_threshold=8, block_size=4)
+    grid, masked, whole = TokenGrid(5, 3, 4), remember(method), Whole()
+    serial = remember(whole)
+
+    def attend(q: torch.Tensor) -> torch.Tensor:
+        out = traced_attention(q.sin(), q, q, grid, masked)
+        out = traced_method(out, q, q, grid, serial)
+        return move_tokens(out.flatten(2), serial, 1, True).cos()
+
+    options = {"graph_partition": True, "fx_graph_cache": False}
+    q = torch.randn(2, 60, 3, 8)
+    torch.compile(attend, fullgraph=True, options=options)(q)
+    names = ("static_mask_attention", "method_attention", "move_tokens")
+    assert unsafe == {f"diffattn.{name}.default": True for name in names}
 
 
 class Whole:

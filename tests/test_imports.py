@@ -24,17 +24,18 @@ MAY_IMPORT = {
 # Rooms of diffattn/ from the ground up: a room imports from those before it, and from itself.
 ROOMS = (
     ("_checks", "_compat", "_locks", "grid"),
-    ("orders", "schedule", "spans"),
+    ("orders", "schedule", "spans", "curves"),
     ("blocks", "block_forms"),
     ("masks",),
     ("flex_backend", "interception"),
     ("operator",),
     ("selected", "models"),
+    ("routing",),
     ("methods",),
     ("planning",),
     ("draw",),
     ("attach",),
-    ("calibration",),
+    ("calibration", "testing"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 # Shortcuts of the face of the package, and what only type checkers read.

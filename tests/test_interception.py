@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 import diffattn
 from diffattn import TokenGrid, attention
+from diffattn.interception import modes_are_active
 from diffattn.methods import from_dict
 from diffattn.methods.base import Site
 from diffattn.methods.gna import GNAAttn
@@ -149,3 +150,43 @@ def test_layer_skip_with_attention_scores(method: str) -> None:
     # With the scores skipped in all layers, no method is left.
     torch.testing.assert_close(outs[True, True], outs[False, True], atol=1e-5, rtol=1e-5)
     assert (outs[True, True] - outs[True, False]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("method", ["gna", "clear"])
+def test_compiled_blocks_skip_scores_as_well(method: str) -> None:
+    """By a method that is an operator otherwise, and by a method that is not."""
+    case = tiny_families.CASES["qwen-image"]
+    more = {"gna": {"window": 3}, "clear": {"radius": 2, "down_factor": 2}}.get(method, {})
+    skip = LayerSkipConfig(
+        indices=[1], skip_attention=False, skip_attention_scores=True, skip_ff=False
+    )
+    outs = {}
+    for how in ("plain", "skipped", "compiled"):
+        torch._dynamo.reset()
+        model = case.build()
+        diffattn.set_attn_processor(
+            model, from_dict({"type": method, "dense_layers": 0, "dense_steps": 0, **more})
+        )
+        if how != "plain":
+            apply_layer_skip(model, skip)
+        if how == "compiled":
+            model.transformer_blocks[1].compile(backend="eager")
+        with torch.no_grad():
+            outs[how] = model(**case.inputs(), return_dict=False)[0]
+    torch.testing.assert_close(outs["compiled"], outs["skipped"], atol=1e-6, rtol=1e-5)
+    assert (outs["skipped"] - outs["plain"]).abs().max() > 1e-3
+
+
+def test_compiled_code_asks_for_modes_other_than_the_default_device() -> None:
+    torch._dynamo.reset()
+    asked = torch.compile(
+        lambda x: x + 1 if modes_are_active() else x, fullgraph=True, backend="eager"
+    )
+    x = torch.zeros(3)
+    with torch.device("cpu"):
+        assert torch.equal(asked(x), x)
+        assert not modes_are_active()
+    with Watching():
+        assert torch.equal(asked(x), x + 1)
+        assert modes_are_active()
+    assert torch.equal(asked(x), x)

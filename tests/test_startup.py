@@ -53,6 +53,21 @@ def test_methods_load_no_compiler_beyond_what_they_need() -> None:
     assert "diffusers" not in loaded_by("from diffattn import GNAAttn; GNAAttn()")
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from diffattn import RadialAttn; RadialAttn()",
+        "from diffattn import CLEARAttn, LinFusionAttn, AgentAttn; AgentAttn()",
+        "from diffattn import attention; import torch; attention(*torch.ones(3, 1, 4, 1, 8))",
+        "import diffattn; diffattn.plan(diffattn.TokenGrid(2, 4, 4), diffattn.GNAAttn(window=3))",
+        "import diffattn.masks, diffattn.draw, diffattn.schedule, diffattn.block_forms",
+    ],
+)
+def test_no_public_name_but_those_of_models_loads_dynamo(code: str) -> None:
+    """Dynamo takes as long to import as torch; diffusers imports Dynamo itself."""
+    assert not {"torch._dynamo", "diffusers"} & {*loaded_by(code)}
+
+
 def test_every_public_name_is_listed_and_nothing_else() -> None:
     names = [name for name in dir(diffattn) if not name.startswith("_")]
     assert {name for name in diffattn.__all__ if not name.startswith("_")} <= {*names}

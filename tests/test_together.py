@@ -18,7 +18,6 @@ import tiny_wan
 import torch
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, WanPipeline
 from diffusers.hooks import apply_group_offloading
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from peft import LoraConfig
 
 import diffattn
@@ -507,15 +506,12 @@ def test_a_copied_model_is_attached_apart_from_the_original() -> None:
     assert torch.equal(forward(model), want)
     assert attachment.sparse_calls == 2 * calls, "the copy counts its own calls"
 
-    backends = set(_AttentionBackendRegistry.list_backends())
     diffattn.set_attn_processor(model, None)
     untouched = forward(model)
     assert not torch.equal(untouched, want)
     assert torch.equal(forward(copied), want), "detaching the original leaves the copy attached"
     diffattn.set_attn_processor(copied, None)
     assert torch.equal(forward(copied), untouched)
-    gone = backends - set(_AttentionBackendRegistry.list_backends())
-    assert len(gone) == 2, "one backend of each"
 
 
 def test_a_copied_unet_is_attached_apart_from_the_original() -> None:

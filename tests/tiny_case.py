@@ -25,10 +25,14 @@ class Case:
             the first is that of the sites with text.
         sites: the names of its sites in the order of their layers.
         text: where text tokens stand, and how many there are with the padding.
-        pixel: index into the first input of a pixel in the token at (t, h, w).
+        pixel: index into the first input of a pixel in the token at (t, h, w). The first numbers
+            are those of lists, if the input is a list.
         entry: name of the module that has this input; the model, unless other layers come between.
         reference_pixel: name of an input of the model, and index into the input of a pixel in the
             token at (t, h, w) of reference number n, from (n, t, h, w). None without references.
+        queries: the positions of the queries of a site's call with so many queries and keys, where
+            there are more keys; None for a model without such calls.
+        checkpoints: whether gradient checkpointing of the class works in diffusers.
     """
 
     build: Callable[[], torch.nn.Module]
@@ -39,6 +43,8 @@ class Case:
     text: tuple[str, int] | None = None
     entry: str = ""
     reference_pixel: Callable[[int, int, int, int], tuple[str, tuple[Any, ...]]] | None = None
+    queries: Callable[[int, int], tuple[slice, ...]] | None = None
+    checkpoints: bool = True
 
     def grid_of(self, tokens: int) -> TokenGrid:
         """The grid of an attention call over `tokens`, with its text."""
@@ -77,3 +83,12 @@ def valid_text(tokens: int, *lengths: int) -> torch.Tensor:
 
 def names(*patterns: tuple[str, int]) -> tuple[str, ...]:
     return tuple(pattern.format(i) for pattern, count in patterns for i in range(count))
+
+
+def nudged(x: Any, pixel: tuple[Any, ...]) -> Any:
+    """A copy of an input, a tensor or lists of tensors, with one pixel changed."""
+    if isinstance(x, list):
+        return [nudged(part, pixel[1:]) if i == pixel[0] else part for i, part in enumerate(x)]
+    x = x.clone()
+    x[pixel] += 0.5
+    return x

@@ -38,8 +38,7 @@ def pictures(*references: tuple[int, int], frames: int = 1, before: int = 0) -> 
     at = before + frames * TOKENS
     placed = []
     for height, width in references:
-        aligned = (height, width) == (HEIGHT, WIDTH)
-        placed.append(Reference(at, 1, height, width, aligned=aligned))
+        placed.append(Reference(at, 1, height, width))
         at += height * width
     tokens = sum(r.tokens for r in placed)
     return TokenGrid(frames, HEIGHT, WIDTH, before, tokens, references=tuple(placed))
@@ -173,7 +172,7 @@ def flux3_inputs(references: bool = True) -> dict[str, Any]:
 _FLUX3_PARTS = (
     _TWO,
     pictures(),
-    TokenGrid(1, HEIGHT, WIDTH, 0, 20, references=(Reference(TOKENS, 1, 4, 5, aligned=False),)),
+    TokenGrid(1, HEIGHT, WIDTH, 0, 20, references=(Reference(TOKENS, 1, 4, 5),)),
 )
 
 
@@ -296,6 +295,53 @@ CASES |= {
     ),
 }
 
+# --- Bria Fibo 2: gist tokens made of the prompt stand before the pictures or, padded, after them
+
+
+def bria_fibo2() -> torch.nn.Module:
+    return make(
+        "BriaFibo2Transformer2DModel",
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        cap_feat_dim=8,
+        injection_layer_ids=(1,),
+        perceiver_num_layers=1,
+        min_num_gist_tokens=4,
+        max_num_gist_tokens=8,
+        gist_step=4,
+        gist_min_text_len=4,
+        gist_max_text_len=16,
+        axes_dims=(4, 6, 6),
+        axes_lens=(64, 64, 64),
+    )
+
+
+def fibo2_inputs(*lengths: int) -> dict[str, Any]:
+    """Inputs with prompts of so many tokens each; of 16 without a mask, where none are given."""
+    return {
+        "hidden_states": noise(BATCH, 4, 2 * HEIGHT, 2 * WIDTH),
+        "timestep": torch.tensor([0.9, 0.4]),
+        "encoder_hidden_states": noise(BATCH, 2, 16, 8, seed=1),
+        "encoder_attention_mask": valid_text(16, *lengths).bool() if lengths else None,
+        "context_latents": [noise(BATCH, 4, 12, 18, seed=2), noise(BATCH, 4, 8, 10, seed=3)],
+    }
+
+
+_FIBO2: dict[str, Any] = {
+    "build": bria_fibo2,
+    "grids": (pictures((HEIGHT, WIDTH), (4, 5)),),
+    "sites": names(("noise_refiner.{}.attention", 1), ("layers.{}.attention", 2)),
+    "pixel": lambda t, h, w: (0, 1, 2 * h + 1, 2 * w),
+    "reference_pixel": lambda n, t, h, w: ("context_latents", (n, 0, 1, 2 * h + 1, 2 * w)),
+}
+CASES |= {
+    "bria-fibo-2": Case(inputs=fibo2_inputs, text=("before", 8), **_FIBO2),
+    "bria-fibo-2-padded": Case(inputs=lambda: fibo2_inputs(16, 4), text=("after", 8), **_FIBO2),
+}
+
 # --- Krea 2
 
 
@@ -385,18 +431,11 @@ def qwen_inputs(
     )
 
 
-def _qwen_grid(*references: tuple[int, int], frames: int = 1) -> TokenGrid:
-    """Qwen's lists of shapes do not say where a reference lies: equal sizes are one place."""
-    grid = pictures(*references, frames=frames)
-    placed = (Reference(r.start, 1, r.height, r.width) for r in grid.references)
-    return TokenGrid(frames, HEIGHT, WIDTH, 0, grid.text_after, references=tuple(placed))
-
-
 _QWEN: dict[str, Any] = {
     "sites": names(("transformer_blocks.{}.attn", 2)),
     "text": ("before", TEXT),
 }
-_EDIT_PLUS, _LAYERED = _qwen_grid((6, 9), (4, 5)), _qwen_grid((4, 5), frames=3)
+_EDIT_PLUS, _LAYERED = pictures((6, 9), (4, 5)), pictures((4, 5), frames=3)
 CASES |= {
     "qwen-image-edit": Case(
         build=_qwen,

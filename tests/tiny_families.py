@@ -5,6 +5,8 @@ from typing import Any
 
 import diffusers
 import tiny_edit_models
+import tiny_picture_models
+import tiny_video_models
 import torch
 from tiny_case import BATCH, Case, make, names, noise, valid_text
 
@@ -813,4 +815,6 @@ CASES["easyanimate"] = Case(
     pixel=lambda t, h, w: (0, 1, t, 2 * h + 1, 2 * w),
 )
 
+CASES |= tiny_picture_models.CASES
+CASES |= tiny_video_models.CASES
 CASES |= tiny_edit_models.CASES

@@ -11,7 +11,10 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import tiny_edit_models as edit
 import tiny_families as tiny
+import tiny_picture_models
+import tiny_video_models as tiny_video
 import tiny_wan
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -163,6 +166,35 @@ def _ltx2() -> Any:
         connectors=connectors.eval(),
         absent=("vocoder",),
     )
+
+
+def _bria() -> Any:
+    vae = tiny.make(
+        "AutoencoderKL",
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+    )
+    return _pipeline(
+        "BriaPipeline",
+        transformer=edit.bria(),
+        vae=vae,
+        absent=("image_encoder", "feature_extractor"),
+    )
+
+
+def _prompts_by_layers(*lengths: int) -> dict[str, Any]:
+    """Encoded prompts of Krea 2: of several layers of the text encoder."""
+    out = _prompts(*lengths, mask="prompt_embeds_mask")
+    masks = {name: value.bool() for name, value in out.items() if name.endswith("mask")}
+    return masks | {
+        name: torch.stack([value, value.flip(1)], 2)
+        for name, value in out.items()
+        if name.endswith("embeds")
+    }
 
 
 def picture(height: int = 64, width: int = 96, seed: int = 0) -> Image.Image:
@@ -386,6 +418,36 @@ PIPELINES: dict[str, PipelineCase] = {
         size=(96, 144, 1),
         forwards=2,
     ),
+    "chroma": PipelineCase(
+        lambda: _pipeline(
+            "ChromaPipeline",
+            transformer=edit.chroma(),
+            absent=("image_encoder", "feature_extractor"),
+        ),
+        lambda: {
+            name: value.bool() if name.endswith("mask") else value
+            for name, value in _prompts(5, 3).items()
+        },
+        size=(96, 144, 1),
+        forwards=2,
+    ),
+    "ovis-image": PipelineCase(
+        lambda: _pipeline("OvisImagePipeline", transformer=edit.ovis()),
+        lambda: _prompts(TEXT, TEXT, mask=None) | {"negative_prompt": None},
+        size=(96, 144, 1),
+        forwards=2,
+    ),
+    "bria": PipelineCase(
+        _bria,
+        lambda: _prompts(TEXT, TEXT, mask=None),
+        size=(96, 144, 1),
+    ),
+    "krea-2": PipelineCase(
+        lambda: _pipeline("Krea2Pipeline", transformer=edit.krea2()),
+        lambda: _prompts_by_layers(5, 3),
+        size=(96, 144, 1),
+        forwards=2,
+    ),
     "allegro": PipelineCase(
         lambda: _pipeline("AllegroPipeline", transformer=tiny.allegro(), scheduler=DDIMScheduler()),
         lambda: _prompts(5, 3) | {"negative_prompt": None},
@@ -466,5 +528,188 @@ PIPELINES: dict[str, PipelineCase] = {
         _easyanimate,
         lambda: _prompts(5, 3),
         size=(64, 96, 9),
+    ),
+}
+
+# --- Pictures whose grid follows from shapes
+
+
+def _texts(*lengths: int) -> dict[str, Any]:
+    """Encoded prompts of their own lengths, without padding."""
+    prefixes = ("", "negative_")
+    return {
+        f"{prefix}prompt_embeds": [tiny.noise(length, WIDTH, seed=length)]
+        for prefix, length in zip(prefixes, lengths, strict=False)
+    }
+
+
+def _second_prompts() -> dict[str, Any]:
+    """What HunyuanDiT's second text encoder makes of the prompts."""
+    out = {}
+    for prefix in ("", "negative_"):
+        out[f"{prefix}prompt_embeds_2"] = tiny.noise(1, 5, WIDTH, seed=5)
+        out[f"{prefix}prompt_attention_mask_2"] = tiny.valid_text(5, 5)
+    return out
+
+
+def _nucleus_image() -> Any:
+    return diffusers.NucleusMoEImagePipeline(
+        transformer=tiny_picture_models.nucleus_image(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        **dict.fromkeys(("vae", "text_encoder", "processor")),
+    )
+
+
+PIPELINES |= {
+    "z-image": PipelineCase(
+        lambda: _pipeline("ZImagePipeline", transformer=tiny_picture_models.z_image()),
+        lambda: _texts(7, 40),
+        size=(96, 144, 1),
+    ),
+    "hunyuan-image": PipelineCase(
+        lambda: _pipeline(
+            "HunyuanImagePipeline",
+            transformer=tiny_picture_models.hunyuan_image(),
+            guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0),
+            absent=_SECOND,
+        ),
+        lambda: _prompts(5, 3, mask="prompt_embeds_mask") | _glyphs(),
+        size=(192, 288, 1),
+        forwards=2,
+    ),
+    "ernie-image": PipelineCase(
+        lambda: _pipeline("ErnieImagePipeline", transformer=tiny_picture_models.ernie_image()),
+        lambda: _texts(7, 4),
+        size=(96, 144, 1),
+    ),
+    "pixart": PipelineCase(
+        lambda: _pipeline(
+            "PixArtSigmaPipeline",
+            transformer=tiny_picture_models.pixart(),
+            scheduler=DDIMScheduler(),
+        ),
+        lambda: _prompts(5, 3) | {"negative_prompt": None, "use_resolution_binning": False},
+        size=(96, 144, 1),
+    ),
+    "latte": PipelineCase(
+        lambda: _pipeline(
+            "LattePipeline", transformer=tiny_picture_models.latte(), scheduler=DDIMScheduler()
+        ),
+        lambda: _prompts(TEXT, TEXT, mask=None) | {"video_length": 3, "negative_prompt": None},
+        size=(96, 144, 3),
+    ),
+    "prx": PipelineCase(
+        lambda: _pipeline("PRXPipeline", transformer=tiny_picture_models.prx()),
+        lambda: (
+            _prompts(5, 3)
+            | {"negative_prompt": None, "use_resolution_binning": False, "guidance_scale": 3.0}
+        ),
+        size=(96, 144, 1),
+    ),
+    "nucleus-image": PipelineCase(
+        _nucleus_image,
+        lambda: _prompts(5, 3, mask="prompt_embeds_mask") | {"guidance_scale": 3.0},
+        size=(96, 144, 1),
+        forwards=2,
+    ),
+    "hunyuandit": PipelineCase(
+        lambda: _pipeline(
+            "HunyuanDiTPipeline",
+            transformer=tiny_picture_models.hunyuandit(),
+            scheduler=DDIMScheduler(),
+            absent=(*_SECOND, "safety_checker", "feature_extractor"),
+            requires_safety_checker=False,
+        ),
+        lambda: _prompts(5, 3) | _second_prompts() | {"use_resolution_binning": False},
+        size=(96, 144, 1),
+    ),
+    "lumina-2": PipelineCase(
+        lambda: _pipeline("Lumina2Pipeline", transformer=tiny_picture_models.lumina2()),
+        lambda: _prompts(5, 3),
+        size=(96, 144, 1),
+        forwards=2,
+    ),
+    "cogview-4": PipelineCase(
+        lambda: _pipeline("CogView4Pipeline", transformer=tiny_picture_models.cogview4()),
+        lambda: _prompts(TEXT, TEXT, mask=None),
+        size=(96, 144, 1),
+        forwards=2,
+    ),
+    "cogview-3-plus": PipelineCase(
+        lambda: _pipeline(
+            "CogView3PlusPipeline",
+            transformer=tiny_picture_models.cogview3plus(),
+            scheduler=diffusers.CogVideoXDDIMScheduler(),
+        ),
+        lambda: _prompts(TEXT, TEXT, mask=None),
+        size=(96, 144, 1),
+    ),
+    "auraflow": PipelineCase(
+        lambda: _pipeline("AuraFlowPipeline", transformer=tiny_picture_models.auraflow()),
+        lambda: _prompts(TEXT, TEXT),
+        size=(96, 144, 1),
+    ),
+    "modelscope": PipelineCase(
+        lambda: _pipeline(
+            "TextToVideoSDPipeline",
+            unet=tiny_picture_models.unet_3d(),
+            scheduler=DDIMScheduler(),
+        ),
+        lambda: _prompts(TEXT, TEXT, mask=None),
+        size=(96, 144, 3),
+    ),
+}
+
+# --- Videos beside sound, and Cosmos
+
+
+def _motif_video() -> Any:
+    channels = 2  # of the latents; the model also gets those of an image, and a mask
+    return _pipeline(
+        "MotifVideoPipeline",
+        transformer=tiny_video.motif_video(
+            in_channels=2 * channels + 1, out_channels=channels, image_embed_dim=None
+        ),
+        vae=tiny.make(
+            "AutoencoderKLWan",
+            base_dim=3,
+            z_dim=channels,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            latents_mean=[0.0] * channels,
+            latents_std=[1.0] * channels,
+        ),
+        guider=diffusers.guiders.ClassifierFreeGuidance(guidance_scale=3.0),
+    )
+
+
+def _cosmos() -> Any:
+    class Guard:
+        """Instead of NVIDIA's, which only looks at prompts and at finished videos."""
+
+        def to(self, device: Any) -> None: ...
+
+    return _pipeline(
+        "CosmosTextToWorldPipeline",
+        transformer=tiny_video.cosmos(in_channels=4, extra_pos_embed_type="learnable"),
+        scheduler=diffusers.EDMEulerScheduler(),
+        safety_checker=Guard(),
+    )
+
+
+PIPELINES |= {
+    "kandinsky-6": PipelineCase(
+        lambda: _pipeline(
+            "Kandinsky6TI2VAPipeline", transformer=tiny_video.kandinsky6(), absent=_SECOND
+        ),
+        lambda: _prompts(TEXT, TEXT, mask=None) | _pooled(*_POOLED) | {"sample_audio": False},
+        size=(64, 96, 9),
+        forwards=2,
+    ),
+    "motif-video": PipelineCase(
+        _motif_video, lambda: _prompts(TEXT, 5), size=(64, 96, 9), forwards=2
+    ),
+    "cosmos": PipelineCase(
+        _cosmos, lambda: _prompts(TEXT, TEXT, mask=None), size=(64, 96, 17), forwards=2
     ),
 }

@@ -29,7 +29,7 @@ from diffattn.grid import TokenGrid
 from diffattn.masks.base import allowed_pairs
 from diffattn.methods.base import Method, StaticMaskMethod
 from diffattn.methods.words import as_table, method_words, reference_words
-from diffattn.models import denoisers, family_of
+from diffattn.models import denoisers, family_of, without_grid
 from diffattn.models.base import argument
 from diffattn.schedule import resolve_steps
 
@@ -44,8 +44,9 @@ def set_attn_processor(
     """Make a pipeline or a denoiser attend by `processor`; `pipe.set_attn_processor` is the same.
 
     Args:
-        target: a diffusers pipeline (all its denoisers are attached) or a single denoiser. Without
-            a pipeline there are no denoising steps to count, and every call is sparse.
+        target: a diffusers pipeline, modular or not (all its denoisers are attached), or a single
+            denoiser. Without a pipeline there are no denoising steps to count, and every call is
+            sparse.
         processor: one of
             - a method or the name of a method, such as "radial", for every video self-attention of
               the model;
@@ -69,6 +70,8 @@ def set_attn_processor(
     methods = methods_by_pattern(processor)
     pipe, models = _split(target)
     if methods is not None:
+        if pipe is not None:
+            _warn_of_dense(pipe)
         return Attachment(pipe, models, methods)
     for model in models.values():
         _detach(model)
@@ -348,16 +351,35 @@ class Attachment(Unpicklable):
         return any(model.has_schedule for model in self.models.values())
 
     def _check_in_place(self) -> None:
-        """Warn if the pipeline has another denoiser than the one attached."""
+        """Warn if the pipeline has another denoiser than those attached."""
         pipe = self._alive()
         for name, attached in self.models.items():
             component = getattr(pipe, name, None)
             if component is not None and not attached.is_of(component):
-                self._warn_once(
-                    f"the pipeline's {name} was exchanged after set_attn_processor: the new"
-                    f" {type(component).__name__} has no method attached and attends densely. Call"
-                    f" set_attn_processor with your method again"
-                )
+                self._warn_of_new(name, component, "exchanged")
+        # A modular pipeline loads its components one by one.
+        for name, component in self._unattached(pipe).items():
+            self._warn_of_new(name, component, "added")
+
+    def _unattached(self, pipe: Any) -> dict[str, torch.nn.Module]:
+        """The denoisers of the pipeline under names that had none when a method was attached."""
+        try:
+            found = {} if pipe is None else denoisers(pipe)
+        except ValueError:  # its denoisers have been taken out
+            return {}
+        attached = self.models.values()
+        return {
+            name: component
+            for name, component in found.items()
+            if name not in self.models and not any(model.is_of(component) for model in attached)
+        }
+
+    def _warn_of_new(self, name: str, component: torch.nn.Module, changed: str) -> None:
+        self._warn_once(
+            f"the pipeline's {name} was {changed} after set_attn_processor: the new"
+            f" {type(component).__name__} has no method attached and attends densely. Call"
+            f" set_attn_processor with your method again"
+        )
 
     def _warn_once(self, message: str) -> None:
         if message not in self._reported:
@@ -387,6 +409,12 @@ def _split(target: Any) -> tuple[Any, dict[str, torch.nn.Module]]:
     if isinstance(target, torch.nn.Module):
         return None, {"model": target}
     return target, denoisers(target)
+
+
+def _warn_of_dense(pipe: Any) -> None:
+    """Warn of denoisers beside the attached ones that no method can be attached to."""
+    for name, reason in without_grid(pipe).items():
+        warnings.warn(f"the pipeline's {name} attends densely: {reason}", stacklevel=3)
 
 
 def _set_stock_processors(model: Any, processor: Any) -> None:

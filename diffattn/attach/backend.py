@@ -7,7 +7,7 @@ holds the rest: the grid, and the position in the denoising run.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -19,10 +19,19 @@ from diffattn.attach.compiled import remember, traced_attention, traced_method
 from diffattn.attach.context_parallel import attend_queries, attend_sharded, gather_tables
 from diffattn.attach.run_clock import RunClock
 from diffattn.attach.running_call import Call, running_call
+from diffattn.attach.some_queries import attend_some, attend_whole
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
+from diffattn.interception import modes_are_active
 from diffattn.methods.agent.merging import Merging
-from diffattn.methods.base import Method, Site, StaticMaskMethod, attends_by_mask_alone
+from diffattn.methods.base import (
+    Compiled,
+    Method,
+    Site,
+    SiteWeights,
+    StaticMaskMethod,
+    attends_by_mask_alone,
+)
 from diffattn.models import Family
 from diffattn.models.base import Part
 from diffattn.orders import TileOrder
@@ -68,8 +77,8 @@ class Group:
         part: gives the tokens of the sites' calls from those of the denoiser's call; None for all.
         member: the group's own backend, as a member of diffusers' enumeration of backends. The
             processors of the sites are set to it.
-        operator: the operator that compiled code calls: for attention under a mask alone, or for
-            any method; None for a method that is traced.
+        compiled_as: how compiled code calls the method: by the operator for attention under a mask
+            alone, or see `Compiled`.
         last: the state of the last call that began, without the order of its tokens; None before
             any.
         method_now, sparse_now: `method` and `sparse` of the last call that began.
@@ -90,7 +99,7 @@ class Group:
     model: int
     part: Part | None = None
     member: Any = None
-    operator: Literal["mask", "method"] | None = field(init=False)
+    compiled_as: Compiled | Literal["mask"] = field(init=False)
     last: Call | None = None
     method_now: Method = field(init=False)
     sparse_now: bool = True
@@ -103,11 +112,9 @@ class Group:
 
     def __post_init__(self) -> None:
         self.method_now = self._method_on(None)
-        self.operator = None
-        if attends_by_mask_alone(self.chosen):
-            self.operator = "mask"
-        elif self.chosen.traced_whole:
-            self.operator = "method"
+        self.compiled_as = "mask"
+        if not attends_by_mask_alone(self.chosen):
+            self.compiled_as = self.chosen.compiled_as(self.family.name)
         self.serial = remember(self)
 
     @property
@@ -190,6 +197,28 @@ class Group:
         site = Site(self.family.name, self.layer, self.layers, grid)
         method = self._method_on(grid.alone)
         return method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
+
+    def positions(self, queries: int, keys: int) -> tuple[slice, ...] | None:
+        """Positions in the sequence of the queries of a call with more keys; None if unknown."""
+        video = self.video
+        if self.family.queries is None or video is None:
+            return None
+        return self.family.queries(video, queries, keys)
+
+    def is_over_a_part(self, tokens: int) -> bool:
+        """Whether a call of a site is over less than the sequence, for models that do such calls.
+
+        Code that is traced asks for grids with tokens before the video alone: such grids belong to
+        models that do.
+        """
+        if self.family.queries is None:
+            return False
+        video = self.video
+        if video is None:
+            return False
+        if torch.compiler.is_dynamo_compiling() and not video.text_before:
+            return False
+        return tokens < video.tokens
 
     def _static_method(self, grid: TokenGrid) -> StaticMaskMethod:
         method = self._method_on(grid.alone)
@@ -290,13 +319,17 @@ def backend_of(group: Group) -> _compat.BackendFunction:
         _parallel_config: Any = None,
     ) -> torch.Tensor:
         over = _compat.context_parallel(_parallel_config)
+        tokens, queries = key.shape[1], None
+        if query.shape[1] != tokens and over is None:
+            queries = group.positions(query.shape[1], tokens)
         ordinary = (
-            query.shape[1] == key.shape[1]
+            (query.shape[1] == tokens or queries is not None)
             and not is_causal
             and not isinstance(attn_mask, BlockMask)
+            and not (over is None and group.is_over_a_part(tokens))
         )
         sparse = ordinary and group.sparse
-        if not sparse and query.shape[1] == key.shape[1] and _is_reordered(group):
+        if not sparse and query.shape[1] == tokens and _is_reordered(group):
             _check_any_order(attn_mask, is_causal, key, group.family)
         group.count(sparse=sparse)
         masked = attn_mask is not None
@@ -313,9 +346,19 @@ def backend_of(group: Group) -> _compat.BackendFunction:
                 enable_gqa=enable_gqa,
                 _parallel_config=_parallel_config,
             )
+        if over is not None and masked and group.family.padding == "grid":
+            raise NotImplementedError(
+                "attention masks between blocks of frames cannot be cut for context parallelism:"
+                " pass causal_block_size=1 to the pipeline, or leave context parallelism out"
+            )
         if dropout_p:
             raise ValueError(f"dropout_p is {dropout_p}, but sparse attention has no dropout")
         key_mask = _key_mask(attn_mask, key, group.family)
+        if key.shape[2] != query.shape[2]:
+            shared_by = query.shape[2] // key.shape[2]
+            key, value = (x.repeat_interleave(shared_by, dim=2) for x in (key, value))
+        if queries is not None:
+            return _attend_some(group, scale, query, key, value, key_mask, queries)
         attend = partial(_attend_sparse if sparse else _attend_dense, group, scale)
         if over is None:
             return attend(query, key, value, key_mask, None)
@@ -370,16 +413,84 @@ def _attend_sparse(
     queries: tuple[range, ...] | None,
 ) -> torch.Tensor:
     """Attention by the group's method, for queries at the positions `queries`; None is all."""
-    if torch.compiler.is_dynamo_compiling() and queries is None and group.operator is not None:
-        traced = traced_attention if group.operator == "mask" else traced_method
-        grid = group.traced_grid
-        return traced(query, key, value, grid, group.serial, scale=scale, key_mask=key_mask)
+    compiling = torch.compiler.is_dynamo_compiling() and queries is None
+    if compiling and (group.compiled_as != "traced" or modes_are_active()):
+        return _attend_compiled(group, scale, query, key, value, key_mask)
     site = group.site(key.shape[1])
     if queries is not None:
         return attend_queries(
             group.method, query, key, value, site, queries, scale=scale, key_mask=key_mask
         )
     return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
+
+
+def _attend_compiled(
+    group: Group,
+    scale: float | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention by the group's method in code that is compiled for all grids."""
+    outside = group.compiled_as == "outside" or modes_are_active()
+    if group.compiled_as in ("mask", "operator") and not outside:
+        traced = traced_attention if group.compiled_as == "mask" else traced_method
+        grid = group.traced_grid
+        return traced(query, key, value, grid, group.serial, scale=scale, key_mask=key_mask)
+    weights, rotary = (
+        (None, None) if group.last is None else (group.last.weights, group.last.rotary)
+    )
+    if outside:
+        return _attend_outside(group, scale, query, key, value, key_mask, weights, rotary)
+    row = TokenGrid(1, 1, key.shape[1])
+    site = Site(group.family.name, group.layer, group.layers, row, weights=weights, rotary=rotary)
+    return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
+
+
+@torch.compiler.disable(
+    reason="diffattn attends outside of compiled code by methods with weights beside text or with"
+    " merged tokens, and where a function mode (a guider's hook) changes attention"
+)
+def _attend_outside(
+    group: Group,
+    scale: float | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    weights: SiteWeights | None,
+    rotary: Any,
+) -> torch.Tensor:
+    """Attention by the group's method with what compiled code knows of the site."""
+    site = group.site(key.shape[1])
+    if weights is not None:
+        site = replace(site, weights=weights, rotary=rotary)
+    return group.method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
+
+
+def _attend_some(
+    group: Group,
+    scale: float | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    queries: tuple[slice, ...],
+) -> torch.Tensor:
+    """Attention by the group's method in a call that has no other queries than those given."""
+    tokens = key.shape[1]
+    # The rows of a layout cannot be traced.
+    if not torch.compiler.is_dynamo_compiling() and attends_by_mask_alone(group.method):
+        return attend_some(
+            group.method, query, key, value, group.site(tokens), queries, scale=scale,
+            key_mask=key_mask,
+        )  # fmt: skip
+
+    def attend(whole: torch.Tensor) -> torch.Tensor:
+        return _attend_sparse(group, scale, whole, key, value, key_mask, None)
+
+    return attend_whole(attend, query, tokens, queries)
 
 
 def _attend_dense(
@@ -409,7 +520,7 @@ def _key_mask(attn_mask: Any, key: torch.Tensor, family: Family) -> torch.Tensor
     Raises:
         ValueError: if the mask is no padding mask of that form.
     """
-    if attn_mask is None:
+    if attn_mask is None or family.padding == "grid":
         return None
     batch, tokens = key.shape[:2]
     shape = tuple(attn_mask.shape)

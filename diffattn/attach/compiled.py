@@ -172,7 +172,7 @@ def _check_no_tangents() -> None:
 def _sizes(grid: TokenGrid, order: TileOrder | None) -> list[int]:
     tile = (0, 0, 0) if order is None else order.tile
     number = 0
-    if grid.references or (order is not None and order.beside):
+    if grid.references or grid.causal_frames or (order is not None and order.beside):
         described = _Described(grid, order)
         with _numbering:
             number = _with_references.setdefault(described, len(_with_references) + 1)

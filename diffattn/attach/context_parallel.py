@@ -20,6 +20,7 @@ from diffattn._compat import ContextParallel
 from diffattn.blocks import BlockLayout
 from diffattn.methods.base import Method, Site, attends_by_mask_alone
 from diffattn.operator import attention
+from diffattn.orders import TileOrder
 
 # torch 2.13 has renamed `all_gather_into_tensor`.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -137,19 +138,21 @@ def attend_queries(
     *,
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
+    order: TileOrder | None = None,
 ) -> torch.Tensor:
     """`method.attend` for some of the queries of a site.
 
     The call computes rows of the whole sequence's layout. So each query keeps the place in its
     block that it has in the whole sequence. Where the queries begin or end inside a block, empty
-    queries fill up the block. The layout is always in the sequence's own order, even if the method
-    is faster in another order. In the sequence's own order the queries of a process are runs of
-    blocks.
+    queries fill up the block. Context parallelism leaves the tokens in the sequence's own order,
+    even if the method is faster in another order: in their own order the queries of a process are
+    runs of blocks.
 
     Args:
         query: (batch, tokens in `queries`, heads, head_dim).
         key, value: (batch, tokens, heads, head_dim), all of the site's tokens.
         queries: positions of the queries in the sequence, in order.
+        order: the order that the tokens of the tensors come in; None for the sequence's own.
 
     Returns:
         (batch, tokens in `queries`, heads, head_dim).
@@ -162,7 +165,7 @@ def attend_queries(
             f"{method.type} attention cannot be computed for a part of the queries, as ring"
             f" attention does; use Ulysses: ContextParallelConfig(ulysses_degree=...)"
         )
-    whole = method.layout(site.grid, query.device)
+    whole = method.layout(site.grid, query.device, order)
     size = whole.block_q
     pieces = query.split([len(part) for part in queries], dim=1)
     # (before, after): empty queries that fill up the first and the last block of each part

@@ -32,16 +32,13 @@ from diffattn.methods.base import (
     Adaptation,
     Method,
     SiteWeights,
+    attends_by_mask_alone,
 )
 from diffattn.models import Family
 from diffattn.models.base import Part, argument
 from diffattn.models.twins import dispatching
 
 _ATTRIBUTE = "_diffattn_attached"
-
-# Backends of models that are gone. They leave diffusers' registry before the next backend enters.
-_retired: list[Any] = []
-
 
 # Threads enter their calls into the set of running calls one after another.
 _entering = threading.Lock()
@@ -164,6 +161,7 @@ class AttachedModel(Unpicklable):
         self._first_forward = True
         self._reported = False
         self._hooks: list[RemovableHandle] = []
+        self._numbers: dict[str, tuple[int, ...]] = {}
         self._gates: Gates | None = None
         layers = family.layers(model)
         self.layers = max(layers.values()) + 1
@@ -175,8 +173,7 @@ class AttachedModel(Unpicklable):
             adaptation.apply(self)
         for name, method in chosen.items():
             self._attach(name, modules[name], processors[name], method, layers[name])
-        # The backends of a model that is dropped while attached leave the registry as well, but
-        # later: a compilation that has read the registry may be running.
+        # The backends of a model that is dropped while attached become free as well.
         self._retire_with(model)
         self._hooks += [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -224,7 +221,6 @@ class AttachedModel(Unpicklable):
         if self._gates is not None:
             self._gates.remove()
         self._retire()
-        _unregister_retired()
         for hook in self._hooks:
             hook.remove()
         self._model.__dict__.pop(_ATTRIBUTE, None)
@@ -246,10 +242,10 @@ class AttachedModel(Unpicklable):
         if weights is not None:
             module.add_module(method.type, weights)
             call = _WeightsOfCall(group, method.type)
-            self._hooks += [
-                module.register_forward_pre_hook(call.begin, with_kwargs=True),
-                module.register_forward_hook(call.end, always_call=True),
-            ]
+            first = module.register_forward_pre_hook(call.begin, with_kwargs=True)
+            last = module.register_forward_hook(call.end, always_call=True)
+            self._number_alike("weights", first, last)
+            self._hooks += [first, last]
         name_of_weights = None if weights is None else method.type
         self.sites[name] = AttachedSite(module, original, processor, group.member, name_of_weights)
 
@@ -265,7 +261,6 @@ class AttachedModel(Unpicklable):
         group = Group(
             method, self.family, self.variant, kind, layer, self.layers, previous, self.serial, part
         )
-        _unregister_retired()
         group.member = _compat.register_backend(backend_of(group))
         self.groups.append(group)
         return group
@@ -277,6 +272,7 @@ class AttachedModel(Unpicklable):
         grid = None
         if self.family.grid_modules is None:
             grid = self.family.grid(model, args, kwargs)
+            self._check_causal(grid)
         call = Call(self.owner.clock, grid)
         call.sparse_groups = tuple(group.is_sparse_in(call) for group in self.groups)
         self._enter(call)
@@ -289,6 +285,17 @@ class AttachedModel(Unpicklable):
             model, self._gates, self.family, self.groups, self.sites.values(), grid, args, kwargs
         )
         return None if call.order is None else self._gates.flow.enter(call.order, args, kwargs)
+
+    def _check_causal(self, grid: TokenGrid) -> None:
+        """Raise ValueError if frames may not see all others and a method is no mask alone."""
+        for group in self.groups if grid.causal_frames else ():
+            if not attends_by_mask_alone(group.chosen):
+                raise ValueError(
+                    f"{type(self._model).__name__} lets no block of {grid.causal_frames} latent"
+                    f" frames see a later one, which {group.chosen.type} with these parameters"
+                    f" would not keep. Use a method that is a mask alone, such as radial or gna, or"
+                    f" pass causal_block_size=1 to the pipeline"
+                )
 
     def _enter(self, call: Call) -> None:
         """Make `call` the running call.
@@ -313,7 +320,7 @@ class AttachedModel(Unpicklable):
                 f" thread a copy (copy.deepcopy)"
             )
         traced = [group for group in self.groups if group.was_traced]
-        if any(group.operator is None for group in traced):
+        if any(group.compiled_as not in ("mask", "operator") for group in traced):
             raise RuntimeError(
                 f"another thread is in a call of this {name}, but compiled code of"
                 f" {traced[0].chosen.type} attention is for one call at a time: call it from one"
@@ -342,17 +349,37 @@ class AttachedModel(Unpicklable):
         """Let the calls of a module set the grid of the sites inside it."""
         sites = [site.module for key, site in self.sites.items() if key.startswith(name + ".")]
         inside = _Inside(self, name)
+        hooks = [inside.learn, inside.forget, inside.use, inside.leave]
+        if any(group.compiled_as == "outside" for group in self.groups):
+            # The graph breaks inside, where code that is not compiled looks for the grid.
+            hooks = [torch.compiler.disable(hook) for hook in hooks]
+        learn, forget, use, leave = hooks
         if sites:
             self._hooks += [
-                module.register_forward_pre_hook(inside.learn, with_kwargs=True),
-                module.register_forward_hook(inside.forget, always_call=True),
+                module.register_forward_pre_hook(learn, with_kwargs=True),
+                module.register_forward_hook(forget, always_call=True),
             ]
         for site in sites:
-            self._hooks += [
-                # First of the site's hooks: the others read the grid.
-                site.register_forward_pre_hook(inside.use, prepend=True),
-                site.register_forward_hook(inside.leave, always_call=True),
-            ]
+            # First of the site's hooks: the others read the grid.
+            first = site.register_forward_pre_hook(use, prepend=True)
+            last = site.register_forward_hook(leave, always_call=True)
+            self._number_alike("grid", first, last)
+            before: Any = site._forward_pre_hooks
+            before.move_to_end(first.id, last=False)
+            self._hooks += [first, last]
+
+    def _number_alike(self, purpose: str, *hooks: RemovableHandle) -> None:
+        """Give the hooks of a site the numbers of the other sites' hooks for the same purpose.
+
+        Compiled code depends on the numbers, so that sites share it only if these are alike.
+        """
+        numbers = self._numbers.setdefault(purpose, tuple(hook.id for hook in hooks))
+        for hook, number in zip(hooks, numbers, strict=True):
+            for ref in (hook.hooks_dict_ref, *hook.extra_dict_ref):
+                table = ref()
+                if table is not None and hook.id in table:
+                    table[number] = table.pop(hook.id)
+            hook.id = number
 
     def group_at(self, name: str) -> Group | None:
         """The group of the site called `name`; None where nothing is attached."""
@@ -396,9 +423,7 @@ class AttachedModel(Unpicklable):
         return copied
 
     def _retire_with(self, model: torch.nn.Module) -> None:
-        self._retire = weakref.finalize(
-            model, _retired.extend, [group.member for group in self.groups]
-        )
+        self._retire = weakref.finalize(model, _unregister, [g.member for g in self.groups])
 
     def _use(self, grid: TokenGrid) -> None:
         """Set the grid of the attention calls to come: of the running call, or of the next ones."""
@@ -450,9 +475,9 @@ def _adaptations(model: torch.nn.Module, chosen: Mapping[str, Method]) -> list[A
     return out
 
 
-def _unregister_retired() -> None:
-    while _retired:
-        _compat.unregister_backend(_retired.pop())
+def _unregister(members: Iterable[Any]) -> None:
+    for member in members:
+        _compat.unregister_backend(member)
 
 
 def attached_to(model: torch.nn.Module) -> AttachedModel | None:

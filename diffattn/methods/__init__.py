@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffattn.methods.agent import AgentAttn
 from diffattn.methods.base import Method, Site, StaticMaskMethod
+from diffattn.methods.block_topk import BlockTopKAttn
 from diffattn.methods.clear import CLEARAttn
 from diffattn.methods.dense import DenseAttn
 from diffattn.methods.freeswim import FreeSwimAttn
@@ -11,6 +12,7 @@ from diffattn.methods.gna import GNAAttn
 from diffattn.methods.linfusion import LinFusionAttn
 from diffattn.methods.radial import RadialAttn
 from diffattn.methods.registry import METHODS, all_methods, from_dict, register_method
+from diffattn.methods.sol import SolAttn
 from diffattn.methods.vmoba import VMoBAAttn
 
 for _method in (
@@ -22,12 +24,15 @@ for _method in (
     VMoBAAttn,
     AgentAttn,
     LinFusionAttn,
+    SolAttn,
+    BlockTopKAttn,
 ):
     register_method(_method)
 
 __all__ = [
     "METHODS",
     "AgentAttn",
+    "BlockTopKAttn",
     "CLEARAttn",
     "DenseAttn",
     "FreeSwimAttn",
@@ -36,6 +41,7 @@ __all__ = [
     "Method",
     "RadialAttn",
     "Site",
+    "SolAttn",
     "StaticMaskMethod",
     "VMoBAAttn",
     "all_methods",

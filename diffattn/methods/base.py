@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 
@@ -13,6 +13,7 @@ from diffattn._checks import check_fields, choice, count
 from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import BLOCK, AttentionMask, TextMask
+from diffattn.masks.frame_causal import FrameCausalMask
 from diffattn.masks.several_grids import Rule, SeveralGridsMask
 from diffattn.operator import attention
 from diffattn.orders import TileOrder, joined_order
@@ -132,6 +133,13 @@ class Work:
     selection_flops: float = 0
     is_exact: bool = True
 
+
+# How compiled code calls `Method.attend`.
+#   operator: as one operator, which needs nothing but its tensors and the grid.
+#   traced: as code that is compiled, once for each grid.
+#   row: as code that is compiled once for all grids, with the tokens as a row, 1 x 1 x tokens.
+#   outside: as code that is not compiled. The graph breaks before and after the call.
+Compiled = Literal["operator", "traced", "row", "outside"]
 
 _ALLOWED = {"dense_layers": count(0), "references": choice(POLICIES)}
 
@@ -268,6 +276,14 @@ class Method(ABC):
         """
         return None
 
+    def compiled_as(self, family: str) -> Compiled:
+        """How code that is compiled calls `attend` in models of a family, see `Compiled`.
+
+        Args:
+            family: the name of a family in `diffattn.models.FAMILIES`.
+        """
+        return "operator" if self.traced_whole else "traced"
+
     def check_family(self, family: str) -> None:
         """Check that the method can be attached to models of a family, before there is a model.
 
@@ -372,6 +388,8 @@ class StaticMaskMethod(Method):
                 mask = self.video_mask(grid)
                 if grid.text_before or grid.text_after:
                     mask = TextMask(grid) | mask
+            if grid.causal_frames:
+                mask = FrameCausalMask(grid) & mask
             self._masks[grid] = mask
         return self._masks[grid]
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from diffattn.models.base import Family
-from diffattn.models.flux import DUAL_AND_SINGLE, sizes_of_packed_latents
+from diffattn.models.flux import (
+    DUAL_AND_SINGLE,
+    flow_of_packed_latents,
+    sizes_of_packed_latents,
+)
 from diffattn.models.pictures_by_ids import grid_of_ids
 
 CHROMA = Family(
@@ -19,4 +23,14 @@ CHROMA = Family(
     padding="pairs",
     rotary=(3, "image_rotary_emb"),
     images=True,
+    flow=flow_of_packed_latents(
+        "ChromaTransformer2DModel",
+        3,
+        (5, "attention_mask", 1),
+        interrupted_by=(
+            (6, "joint_attention_kwargs"),
+            (7, "controlnet_block_samples"),
+            (8, "controlnet_single_block_samples"),
+        ),
+    ),
 )

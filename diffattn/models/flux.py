@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 from diffattn.grid import TokenGrid
@@ -22,15 +21,26 @@ def _target(pictures: Sequence[Rectangle]) -> Rectangle:
 
 
 def _flux2_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
+    """The grid of a call. With a cache for references, their keys stand between text and target.
+
+    The references of such a call attend to themselves alone and are no part of the pattern.
+    """
     mode = argument(args, kwargs, 9, "kv_cache_mode")
-    if mode is not None:
-        raise ValueError(
-            f"this call of {type(model).__name__} has kv_cache_mode={mode!r}, as those of"
-            f" Flux2KleinKVPipeline have: its reference images attend to themselves alone, and"
-            f" later steps take their keys from a cache; use Flux2KleinPipeline, or"
-            f" set_attn_processor(None)"
-        )
-    return grid_of_ids(model, args, kwargs, position=3)
+    grid = grid_of_ids(model, args, kwargs, position=3)
+    if mode is None:
+        return grid
+    if mode == "cached":
+        return grid.alone.beside(before=argument(args, kwargs, 8, "kv_cache").num_ref_tokens)
+    return grid.alone.beside(before=grid.text_before)
+
+
+def _flux2_queries(video: TokenGrid, queries: int, keys: int) -> tuple[slice, ...] | None:
+    """The positions of text and target, whose calls have keys of references between them."""
+    references = video.text_before
+    text = keys - video.tokens
+    if not references or text < 0 or keys - queries != references:
+        return None
+    return slice(0, text), slice(text + references, keys)
 
 
 def sizes_of_packed_latents(pipe: Any) -> SizeRules:
@@ -38,12 +48,35 @@ def sizes_of_packed_latents(pipe: Any) -> SizeRules:
     return SizeRules.images(pipe.vae_scale_factor * 2)
 
 
-def _has_residuals_or_masks(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    # Residuals of a ControlNet and arguments for attention processors, such as masks of an
-    # IP-Adapter, are in the model's own order of tokens.
-    names = "joint_attention_kwargs controlnet_block_samples controlnet_single_block_samples"
-    positions = (7, 8, 9)
-    given = [argument(args, kwargs, *at) for at in zip(positions, names.split(), strict=True)]
+def flow_of_packed_latents(
+    model_class: str,
+    ids: int,
+    *more: tuple[int, str, int],
+    interrupted_by: tuple[tuple[int, str], ...] = (),
+) -> TokenFlow:
+    """The flow of packed latents and their position ids through blocks like Flux'.
+
+    Args:
+        ids: position of the argument `img_ids`.
+        more: further arguments with tokens, see `TokenFlow`.
+        interrupted_by: arguments in the model's own order of tokens: residuals of a ControlNet, and
+            arguments for attention processors, such as masks of an IP-Adapter.
+    """
+    return TokenFlow(
+        model_class=model_class,
+        arguments=((0, "hidden_states", 1), (ids, "img_ids", -2), *more),
+        text=(1, "encoder_hidden_states"),
+        interrupted=partial(_any_given, which=interrupted_by),
+    )
+
+
+def _any_given(
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    which: tuple[tuple[int, str], ...],
+) -> bool:
+    given = [argument(args, kwargs, *place) for place in which]
     return any(x is not None and len(x) > 0 for x in given)
 
 
@@ -60,19 +93,22 @@ def _flux3_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     return grid_of_pictures(pictures[0], pictures)
 
 
+def _target_alone(grid: TokenGrid) -> TokenGrid:
+    return grid.alone
+
+
 def _references_alone(grid: TokenGrid) -> TokenGrid | None:
     """The first reference, and the others as references beside it."""
     if not grid.references:
         return None
     first, *others = grid.references
-    same = (first.height, first.width, first.aligned)
     return TokenGrid(
         1,
         first.height,
         first.width,
         text_after=grid.text_after - first.tokens,
         references=tuple(
-            replace(r, start=r.start - first.start, aligned=(r.height, r.width, r.aligned) == same)
+            replace(r, start=r.start - first.start, aligned=r.aligned and first.aligned)
             for r in others
         ),
     )
@@ -84,6 +120,7 @@ DUAL_AND_SINGLE = re.compile(r"(?P<layer>(?:single_)?transformer_blocks\.\d+)\.a
 FLUX = Family(
     name="flux",
     title="Flux",
+    beside="reference pictures of Kontext, as references",
     model_classes=("FluxTransformer2DModel",),
     sites=DUAL_AND_SINGLE,
     grid=partial(grid_of_ids, position=4, target=_target),
@@ -91,28 +128,34 @@ FLUX = Family(
     text="before",
     images=True,
     rotary=(3, "image_rotary_emb"),
-    flow=TokenFlow(
-        model_class="FluxTransformer2DModel",
-        arguments=((0, "hidden_states", 1), (4, "img_ids", -2)),
-        text=(1, "encoder_hidden_states"),
-        interrupted=_has_residuals_or_masks,
+    flow=flow_of_packed_latents(
+        "FluxTransformer2DModel",
+        4,
+        interrupted_by=(
+            (7, "joint_attention_kwargs"),
+            (8, "controlnet_block_samples"),
+            (9, "controlnet_single_block_samples"),
+        ),
     ),
 )
 
 FLUX2 = Family(
     name="flux.2",
     title="Flux.2",
+    beside="reference pictures, as references; dense where they come from Klein's cache",
     model_classes=("Flux2Transformer2DModel",),
     sites=DUAL_AND_SINGLE,
     grid=_flux2_grid,
     sizes=sizes_of_packed_latents,
     text="before",
+    queries=_flux2_queries,
     images=True,
 )
 
 FLUX3 = Family(
     name="flux.3",
     title="Flux 3",
+    beside="reference pictures, as references",
     model_classes=("Flux3Transformer2DModel",),
     sites=re.compile(
         r"(?P<layer>single_transformer_blocks\.\d+|mode_blocks\.(?:image|image_cond)\.\d+)\.attn"
@@ -121,7 +164,7 @@ FLUX3 = Family(
     sizes=sizes_of_packed_latents,
     text="before",
     parts=(
-        (re.compile(r"mode_blocks\.image\..*"), attrgetter("alone")),
+        (re.compile(r"mode_blocks\.image\..*"), _target_alone),
         (re.compile(r"mode_blocks\.image_cond\..*"), _references_alone),
     ),
     images=True,

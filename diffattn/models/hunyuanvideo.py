@@ -51,6 +51,7 @@ HUNYUANVIDEO = Family(
 HUNYUANVIDEO15 = Family(
     name="hunyuanvideo-1.5",
     title="HunyuanVideo 1.5 (T2V, I2V)",
+    beside="tokens of a picture, dense",
     model_classes=("HunyuanVideo15Transformer3DModel",),
     sites=re.compile(r"transformer_blocks\.(?P<layer>\d+)\.attn"),
     grid=_grid,

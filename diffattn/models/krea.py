@@ -8,6 +8,7 @@ from typing import Any
 
 from diffattn.models.base import Family, SizeRules
 from diffattn.models.pictures_by_ids import grid_of_ids
+from diffattn.models.token_flow import TokenFlow
 
 
 def _sizes(pipe: Any) -> SizeRules:
@@ -23,4 +24,10 @@ KREA2 = Family(
     sizes=_sizes,
     text="before",
     images=True,
+    flow=TokenFlow(
+        model_class="Krea2Transformer2DModel",
+        arguments=((0, "hidden_states", 1), (3, "position_ids", 0)),
+        leave="final_layer.linear",
+        text=(1, "encoder_hidden_states"),
+    ),
 )

@@ -5,12 +5,17 @@ from __future__ import annotations
 from functools import partial
 
 from diffattn.models.base import Family
-from diffattn.models.flux import DUAL_AND_SINGLE, sizes_of_packed_latents
+from diffattn.models.flux import (
+    DUAL_AND_SINGLE,
+    flow_of_packed_latents,
+    sizes_of_packed_latents,
+)
 from diffattn.models.pictures_by_ids import grid_of_ids
 
 LONGCAT_IMAGE = Family(
     name="longcat-image",
     title="LongCat-Image",
+    beside="reference pictures of Edit, as references",
     model_classes=("LongCatImageTransformer2DModel",),
     sites=DUAL_AND_SINGLE,
     grid=partial(grid_of_ids, position=3),
@@ -18,4 +23,6 @@ LONGCAT_IMAGE = Family(
     text="before",
     rotary=(3, "image_rotary_emb"),
     images=True,
+    flow=flow_of_packed_latents("LongCatImageTransformer2DModel", 3),
+    tested="model",
 )

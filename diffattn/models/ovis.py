@@ -5,7 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from diffattn.models.base import Family
-from diffattn.models.flux import DUAL_AND_SINGLE, sizes_of_packed_latents
+from diffattn.models.flux import (
+    DUAL_AND_SINGLE,
+    flow_of_packed_latents,
+    sizes_of_packed_latents,
+)
 from diffattn.models.pictures_by_ids import grid_of_ids
 
 OVIS_IMAGE = Family(
@@ -18,4 +22,7 @@ OVIS_IMAGE = Family(
     text="before",
     rotary=(3, "image_rotary_emb"),
     images=True,
+    flow=flow_of_packed_latents(
+        "OvisImageTransformer2DModel", 3, interrupted_by=((5, "joint_attention_kwargs"),)
+    ),
 )

@@ -99,15 +99,17 @@ def grid_of_pictures(target: Rectangle, pictures: Sequence[Rectangle]) -> TokenG
                 1,
                 picture.height,
                 picture.width,
-                aligned=_places(picture) == _places(target),
+                aligned=_in_one_place(picture, target),
             )
             for picture in references
         ),
     )
 
 
-def _places(picture: Rectangle) -> tuple[Any, ...]:
-    return picture.height, picture.width, picture.origin, picture.step
+def _in_one_place(a: Rectangle, b: Rectangle) -> bool:
+    """Whether the rows and columns of two pictures have the same numbers, as far as both go."""
+    steps = zip(a.step, b.step, strict=True)
+    return a.origin == b.origin and all(x == y or 0 in (x, y) for x, y in steps)
 
 
 def _square(of_model: str, tokens: int) -> Rectangle:

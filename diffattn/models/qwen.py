@@ -1,15 +1,16 @@
-"""Qwen-Image: text to image, editing of images, and images in layers."""
+"""Qwen-Image and 2.1: text to image, editing of images, and images in layers."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import accumulate
 from math import prod
 from typing import Any
 
 from diffattn.grid import Reference, TokenGrid
-from diffattn.models.base import Family, SizeRules, argument, first_input
+from diffattn.models.base import Family, SizeRules, argument, first_input, last_queries
 
 
 def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
@@ -65,17 +66,48 @@ def _layers(model: Any, shapes: list[tuple[int, int, int]]) -> int:
     return len(layers)
 
 
+def _grid21(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
+    """The target, which stands last. Images to edit are keys of its call alone, as text is."""
+    samples = argument(args, kwargs, 3, "img_shapes")
+    if any(list(sample) != list(samples[0]) for sample in samples):
+        raise ValueError(
+            f"this call of {type(model).__name__} has images of several shapes in one batch: call"
+            f" it once per list of shapes, or set_attn_processor(None)"
+        )
+    return TokenGrid(*samples[0][-1])
+
+
 def _sizes(pipe: Any) -> SizeRules:
     return SizeRules.images(pipe.vae_scale_factor * 2)
+
+
+def _sizes21(pipe: Any) -> SizeRules:
+    # Latents are tokens; the text encoder counts them in squares of four.
+    return replace(SizeRules.images(pipe.vae_scale_factor * 2), token_pixels=pipe.vae_scale_factor)
 
 
 QWEN_IMAGE = Family(
     name="qwen-image",
     title="Qwen-Image",
+    beside="reference pictures of Edit, Edit-Plus and Layered, as references",
     model_classes=("QwenImageTransformer2DModel",),
     sites=re.compile(r"transformer_blocks\.(?P<layer>\d+)\.attn"),
     grid=_grid,
     sizes=_sizes,
     text="before",
     images=True,
+)
+
+QWEN_IMAGE21 = Family(
+    name="qwen-image-2.1",
+    title="Qwen-Image 2.1",
+    beside="pictures to edit, dense: keys of the picture's own calls",
+    model_classes=("QwenImage21Transformer2DModel",),
+    sites=re.compile(r"transformer_blocks\.(?P<layer>\d+)\.attn"),
+    grid=_grid21,
+    sizes=_sizes21,
+    text="before",
+    queries=last_queries,
+    images=True,
+    tested="model",
 )

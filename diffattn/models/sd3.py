@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
-from diffattn.grid import TokenGrid
-from diffattn.models.base import Family, SizeRules, first_input
-
-
-def _grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
-    height, width = first_input(args, kwargs).shape[2:]
-    return TokenGrid(1, height // model.config.patch_size, width // model.config.patch_size)
+from diffattn.models.base import Family, SizeRules, image_grid
 
 
 def _sizes(pipe: Any) -> SizeRules:
@@ -26,7 +19,7 @@ SD3 = Family(
     title="Stable Diffusion 3 and 3.5",
     model_classes=("SD3Transformer2DModel",),
     sites=re.compile(r"transformer_blocks\.(?P<layer>\d+)\.attn2?"),
-    grid=_grid,
+    grid=image_grid,
     sizes=_sizes,
     text="after",
     images=True,

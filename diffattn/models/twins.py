@@ -1,4 +1,6 @@
-"""Twins of the attention processors of diffusers that call PyTorch's attention themselves.
+"""Twins of the attention processors of diffusers that cannot be given a backend.
+
+Most of these call PyTorch's attention themselves.
 
 A twin computes the same result as the processor in its name, and ends in diffusers' attention
 dispatch, which accepts a backend. Queries, keys and values are (batch, tokens, heads, head_dim).
@@ -15,31 +17,25 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb, apply_rotary_emb_allegro
 
 from diffattn import _compat
-
-
-class Twin:
-    """The attributes of a processor that diffusers' dispatch expects."""
-
-    _attention_backend: Any = None
-    _parallel_config: Any = None
-
-    def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Attention over (batch, tokens, heads, head_dim), joined to (batch, tokens, channels)."""
-        out = _compat.dispatch(
-            query,
-            key,
-            value,
-            backend=self._attention_backend,
-            attn_mask=attn_mask,
-            _parallel_config=self._parallel_config,
-        )
-        return out.flatten(2).to(query.dtype)
+from diffattn.models.picture_twins import (
+    AuraFlowTwin,
+    CogView4Twin,
+    HiDreamTwin,
+    HunyuanDiTTwin,
+    Lumina2Twin,
+    LuminaTwin,
+)
+from diffattn.models.qwen_twin import QwenImage21Twin
+from diffattn.models.twin import (
+    Twin,
+    bias,
+    heads,
+    joint_heads,
+    normalised,
+    project_out,
+    rotated,
+    rotated_after,
+)
 
 
 class AttentionTwin(Twin):
@@ -67,15 +63,15 @@ class AttentionTwin(Twin):
             context = hidden_states
         elif attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
-        query, key, value = _heads(attn, "to_q to_k to_v", hidden_states, context, context)
-        query, key = _normalised(attn.norm_q, query), _normalised(attn.norm_k, key)
+        query, key, value = heads(attn, "to_q to_k to_v", hidden_states, context, context)
+        query, key = normalised(attn.norm_q, query), normalised(attn.norm_k, key)
         if rotary is not None and not attn.is_cross_attention:
             query, key = (
                 apply_rotary_emb_allegro(x.transpose(1, 2), *rotary).transpose(1, 2)
                 for x in (query, key)
             )
-        mask = _bias(attn, attention_mask, key)
-        hidden_states = _project_out(attn, self._attend(query, key, value, mask))
+        mask = bias(attn, attention_mask, key)
+        hidden_states = project_out(attn, self._attend(query, key, value, mask))
         return hidden_states / attn.rescale_output_factor
 
 
@@ -109,12 +105,34 @@ class CogVideoXTwin(Twin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         text = encoder_hidden_states.shape[1]
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        query, key, value = _heads(attn, "to_q to_k to_v", tokens, tokens, tokens)
-        query, key = _normalised(attn.norm_q, query), _normalised(attn.norm_k, key)
-        query, key = (_rotated_after(text, x, image_rotary_emb) for x in (query, key))
-        out = self._attend(query, key, value, _bias(attn, attention_mask, key))
-        out = _project_out(attn, out)
+        query, key, value = heads(attn, "to_q to_k to_v", tokens, tokens, tokens)
+        query, key = normalised(attn.norm_q, query), normalised(attn.norm_k, key)
+        query, key = (rotated_after(text, x, image_rotary_emb) for x in (query, key))
+        out = self._attend(query, key, value, bias(attn, attention_mask, key))
+        out = project_out(attn, out)
         return out[:, text:], out[:, :text]
+
+
+class CosmosTwin(Twin):
+    """CosmosAttnProcessor2_0: calls diffusers' dispatch, but without a backend."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> torch.Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = heads(attn, "to_q to_k to_v", hidden_states, context, context)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if image_rotary_emb is not None:
+            query, key = (
+                apply_rotary_emb(x, image_rotary_emb, use_real_unbind_dim=-2, sequence_dim=1)
+                for x in (query, key)
+            )
+        return project_out(attn, self._attend(query, key, value, attention_mask))
 
 
 class EasyAnimateTwin(Twin):
@@ -131,16 +149,16 @@ class EasyAnimateTwin(Twin):
         text = encoder_hidden_states.shape[1]
         if attn.add_q_proj is None:
             tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-            queries, keys, values = _joint_heads(attn, tokens, None)
+            queries, keys, values = joint_heads(attn, tokens, None)
         else:
-            queries, keys, values = _joint_heads(attn, hidden_states, encoder_hidden_states)
+            queries, keys, values = joint_heads(attn, hidden_states, encoder_hidden_states)
         query, key, value = (torch.cat(parts[::-1], dim=1) for parts in (queries, keys, values))
-        query, key = (_rotated_after(text, x, image_rotary_emb) for x in (query, key))
+        query, key = (rotated_after(text, x, image_rotary_emb) for x in (query, key))
         out = self._attend(query, key, value, attention_mask)
         text_out = out[:, :text]
         if attn.to_add_out is not None:
             text_out = attn.to_add_out(text_out)
-        return _project_out(attn, out[:, text:]), text_out
+        return project_out(attn, out[:, text:]), text_out
 
 
 class JointTwin(Twin):
@@ -153,16 +171,16 @@ class JointTwin(Twin):
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        query, key, value = _joint_heads(attn, hidden_states, encoder_hidden_states)
+        query, key, value = joint_heads(attn, hidden_states, encoder_hidden_states)
         if encoder_hidden_states is None:
-            return _project_out(attn, self._attend(query[0], key[0], value[0]))
+            return project_out(attn, self._attend(query[0], key[0], value[0]))
         image = hidden_states.shape[1]
         joint = [torch.cat(parts, dim=1) for parts in (query, key, value)]
         out = self._attend(joint[0], joint[1], joint[2])
         text_out = out[:, image:]
         if not attn.context_pre_only:
             text_out = attn.to_add_out(text_out)
-        return _project_out(attn, out[:, :image]), text_out
+        return project_out(attn, out[:, :image]), text_out
 
 
 class MochiTwin(Twin):
@@ -180,9 +198,9 @@ class MochiTwin(Twin):
         attention_mask: torch.Tensor,
         image_rotary_emb: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        query, key, value = _joint_heads(attn, hidden_states, encoder_hidden_states)
+        query, key, value = joint_heads(attn, hidden_states, encoder_hidden_states)
         if image_rotary_emb is not None:
-            query[0], key[0] = (_rotated(x, *image_rotary_emb) for x in (query[0], key[0]))
+            query[0], key[0] = (rotated(x, *image_rotary_emb) for x in (query[0], key[0]))
         video, valid = hidden_states.shape[1], attention_mask.bool()
         keys = torch.nn.functional.pad(valid, (video, 0), value=True)[:, None, None]
         joint = [torch.cat(parts, dim=1) for parts in (query, key, value)]
@@ -190,16 +208,29 @@ class MochiTwin(Twin):
         text_out = out[:, video:].masked_fill(~valid[..., None], 0)
         if hasattr(attn, "to_add_out"):
             text_out = attn.to_add_out(text_out)
-        return _project_out(attn, out[:, :video]), text_out
+        return project_out(attn, out[:, :video]), text_out
 
 
 _TWINS: dict[str, type[Twin]] = {
     "AllegroAttnProcessor2_0": AllegroTwin,
     "AttnProcessor2_0": AttentionTwin,
+    "AuraFlowAttnProcessor2_0": AuraFlowTwin,
     "CogVideoXAttnProcessor2_0": CogVideoXTwin,
+    "CogView4AttnProcessor": CogView4Twin,
+    "CosmosAttnProcessor2_0": CosmosTwin,
     "EasyAnimateAttnProcessor2_0": EasyAnimateTwin,
+    "HiDreamAttnProcessor": HiDreamTwin,
+    "HunyuanAttnProcessor2_0": HunyuanDiTTwin,
     "JointAttnProcessor2_0": JointTwin,
+    "Lumina2AttnProcessor2_0": Lumina2Twin,
+    "LuminaAttnProcessor2_0": LuminaTwin,
     "MochiAttnProcessor2_0": MochiTwin,
+}
+
+# Twins of processors that give only a part of their calls a backend.
+_TWINS_IN_PART: dict[str, type[Twin]] = {
+    "QwenImage21AttnProcessor": QwenImage21Twin,
+    "QwenImage21FlexAttnProcessor": QwenImage21Twin,
 }
 
 
@@ -213,9 +244,14 @@ def dispatching(site: str, processor: Any) -> Any:
     Raises:
         ValueError: if there is no such processor; says what to do.
     """
+    name = type(processor).__name__
+    if name in _TWINS_IN_PART:
+        twin = _TWINS_IN_PART[name]()
+        _compat.share_parallelism(processor, twin)
+        _compat.set_processor_backend(twin, _compat.processor_backend(processor))
+        return twin
     if _compat.uses_dispatch(processor):
         return copy.copy(processor)
-    name = type(processor).__name__
     if name in _TWINS:
         return _TWINS[name]()
     if name.startswith("Fused"):
@@ -227,57 +263,3 @@ def dispatching(site: str, processor: Any) -> Any:
         f"{site} has a {name}, which does not call diffusers' attention dispatch; put the model's"
         f" own processor back before attaching"
     )
-
-
-def _heads(attn: Any, projections: str, *inputs: torch.Tensor) -> list[torch.Tensor]:
-    return [
-        getattr(attn, name)(x).unflatten(2, (attn.heads, -1))
-        for name, x in zip(projections.split(), inputs, strict=True)
-    ]
-
-
-def _joint_heads(
-    attn: Any, hidden_states: torch.Tensor, text: torch.Tensor | None
-) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Queries, keys and values: of the video or image, then of the text if `text` is not None."""
-    query, key, value = _heads(attn, "to_q to_k to_v", *[hidden_states] * 3)
-    queries, keys = [_normalised(attn.norm_q, query)], [_normalised(attn.norm_k, key)]
-    values = [value]
-    if text is not None:
-        query, key, value = _heads(attn, "add_q_proj add_k_proj add_v_proj", *[text] * 3)
-        queries.append(_normalised(attn.norm_added_q, query))
-        keys.append(_normalised(attn.norm_added_k, key))
-        values.append(value)
-    return queries, keys, values
-
-
-def _normalised(norm: torch.nn.Module | None, x: torch.Tensor) -> torch.Tensor:
-    return x if norm is None else norm(x)
-
-
-def _bias(attn: Any, mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:
-    """The mask of diffusers' `Attention` as (batch, heads, 1 or queries, keys); None for None."""
-    if mask is None:
-        return None
-    batch, tokens = key.shape[:2]
-    mask = attn.prepare_attention_mask(mask, tokens, batch)
-    return mask.view(batch, attn.heads, -1, tokens)
-
-
-def _rotated_after(text: int, x: torch.Tensor, rotary: Any) -> torch.Tensor:
-    """Rotate the tokens after the first `text` tokens, if `rotary` is not None."""
-    if rotary is None:
-        return x
-    return torch.cat([x[:, :text], apply_rotary_emb(x[:, text:], rotary, sequence_dim=1)], dim=1)
-
-
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate neighbouring channels; `cos` and `sin` are (tokens, heads, head_dim / 2)."""
-    even, odd = x.unflatten(-1, (-1, 2)).float().unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
-
-
-def _project_out(attn: Any, x: torch.Tensor) -> torch.Tensor:
-    linear, dropout = attn.to_out
-    return dropout(linear(x))

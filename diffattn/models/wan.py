@@ -1,17 +1,18 @@
-"""Wan 2.1 and 2.2, and models with its blocks: SkyReels-V2, ChronoEdit, AnyFlow, Wan-Animate."""
+"""Wan 2.1 and 2.2, and models like it: SkyReels-V2, ChronoEdit, AnyFlow, Wan-Animate 1 and 2."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from diffattn.grid import TokenGrid
-from diffattn.models.base import Family, SizeRules, first_input, latent_grid
+from diffattn.models.base import Family, SizeRules, first_input, latent_grid, sizes_in_the_call
 from diffattn.models.token_flow import TokenFlow
 
 _TI2V_5B_CHANNELS = 48
@@ -76,6 +77,30 @@ def _anyflow_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     return TokenGrid(frames // patch_t, height // patch_h, width // patch_w)
 
 
+def _forcing_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
+    """The grid of a call of SkyReels-V2, whose frames may be made block by block."""
+    frames = model.config.num_frame_per_block
+    grid = _grid(model, args, kwargs)
+    return replace(grid, causal_frames=frames) if frames > 1 else grid
+
+
+def _animate2_grid(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGrid:
+    """The grid of a call of Wan-Animate-2 on a list of latents (channels, frames, rows, columns).
+
+    Raises:
+        ValueError: if the latents are of several sizes.
+    """
+    sizes = {tuple(latents.shape[1:]) for latents in first_input(args, kwargs)}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"this call of {type(model).__name__} has latents of sizes"
+            f" {' and '.join(sorted('x'.join(map(str, size)) for size in sizes))}: call it once per"
+            f" size, or set_attn_processor(None)"
+        )
+    pairs = zip(sizes.pop(), model.config.patch_size, strict=True)
+    return TokenGrid(*(size // patch for size, patch in pairs))
+
+
 def _sizes(pipe: Any) -> SizeRules:
     config = _denoiser(pipe).config
     patch_t, patch_h, _ = config.patch_size
@@ -103,13 +128,6 @@ def _variant(pipe: Any, model: torch.nn.Module) -> str:
     return "wan2.2" if two_experts else "wan2.1"
 
 
-def _animate_sizes(pipe: Any) -> SizeRules:
-    raise ValueError(
-        f"{type(pipe).__name__} takes its number of frames from the video that drives it and makes"
-        f" it in segments: the grid is only known in the call"
-    )
-
-
 _wan_shaped = partial(
     Family, sites=re.compile(r"blocks\.(?P<layer>\d+)\.attn1"), grid=_grid, sizes=_sizes
 )
@@ -117,6 +135,7 @@ _wan_shaped = partial(
 WAN = _wan_shaped(
     name="wan",
     title="Wan 2.1 and 2.2 (T2V, I2V, TI2V-5B, VACE)",
+    beside="VACE's reference pictures, as the first frames of the video",
     model_classes=("WanTransformer3DModel", "WanVACETransformer3DModel"),
     sites=re.compile(r"(?:vace_)?blocks\.(?P<layer>\d+)\.attn1"),
     variants=_variant,
@@ -131,8 +150,10 @@ WAN = _wan_shaped(
 
 SKYREELS_V2 = _wan_shaped(
     name="skyreels-v2",
-    title="SkyReels-V2 (without frame-causal blocks)",
+    title="SkyReels-V2 (diffusion forcing, T2V, I2V)",
     model_classes=("SkyReelsV2Transformer3DModel",),
+    grid=_forcing_grid,
+    padding="grid",
 )
 
 CHRONOEDIT = _wan_shaped(
@@ -149,6 +170,22 @@ ANYFLOW = _wan_shaped(
 WAN_ANIMATE = _wan_shaped(
     name="wan-animate",
     title="Wan 2.2 Animate",
+    beside="the character, as the first frame of the video",
     model_classes=("WanAnimateTransformer3DModel",),
-    sizes=_animate_sizes,
+    sizes=sizes_in_the_call(
+        "takes its number of frames from the video that drives it and makes it in segments"
+    ),
+)
+
+WAN_ANIMATE2 = Family(
+    name="wan-animate-2",
+    title="Wan-Animate-2 (its pass over the driving video)",
+    model_classes=("WanAnimate2Transformer3DModel",),
+    # Calls that denoise attend under a block mask of the model's own, which stays as it is.
+    sites=re.compile(r"blocks\.(?P<layer>\d+)\.self_attn"),
+    grid=_animate2_grid,
+    sizes=sizes_in_the_call(
+        "takes its number of frames from the video that drives it and makes it in segments"
+    ),
+    tested="model",
 )

@@ -18,7 +18,10 @@ _CONFIG = "config.json"
 # Components that determine the tokens; all others are left out.
 _PARTS = ("transformer", "transformer_2", "unet", "vae")
 # Families whose blocks are those of `LinearWork.joint`.
-_JOINT = ("flux", "hunyuanvideo", "mochi", "cogvideox", "sd3")
+_JOINT = (
+    "flux", "hunyuanvideo", "mochi", "cogvideox", "sd3", "qwen-image", "chroma", "longcat-image",
+    "bria", "bria-fibo", "hunyuan-image", "cogview-4", "cogview-3-plus", "glm-image",
+)  # fmt: skip
 _CONTEXT_OF_WAN = 512
 # Fields of a shape, and the arguments of a pipeline's call whose defaults they are.
 ARGUMENTS = {
@@ -61,19 +64,31 @@ def pipeline_shape(pipe: Any, name: str) -> ModelShape:
     """
     model = next(iter(denoisers(pipe).values()))
     family = family_of(model)
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    given = _defaults(pipe)
     defaults = {
-        field: parameters[argument].default
+        field: given[argument]
         for field, argument in ARGUMENTS.items()
-        if argument in parameters and isinstance(parameters[argument].default, int)
+        if isinstance(given.get(argument), int)
     }
     shape = replace(_shape(pipe, model, name), sizes=family.sizes(pipe), **defaults)
     # A pipeline's default size need not be a size that this model can make.
     try:
-        shape.grid(None, None, None, None)
+        shape.grid(None, None, None, text=0)
     except ValueError:
         return replace(shape, height=None, width=None, num_frames=None)
     return shape
+
+
+def _defaults(pipe: Any) -> dict[str, Any]:
+    """The defaults of the arguments of a pipeline's call."""
+    of_blocks = getattr(pipe, "default_call_parameters", None)  # of modular pipelines
+    if of_blocks is None:
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        return {name: parameter.default for name, parameter in parameters.items()}
+    # Their blocks take a size from properties of the pipeline.
+    sizes = {name: getattr(pipe, f"default_{name}", None) for name in ("height", "width")}
+    sizes["num_frames"] = getattr(pipe, "default_num_frames", None)
+    return sizes | {name: value for name, value in of_blocks.items() if value is not None}
 
 
 def denoiser_shape(model: torch.nn.Module) -> ModelShape:
@@ -93,21 +108,26 @@ def _shape(pipe: Any, model: Any, name: str) -> ModelShape:
             f" describe; plan each grid by itself"
         )
     heads, head_dim = _heads(model.config)
-    # Prompts are padded to the same length in all published models of a family.
+    # Prompts are padded to the same length in all published models of a family, and sound is as
+    # dense.
     like = next((shape for shape in PUBLISHED.values() if shape.variant == family.name), None)
-    text: dict[str, int | None] = {}
+    beside: dict[str, Any] = {}
     if family.text is not None:
         side = f"text_{family.text}"
-        text = {side: None if like is None else getattr(like, side)}
+        beside = {side: None if like is None else getattr(like, side)}
+    if like is not None:
+        beside["sound"] = like.sound
+    # Blocks for a part of the tokens cost less, and are left out.
+    blocks = (block for site, block in family.layers(model).items() if family.part(site) is None)
     return ModelShape(
         name=name,
         variant=family.variant(pipe, model),
         heads=heads,
         head_dim=head_dim,
-        block_of_site=tuple(family.layers(model).values()),
+        block_of_site=tuple(blocks),
         sizes=None,
         linear=_linear(family.name, model.config, heads * head_dim),
-        **text,
+        **beside,
     )
 
 
@@ -151,12 +171,27 @@ def _heads(config: Any) -> tuple[int, int]:
     if "axes_dims" in config and "model_dim" in config:  # Kandinsky
         head_dim = sum(config.axes_dims)
         return config.model_dim // head_dim, head_dim
-    return config.num_attention_heads, config.attention_head_dim
+    heads: int = _first_of(config, "num_attention_heads", "num_heads", "n_heads")
+    width = _first_of(config, "attention_head_dim", "head_dim")
+    return heads, width or _first_of(config, "hidden_size", "dim") // heads
+
+
+def _first_of(config: Any, *names: str) -> Any:
+    return next((config[name] for name in names if config.get(name) is not None), None)
 
 
 def _linear(family: str, config: Any, channels: int) -> LinearWork | None:
     if family in _JOINT:
         return LinearWork.joint(channels)
+    if family == "flux.2":  # gated feed-forwards
+        return LinearWork(round(8 + 6 * config.mlp_ratio) * channels**2)
+    if family == "ovis-image":
+        return LinearWork(32 * channels**2)
+    if family == "krea-2":  # grouped keys and values, a gate, a gated feed-forward
+        keys = config.num_key_value_heads * config.attention_head_dim
+        return LinearWork(2 * channels * (3 * channels + 2 * keys + 3 * config.intermediate_size))
+    if family == "z-image":  # gated feed-forwards
+        return LinearWork(8 * channels**2 + 6 * channels * int(channels / 3 * 8))
     if family == "wan":
         return LinearWork.apart(channels, config.ffn_dim, _CONTEXT_OF_WAN)
     return None

@@ -5,7 +5,7 @@ The module is not called `plan` because `diffattn.plan` is the function.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,16 @@ from typing import Any
 import torch
 
 from diffattn._checks import did_you_mean
-from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import allowed_pairs
 from diffattn.methods.base import Method, StaticMaskMethod
-from diffattn.methods.gna import GNAAttn, Tile, nearest_block_sparse
+from diffattn.methods.gna import GNAAttn, Tile
 from diffattn.methods.registry import as_method
 from diffattn.models.base import SizeRules
-from diffattn.orders import tiles_that_fit
+from diffattn.planning.block_sparse import has_masked_blocks, in_one_of, nearest_on
 from diffattn.planning.costs import Cost, Estimate
 from diffattn.planning.published import PUBLISHED, ModelShape, published_shape
 from diffattn.schedule import resolve_steps
-from diffattn.spans import Span
 
 # Blocks are counted in tables of blocks x blocks, which take gigabytes beyond this many tokens.
 _MOST_TOKENS = 1 << 21
@@ -268,13 +266,13 @@ def _plan(grid: TokenGrid, method: Method, shape: ModelShape, model: str | None)
         )
     order = fitted.order(grid)
     layout = fitted.layout(grid, torch.device("cpu"), order)
-    masked = _has_masked_blocks(layout, fitted.spans(grid))
+    masked = has_masked_blocks(layout, fitted.spans(grid))
     best = None
     if isinstance(fitted, GNAAttn):
-        best = _nearest_block_sparse(fitted, grid) if masked else fitted
-    has_text = ~_in_one_of(layout.block_q, fitted.spans(grid)[:1])
+        best = nearest_on(fitted, grid) if masked else fitted
+    with_text = ~in_one_of(layout.block_q, fitted.spans(grid)[:1])
     visited = (layout.full_count + layout.partial_count)[0, 0]
-    video_rows = visited if bool(has_text.all()) else visited[~has_text]
+    video_rows = visited if bool(with_text.all()) else visited[~with_text]
     return Plan(
         method=fitted,
         **_of_any_method(grid, fitted, shape, model),
@@ -336,51 +334,3 @@ def _dense_steps(method: Method, steps: int) -> int:
     """Number of steps that stay dense, at both ends of a run."""
     ends = (method.dense_steps or 0, method.last_dense_steps)
     return min(steps, sum(resolve_steps(end, steps) for end in ends))
-
-
-def _in_one_of(block: int, spans: Sequence[Span]) -> torch.Tensor:
-    """Whether each block of the sequence, in any order, lies in some span: bool `(blocks,)`."""
-    tokens = spans[0].grid.tokens
-    start = torch.arange(0, tokens, block)
-    end = (start + block).clamp(max=tokens)
-    videos = [span.grid.video for span in spans]
-    return torch.stack([(start >= v.start) & (end <= v.stop) for v in videos]).any(0)
-
-
-def _has_masked_blocks(layout: BlockLayout, spans: Sequence[Span]) -> bool:
-    """Whether a block of whole query and key blocks, each of one span alone, is partial."""
-    whole = _in_one_of(layout.block_q, spans)
-    if layout.tokens_q % layout.block_q and bool(whole.any()):
-        whole[-1] = False
-    slot = torch.arange(layout.partial_index.shape[-1])
-    listed = slot < layout.partial_count[0, 0, :, None]
-    return bool((listed & whole[:, None] & whole[layout.partial_index[0, 0].long()]).any())
-
-
-def _nearest_block_sparse(method: GNAAttn, grid: TokenGrid) -> GNAAttn | None:
-    """The nearest setting whose blocks on `grid` are all full, in tiles of any shape."""
-    axes = method.axes(grid)
-    block_size = method.block_size_on(grid)
-    tiles = [
-        tile
-        for tile in tiles_that_fit(grid, block_size)
-        if all(
-            side == 1 or (axis.size % side == 0 and axis.dilation == 1 and not axis.is_causal)
-            for side, axis in zip(tile, axes, strict=True)
-        )
-    ]
-    candidates = (nearest_block_sparse(method, grid, tile) for tile in tiles)
-
-    def change(candidate: GNAAttn) -> float:
-        pairs = zip(axes, candidate.axes(grid), strict=True)
-        return sum(abs(a.window - b.window) + abs(a.stride - b.stride) / a.size for a, b in pairs)
-
-    for candidate in sorted(filter(None, candidates), key=change):
-        windows = candidate.axes(grid)
-        if all(axis.window == axis.size for axis in windows):
-            continue
-        order = candidate.order(grid)
-        layout = candidate.layout(grid, torch.device("cpu"), order)
-        if not _has_masked_blocks(layout, candidate.spans(grid)):
-            return candidate
-    return None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from diffattn.methods.gna import GNAAttn
 from diffattn.methods.words import method_words, reference_words
+from diffattn.planning.block_sparse import nearest_beside
 from diffattn.planning.costs import Cost, Estimate
 from diffattn.planning.plans import Plan
 
@@ -95,13 +97,21 @@ def _block_sparse(plan: Plan) -> str:
     if plan.is_block_sparse:
         but = " but those with text or at the end" if plan.partial_blocks else ""
         return f"yes: no block needs a mask{but}"
-    if plan.method.type != "gna":
+    if not isinstance(plan.method, GNAAttn):
         return "no"
     best = plan.nearest_block_sparse
-    if best is None:
-        return "no; in whole tiles of this grid only dense attention is"
-    nearest = (f"{name}={','.join(map(str, getattr(best, name)))}" for name in ("window", "stride"))
-    return f"no; the nearest setting that is: {' '.join(nearest)}"
+    if best is not None:
+        return f"no; the nearest setting that is: {_setting(best)}"
+    only = f"no; in whole tiles of {plan.grid} only dense attention is"
+    beside = nearest_beside(plan.method, plan.grid)
+    return only if beside is None else f"{only}; on {beside[0]} {_setting(beside[1])} is"
+
+
+def _setting(method: GNAAttn) -> str:
+    """The window and the stride as the command line takes them."""
+    return " ".join(
+        f"{name}={','.join(map(str, getattr(method, name)))}" for name in ("window", "stride")
+    )
 
 
 def _flops(count: float) -> str:

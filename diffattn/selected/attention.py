@@ -10,6 +10,7 @@ import torch
 from diffattn.blocks import unpack_bits
 from diffattn.interception import through_modes
 from diffattn.kernels.autocast import autocast_off, cast_as_sdpa
+from diffattn.kernels.checks import check_tensors
 from diffattn.kernels.cpu import gather as gather_cpu
 from diffattn.kernels.reference import reference_attention
 from diffattn.kernels.transforms import is_forward_mode
@@ -54,10 +55,12 @@ def selected_attention(
         (batch, tokens, heads, head_dim) in the dtype of `query`, or of the autocast region.
 
     Raises:
+        TypeError: if query, key or value is no tensor.
         ValueError: if shapes, dtypes or devices do not fit together, or the backend is unknown.
         NotImplementedError: if the tensors' device or the backend has no kernel.
         ImportError: if the backend is "triton" and Triton cannot be imported.
     """
+    check_tensors(query=query, key=key, value=value)
     query, key, value = cast_as_sdpa(query, key, value)
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ..autocast import cast_as_sdpa, without_autocast
-from ..checks import check_inputs
+from ..checks import check_inputs, check_tensors
 from ..transforms import first_order, materialized, save, transformable
 from .torch_passes import TorchPasses, wide
 
@@ -68,6 +68,7 @@ def linear_attention(
     Raises:
         ValueError: if dtypes, devices or shapes do not fit together or are not supported.
     """
+    check_tensors(q=q, k=k, v=v)
     q, k, v = cast_as_sdpa(q, k, v)
     check_inputs(q, k, v, key_mask, dtypes=DTYPES)
     _check_supported(q, k, rotation, key_mask, chunk, backend)

@@ -50,6 +50,8 @@ def finish(code: int) -> int:
     A program that reads stdout may have ended, as `head` does: then nothing is said. A full disk is
     an error.
     """
+    if sys.stdout is None:  # closed by the shell
+        return code
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -71,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _run(command: Any, arguments: list[str]) -> int:
     try:
-        return command.main(arguments, prog_name="diffattn", standalone_mode=False) or 0
+        code = command.main(arguments, prog_name="diffattn", standalone_mode=False) or 0
     except UserError as error:
         return _fail(str(error), _BAD_INPUT)
     except RunInterruptedError as interruption:
@@ -82,6 +84,14 @@ def _run(command: Any, arguments: list[str]) -> int:
         return _STDOUT_CLOSED
     except OSError as error:
         return _fail(one_line(error), _BAD_INPUT)
+    except OverflowError as error:
+        return _fail(f"a number is too large: {one_line(error)}", _BAD_INPUT)
+    except (MemoryError, RuntimeError) as error:
+        from ..run.refusals import is_lack_of_memory
+
+        if not is_lack_of_memory(error):
+            raise
+        return _fail("out of memory: take a smaller size or grid", _BAD_INPUT)
     except Exception as error:
         # Typer has a copy of click's usage errors, whose module differs between Typer's versions.
         if not hasattr(error, "format_message"):
@@ -89,6 +99,8 @@ def _run(command: Any, arguments: list[str]) -> int:
         message = one_line(error.format_message())
         # Without arguments the help is shown, which says it all.
         return _fail(message, _BAD_INPUT) if message else _BAD_INPUT
+    # Releases of Typer make an exit code of Ctrl-C, and say nothing.
+    return _fail(str(RunInterruptedError([])), code) if code == _INTERRUPTED else code
 
 
 @app.callback()

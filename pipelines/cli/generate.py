@@ -15,6 +15,7 @@ EXAMPLES = options.examples(
     'generate "a red circle moving right on a blue background" -o circle.mp4',
     'generate "..." -o out.mp4 --attn gna --attn-arg window=5,7,7',
     'generate "..." -o out.mp4 --compare',
+    'generate "it starts to rain" --model MODEL --image first.jpg -o rain.mp4',
     "generate --from out.json -o again.mp4",
 )
 
@@ -27,22 +28,51 @@ _NOT_OF_A_REQUEST = (
     "attn_config",
     "prompts_file",
     "record",
+    "no_memory_check",
 )
 
 
 def generate(
     context: typer.Context,
-    prompt: Annotated[str | None, typer.Argument(help="What the video shows.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="What the video or picture shows.")] = None,
     output: Annotated[
         str | None,
         typer.Option(
             "--output",
             "-o",
-            help="File (.mp4, .gif, .png for a folder of frames) or folder (ends with /); it is "
-            "overwritten. Without it, a new name made of the prompt.",
+            help="File (.mp4, .gif, .png for a folder of frames; of a model of pictures .png, "
+            ".jpg, .webp) or folder (ends with /); it is overwritten. Without it, a new name made "
+            "of the prompt.",
         ),
     ] = None,
     model: options.Model = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Picture: the first frame, the picture to change, or a reference picture of an "
+            "editing model (repeat it for several).",
+            rich_help_panel=options.SOURCES,
+        ),
+    ] = None,
+    last_image: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Picture: the last frame.", rich_help_panel=options.SOURCES
+        ),
+    ] = None,
+    input: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Video to change.", rich_help_panel=options.SOURCES),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help="How much of the picture or the video is changed, up to 1 (default: the "
+            "pipeline's).",
+            rich_help_panel=options.SOURCES,
+        ),
+    ] = None,
     attn: options.Attn = None,
     attn_arg: options.AttnArg = None,
     attn_config: options.AttnConfig = None,
@@ -99,13 +129,15 @@ def generate(
             rich_help_panel=options.MACHINE,
         ),
     ] = None,
+    no_memory_check: options.NoMemoryCheck = False,
     lora: Annotated[
         str | None,
         typer.Option(help="LoRA file or folder; a LoRA of `lora train` brings its method."),
     ] = None,
     lora_everywhere: options.LoraEverywhere = None,
     prompts_file: Annotated[
-        Path | None, typer.Option(help="UTF-8 file with one prompt a line; one video each.")
+        Path | None,
+        typer.Option(help="UTF-8 file with one prompt a line; one video or picture each."),
     ] = None,
     compare: Annotated[
         bool | None,
@@ -116,7 +148,7 @@ def generate(
         typer.Option("--from", help="Repeat the run of a JSON sidecar; other options override it."),
     ] = None,
 ) -> None:
-    """Render a video for a prompt."""
+    """Render a video, or a picture, for a prompt and for pictures to start from."""
     from ..run.job import Source, plan_job
     from ..run.method_settings import MethodOptions
 
@@ -130,4 +162,4 @@ def generate(
 
     from ..run.generate import generate as make_videos
 
-    make_videos(job, say, warn)
+    make_videos(job, say, warn, memory_check=not no_memory_check)

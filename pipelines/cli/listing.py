@@ -1,9 +1,9 @@
-"""What `diffattn methods` and `diffattn models` print: tables, and JSON.
+"""What `diffattn methods` and `diffattn models` print, and README's list of models.
 
 Importing the methods takes seconds, since they import torch. So the tables of this package are kept
-in `catalogue.json`, which `python -m diffattn.pipelines.cli.listing` writes and a test compares
-with the methods and the families themselves. Where methods of other packages may be, the methods
-are imported.
+in `catalogue.json`, which `python -m diffattn.pipelines.cli.listing` writes, together with README's
+list. Tests compare both with the methods and the families themselves. Where methods of other
+packages may be, the methods are imported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import inspect
 import json
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -23,6 +23,9 @@ from typing import Any
 _PLUGINS = "diffattn.methods"
 _WIDTH = 100  # of a table
 _CATALOGUE = Path(__file__).parent / "catalogue.json"
+_README = Path(__file__).resolve().parents[2] / "README.md"  # of a checkout
+_README_BEGIN = "<!-- models: written by python -m diffattn.pipelines.cli.listing -->"
+_README_END = "<!-- end of models -->"
 
 
 def method_names() -> list[str]:
@@ -54,7 +57,10 @@ def method_lines() -> Iterator[str]:
 
 
 def model_lines() -> Iterator[str]:
-    """Yield the lines of a table of the families, each with its models and sites below it."""
+    """Yield the lines of a table of the families, each with more about it below its line.
+
+    Below are the models, the sites, and the tokens of a sequence that are not the grid's.
+    """
     families = _kept()["models"]
     head = ("family", "text", "tested on")
     rows = [head, *((f["name"], f["text"], f["tested"]) for f in families)]
@@ -63,13 +69,42 @@ def model_lines() -> Iterator[str]:
     yield lines[0]
     for family, line in zip(families, lines[1:], strict=True):
         yield line
-        yield from textwrap.wrap(
+        for paragraph in (
             f"{family['title']}: {', '.join(family['models'])}",
-            _WIDTH,
-            initial_indent="    ",
-            subsequent_indent="    ",
-        )
-        yield f"    sites {family['sites']}"
+            f"sites {family['sites']}",
+            f"beside the grid: {family['beside']}",
+        ):
+            yield from textwrap.wrap(
+                paragraph,
+                _WIDTH,
+                initial_indent="    ",
+                subsequent_indent="    ",
+                break_on_hyphens=False,
+            )
+
+
+def readme_models(families: Sequence[Mapping[str, Any]]) -> str:
+    """README's list of models, with the marks around it.
+
+    Args:
+        families: those of `catalogue`.
+    """
+    titles: dict[str, list[str]] = {"videos": [], "images, and for videos frame by frame": []}
+    videos, images = titles.values()
+    for family in families:
+        (images if family["images"] else videos).append(family["title"])
+    paragraphs = [f"For {kind}: {'; '.join(names)}." for kind, names in titles.items()]
+    text = "\n\n".join(
+        textwrap.fill(paragraph, _WIDTH, break_on_hyphens=False) for paragraph in paragraphs
+    )
+    return f"{_README_BEGIN}\n{text}\n{_README_END}"
+
+
+def with_models(readme: str, families: Sequence[Mapping[str, Any]]) -> str:
+    """The text of README with the list of models in the place of the former one."""
+    before, _, rest = readme.partition(_README_BEGIN)
+    _, _, after = rest.partition(_README_END)
+    return before + readme_models(families) + after
 
 
 def catalogue() -> dict[str, Any]:
@@ -84,6 +119,8 @@ def catalogue() -> dict[str, Any]:
                 "name": family.name,
                 "title": family.title,
                 "text": family.text or "apart",
+                "beside": _beside(family.text, family.beside),
+                "images": family.images,
                 "tested": family.tested,
                 "sites": _readable(family.sites.pattern),
                 "models": list(family.model_classes),
@@ -91,6 +128,12 @@ def catalogue() -> dict[str, Any]:
             for family in FAMILIES
         ],
     }
+
+
+def _beside(text: str | None, others: str) -> str:
+    """What becomes of the tokens of a sequence that are not the grid's."""
+    parts = [] if text is None else [f"text {text} it, dense"]
+    return "; ".join([*parts, others] if others else parts) or "none"
 
 
 def _methods() -> list[dict[str, Any]]:
@@ -145,4 +188,7 @@ def _readable(pattern: str) -> str:
 
 
 if __name__ == "__main__":
-    _CATALOGUE.write_text(json.dumps(catalogue(), indent=2) + "\n", "utf-8")
+    found = catalogue()
+    _CATALOGUE.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    if _README.is_file():
+        _README.write_text(with_models(_README.read_text("utf-8"), found["models"]), "utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +12,7 @@ from . import options
 app = typer.Typer(no_args_is_help=True, help="Adapt a model to sparse attention by LoRA.")
 
 # Parameters that are not settings of the training.
-_APART = ("output", "config", "resume", "attn", "attn_arg", "attn_config")
+_APART = ("output", "config", "resume", "attn", "attn_arg", "attn_config", "no_memory_check")
 # Options that may be repeated, and the setting that takes all values of each.
 _PLURALS = {
     "target": "targets",
@@ -27,7 +26,7 @@ EXAMPLES = options.examples(
     "lora train --data clips/ --attn gna --output my-lora",
     "lora train --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --attn radial --data clips/ "
     "--num-frames 161 --steps 2500 --gradient-checkpointing --output wan-radial",
-    "lora train --output my-lora --resume",
+    "lora train --data clips/ --attn gna --output my-lora --resume",
 )
 
 _Number = Annotated[int | None, typer.Option(rich_help_panel=_SCHEDULE)]
@@ -41,23 +40,23 @@ _Weight = Annotated[
 def train(
     context: typer.Context,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the LoRA, checkpoints and the log.")
+        str, typer.Option("--output", "-o", help="Folder for the LoRA, checkpoints and the log.")
     ],
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Folder of clips and pictures, with captions in .txt files beside them.",
             rich_help_panel=_DATA,
         ),
     ] = None,
     captions: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="A .csv or .jsonl table of file names and captions instead.", rich_help_panel=_DATA
         ),
     ] = None,
     prompts: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Instead of --data: prompts, one a line, of which the dense model makes "
             "its own training set.",
@@ -65,7 +64,7 @@ def train(
         ),
     ] = None,
     config: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="TOML or JSON file of these options by their names; options override."),
     ] = None,
     resume: Annotated[
@@ -100,7 +99,7 @@ def train(
         ),
     ] = None,
     cache: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Folder of encoded clips (default: clips in --output).", rich_help_panel=_DATA
         ),
@@ -216,6 +215,7 @@ def train(
         str | None,
         typer.Option(help="cpu, or the accelerator (default).", rich_help_panel=options.MACHINE),
     ] = None,
+    no_memory_check: options.NoMemoryCheck = False,
 ) -> None:
     """Train a LoRA under a method; several processes by `accelerate launch -m diffattn.pipelines`.
 
@@ -235,6 +235,7 @@ def train(
         output,
         config,
         resume=resume,
+        memory_check=not no_memory_check,
         say=typer.echo,
         warn=lambda line: typer.echo(f"warning: {line}", err=True),
     )

@@ -16,6 +16,7 @@ from ..run.method_settings import MethodOptions, attention_settings, make_method
 from ..run.model_shape import shape_of
 from ..run.outputs import Outputs, check_writable, staged
 from ..run.request import Request, check_option, option
+from ..run.video import check_picture
 from .grid_text import read_grid, read_place, with_references
 
 if TYPE_CHECKING:
@@ -152,7 +153,9 @@ def _write(image: Image, output: Path) -> Path:
     from diffattn import draw
 
     with staged(Outputs(output), []) as folder:
-        (folder / output.name).write_bytes(draw.png(image))
+        file = folder / output.name
+        file.write_bytes(draw.png(image))
+        check_picture(file, (image.shape[1], image.shape[0]))
     return output
 
 

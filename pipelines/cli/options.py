@@ -14,6 +14,7 @@ _FROM_MODEL = "Default: the model's."
 
 # Groups of options in the help.
 ATTENTION = "Attention"
+SOURCES = "Pictures and videos to start from"
 SIZE = "Size and length"
 SAMPLING = "Sampling"
 MACHINE = "Machine"
@@ -44,12 +45,20 @@ LoraEverywhere = Annotated[
     ),
 ]
 
+NoMemoryCheck = Annotated[
+    bool,
+    typer.Option(
+        "--no-memory-check",
+        help="Go on where the device seems to have too little memory.",
+        rich_help_panel=MACHINE,
+    ),
+]
 Attn = Annotated[
     str | None,
     typer.Option(
         "--attn",
         "--method",
-        help="Attention method, see `diffattn methods` (default: radial).",
+        help="Attention method, see `diffattn methods` (default: radial; gna for pictures).",
         rich_help_panel=ATTENTION,
         autocompletion=_method_names,
     ),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from diffattn._checks import whole
 
 from ..errors import UserError
-from ..run.method_settings import MethodOptions, attention_settings, make_method
+from ..run.method_settings import MethodOptions, make_method
 from ..run.model_shape import shape_of
+from ..run.origin import SIZES, Origin, read_origin
 from ..run.request import check_option
 from .grid_text import read_grid, with_references
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from diffattn import Plan
     from diffattn.planning.costs import Estimate
 
-_SIZES = ("height", "width", "num_frames", "text")
+_SIZES = (*SIZES, "text")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class PlanOptions:
         method: the attention method.
         model, grid, references: as the user wrote them.
         numbers: further arguments of `diffattn.plan` that the user gave.
+        origin: files that say what the options leave open.
     """
 
     method: MethodOptions
@@ -37,6 +40,7 @@ class PlanOptions:
     grid: str | None
     references: tuple[str, ...]
     numbers: Mapping[str, int]
+    origin: Origin = field(default_factory=Origin)
 
 
 def plan_lines(options: PlanOptions, as_json: bool) -> Iterator[str]:
@@ -56,19 +60,24 @@ def make_plan(options: PlanOptions) -> Plan | Estimate:
     """
     import diffattn
 
-    if (options.model is None) == (options.grid is None):
-        raise UserError("give exactly one of --model and --grid")
-    method = make_method(attention_settings(options.method, None))
-    numbers: dict[str, Any] = dict(options.numbers)
-    for name, value in numbers.items():
+    for name, value in options.numbers.items():
         check_option(name, value, whole(0 if name == "text" else 1))
-    target: Any
-    if options.grid is not None:
-        target = with_references(read_grid(options.grid), options.references)
+    known = read_origin(options.origin, options.method, options.model, options.numbers)
+    both = options.model is not None and options.grid is not None
+    if both or (known.model is None and options.grid is None):
+        raise UserError("give exactly one of --model and --grid")
+    method = make_method(known.attention)
+    if options.grid is None:
+        assert known.model is not None
+        target: Any = shape_of(known.model)
+        numbers: dict[str, Any] = dict(known.numbers_for(target))
     else:
-        target = shape_of(options.model or "")
+        # A grid takes the place of the model and the size of a record.
+        target = with_references(read_grid(options.grid), options.references)
+        numbers = {name: known.numbers[name] for name in known.numbers if name not in SIZES}
+        numbers |= options.numbers
     try:
-        if options.model is not None and options.references:
+        if options.grid is None and options.references:
             sizes = {name: numbers.pop(name, None) for name in _SIZES}
             numbers["grid"] = with_references(target.grid(**sizes), options.references)
         return diffattn.plan(target, method, **numbers)
@@ -85,7 +94,6 @@ def _table(plan: Plan | Estimate) -> Iterator[str]:
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows(plan):
         table.add_row(name, value)
-    console = Console(markup=False, highlight=False, width=100)
-    with console.capture() as capture:
-        console.print(table)
-    yield from (line.rstrip() for line in capture.get().splitlines())
+    text = StringIO()
+    Console(file=text, markup=False, highlight=False, width=100).print(table)
+    yield from (line.rstrip() for line in text.getvalue().splitlines())

@@ -136,6 +136,7 @@ def upscale(
     offload: Annotated[
         str, typer.Option(metavar="|".join(OFFLOADS), rich_help_panel=options.MACHINE)
     ] = "none",
+    no_memory_check: options.NoMemoryCheck = False,
 ) -> None:
     """Make a video or a picture beyond the model's own size, from a prompt or from a smaller one.
 
@@ -198,7 +199,7 @@ def upscale(
         flow_shift=flow_shift,
         negative_prompt=negative_prompt,
     )
-    make_large(request, settings, output, say, warn)
+    make_large(request, settings, output, say, warn, memory_check=not no_memory_check)
 
 
 def _refuse_others(context: typer.Context, known: Collection[str], kind: str) -> None:

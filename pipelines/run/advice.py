@@ -61,6 +61,6 @@ def cautions(run: Run, said: Description) -> Iterator[str]:
     if run.method.type != "dense" and said.density is not None and said.density >= _NEARLY_ALL:
         yield (
             f"{run.method.type} attends to {said.density:.1%} of the token pairs of {run.grid}:"
-            f" nothing is saved on a grid this small; give a smaller window by --attn-arg, or make"
-            f" a larger video"
+            f" nothing is saved on a grid this small; give a smaller window by --attn-arg, or a"
+            f" larger size"
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,15 +20,18 @@ from .advice import cautions, cost_words, estimated_cost
 from .compare import psnr, side_by_side, ssim
 from .loading import LoadedModel, load_model
 from .machine import describe_device, quiet_libraries
-from .outputs import Outputs, on_disk, staged
+from .memory import check_memory
+from .outputs import Outputs, staged
+from .pipeline_class import makes_pictures
 from .processes import count, rank, spread, together
 from .progress import LoopTimes, clock, watched
 from .refusals import gave_nan, lacks, refusals
 from .request import Request
 from .sidecar import write_record
 from .sizing import Run, call_arguments, complete
+from .sources import read_sources
 from .trained_lora import load_weights_of_method, where_on
-from .video import write_video
+from .video import write_picture, write_video
 from .vocabulary import warn_of_words
 
 if TYPE_CHECKING:
@@ -40,10 +45,10 @@ _NO_SCHEDULE: dict[str, Any] = {"dense_layers": 0, "dense_steps": 0, "last_dense
 
 @dataclass(frozen=True)
 class Rendering:
-    """A video and the time that its rendering took.
+    """A video or a picture, and the time that its rendering took.
 
     Attributes:
-        frames: (count, height, width, 3), uint8.
+        frames: (count, height, width, 3), uint8; one frame for a picture.
         total_seconds: of the whole pipeline call: text encoding, denoising, decoding; without
             loading and writing.
         loop_seconds: of the denoising loop alone.
@@ -64,13 +69,20 @@ class Rendering:
         }
 
 
-def generate(job: Job, say: Callable[[str], None], warn: Callable[[str], None]) -> list[Path]:
+def generate(
+    job: Job,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+    *,
+    memory_check: bool = True,
+) -> list[Path]:
     """Render each request of a job into its outputs.
 
     Args:
         job: the videos to make, and the path of each.
         say: takes lines for the user.
         warn: takes one-line warnings.
+        memory_check: whether to refuse what the device has too little memory for.
 
     Returns:
         The videos written.
@@ -81,6 +93,10 @@ def generate(job: Job, say: Callable[[str], None], warn: Callable[[str], None]) 
     """
     kept: list[Path] = []
     try:
+        quiet_libraries()
+        # Processes that share a video share its memory too.
+        if memory_check and count() == 1:
+            check_memory(job.requests[0])
         with together(job.requests[0]):
             _make_all(job, kept, say, warn)
     except KeyboardInterrupt:
@@ -99,10 +115,10 @@ def _make_all(
     warn: Callable[[str], None],
 ) -> None:
     """Load the model and make the files of every video."""
-    quiet_libraries()
     start = time.perf_counter()
+    sources = read_sources(job.requests[0], say)
     loaded = load_model(job.requests[0], job.record)
-    runs = [complete(request, loaded) for request in job.requests]
+    runs = [complete(request, loaded, sources, pictures=True) for request in job.requests]
     spread(loaded.pipe, runs[0].request, runs[0].grid)
     load_seconds = time.perf_counter() - start
     say(_headline(runs[0].request, loaded))
@@ -150,36 +166,38 @@ def _make(
     dense = None
     if request.compare:
         _warm_up(run, loaded)
-        dense = render(request, loaded, "dense")
+        dense = render(request, loaded, "dense", run.sources)
     with _attached(loaded.pipe, run):
-        sparse = render(request, loaded, method.type)
+        sparse = render(request, loaded, method.type, run.sources)
     if rank():
         return  # The first process has the same frames and writes the files.
     if len(sparse.frames) != request.num_frames:
         warn(f"the model made {len(sparse.frames)} frames, not {request.num_frames}")
+    height, width = sparse.frames.shape[1:3]
+    if (height, width) != (request.height, request.width):
+        warn(f"the model made {width}x{height} pixels, not {request.width}x{request.height}")
 
     facts: dict[str, Any] = {
-        "files": {"video": outputs.video.name},
+        "files": {"picture" if outputs.picture else "video": outputs.video.name},
         "device": describe_device(loaded.device),
         "processes": count(),
         "attention": attention,
         "model_defaults": dict(loaded.defaults),
         "timings": {"load_seconds": round(load_seconds, 4), **sparse.timings()},
     }
-    assert request.fps is not None
     with staged(outputs, kept) as folder:
-        write_video(folder / outputs.video.name, sparse.frames, request.fps)
+        _write(folder / outputs.video.name, sparse.frames, request.fps)
         if dense is not None:
             facts["files"] |= {"dense": outputs.dense.name, "compare": outputs.comparison.name}
             facts["comparison"] = _compare(dense, sparse)
-            write_video(folder / outputs.dense.name, dense.frames, request.fps)
+            _write(folder / outputs.dense.name, dense.frames, request.fps)
             both = side_by_side(
                 dense.frames,
                 sparse.frames,
                 f"dense {dense.total_seconds:.1f} s",
                 f"{method.type} {sparse.total_seconds:.1f} s",
             )
-            write_video(folder / outputs.comparison.name, both, request.fps)
+            _write(folder / outputs.comparison.name, both, request.fps)
         write_record(folder / outputs.sidecar.name, request, facts)
     if dense is not None:
         for line in _comparison_lines(method.type, dense, sparse, facts["comparison"]):
@@ -187,15 +205,37 @@ def _make(
     say(_summary(outputs, sparse, facts))
 
 
-def render(request: Request, loaded: LoadedModel, label: str) -> Rendering:
+def _write(path: Path, frames: np.ndarray, fps: float | None) -> None:
+    """Write a video, or a picture, which has no frames a second."""
+    if fps is not None:
+        write_video(path, frames, fps)
+        return
+    from PIL import Image
+
+    write_picture(path, Image.fromarray(frames[0]))
+
+
+def render(
+    request: Request,
+    loaded: LoadedModel,
+    label: str,
+    sources: Mapping[str, Any] = MappingProxyType({}),
+) -> Rendering:
     """Call the pipeline, and time the call.
+
+    Args:
+        request: the complete request.
+        loaded: the model.
+        label: names the run on the screen.
+        sources: arguments of the call: the pictures and the video to start from.
 
     Raises:
         UserError: if the pipeline refuses its arguments, runs out of memory or gives NaN.
     """
     with watched(loaded.pipe, label) as times:
         start = clock()
-        frames = _call(loaded.pipe, call_arguments(request, loaded), request.seed, times)
+        arguments = call_arguments(request, loaded) | dict(sources)
+        frames = _call(loaded.pipe, arguments, request.seed, times)
         total = clock() - start
     if not np.isfinite(frames).all():
         raise UserError(gave_nan(loaded.dtype))
@@ -212,11 +252,25 @@ def _call(
     generator = torch.Generator("cpu").manual_seed(seed)
     try:
         with lacks():
-            return np.asarray(pipe(**arguments, generator=generator, output_type="np").frames[0])
+            out = pipe(**arguments, generator=generator, output_type="np")
+    except NameError as error:
+        # Some pipelines of diffusers use a package that they import only if it is there.
+        if error.name is None or importlib.util.find_spec(error.name) is not None:
+            raise
+        raise UserError(
+            f"{type(pipe).__name__} needs the package {error.name}: pip install {error.name}"
+        ) from error
     except ValueError as error:
         if times.step_seconds:
             raise
         raise UserError(f"{type(pipe).__name__} refuses: {one_line(error)}") from error
+    frames = np.asarray(out.images if makes_pictures(type(pipe)) else out.frames[0])
+    if frames.ndim != 4 or frames.shape[-1] != 3:
+        raise UserError(
+            f"{type(pipe).__name__} makes several layers, not one picture: call it from Python with"
+            f" pipe.set_attn_processor(...)"
+        )
+    return frames
 
 
 def _warm_up(run: Run, loaded: LoadedModel) -> None:
@@ -225,11 +279,12 @@ def _warm_up(run: Run, loaded: LoadedModel) -> None:
     The first call at a size fills allocator and kernel caches, and compiles kernels on a GPU.
     """
     step = dataclasses.replace(run.request, steps=1)
-    render(step, loaded, "warming up (dense)")
+    render(step, loaded, "warming up (dense)", run.sources)
     # A schedule that keeps the first steps dense would leave the sparse kernels cold.
-    sparse = dataclasses.replace(run.method, **_NO_SCHEDULE)
+    no_schedule: Any = _NO_SCHEDULE
+    sparse = dataclasses.replace(run.method, **no_schedule)
     with _attached(loaded.pipe, dataclasses.replace(run, method=sparse)):
-        render(step, loaded, f"warming up ({sparse.type})")
+        render(step, loaded, f"warming up ({sparse.type})", run.sources)
 
 
 @contextmanager
@@ -319,21 +374,28 @@ def _headline(request: Request, loaded: LoadedModel) -> str:
     return (
         f"{request.model}: {type(loaded.pipe).__name__}, {loaded.dtype} on {loaded.device} "
         f"({device}){shared}; "
-        f"{request.num_frames} frames {request.width}x{request.height}, {request.steps} steps"
+        f"{_size(request)}, {request.steps} steps"
         f"{guidance}, seed {request.seed}"
     )
 
 
+def _size(request: Request) -> str:
+    """The frames of a video and their size, or the size of a picture."""
+    frames = "" if request.fps is None else f"{request.num_frames} frames "
+    return f"{frames}{request.width}x{request.height}"
+
+
 def _summary(outputs: Outputs, sparse: Rendering, facts: Mapping[str, Any]) -> str:
-    path = on_disk(outputs.video)
+    path = outputs.on_disk(outputs.video)
     files = path.iterdir() if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files)
     count, height, width = sparse.frames.shape[:3]
+    frames = "" if outputs.picture else f"{count} frames "
     step = sparse.loop_seconds / max(1, len(sparse.step_seconds))
     speedup = ""
     if "comparison" in facts:
         speedup = f", {facts['comparison']['speedup_total']:.2f}x as fast as dense"
     return (
-        f"{path}: {count} frames {width}x{height}, {size / 1024:.0f} KiB, "
+        f"{path}: {frames}{width}x{height}, {size / 1024:.0f} KiB, "
         f"{sparse.total_seconds:.1f} s ({step:.2f} s/step){speedup}"
     )

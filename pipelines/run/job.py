@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,20 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError, shortened
 from .method_settings import MethodOptions, attention_settings, make_method
 from .outputs import Outputs, check_outputs, plan_outputs
+from .pipeline_class import model_makes_pictures
 from .processes import check_processes
 from .prompts import read_prompts
 from .request import BUNDLED_MODEL, TEXT, Request, check_option
 from .sidecar import read_settings
+from .sources import source_files
 from .trained_lora import read_lora_record
 
 if TYPE_CHECKING:
     from diffattn.lora.adapter import LoraRecord
 
+
+# The default method of pictures: the one of videos leaves nothing out of a single frame.
+_FOR_PICTURES = {"type": "gna"}
 
 # Of file systems in use, in bytes.
 _LONGEST_NAME = 255
@@ -41,11 +47,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Job:
-    """Videos that differ only in their prompts, and the files of each.
+    """Videos or pictures that differ only in their prompts, and the files of each.
 
     Attributes:
-        requests: one for each video.
-        outputs: the files of each video.
+        requests: one for each video or picture.
+        outputs: the files of each.
         record: how the LoRA of the requests was trained; None without a LoRA, and for a LoRA that
             was not trained by `diffattn lora train`.
     """
@@ -86,14 +92,17 @@ def plan_job(
         for change in changes:
             say(f"note: {change}: the frames may differ")
     settings |= given
-    for name in ("model", "lora"):
+    for name in ("model", "lora", "last_image", "input"):
         if name in given:
             check_option(name, given[name], TEXT)
             settings[name] = _absolute(given[name])
+    if "image" in given:
+        settings["image"] = tuple(_absolute(name) for name in given["image"])
     lora = settings.get("lora")
     record = read_lora_record(lora) if isinstance(lora, str) and lora.strip() else None
     # A repeated run keeps the method of its record.
     trained = record if "lora" in given else None
+    open_method = (method.name, method.config, settings.get("attention"), trained) == (None,) * 4
     settings["attention"] = _attention(method, settings, trained, say)
     prompts = _prompts(source, settings, say)
     requests = [Request.from_dict({**settings, "prompt": prompt}) for prompt in prompts]
@@ -102,8 +111,13 @@ def plan_job(
     check_processes(first)
     if first.lora is not None:
         inputs.append(Path(first.lora))
+    inputs += source_files(first)
     several = source.prompts_file is not None
-    outputs = plan_outputs(output, prompts, several, first.seed)
+    pictures = first.model != BUNDLED_MODEL and model_makes_pictures(first.model)
+    if pictures and open_method:
+        attention = attention_settings(method, _FOR_PICTURES)
+        requests = [dataclasses.replace(request, attention=attention) for request in requests]
+    outputs = plan_outputs(output, prompts, several, first.seed, pictures)
     check_outputs(outputs, first.compare, first.fps, inputs)
     return Job(requests, outputs, record)
 
@@ -172,6 +186,9 @@ def _prompts(
     if read.blank_lines:
         lines = ", ".join(map(str, read.blank_lines))
         say(f"note: skipped blank lines of {source.prompts_file}: {lines}")
+    if read.hash_lines:
+        lines = ", ".join(map(str, read.hash_lines))
+        say(f"note: lines of {source.prompts_file} that begin with # are prompts, too: {lines}")
     return read.prompts
 
 

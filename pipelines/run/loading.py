@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 DEFAULTS_FILE = "generation.json"
 
 _INDEX_FILE = "model_index.json"
+# diffusers names the last of the files that it has looked for, which is a pickled one.
+_NO_WEIGHTS = re.compile(
+    r"no file named (\S+?)\.(?:bin|safetensors),? .*?in directory (\S+?)\.?(?: |$)"
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -98,6 +102,21 @@ def find_model(model: str) -> Path | str:
     raise UserError(f"there is no model folder {model}{hint}")
 
 
+def model_index(model: str) -> dict[str, Any]:
+    """The `model_index.json` of a bundled or local pipeline, or of a hub id.
+
+    Raises:
+        UserError: as `find_model`.
+    """
+    source = find_model(model)
+    if isinstance(source, Path):
+        return _read_json(source / _INDEX_FILE, model)
+    from huggingface_hub import hf_hub_download
+
+    # `find_model` has put the file into the cache.
+    return _read_json(Path(hf_hub_download(source, _INDEX_FILE)), model)
+
+
 def load_model(request: Request, record: LoraRecord | None = None) -> LoadedModel:
     """Load the pipeline of a request, its LoRA included, on its device.
 
@@ -118,7 +137,7 @@ def load_model(request: Request, record: LoraRecord | None = None) -> LoadedMode
         raise UserError(f"--offload {request.offload} needs an accelerator, but the device is cpu")
     source = find_model(request.model)
     dtype = request.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    pipe = _from_pretrained(source, request.model, getattr(torch, dtype))
+    pipe = _from_pretrained(source, request, getattr(torch, dtype))
     if request.lora is not None:
         load_lora(pipe, request.lora, record, everywhere=request.lora_everywhere)
     _place(pipe, device, request.offload)
@@ -206,22 +225,33 @@ def _read_json(path: Path, shown: str) -> dict[str, Any]:
     return data
 
 
-def _from_pretrained(source: Path | str, shown: str, dtype: torch.dtype) -> DiffusionPipeline:
+def _from_pretrained(source: Path | str, request: Request, dtype: torch.dtype) -> DiffusionPipeline:
     import torch
-    from diffusers import DiffusionPipeline
 
-    # Wan's VAE is published in float32, and decodes visibly worse in less. The VAEs of other models
-    # are loaded in float32 too, since decoding is a small part of a run.
-    dtypes = {"default": dtype, "vae": torch.float32}
+    from .pipeline_class import makes_pictures, pipeline_class
+
+    shown = request.model
+    cls: Any = pipeline_class(model_index(shown), request)
+    # Wan's VAE is published in float32, and decodes visibly worse in less. The VAEs of other video
+    # models are loaded in float32 too, since decoding is a small part of a run. The pipelines of
+    # other models do not convert pictures and latents for a VAE of a more precise type.
+    starts_from_pixels = request.image or request.input is not None
+    apart = "Wan" in cls.__name__ or not (makes_pictures(cls) or starts_from_pixels)
+    dtypes = {"default": dtype, "vae": torch.float32 if apart else dtype}
     try:
         # Newer releases call the argument dtype; all supported releases take the old name.
-        return DiffusionPipeline.from_pretrained(source, torch_dtype=dtypes)
+        return cls.from_pretrained(source, torch_dtype=dtypes)
     except (TypeError, AttributeError, KeyError) as error:
         raise UserError(
             f"cannot load {shown}: its configuration does not fit diffusers' classes"
             f" ({type(error).__name__}: {one_line(error)})"
         ) from None
     except (OSError, ValueError, ImportError, RuntimeError) as error:
+        missing = _NO_WEIGHTS.search(one_line(error))
+        if missing is not None:
+            raise UserError(
+                f"cannot load {shown}: there is no {missing[1]}.safetensors in {missing[2]}"
+            ) from None
         raise UserError(f"cannot load {shown}: {one_line(error)}") from None
 
 

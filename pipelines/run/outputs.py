@@ -17,12 +17,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diffattn._checks import did_you_mean
 from diffattn._locks import Lock, alone, lock_existing, lock_file
 
 from ..errors import UserError, one_line
 from .processes import rank
 from .sidecar import describes, is_record
 from .video import FORMATS, check_format, frames_folder
+
+PICTURE_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 
 _LONGEST_SLUG = 40
 _STAGING = ".diffattn-staging-"
@@ -47,10 +50,12 @@ class Outputs:
     Attributes:
         video: the video or the picture.
         claim: holds the name, if the name was chosen here.
+        picture: whether the file is a picture: .png is one file then, not a folder of frames.
     """
 
     video: Path
     claim: Claim | None = field(default=None, compare=False)
+    picture: bool = False
 
     @property
     def dense(self) -> Path:
@@ -70,7 +75,11 @@ class Outputs:
     def files(self, compare: bool) -> list[Path]:
         """Every path that the run creates; for the extension .png, the folders of frames."""
         videos = [self.video, self.dense, self.comparison] if compare else [self.video]
-        return [*(on_disk(path) for path in videos), self.sidecar]
+        return [*(self.on_disk(path) for path in videos), self.sidecar]
+
+    def on_disk(self, path: Path) -> Path:
+        """The path that the run creates for one of its videos or pictures."""
+        return path if self.picture else on_disk(path)
 
 
 def on_disk(video: Path) -> Path:
@@ -79,7 +88,7 @@ def on_disk(video: Path) -> Path:
 
 
 def plan_outputs(
-    output: str | None, prompts: Sequence[str], several: bool, seed: int
+    output: str | None, prompts: Sequence[str], several: bool, seed: int, pictures: bool = False
 ) -> list[Outputs]:
     """Name the output of each prompt.
 
@@ -89,30 +98,38 @@ def plan_outputs(
         prompts: the prompts in order.
         several: whether the prompts come from a file; names are numbered then, even for one prompt.
         seed: of the runs; part of the names in a folder.
+        pictures: whether the outputs are pictures.
 
     Raises:
         UserError: if `output` is no folder and has no extension, or cannot be a name.
     """
     digits = max(2, len(str(len(prompts))))
     numbers = [f"{number:0{digits}d}-" if several else "" for number in range(1, len(prompts) + 1)]
+    suffix = ".png" if pictures else ".mp4"
     if output is None:
         return [
-            new_outputs(f"{number}{slug(prompt)}.mp4")
+            new_outputs(f"{number}{slug(prompt)}{suffix}", pictures)
             for number, prompt in zip(numbers, prompts, strict=True)
         ]
     path = given_path(output)
     if path.is_dir() or output.endswith("/"):
         return [
-            Outputs(path / name_in_folder(f"{number}{slug(prompt)}", seed, ".mp4"))
+            Outputs(
+                path / name_in_folder(f"{number}{slug(prompt)}", seed, suffix), picture=pictures
+            )
             for number, prompt in zip(numbers, prompts, strict=True)
         ]
     if not path.suffix:
         raise UserError(
-            f"-o {output} has no extension: use {', '.join(FORMATS)}, or end it with / for a folder"
+            f"-o {output} has no extension: use"
+            f" {', '.join(PICTURE_FORMATS if pictures else FORMATS)}, or end it with / for a folder"
         )
     if not several:
-        return [Outputs(path)]
-    return [Outputs(path.with_stem(f"{path.stem}-{number[:-1]}")) for number in numbers]
+        return [Outputs(path, picture=pictures)]
+    return [
+        Outputs(path.with_stem(f"{path.stem}-{number[:-1]}"), picture=pictures)
+        for number in numbers
+    ]
 
 
 def name_in_folder(stem: str, seed: int, suffix: str) -> str:
@@ -138,19 +155,19 @@ def given_path(output: str) -> Path:
     return path
 
 
-def new_outputs(name: str) -> Outputs:
+def new_outputs(name: str, picture: bool = False) -> Outputs:
     """Claim a name in the current folder, numbered until no file and no living run has the name.
 
     Of several processes that make one video, the first alone writes, and claims.
     """
     path, number = Path(name), 1
     while True:
-        outputs = Outputs(path)
+        outputs = Outputs(path, picture=picture)
         if not _exists(outputs) and not rank():
             claim = _claim(outputs)
             # A run that has just ended may have written its files before the claim was made.
             if claim is not None and not _exists(outputs):
-                return Outputs(path, claim)
+                return Outputs(path, claim, picture)
         elif not _exists(outputs):
             return outputs
         number += 1
@@ -173,13 +190,27 @@ def check_outputs(
     """
     protected = {path.expanduser().resolve() for path in inputs}
     for outputs in planned:
-        check_format(outputs.video, fps)
+        if outputs.picture:
+            check_picture_format(outputs.video)
+        else:
+            check_format(outputs.video, fps)
         for path in outputs.files(compare):
             if path.resolve() in protected:
                 raise UserError(f"-o {outputs.video} would overwrite {path}, which is read here")
             _check_target(path, outputs)
         check_replaceable(outputs.sidecar, outputs.video)
         check_writable(outputs.video.parent)
+
+
+def check_picture_format(path: Path) -> None:
+    """Raise UserError, before anything is rendered, for a file that is no picture by its name."""
+    suffix = path.suffix.lower()
+    if suffix not in PICTURE_FORMATS:
+        hint = did_you_mean(suffix, PICTURE_FORMATS)
+        raise UserError(
+            f"cannot write {path}: the extension must be"
+            f" {', '.join(PICTURE_FORMATS[:-1])} or {PICTURE_FORMATS[-1]}{hint}"
+        )
 
 
 @contextmanager
@@ -199,7 +230,7 @@ def staged(outputs: Outputs, kept: list[Path]) -> Iterator[Path]:
             yield folder
             with _interrupts_wait(), alone(parent):
                 _move(folder, outputs)
-                kept.append(on_disk(outputs.video))
+                kept.append(outputs.on_disk(outputs.video))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             lock.release()
@@ -308,8 +339,8 @@ def check_replaceable(record: Path, output: Path) -> None:
 
 
 def _check_target(path: Path, outputs: Outputs) -> None:
-    frames = outputs.video.suffix.lower() == ".png" and path != outputs.sidecar
-    if not frames:
+    folder = outputs.video.suffix.lower() == ".png" and not outputs.picture
+    if not folder or path == outputs.sidecar:
         if path.is_dir():
             raise UserError(f"cannot write {path}: it is a folder")
         return

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -34,17 +35,24 @@ class LoopTimes:
 
 
 @contextmanager
-def watched(pipe: DiffusionPipeline, label: str) -> Iterator[LoopTimes]:
-    """Time the pipeline's denoising loop and show its progress under `label`.
+def watched(pipe: DiffusionPipeline, *labels: str) -> Iterator[LoopTimes]:
+    """Time the pipeline's denoising loops and show their progress.
 
     The pipeline's own progress bar is replaced while the block runs. In every pipeline the bar
-    opens when the loop starts, moves once a step, and closes when the loop ends.
+    opens when a loop starts, moves once a step, and closes when the loop ends.
+
+    Args:
+        pipe: the pipeline.
+        labels: names of the loops in turn; the last name is also that of all further loops.
     """
     times = LoopTimes()
-    with _display(label) as show:
+    names = iter(labels)
+    with _display() as show:
 
         def progress_bar(iterable: Any = None, total: int | None = None) -> Any:
-            return iterable if total is None else _Loop(times, total, show)
+            if total is None:
+                return iterable
+            return _Loop(times, total, partial(show, next(names, labels[-1])))
 
         pipe.progress_bar = progress_bar
         try:
@@ -86,12 +94,12 @@ class _Loop:
 
 
 @contextmanager
-def _display(label: str) -> Iterator[Callable[[int, int, float], None]]:
+def _display() -> Iterator[Callable[[str, int, int, float], None]]:
     from rich.console import Console
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _line_printer(label)
+        yield _print_lines
         return
     from rich.progress import (
         BarColumn,
@@ -109,19 +117,16 @@ def _display(label: str) -> Iterator[Callable[[int, int, float], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(label, total=None, step="")
+        task = progress.add_task("", total=None, step="")
 
-        def show(done: int, total: int, seconds: float) -> None:
+        def show(label: str, done: int, total: int, seconds: float) -> None:
             step = f"{seconds:.2f} s/step" if done else ""
-            progress.update(task, completed=done, total=total, step=step)
+            progress.update(task, description=label, completed=done, total=total, step=step)
 
         yield show
 
 
-def _line_printer(label: str) -> Callable[[int, int, float], None]:
-    def show(done: int, total: int, seconds: float) -> None:
-        every = max(1, total // _LINES_PER_RUN)
-        if done and (done % every == 0 or done == total):
-            print(f"{label}: step {done}/{total}, {seconds:.2f} s/step", flush=True)
-
-    return show
+def _print_lines(label: str, done: int, total: int, seconds: float) -> None:
+    every = max(1, total // _LINES_PER_RUN)
+    if done and (done % every == 0 or done == total):
+        print(f"{label}: step {done}/{total}, {seconds:.2f} s/step", flush=True)

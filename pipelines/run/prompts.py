@@ -15,10 +15,12 @@ class PromptFile:
     Attributes:
         prompts: in the order of the file.
         blank_lines: numbers of the skipped lines, counted from 1.
+        hash_lines: numbers of the lines that begin with "#", which are prompts like all others.
     """
 
     prompts: tuple[str, ...]
     blank_lines: tuple[int, ...]
+    hash_lines: tuple[int, ...]
 
 
 def read_prompts(path: Path) -> PromptFile:
@@ -48,4 +50,5 @@ def read_prompts(path: Path) -> PromptFile:
     if not prompts:
         raise UserError(f"prompt file {path} holds no prompt")
     blank = tuple(number for number, line in enumerate(lines, start=1) if not line)
-    return PromptFile(prompts, blank)
+    hashes = tuple(number for number, line in enumerate(lines, start=1) if line.startswith("#"))
+    return PromptFile(prompts, blank, hashes)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from ..errors import UserError
 
 # Words of torch's errors where a CPU has too little memory; on a GPU the error has a class.
-_NO_MEMORY = ("can't allocate memory", "tried to allocate")
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "tried to allocate")
 _OUT_OF_MEMORY = "out of memory: try fewer frames, a smaller size, --dtype bfloat16 or --offload"
 
 
@@ -27,25 +27,32 @@ def refusals() -> Iterator[None]:
 
 
 @contextmanager
-def lacks() -> Iterator[None]:
+def lacks(no_memory: str = _OUT_OF_MEMORY) -> Iterator[None]:
     """Turn a lack of memory, or of an implementation, into an error for the user.
+
+    Args:
+        no_memory: what to say where memory is missing.
 
     Raises:
         UserError: in the place of a NotImplementedError, or an error that says that memory is
             missing. All other errors pass.
     """
-    import torch
-
     try:
         yield
     except NotImplementedError as error:
         raise UserError(error) from error
-    except MemoryError:
-        raise UserError(_OUT_OF_MEMORY) from None
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in _NO_MEMORY):
-            raise UserError(_OUT_OF_MEMORY) from None
+    except (MemoryError, RuntimeError) as error:
+        if is_lack_of_memory(error):
+            raise UserError(no_memory) from None
         raise
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """Whether an error of Python or torch says that memory is missing."""
+    import torch
+
+    words = any(words in str(error) for words in _NO_MEMORY)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or words
 
 
 def gave_nan(dtype: str) -> str:

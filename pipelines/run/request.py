@@ -30,17 +30,21 @@ LARGEST_SEED = 2**64 - 1
 
 @dataclass(frozen=True)
 class Request:
-    """One video to make. `None` leaves a setting to the model or the machine.
+    """One video or picture to make. `None` leaves a setting to the model or the machine.
 
     Attributes:
         model: pipeline folder, hub id, or name of the bundled model.
         attention: a method as its `to_dict()` gives it.
         height, width: in pixels.
         steps: denoising steps.
+        image: files of pictures: the first frame, a picture to change, or reference pictures.
+        last_image: file of the last frame.
+        input: file of a video to change.
+        strength: how much of `image` or `input` is changed, from 0 to 1.
         fps: frames a second of the file.
         lora: file or folder of a LoRA.
         lora_everywhere: whether the LoRA stays on in calls that it was not trained for.
-        compare: whether the dense video is rendered too.
+        compare: whether the dense video or picture is rendered too.
     """
 
     prompt: str
@@ -52,6 +56,10 @@ class Request:
     num_frames: int | None = None
     steps: int | None = None
     guidance_scale: float | None = None
+    image: tuple[str, ...] = ()
+    last_image: str | None = None
+    input: str | None = None
+    strength: float | None = None
     seed: int = 0
     fps: float | None = None
     dtype: str | None = None
@@ -64,12 +72,18 @@ class Request:
 
     def __post_init__(self) -> None:
         """Raise UserError, with the name of the option, for a setting that no model could use."""
+        if isinstance(self.image, list):  # as JSON has it
+            object.__setattr__(self, "image", tuple(self.image))
         for name in refused(self, _ALLOWED):
             check_option(name, getattr(self, name), _ALLOWED[name])
         if self.compare and self.attention["type"] == "dense":
             raise UserError(
                 "--compare needs a sparse method to compare with dense, not --attn dense"
             )
+        if self.last_image is not None and not self.image:
+            raise UserError("--last-image needs the first frame too: give --image")
+        if self.strength is not None and not self.image and self.input is None:
+            raise UserError("--strength is of --image or --input, of which none is given")
         if self.lora_everywhere and self.lora is None:
             raise UserError("--lora-everywhere is about the LoRA of --lora, which is not given")
         if self.context_parallel != "none" and self.offload != "none":
@@ -128,6 +142,11 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
+def _are_names(value: Any) -> bool:
+    """Whether a value is names of files."""
+    return isinstance(value, tuple) and all(TEXT.holds(name) for name in value)
+
+
 TEXT = Allowed("text", lambda value: _is_text(value) and value.strip() != "")
 
 _ALLOWED: Mapping[str, Allowed] = {
@@ -140,6 +159,10 @@ _ALLOWED: Mapping[str, Allowed] = {
     "num_frames": whole(1),
     "steps": whole(1),
     "guidance_scale": number(),
+    "image": Allowed("names of files", _are_names),
+    "last_image": TEXT,
+    "input": TEXT,
+    "strength": number(above=0, at_most=1),
     "seed": whole(0, LARGEST_SEED),
     # GIF counts hundredths of a second in 16 bits, and containers have limits of their own.
     "fps": number(at_least=0.01, at_most=1000),

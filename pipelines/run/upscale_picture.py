@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffattn._checks import did_you_mean, whole
+from diffattn._checks import whole
 
 from ..errors import RunInterruptedError, UserError, one_line
 from ..flux_ladder import STEPS as FLUX_STEPS
@@ -32,6 +32,7 @@ from .machine import describe_device, quiet_libraries
 from .method_settings import MethodOptions, attention_settings, make_method
 from .outputs import (
     Outputs,
+    check_picture_format,
     check_replaceable,
     check_writable,
     given_path,
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _FORMAT = 1
-_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 _CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline")
 
 
@@ -197,17 +197,14 @@ def _check_settings(request: Request, settings: PictureSettings) -> None:
 def _plan_output(output: str | None, prompt: str, seed: int, inputs: Collection[Path]) -> Outputs:
     """The files of the picture; files that cannot be written are refused before the run."""
     if output is None:
-        outputs = new_outputs(f"{slug(prompt)}.png")
+        outputs = new_outputs(f"{slug(prompt)}.png", picture=True)
     else:
         path = given_path(output)
         if path.is_dir() or output.endswith("/"):
             path = path / name_in_folder(slug(prompt), seed, ".png")
-        outputs = Outputs(path)
+        outputs = Outputs(path, picture=True)
     path = outputs.video
-    suffix = path.suffix.lower()
-    if suffix not in _FORMATS:
-        hint = did_you_mean(suffix, _FORMATS)
-        raise UserError(f"cannot write {path}: the extension must be {', '.join(_FORMATS)}{hint}")
+    check_picture_format(path)
     protected = {file.expanduser().resolve() for file in inputs}
     for file in (path, outputs.sidecar):
         if file.resolve() in protected:
@@ -248,7 +245,8 @@ def _make(
         if method is not None:
             diffattn.set_attn_processor(pipe, method)
         try:
-            with watched(pipe, "upscale"):
+            stages = ("upscale",) if image is not None else ("first picture", "upscale")
+            with watched(pipe, *stages):
                 if is_flux:
                     image = _make_flux(request, pipe, image, start, ladder, steps, say)
                 else:

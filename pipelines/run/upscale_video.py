@@ -22,6 +22,7 @@ from ..errors import RunInterruptedError, UserError, one_line
 from .job import check_output_name
 from .loading import LoadedModel, load_model
 from .machine import describe_device, quiet_libraries
+from .memory import check_memory
 from .outputs import Outputs, check_outputs, on_disk, plan_outputs, staged
 from .progress import clock, watched
 from .refusals import gave_nan, refusals
@@ -76,7 +77,7 @@ SHARED_OPTIONS = frozenset(
 # The options that have an effect on videos. All others are refused with videos.
 VIDEO_OPTIONS = frozenset(
     {item.name for item in dataclasses.fields(UpscaleSettings)}
-    | {"num_frames", "fps"}
+    | {"num_frames", "fps", "no_memory_check"}
     | SHARED_OPTIONS
 )
 
@@ -87,6 +88,8 @@ def upscale(
     output: str | None,
     say: Callable[[str], None],
     warn: Callable[[str], None],
+    *,
+    memory_check: bool = True,
 ) -> Path:
     """Make one large video.
 
@@ -96,6 +99,7 @@ def upscale(
         output: the file or folder that the user named.
         say: takes lines for the user.
         warn: takes one-line warnings.
+        memory_check: whether to refuse what the device has too little memory for.
 
     Returns:
         The video written.
@@ -115,6 +119,8 @@ def upscale(
     try:
         quiet_libraries()
         _check_settings(settings)
+        if memory_check:
+            _check_memory(request, settings, video)
         loaded = load_model(request)
         full = complete(request, loaded).request
         _check_steps(settings, loaded)
@@ -233,6 +239,19 @@ def _check_settings(settings: UpscaleSettings) -> None:
         raise UserError(error) from None
 
 
+def _check_memory(request: Request, settings: UpscaleSettings, video: np.ndarray | None) -> None:
+    """Refuse a large video that the memory of the device cannot hold."""
+    from ..freeswim.pipeline import target_size
+
+    def enlarge(size: tuple[int, int]) -> tuple[int, int]:
+        return target_size(size, settings.preset, settings.height, settings.width)
+
+    if video is not None:
+        frames, height, width, _ = video.shape
+        request = dataclasses.replace(request, num_frames=frames, height=height, width=width)
+    check_memory(request, enlarge)
+
+
 def _check_steps(settings: UpscaleSettings, loaded: LoadedModel) -> None:
     """Refuse a number of steps of which `strength` leaves none: the video would only be stretched.
 
@@ -307,7 +326,8 @@ def _make(
     if choices["negative_prompt"] is None:
         choices["negative_prompt"] = loaded.defaults.get("negative_prompt", NEGATIVE_PROMPT)
     start = clock()
-    with refusals(), watched(loaded.pipe, "upscale") as times:
+    stages = ("upscale",) if video is not None else ("base video", "upscale")
+    with refusals(), watched(loaded.pipe, *stages) as times:
         out = FreeSwimPipeline(loaded.pipe)(
             request.prompt,
             video=video,

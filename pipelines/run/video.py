@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffattn._checks import did_you_mean
-from diffattn.lora.ffmpeg import FfmpegError, run
+from diffattn.lora.ffmpeg import FfmpegError, is_hd, run
 
 from ..errors import UserError, one_line
 
@@ -27,9 +27,6 @@ _SLOWEST_GIF = 100 / 65535
 
 # Constant quality of libx264: no visible loss.
 _QUALITY = "10"
-
-# Players take the colours of a video for BT.709 from this size on, and for BT.601 below.
-_HD_WIDTH, _HD_HEIGHT = 1280, 577
 
 
 def check_format(path: Path, fps: float | None) -> None:
@@ -85,7 +82,7 @@ def write_picture(path: Path, image: Image) -> None:
         UserError: if the file does not hold a picture of the size.
     """
     image.save(path)
-    _check_picture(path, image.size)
+    check_picture(path, image.size)
 
 
 def _check_ffmpeg() -> None:
@@ -132,8 +129,7 @@ def _raw(height: int, width: int, fps: float) -> list[str]:
 
 def _encoding(height: int, width: int) -> list[str]:
     """The arguments for H.264 in the colours of the size, which the file states."""
-    hd = width >= _HD_WIDTH or height >= _HD_HEIGHT
-    matrix, tag = ("bt709", "bt709") if hd else ("bt601", "smpte170m")
+    matrix, tag = ("bt709", "bt709") if is_hd(height, width) else ("bt601", "smpte170m")
     filters = (
         f"scale=out_color_matrix={matrix}:out_range=tv"
         ":flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp,"
@@ -202,10 +198,19 @@ def _write_png(path: Path, frames: np.ndarray, fps: float) -> None:
     for index, frame in enumerate(frames):
         file = folder / f"frame_{index:0{digits}d}.png"
         Image.fromarray(frame).save(file)
-        _check_picture(file, (frame.shape[1], frame.shape[0]))
+        check_picture(file, (frame.shape[1], frame.shape[0]))
 
 
-def _check_picture(path: Path, size: tuple[int, int]) -> None:
+def check_picture(path: Path, size: tuple[int, int]) -> None:
+    """Read a picture back.
+
+    Args:
+        path: the file.
+        size: width and height in pixels.
+
+    Raises:
+        UserError: if the file cannot be read, or the picture has another size.
+    """
     from PIL import Image
 
     try:

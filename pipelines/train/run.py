@@ -15,15 +15,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffattn._checks import FLAG, check, did_you_mean, lists_to_tuples
+from diffattn._checks import (
+    FLAG,
+    Allowed,
+    choice,
+    did_you_mean,
+    lists_to_tuples,
+    number,
+    refused,
+    whole,
+)
 from diffattn._locks import alone, lock_existing
 
 from ..errors import RunInterruptedError, UserError
+from ..run.job import check_output_name
 from ..run.loading import LoadedModel, load_model
 from ..run.machine import quiet_libraries
+from ..run.memory import check_memory
 from ..run.method_settings import MethodOptions, attention_settings
 from ..run.processes import rank
-from ..run.request import BUNDLED_MODEL, Request
+from ..run.refusals import lacks, refusals
+from ..run.request import BUNDLED_MODEL, DTYPES, TEXT, Request, check_option, option
 from ..run.video import check_format
 
 if TYPE_CHECKING:
@@ -32,13 +44,17 @@ if TYPE_CHECKING:
     from diffattn.lora.cache import CachedClips
     from diffattn.lora.recipes import Recipe
     from diffattn.lora.settings import TrainSettings
-    from diffattn.lora.trainer import Trainer
+    from diffattn.lora.trainer import StepReport, Trainer
 
     from .validation import Validation
 
 # Folder of encoded clips in the output folder, unless --cache names another folder.
 _CLIPS = "clips"
 _SIZE = ("height", "width", "num_frames")
+_NO_MEMORY = (
+    "out of memory: try --gradient-checkpointing, fewer frames, a smaller size, a smaller"
+    " --batch-size or --rank, or --dtype bfloat16"
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +70,7 @@ class TrainJob:
         height, width: of the clips in pixels.
         num_frames: frames of a clip.
         fps: frames a second to take of a clip.
-        samples: videos of each prompt.
+        samples: videos of each prompt; None for one.
         teacher_steps: denoising steps of each such video.
         validate_every: optimiser steps between validation videos.
         validation_prompts: prompts of the validation videos.
@@ -73,7 +89,7 @@ class TrainJob:
     width: int | None = None
     num_frames: int | None = None
     fps: float | None = None
-    samples: int = 1
+    samples: int | None = None
     teacher_steps: int | None = None
     validate_every: int | None = None
     validation_prompts: tuple[str, ...] = ()
@@ -84,16 +100,9 @@ class TrainJob:
 
     def __post_init__(self) -> None:
         """Raise UserError for settings of a wrong type, or that contradict each other."""
-        for name in (
-            "model",
-            "data",
-            "captions",
-            "prompts",
-            "cache",
-        ):  # a config file may hold any type
-            value = getattr(self, name)
-            if not isinstance(value, str | Path | None):
-                raise UserError(f"{name} is {value!r}, but must be a path")
+        lists_to_tuples(self, "validation_prompts")
+        for name in refused(self, _ALLOWED):  # a config file may hold any type
+            check_option(name, getattr(self, name), _ALLOWED[name])
         if (self.data is None) == (self.prompts is None):
             raise UserError(
                 "give either --data, a folder of clips, or --prompts, a file of prompts of which"
@@ -101,16 +110,19 @@ class TrainJob:
             )
         if self.captions is not None and self.data is None:
             raise UserError("--captions are those of the clips of --data, which is not given")
-        lists_to_tuples(self, "validation_prompts")
+        for name in ("samples", "teacher_steps"):
+            if getattr(self, name) is not None and self.prompts is None:
+                raise UserError(
+                    f"{option(name)} is about the videos that the dense model makes of --prompts,"
+                    f" which is not given"
+                )
         if bool(self.validation_prompts) != (self.validate_every is not None):
             raise UserError("--validate-every and --validation-prompt go together")
-        if self.validate_every is not None and self.validate_every < 1:
-            raise UserError(f"--validate-every must be at least 1, not {self.validate_every}")
-        check("lora_everywhere", self.lora_everywhere, FLAG, UserError)
-        if self.lora_everywhere and self.validate_every is None:
-            raise UserError(
-                "--lora-everywhere is about the videos of --validate-every, which is not given"
-            )
+        for name in ("lora_everywhere", "validation_steps"):
+            if getattr(self, name) and self.validate_every is None:
+                raise UserError(
+                    f"{option(name)} is about the videos of --validate-every, which is not given"
+                )
 
     def request(self, prompt: str = "a video") -> Request:
         """A request for one video of the model, as `diffattn generate` takes it."""
@@ -125,15 +137,33 @@ class TrainJob:
         )
 
 
+def _are_texts(value: object) -> bool:
+    return isinstance(value, tuple) and all(map(TEXT.holds, value))
+
+
+_ALLOWED: Mapping[str, Allowed] = {
+    **dict.fromkeys(("model", "data", "captions", "prompts", "cache", "device"), TEXT),
+    **dict.fromkeys(("height", "width", "num_frames"), whole(1)),
+    **dict.fromkeys(("teacher_steps", "validate_every", "validation_steps"), whole(1)),
+    # The list of the videos is made at once.
+    "samples": whole(1, 1_000_000),
+    "fps": number(at_least=0.01, at_most=1000),
+    "validation_prompts": Allowed("a list of prompts", _are_texts),
+    "lora_everywhere": FLAG,
+    "dtype": choice(DTYPES),
+}
+
+
 def train_lora(
     given: Mapping[str, Any],
     method: MethodOptions,
-    output: Path,
-    config: Path | None,
+    output: str,
+    config: str | None,
     *,
     resume: bool,
     say: Callable[[str], None],
     warn: Callable[[str], None],
+    memory_check: bool = True,
 ) -> None:
     """Check the settings, prepare the data, train, and write the LoRA.
 
@@ -145,12 +175,16 @@ def train_lora(
         resume: go on from the last checkpoint in `output`.
         say: takes lines for the user.
         warn: takes one-line warnings.
+        memory_check: whether to refuse what the device has too little memory for, even without
+            gradients.
 
     Raises:
         UserError: if a setting, the data, the model or the output folder is refused.
         RunInterruptedError: on Ctrl-C; the message names the checkpoint of the last step, which is
             written before.
     """
+    check_output_name(output)
+    folder = Path(output)
     settings = ({} if config is None else read_config(config)) | dict(given)
     attention = attention_settings(method, settings.pop("attention", None))
     names = [item.name for item in dataclasses.fields(TrainJob)]
@@ -165,31 +199,44 @@ def train_lora(
 
     try:
         training = TrainSettings.from_dict({**settings, "attention": attention})
-        _run(job, training, output, resume, nowhere if rank() else say, nowhere if rank() else warn)
+        quiet_libraries()
+        if memory_check:
+            check_memory(job.request())
+        with lacks(_NO_MEMORY):
+            _run(
+                job,
+                training,
+                folder,
+                resume,
+                nowhere if rank() else say,
+                nowhere if rank() else warn,
+            )
     except LoraError as error:
         raise UserError(error) from None
     except KeyboardInterrupt:
-        made = checkpoints(output)[-1:]
+        made = checkpoints(folder)[-1:]
         if made:
             raise RunInterruptedError(made, "go on from there with --resume") from None
-        clips = _clips_folder(job, output)
+        clips = _clips_folder(job, folder)
         raise RunInterruptedError([clips] if clips.exists() else []) from None
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(name: str) -> dict[str, Any]:
     """Read a TOML or JSON file of settings.
 
     Raises:
-        UserError: if the file cannot be read, or holds an unknown name.
+        UserError: if the file cannot be read, or holds an unknown name or no method as "attention".
     """
     from diffattn.lora.settings import TrainSettings
 
+    check_option("config", name, TEXT)
+    path = Path(name)
     try:
         text = path.read_text("utf-8")
         settings = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise UserError(f"cannot read --config {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise UserError(f"--config {path} is not {kind}: {error}") from None
     if not isinstance(settings, dict):
@@ -198,6 +245,12 @@ def read_config(path: Path) -> dict[str, Any]:
     for name in settings:
         if name not in known:
             raise UserError(f"--config {path}: unknown setting {name!r}{did_you_mean(name, known)}")
+    attention = settings.get("attention", "")
+    if not isinstance(attention, str | Mapping):
+        raise UserError(
+            f"--config {path}: attention is {attention!r}, but must be a method's name or a table"
+            f" with its type"
+        )
     return settings
 
 
@@ -209,12 +262,18 @@ def _run(
     say: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> None:
-    from diffattn.lora.checkpoint import alone_in
+    from diffattn.lora.checkpoint import alone_in, checkpoints
     from diffattn.lora.trainer import check_output
 
-    quiet_libraries()
     is_new = not output.exists()
+    if resume and is_new:
+        raise UserError(
+            f"--resume: there is no run in {output}, which does not exist; leave --resume out to"
+            f" start one"
+        )
     check_output(output, resume)
+    if resume and not checkpoints(output):
+        say(f"{output} has no checkpoint to go on from: the training starts at its first step")
     try:
         # The first process speaks for all processes of a run.
         with contextlib.nullcontext() if rank() else alone_in(output):
@@ -235,6 +294,7 @@ def _run_alone(
     warn: Callable[[str], None],
 ) -> None:
     """Make the run in a folder that no other run writes into."""
+    from diffattn.lora.adapter import check_adapter
     from diffattn.lora.errors import LoraError
     from diffattn.lora.progress import shown
     from diffattn.lora.recipes import recipe_for
@@ -248,9 +308,18 @@ def _run_alone(
     job = _complete(job, loaded)
     try:
         text_length = loaded.defaults.get("max_sequence_length")
-        recipe = recipe_for(loaded.pipe, settings.denoiser, text_length).at_rate(job.fps)
+        plain = recipe_for(loaded.pipe, settings.denoiser, text_length)
     except ValueError as error:
         raise LoraError(error) from None
+    recipe = plain.at_rate(job.fps)
+    if job.prompts is not None and job.fps is not None and recipe is plain:
+        raise UserError(
+            f"--fps is the rate at which the clips of --data are read: {type(loaded.pipe).__name__}"
+            f" makes the videos of --prompts without one"
+        )
+    # Encoding may take hours: what can be refused is refused before.
+    check_adapter(getattr(loaded.pipe, recipe.denoiser), settings)
+    _check_method(loaded.pipe, settings.attention, job)
     # The first process encodes the clips; the other processes find them in the folder.
     with accelerator.main_process_first(), _preparing(_clips_folder(job, output), say):
         clips = _prepare(job, loaded, recipe, output, say, warn)
@@ -270,13 +339,28 @@ def _run_alone(
         _put_away(loaded, recipe)
     count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     start = f"from step {trainer.step} on" if trainer.step else f"{settings.steps} steps"
-    say(f"training {count:,} weights under {settings.attention['type']} attention, {start}")
+    processes = accelerator.num_processes
+    say(
+        f"training {count:,} weights under {settings.attention['type']} attention, {start}, in"
+        f" {processes} process{'es' if processes > 1 else ''}"
+    )
+    unsaid: list[OSError] = []
     with shown(settings.steps, trainer.step) as show, _interrupts_wait() as interrupted:
+
+        def report(made: StepReport) -> None:
+            # Whoever reads the progress may have left: the steps made are kept before the end.
+            try:
+                show(made)
+            except OSError as error:
+                unsaid.append(error)
+
         trainer.train(
-            report=show if accelerator.is_main_process else lambda _: None,
+            report=report,
             between=lambda step: _look(validation, step, warn),
-            stop=interrupted,
+            stop=lambda: interrupted() or bool(unsaid),
         )
+    if unsaid:
+        raise unsaid[0]
     if trainer.step < settings.steps:
         raise KeyboardInterrupt
     say(f"{output}: trained for {trainer.step} steps; use it by diffattn generate --lora {output}")
@@ -378,6 +462,25 @@ def _complete(job: TrainJob, loaded: LoadedModel) -> TrainJob:
     return full
 
 
+def _check_method(pipe: Any, attention: Mapping[str, Any], job: TrainJob) -> None:
+    """Raise UserError if the method does not fit the model or the size of the clips."""
+    import torch
+
+    import diffattn
+    from diffattn.methods import from_dict
+    from diffattn.models import pipeline_grid
+
+    size: dict[str, Any] = {name: getattr(job, name) for name in _SIZE}
+    # Weights of the method may start from random numbers, and start anew in the training.
+    with refusals(), torch.random.fork_rng():
+        attachment = diffattn.set_attn_processor(pipe, from_dict(attention))
+        try:
+            assert attachment is not None
+            attachment.describe(pipeline_grid(pipe, **size), 1)
+        finally:
+            diffattn.set_attn_processor(pipe, None)
+
+
 def _prepare(
     job: TrainJob,
     loaded: LoadedModel,
@@ -407,7 +510,8 @@ def _prepare(
         return prepare(loaded.pipe, recipe, clips, folder, *size, fps=job.fps, report=warn)
     assert job.prompts is not None
     prompts = read_prompts(Path(job.prompts).expanduser())
-    say(f"the dense model makes {len(prompts) * job.samples} videos into {folder}")
+    samples = 1 if job.samples is None else job.samples
+    say(f"the dense model makes {len(prompts) * samples} videos into {folder}")
     extra: dict[str, Any] = {
         name: value
         for name, value in loaded.defaults.items()
@@ -422,8 +526,8 @@ def _prepare(
         prompts,
         folder,
         *size,
-        samples=job.samples,
-        steps=job.teacher_steps or steps,
+        samples=samples,
+        steps=steps if job.teacher_steps is None else job.teacher_steps,
         **extra,
     )
 

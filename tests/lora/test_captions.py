@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,23 @@ class TestTables:
             )
             assert len(found) == len(clips)
 
+    @pytest.mark.parametrize(("on_disk", "in_table"), [("NFD", "NFC"), ("NFC", "NFD")])
+    @pytest.mark.parametrize("name", ["café.mp4", "ガラス.png", "한국/ö.webm"])
+    def test_names_that_look_alike_are_alike(self, tmp_path, name, on_disk, in_table):
+        clip = tmp_path / unicodedata.normalize(on_disk, name)
+        other = tmp_path / "cafe.mp4"
+        path = table(tmp_path, f"file,caption\n{unicodedata.normalize(in_table, name)},a glass\n")
+        found, left = captioned_clips(tmp_path, [clip, other], path)
+        assert (found, left) == ([CaptionedClip(clip, "a glass")], [other])
+
+    def test_a_name_that_is_there_exactly_comes_before_one_that_looks_alike(self, tmp_path):
+        apart, whole = (tmp_path / unicodedata.normalize(form, "é.mp4") for form in ("NFD", "NFC"))
+        path = table(tmp_path, f"file,caption\n{apart.name},apart\n{whole.name},whole\n")
+        for clips in ([apart, whole], [whole, apart]):
+            found, left = captioned_clips(tmp_path, clips, path)
+            assert {one.path: one.caption for one in found} == {apart: "apart", whole: "whole"}
+            assert left == []
+
     def test_clips_that_are_not_in_the_table_are_told(self, tmp_path, clips):
         path = table(tmp_path, "file,caption\r\nb.mp4,a fox\r\n\r\n")
         found, left = captioned_clips(tmp_path, clips, path)
@@ -142,6 +160,11 @@ class TestTables:
             ('{"file": "a.mp4"}', 'line 2 has no "caption": it has file'),
             ('{"file": "a.mp4", "caption": 7}', 'line 2: "caption" is 7, but must be a text'),
             ('{"file": "a.mp4", "caption": ""}', "line 2: the caption is empty"),
+            ('{"file": "a.mp4", "caption": ' + "[" * 100_000, "line 2 is not JSON: maximum recurs"),
+            (
+                '{"file": "a.mp4", "caption": "a \\udcff"}',
+                "line 2: the caption 'a .*' is no text",
+            ),
             ('{"file": "b.mp4", "caption": "x"}', "line 2: 'b.mp4' has a caption already"),
             ('{"file": "x.mp4", "caption": "x"}', "line 2: there is no clip 'x.mp4' in DATA"),
         ],

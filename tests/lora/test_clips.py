@@ -293,6 +293,23 @@ class TestShown:
         assert (read_clip(path, 32, 32, 3, note=said.append) == 1).all()
         assert said == ["transparent areas are shown on white"]
 
+    @pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+    def test_transparency_that_is_a_second_video(self, tmp_path, codec):
+        """VP8 and VP9 have no fourth channel: WebM keeps one beside them."""
+        frame = np.empty((32, 48, 4), np.uint8)
+        frame[:, :24] = 40, 160, 220, 128
+        frame[:, 24:] = 200, 30, 90, 0
+        form = ["-f", "rawvideo", "-pix_fmt", "rgba", "-s", "48x32", "-r", "8", "-i", "-"]
+        encoding = ["-c:v", codec, "-pix_fmt", "yuva420p", "-auto-alt-ref", "0", "-crf", "4"]
+        path = tmp_path / "a.webm"
+        ffmpeg([*form, *encoding, "-b:v", "2M", path], frame.tobytes() * 3)
+        said: list[str] = []
+        clip = (read_clip(path, 32, 48, 3, note=said.append) + 1) * 127.5
+        half = torch.tensor([148.0, 208.0, 238.0])
+        assert (clip[..., 4:20].mean(dim=(1, 2, 3)) - half).abs().max() <= 4
+        assert (clip[..., 28:44] - 255).abs().max() <= 4
+        assert said == ["transparent areas are shown on white"]
+
     def test_sixteen_bits(self, tmp_path):
         ramp = np.linspace(0, 65535, 256).round().astype(np.uint16)
         Image.fromarray(np.tile(ramp, (32, 1))).save(tmp_path / "a.png")
@@ -322,6 +339,32 @@ class TestShown:
                 path = encode(tmp_path / "a.mp4", [frame] * 2, "8", "-vf", filters, *H264)
                 read = (read_clip(path, 32, 32, 2).mean(dim=(1, 2, 3)) + 1) * 127.5
                 assert (read - torch.tensor(colour)).abs().max() <= 4, (matrix, colour)
+
+    @pytest.mark.parametrize("container", ["mp4", "mkv", "webm", "avi"])
+    @pytest.mark.parametrize(
+        ("size", "matrix"),
+        [
+            ("64x64", "bt601"),
+            ("1024x576", "bt601"),
+            ("64x720", "bt709"),
+            ("1280x64", "bt709"),
+            ("1920x1080", "bt709"),
+        ],
+    )
+    def test_colours_of_a_file_that_states_none_are_those_of_its_size(
+        self, tmp_path, container, size, matrix
+    ):
+        name, *options = CONTAINERS[container]
+        if container == "webm":
+            # The header of VP8 states BT.601 at every size.
+            options = ["-c:v", "libvpx-vp9", "-deadline", "realtime", "-crf", "4", "-b:v", "2M"]
+        filters = f"scale=out_color_matrix={matrix}:out_range=tv,format=yuv420p"
+        filters += ",setparams=colorspace=unknown:range=tv"
+        form = ["-f", "lavfi", "-i", f"color=0x28a0dc:s={size}:r=8:d=0.25,format=rgb24"]
+        path = tmp_path / name
+        ffmpeg([*form, "-vf", filters, *options, path])
+        read = (read_clip(path, 32, 32, 2).mean(dim=(1, 2, 3)) + 1) * 127.5
+        assert (read - torch.tensor([40, 160, 220])).abs().max() <= 4
 
 
 class TestUnusable:

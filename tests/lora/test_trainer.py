@@ -381,11 +381,14 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"rank": 0}, "rank is 0, but must be a whole number of at least 1"),
-            ({"rank": True}, "rank is True, but must be a whole number of at least 1"),
+            ({"rank": 0}, "rank is 0, but must be a whole number from 1 to 65536"),
+            ({"rank": True}, "rank is True, but must be a whole number from 1 to 65536"),
             ({"alpha": 8}, "alpha is 8, but means nothing without a rank: give both or neither"),
             ({"dropout": 1.0}, "dropout is 1.0, but must be a number of at least 0 and below 1"),
-            ({"learning_rate": 0}, "learning_rate is 0, but must be a number above 0"),
+            (
+                {"learning_rate": 0},
+                "learning_rate is 0, but must be a number above 0 and at most 1e+06",
+            ),
             (
                 {"schedule": "step"},
                 "schedule is 'step', but must be one of constant, linear, cosine",

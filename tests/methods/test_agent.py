@@ -297,7 +297,7 @@ def test_whole_block_is_that_of_the_public_code(name: str, late: bool) -> None:
 
 # --- whole models
 
-DITS = [name for name in CASES if name not in ("sd1.5", "sdxl", "animatediff")]
+DITS = [name for name, case in CASES.items() if not case.entry]
 UNETS = ["sd1.5", "sdxl", "animatediff"]
 
 
@@ -314,18 +314,25 @@ def through_agents(
     calls: list[int] = []
 
     def attention(plain: Any, site: str, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
-        tokens = q.shape[-2]
+        tokens = k.shape[-2]
         calls.append(tokens)
         seen = torch.ones(q.shape[0], tokens, dtype=torch.bool)
         if mask is not None:
-            # The first row of a mask of pairs is that of a video token.
-            first = mask.reshape(mask.shape[0], -1)[:, :tokens]
-            seen = seen & (first if first.dtype == torch.bool else first == 0)
+            # A mask of pairs has a row of a video token where no text stands beyond.
+            rows = mask.reshape(mask.shape[0], -1)
+            text_first = case.text is not None and case.text[0] == "before"
+            row = rows[:, -tokens:] if text_first else rows[:, :tokens]
+            seen = seen & (row if row.dtype == torch.bool else row == 0)
+        given = (slice(0, tokens),)
+        if case.queries is not None and q.shape[-2] != tokens:
+            (part,) = given = case.queries(q.shape[-2], tokens)
+            q = torch.nn.functional.pad(q, (0, 0, part.start, tokens - part.stop))
         heads_last = (x.transpose(1, 2) for x in (q, k, v))
         out = by_definition(*heads_last, case.grid_of(tokens), cell, 0.3, 0.075, seen)
-        return out.transpose(1, 2).to(q.dtype)
+        return out.transpose(1, 2)[:, :, given[0]].to(q.dtype)
 
-    with stock.attending_by(attention, model, case.sites):
+    queries = case.queries is not None
+    with stock.attending_by(attention, model, case.sites, some_queries=queries):
         yield calls
 
 

@@ -163,7 +163,7 @@ class TestAttention:
         method = FreeSwimAttn(radius=1, temperature=False)
         with torch.no_grad():
             dense = model(**inputs, return_dict=False)[0]
-            with stock.masked(model, list(case.sites), case.grid_of, method):
+            with stock.masked(model, list(case.sites), case.grid_of, method, case.queries):
                 want = model(**inputs, return_dict=False)[0]
             diffattn.set_attn_processor(model, method)
             got = model(**inputs, return_dict=False)[0]

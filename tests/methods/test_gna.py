@@ -835,7 +835,7 @@ class TestModels:
         outputs = []
         with torch.no_grad():
             dense = model(**inputs, return_dict=False)[0]
-            with stock.masked(model, list(case.sites), case.grid_of, ATTACHED):
+            with stock.masked(model, list(case.sites), case.grid_of, ATTACHED, case.queries):
                 want = model(**inputs, return_dict=False)[0]
             attachment = diffattn.set_attn_processor(model, ATTACHED)
             outputs.append(model(**inputs, return_dict=False)[0])

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from diffattn import TokenGrid
 from diffattn.blocks import unpack_bits
 from diffattn.methods.vmoba import selection
-from diffattn.methods.vmoba.selection import Rule, choose, select_blocks
+from diffattn.methods.vmoba.selection import Rule, select_blocks
+from diffattn.routing import choosing
+from diffattn.routing.choosing import choose
 from diffattn.selected.key_blocks import Chunk, KeyBlocks, Partition
 
 GOLDENS = golden_files.GOLDENS / "vmoba"
@@ -170,7 +172,7 @@ def test_blocks_without_tokens_are_refused(lengths: list[int]) -> None:
 def test_selection_is_that_of_the_public_code(
     name: str, longest_sorted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selection, "_LONGEST_SORTED", longest_sorted)
+    monkeypatch.setattr(choosing, "_LONGEST_SORTED", longest_sorted)
     golden = np.load(GOLDENS / f"{name}.npz")
     grid = TokenGrid(*golden["grid"].tolist())
     partition = Partition(grid, golden_chunk(golden, grid))
@@ -236,8 +238,8 @@ def test_the_fewest_best_entries_are_chosen(data: st.DataObject) -> None:
     threshold = {"budget": budget} if tau is None else {"tau": float(tau)}
     for longest in (0, 1 << 30):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(selection, "_LONGEST_SORTED", longest)
-            patch.setattr(selection, "_PAIRS_AT_ONCE", {"cpu": 2 * entries})
+            patch.setattr(choosing, "_LONGEST_SORTED", longest)
+            patch.setattr(choosing, "_PAIRS_AT_ONCE", {"cpu": 2 * entries})
             found = choose(torch.tensor(rows).float(), torch.tensor(own), **threshold)
         assert torch.equal(found, want)
 
@@ -252,7 +254,7 @@ def test_counting_chooses_what_sorting_does(monkeypatch: pytest.MonkeyPatch) -> 
     for threshold in ({"tau": 0.25}, {"tau": 0.9}, {"budget": 40}, {"budget": 1200}):
         found = []
         for longest in (1, 1 << 30):
-            monkeypatch.setattr(selection, "_LONGEST_SORTED", longest)
+            monkeypatch.setattr(choosing, "_LONGEST_SORTED", longest)
             found.append(choose(scores, own, ranked=ranked, **threshold))
         assert torch.equal(*found)
         assert not (found[0] & ~ranked & ~own).any()
@@ -266,7 +268,7 @@ def test_own_blocks_that_are_enough_stay_alone(
     longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The public code takes one block more there (specification, B4)."""
-    monkeypatch.setattr(selection, "_LONGEST_SORTED", longest)
+    monkeypatch.setattr(choosing, "_LONGEST_SORTED", longest)
     scores = torch.tensor([[9.0, 1.0, 0.5, 0.25, 0.0], [9.0, 8.0, 1.0, 0.5, 0.0]])
     own = torch.tensor([[True, False, False, False, False], [True, True, False, False, False]])
     assert torch.equal(choose(scores, own, tau=0.5), own)

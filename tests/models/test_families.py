@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import stock
 import torch
+from tiny_case import nudged
 from tiny_families import CASES, Case
 
 import diffattn
@@ -23,6 +24,11 @@ def forward(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
+
+
+def masked(case: Case, model: torch.nn.Module) -> contextlib.AbstractContextManager[list[int]]:
+    """The stock model with the boolean mask of `stock.NEARBY`."""
+    return stock.masked(model, list(case.sites), case.grid_of, stock.NEARBY, case.queries)
 
 
 def attached_sites(model: torch.nn.Module) -> list[str]:
@@ -56,7 +62,7 @@ def test_content_method_that_selects_everything_gives_the_models_own_output(case
 def test_sparse_method_is_the_stock_model_with_that_mask(case: Case) -> None:
     model, inputs = case.build(), case.inputs()
     dense = forward(model, inputs)
-    with stock.masked(model, list(case.sites), case.grid_of, stock.NEARBY) as calls:
+    with masked(case, model) as calls:
         want = forward(model, inputs)
     assert len(calls) >= len(case.sites)
     assert not torch.allclose(want, dense, atol=1e-3), "the mask should matter"
@@ -92,8 +98,7 @@ def perturbed(module: torch.nn.Module, pixel: tuple[Any, ...]) -> Iterator[None]
 
     def change(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = None if args else next(iter(kwargs))
-        pixels = (args[0] if name is None else kwargs[name]).clone()
-        pixels[pixel] += 0.5
+        pixels = nudged(args[0] if name is None else kwargs[name], pixel)
         return ((pixels, *args[1:]), kwargs) if name is None else (args, kwargs | {name: pixels})
 
     hook = module.register_forward_pre_hook(change, with_kwargs=True)
@@ -142,7 +147,7 @@ def test_a_pixel_of_a_reference_arrives_at_the_token_that_the_grid_says(name: st
         for t, h, w in {(0, 0, 1), (frames - 1, height // 2, 0), (frames // 2, height - 1, 1)}:
             inputs = case.inputs()
             argument, pixel = case.reference_pixel(number, t, h, w)
-            inputs[argument][pixel] += 0.5
+            inputs[argument] = nudged(inputs[argument], pixel)
             recorder.calls.clear()
             forward(model, inputs)
             moved = (recorder.calls[first][1] - before).flatten(2).norm(dim=2)[0]
@@ -172,7 +177,8 @@ def test_gradients_through_checkpoints_are_those_of_the_stock_model(case: Case) 
     gradients = []
     for ours in (False, True):
         model, inputs = case.build(), case.inputs()
-        model.enable_gradient_checkpointing()
+        if case.checkpoints:
+            model.enable_gradient_checkpointing()
         model.train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -182,7 +188,7 @@ def test_gradients_through_checkpoints_are_those_of_the_stock_model(case: Case) 
             out = model(**inputs, return_dict=False)[0]
             out.square().mean().backward()
         else:
-            with stock.masked(model, list(case.sites), case.grid_of, stock.NEARBY):
+            with masked(case, model):
                 out = model(**inputs, return_dict=False)[0]
                 out.square().mean().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})

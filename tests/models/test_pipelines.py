@@ -9,27 +9,27 @@ import stock
 import tiny_families
 import tiny_wan
 import torch
+from tiny_modular import MODULAR, ModularCase
 from tiny_pipelines import PIPELINES, PipelineCase, picture, run_wan_animate, wan_animate
 
 from diffattn import DenseAttn, RadialAttn, TokenGrid
 from diffattn.models import denoisers, family_of, pipeline_grid, size_rules
 
 STEPS = 2
+CASES: dict[str, PipelineCase | ModularCase] = PIPELINES | {
+    f"modular {name}": case for name, case in MODULAR.items()
+}
 
 
-@pytest.fixture(params=PIPELINES)
-def case(request: pytest.FixtureRequest) -> PipelineCase:
-    return PIPELINES[request.param]
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> PipelineCase | ModularCase:
+    return CASES[request.param]
 
 
-def only_denoiser(pipe: Any) -> torch.nn.Module:
-    (model,) = denoisers(pipe).values()
-    return model
-
-
-def test_pipelines_are_exact_and_complete(case: PipelineCase) -> None:
+def test_pipelines_are_exact_and_complete(case: PipelineCase | ModularCase) -> None:
     pipe = case.build()
-    model = only_denoiser(pipe)
+    # Of two experts each step calls one, and both have the same layers.
+    model = next(iter(denoisers(pipe).values()))
     want = case.run(pipe)
     calls = STEPS * case.forwards * len(family_of(model).layers(model))
 
@@ -46,7 +46,7 @@ def test_pipelines_are_exact_and_complete(case: PipelineCase) -> None:
     assert torch.equal(case.run(pipe), want)
 
 
-def test_pipeline_grid_is_the_grid_of_the_call(case: PipelineCase) -> None:
+def test_pipeline_grid_is_the_grid_of_the_call(case: PipelineCase | ModularCase) -> None:
     pipe = case.build()
     recorder = stock.Recording()
     pipe.set_attn_processor(recorder)
@@ -60,7 +60,7 @@ def test_pipeline_grid_is_the_grid_of_the_call(case: PipelineCase) -> None:
         assert max(seen) == (grid.frames, grid.height, grid.width)
 
 
-def test_sizes_between_are_refused(case: PipelineCase) -> None:
+def test_sizes_between_are_refused(case: PipelineCase | ModularCase) -> None:
     pipe = case.build()
     height, width, frames = case.size
     with pytest.raises(ValueError, match=r"height is .* but this model needs a multiple of"):

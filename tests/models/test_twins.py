@@ -7,29 +7,52 @@ import pytest
 import tiny_families as tiny
 import torch
 from diffusers.models import attention_processor
-from diffusers.models.transformers import transformer_easyanimate
+from diffusers.models.transformers import (
+    transformer_cogview4,
+    transformer_cosmos,
+    transformer_easyanimate,
+    transformer_hidream_image,
+    transformer_lumina2,
+)
 
 import diffattn
 from diffattn.models import twins
 
+HOMES = (
+    attention_processor,
+    transformer_cogview4,
+    transformer_cosmos,
+    transformer_easyanimate,
+    transformer_hidream_image,
+    transformer_lumina2,
+)
 STOCK = [
     "AllegroAttnProcessor2_0",
     "AttnProcessor2_0",
+    "AuraFlowAttnProcessor2_0",
+    "CogView4AttnProcessor",
     "CogVideoXAttnProcessor2_0",
+    "CosmosAttnProcessor2_0",
     "EasyAnimateAttnProcessor2_0",
+    "HiDreamAttnProcessor",
+    "HunyuanAttnProcessor2_0",
     "JointAttnProcessor2_0",
+    "Lumina2AttnProcessor2_0",
+    "LuminaAttnProcessor2_0",
     "MochiAttnProcessor2_0",
 ]
 
 
 @pytest.mark.parametrize("name", STOCK)
 def test_signatures_name_what_the_stock_processors_name(name: str) -> None:
-    easyanimate = name.startswith("EasyAnimate")
-    stock = getattr(transformer_easyanimate if easyanimate else attention_processor, name)()
+    stock = next(getattr(home, name)() for home in HOMES if hasattr(home, name))
     twin = twins.dispatching("x", stock)
-    wanted = inspect.signature(stock.__call__).parameters
-    named = {n for n, p in wanted.items() if p.kind == p.POSITIONAL_OR_KEYWORD}
-    assert list(inspect.signature(twin.__call__).parameters) == [n for n in wanted if n in named]
+    assert _named(twin) == _named(stock)
+
+
+def _named(processor: Any) -> list[str]:
+    parameters = inspect.signature(processor.__call__).parameters
+    return [n for n, p in parameters.items() if p.kind == p.POSITIONAL_OR_KEYWORD]
 
 
 def test_processors_that_use_the_dispatch_are_kept() -> None:
@@ -48,7 +71,21 @@ def test_each_site_has_a_twin_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["cogvideox-5b", "mochi", "allegro", "sd3.5", "sdxl", "easyanimate"]
+    "name",
+    [
+        "cogvideox-5b",
+        "mochi",
+        "allegro",
+        "sd3.5",
+        "sdxl",
+        "easyanimate",
+        "cosmos-2",
+        "hidream-wide",
+        "lumina-2",
+        "lumina-next",
+        "cogview-4",
+        "auraflow",
+    ],
 )
 def test_bfloat16(name: str) -> None:
     """Twins round where the stock processors round: the same bits but for the attention itself."""

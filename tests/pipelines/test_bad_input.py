@@ -297,6 +297,16 @@ class TestModel:
         error = generate(PROMPT, "-o", "out.mp4", "--model", broken).error
         assert error.startswith(f"cannot load {broken}: ")
 
+    @pytest.mark.parametrize("part", ["transformer", "vae"])
+    def test_weights_that_are_not_there(self, generate, broken, part):
+        for path in (broken / part).glob("*.safetensors*"):
+            path.unlink()
+        error = generate(PROMPT, "-o", "out.mp4", "--model", broken).error
+        assert error == (
+            f"cannot load {broken}: there is no diffusion_pytorch_model.safetensors in"
+            f" {broken / part}"
+        )
+
     def test_damaged_weights(self, generate, broken):
         for path in (broken / "transformer").glob("*.safetensors"):
             path.write_bytes(b"no weights")
@@ -305,7 +315,9 @@ class TestModel:
 
     def test_a_pipeline_that_needs_more_than_a_prompt(self, generate, tiny_wan_image):
         error = generate(PROMPT, "-o", "out.mp4", "--model", tiny_wan_image).error
-        assert error.startswith("WanImageToVideoPipeline needs 'image', which this command cannot")
+        assert error.startswith(
+            "WanImageToVideoPipeline needs a picture to start from: give --image"
+        )
 
     def test_a_hub_id_offline(self, generate, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -510,7 +522,8 @@ class TestRecord:
     def test_the_recorded_run_is_not_overwritten(self, diffattn, recorded, tmp_path, record):
         # Earlier versions left the video's extension out of the name of its record.
         (tmp_path / "out.json").rename(tmp_path / record)
-        error = diffattn("generate", "--from", record, "-o", "out.mp4").error
+        model = ("--model", "moving-shapes")
+        error = diffattn("generate", "--from", record, *model, "-o", "out.mp4").error
         assert error == "-o out.mp4 would overwrite out.mp4, which is read here"
 
     def test_a_name_without_the_videos_extension(self, diffattn, recorded, tmp_path):
@@ -581,6 +594,11 @@ class TestText:
     def test_outputs_of_upscale(self, diffattn, name):
         error = diffattn("upscale", PROMPT, "-o", name).error
         assert error.startswith("--output")
+
+    def test_overlong_names_of_any_command_are_cut(self, diffattn):
+        error = diffattn("plan", "--model", "x" * 100_000).error
+        assert "File name too long" in error
+        assert len(error) < 1500
 
     def test_long_values_are_cut_in_messages(self, diffattn):
         error = diffattn("generate", PROMPT, "--dtype", "z" * 100_000).error
@@ -669,6 +687,39 @@ class TestMethodsThatDoNotFitTheModel:
         assert generate(PROMPT, "-o", "out.mp4").error.startswith("out of memory: try fewer frames")
 
 
+class TestNumbersBeyondMachines:
+    def test_an_integer_that_torch_cannot_hold(self, diffattn):
+        error = diffattn("plan", "--grid", "2x3x4", "--attn-arg", f"block_size={10**22}").error
+        assert error.startswith("a number is too large: ")
+
+    @pytest.mark.parametrize(
+        "failure",
+        [
+            MemoryError(),
+            RuntimeError("[enforce fail] . can't allocate memory: you tried to allocate 8 bytes"),
+            RuntimeError("unable to mmap 8 bytes: Cannot allocate memory (12)"),
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB"),
+        ],
+    )
+    def test_a_mask_that_does_not_fit_into_memory(self, diffattn, monkeypatch, tmp_path, failure):
+        def fails(*_, **__):
+            raise failure
+
+        monkeypatch.setattr("diffattn.methods.radial.RadialAttn.mask", fails)
+        monkeypatch.setattr("diffattn.methods.radial.RadialAttn.video_mask", fails)
+        run = ["mask", "--grid", "2x3x4", "-o", tmp_path / "a.png"]
+        assert diffattn(*run).error == "out of memory: take a smaller size or grid"
+
+    def test_other_errors_of_torch_are_not_hidden(self, diffattn, monkeypatch, tmp_path):
+        def fails(*_, **__):
+            raise RuntimeError("a fault of ours")
+
+        monkeypatch.setattr("diffattn.methods.radial.RadialAttn.mask", fails)
+        monkeypatch.setattr("diffattn.methods.radial.RadialAttn.video_mask", fails)
+        with pytest.raises(RuntimeError, match="a fault of ours"):
+            diffattn("mask", "--grid", "2x3x4", "-o", tmp_path / "a.png")
+
+
 class TestStdout:
     @pytest.mark.parametrize("command", [["methods"], ["plan", "--grid", "2x3x4"], ["models"]])
     def test_a_full_disk_is_one_line(self, command):
@@ -680,7 +731,14 @@ class TestStdout:
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
         assert line.startswith("diffattn: ")
-        assert "No space left on device" in line
+        assert "cannot write to stdout: No space left on device" in line
+
+    def test_a_closed_stdout_is_nothing_to_speak_of(self):
+        done = subprocess.run(
+            f"{sys.executable} -P -m diffattn.pipelines plan --grid 2x3x4 >&-",
+            shell=True, executable="/bin/bash", capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
 
     def test_a_reader_that_left_is_nothing_to_speak_of(self):
         done = subprocess.run(
@@ -699,3 +757,23 @@ def test_ctrl_c_while_modules_load(monkeypatch, capsys):
         cli.main()
     assert ended.value.code == 130
     assert capsys.readouterr().err == "diffattn: interrupted: nothing was written\n"
+
+
+@pytest.mark.parametrize(
+    ("home", "arguments"),
+    [
+        ("diffattn.pipelines.cli.plan_table.make_plan", ["plan", "--grid", "2x3x4"]),
+        ("diffattn.pipelines.cli.listing.method_lines", ["methods"]),
+        ("diffattn.pipelines.cli.mask_picture.draw_mask", ["mask", "--grid", "2x3x4"]),
+        ("diffattn.pipelines.run.job.plan_job", ["generate", "a cat"]),
+    ],
+)
+def test_ctrl_c_in_any_command(diffattn, monkeypatch, tmp_path, home, arguments):
+    def interrupted(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(home, interrupted)
+    result = diffattn(*arguments)
+    assert result.code == 130
+    assert result.err == "diffattn: interrupted: nothing was written\n"

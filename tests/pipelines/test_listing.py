@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 from diffattn.methods import METHODS, DenseAttn
 from diffattn.models import FAMILIES
@@ -47,11 +48,50 @@ def test_every_family_with_its_model_classes_is_listed(diffattn):
     assert head.split() == ["family", "text", "tested", "on"]
     for family, line in zip(FAMILIES, lines, strict=True):
         assert line.split()[:2] == [family.name, family.text or "apart"]
+        _, _, beside = line.partition(" beside the grid: ")
+        if family.text is not None:
+            assert beside.startswith(f"text {family.text} it, dense")
+        assert beside.endswith(family.beside or ("none" if family.text is None else "dense"))
         assert f"  {family.tested} " in line
         assert " sites " in line
         assert family.title in line
         for name in family.model_classes:
             assert name in line
+
+
+def test_every_model_with_references_says_so():
+    """The families whose grids hold references, by the tiny models whose calls have some."""
+    from tiny_families import CASES
+
+    names = {
+        type(case.build()).__name__ for case in CASES.values() if case.reference_pixel is not None
+    }
+    assert names
+    for family in FAMILIES:
+        if names & set(family.model_classes):
+            assert "reference" in family.beside, family.name
+
+
+def test_the_readme_lists_the_models_of_the_program():
+    from diffattn.pipelines.cli.listing import catalogue, readme_models
+
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    listed = readme_models(catalogue()["models"])
+    assert listed in readme, "run python -m diffattn.pipelines.cli.listing"
+    assert max(map(len, listed.splitlines())) <= 100
+    for family in FAMILIES:
+        assert family.title in " ".join(listed.split())
+
+
+def test_the_readme_is_rewritten_between_the_marks_alone():
+    from diffattn.pipelines.cli.listing import readme_models, with_models
+
+    families = [{"title": "Wan", "images": False}, {"title": "Flux", "images": True}]
+    once = with_models(f"before\n{readme_models(families[:1])}\nafter\n", families)
+    assert once == f"before\n{readme_models(families)}\nafter\n"
+    assert "For videos: Wan." in once
+    assert "For images, and for videos frame by frame: Flux." in once
+    assert with_models(once, families) == once
 
 
 def test_versions(diffattn):

@@ -4,6 +4,9 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +28,10 @@ PROMPTS = "a cat\na dog\n"
 # Felt on a grid of 2 x 2 x 3 tokens; its cells are trained too.
 CELLS = ["--attn", "clear", "--attn-arg", "radius=1", "--attn-arg", "frame_radius=1"]
 CELLS += ["--attn-arg", "down_factor=2", "--attn-arg", "first_frame=false"]
-QUICK = ["--steps", "2", "--rank", "2", "--learning-rate", "0.05", "--teacher-steps", "1"]
+QUICK = ["--steps", "2", "--rank", "2", "--learning-rate", "0.05"]
 OUT = "run"
+# Far more than it takes on idle processors.
+SECONDS_TO_WAIT = 240
 
 
 @pytest.fixture
@@ -39,8 +44,10 @@ def train(
 
     def run(*arguments: object) -> Result:
         size = SIZE[: SIZE.index("--steps")]
-        given = ["--model", tiny_wan, *size, *QUICK, "-o", OUT, *arguments]
-        return diffattn("lora", "train", *given)
+        given = ["--model", tiny_wan, *size, *QUICK, "-o", OUT]
+        # A config file may name the prompts, too.
+        given += ["--teacher-steps", "1"] if {"--prompts", "train.toml"} & set(arguments) else []
+        return diffattn("lora", "train", *given, *arguments)
 
     return run
 
@@ -194,7 +201,7 @@ class TestTrain:
         )
         result = train("--config", "train.toml", "--resume", "--steps", "3")
         assert result.code == 0, result.err
-        assert "gna attention, from step 2 on" in result.out
+        assert "gna attention, from step 2 on, in 1 process\n" in result.out
         assert "run: trained for 3 steps" in result.out
 
     def test_validation_videos(self, train: Callable[..., Result], tmp_path: Path) -> None:
@@ -359,6 +366,60 @@ class TestInterrupt:
         assert result.err.splitlines()[-1] == "diffattn: interrupted: kept run/clips"
         assert not (tmp_path / OUT / "checkpoints").exists()
 
+    def test_a_reader_of_the_progress_that_leaves_costs_no_step(
+        self, train: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = []
+
+        def print_line(report: Any, smooth: Any) -> None:
+            made.append(report.step)
+            if report.step == 3:
+                raise BrokenPipeError
+
+        monkeypatch.setattr("diffattn.lora.progress._print_line", print_line)
+        assert train(*self.ARGUMENTS).code == 1
+        assert made == [1, 2, 3]
+        assert [p.name for p in (tmp_path / OUT / "checkpoints").iterdir()] == ["step-000003"]
+
+    def test_all_processes_of_a_launcher_stop_at_one_step(
+        self, tiny_wan: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "prompts.txt").write_text(PROMPTS)
+        command = [
+            sys.executable, "-P", "-m", "torch.distributed.run", "--standalone",
+            "--nproc_per_node", "2", "-m", "diffattn.pipelines", "lora", "train",
+            "--model", tiny_wan, *SIZE[: SIZE.index("--steps")], "--rank", "2", "--attn", "vmoba",
+            "--prompts", "prompts.txt", "--teacher-steps", "1", "--steps", "1000000",
+            "--checkpoint-every", "1000000", "--device", "cpu", "-o", OUT,
+        ]  # fmt: skip
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        log = tmp_path / OUT / "losses.jsonl"
+        # A launcher hands its Ctrl-C on to its processes, which have sessions of their own.
+        with subprocess.Popen(
+            list(map(str, command)), cwd=tmp_path, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) as launcher:  # fmt: skip
+            try:
+                end = time.monotonic() + SECONDS_TO_WAIT
+                while not (log.is_file() and log.read_text().count("\n") >= 2):
+                    assert time.monotonic() < end
+                    assert launcher.poll() is None, launcher.communicate()
+                    time.sleep(0.1)
+                launcher.send_signal(signal.SIGINT)
+                out, err = launcher.communicate(timeout=SECONDS_TO_WAIT)
+            except BaseException:
+                launcher.terminate()  # which ends its processes, too
+                raise
+        (checkpoint,) = (tmp_path / OUT / "checkpoints").iterdir()
+        steps = int(checkpoint.name.removeprefix("step-"))
+        assert steps == log.read_text().count("\n")
+        assert len(list(checkpoint.glob("random_states_*.pkl"))) == 2
+        progress = json.loads((checkpoint / "progress.json").read_text())
+        assert (progress["step"], progress["identity"]["processes"]) == (steps, 2)
+        assert "attention, 1000000 steps, in 2 processes\n" in out
+        assert err.count("stopping after this step with a checkpoint") == 1
+        assert f"interrupted: kept run/checkpoints/{checkpoint.name}; go on from there" in err
+
     def test_a_validation_video_that_fails_does_not_end_the_training(
         self, train: Callable[..., Result], tmp_path: Path, fake_ffmpeg: Callable[[str], None]
     ) -> None:
@@ -389,7 +450,7 @@ class TestRefusals:
             ),
             (
                 ["--prompts", "prompts.txt", "--rank", "0"],
-                "rank is 0, but must be a whole number of at least 1",
+                "rank is 0, but must be a whole number from 1 to 65536",
             ),
             (
                 ["--prompts", "prompts.txt", "--target", "qkv"],
@@ -416,10 +477,10 @@ class TestRefusals:
                 "--config wrong.json: unknown setting 'lernrate'",
             ),
             (["--prompts", "prompts.txt", "--num-frames", "6"], "num_frames is 6, but this model"),
-            (["--config", "path.json"], "data is 3, but must be a path"),
+            (["--config", "path.json"], "--data must be text, not 3"),
             (
                 ["--config", "everywhere.json"],
-                "lora_everywhere is 'yes', but must be true or false",
+                "--lora-everywhere must be true or false, not 'yes'",
             ),
             (
                 ["--prompts", "prompts.txt", "--lora-everywhere"],
@@ -439,6 +500,193 @@ class TestRefusals:
         (tmp_path / "path.json").write_text('{"data": 3}')
         (tmp_path / "everywhere.json").write_text('{"data": ".", "lora_everywhere": "yes"}')
         assert train(*arguments).error.startswith(message)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--rank", 10**8], "rank is 100000000, but must be a whole number from 1 to 65536"),
+            (
+                ["--rank", 33],
+                "rank is 33, but the 8 layers of WanTransformer3DModel that get a LoRA have a rank"
+                " of 32 at most themselves: give a rank from 1 to 32",
+            ),
+            (
+                ["--rank", 33, "--target", "to_v"],
+                "rank is 33, but the 2 layers of WanTransformer3DModel that get a LoRA have a rank"
+                " of 32 at most themselves: give a rank from 1 to 32",
+            ),
+            (["--alpha", 1e300], "alpha is 1e+300, but must be a number above 0 and at most 1e+06"),
+            (
+                ["--learning-rate", 1e300],
+                "learning_rate is 1e+300, but must be a number above 0 and at most 1e+06",
+            ),
+            (
+                ["--objective", 1e39],
+                "objective is 1e+39, but must be a number of at least 0 and at most 1e+06",
+            ),
+            (["--shift", 1e300], "shift is 1e+300, but must be a number above 0 and at most 1e+06"),
+            (
+                ["--batch-size", 10**25],
+                f"batch_size is {10**25}, but must be a whole number from 1 to 65536",
+            ),
+            (["--seed", 2**64], f"seed is {2**64}, but must be a whole number from 0 to"),
+            (
+                ["--samples", 10**12],
+                "--samples must be a whole number from 1 to 1000000, not 1000000000000",
+            ),
+            (["--samples", 0], "--samples must be a whole number from 1 to 1000000, not 0"),
+            (
+                ["--teacher-steps", 0],
+                "--teacher-steps must be a whole number of at least 1, not 0",
+            ),
+            (["--warmup-steps", 3], "warmup_steps is 3, but the run has 2 steps: give at most as"),
+        ],
+    )
+    def test_numbers_that_no_training_can_have(
+        self, arguments: list[Any], message: str, train: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        assert train("--prompts", "prompts.txt", *CELLS, *arguments).error.startswith(message)
+        # Nothing was encoded before.
+        assert not (tmp_path / OUT).exists()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (
+                ["--data", "data", "--samples", 2],
+                "--samples is about the videos that the dense model makes of --prompts, which is"
+                " not given",
+            ),
+            (
+                ["--data", "data", "--teacher-steps", 1],
+                "--teacher-steps is about the videos that the dense model makes of --prompts, which"
+                " is not given",
+            ),
+            (
+                ["--prompts", "prompts.txt", "--fps", 8],
+                "--fps is the rate at which the clips of --data are read: WanPipeline makes the"
+                " videos of --prompts without one",
+            ),
+            (
+                ["--prompts", "prompts.txt", "--validation-steps", 2],
+                "--validation-steps is about the videos of --validate-every, which is not given",
+            ),
+            (
+                ["--prompts", "prompts.txt", "--resume"],
+                "--resume: there is no run in run, which does not exist; leave --resume out to"
+                " start one",
+            ),
+        ],
+    )
+    def test_options_that_would_do_nothing(
+        self, arguments: list[Any], message: str, train: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        assert train(*arguments, *CELLS).error == message
+        assert not (tmp_path / OUT).exists()
+
+    def test_a_method_that_does_not_fit_the_clips_is_refused_before_they_are_made(
+        self, train: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        gna = ["--attn", "gna", "--attn-arg", "window=3,3"]
+        error = train("--prompts", "prompts.txt", *gna).error
+        assert error.startswith("window is (3, 3), for height and width, but the grid 2x2x3")
+        assert not (tmp_path / OUT).exists()
+
+    def test_resuming_a_run_that_was_stopped_before_its_first_checkpoint_is_said(
+        self, train: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        (tmp_path / OUT).mkdir()
+        result = train("--prompts", "prompts.txt", *CELLS, "--resume")
+        assert result.code == 0, result.err
+        assert result.out.splitlines()[0] == (
+            "run has no checkpoint to go on from: the training starts at its first step"
+        )
+
+    @pytest.mark.parametrize(
+        "option", ["--output", "--data", "--captions", "--prompts", "--cache", "--config"]
+    )
+    @pytest.mark.parametrize(
+        ("name", "problem"),
+        [
+            ("", "must be text, not ''"),
+            (" ", "must be text, not ' '"),
+            ("sur\udcff", "must be text in UTF-8, not 'sur\\udcff'"),
+        ],
+    )
+    def test_names_that_are_no_names(
+        self, option: str, name: str, problem: str, train: Callable[..., Result]
+    ) -> None:
+        source = [] if option in ("--data", "--prompts") else ["--data", "data"]
+        assert train(*source, option, name).error == f"{option} {problem}"
+
+    def test_a_name_that_no_folder_can_have(self, train: Callable[..., Result]) -> None:
+        error = train("--prompts", "prompts.txt", "-o", "x" * 300).error
+        assert error.startswith("--output: the name xxxx")
+        assert error.endswith(".. has 300 bytes, but files have at most 255")
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("deep.json", "[" * 100_000, "--config deep.json is not JSON: "),
+            ("deep.toml", "a = " + "[" * 100_000, "--config deep.toml is not TOML: "),
+            ("bytes.toml", b"a = '\xff'", "--config bytes.toml is not TOML: "),
+            ("a.toml", 'samples = "2"', "--samples must be a whole number from 1 to"),
+            ("a.toml", "samples = true", "--samples must be a whole number from 1 to"),
+            ("a.toml", "validation_steps = 1.5", "--validation-steps must be a whole number of"),
+            ("a.toml", 'fps = "8"', "--fps must be a number of at least 0.01 and at most 1000"),
+            (
+                "a.toml",
+                'validate_every = "x"\nvalidation_prompts = ["x"]',
+                "--validate-every must be a whole number of at least 1, not 'x'",
+            ),
+            (
+                "a.toml",
+                'validate_every = 1\nvalidation_prompts = "a cow"',
+                "--validation-prompts must be a list of prompts, not 'a cow'",
+            ),
+            (
+                "a.toml",
+                "validate_every = 1\nvalidation_prompts = [3]",
+                "--validation-prompts must be a list of prompts, not (3,)",
+            ),
+            ("a.toml", "device = 3", "--device must be text, not 3"),
+            (
+                "a.toml",
+                "attention = 3",
+                "--config a.toml: attention is 3, but must be a method's name or a table with its"
+                " type",
+            ),
+        ],
+    )
+    def test_config_files(
+        self,
+        name: str,
+        content: str | bytes,
+        message: str,
+        train: Callable[..., Result],
+        tmp_path: Path,
+    ) -> None:
+        data = content.encode() if isinstance(content, str) else content
+        (tmp_path / name).write_bytes(data)
+        assert train("--prompts", "prompts.txt", "--config", name).error.startswith(message)
+
+    def test_a_lack_of_memory(
+        self, train: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fails(trainer: Trainer) -> None:
+            raise RuntimeError("[enforce fail] can't allocate memory: you tried to allocate 1 byte")
+
+        monkeypatch.setattr(Trainer, "_make_step", fails)
+        assert train("--prompts", "prompts.txt", *CELLS).error == (
+            "out of memory: try --gradient-checkpointing, fewer frames, a smaller size, a smaller"
+            " --batch-size or --rank, or --dtype bfloat16"
+        )
+
+    def test_values_of_any_length_make_short_lines(self, train: Callable[..., Result]) -> None:
+        error = train("--prompts", "prompts.txt", "--target", "x" * 100_000).error
+        assert error.startswith("target 'xxxx")
+        assert error.endswith("those of blocks.0.attn1 are to_q, to_k, to_v, to_out.0")
+        assert len(error) < 1500
 
     def test_a_model_without_a_scheduler(
         self, train: Callable[..., Result], tiny_wan: Path, tmp_path: Path

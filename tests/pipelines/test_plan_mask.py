@@ -2,17 +2,21 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import cv2
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from diffattn import GNAAttn, Method, TokenGrid, draw, plan
+from diffattn import FreeSwimAttn, GNAAttn, Method, RadialAttn, TokenGrid, draw, plan
 from diffattn.grid import Reference
 from diffattn.methods import METHODS, from_dict
 from diffattn.pipelines.cli.grid_text import read_grid, read_place, with_references
+
+from .conftest import SIZE
 
 GNA = ["--method", "gna", "--arg", "window=2,5,5"]
 
@@ -93,7 +97,9 @@ class TestPlan:
         assert "0 of 3 layers stay dense" in rows["FLOPs of a forward"]
         assert rows["dense steps"] == f"{wanted.dense_steps} of 10"
         assert rows["speed-up at most"].startswith(f"{wanted.attention_speedup:.2f}x of a sparse")
-        assert rows["block-sparse"] == "no; in whole tiles of this grid only dense attention is"
+        assert rows["block-sparse"].startswith(
+            "no; in whole tiles of 3x7x9+5 text only dense attention is; on 3x8x8+5 text"
+        )
         assert "model" not in rows
         assert "other layers" not in rows
 
@@ -119,6 +125,33 @@ class TestPlan:
         setting = re.search(r"nearest setting that is: (window=\S+) (stride=\S+)$", out, re.M)
         again = diffattn("plan", *options, setting[1], "--arg", setting[2]).out
         assert re.search(r"block-sparse +yes: no block needs a mask", again)
+
+    @pytest.mark.parametrize(
+        ("grid", "options"),
+        [
+            ("21x45x80", []),
+            ("21x30x52", []),
+            ("31x45x80", ["window=9,24,24"]),
+            ("3x7x9+5", ["window=2,5,5"]),
+            ("31x31", ["window=5"]),
+            ("20x45x77", ["window=18,24,24", "is_causal=True,False,False"]),
+        ],
+    )
+    def test_a_grid_without_such_a_setting_has_one_beside_it(self, diffattn, grid, options):
+        given = [word for option in options for word in ("--arg", option)]
+        out = diffattn("plan", "--grid", grid, "--method", "gna", *given).out
+        out = " ".join(out.split())
+        found = re.search(
+            r"only dense attention is; on ([\dx]+)\S* ?(?:text )?(window=\S+) (stride=\S+) is ", out
+        )
+        text = "+5" if "+" in grid else ""
+        more = [word for option in options if "causal" in option for word in ("--arg", option)]
+        again = diffattn("plan", "--grid", f"{found[1]}{text}", "--method", "gna", "--arg",
+                         found[2], "--arg", found[3], *more).out  # fmt: skip
+        assert re.search(r"block-sparse +yes: no block needs a mask", again)
+        assert float(re.search(r"token density +([\d.]+)%", again)[1]) < 100
+        sides = [[int(n) for n in name.split("+")[0].split("x")][-2:] for name in (found[1], grid)]
+        assert all(abs(a - b) <= 0.2 * b for a, b in zip(*sides, strict=True))
 
     def test_text_and_ends_need_masks(self, diffattn):
         options = ["--grid", "77+4x16x16", "--method", "gna", "--arg", "window=4,8,8"]
@@ -226,6 +259,100 @@ class TestPlan:
         )
 
 
+class TestPlanOfFiles:
+    """`plan` reads LoRAs and records as `generate` does."""
+
+    @pytest.mark.parametrize(
+        ("model", "latents", "size"),
+        [
+            ("Wan-AI/Wan2.1-T2V-14B", [16, 21, 60, 104], (480, 832, 81)),
+            ("Wan-AI/Wan2.2-TI2V-5B", [48, 31, 44, 80], (704, 1280, 121)),
+            ("THUDM/CogVideoX-5b", [16, 13, 60, 90], (480, 720, 49)),
+            ("Lightricks/LTX-Video", [128, 21, 16, 22], (512, 704, 161)),
+        ],
+    )
+    def test_the_method_and_the_size_of_a_lora(self, diffattn, tmp_path, model, latents, size):
+        lora = self.lora(tmp_path, {"type": "gna", "window": ["full", 5, 7]}, latents)
+        height, width, frames = size
+        sizes = ["--height", height, "--width", width, "--num-frames", frames]
+        options = ["--attn", "gna", "--attn-arg", "window=full,5,7", *sizes]
+        wanted = diffattn("plan", "--model", model, "--json", *options)
+        found = diffattn("plan", "--lora", lora, "--model", model, "--json")
+        assert wanted.code == found.code == 0, (wanted.err, found.err)
+        assert json.loads(found.out) == json.loads(wanted.out)
+
+    def test_options_come_before_a_lora(self, diffattn, tmp_path):
+        lora = self.lora(tmp_path, {"type": "gna", "window": 3}, [16, 21, 60, 104])
+        model = ["--model", "Wan-AI/Wan2.1-T2V-1.3B", "--json"]
+        other = json.loads(diffattn("plan", "--lora", lora, "--attn", "radial", *model).out)
+        assert other["method"]["type"] == "radial"
+        assert other["grid"]["frames"] == 21
+        larger = diffattn("plan", "--lora", lora, "--num-frames", 33, *model)
+        assert json.loads(larger.out)["grid"]["frames"] == 9
+        assert json.loads(larger.out)["method"]["window"] == 3
+        grid = json.loads(diffattn("plan", "--lora", lora, "--grid", "4x8x8", "--json").out)
+        assert (grid["method"]["type"], grid["tokens"]) == ("gna", 256)
+
+    def test_the_run_of_a_record(self, diffattn, generate, tmp_path):
+        options = ["--attn", "gna", "--attn-arg", "window=3", *SIZE]
+        assert generate("a cat", *options, "-o", tmp_path / "a.gif").code == 0
+        record = tmp_path / "a.gif.json"
+        model = json.loads(record.read_text())["settings"]["model"]
+        wanted = json.loads(diffattn("plan", "--model", model, *options, "--json").out)
+        assert json.loads(diffattn("plan", "--from", record, "--json").out) == wanted
+        shorter = diffattn("plan", "--from", record, "--num-frames", 1, "--steps", 7, "--json")
+        assert json.loads(shorter.out)["grid"]["frames"] == 1
+        assert json.loads(shorter.out)["steps"] == 7
+        grid = json.loads(diffattn("plan", "--from", record, "--grid", "4x8x8", "--json").out)
+        assert (grid["method"]["type"], grid["tokens"], grid["steps"]) == ("gna", 256, 2)
+
+    def test_a_lora_goes_before_a_record(self, diffattn, tmp_path):
+        lora = self.lora(tmp_path, {"type": "gna", "window": 3}, [16, 21, 60, 104])
+        settings = {"prompt": "x", "attention": {"type": "radial"}, "steps": 3,
+                    "model": "Wan-AI/Wan2.1-T2V-1.3B", "num_frames": 5}  # fmt: skip
+        record = tmp_path / "a.mp4.json"
+        record.write_text(json.dumps({"diffattn_record": 1, "settings": settings}))
+        read = json.loads(diffattn("plan", "--from", record, "--lora", lora, "--json").out)
+        assert (read["method"]["type"], read["steps"], read["grid"]["frames"]) == ("gna", 3, 2)
+
+    @pytest.mark.parametrize("suffix", [".bin", ".pt"])
+    def test_files_that_say_nothing(self, diffattn, tmp_path, suffix):
+        pickled = tmp_path / f"a{suffix}"
+        pickled.write_bytes(b"x")
+        model = ["--model", "Wan-AI/Wan2.1-T2V-1.3B"]
+        assert "is a pickled file" in diffattn("plan", "--lora", pickled, *model).error
+        foreign = tmp_path / "a.safetensors"
+        save_file({"x.lora_A.weight": torch.ones(1)}, foreign)
+        error = diffattn("plan", "--lora", foreign, *model).error
+        assert error.endswith("names no method and no size: `diffattn lora train` did not train it")
+        assert diffattn("plan", "--lora", " ", *model).error.startswith("--lora must be text")
+        assert "there is no LoRA at" in diffattn("plan", "--lora", tmp_path / "no", *model).error
+        lora = self.lora(tmp_path, {"type": "gna", "window": 3}, [1])
+        error = diffattn("plan", "--lora", lora, *model).error
+        assert error.startswith("the LoRA's header gives its latents as [1], but latents have chan")
+        error = diffattn("plan", "--lora", lora).error
+        assert error == "give exactly one of --model and --grid"
+        error = diffattn("plan", "--from", tmp_path / "no.json").error
+        assert error.startswith(f"cannot read {tmp_path / 'no.json'}: No such file")
+        record = tmp_path / "a.json"
+        settings = {"model": "Wan-AI/Wan2.1-T2V-1.3B", "height": "x"}
+        record.write_text(json.dumps({"diffattn_record": 1, "settings": settings}))
+        error = diffattn("plan", "--from", record).error
+        assert error == "--height must be a whole number of at least 1, not 'x'"
+        record.write_text(json.dumps({"diffattn_record": 1, "settings": {"model": 5}}))
+        assert diffattn("plan", "--from", record).error == "--model must be text, not 5"
+
+    @staticmethod
+    def lora(folder, method, latents):
+        """A LoRA's file with the header of a training; its weights are not read."""
+        header = {"method": method, "denoiser": "transformer", "steps": 1, "latents": latents,
+                  "settings": {}}  # fmt: skip
+        path = folder / "lora" / "pytorch_lora_weights.safetensors"
+        path.parent.mkdir()
+        save_file({"x.lora_A.weight": torch.ones(1)}, path, {"diffattn": json.dumps(header)})
+        return path.parent
+
+
 class TestMask:
     def test_figures_and_picture(self, mask, tmp_path):
         result = mask(*GNA, "--grid", "3x7x9+5", "-o", "there/small.png", "--query", "2,3,4")
@@ -245,6 +372,51 @@ class TestMask:
         assert [path.name for path in (tmp_path / "there").iterdir()] == ["small.png"]
         image = cv2.imread(str(tmp_path / "there" / "small.png"))[..., ::-1]
         assert np.array_equal(image, draw.picture(method, grid, (2, 3, 4)))
+
+    @pytest.mark.parametrize(
+        ("options", "method", "text", "grid"),
+        [
+            (["window=1,3,5"], GNAAttn(window=(1, 3, 5)), "2x4x5", TokenGrid(2, 4, 5)),
+            (
+                ["window=3", "is_causal=True"],
+                GNAAttn(window=3, is_causal=True),
+                "5x8",
+                TokenGrid(1, 5, 8),
+            ),
+            (["radius=1"], FreeSwimAttn(radius=1), "2x5x6+3", TokenGrid(2, 5, 6, 0, 3)),
+            (["decay_factor=0.2"], RadialAttn(decay_factor=0.2), "5x3x4", TokenGrid(5, 3, 4)),
+        ],
+    )
+    def test_the_file_shows_every_pair_of_tokens(self, mask, tmp_path, options, method, text, grid):
+        """Pixels of the file against the method's dense mask."""
+        given = [word for option in options for word in ("--arg", option)]
+        assert mask("--method", method.type, *given, "--grid", text, "-o", "a.png").code == 0
+        image = cv2.imread(str(tmp_path / "a.png"))[..., ::-1]
+        video = replace(grid, text_before=0, text_after=0)
+        pairs = np.asarray(method.for_model("", video).mask(grid).dense())
+        side = 600 // grid.tokens
+        # The left picture begins at the margin, below three lines of text and a heading.
+        colours = np.where(pairs[..., None], draw.ALL, draw.NONE)
+        middles = slice(28 + side // 2, 28 + side * grid.tokens, side)
+        found = [
+            top
+            for top in range(28, image.shape[0] - side * grid.tokens)
+            if (image[top + side // 2 :: side, middles][: grid.tokens] == colours).all()
+        ]
+        assert found, "no place of the picture shows the mask"
+
+    def test_a_picture_that_was_not_written_is_no_picture(self, mask, tmp_path, monkeypatch):
+        (tmp_path / "a.png").write_bytes(b"an older picture")
+        whole = draw.png
+        monkeypatch.setattr(draw, "png", lambda image: whole(image)[:500])
+        result = mask("--grid", "2x3x4", "--method", "dense", "-o", "a.png")
+        assert result.code == 2
+        assert "cannot write a.png: it cannot be read back: " in result.err
+        monkeypatch.setattr(draw, "png", lambda image: whole(image[:-8]))
+        result = mask("--grid", "2x3x4", "--method", "dense", "-o", "a.png")
+        assert re.search(r"cannot write a.png: it is \d+x\d+ instead of \d+x\d+$", result.err)
+        assert (tmp_path / "a.png").read_bytes() == b"an older picture"
+        assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
     def test_keys_that_are_no_tokens_are_mentioned(self, mask):
         note = (

@@ -20,6 +20,12 @@ def test_blank_lines_are_skipped_and_told(tmp_path):
     assert read.blank_lines == (1, 3)
 
 
+def test_lines_with_a_hash_are_prompts_and_told(tmp_path):
+    read = read_prompts(write(tmp_path, b"# one\ntwo # three\n\n  #four\n"))
+    assert read.prompts == ("# one", "two # three", "#four")
+    assert read.hash_lines == (1, 4)
+
+
 def test_other_systems_line_ends_and_byte_order_marks_are_no_text(tmp_path):
     read = read_prompts(write(tmp_path, b"\xef\xbb\xbfone\r\ntwo\r\n"))
     assert read.prompts == ("one", "two")

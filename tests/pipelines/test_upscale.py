@@ -40,6 +40,8 @@ def test_from_a_prompt(upscale, tmp_path, record):
     assert lines[0] == "48x32 to 96x64 (asked for 90x60), 5 frames"
     assert lines[1].startswith("2 steps, 1 of them guided by all tokens; 0.0 MiB (device)")
     assert lines[-1].startswith("out.mp4: 5 frames 96x64, ")
+    steps = [line.partition(",")[0] for line in lines if ": step " in line]
+    assert steps == ["base video: step 1/1", "upscale: step 1/2", "upscale: step 2/2"]
     written = record("out.json")
     assert written["settings"]["height"] == 60
     assert written["frames"] == [5, 64, 96]
@@ -54,6 +56,7 @@ def test_from_a_video_with_its_rate(upscale, tmp_path):
     assert result.code == 0, result.err
     # Four frames a latent and one: two are left out.
     assert result.out.splitlines()[0] == "48x32 to 96x64, 5 of 7 frames"
+    assert "base video: step" not in result.out
     assert iio.imread(tmp_path / "out.mp4", plugin="FFMPEG").shape == (5, 64, 96, 3)
     assert iio.immeta(tmp_path / "out.mp4", plugin="FFMPEG")["fps"] == 12
 

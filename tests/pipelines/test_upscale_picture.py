@@ -1,6 +1,7 @@
 """Runs of ``diffattn upscale`` on tiny pipelines that make pictures."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +119,7 @@ def test_flux(upscale):
     assert "48x32: strength 0.7" in result.out
     # Its steps are lines of this command, not a bar of diffusers'.
     assert "upscale: step 3/3" in result.out
+    assert re.search(r"^first picture: step (\d+)/\1,", result.out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

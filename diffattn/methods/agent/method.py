@@ -37,7 +37,7 @@ from diffattn.methods.agent.agents import (
     gather_values,
     joined_agents,
 )
-from diffattn.methods.base import Adaptation, Method, Site, SiteWeights, Work
+from diffattn.methods.base import Adaptation, Compiled, Method, Site, SiteWeights, Work
 from diffattn.models import family_of, makes_images
 from diffattn.spans import Division, Span, division_of, spans_of
 
@@ -209,8 +209,19 @@ class AgentAttn(Method):
 
         return MergedBlocks(model, type(self))
 
+    def compiled_as(self, family: str) -> Compiled:
+        # Merging in a U-Net depends on the values of the tokens, and so breaks the graph anyway.
+        if family == _UNET:
+            return "outside"
+        # An operator of a whole group of blocks does not know the numbers of one block.
+        return "traced" if self._differs_by_block else "operator"
+
+    @property
+    def _differs_by_block(self) -> bool:
+        return isinstance(self.k_scale2, tuple) or isinstance(self.k_shortcut, tuple)
+
     def layer_weights(self, layer: int) -> SiteWeights | None:
-        if not isinstance(self.k_scale2, tuple) and not isinstance(self.k_shortcut, tuple):
+        if not self._differs_by_block:
             return None
         return _Factors(_at(self.k_scale2, layer), _at(self.k_shortcut, layer))
 

@@ -18,7 +18,7 @@ from diffattn.blocks import BlockLayout
 from diffattn.grid import TokenGrid
 from diffattn.interception import through_modes
 from diffattn.masks.base import BLOCK, AttentionMask
-from diffattn.methods.base import AttachedSites, Site, SiteWeights, StaticMaskMethod
+from diffattn.methods.base import AttachedSites, Compiled, Site, SiteWeights, StaticMaskMethod
 from diffattn.methods.clear.cells import CellWeights, cells, mean_weight, pooled
 from diffattn.methods.clear.disk import DiskMask, best_tile, disk_limits
 from diffattn.operator import add_keys, attention, every_pair
@@ -200,6 +200,10 @@ class CLEARAttn(StaticMaskMethod):
     def caution(self, grid: TokenGrid) -> str:
         return "without fine-tuned weights pictures lose quality"
 
+    def compiled_as(self, family: str) -> Compiled:
+        # An operator of a whole group of blocks does not know the weights of one block.
+        return "outside"
+
     def check_family(self, family: str) -> None:
         if self.ntk_factor != 1 and family not in ("", "flux"):
             raise ValueError(
@@ -228,12 +232,14 @@ class CLEARAttn(StaticMaskMethod):
         scale: float | None = None,
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        attend = super().attend if self.is_mask_alone else self._attend_with_cells
+        from diffattn.kernels.outside_graphs import call_outside  # which imports Dynamo
+
+        # The content of a layout depends on the mask and cannot be traced.
+        outside = partial(call_outside, self._attend_with_cells)
+        attend = super().attend if self.is_mask_alone else outside
         with_rest = partial(attend, site=site, scale=scale, key_mask=key_mask)
         return through_modes(with_rest, query, key, value)
 
-    # The content of a layout depends on the mask and cannot be traced: compiled code breaks here.
-    @torch.compiler.disable
     def _attend_with_cells(
         self,
         query: torch.Tensor,

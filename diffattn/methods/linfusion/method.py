@@ -22,7 +22,7 @@ from diffattn.grid import TokenGrid
 from diffattn.interception import through_modes
 from diffattn.kernels.linear import CHUNK, linear_attention
 from diffattn.masks.base import BLOCK
-from diffattn.methods.base import Method, Site, SiteState, SiteWeights, Work
+from diffattn.methods.base import Compiled, Method, Site, SiteState, SiteWeights, Work
 from diffattn.methods.checkpoint import parameters_by_own_name
 from diffattn.methods.linfusion.projections import with_input_maps
 from diffattn.models import FAMILIES, family_of
@@ -154,6 +154,11 @@ class LinFusionAttn(Method):
                 f" {shown}; leave it out"
             )
 
+    def compiled_as(self, family: str) -> Compiled:
+        texts = {known.name: known.text for known in FAMILIES}
+        # Among video tokens alone the arrangement of the tokens does not matter.
+        return "row" if texts.get(family) is None else "outside"
+
     def caution(self, grid: TokenGrid) -> str:
         return "without trained weights pictures lose their composition"
 
@@ -191,8 +196,11 @@ class LinFusionAttn(Method):
         division = self._division(site.grid)
         rotation = _rotation(site, query, division)
         if division.others:
+            from diffattn.kernels.outside_graphs import call_outside  # which imports Dynamo
+
+            # The content of a layout depends on the mask and cannot be traced.
             attend = partial(
-                self._attend_jointly,
+                partial(call_outside, self._attend_jointly),
                 site=site,
                 division=division,
                 rotation=rotation,
@@ -233,8 +241,6 @@ class LinFusionAttn(Method):
             backend=_BACKENDS[chosen],
         )
 
-    # The content of a layout depends on the mask and cannot be traced: compiled code breaks here.
-    @torch.compiler.disable
     def _attend_jointly(
         self,
         query: torch.Tensor,

@@ -1,0 +1,343 @@
+"""SelectedBlocksMethod: attention of query blocks to the key blocks that their content selects."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from diffattn._checks import check_fields, choice, count
+from diffattn.curves import CURVES, along_curve
+from diffattn.grid import TokenGrid
+from diffattn.masks.base import AttentionMask
+from diffattn.methods.base import Method, Site
+from diffattn.operator import attention
+from diffattn.orders import TileOrder, permuted, tile_for
+from diffattn.routing.lists import layout_of_blocks
+from diffattn.routing.rules import neighbours
+from diffattn.selected.attention import SelectionMask
+from diffattn.selected.key_blocks import KeyBlocks
+from diffattn.selected.summary import Summary, summarised_attention
+from diffattn.spans import Span, spans_of
+
+ORDERS = ("raster", "tile", *CURVES)
+REMAINDERS = ("drop", "summary")
+_ALLOWED = {
+    "block": count(16),
+    "order": choice(ORDERS),
+    "neighbours": count(0),
+    "remainder": choice(REMAINDERS),
+}
+# Bytes of scores and lists in memory at a time; heads take turns where all heads would need more.
+_BYTES_AT_ONCE = 1 << 29
+_BYTES_PER_PAIR = 24
+
+
+@dataclass(frozen=True)
+class Always:
+    """The pairs of blocks that are seen in any case.
+
+    Attributes:
+        pairs: bool (blocks, blocks).
+        candidates: int64 (blocks,), the number of other blocks of each row.
+        counts: the numbers in `candidates`, without repetitions and without 0.
+    """
+
+    pairs: torch.Tensor
+    candidates: torch.Tensor
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """A call's tokens, in the method's order, and the means of their blocks.
+
+    Attributes:
+        query, key: (batch, tokens, heads, head_dim).
+        blocks: the blocks, the same for queries and keys; other tokens than video are among them.
+        query_means, key_means: float32 (batch, blocks, heads, head_dim).
+        counted: bool (batch, tokens), False for padding; None without padding.
+        always: the pairs of blocks that are seen in any case.
+        scale: factor of the scores.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    blocks: KeyBlocks
+    query_means: torch.Tensor
+    key_means: torch.Tensor
+    counted: torch.Tensor | None
+    always: Always
+    scale: float
+
+    @property
+    def holds_any(self) -> torch.Tensor | None:
+        """Whether any token of a block counts: bool (batch, blocks); None without padding."""
+        if self.counted is None:
+            return None
+        return self.blocks.means(self.counted[:, :, None, None].float())[:, :, 0, 0] > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectedBlocksMethod(Method):
+    """A method that cuts all tokens into equal blocks, and selects key blocks for query blocks.
+
+    Blocks count from the start of the sequence; the last block may be short. Text and other tokens
+    beside the video keep their places: blocks with such tokens see every key, and every query sees
+    them. With "visible" references a block of a reference selects among the blocks of the same
+    reference, with "local" references each block selects among those of the video and of all
+    references.
+
+    Attributes:
+        block: tokens per block, a multiple of 16.
+        order: the order of the video tokens that blocks are cut from: "raster" for the model's own,
+            "tile" for boxes of `block` tokens, or a curve of `diffattn.curves`.
+        neighbours: blocks before and after its own that a query block always sees; 0 for its own
+            block alone.
+        remainder: "drop" to leave out blocks that are not selected, or "summary" to see each of
+            them by its mean key and mean value (arXiv 2607.24027).
+
+    Raises:
+        ValueError: for a parameter out of range.
+    """
+
+    traced_whole: ClassVar[bool] = True
+
+    block: int = field(default=64, metadata={"help": "tokens per block, a multiple of 16"})
+    order: str = field(default="morton", metadata={"help": f"one of {', '.join(ORDERS)}"})
+    neighbours: int = field(
+        default=0, metadata={"help": "blocks beside its own that a query block always sees"}
+    )
+    remainder: str = field(
+        default="drop", metadata={"help": "blocks that are not selected: drop or summary"}
+    )
+    _places: dict[tuple[TokenGrid, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _seen: dict[tuple[TokenGrid, torch.device], Always] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _blocks: dict[tuple[int, torch.device], KeyBlocks] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, _ALLOWED)
+        if self.block % 16:
+            raise ValueError(
+                f"block is {self.block}, but must be a multiple of 16: try"
+                f" {self.block // 16 * 16} or {self.block // 16 * 16 + 16}"
+            )
+
+    @abstractmethod
+    def choose(self, pooled: Pooled) -> torch.Tensor:
+        """The key blocks that each query block selects, beside those that it always sees.
+
+        Args:
+            pooled: the tokens of the call and the means of their blocks.
+
+        Returns:
+            bool (batch, heads, blocks, blocks).
+        """
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every block is selected, whatever the tokens hold."""
+        return False
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        site: Site,
+        *,
+        scale: float | None = None,
+        key_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        grid, tokens = site.grid, query.shape[1]
+        key, value = (_for_every_head(x, query) for x in (key, value))
+        if self.is_dense:
+            return attention(query, key, value, scale=scale, key_mask=key_mask)
+        there, back = self._permutation(grid, query.device)
+        query, key, value = (permuted(x, there, back, 1) for x in (query, key, value))
+        counted = None if key_mask is None else key_mask.index_select(1, there)
+        always = self._always(grid, query.device)
+        pairs = query.shape[0] * always.pairs.numel() * _BYTES_PER_PAIR
+        step = max(1, _BYTES_AT_ONCE // pairs)
+        outs = []
+        for first in range(0, query.shape[2], step):
+            q, k, v = (x[:, :, first : first + step] for x in (query, key, value))
+            chosen = self._chosen(q, k, counted, always, scale)
+            layout = layout_of_blocks(
+                chosen, tokens_q=tokens, tokens_kv=tokens, block_q=self.block, block_kv=self.block
+            )
+            if self.remainder == "drop":
+                outs.append(attention(q, k, v, layout, scale=scale, key_mask=counted))
+                continue
+            blocks = self._key_blocks(tokens, query.device)
+            summary = Summary.of_blocks(k, v, blocks, chosen, key_mask=counted)
+            out = summarised_attention(q, k, v, layout, summary, scale=scale, key_mask=counted)
+            assert isinstance(out, torch.Tensor)
+            outs.append(out)
+        return permuted(torch.cat(outs, 2), back, there, 1)
+
+    def selection(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        site: Site,
+        *,
+        scale: float | None = None,
+        key_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The blocks that `attend` computes for the same arguments.
+
+        Returns:
+            bool (batch, heads, blocks, blocks), of blocks in the method's order.
+        """
+        key = _for_every_head(key, query)
+        there, back = self._permutation(site.grid, query.device)
+        query, key = (permuted(x, there, back, 1) for x in (query, key))
+        counted = None if key_mask is None else key_mask.index_select(1, there)
+        return self._chosen(query, key, counted, self._always(site.grid, query.device), scale)
+
+    def selection_mask(self, chosen: torch.Tensor, grid: TokenGrid) -> AttentionMask:
+        """The selection of one head as a mask.
+
+        Args:
+            chosen: bool (blocks, blocks), of one head and sample from `selection`.
+            grid: the tokens of the call.
+        """
+        there, _ = self._permutation(grid, torch.device("cpu"))
+        block_of = torch.empty_like(there)
+        block_of[there] = torch.arange(grid.tokens) // self.block
+        return SelectionMask(grid, chosen.cpu()[block_of], block_of)
+
+    @torch.no_grad()
+    def _chosen(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        counted: torch.Tensor | None,
+        always: Always,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """The pairs of blocks that are computed, bool (batch, heads, blocks, blocks)."""
+        blocks = self._key_blocks(query.shape[1], query.device)
+        # In an autocast region the scores would be in half precision.
+        with torch.autocast(query.device.type, enabled=False):
+            pooled = Pooled(
+                query,
+                key,
+                blocks,
+                blocks.means(query, counted),
+                blocks.means(key, counted),
+                counted,
+                always,
+                query.shape[-1] ** -0.5 if scale is None else scale,
+            )
+            chosen = self.choose(pooled) | always.pairs
+        there = pooled.holds_any
+        # A block without a key that counts has nothing to give, summary or not.
+        return chosen if there is None else chosen & there[:, None, None]
+
+    def spans(self, grid: TokenGrid) -> tuple[Span, ...]:
+        return super().spans(grid) if self.references == "exact" else spans_of(grid, self.block)
+
+    def _always(self, grid: TokenGrid, device: torch.device) -> Always:
+        known = grid, device
+        if known not in self._seen:
+            owner = self._owners(grid)
+            pairs = neighbours(len(owner), len(owner), self.neighbours)
+            pairs |= (owner < 0)[:, None] | (owner < 0)
+            if self.references != "local":
+                pairs |= owner[:, None] != owner
+            candidates = (~pairs).sum(1)
+            counts = tuple(candidates[candidates > 0].unique().tolist())
+            with torch.inference_mode(False):
+                self._seen[known] = Always(pairs.to(device), candidates.to(device), counts)
+        return self._seen[known]
+
+    def _owners(self, grid: TokenGrid) -> torch.Tensor:
+        """The number of the span that each block lies in, int64 (blocks,); -1 for no single one."""
+        of_token = torch.full((grid.tokens,), -1)
+        for number, span in enumerate(self.spans(grid)):
+            of_token[span.grid.video] = number
+        # Tokens past the end belong to whom the last token does.
+        padded = torch.cat([of_token, of_token[-1:].expand(-grid.tokens % self.block)])
+        in_blocks = padded.unflatten(0, (-1, self.block))
+        first = in_blocks[:, 0]
+        return first.masked_fill((in_blocks != first[:, None]).any(1), -1)
+
+    def _key_blocks(self, tokens: int, device: torch.device) -> KeyBlocks:
+        known = tokens, device
+        if known not in self._blocks:
+            whole, rest = divmod(tokens, self.block)
+            lengths = [self.block] * whole + [rest] * (rest > 0)
+            with torch.inference_mode(False):
+                self._blocks[known] = KeyBlocks.of_lengths(lengths, device)
+        return self._blocks[known]
+
+    def _permutation(
+        self, grid: TokenGrid, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The position in the model's order of each token of the method's order; the inverse."""
+        known = grid, device
+        if known not in self._places:
+            # Training after a run in inference mode must be able to use these tensors.
+            with torch.inference_mode(False):
+                there = self._sequence(grid).to(device)
+                self._places[known] = there, there.argsort()
+        return self._places[known]
+
+    def _sequence(self, grid: TokenGrid) -> torch.Tensor:
+        out = torch.arange(grid.tokens)
+        for span in self.spans(grid):
+            out[span.grid.video] = self._in_span(span.grid)
+        return out
+
+    def _in_span(self, grid: TokenGrid) -> torch.Tensor:
+        """The positions of the tokens of one span, in the method's order."""
+        if self.order == "raster":
+            return torch.arange(grid.video.start, grid.video.stop)
+        if self.order == "tile":
+            return TileOrder(grid, tile_for(grid, self.block)).positions()[grid.video]
+        places = along_curve(grid, self.order)  # type: ignore[arg-type]
+        # Tokens of the span fill the block that other tokens begin: later blocks then start where a
+        # run of `block` tokens of the curve starts.
+        return places.roll(-grid.text_before % self.block) + grid.text_before
+
+    def _density(self, grid: TokenGrid, share: float) -> float:
+        """The share of pairs of blocks that attend if rows select a share of their candidates."""
+        always = self._always(grid, torch.device("cpu")).pairs.float().mean().item()
+        return always + (1 - always) * share
+
+    def _pooling_flops(self, grid: TokenGrid, channels: int) -> float:
+        """Operations that pool and score: sums over queries and keys, and a product of means."""
+        blocks = -(-grid.tokens // self.block)
+        return 2 * grid.tokens * channels + 2 * blocks**2 * channels
+
+    def _summary_flops(self, grid: TokenGrid, channels: int) -> float:
+        if self.remainder == "drop":
+            return 0
+        blocks = -(-grid.tokens // self.block)
+        return 4 * grid.tokens * blocks * channels + grid.tokens * channels
+
+
+def _for_every_head(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Keys or values, repeated for the query heads that share them.
+
+    Raises:
+        ValueError: if the heads do not divide.
+    """
+    groups, left = divmod(query.shape[2], x.shape[2])
+    if left:
+        raise ValueError(
+            f"query has {query.shape[2]} heads and key {x.shape[2]}: with grouped queries the"
+            f" former must be a multiple of the latter"
+        )
+    return x.repeat_interleave(groups, 2) if groups > 1 else x

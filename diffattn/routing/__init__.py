@@ -1,0 +1,21 @@
+"""The parts that methods which select blocks by content are made of.
+
+A method cuts tokens into blocks in some order, gives each pair of a query block and a key block a
+score (`scores`), keeps some pairs by a rule (`rules`), and makes block lists of them (`lists`).
+"""
+
+from diffattn.routing.lists import layout_of_blocks
+from diffattn.routing.rules import above, kept_blocks, mass, neighbours, row_threshold, top
+from diffattn.routing.scores import mean_scores, part_scores
+
+__all__ = [
+    "above",
+    "kept_blocks",
+    "layout_of_blocks",
+    "mass",
+    "mean_scores",
+    "neighbours",
+    "part_scores",
+    "row_threshold",
+    "top",
+]

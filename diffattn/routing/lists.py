@@ -1,0 +1,58 @@
+"""Selected blocks as the index lists that kernels walk."""
+
+from __future__ import annotations
+
+import torch
+
+from diffattn.blocks import BlockLayout
+
+
+def layout_of_blocks(
+    chosen: torch.Tensor,
+    *,
+    tokens_q: int,
+    tokens_kv: int,
+    block_q: int,
+    block_kv: int,
+    most: int | None = None,
+) -> BlockLayout:
+    """The layout in which each query block sees its chosen key blocks whole.
+
+    The lists are made without waiting for the device.
+
+    Args:
+        chosen: bool (batch, heads, query blocks, key blocks).
+        tokens_q, tokens_kv: sequence lengths.
+        block_q, block_kv: tokens per block; only the last block may be short.
+        most: the most blocks that a row chooses, if the caller knows that number; lists are as
+            long as all key blocks when None.
+
+    Raises:
+        ValueError: if `chosen` does not have one entry for each pair of blocks.
+    """
+    batch, heads, rows, columns = chosen.shape
+    expected = -(-tokens_q // block_q), -(-tokens_kv // block_kv)
+    if (rows, columns) != expected:
+        raise ValueError(
+            f"{rows} x {columns} pairs of blocks were chosen from, but {tokens_q} x {tokens_kv}"
+            f" tokens in blocks of {block_q} x {block_kv} make {expected[0]} x {expected[1]}"
+        )
+    cap = columns if most is None else max(1, min(most, columns))
+    slot = chosen.cumsum(-1, dtype=torch.int32) - 1
+    # Blocks that are not chosen go to a place past the end, which is cut off.
+    slot = slot.masked_fill(~chosen, cap).clamp(max=cap).long()
+    column = torch.arange(columns, dtype=torch.int32, device=chosen.device).expand_as(slot)
+    index = column.new_zeros(batch, heads, rows, cap + 1).scatter_(-1, slot, column)
+    nothing = index.new_zeros(batch, heads, rows)
+    return BlockLayout(
+        tokens_q=tokens_q,
+        tokens_kv=tokens_kv,
+        block_q=block_q,
+        block_kv=block_kv,
+        full_count=chosen.sum(-1, dtype=torch.int32),
+        full_index=index[..., :cap].contiguous(),
+        partial_count=nothing,
+        partial_index=nothing[..., None],
+        partial_mask=nothing[..., None],
+        bit_masks=index.new_zeros(0, block_q, -(-block_kv // 32)),
+    )

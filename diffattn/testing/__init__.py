@@ -1,0 +1,1 @@
+"""Checks of diffattn by tests of other projects."""
