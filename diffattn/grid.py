@@ -146,10 +146,6 @@ class TokenGrid:
         ends = [self.video, *(slice(r.start, r.stop) for r in self.references)]
         return slice(min(end.start for end in ends), max(end.stop for end in ends))
 
-    def text_of(self, x: torch.Tensor) -> torch.Tensor:
-        """The tokens before and after the video of a sequence `(batch, tokens, ...)`."""
-        return torch.cat([x[:, : self.video.start], x[:, self.video.stop :]], 1)
-
     def is_text(self, token: torch.Tensor) -> torch.Tensor:
         """Whether each sequence position holds no video token: bool, in the shape of `token`."""
         return (token < self.text_before) | (token >= self.text_before + self.video_tokens)
