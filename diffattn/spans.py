@@ -140,4 +140,6 @@ def _ends(span: Span) -> tuple[int, int]:
 
 def division_of(grid: TokenGrid, spans: Sequence[Span]) -> Division:
     """A sequence divided into the tokens of some spans and all others."""
+    if len(spans) == 1:  # Dynamo does not trace the sorting of objects
+        return Division(grid, tuple(spans))
     return Division(grid, tuple(sorted(spans, key=_ends)))
