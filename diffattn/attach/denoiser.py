@@ -103,6 +103,18 @@ class _Inside:
                 group.traced_grid = None
 
 
+class _InsideBreaks(_Inside):
+    """The same for sites whose calls break the graph: the hooks run outside of compiled code.
+
+    The hooks are methods, because a copy of a module has hooks of the copied object only then.
+    """
+
+    learn = torch.compiler.disable(_Inside.learn)
+    forget = torch.compiler.disable(_Inside.forget)
+    use = torch.compiler.disable(_Inside.use)
+    leave = torch.compiler.disable(_Inside.leave)
+
+
 @dataclass(frozen=True)
 class _WeightsOfCall:
     """Hooks that give a call the weights and rotary tables of a site while the site is called.
@@ -348,21 +360,18 @@ class AttachedModel(Unpicklable):
     def _follow(self, name: str, module: torch.nn.Module) -> None:
         """Let the calls of a module set the grid of the sites inside it."""
         sites = [site.module for key, site in self.sites.items() if key.startswith(name + ".")]
-        inside = _Inside(self, name)
-        hooks = [inside.learn, inside.forget, inside.use, inside.leave]
-        if any(group.compiled_as == "outside" for group in self.groups):
-            # The graph breaks inside, where code that is not compiled looks for the grid.
-            hooks = [torch.compiler.disable(hook) for hook in hooks]
-        learn, forget, use, leave = hooks
+        # The graph breaks inside, where code that is not compiled looks for the grid.
+        breaks = any(group.compiled_as == "outside" for group in self.groups)
+        inside = (_InsideBreaks if breaks else _Inside)(self, name)
         if sites:
             self._hooks += [
-                module.register_forward_pre_hook(learn, with_kwargs=True),
-                module.register_forward_hook(forget, always_call=True),
+                module.register_forward_pre_hook(inside.learn, with_kwargs=True),
+                module.register_forward_hook(inside.forget, always_call=True),
             ]
         for site in sites:
             # First of the site's hooks: the others read the grid.
-            first = site.register_forward_pre_hook(use, prepend=True)
-            last = site.register_forward_hook(leave, always_call=True)
+            first = site.register_forward_pre_hook(inside.use, prepend=True)
+            last = site.register_forward_hook(inside.leave, always_call=True)
             self._number_alike("grid", first, last)
             before: Any = site._forward_pre_hooks
             before.move_to_end(first.id, last=False)

@@ -130,6 +130,9 @@ _WITHOUT_GRID = {
     "UVit2DModel": "it chooses codes of at most 32 x 32 tokens",
 }
 
+# Parts of denoisers, which are components of their own in some pipelines.
+_PARTS = ("MotionAdapter", "TransformerTemporalModel", "Transformer2DModel")
+
 # The usual names of denoisers, in the order in which they take part in a run.
 _DENOISERS = ("transformer", "transformer_2", "unet")
 
@@ -211,8 +214,9 @@ def denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
 
 
 def without_grid(pipe: Any) -> dict[str, str]:
-    """The components of a pipeline that diffattn refuses, by name, and the reason of each."""
-    reasons = {name: refusal(model) for name, model in _models(pipe).items()}
+    """The denoisers of a pipeline that diffattn refuses, by name, and the reason of each."""
+    models = _models(pipe).items()
+    reasons = {name: refusal(part) for name, part in models if type(part).__name__ not in _PARTS}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 

@@ -13,7 +13,8 @@ from oracles import random_layout, tensors
 import diffattn.kernels.block_sparse
 import diffattn.kernels.cpu
 import diffattn.kernels.gather
-import diffattn.kernels.linear  # noqa: F401 (each registers operators)
+import diffattn.kernels.linear
+import diffattn.kernels.summary  # noqa: F401 (each registers operators)
 
 Arguments = tuple[Any, ...]
 
@@ -78,6 +79,21 @@ def linear_output(
     return torch.randn_like(q), torch.randn_like(q), inverse, *moving, rotation, 16, backend
 
 
+def summary(kind: str, dtype: torch.dtype, masked: bool, device: str, backend: str) -> Arguments:
+    x = qkv(dtype, device)
+    bias = torch.randn(2, 1, TOKENS_KV).to(device)
+    hidden = torch.randint(0, 1 << 31, (1, HEADS, 3, 2), dtype=torch.int32).to(device)
+    if masked:
+        bias[:, :, 3] = -torch.inf
+    rest = (hidden, 16, 0.3, backend)
+    if not kind:
+        return *(t.requires_grad_() for t in (*x, bias)), *rest
+    out = torch.randn_like(x[0])
+    wide = torch.promote_types(out.dtype, torch.float32)
+    lse = torch.randn(2, HEADS, TOKENS_Q, dtype=wide, device=device)
+    return torch.randn_like(out), torch.randn_like(lse), out, lse, *x, bias, *rest
+
+
 def states(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A state `(batch, heads, head_dim, head_dim)` and a mean `(batch, heads, head_dim)`."""
     packed = torch.rand(
@@ -106,6 +122,7 @@ CASES: dict[str, tuple[str, Callable[..., Arguments], Arguments]] = {
     **{f"selected_triton{kind}": (kind, selected, ()) for kind in KINDS[:2]},
     **{f"linear_state{kind}": (kind, linear_state, ("torch",)) for kind in KINDS[:2]},
     **{f"linear_output{kind}": (kind, linear_output, ("torch",)) for kind in KINDS[:2]},
+    **{f"summary{kind}": (kind, summary, ("torch",)) for kind in KINDS[:2]},
 }
 LINEAR = [name for name in CASES if name.startswith("linear")]
 

@@ -263,11 +263,11 @@ class TestModel:
 
     def test_a_family_without_a_row(self, generate, broken):
         index = broken / "model_index.json"
-        text = index.read_text().replace("WanTransformer3DModel", "LatteTransformer3DModel")
-        index.write_text(text.replace("WanPipeline", "LattePipeline"))
+        text = index.read_text().replace("WanTransformer3DModel", "SanaTransformer2DModel")
+        index.write_text(text.replace("WanPipeline", "SanaPipeline"))
         error = generate(PROMPT, "-o", "out.mp4", "--model", broken).error
         assert error.startswith(
-            f"{broken} (LattePipeline) is of no known model family; there are: Wan 2.1"
+            f"{broken} (SanaPipeline) is of no known model family; there are: Wan 2.1"
         )
 
     @pytest.mark.parametrize("text", ["{", "[]"])

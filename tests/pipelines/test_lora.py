@@ -488,7 +488,7 @@ class TestRefusals:
             ),
             (
                 ["--prompts", "prompts.txt", "--device", "tpu"],
-                "--device is 'tpu', but here it must be cpu or left out (",
+                "--device 'tpu' is no device; try cpu, cuda or cuda:1",
             ),
         ],
     )  # fmt: skip

@@ -24,7 +24,7 @@ def free(patch: pytest.MonkeyPatch, size: int | None) -> None:
 
 def test_weights_are_those_that_loading_puts_on_the_device() -> None:
     """But for a few small parts that Wan keeps in float32."""
-    pipe = loading._from_pretrained(MODEL_DIR, "moving-shapes", torch.bfloat16)
+    pipe = loading._from_pretrained(MODEL_DIR, Request("x", model="moving-shapes"), torch.bfloat16)
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     sizes = [sum(p.numel() * p.element_size() for p in part.parameters()) for part in parts]
     need = least_memory(Request("x", dtype="bfloat16"), CPU)

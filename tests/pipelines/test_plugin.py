@@ -172,8 +172,8 @@ class TestLora:
         del METHODS["strip"]
         assert generate("a cat", "-o", "no.png", "--lora", "run").error == (
             "the LoRA was trained under strip, which cannot be had here (unknown method 'strip';"
-            " choose from agent, clear, dense, freeswim, gna, linfusion, radial, vmoba); install"
-            " the package or the version that has it, or choose another method by --attn"
+            f" choose from {', '.join(sorted(METHODS))}); install the package or the version that"
+            " has it, or choose another method by --attn"
         )
         result = generate("a cat", "-o", "other.png", "--lora", "run", "--attn", "dense")
         assert result.code == 0, result.err
