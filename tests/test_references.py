@@ -302,7 +302,7 @@ def sequences(draw: st.DrawFn) -> TokenGrid:
             at += sizes[0] * sizes[1] * sizes[2]
         if number < count:
             shape, aligned, times = references[number]
-            kept.append(Reference(at, *shape, aligned, times))
+            kept.append(Reference(at, *shape, aligned=aligned, times=times))
             at = kept[-1].stop + draw(gap)
     video = sizes[0] * sizes[1] * sizes[2]
     return TokenGrid(*sizes, start, at - start - video, references=tuple(kept))
