@@ -31,6 +31,7 @@ if _TYPE_CHECKING:
         Method,
         RadialAttn,
         SolAttn,
+        SVG2Attn,
         VMoBAAttn,
         register_method,
     )
@@ -64,6 +65,7 @@ __all__ = [
     "PredicateMask",
     "RadialAttn",
     "Reference",
+    "SVG2Attn",
     "SolAttn",
     "TokenGrid",
     "VMoBAAttn",
@@ -120,6 +122,7 @@ _HOMES = {
             "LinFusionAttn",
             "Method",
             "RadialAttn",
+            "SVG2Attn",
             "SolAttn",
             "VMoBAAttn",
             "register_method",

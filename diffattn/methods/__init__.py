@@ -13,6 +13,7 @@ from diffattn.methods.linfusion import LinFusionAttn
 from diffattn.methods.radial import RadialAttn
 from diffattn.methods.registry import METHODS, all_methods, from_dict, register_method
 from diffattn.methods.sol import SolAttn
+from diffattn.methods.svg2 import SVG2Attn
 from diffattn.methods.vmoba import VMoBAAttn
 
 for _method in (
@@ -26,6 +27,7 @@ for _method in (
     LinFusionAttn,
     SolAttn,
     BlockTopKAttn,
+    SVG2Attn,
 ):
     register_method(_method)
 
@@ -40,6 +42,7 @@ __all__ = [
     "LinFusionAttn",
     "Method",
     "RadialAttn",
+    "SVG2Attn",
     "Site",
     "SolAttn",
     "StaticMaskMethod",

@@ -2,6 +2,8 @@
 
 A method cuts tokens into blocks in some order, gives each pair of a query block and a key block a
 score (`scores`), keeps some pairs by a rule (`rules`), and makes block lists of them (`lists`).
+Blocks that the tokens themselves make are `clusters`, which stand on `filled` tiles; `errors`
+chooses among them.
 """
 
 from diffattn.routing.lists import layout_of_blocks

@@ -37,22 +37,38 @@ def layout_of_blocks(
             f"{rows} x {columns} pairs of blocks were chosen from, but {tokens_q} x {tokens_kv}"
             f" tokens in blocks of {block_q} x {block_kv} make {expected[0]} x {expected[1]}"
         )
-    cap = columns if most is None else max(1, min(most, columns))
-    slot = chosen.cumsum(-1, dtype=torch.int32) - 1
-    # Blocks that are not chosen go to a place past the end, which is cut off.
-    slot = slot.masked_fill(~chosen, cap).clamp(max=cap).long()
-    column = torch.arange(columns, dtype=torch.int32, device=chosen.device).expand_as(slot)
-    index = column.new_zeros(batch, heads, rows, cap + 1).scatter_(-1, slot, column)
+    count, index = index_list(chosen, columns if most is None else most)
     nothing = index.new_zeros(batch, heads, rows)
     return BlockLayout(
         tokens_q=tokens_q,
         tokens_kv=tokens_kv,
         block_q=block_q,
         block_kv=block_kv,
-        full_count=chosen.sum(-1, dtype=torch.int32),
-        full_index=index[..., :cap].contiguous(),
+        full_count=count,
+        full_index=index,
         partial_count=nothing,
         partial_index=nothing[..., None],
         partial_mask=nothing[..., None],
         bit_masks=index.new_zeros(0, block_q, -(-block_kv // 32)),
     )
+
+
+def index_list(chosen: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The chosen columns of each row, made without waiting for the device.
+
+    Args:
+        chosen: bool (batch, heads, rows, columns).
+        most: the most columns that a row chooses.
+
+    Returns:
+        int32 (batch, heads, rows), their number; int32 (batch, heads, rows, cap), the columns in
+        ascending order, and 0 past the end of a list.
+    """
+    columns = chosen.shape[-1]
+    cap = max(1, min(most, columns))
+    slot = chosen.cumsum(-1, dtype=torch.int32) - 1
+    # Columns that are not chosen go to a place past the end, which is cut off.
+    slot = slot.masked_fill(~chosen, cap).clamp(max=cap).long()
+    column = torch.arange(columns, dtype=torch.int32, device=chosen.device).expand_as(slot)
+    index = column.new_zeros(*chosen.shape[:-1], cap + 1).scatter_(-1, slot, column)
+    return chosen.sum(-1, dtype=torch.int32), index[..., :cap].contiguous()

@@ -1,0 +1,345 @@
+"""SVG2Attn: clusters of queries attend to clusters of keys (arXiv 2505.18875, 2603.08982)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from statistics import NormalDist
+from typing import ClassVar, Self
+
+import torch
+
+from diffattn._checks import check_fields, choice, count, number
+from diffattn.grid import TokenGrid
+from diffattn.kernels.autocast import autocast_off
+from diffattn.methods.base import Method, Site, Work
+from diffattn.methods.selected_blocks import REMAINDERS, for_every_head
+from diffattn.operator import attention
+from diffattn.routing.cluster_errors import by_error, log_errors
+from diffattn.routing.clusters import Clusters, first_tokens, k_means
+from diffattn.routing.filled import FilledClusters, attention_of_clusters, tiles_reserved
+from diffattn.routing.rules import mass
+from diffattn.spans import Span, spans_of
+
+ROUTES = ("mass", "error")
+_ALLOWED = {
+    "query_cluster": count(1),
+    "key_cluster": count(1),
+    "top_p": number(above=0, at_most=1),
+    "min_ratio": number(at_least=0, at_most=1),
+    "iterations": count(1),
+    "block": count(16),
+    "remainder": choice(REMAINDERS),
+    "route": choice(ROUTES),
+}
+_DENSE_STEPS = 0.2
+_DENSE_LAYERS = 1
+# The logarithms of softmax weights spread by about this: a share of 0.9 of the mass then takes 24 %
+# of the pairs, between the 22 and the 29 % that were published for HunyuanVideo and Wan 2.1.
+_SPREAD_OF_LOG_WEIGHTS = 2.0
+# Bytes of distances and lists in memory at a time; heads take turns where all would need more.
+_BYTES_AT_ONCE = 1 << 30
+_BYTES_PER_PAIR_OF_TILES = 32
+_BYTES_PER_COORDINATE = 24
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Tokens that are clustered together.
+
+    Attributes:
+        places: int64 (tokens,), their places in the sequence.
+        queries, keys: the numbers of their clusters among all clusters.
+    """
+
+    places: torch.Tensor
+    queries: range
+    keys: range
+
+
+@dataclass(frozen=True)
+class ClusterPairs:
+    """The clusters of a call, and the pairs that are computed.
+
+    The last cluster of queries, and of keys, holds the tokens that are never clustered.
+
+    Attributes:
+        query_labels: int64 (batch, heads, tokens), the cluster of each query.
+        key_labels: the same for keys; the number of key clusters for padding.
+        chosen: bool (batch, heads, query clusters, key clusters).
+    """
+
+    query_labels: torch.Tensor
+    key_labels: torch.Tensor
+    chosen: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SVG2Attn(Method):
+    """Semantic-aware permutation (SVG2, arXiv 2505.18875), with the remainder of SVG-EAR.
+
+    In each head k-means puts similar queries into clusters, and similar keys. A query cluster
+    attends to the key clusters of the largest weight, up to a share `top_p` of the softmax as the
+    clusters' means estimate it. Attention inside of the chosen pairs of clusters is exact.
+    SVG-EAR (arXiv 2603.08982) is `remainder="summary", route="error"`: clusters that are not chosen
+    enter the softmax by their means, and those are chosen whose means err most.
+
+    Clusters are made anew in each call from tokens at even distances, with a fixed number of
+    iterations: the same tensors always give the same clusters, and no state passes from step to
+    step. The public code starts from the clusters of the step before.
+
+    Text and other tokens beside the video see every key, and every query sees them. With "visible"
+    references each reference has clusters of its own, with "local" references the video and all
+    references are clustered together.
+
+    Attributes:
+        query_cluster, key_cluster: mean number of tokens in a cluster of queries, and of keys.
+        top_p: share of the estimated softmax that a query cluster computes; 1 is dense attention.
+        min_ratio: share of the key clusters that every query cluster computes.
+        iterations: iterations of k-means.
+        remainder: "drop" to leave out clusters that are not chosen, or "summary" to see each of
+            them by its mean key and mean value.
+        route: "mass" to choose the clusters of the largest weight, or "error" to spend the token
+            pairs of "mass" where the means of clusters err most per pair.
+        block: places per tile of the kernel, a multiple of 16; clusters are filled up to tiles.
+
+    Raises:
+        ValueError: for a parameter out of range, and for `route="error"` without "summary".
+    """
+
+    type: ClassVar[str] = "svg2"
+    paper: ClassVar[str] = "arXiv 2505.18875; SVG-EAR (arXiv 2603.08982)"
+    most_dense_layers: ClassVar[int] = _DENSE_LAYERS
+    traced_whole: ClassVar[bool] = True
+
+    query_cluster: int = field(
+        default=250, metadata={"help": "mean tokens of a cluster of queries"}
+    )
+    key_cluster: int = field(default=75, metadata={"help": "mean tokens of a cluster of keys"})
+    top_p: float = field(
+        default=0.9, metadata={"help": "share of the softmax to compute; lower is faster"}
+    )
+    min_ratio: float = field(
+        default=0.1, metadata={"help": "share of the key clusters to compute in any case"}
+    )
+    iterations: int = field(default=4, metadata={"help": "iterations of k-means in each call"})
+    remainder: str = field(
+        default="drop", metadata={"help": "clusters that are not chosen: drop or summary"}
+    )
+    route: str = field(default="mass", metadata={"help": "choose clusters by mass or error"})
+    block: int = field(default=64, metadata={"help": "places per tile, a multiple of 16"})
+    _pools: dict[tuple[TokenGrid, torch.device], tuple[Pool, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, _ALLOWED)
+        if self.block % 16:
+            raise ValueError(
+                f"block is {self.block}, but must be a multiple of 16: try"
+                f" {self.block // 16 * 16} or {self.block // 16 * 16 + 16}"
+            )
+        if self.route == "error" and self.remainder == "drop":
+            raise ValueError(
+                "route is 'error', the error of means in the place of clusters, but remainder is"
+                " 'drop': set remainder='summary', or route='mass'"
+            )
+
+    def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
+        """The method with a fifth of the steps and the first block dense, as for Wan 2.1."""
+        return replace(
+            self,
+            dense_layers=_DENSE_LAYERS if self.dense_layers is None else self.dense_layers,
+            dense_steps=_DENSE_STEPS if self.dense_steps is None else self.dense_steps,
+        )
+
+    def spans(self, grid: TokenGrid) -> tuple[Span, ...]:
+        return super().spans(grid) if self.references == "exact" else spans_of(grid, self.block)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        site: Site,
+        *,
+        scale: float | None = None,
+        key_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        key, value = (for_every_head(x, query) for x in (key, value))
+        if self.top_p == 1:
+            return attention(query, key, value, scale=scale, key_mask=key_mask)
+        if key_mask is not None:
+            key, value = (x.masked_fill(~key_mask[..., None, None], 0) for x in (key, value))
+        pools = self._pools_of(site.grid, query.device)
+        step = max(1, _BYTES_AT_ONCE // self._bytes_per_head(query, pools))
+        outs = []
+        for first in range(0, query.shape[2], step):
+            q, k, v = (x[:, :, first : first + step] for x in (query, key, value))
+            pairs, queries, keys = self._chosen(q, k, v, pools, scale, key_mask)
+            out = attention_of_clusters(
+                q,
+                k,
+                v,
+                queries,
+                keys,
+                pairs.chosen,
+                summarise=self.remainder == "summary",
+                scale=scale,
+            )
+            outs.append(out)
+        return torch.cat(outs, 2)
+
+    def selection(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        site: Site,
+        *,
+        scale: float | None = None,
+        key_mask: torch.Tensor | None = None,
+    ) -> ClusterPairs:
+        """The clusters that `attend` makes for the same arguments, and the pairs it computes."""
+        key, value = (for_every_head(x, query) for x in (key, value))
+        if key_mask is not None:
+            key, value = (x.masked_fill(~key_mask[..., None, None], 0) for x in (key, value))
+        pools = self._pools_of(site.grid, query.device)
+        return self._chosen(query, key, value, pools, scale, key_mask)[0]
+
+    def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work:
+        channels = heads * head_dim
+        share = 1.0
+        if self.top_p < 1:
+            cut = NormalDist().inv_cdf(self.top_p) - _SPREAD_OF_LOG_WEIGHTS
+            share = max(self.min_ratio, NormalDist().cdf(cut))
+        pools = self._pools_of(grid, torch.device("cpu"))
+        tokens, sparse, selection, summaries = grid.tokens, 0.0, 0.0, 0.0
+        # Half of the last tile of a cluster is empty.
+        fill_q = fill_k = 1.0
+        if self.top_p < 1:
+            queries, keys = pools[-1].queries.stop, pools[-1].keys.stop
+            fill_q += queries * (self.block - 1) / 2 / tokens
+            fill_k += keys * (self.block - 1) / 2 / tokens
+            for pool in pools:
+                n, rows, columns = len(pool.places), len(pool.queries), len(pool.keys)
+                sparse += n**2
+                selection += self.iterations * 2 * n * (rows + columns) * channels
+                selection += 2 * rows * columns * channels
+                if self.route == "error":
+                    selection += 2 * rows * n * channels
+            if self.remainder == "summary":
+                summaries = 4 * tokens * keys * channels
+        density = 1 - (1 - share) * sparse / tokens**2
+        return Work(
+            flops=4 * density * tokens**2 * fill_q * fill_k * channels + selection + summaries,
+            density=density,
+            selection_flops=selection,
+            is_exact=False,
+        )
+
+    @torch.no_grad()
+    def _chosen(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pools: tuple[Pool, ...],
+        scale: float | None,
+        key_mask: torch.Tensor | None,
+    ) -> tuple[ClusterPairs, FilledClusters, FilledClusters]:
+        batch, tokens, heads, head_dim = query.shape
+        others_q, others_k = pools[-1].queries.stop, pools[-1].keys.stop
+        query_labels = torch.full((batch, heads, tokens), others_q, device=query.device)
+        key_labels = torch.full((batch, heads, tokens), others_k, device=query.device)
+        clusters = []
+        # In an autocast region products would be in half precision.
+        with autocast_off(query.device.type):
+            for pool in pools:
+                of_q = self._clusters(query, pool.places, len(pool.queries), None)
+                of_k = self._clusters(key, pool.places, len(pool.keys), key_mask)
+                query_labels[:, :, pool.places] = of_q.labels + pool.queries.start
+                key_labels[:, :, pool.places] = of_k.labels + pool.keys.start
+                clusters.append((of_q, of_k))
+            if key_mask is not None:
+                key_labels = key_labels.masked_fill(~key_mask[:, None], others_k + 1)
+            queries = FilledClusters.of_labels(query_labels, others_q + 1, self.block)
+            keys = FilledClusters.of_labels(key_labels, others_k + 1, self.block)
+            chosen = torch.ones(
+                batch, heads, others_q + 1, others_k + 1, dtype=torch.bool, device=query.device
+            )
+            factor = head_dim**-0.5 if scale is None else scale
+            errors = None
+            if self.route == "error":
+                centroids = torch.cat([of_q.centroids for of_q, _ in clusters], 2)
+                errors = log_errors(centroids, keys.filled(key), keys.filled(value), keys, factor)
+            for pool, (of_q, of_k) in zip(pools, clusters, strict=True):
+                rows, columns = (slice(of.start, of.stop) for of in (pool.queries, pool.keys))
+                own = None if errors is None else errors[:, :, rows, columns]
+                chosen[:, :, rows, columns] = self.choose(of_q, of_k, factor, own)
+        return ClusterPairs(query_labels, key_labels, chosen), queries, keys
+
+    def choose(
+        self, queries: Clusters, keys: Clusters, scale: float, errors: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The key clusters that each query cluster computes, among clusters of one pool.
+
+        Args:
+            queries, keys: the clusters.
+            scale: factor of the scores.
+            errors: the result of `log_errors` for `route="error"`.
+
+        Returns:
+            bool (batch, heads, query clusters, key clusters).
+        """
+        scores = queries.centroids @ keys.centroids.mT * scale + keys.sizes.log()[:, :, None]
+        if errors is not None:
+            sizes = queries.sizes, keys.sizes
+            return by_error(scores, errors, *sizes, self.top_p, self.min_ratio)
+        least = max(1, int(self.min_ratio * scores.shape[-1]))
+        return mass(scores, self.top_p, least)
+
+    def _clusters(
+        self, x: torch.Tensor, places: torch.Tensor, clusters: int, counted: torch.Tensor | None
+    ) -> Clusters:
+        x = x.detach().index_select(1, places)
+        if counted is not None:
+            counted = counted.index_select(1, places)
+        start = x.index_select(1, first_tokens(x.shape[1], clusters, x.device)).transpose(1, 2)
+        return k_means(x, start, self.iterations, counted)
+
+    def _pools_of(self, grid: TokenGrid, device: torch.device) -> tuple[Pool, ...]:
+        known = grid, device
+        if known not in self._pools:
+            with torch.inference_mode(False):
+                parts = [
+                    torch.arange(span.grid.video.start, span.grid.video.stop)
+                    for span in self.spans(grid)
+                ]
+                if self.references == "local":
+                    parts = [torch.cat(parts)]
+                pools, queries, keys = [], 0, 0
+                for places in parts:
+                    rows = max(1, round(len(places) / self.query_cluster))
+                    columns = max(1, round(len(places) / self.key_cluster))
+                    pools.append(
+                        Pool(
+                            places.to(device),
+                            range(queries, queries + rows),
+                            range(keys, keys + columns),
+                        )
+                    )
+                    queries, keys = queries + rows, keys + columns
+                self._pools[known] = tuple(pools)
+        return self._pools[known]
+
+    def _bytes_per_head(self, query: torch.Tensor, pools: tuple[Pool, ...]) -> int:
+        tokens, queries, keys = query.shape[1], pools[-1].queries.stop, pools[-1].keys.stop
+        rows = tiles_reserved(tokens, queries + 1, self.block)
+        columns = tiles_reserved(tokens, keys + 1, self.block)
+        per_sample = rows * columns * _BYTES_PER_PAIR_OF_TILES
+        per_sample += tokens * query.shape[3] * _BYTES_PER_COORDINATE
+        if self.route == "error":
+            # Scores of the means of query clusters, their exponentials and squares.
+            per_sample += 3 * queries * columns * self.block * 4
+        return query.shape[0] * per_sample
