@@ -22,6 +22,7 @@ if _TYPE_CHECKING:
     from diffattn.masks.base import AttentionMask, Blocking, FullMask, PredicateMask
     from diffattn.methods import (
         AgentAttn,
+        AttentionTileAttn,
         BlockTopKAttn,
         CLEARAttn,
         DenseAttn,
@@ -42,6 +43,7 @@ if _TYPE_CHECKING:
     from diffattn.operator import attention, register_backend
     from diffattn.planning.costs import Estimate
     from diffattn.planning.plans import Plan, plan
+    from diffattn.tile_calibration import calibrate_attention_tile
 
 __version__ = "0.1.0"
 
@@ -49,6 +51,7 @@ __all__ = [
     "AgentAttn",
     "Attachment",
     "AttentionMask",
+    "AttentionTileAttn",
     "BlockLayout",
     "BlockTopKAttn",
     "Blocking",
@@ -70,6 +73,7 @@ __all__ = [
     "__version__",
     "attention",
     "calibrate_agent",
+    "calibrate_attention_tile",
     "from_block_mask",
     "load_clear_checkpoint",
     "load_linfusion_checkpoint",
@@ -108,10 +112,12 @@ _HOMES = {
         "block_forms": ("from_block_mask",),
         "blocks": ("BlockLayout",),
         "calibration": ("calibrate_agent",),
+        "tile_calibration": ("calibrate_attention_tile",),
         "grid": ("Reference", "TokenGrid"),
         "masks.base": ("AttentionMask", "Blocking", "FullMask", "PredicateMask"),
         "methods": (
             "AgentAttn",
+            "AttentionTileAttn",
             "BlockTopKAttn",
             "CLEARAttn",
             "DenseAttn",

@@ -108,6 +108,23 @@ def attending_by(
         yield
 
 
+def recorded(
+    model: torch.nn.Module, sites: Iterable[str], run: Callable[[], object]
+) -> dict[str, list[tuple[torch.Tensor, ...]]]:
+    """Queries, keys and values, (batch, tokens, heads, channels), of each site's calls in a run."""
+    calls: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+
+    def attention(stock: Any, site: str, *qkv: Any, **kwargs: Any) -> torch.Tensor:
+        *tensors, attn_mask = qkv
+        assert attn_mask is None
+        calls.setdefault(site, []).append(tuple(x.transpose(1, 2).clone() for x in tensors))
+        return stock(*qkv, **kwargs)
+
+    with attending_by(attention, model, sites):
+        run()
+    return calls
+
+
 @contextlib.contextmanager
 def masked(
     model: torch.nn.Module,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diffattn.methods.agent import AgentAttn
+from diffattn.methods.attention_tile import AttentionTileAttn
 from diffattn.methods.base import Method, Site, StaticMaskMethod
 from diffattn.methods.block_topk import BlockTopKAttn
 from diffattn.methods.clear import CLEARAttn
@@ -26,12 +27,14 @@ for _method in (
     LinFusionAttn,
     SolAttn,
     BlockTopKAttn,
+    AttentionTileAttn,
 ):
     register_method(_method)
 
 __all__ = [
     "METHODS",
     "AgentAttn",
+    "AttentionTileAttn",
     "BlockTopKAttn",
     "CLEARAttn",
     "DenseAttn",

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from diffattn import CLEARAttn, FreeSwimAttn, GNAAttn, RadialAttn, TokenGrid, VMoBAAttn
+from diffattn import (
+    AttentionTileAttn,
+    CLEARAttn,
+    FreeSwimAttn,
+    GNAAttn,
+    RadialAttn,
+    TokenGrid,
+    VMoBAAttn,
+)
 from diffattn.methods import StaticMaskMethod
 
 GRIDS = [
@@ -24,6 +32,8 @@ STATIC = [
     CLEARAttn(radius=3, window="cylinder"),
     FreeSwimAttn(radius=2),
     FreeSwimAttn(native=(4, 5)),
+    AttentionTileAttn(),
+    AttentionTileAttn(global_frames=3),
 ]
 BY_CONTENT = [
     VMoBAAttn(),
