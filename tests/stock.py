@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 from unittest import mock
 
 import torch
+from tiny_case import Case
 
+import diffattn
 from diffattn import AttentionMask, Method, PredicateMask, TokenGrid
 from diffattn.methods import DenseAttn, Site, StaticMaskMethod
 from diffattn.orders import TileOrder
@@ -162,3 +164,21 @@ def masked(
 
     with attending_by(attention, model, sites, some_queries=queries is not None):
         yield calls
+
+
+def check_attached(case: Case, method: StaticMaskMethod) -> None:
+    """A model with a method attached gives what the stock model gives with the method's mask."""
+    model, inputs = case.build(), case.inputs()
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            return model(**inputs, return_dict=False)[0]
+
+    dense = forward()
+    with masked(model, list(case.sites), case.grid_of, method, case.queries):
+        want = forward()
+    assert not torch.allclose(want, dense, atol=1e-4), "the mask should matter"
+    attachment = diffattn.set_attn_processor(model, method)
+    assert attachment is not None
+    torch.testing.assert_close(forward(), want, atol=1e-5, rtol=1e-4)
+    assert attachment.sparse_calls == len(case.sites)

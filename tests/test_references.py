@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffattn
-from diffattn import AttentionTileAttn, CLEARAttn, FreeSwimAttn, GNAAttn, RadialAttn, TokenGrid
+from diffattn import (
+    AttentionTileAttn,
+    CLEARAttn,
+    FreeSwimAttn,
+    GNAAttn,
+    LVSAAttn,
+    RadialAttn,
+    TokenGrid,
+)
 from diffattn.grid import Reference
 from diffattn.masks import AttentionMask, PredicateMask, allowed_pairs
 from diffattn.methods import DenseAttn, StaticMaskMethod
@@ -49,6 +57,12 @@ class FreeSwim(FreeSwimAttn):
 
 @dataclass(frozen=True, kw_only=True)
 class Tile(AttentionTileAttn):
+    def block_size_on(self, grid: TokenGrid) -> int:
+        return BLOCK
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lvsa(LVSAAttn):
     def block_size_on(self, grid: TokenGrid) -> int:
         return BLOCK
 
@@ -94,6 +108,7 @@ METHODS: dict[str, StaticMaskMethod] = {
     "radial, reference": RadialAttn(block_size=BLOCK, block_rule="reference"),
     "tile": Tile(global_frames=1),
     "tile, fraction": Tile(global_frames=0.4),
+    "lvsa": Lvsa(window=0, first_frames=0, period=2, phase=1),
     "dense": DenseAttn(),
     "checkers": Checkers(),
     "strips": Strips(),
@@ -145,7 +160,7 @@ def rule_between(
     same = a.sizes == b.sizes and a.times == b.times
     frames, rows, columns = a.sizes
     distances = [[round(abs(s - t)) for t in b.times] for s in a.times]
-    if isinstance(method, GNAAttn | FreeSwimAttn | Strips):
+    if isinstance(method, GNAAttn | FreeSwimAttn | LVSAAttn | Strips):
         return method.video_mask(TokenGrid(*a.sizes)).dense() if same else None
     if isinstance(method, AttentionTileAttn):
         size, many = rows * columns, method.global_frames or 0.5

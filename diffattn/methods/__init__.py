@@ -11,6 +11,7 @@ from diffattn.methods.dense import DenseAttn
 from diffattn.methods.freeswim import FreeSwimAttn
 from diffattn.methods.gna import GNAAttn
 from diffattn.methods.linfusion import LinFusionAttn
+from diffattn.methods.lvsa import LVSAAttn
 from diffattn.methods.radial import RadialAttn
 from diffattn.methods.registry import METHODS, all_methods, from_dict, register_method
 from diffattn.methods.sol import SolAttn
@@ -28,6 +29,7 @@ for _method in (
     SolAttn,
     BlockTopKAttn,
     AttentionTileAttn,
+    LVSAAttn,
 ):
     register_method(_method)
 
@@ -40,6 +42,7 @@ __all__ = [
     "DenseAttn",
     "FreeSwimAttn",
     "GNAAttn",
+    "LVSAAttn",
     "LinFusionAttn",
     "Method",
     "RadialAttn",

@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_families import CASES
 
-import diffattn
 from diffattn import AttentionTileAttn, TokenGrid
 from diffattn.blocks import PARTIAL
 from diffattn.masks.base import Blocking
@@ -250,22 +249,7 @@ def test_the_layout_alone_gives_the_method_s_output() -> None:
 
 @pytest.mark.parametrize("name", ["cogvideox-5b", "hunyuanvideo", "allegro-padded", "skyreels-v2"])
 def test_attached_is_the_stock_model_with_that_mask(name: str) -> None:
-    case = CASES[name]
-    model, inputs = case.build(), case.inputs()
-    method = AttentionTileAttn(global_frames=1)
-
-    def forward() -> torch.Tensor:
-        with torch.no_grad():
-            return model(**inputs, return_dict=False)[0]
-
-    dense = forward()
-    with stock.masked(model, list(case.sites), case.grid_of, method, case.queries):
-        want = forward()
-    assert not torch.allclose(want, dense, atol=1e-4), "the mask should matter"
-    attachment = diffattn.set_attn_processor(model, method)
-    assert attachment is not None
-    torch.testing.assert_close(forward(), want, atol=1e-5, rtol=1e-4)
-    assert attachment.sparse_calls == len(case.sites)
+    stock.check_attached(CASES[name], AttentionTileAttn(global_frames=1))
 
 
 def test_settings() -> None:

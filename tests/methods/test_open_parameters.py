@@ -8,6 +8,7 @@ from diffattn import (
     CLEARAttn,
     FreeSwimAttn,
     GNAAttn,
+    LVSAAttn,
     RadialAttn,
     TokenGrid,
     VMoBAAttn,
@@ -34,6 +35,8 @@ STATIC = [
     FreeSwimAttn(native=(4, 5)),
     AttentionTileAttn(),
     AttentionTileAttn(global_frames=3),
+    LVSAAttn(),
+    LVSAAttn(trained_frames=9, phase=2),
 ]
 BY_CONTENT = [
     VMoBAAttn(),
