@@ -22,12 +22,14 @@ if _TYPE_CHECKING:
     from diffattn.masks.base import AttentionMask, Blocking, FullMask, PredicateMask
     from diffattn.methods import (
         AgentAttn,
+        AttentionTileAttn,
         BlockTopKAttn,
         CLEARAttn,
         DenseAttn,
         FreeSwimAttn,
         GNAAttn,
         LinFusionAttn,
+        LVSAAttn,
         Method,
         RadialAttn,
         SolAttn,
@@ -43,6 +45,7 @@ if _TYPE_CHECKING:
     from diffattn.operator import attention, register_backend
     from diffattn.planning.costs import Estimate
     from diffattn.planning.plans import Plan, plan
+    from diffattn.tile_calibration import calibrate_attention_tile
 
 __version__ = "0.1.0"
 
@@ -50,6 +53,7 @@ __all__ = [
     "AgentAttn",
     "Attachment",
     "AttentionMask",
+    "AttentionTileAttn",
     "BlockLayout",
     "BlockTopKAttn",
     "Blocking",
@@ -59,6 +63,7 @@ __all__ = [
     "FreeSwimAttn",
     "FullMask",
     "GNAAttn",
+    "LVSAAttn",
     "LinFusionAttn",
     "Method",
     "Plan",
@@ -72,6 +77,7 @@ __all__ = [
     "__version__",
     "attention",
     "calibrate_agent",
+    "calibrate_attention_tile",
     "from_block_mask",
     "load_clear_checkpoint",
     "load_linfusion_checkpoint",
@@ -110,15 +116,18 @@ _HOMES = {
         "block_forms": ("from_block_mask",),
         "blocks": ("BlockLayout",),
         "calibration": ("calibrate_agent",),
+        "tile_calibration": ("calibrate_attention_tile",),
         "grid": ("Reference", "TokenGrid"),
         "masks.base": ("AttentionMask", "Blocking", "FullMask", "PredicateMask"),
         "methods": (
             "AgentAttn",
+            "AttentionTileAttn",
             "BlockTopKAttn",
             "CLEARAttn",
             "DenseAttn",
             "FreeSwimAttn",
             "GNAAttn",
+            "LVSAAttn",
             "LinFusionAttn",
             "Method",
             "RadialAttn",

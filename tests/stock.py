@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 from unittest import mock
 
 import torch
+from tiny_case import Case
 
+import diffattn
 from diffattn import AttentionMask, Method, PredicateMask, TokenGrid
 from diffattn.methods import DenseAttn, Site, StaticMaskMethod
 from diffattn.orders import TileOrder
@@ -108,6 +110,23 @@ def attending_by(
         yield
 
 
+def recorded(
+    model: torch.nn.Module, sites: Iterable[str], run: Callable[[], object]
+) -> dict[str, list[tuple[torch.Tensor, ...]]]:
+    """Queries, keys and values, (batch, tokens, heads, channels), of each site's calls in a run."""
+    calls: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+
+    def attention(stock: Any, site: str, *qkv: Any, **kwargs: Any) -> torch.Tensor:
+        *tensors, attn_mask = qkv
+        assert attn_mask is None
+        calls.setdefault(site, []).append(tuple(x.transpose(1, 2).clone() for x in tensors))
+        return stock(*qkv, **kwargs)
+
+    with attending_by(attention, model, sites):
+        run()
+    return calls
+
+
 @contextlib.contextmanager
 def masked(
     model: torch.nn.Module,
@@ -145,3 +164,21 @@ def masked(
 
     with attending_by(attention, model, sites, some_queries=queries is not None):
         yield calls
+
+
+def check_attached(case: Case, method: StaticMaskMethod) -> None:
+    """A model with a method attached gives what the stock model gives with the method's mask."""
+    model, inputs = case.build(), case.inputs()
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            return model(**inputs, return_dict=False)[0]
+
+    dense = forward()
+    with masked(model, list(case.sites), case.grid_of, method, case.queries):
+        want = forward()
+    assert not torch.allclose(want, dense, atol=1e-4), "the mask should matter"
+    attachment = diffattn.set_attn_processor(model, method)
+    assert attachment is not None
+    torch.testing.assert_close(forward(), want, atol=1e-5, rtol=1e-4)
+    assert attachment.sparse_calls == len(case.sites)

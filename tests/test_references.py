@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -13,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffattn
-from diffattn import CLEARAttn, FreeSwimAttn, GNAAttn, RadialAttn, TokenGrid
+from diffattn import (
+    AttentionTileAttn,
+    CLEARAttn,
+    FreeSwimAttn,
+    GNAAttn,
+    LVSAAttn,
+    RadialAttn,
+    TokenGrid,
+)
 from diffattn.grid import Reference
 from diffattn.masks import AttentionMask, PredicateMask, allowed_pairs
 from diffattn.methods import DenseAttn, StaticMaskMethod
@@ -42,6 +51,18 @@ class Gna(GNAAttn):
 
 @dataclass(frozen=True, kw_only=True)
 class FreeSwim(FreeSwimAttn):
+    def block_size_on(self, grid: TokenGrid) -> int:
+        return BLOCK
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile(AttentionTileAttn):
+    def block_size_on(self, grid: TokenGrid) -> int:
+        return BLOCK
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lvsa(LVSAAttn):
     def block_size_on(self, grid: TokenGrid) -> int:
         return BLOCK
 
@@ -85,6 +106,9 @@ METHODS: dict[str, StaticMaskMethod] = {
     "radial": RadialAttn(block_size=BLOCK, decay_factor=0.3),
     "radial, paper": RadialAttn(rule="paper", block_size=BLOCK),
     "radial, reference": RadialAttn(block_size=BLOCK, block_rule="reference"),
+    "tile": Tile(global_frames=1),
+    "tile, fraction": Tile(global_frames=0.4),
+    "lvsa": Lvsa(window=0, first_frames=0, period=2, phase=1),
     "dense": DenseAttn(),
     "checkers": Checkers(),
     "strips": Strips(),
@@ -136,8 +160,20 @@ def rule_between(
     same = a.sizes == b.sizes and a.times == b.times
     frames, rows, columns = a.sizes
     distances = [[round(abs(s - t)) for t in b.times] for s in a.times]
-    if isinstance(method, GNAAttn | FreeSwimAttn | Strips):
+    if isinstance(method, GNAAttn | FreeSwimAttn | LVSAAttn | Strips):
         return method.video_mask(TokenGrid(*a.sizes)).dense() if same else None
+    if isinstance(method, AttentionTileAttn):
+        size, many = rows * columns, method.global_frames or 0.5
+        seen_by_all = [
+            set(range(0, n, math.ceil(n / (max(1, int(many * n + 0.5)) if many < 1 else many))))
+            for n in (frames, b.sizes[0])
+        ]
+        out = torch.zeros(a.tokens, b.tokens, dtype=torch.bool)
+        for i, j in itertools.product(range(a.tokens), range(b.tokens)):
+            f, g = i // size, j // size
+            at_one_time = f == g if same else distances[f][g] == 0
+            out[i, j] = at_one_time or f in seen_by_all[0] or g in seen_by_all[1]
+        return out
     if isinstance(method, CLEARAttn):
         first = min(frames, b.sizes[0]) > 1 and method.first_frame is not False
         out = torch.zeros(a.tokens, b.tokens, dtype=torch.bool)
@@ -317,7 +353,7 @@ def test_any_layout(grid: TokenGrid, name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:references='local'")
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", ["clear", "gna", "freeswim", "radial", "radial, paper"])
+@pytest.mark.parametrize("name", ["clear", "gna", "freeswim", "radial", "radial, paper", "tile"])
 def test_attention_and_gradients(name: str, policy: str) -> None:
     grid = LAYOUTS["two references" if "clear" in name else "a video of its size"]
     method = replace(METHODS[name], references=policy)
@@ -353,7 +389,7 @@ def test_without_references_policies_are_one(name: str) -> None:
         assert method.mask(grid) is method.mask(TokenGrid(2, 4, 6, 5, 9))
 
 
-@pytest.mark.parametrize("name", ["clear", "gna", "freeswim", "radial, paper"])
+@pytest.mark.parametrize("name", ["clear", "gna", "freeswim", "radial, paper", "tile"])
 def test_a_copy_of_the_video_is_seen_as_the_video(name: str) -> None:
     grid = TokenGrid(3, 4, 6, 90, 0, references=(Reference(7, 3, 4, 6),))
     mask = replace(METHODS[name], references="local").mask(grid).dense()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diffattn.methods.agent import AgentAttn
+from diffattn.methods.attention_tile import AttentionTileAttn
 from diffattn.methods.base import Method, Site, StaticMaskMethod
 from diffattn.methods.block_topk import BlockTopKAttn
 from diffattn.methods.clear import CLEARAttn
@@ -10,6 +11,7 @@ from diffattn.methods.dense import DenseAttn
 from diffattn.methods.freeswim import FreeSwimAttn
 from diffattn.methods.gna import GNAAttn
 from diffattn.methods.linfusion import LinFusionAttn
+from diffattn.methods.lvsa import LVSAAttn
 from diffattn.methods.radial import RadialAttn
 from diffattn.methods.registry import METHODS, all_methods, from_dict, register_method
 from diffattn.methods.sol import SolAttn
@@ -28,17 +30,21 @@ for _method in (
     SolAttn,
     BlockTopKAttn,
     SVG2Attn,
+    AttentionTileAttn,
+    LVSAAttn,
 ):
     register_method(_method)
 
 __all__ = [
     "METHODS",
     "AgentAttn",
+    "AttentionTileAttn",
     "BlockTopKAttn",
     "CLEARAttn",
     "DenseAttn",
     "FreeSwimAttn",
     "GNAAttn",
+    "LVSAAttn",
     "LinFusionAttn",
     "Method",
     "RadialAttn",

@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from stock import recorded
 from tiny_families import CASES
 from tiny_pipelines import PIPELINES
 
@@ -16,37 +16,12 @@ from diffattn.methods import Site
 CELL = (2, 3, 4)
 
 
-def recorded(pipe: Any, case: Any, steps: int) -> dict[str, list[tuple[Any, ...]]]:
-    """Queries, keys and values of every site's calls in a stock run."""
-    stock = torch.nn.functional.scaled_dot_product_attention
-    calls: dict[str, list[tuple[Any, ...]]] = {}
-    model = pipe.transformer
-    inside: list[str] = []
-
-    def attention(query: Any, key: Any, value: Any, **kwargs: Any) -> Any:
-        if inside and query.shape == key.shape:
-            assert kwargs.get("attn_mask") is None
-            x = tuple(x.transpose(1, 2).clone() for x in (query, key, value))
-            calls.setdefault(inside[-1], []).append(x)
-        return stock(query, key, value, **kwargs)
-
-    hooks = []
-    for name in CASES[case].sites:
-        module = model.get_submodule(name)
-        hooks.append(module.register_forward_pre_hook(lambda m, a, n=name: inside.append(n)))
-        hooks.append(module.register_forward_hook(lambda m, a, o: (inside.pop(), None)[1]))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
-        PIPELINES[case].run(pipe, steps=steps)
-    for hook in hooks:
-        hook.remove()
-    return calls
-
-
 def test_factors_are_the_best_of_the_search() -> None:
     case = "cogvideox-5b"
     pipe = PIPELINES[case].build()
-    calls = recorded(pipe, case, steps=5)
+    calls = recorded(
+        pipe.transformer, CASES[case].sites, lambda: PIPELINES[case].run(pipe, steps=5)
+    )
     method = AgentAttn(cell=CELL)
     candidates = (0.0, 0.25, 0.5, 1.0)
     want = PIPELINES[case].run(pipe, steps=5)

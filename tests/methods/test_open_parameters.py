@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from diffattn import CLEARAttn, FreeSwimAttn, GNAAttn, RadialAttn, TokenGrid, VMoBAAttn
+from diffattn import (
+    AttentionTileAttn,
+    CLEARAttn,
+    FreeSwimAttn,
+    GNAAttn,
+    LVSAAttn,
+    RadialAttn,
+    TokenGrid,
+    VMoBAAttn,
+)
 from diffattn.methods import StaticMaskMethod
 
 GRIDS = [
@@ -24,6 +33,10 @@ STATIC = [
     CLEARAttn(radius=3, window="cylinder"),
     FreeSwimAttn(radius=2),
     FreeSwimAttn(native=(4, 5)),
+    AttentionTileAttn(),
+    AttentionTileAttn(global_frames=3),
+    LVSAAttn(),
+    LVSAAttn(trained_frames=9, phase=2),
 ]
 BY_CONTENT = [
     VMoBAAttn(),
