@@ -30,6 +30,7 @@ if _TYPE_CHECKING:
         LinFusionAttn,
         Method,
         RadialAttn,
+        SLAAttn,
         SolAttn,
         VMoBAAttn,
         register_method,
@@ -39,6 +40,7 @@ if _TYPE_CHECKING:
         load_linfusion_checkpoint,
         save_linfusion_checkpoint,
     )
+    from diffattn.methods.sla.checkpoint import load_sla_checkpoint, save_sla_checkpoint
     from diffattn.operator import attention, register_backend
     from diffattn.planning.costs import Estimate
     from diffattn.planning.plans import Plan, plan
@@ -64,6 +66,7 @@ __all__ = [
     "PredicateMask",
     "RadialAttn",
     "Reference",
+    "SLAAttn",
     "SolAttn",
     "TokenGrid",
     "VMoBAAttn",
@@ -73,12 +76,14 @@ __all__ = [
     "from_block_mask",
     "load_clear_checkpoint",
     "load_linfusion_checkpoint",
+    "load_sla_checkpoint",
     "methods",
     "models",
     "plan",
     "register_backend",
     "register_method",
     "save_linfusion_checkpoint",
+    "save_sla_checkpoint",
     "set_attn_processor",
 ]
 
@@ -120,6 +125,7 @@ _HOMES = {
             "LinFusionAttn",
             "Method",
             "RadialAttn",
+            "SLAAttn",
             "SolAttn",
             "VMoBAAttn",
             "register_method",
@@ -129,6 +135,7 @@ _HOMES = {
             "load_linfusion_checkpoint",
             "save_linfusion_checkpoint",
         ),
+        "methods.sla.checkpoint": ("load_sla_checkpoint", "save_sla_checkpoint"),
         "operator": ("attention", "register_backend"),
         "planning.costs": ("Estimate",),
         "planning.plans": ("Plan", "plan"),

@@ -52,6 +52,8 @@ ADVICE: Mapping[str, Advice] = {
     # These papers train the projections themselves, with the dense model as teacher.
     "clear": Advice(prediction=0.5, attention=0.5, attention_every=4),
     "linfusion": Advice(prediction=0.5, attention=0.5),
+    # TurboDiffusion's training, with the dense model as teacher of the prediction alone.
+    "sla": Advice(objective=0.0, prediction=1.0),
 }
 
 

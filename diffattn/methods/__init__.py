@@ -12,6 +12,7 @@ from diffattn.methods.gna import GNAAttn
 from diffattn.methods.linfusion import LinFusionAttn
 from diffattn.methods.radial import RadialAttn
 from diffattn.methods.registry import METHODS, all_methods, from_dict, register_method
+from diffattn.methods.sla import SLAAttn
 from diffattn.methods.sol import SolAttn
 from diffattn.methods.vmoba import VMoBAAttn
 
@@ -26,6 +27,7 @@ for _method in (
     LinFusionAttn,
     SolAttn,
     BlockTopKAttn,
+    SLAAttn,
 ):
     register_method(_method)
 
@@ -40,6 +42,7 @@ __all__ = [
     "LinFusionAttn",
     "Method",
     "RadialAttn",
+    "SLAAttn",
     "Site",
     "SolAttn",
     "StaticMaskMethod",

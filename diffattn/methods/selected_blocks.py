@@ -159,7 +159,7 @@ class SelectedBlocksMethod(Method):
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         grid, tokens = site.grid, query.shape[1]
-        key, value = (_for_every_head(x, query) for x in (key, value))
+        key, value = (for_every_head(x, query) for x in (key, value))
         if self.is_dense:
             return attention(query, key, value, scale=scale, key_mask=key_mask)
         there, back = self._permutation(grid, query.device)
@@ -199,7 +199,7 @@ class SelectedBlocksMethod(Method):
         Returns:
             bool (batch, heads, blocks, blocks), of blocks in the method's order.
         """
-        key = _for_every_head(key, query)
+        key = for_every_head(key, query)
         there, back = self._permutation(site.grid, query.device)
         query, key = (permuted(x, there, back, 1) for x in (query, key))
         counted = None if key_mask is None else key_mask.index_select(1, there)
@@ -328,7 +328,7 @@ class SelectedBlocksMethod(Method):
         return 4 * grid.tokens * blocks * channels + grid.tokens * channels
 
 
-def _for_every_head(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+def for_every_head(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """Keys or values, repeated for the query heads that share them.
 
     Raises:
