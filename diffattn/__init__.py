@@ -32,6 +32,7 @@ if _TYPE_CHECKING:
         LVSAAttn,
         Method,
         RadialAttn,
+        SLAAttn,
         SolAttn,
         SVG2Attn,
         VMoBAAttn,
@@ -42,6 +43,7 @@ if _TYPE_CHECKING:
         load_linfusion_checkpoint,
         save_linfusion_checkpoint,
     )
+    from diffattn.methods.sla.checkpoint import load_sla_checkpoint, save_sla_checkpoint
     from diffattn.operator import attention, register_backend
     from diffattn.planning.costs import Estimate
     from diffattn.planning.plans import Plan, plan
@@ -70,6 +72,7 @@ __all__ = [
     "PredicateMask",
     "RadialAttn",
     "Reference",
+    "SLAAttn",
     "SVG2Attn",
     "SolAttn",
     "TokenGrid",
@@ -81,12 +84,14 @@ __all__ = [
     "from_block_mask",
     "load_clear_checkpoint",
     "load_linfusion_checkpoint",
+    "load_sla_checkpoint",
     "methods",
     "models",
     "plan",
     "register_backend",
     "register_method",
     "save_linfusion_checkpoint",
+    "save_sla_checkpoint",
     "set_attn_processor",
 ]
 
@@ -132,6 +137,7 @@ _HOMES = {
             "Method",
             "RadialAttn",
             "SVG2Attn",
+            "SLAAttn",
             "SolAttn",
             "VMoBAAttn",
             "register_method",
@@ -141,6 +147,7 @@ _HOMES = {
             "load_linfusion_checkpoint",
             "save_linfusion_checkpoint",
         ),
+        "methods.sla.checkpoint": ("load_sla_checkpoint", "save_sla_checkpoint"),
         "operator": ("attention", "register_backend"),
         "planning.costs": ("Estimate",),
         "planning.plans": ("Plan", "plan"),

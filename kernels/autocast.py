@@ -21,7 +21,7 @@ def cast_as_sdpa(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     As torch does for its own attention, float64 and tensors of integers stay as they are.
     """
     device = tensors[0].device.type
-    if not _is_on(device):
+    if not autocast_is_on(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -43,8 +43,9 @@ def without_autocast(compute: Callable[..., Any]) -> Callable[..., Any]:
 
 def autocast_off(device: str) -> AbstractContextManager[object]:
     """A context with autocast switched off for a type of device."""
-    return torch.autocast(device, enabled=False) if _is_on(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if autocast_is_on(device) else nullcontext()
 
 
-def _is_on(device: str) -> bool:
+def autocast_is_on(device: str) -> bool:
+    """Whether the caller is in an autocast region of a type of device."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

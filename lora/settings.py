@@ -54,6 +54,8 @@ ADVICE: Mapping[str, Advice] = {
     "linfusion": Advice(prediction=0.5, attention=0.5),
     # The paper does not give the weights of these two losses.
     "attention-tile": Advice(prediction=0.5, attention=0.5),
+    # TurboDiffusion's training, with the dense model as teacher of the prediction alone.
+    "sla": Advice(objective=0.0, prediction=1.0),
 }
 
 

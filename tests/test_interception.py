@@ -52,7 +52,10 @@ def tensors() -> list[torch.Tensor]:
 
 def attend_by(method: dict[str, Any]) -> Callable[..., torch.Tensor]:
     made = from_dict(method | {"dense_layers": 0, "dense_steps": 0}).for_model("wan", GRID)
-    site = Site("wan", 0, 2, GRID)
+    module = torch.nn.Module()
+    module.head_dim = SHAPE[-1]  # type: ignore[assignment]
+    weights = made.site_weights(module, joint=False) if made.type == "sla" else None
+    site = Site("wan", 0, 2, GRID, weights=weights)
     return lambda q, k, v: made.attend(q, k, v, site)
 
 
@@ -64,6 +67,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "linfusion": {},
     "agent": {"cell": (1, 2, 2)},
     "freeswim": {},
+    "sla": {"block_q": 16, "block_kv": 16, "keep": 0.3},
 }
 
 

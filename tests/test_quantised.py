@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from peft import LoraConfig
 
 import diffattn
-from diffattn import CLEARAttn, LinFusionAttn
+from diffattn import CLEARAttn, LinFusionAttn, SLAAttn
 from diffattn.lora.cache import fingerprint
 from diffattn.methods.base import Method
 
@@ -56,6 +56,7 @@ METHODS = [
     stock.IN_TILES,
     LinFusionAttn(mid_dim=4),
     CLEARAttn(radius=2, down_factor=2, dense_layers=0, dense_steps=0),
+    SLAAttn(block_q=16, block_kv=16, keep=0.3),
 ]
 
 

@@ -14,6 +14,7 @@ from diffattn.methods.linfusion import LinFusionAttn
 from diffattn.methods.lvsa import LVSAAttn
 from diffattn.methods.radial import RadialAttn
 from diffattn.methods.registry import METHODS, all_methods, from_dict, register_method
+from diffattn.methods.sla import SLAAttn
 from diffattn.methods.sol import SolAttn
 from diffattn.methods.svg2 import SVG2Attn
 from diffattn.methods.vmoba import VMoBAAttn
@@ -32,6 +33,7 @@ for _method in (
     SVG2Attn,
     AttentionTileAttn,
     LVSAAttn,
+    SLAAttn,
 ):
     register_method(_method)
 
@@ -48,6 +50,7 @@ __all__ = [
     "LinFusionAttn",
     "Method",
     "RadialAttn",
+    "SLAAttn",
     "SVG2Attn",
     "Site",
     "SolAttn",

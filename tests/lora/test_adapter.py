@@ -181,6 +181,24 @@ class TestMethodWeights:
                 assert torch.equal(pipe.transformer.get_parameter(name), weight)
                 assert not torch.equal(weight, torch.full((2, 2), 0.25))
 
+    def test_layers_that_begin_as_nothing_are_trained_and_come_back(self, tmp_path: Path) -> None:
+        method = {"type": "sla", "keep": 0.3, "block_q": 16, "block_kv": 16}
+        made = tiny_training.trainer(
+            tmp_path, attention=method, steps=2, pipe=pipeline(torch.bfloat16)
+        )
+        made.train()
+        record = read_record(tmp_path)
+        assert record is not None
+        pipe = pipeline()
+        diffattn.set_attn_processor(pipe, from_dict(record.method))
+        assert load_method_weights(pipe, tmp_path, record) == tiny_wan.LAYERS
+        for layer in range(tiny_wan.LAYERS):
+            for part in ("weight", "bias"):
+                name = f"blocks.{layer}.attn1.sla.proj_l.{part}"
+                loaded = pipe.transformer.get_parameter(name)
+                assert loaded.any()
+                assert torch.equal(loaded, made.model.get_parameter(name))
+
     def test_there_are_none_beside_a_mask_s_lora(self, tmp_path: Path) -> None:
         made = tiny_training.trainer(tmp_path, steps=1)
         made.train()

@@ -367,7 +367,7 @@ class TestSettings:
         # The factor, alpha / rank, is the paper's for any rank.
         assert TrainSettings(rank=16).completed().alpha == 32
         assert TrainSettings(rank=16, alpha=4, prediction=2).completed().prediction == 2
-        assert ADVICE.keys() <= {"radial", "clear", "linfusion", "attention-tile"}
+        assert ADVICE.keys() <= {"radial", "clear", "linfusion", "attention-tile", "sla"}
 
     def test_rates(self) -> None:
         def rates(schedule: str) -> list[float]:

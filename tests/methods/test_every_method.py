@@ -77,8 +77,10 @@ def test_references(name: str, policy: str) -> None:
     assert cost.tokens == 5 + 192 + 200
     assert f"{policy}, " in str(cost)
     query, key, value = torch.randn(3, 1, grid.tokens, 2, 16).unbind(0)
-    weights: Any = SimpleNamespace(text_gate=torch.zeros(2))
-    site = Site("wan2.1", 0, 1, grid, weights=weights if name == "linfusion" else None)
+    gate: Any = SimpleNamespace(text_gate=torch.zeros(2))
+    projection: Any = SimpleNamespace(project=lambda x, dtype: 0 * x)
+    weights = {"linfusion": gate, "sla": projection}.get(name)
+    site = Site("wan2.1", 0, 1, grid, weights=weights)
     out = method.for_model("wan2.1", grid.alone).attend(query, key, value, site)
     assert out.shape == query.shape
     assert out.isfinite().all()

@@ -11,7 +11,7 @@ from tiny_case import nudged
 from tiny_families import CASES, Case
 
 import diffattn
-from diffattn import AgentAttn, DenseAttn, GNAAttn, VMoBAAttn
+from diffattn import AgentAttn, DenseAttn, GNAAttn, SLAAttn, VMoBAAttn
 
 EXACT = {"atol": 1e-5, "rtol": 1e-4}
 
@@ -57,6 +57,21 @@ def test_content_method_that_selects_everything_gives_the_models_own_output(case
     out = forward(model, inputs)
     assert out.isfinite().all()
     assert not torch.allclose(out, want, atol=1e-3), "the selection should matter"
+
+
+def test_own_weights_add_nothing_before_training_and_matter_after(case: Case) -> None:
+    model, inputs = case.build(), case.inputs()
+    want = forward(model, inputs)
+    attachment = diffattn.set_attn_processor(model, SLAAttn(keep=1))
+    torch.testing.assert_close(forward(model, inputs), want, **EXACT)
+    assert attachment.sparse_calls == len(case.sites)
+    layers = [p for name, p in model.named_parameters() if ".sla.proj_l." in name]
+    assert len(layers) == 2 * len(case.sites)
+    for parameter in layers:
+        torch.nn.init.normal_(parameter)
+    out = forward(model, inputs)
+    assert out.isfinite().all()
+    assert not torch.allclose(out, want, atol=1e-3), "linear attention should matter"
 
 
 def test_sparse_method_is_the_stock_model_with_that_mask(case: Case) -> None:

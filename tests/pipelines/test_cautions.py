@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from diffattn import AgentAttn, CLEARAttn, GNAAttn, LinFusionAttn, RadialAttn, TokenGrid, VMoBAAttn
+from diffattn import (
+    AgentAttn,
+    CLEARAttn,
+    GNAAttn,
+    LinFusionAttn,
+    RadialAttn,
+    SLAAttn,
+    TokenGrid,
+    VMoBAAttn,
+)
 
 from .conftest import SIZE, Result
 
@@ -24,7 +33,7 @@ class TestOfMethods:
     def test_training_free_methods_have_none(self, method: RadialAttn) -> None:
         assert [method.caution(grid) for grid in self.GRIDS] == [None] * 3
 
-    @pytest.mark.parametrize("method", [LinFusionAttn(), CLEARAttn()])
+    @pytest.mark.parametrize("method", [LinFusionAttn(), CLEARAttn(), SLAAttn()])
     def test_methods_that_need_training(self, method: LinFusionAttn) -> None:
         assert all("without" in (method.caution(grid) or "") for grid in self.GRIDS)
 
