@@ -32,6 +32,7 @@ if _TYPE_CHECKING:
         RadialAttn,
         SolAttn,
         VMoBAAttn,
+        VSAAttn,
         register_method,
     )
     from diffattn.methods.clear.checkpoint import load_clear_checkpoint
@@ -39,6 +40,7 @@ if _TYPE_CHECKING:
         load_linfusion_checkpoint,
         save_linfusion_checkpoint,
     )
+    from diffattn.methods.vsa.checkpoint import load_vsa_checkpoint
     from diffattn.operator import attention, register_backend
     from diffattn.planning.costs import Estimate
     from diffattn.planning.plans import Plan, plan
@@ -67,12 +69,14 @@ __all__ = [
     "SolAttn",
     "TokenGrid",
     "VMoBAAttn",
+    "VSAAttn",
     "__version__",
     "attention",
     "calibrate_agent",
     "from_block_mask",
     "load_clear_checkpoint",
     "load_linfusion_checkpoint",
+    "load_vsa_checkpoint",
     "methods",
     "models",
     "plan",
@@ -122,6 +126,7 @@ _HOMES = {
             "RadialAttn",
             "SolAttn",
             "VMoBAAttn",
+            "VSAAttn",
             "register_method",
         ),
         "methods.clear.checkpoint": ("load_clear_checkpoint",),
@@ -129,6 +134,7 @@ _HOMES = {
             "load_linfusion_checkpoint",
             "save_linfusion_checkpoint",
         ),
+        "methods.vsa.checkpoint": ("load_vsa_checkpoint",),
         "operator": ("attention", "register_backend"),
         "planning.costs": ("Estimate",),
         "planning.plans": ("Plan", "plan"),

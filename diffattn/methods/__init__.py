@@ -14,6 +14,7 @@ from diffattn.methods.radial import RadialAttn
 from diffattn.methods.registry import METHODS, all_methods, from_dict, register_method
 from diffattn.methods.sol import SolAttn
 from diffattn.methods.vmoba import VMoBAAttn
+from diffattn.methods.vsa import VSAAttn
 
 for _method in (
     DenseAttn,
@@ -26,6 +27,7 @@ for _method in (
     LinFusionAttn,
     SolAttn,
     BlockTopKAttn,
+    VSAAttn,
 ):
     register_method(_method)
 
@@ -44,6 +46,7 @@ __all__ = [
     "SolAttn",
     "StaticMaskMethod",
     "VMoBAAttn",
+    "VSAAttn",
     "all_methods",
     "from_dict",
     "register_method",
