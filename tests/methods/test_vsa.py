@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_video_models
+import tiny_families
 import tiny_wan
 import torch
 from content_goldens import Golden, read
@@ -364,14 +364,47 @@ def trained(model: torch.nn.Module, seed: int = 2) -> None:
             weight.data = 0.3 * torch.randn(weight.shape, generator=generator).to(weight)
 
 
-@pytest.mark.parametrize("name", ["wan", "minimax-h3-key-frames", "minimax-h3-references"])
+FAMILIES = [
+    "hunyuanvideo", "cogvideox-2b", "ltx-2", "mochi", "allegro-padded", "flux", "sdxl", "framepack",
+    "flux-kontext", "qwen-image-edit", "minimax-h3-references",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_tiles_are_the_models_own_attention(name: str) -> None:
+    case = tiny_families.CASES[name]
+    model, inputs = case.build(), {**case.inputs(), "return_dict": False}
+    with torch.no_grad():
+        want = model(**inputs)[0]
+        attachment = diffattn.set_attn_processor(model, VSAAttn(keep=0.999, coarse=True))
+        assert attachment is not None
+        assert len(gates(model)) == len(case.sites)
+        torch.testing.assert_close(model(**inputs)[0], want, atol=1e-5, rtol=1e-4)
+        assert attachment.sparse_calls == len(case.sites)
+        trained(model)
+        assert not torch.allclose(model(**inputs)[0], want, atol=1e-3)
+        diffattn.set_attn_processor(model, None)
+        assert torch.equal(model(**inputs)[0], want)
+
+
+@pytest.mark.parametrize("name", ["flux.2", "kandinsky-5"])
+def test_models_without_a_projection_to_queries_have_no_gate(name: str) -> None:
+    model = tiny_families.CASES[name].build()
+    with pytest.raises(ValueError, match=r"no projection to_q.*use VSAAttn\(coarse=False\)"):
+        diffattn.set_attn_processor(model, VSAAttn(coarse=True))
+    assert diffattn.set_attn_processor(model, VSAAttn(dense_steps=0)) is not None
+
+
+@pytest.mark.parametrize(
+    "name", ["wan", "hunyuanvideo", "flux", "minimax-h3-key-frames", "minimax-h3-references"]
+)
 def test_the_gate_is_of_what_is_projected_to_queries(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "wan":
         model, inputs = tiny_wan.transformer(), wan_inputs()
     else:
-        case = tiny_video_models.CASES[name]
+        case = tiny_families.CASES[name]
         model, inputs = case.build(), {**case.inputs(), "return_dict": False}
     calls: list[tuple[Any, ...]] = []
     original = VSAAttn.attend_gated
@@ -397,7 +430,11 @@ def test_the_gate_is_of_what_is_projected_to_queries(
         gates(model), projected, calls, strict=True
     ):
         layer = gate.to_gate_compress
-        want = torch.nn.functional.linear(x, layer.weight, layer.bias).unflatten(-1, q.shape[2:])
+        want = torch.zeros(q.shape).flatten(2)
+        # Text that has a stream and projections of its own has no gate.
+        of_x = slice(None) if x.shape[1] == q.shape[1] else grid.pictures
+        want[:, of_x] = torch.nn.functional.linear(x, layer.weight, layer.bias)
+        want = want.unflatten(-1, q.shape[2:])
         torch.testing.assert_close(found, want)
         assert found.abs().max() > 0.01
         exact = truth(method, q, k, v, found, grid, key_mask)

@@ -131,8 +131,8 @@ def gate_of_call(query: torch.Tensor, grid: TokenGrid) -> torch.Tensor | None:
     if gate.shape[1] != query.shape[1] or channels != heads * head_dim:
         raise NotImplementedError(
             f"the gate of vsa is of {tokens} tokens and {channels} channels, but attention of"
-            f" {query.shape[1]} tokens and {heads} x {head_dim} channels: with context parallelism"
-            f" or merged tokens use VSAAttn(coarse=False)"
+            f" {query.shape[1]} tokens and {heads} x {head_dim} channels, as with context"
+            f" parallelism and merged tokens: use VSAAttn(coarse=False) here"
         )
     return gate.unflatten(2, (heads, head_dim))
 
