@@ -36,6 +36,7 @@ if _TYPE_CHECKING:
         SolAttn,
         SVG2Attn,
         VMoBAAttn,
+        VSAAttn,
         register_method,
     )
     from diffattn.methods.clear.checkpoint import load_clear_checkpoint
@@ -44,6 +45,7 @@ if _TYPE_CHECKING:
         save_linfusion_checkpoint,
     )
     from diffattn.methods.sla.checkpoint import load_sla_checkpoint, save_sla_checkpoint
+    from diffattn.methods.vsa.checkpoint import load_vsa_checkpoint
     from diffattn.operator import attention, register_backend
     from diffattn.planning.costs import Estimate
     from diffattn.planning.plans import Plan, plan
@@ -77,6 +79,7 @@ __all__ = [
     "SolAttn",
     "TokenGrid",
     "VMoBAAttn",
+    "VSAAttn",
     "__version__",
     "attention",
     "calibrate_agent",
@@ -85,6 +88,7 @@ __all__ = [
     "load_clear_checkpoint",
     "load_linfusion_checkpoint",
     "load_sla_checkpoint",
+    "load_vsa_checkpoint",
     "methods",
     "models",
     "plan",
@@ -140,6 +144,7 @@ _HOMES = {
             "SLAAttn",
             "SolAttn",
             "VMoBAAttn",
+            "VSAAttn",
             "register_method",
         ),
         "methods.clear.checkpoint": ("load_clear_checkpoint",),
@@ -148,6 +153,7 @@ _HOMES = {
             "save_linfusion_checkpoint",
         ),
         "methods.sla.checkpoint": ("load_sla_checkpoint", "save_sla_checkpoint"),
+        "methods.vsa.checkpoint": ("load_vsa_checkpoint",),
         "operator": ("attention", "register_backend"),
         "planning.costs": ("Estimate",),
         "planning.plans": ("Plan", "plan"),

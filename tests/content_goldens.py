@@ -1,4 +1,4 @@
-"""Golden files of methods that select blocks, as tensors: goldens/README-sol-block-topk.md."""
+"""Golden files of methods that select blocks, as tensors: goldens/README.md."""
 
 from __future__ import annotations
 

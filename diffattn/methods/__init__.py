@@ -18,6 +18,7 @@ from diffattn.methods.sla import SLAAttn
 from diffattn.methods.sol import SolAttn
 from diffattn.methods.svg2 import SVG2Attn
 from diffattn.methods.vmoba import VMoBAAttn
+from diffattn.methods.vsa import VSAAttn
 
 for _method in (
     DenseAttn,
@@ -34,6 +35,7 @@ for _method in (
     AttentionTileAttn,
     LVSAAttn,
     SLAAttn,
+    VSAAttn,
 ):
     register_method(_method)
 
@@ -56,6 +58,7 @@ __all__ = [
     "SolAttn",
     "StaticMaskMethod",
     "VMoBAAttn",
+    "VSAAttn",
     "all_methods",
     "from_dict",
     "register_method",

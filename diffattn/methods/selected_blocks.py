@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from diffattn._checks import check_fields, choice, count
+from diffattn._checks import Allowed, check_fields, choice, count, is_whole
 from diffattn.curves import CURVES, along_curve
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import AttentionMask
@@ -24,8 +24,13 @@ from diffattn.spans import Span, spans_of
 
 ORDERS = ("raster", "tile", *CURVES)
 REMAINDERS = ("drop", "summary")
+# Sizes that the kernels take on every device.
+_BLOCKS = (16, 32, 64, 128, 256)
 _ALLOWED = {
-    "block": count(16),
+    "block": Allowed(
+        f"{', '.join(map(str, _BLOCKS[:-1]))} or {_BLOCKS[-1]}",
+        lambda value: is_whole(value) and value in _BLOCKS,
+    ),
     "order": choice(ORDERS),
     "neighbours": count(0),
     "remainder": choice(REMAINDERS),
@@ -91,7 +96,7 @@ class SelectedBlocksMethod(Method):
     references.
 
     Attributes:
-        block: tokens per block, a multiple of 16.
+        block: tokens per block: 16, 32, 64, 128 or 256.
         order: the order of the video tokens that blocks are cut from: "raster" for the model's own,
             "tile" for boxes of `block` tokens, or a curve of `diffattn.curves`.
         neighbours: blocks before and after its own that a query block always sees; 0 for its own
@@ -105,7 +110,7 @@ class SelectedBlocksMethod(Method):
 
     traced_whole: ClassVar[bool] = True
 
-    block: int = field(default=64, metadata={"help": "tokens per block, a multiple of 16"})
+    block: int = field(default=64, metadata={"help": "tokens per block: 16, 32, 64, 128 or 256"})
     order: str = field(default="morton", metadata={"help": f"one of {', '.join(ORDERS)}"})
     neighbours: int = field(
         default=0, metadata={"help": "blocks beside its own that a query block always sees"}
@@ -126,11 +131,6 @@ class SelectedBlocksMethod(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self, _ALLOWED)
-        if self.block % 16:
-            raise ValueError(
-                f"block is {self.block}, but must be a multiple of 16: try"
-                f" {self.block // 16 * 16} or {self.block // 16 * 16 + 16}"
-            )
 
     @abstractmethod
     def choose(self, pooled: Pooled) -> torch.Tensor:

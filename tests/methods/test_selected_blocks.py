@@ -271,7 +271,7 @@ def test_the_planned_density_is_near_that_of_normal_scores(method: SelectedBlock
 @pytest.mark.parametrize(
     ("cls", "parameters", "message"),
     [
-        (SolAttn, {"block": 24}, "block is 24, but must be a multiple of 16: try 16 or 32"),
+        (SolAttn, {"block": 24}, "block is 24, but must be 16, 32, 64, 128 or 256"),
         (SolAttn, {"order": "zigzag"}, "order is 'zigzag', but must be one of raster, tile, mort"),
         (SolAttn, {"tau": float("nan")}, "tau is nan, but must be a finite number"),
         (SolAttn, {"variance": "none"}, "variance is 'none', but must be one of diagonal, exact"),
