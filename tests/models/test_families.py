@@ -143,7 +143,7 @@ def test_a_pixel_arrives_at_the_token_that_the_grid_says(case: Case) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [n for n in CASES if CASES[n].reference_pixel] or [pytest.param("", marks=pytest.mark.skip)],
+    [n for n in CASES if CASES[n].reference_pixel],
 )
 def test_a_pixel_of_a_reference_arrives_at_the_token_that_the_grid_says(name: str) -> None:
     case = CASES[name]
