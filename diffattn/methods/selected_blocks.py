@@ -64,6 +64,7 @@ class Pooled:
         blocks: the blocks, the same for queries and keys; other tokens than video are among them.
         query_means, key_means: float32 (batch, blocks, heads, head_dim).
         counted: bool (batch, tokens), False for padding; None without padding.
+        holds_any: bool (batch, blocks), whether any token of a block counts; None without padding.
         always: the pairs of blocks that are seen in any case.
         scale: factor of the scores.
     """
@@ -74,15 +75,9 @@ class Pooled:
     query_means: torch.Tensor
     key_means: torch.Tensor
     counted: torch.Tensor | None
+    holds_any: torch.Tensor | None
     always: Always
     scale: float
-
-    @property
-    def holds_any(self) -> torch.Tensor | None:
-        """Whether any token of a block counts: bool (batch, blocks); None without padding."""
-        if self.counted is None:
-            return None
-        return self.blocks.means(self.counted[:, :, None, None].float())[:, :, 0, 0] > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +223,7 @@ class SelectedBlocksMethod(Method):
     ) -> torch.Tensor:
         """The pairs of blocks that are computed, bool (batch, heads, blocks, blocks)."""
         blocks = self._key_blocks(query.shape[1], query.device)
+        there = None if counted is None else blocks.holds_any(counted)
         # In an autocast region the scores would be in half precision.
         with torch.autocast(query.device.type, enabled=False):
             pooled = Pooled(
@@ -237,11 +233,11 @@ class SelectedBlocksMethod(Method):
                 blocks.means(query, counted),
                 blocks.means(key, counted),
                 counted,
+                there,
                 always,
                 query.shape[-1] ** -0.5 if scale is None else scale,
             )
             chosen = self.choose(pooled) | always.pairs
-        there = pooled.holds_any
         # A block without a key that counts has nothing to give, summary or not.
         return chosen if there is None else chosen & there[:, None, None]
 

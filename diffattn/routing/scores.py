@@ -84,7 +84,7 @@ def _parts(
     means = cut.means(x, counted)
     exists = torch.ones(x.shape[0], len(cut.lengths), dtype=torch.bool, device=x.device)
     if counted is not None:
-        exists = cut.means(counted[:, :, None, None].float())[:, :, 0, 0] > 0
+        exists = cut.holds_any(counted)
     # The number of each part's block, and its place among the block's parts.
     of_block = [-(-length // size) for length in blocks.lengths]
     longest = max(of_block)

@@ -139,6 +139,14 @@ class KeyBlocks:
             tokens = self._sums(counted[:, :, None, None], torch.int64)[:, :, 0, 0]
         return self._sums(x, dtype) / tokens.clamp(min=1)[:, :, None, None]
 
+    def holds_any(self, counted: torch.Tensor) -> torch.Tensor:
+        """Whether any token of a block counts: bool `(batch, video blocks)`.
+
+        Args:
+            counted: bool `(batch, video tokens)`, False for tokens that are left out.
+        """
+        return self.means(counted[:, :, None, None].float())[:, :, 0, 0] > 0
+
     def _sums(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         # Sums of whole rows: scattered additions have no fixed order on a GPU.
         if len(set(self.lengths)) == 1:

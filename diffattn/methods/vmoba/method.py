@@ -25,6 +25,7 @@ from diffattn.blocks import unpack_bits
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import BLOCK
 from diffattn.methods.base import Method, Site, Work
+from diffattn.methods.selected_blocks import for_every_head
 from diffattn.methods.vmoba.chunks import Sides, recommended_chunk
 from diffattn.methods.vmoba.selection import SCOPES, Rule, select_blocks
 from diffattn.selected.attention import SelectionMask, selected_attention
@@ -367,14 +368,7 @@ class VMoBAAttn(Method):
         key_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Query, key, value and key mask in the order of the partition, and the selected blocks."""
-        groups, left = divmod(query.shape[2], key.shape[2])
-        if left:
-            raise ValueError(
-                f"query has {query.shape[2]} heads and key {key.shape[2]}: with grouped queries the"
-                f" former must be a multiple of the latter"
-            )
-        if groups > 1:
-            key, value = (x.repeat_interleave(groups, 2) for x in (key, value))
+        key, value = (for_every_head(x, query) for x in (key, value))
         partition = self.partition(site.grid, site.layer)
         query, key, value = (partition.to_blocks(x) for x in (query, key, value))
         key_mask = None if key_mask is None else partition.to_blocks(key_mask)

@@ -106,21 +106,16 @@ def _mean_block(
     if counted is None:
         return means.mean(1, keepdim=True)
     # The mean of a block without counted tokens is 0.
-    holding = _holds_any(blocks, counted).sum(1).clamp(min=1)
+    holding = blocks.holds_any(counted).sum(1).clamp(min=1)
     return means.sum(1, keepdim=True) / holding[:, None, None, None]
-
-
-def _holds_any(blocks: KeyBlocks, counted: torch.Tensor) -> torch.Tensor:
-    """Whether any token of a block counts: bool (batch, video blocks)."""
-    return blocks.means(counted[:, :, None, None].float())[:, :, 0, 0] > 0
 
 
 def _ranked(
     blocks: KeyBlocks, deciders: KeyBlocks, counted: torch.Tensor, tile: int
 ) -> torch.Tensor:
     """Whether query and block both have a counted token: bool (queries, blocks) of one sample."""
-    queries = counted if tile == 1 else _holds_any(deciders, counted[None])[0]
-    return queries[:, None] & _holds_any(blocks, counted[None])
+    queries = counted if tile == 1 else deciders.holds_any(counted[None])[0]
+    return queries[:, None] & blocks.holds_any(counted[None])
 
 
 def _head_parts(heads: int, pairs: int, scope: str, device: torch.device) -> list[slice]:

@@ -340,4 +340,4 @@ def _holds_any(tiling: Tiling, counted: torch.Tensor | None) -> torch.Tensor | N
     """Whether any key of a tile counts: bool (batch, tiles); None if every place counts."""
     if counted is None:
         return None
-    return tiling.tiles.means(counted[:, :, None, None].float())[:, :, 0, 0] > 0
+    return tiling.tiles.holds_any(counted)
