@@ -67,6 +67,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "linfusion": {},
     "agent": {"cell": (1, 2, 2)},
     "freeswim": {},
+    "sol": {"block": 16},
+    "block-topk": {"block": 16, "remainder": "summary"},
+    "svg2": {"remainder": "summary"},
+    "vsa": {"tile": (4, 4, 4)},
+    "attention-tile": {},
+    "lvsa": {},
     "sla": {"block_q": 16, "block_kv": 16, "keep": 0.3},
 }
 

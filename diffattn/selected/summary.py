@@ -7,10 +7,12 @@ mean key and value for each other block, in the same softmax. Skipped blocks so 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from diffattn.blocks import BlockLayout, pack_bits
+from diffattn.interception import through_modes
 from diffattn.kernels.autocast import autocast_off, cast_as_sdpa
 from diffattn.kernels.summary import summary_attention
 from diffattn.operator import attention, choose_backend
@@ -100,6 +102,26 @@ def summarised_attention(
         NotImplementedError: if the tensors' device has no sparse kernel, and in forward mode.
     """
     query, key, value = cast_as_sdpa(query, key, value)
+    attend = partial(
+        _merged, layout=layout, summary=summary, scale=scale, key_mask=key_mask, backend=backend
+    )
+    if return_lse:
+        return attend(query, key, value)
+    return through_modes(lambda q, k, v: attend(q, k, v)[0], query, key, value)
+
+
+def _merged(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    layout: BlockLayout,
+    summary: Summary,
+    scale: float | None,
+    key_mask: torch.Tensor | None,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp over the blocks of a layout and the summaries."""
     exact, lse_exact = attention(
         query, key, value, layout, key_mask=key_mask, scale=scale, return_lse=True, backend=backend
     )
@@ -119,8 +141,6 @@ def summarised_attention(
         lse_exact, lse_pooled = (x.masked_fill(neither, 0) for x in (lse_exact, lse_pooled))
         share = (lse_pooled - lse_exact).sigmoid().transpose(1, 2)[..., None]
         out = torch.lerp(exact, pooled, share.to(exact.dtype))
-        if not return_lse:
-            return out
         return out, torch.logaddexp(lse_exact, lse_pooled).masked_fill(neither, -torch.inf)
 
 
