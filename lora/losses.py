@@ -9,12 +9,17 @@ There are three losses. Each is a float32 mean over all elements, and has a weig
 
 CLEAR and LinFusion use the weights 1, 0.5 and 0.5. The dense model is the same denoiser with the
 LoRA switched off and dense attention: there is no second copy.
+
+A denoiser with a guidance scale among its inputs is told two scales. The model's own objective is
+that of clips, which are not guided: the scale is 1. With any other scale the LoRA would learn to
+undo the guidance. The dense model is imitated at the scale of sampling. If there are losses of both
+kinds, and two scales, the sparse denoiser is called twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +55,9 @@ class Batch:
 class Student(torch.nn.Module):
     """A sparse denoiser with its losses: the module that is trained.
 
-    The module calls the denoiser twice if a loss compares it with the dense model. Wrappers of a
-    training framework around the module see a single call.
+    The module calls the denoiser up to three times: as the dense model, in comparison with it, and
+    for the model's own objective. Wrappers of a training framework around the module see a single
+    call.
     """
 
     def __init__(
@@ -70,42 +76,41 @@ class Student(torch.nn.Module):
             "prediction": settings.prediction or 0.0,
             "attention": settings.attention_output or 0.0,
         }
-        names = site_names(model, family_of(model))[:: settings.attention_every]
-        self._sites = [model.get_submodule(name) for name in names]
-        self._recipe, self._scheduler, self._attachment = recipe, scheduler, attachment
+        names = site_names(model, family_of(model)) if self.weights["attention"] else []
+        self._sites = [model.get_submodule(name) for name in names[:: settings.attention_every]]
+        self._scheduler, self._attachment = scheduler, attachment
+        self._recipe = recipe.at_guidance(1.0 if settings.guidance is None else settings.guidance)
+        self._compared = recipe.at_guidance(settings.teacher_guidance)
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The losses with a weight above 0 by name, and their weighted sum, "loss"."""
         recipe, scheduler = self._recipe, self._scheduler
         noisy = recipe.add_noise(scheduler, batch.latents, batch.noise, batch.times)
         self._attachment.leave_run()
-        taught: torch.Tensor | None = None
-        attended: list[torch.Tensor] = []
+        predicted: torch.Tensor | None = None
+        losses: dict[str, torch.Tensor] = {}
         if self.weights["prediction"] or self.weights["attention"]:
             with torch.no_grad(), dense_teacher(self.model, self._attachment):
-                taught, attended = self._predict(noisy, batch)
-        predicted, outputs = self._predict(noisy, batch)
-        losses: dict[str, torch.Tensor] = {}
+                taught, attended = self._predict(self._compared, noisy, batch, self._sites)
+            predicted, outputs = self._predict(self._compared, noisy, batch, self._sites)
+            if self.weights["prediction"]:
+                losses["prediction"] = F.mse_loss(predicted.float(), taught.float())
+            if self.weights["attention"]:
+                losses["attention"] = mean_distance(outputs, attended)
         if self.weights["objective"]:
+            if predicted is None or recipe != self._compared:
+                predicted, _ = self._predict(recipe, noisy, batch, [])
             target = recipe.target(scheduler, batch.latents, batch.noise, batch.times)
-            losses["objective"] = F.mse_loss(predicted.float(), target.float())
-        if self.weights["prediction"]:
-            assert taught is not None
-            losses["prediction"] = F.mse_loss(predicted.float(), taught.float())
-        if self.weights["attention"]:
-            losses["attention"] = mean_distance(outputs, attended)
+            losses = {"objective": F.mse_loss(predicted.float(), target.float())} | losses
         weighted = [self.weights[name] * loss for name, loss in losses.items()]
         return losses | {"loss": torch.stack(weighted).sum()}
 
     def _predict(
-        self, noisy: torch.Tensor, batch: Batch
+        self, recipe: Recipe, noisy: torch.Tensor, batch: Batch, sites: Sequence[torch.nn.Module]
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The prediction, and the attention outputs if the attention loss has a weight."""
-        with ExitStack() as stack:
-            outputs: list[torch.Tensor] = []
-            if self.weights["attention"]:
-                outputs = stack.enter_context(attention_outputs(self._sites))
-            predicted = self._recipe.predict(self.model, noisy, batch.times, batch.conditions)
+        """The prediction, and the attention outputs of `sites`."""
+        with attention_outputs(sites) as outputs:
+            predicted = recipe.predict(self.model, noisy, batch.times, batch.conditions)
             # The copy stays unchanged when gradient checkpointing calls the sites again.
             return predicted, list(outputs)
 

@@ -77,6 +77,12 @@ class TrainSettings:
             second expert of Wan 2.2.
         objective, prediction, attention_output: weights of the losses, see `diffattn.lora.losses`.
         attention_every: the attention loss compares every n-th site for this n.
+        guidance: the guidance scale that a denoiser with guidance among its inputs (Flux-dev,
+            HunyuanVideo) is told where it learns from the clips. None for 1, which clips of cameras
+            have: another scale teaches the denoiser to undo the guidance of that scale. Clips made
+            by a denoiser of this kind have the scale that they were made with.
+        teacher_guidance: the scale that such a denoiser is told where it is compared with the dense
+            model. None for the pipeline's default.
         steps: number of optimiser steps.
         batch_size: samples of one process in one forward.
         accumulation: forwards per optimiser step.
@@ -109,6 +115,8 @@ class TrainSettings:
     prediction: float | None = None
     attention_output: float | None = None
     attention_every: int | None = None
+    guidance: float | None = None
+    teacher_guidance: float | None = None
     steps: int = 1000
     batch_size: int = 1
     accumulation: int = 1
@@ -161,6 +169,20 @@ class TrainSettings:
                 "objective, prediction and attention_output are all 0: there is nothing to learn;"
                 " give one of them a weight"
             )
+        objective, *compared = weights
+        for name, value, used, users in (
+            ("guidance", self.guidance, objective, "objective is 0"),
+            (
+                "teacher_guidance",
+                self.teacher_guidance,
+                any(compared),
+                "prediction and attention_output are 0",
+            ),
+        ):
+            if value is not None and not used:
+                raise LoraError(
+                    f"{name} is {value:g}, but {users}, so that nothing is told it: leave it out"
+                )
 
     def completed(self) -> Self:
         """The settings with None replaced by the settings of the method's paper, see `ADVICE`."""
@@ -247,6 +269,8 @@ _ALLOWED: Mapping[str, Allowed] = {
     "prediction": _WEIGHT,
     "attention_output": _WEIGHT,
     "attention_every": whole(1),
+    "guidance": _WEIGHT,
+    "teacher_guidance": _WEIGHT,
     "steps": whole(1),
     "batch_size": whole(1, _LARGEST_BATCH),
     "accumulation": whole(1),

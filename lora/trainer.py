@@ -124,6 +124,7 @@ class Trainer:
         self.accelerator = accelerator or make_accelerator(settings, output)
         try:
             self.recipe = recipe or recipe_for(pipe, settings.denoiser)
+            self.recipe.check_settings(settings)
             self.model: Any = getattr(pipe, self.recipe.denoiser)
             # The fingerprint comes before the method adds weights, which may start at random.
             self._base = fingerprint(self.model)

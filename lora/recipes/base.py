@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from diffattn.lora.errors import LoraError
 from diffattn.lora.recipes import noising
 from diffattn.lora.recipes.noising import Prediction
+from diffattn.lora.settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Recipe(ABC):
         timesteps: number of the scheduler's training timesteps.
         noise_range: lowest and highest noise level of this denoiser in sampling; for flows only.
         inverted: whether time runs from noise to clean, as in Mochi; for flows only.
+        guidance: the guidance scale among the denoiser's inputs, which guidance is distilled into;
+            None for a denoiser without this input.
     """
 
     family: str
@@ -43,6 +46,7 @@ class Recipe(ABC):
     timesteps: int
     noise_range: tuple[float, float] = (0.0, 1.0)
     inverted: bool = False
+    guidance: float | None = None
 
     @abstractmethod
     def encode_clip(self, pipe: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -95,6 +99,23 @@ class Recipe(ABC):
         Only a denoiser with the frame rate among its inputs has another recipe.
         """
         return self
+
+    def at_guidance(self, scale: float | None) -> Self:
+        """The recipe that tells the denoiser the guidance scale `scale`; None for the present one.
+
+        A denoiser without this input has one recipe for all scales.
+        """
+        return self if None in (scale, self.guidance) else replace(self, guidance=scale)
+
+    def check_settings(self, settings: TrainSettings) -> None:
+        """Raise LoraError if a setting means nothing for the recipe's model."""
+        for name in ("guidance", "teacher_guidance"):
+            value = getattr(settings, name)
+            if value is not None and self.guidance is None:
+                raise LoraError(
+                    f"{name} is {value:g}, but this {self.family} model has no guidance scale among"
+                    f" its inputs: leave it out"
+                )
 
     def call_arguments(self, pipe: Any, num_frames: int) -> dict[str, Any]:
         """Arguments of the pipeline's call for a video of `num_frames` frames by this recipe."""

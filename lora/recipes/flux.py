@@ -28,12 +28,9 @@ class FluxRecipe(Recipe):
 
     Attributes:
         latent_pixels: pixels per latent along rows and columns.
-        guidance: the guidance scale among the denoiser's inputs, as guidance is distilled into the
-            denoiser; None for a denoiser without this input (schnell).
     """
 
     latent_pixels: int
-    guidance: float | None
 
     def encode_clip(self, pipe: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
         """See `Recipe.encode_clip`; images only. The VAE has a shift and a factor."""

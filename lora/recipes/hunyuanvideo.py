@@ -20,14 +20,7 @@ from diffattn.lora.recipes.base import (
 
 @dataclass(frozen=True, kw_only=True)
 class HunyuanVideoRecipe(Recipe):
-    """HunyuanVideo's recipe.
-
-    Attributes:
-        guidance: the guidance scale among the denoiser's inputs, as guidance is distilled into the
-            denoiser.
-    """
-
-    guidance: float
+    """HunyuanVideo's recipe."""
 
     def encode_clip(self, pipe: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
         """See `Recipe.encode_clip`; the VAE has one factor."""
@@ -51,13 +44,16 @@ class HunyuanVideoRecipe(Recipe):
     ) -> Tensor:
         """See `Recipe.predict`."""
         told = {name: value.to(self.dtype) for name, value in conditions.items()}
+        guidance = None
+        if self.guidance is not None:
+            guidance = noisy.new_full((len(noisy),), self.guidance, dtype=self.dtype) * 1000.0
         out: Tensor = model(
             hidden_states=noisy.to(self.dtype),
             timestep=self.model_times(times).to(self.dtype),
             encoder_hidden_states=told["prompt_embeds"],
             encoder_attention_mask=told["prompt_attention_mask"],
             pooled_projections=told["pooled_prompt_embeds"],
-            guidance=noisy.new_full((len(noisy),), self.guidance, dtype=self.dtype) * 1000.0,
+            guidance=guidance,
             return_dict=False,
         )[0]
         return out
@@ -72,5 +68,5 @@ def hunyuanvideo_recipe(pipe: Any, denoiser: str, text_length: int | None) -> Hu
     )
     return HunyuanVideoRecipe(
         **common_settings(pipe, "hunyuanvideo", denoiser, text_length, flow=True),
-        guidance=call_default(pipe, "guidance_scale"),
+        guidance=call_default(pipe, "guidance_scale") if config.guidance_embeds else None,
     )

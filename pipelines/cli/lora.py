@@ -157,6 +157,21 @@ def train(
         int | None,
         typer.Option(help="Compare attention in every so many layers.", rich_help_panel=_LOSS),
     ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Guidance scale that Flux-dev and HunyuanVideo are told where they learn from "
+            "clips (default: 1, or that of the videos of --prompts).",
+            rich_help_panel=_LOSS,
+        ),
+    ] = None,
+    teacher_guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="The same where they are compared with the dense model (default: the model's).",
+            rich_help_panel=_LOSS,
+        ),
+    ] = None,
     weight_decay: Annotated[float | None, typer.Option(rich_help_panel=_SCHEDULE)] = None,
     max_grad_norm: Annotated[float | None, typer.Option(rich_help_panel=_SCHEDULE)] = None,
     shift: Annotated[

@@ -311,13 +311,17 @@ def _run_alone(
         plain = recipe_for(loaded.pipe, settings.denoiser, text_length)
     except ValueError as error:
         raise LoraError(error) from None
-    recipe = plain.at_rate(job.fps)
-    if job.prompts is not None and job.fps is not None and recipe is plain:
+    recipe = plain.at_rate(job.fps).at_guidance(loaded.defaults.get("guidance_scale"))
+    if job.prompts is not None and job.fps is not None and plain.at_rate(job.fps) is plain:
         raise UserError(
             f"--fps is the rate at which the clips of --data are read: {type(loaded.pipe).__name__}"
             f" makes the videos of --prompts without one"
         )
+    if job.prompts is not None and settings.guidance is None and settings.completed().objective:
+        # The clips are the dense model's at this scale.
+        settings = dataclasses.replace(settings, guidance=recipe.guidance)
     # Encoding may take hours: what can be refused is refused before.
+    recipe.check_settings(settings)
     check_adapter(getattr(loaded.pipe, recipe.denoiser), settings)
     _check_method(loaded.pipe, settings.attention, job)
     # The first process encodes the clips; the other processes find them in the folder.

@@ -204,6 +204,22 @@ class TestTrain:
         assert "gna attention, from step 2 on, in 1 process\n" in result.out
         assert "run: trained for 3 steps" in result.out
 
+    def test_a_guided_model_that_makes_its_own_clips_is_told_their_scale(
+        self, diffattn: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from tiny_complete import COMPLETE
+
+        monkeypatch.chdir(tmp_path)
+        COMPLETE["flux"].build().save_pretrained("flux")
+        (tmp_path / "prompts.txt").write_text("a cat")
+        given = ["--model", "flux", "--height", 32, "--width", 32, *QUICK, "--attn", "gna"]
+        given += ["--attn-arg", "window=3,3", "--prompts", "prompts.txt", "--teacher-steps", 1]
+        for folder, more, expected in (("own", [], 3.5), ("one", ["--guidance", 1], 1)):
+            result = diffattn("lora", "train", *given, "-o", folder, *more)
+            assert result.code == 0, result.err
+            settings = json.loads((tmp_path / folder / "settings.json").read_text())
+            assert settings["guidance"] == expected
+
     def test_validation_videos(self, train: Callable[..., Result], tmp_path: Path) -> None:
         validation = ["--validate-every", 1, "--validation-prompt", "a cow"]
         validation += ["--validation-steps", 2]
@@ -465,6 +481,10 @@ class TestRefusals:
             (
                 ["--data", "empty"],
                 "there are no clips in empty: none of its files ends in",
+            ),
+            (
+                ["--prompts", "prompts.txt", "--guidance", "2"],
+                "guidance is 2, but this wan model has no guidance scale among its inputs",
             ),
             (
                 ["--prompts", "prompts.txt", "--denoiser", "transformer_2"],
