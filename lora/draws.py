@@ -76,7 +76,9 @@ def draw_batch(
         generator = _generator(settings.seed, _SAMPLE, number)
         latents = item["latents"].float()
         noise = torch.randn(latents.shape, generator=generator)
-        times = recipe.sample_times(scheduler, 1, generator, settings.shift)
+        times = recipe.sample_times(
+            scheduler, 1, generator, latents.shape[1:], settings.shift, settings.noise_levels
+        )
         dropped = float(torch.rand((), generator=generator)) < settings.caption_dropout
         drawn.append((latents, noise, times[0], empty if dropped else item["conditions"]))
     told = [conditions for *_, conditions in drawn]

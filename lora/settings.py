@@ -24,6 +24,9 @@ from diffattn.methods import from_dict
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
+# How often the parts of a sampling run are trained: most often its middle, or all parts alike.
+NOISE_LEVELS = ("logit-normal", "uniform")
+USUAL_LEVELS = NOISE_LEVELS[0]
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,10 @@ class TrainSettings:
         weight_decay: weight decay of AdamW.
         max_grad_norm: norm that gradients are clipped to.
         shift: time shift of the noise levels; above 1 favours strong noise, for large videos. None
-            for the scheduler's own shift.
+            for the steps of sampling: the scheduler's shift, by the clip's tokens if it depends on
+            them, or Mochi's own steps.
+        noise_levels: the distribution along these steps, one of `NOISE_LEVELS`; None for
+            "logit-normal". "uniform" draws each level as often as sampling visits it.
         caption_dropout: fraction of the samples that are trained with the empty caption.
         seed: seed of everything random.
         mixed_precision: no, bf16 or fp16; None for the setting of `accelerate launch`.
@@ -126,6 +132,7 @@ class TrainSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     shift: float | None = None
+    noise_levels: str | None = None
     caption_dropout: float = 0.1
     seed: int = 0
     mixed_precision: str | None = None
@@ -280,6 +287,7 @@ _ALLOWED: Mapping[str, Allowed] = {
     "weight_decay": _WEIGHT,
     "max_grad_norm": number(above=0, at_most=_LARGEST_NORM),
     "shift": number(above=0, at_most=_LARGEST),
+    "noise_levels": choice(NOISE_LEVELS),
     "caption_dropout": number(at_least=0, below=1),
     "seed": whole(0, _LARGEST_SEED),
     "mixed_precision": choice(PRECISIONS),

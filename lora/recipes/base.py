@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -14,7 +14,10 @@ from torch import Tensor
 from diffattn.lora.errors import LoraError
 from diffattn.lora.recipes import noising
 from diffattn.lora.recipes.noising import Prediction
-from diffattn.lora.settings import TrainSettings
+from diffattn.lora.settings import USUAL_LEVELS, TrainSettings
+
+# The noise level from which on the layout of a video is decided.
+_STRONG = 0.9
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Recipe(ABC):
                     f"{name} is {value:g}, but this {self.family} model has no guidance scale among"
                     f" its inputs: leave it out"
                 )
+        self._check_levels(settings.shift, settings.noise_levels)
 
     def call_arguments(self, pipe: Any, num_frames: int) -> dict[str, Any]:
         """Arguments of the pipeline's call for a video of `num_frames` frames by this recipe."""
@@ -123,42 +127,89 @@ class Recipe(ABC):
         known = inspect.signature(type(pipe).__call__).parameters
         return {name: value for name, value in ours.items() if name in known}
 
+    def tokens_of_shift(self, size: Sequence[int]) -> int | None:
+        """The number that the pipeline gives its scheduler for a dynamic shift, if it gives one.
+
+        Args:
+            size: latent frames, height and width.
+        """
+        return None
+
+    def steps(self, scheduler: Any, size: Sequence[int], shift: float | None) -> noising.Steps:
+        """The noise levels of sampling by a flow.
+
+        Args:
+            scheduler: the pipeline's scheduler.
+            size: latent frames, height and width.
+            shift: the time shift of even steps, above 0; None for the steps of the pipeline.
+
+        Raises:
+            LoraError: if the shift is not above 0.
+        """
+        if shift is None:
+            shift = noising.shift_of(scheduler, self.tokens_of_shift(size))
+        if shift <= 0:
+            raise LoraError(f"shift is {shift}, but must be above 0 (1 shifts nothing)")
+        return noising.Shifted(shift)
+
     def sample_times(
         self,
         scheduler: Any,
         batch: int,
         generator: torch.Generator,
+        size: Sequence[int],
         shift: float | None = None,
+        noise_levels: str | None = None,
     ) -> Tensor:
         """Draw the times of a batch.
 
-        For a flow, times are noise levels from a logit-normal distribution with a time shift,
-        within `noise_range`. Otherwise times are timesteps from a uniform distribution.
+        For a flow, times are noise levels within `noise_range`, see `noising.sample_levels`.
+        Otherwise times are timesteps from a uniform distribution.
 
         Args:
             scheduler: the pipeline's scheduler.
             batch: number of times.
             generator: the source of random numbers.
-            shift: the time shift, above 0; None for the scheduler's own. For flows only.
+            size: latent frames, height and width.
+            shift: the time shift, above 0; None for the steps of the pipeline. For flows only.
+            noise_levels: the distribution along the steps; None for "logit-normal". For flows only.
 
         Returns:
             (batch,) on the generator's device: float32 for a flow, int64 otherwise.
 
         Raises:
-            LoraError: if the shift is not above 0, or is given for a model that is no flow.
+            LoraError: if the shift is not above 0, or an argument is given that is for flows only.
         """
+        self._check_levels(shift, noise_levels)
         if self.prediction == "flow":
-            shift = noising.default_shift(scheduler) if shift is None else shift
-            if shift <= 0:
-                raise LoraError(f"shift is {shift}, but must be above 0 (1 shifts nothing)")
-            return noising.sample_levels(batch, generator, shift, self.noise_range)
-        if shift is not None:
-            raise LoraError(
-                f"shift is {shift}, but this model predicts {self.prediction}, whose timesteps are"
-                f" drawn equally often: leave it out"
-            )
+            steps = self.steps(scheduler, size, shift)
+            distribution = noise_levels or USUAL_LEVELS
+            return noising.sample_levels(batch, generator, steps, distribution, self.noise_range)
         device = generator.device
         return torch.randint(self.timesteps, (batch,), generator=generator, device=device)
+
+    def about_times(self, scheduler: Any, size: Sequence[int], settings: TrainSettings) -> str:
+        """A line about the times that a training draws for latents of a size."""
+        if self.prediction != "flow":
+            return f"timesteps: all {self.timesteps} equally often"
+        low, high = self.noise_range
+        between = "" if (low, high) == (0, 1) else f", from {low:g} to {high:g}"
+        steps = self.steps(scheduler, size, settings.shift)
+        distribution = settings.noise_levels or USUAL_LEVELS
+        line = f"noise levels: {distribution}, {steps}{between}"
+        if not low < _STRONG < high:
+            return line
+        share = noising.share_above(_STRONG, steps, distribution, self.noise_range)
+        return f"{line}; {share:.0%} of them above {_STRONG:g}"
+
+    def _check_levels(self, shift: float | None, noise_levels: str | None) -> None:
+        """Raise LoraError if one of these is given for a model that is no flow."""
+        for name, value in (("shift", shift), ("noise_levels", noise_levels)):
+            if value is not None and self.prediction != "flow":
+                raise LoraError(
+                    f"{name} is {value}, but this model predicts {self.prediction}, whose timesteps"
+                    f" are drawn equally often: leave it out"
+                )
 
     def add_noise(self, scheduler: Any, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """Latents with noise at `times`, in the shape of `latents`."""

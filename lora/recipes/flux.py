@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -70,6 +72,10 @@ class FluxRecipe(Recipe):
             return_dict=False,
         )[0]
         return self._unpack(out, height, width)
+
+    def tokens_of_shift(self, size: Sequence[int]) -> int:
+        """See `Recipe.tokens_of_shift`."""
+        return math.prod(size) // _PATCH**2
 
     def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
         """See `Recipe.from_pipeline`."""

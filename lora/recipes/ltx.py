@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -69,6 +71,10 @@ class LTXRecipe(Recipe):
             return_dict=False,
         )[0]
         return self._unpack(out, height, width)
+
+    def tokens_of_shift(self, size: Sequence[int]) -> int:
+        """See `Recipe.tokens_of_shift`; the pipeline counts latents."""
+        return math.prod(size)
 
     def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
         """See `Recipe.from_pipeline`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffattn.lora.recipes.base import (
     one_by_one,
     per_channel,
 )
+from diffattn.lora.recipes.noising import LinearQuadratic, Steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,10 @@ class MochiRecipe(Recipe):
             return_dict=False,
         )[0]
         return out
+
+    def steps(self, scheduler: Any, size: Sequence[int], shift: float | None) -> Steps:
+        """See `Recipe.steps`; the pipeline has steps of its own."""
+        return LinearQuadratic() if shift is None else super().steps(scheduler, size, shift)
 
 
 def mochi_recipe(pipe: Any, denoiser: str, text_length: int | None) -> MochiRecipe:

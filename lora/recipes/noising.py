@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -42,44 +44,121 @@ def prediction_of(scheduler: Any) -> Prediction:
     return kind
 
 
-def default_shift(scheduler: Any) -> float:
+class Steps(Protocol):
+    """The noise levels of sampling by a flow, by the place in a run: 1 is its start, 0 its end.
+
+    Places and levels are float64 tensors of numbers from 0 to 1.
+    """
+
+    def level(self, place: Tensor) -> Tensor: ...
+
+    def place(self, level: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """Even steps with a time shift; a shift above 1 makes more of them at strong noise."""
+
+    shift: float
+
+    def level(self, place: Tensor) -> Tensor:
+        return self.shift * place / (1 + (self.shift - 1) * place)
+
+    def place(self, level: Tensor) -> Tensor:
+        return level / (self.shift - (self.shift - 1) * level)
+
+    def __str__(self) -> str:
+        return f"shift {self.shift:.3g}"
+
+
+@dataclass(frozen=True)
+class LinearQuadratic:
+    """Mochi's steps: half of them take off `threshold` of the noise evenly, then they grow.
+
+    Attributes:
+        threshold: the noise that the first half takes off.
+    """
+
+    threshold: float = 0.025
+
+    def level(self, place: Tensor) -> Tensor:
+        late = (1 - 2 * place).clamp(min=0)
+        return 1 - 2 * self.threshold * (1 - place) - (1 - 2 * self.threshold) * late**2
+
+    def place(self, level: Tensor) -> Tensor:
+        gone, first, second = 1 - level, self.threshold, 1 - 2 * self.threshold
+        root = (first**2 + 4 * second * (gone - first).clamp(min=0)).sqrt()
+        late = (root - first) / (2 * second)
+        return torch.where(gone <= first, 1 - gone / (2 * first), (1 - late) / 2)
+
+    def __str__(self) -> str:
+        return "along the linear-quadratic steps of sampling"
+
+
+def shift_of(scheduler: Any, tokens: int | None) -> float:
     """The time shift of a flow scheduler.
 
-    The shift is 1 for a scheduler whose shift depends on the number of tokens, as in the published
-    trainers of Flux.
+    Args:
+        scheduler: the scheduler.
+        tokens: the tokens that a dynamic shift depends on; None for a pipeline that gives its
+            scheduler no such number.
     """
     config = scheduler.config
-    if config.get("use_dynamic_shifting", False):
-        return 1.0
-    return float(config.get("shift", config.get("flow_shift", 1.0)))
+    if not config.get("use_dynamic_shifting", False) or tokens is None:
+        return float(config.get("shift", config.get("flow_shift", 1.0)))
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    shift = low + (high - low) * (tokens - few) / (many - few)
+    return shift if config.get("time_shift_type") == "linear" else math.exp(shift)
 
 
 def sample_levels(
-    batch: int, generator: torch.Generator, shift: float, bounds: tuple[float, float]
+    batch: int,
+    generator: torch.Generator,
+    steps: Steps,
+    distribution: str,
+    bounds: tuple[float, float],
 ) -> Tensor:
-    """Draw noise levels from the shifted logit-normal distribution between two bounds.
+    """Draw noise levels between two bounds.
 
-    A level is `shift * u / (1 + (shift - 1) * u)` where u is the sigmoid of a normal number. The
+    The place in a run of sampling is drawn, and the level is the level there. So "uniform" draws
+    each level as often as sampling visits it, and "logit-normal" favours the middle of the run. The
     distribution is conditioned on levels between the bounds.
 
     Args:
         batch: number of levels.
         generator: the source of random numbers, one number for each level.
-        shift: the time shift; above 1 favours strong noise.
+        steps: the levels of sampling.
+        distribution: that of the places, one of `diffattn.lora.settings.NOISE_LEVELS`.
         bounds: lowest and highest level, 0 <= low < high <= 1.
 
     Returns:
         float32 (batch,), on the generator's device.
     """
-    # The shift adds its logarithm to the logit of u: bounds on the level are bounds on the normal
-    # number. The dtype is float64, as steps of float32 are coarse near 1.
     edges = torch.tensor(bounds, dtype=torch.float64, device=generator.device)
-    low, high = torch.special.ndtr(edges.logit() - torch.tensor(shift).double().log()).unbind()
+    low, high = _share_below(steps.place(edges), distribution).unbind()
+    # The dtype is float64, as steps of float32 are coarse near 1.
     even = torch.rand(batch, generator=generator, device=generator.device, dtype=torch.float64)
     # The normal numbers for 0 and 1 would be infinite.
-    place = (low + (high - low) * even).clamp(1e-12, 1 - 1e-12)
-    normal = torch.special.ndtri(place)
-    return torch.sigmoid(normal + torch.tensor(shift).double().log()).float()
+    share = (low + (high - low) * even).clamp(1e-12, 1 - 1e-12)
+    place = share if distribution == "uniform" else torch.special.ndtri(share).sigmoid()
+    return steps.level(place).float()
+
+
+def share_above(
+    level: float, steps: Steps, distribution: str, bounds: tuple[float, float]
+) -> float:
+    """The share of the levels of `sample_levels` that are above a level between the bounds."""
+    edges = torch.tensor((*bounds, level), dtype=torch.float64)
+    low, high, below = _share_below(steps.place(edges), distribution).tolist()
+    return (high - below) / (high - low)
+
+
+def _share_below(places: Tensor, distribution: str) -> Tensor:
+    """The share of the drawn places that are below places."""
+    # The place of 1 may be a little above 1.
+    places = places.clamp(0, 1)
+    return places if distribution == "uniform" else torch.special.ndtr(places.logit())
 
 
 def mix(latents: Tensor, noise: Tensor, levels: Tensor) -> Tensor:

@@ -177,7 +177,15 @@ def train(
     shift: Annotated[
         float | None,
         typer.Option(
-            help="Of the noise levels (default: the scheduler's).", rich_help_panel=_SCHEDULE
+            help="Of the noise levels (default: the steps of sampling).", rich_help_panel=_SCHEDULE
+        ),
+    ] = None,
+    noise_levels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="logit-normal|uniform",
+            help="Train most at the middle of sampling runs (default), or all parts alike.",
+            rich_help_panel=_SCHEDULE,
         ),
     ] = None,
     caption_dropout: Annotated[

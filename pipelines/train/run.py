@@ -328,6 +328,7 @@ def _run_alone(
     with accelerator.main_process_first(), _preparing(_clips_folder(job, output), say):
         clips = _prepare(job, loaded, recipe, output, say, warn)
     say(f"{len(clips)} clips, {job.num_frames} frames {job.width}x{job.height}")
+    say(recipe.about_times(loaded.pipe.scheduler, clips[0]["latents"].shape[1:], settings))
     trainer = Trainer(
         loaded.pipe,
         clips,

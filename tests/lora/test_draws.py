@@ -21,7 +21,7 @@ def drawn(caption_dropout: float, numbers: range, **changes: Any) -> Batch:
     for clip in clips:
         clip["conditions"]["prompt_embeds"][0, 0] = 1
     recipe: Any = SimpleNamespace(
-        sample_times=lambda scheduler, count, generator, shift: torch.rand(
+        sample_times=lambda scheduler, count, generator, size, shift, levels: torch.rand(
             count, generator=generator
         )
     )

@@ -76,7 +76,9 @@ def test_from_clips_to_a_lora(folder, tmp_path, name):
 
     item = data[0]
     told = {key: value[None] for key, value in item["conditions"].items()}
-    times = recipe.sample_times(pipe.scheduler, 1, torch.Generator().manual_seed(0))
+    times = recipe.sample_times(
+        pipe.scheduler, 1, torch.Generator().manual_seed(0), item["latents"].shape[1:]
+    )
 
     def predicted(pipe) -> torch.Tensor:
         model = getattr(pipe, recipe.denoiser)

@@ -16,9 +16,11 @@ import torch
 from tiny_complete import COMPLETE
 
 from diffattn.lora.recipes import RECIPES, noising, recipe_for
+from diffattn.lora.settings import TrainSettings
 from diffattn.models import denoisers
 
 PROMPT, NEGATIVE = "a red fox", "grey"
+SIZE = (2, 6, 10)
 
 # What pipelines pass on for attention processors: nothing, in a plain call.
 IDLE = {"attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs"}
@@ -207,7 +209,8 @@ def test_gradients_reach_the_denoiser_through_the_call(case, run):
     model = getattr(run.pipe, recipe.denoiser)
     latents = latents_of_pipeline(run.pipe, run.latents, case)
     clean = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    times = recipe.sample_times(run.pipe.scheduler, len(clean), torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    times = recipe.sample_times(run.pipe.scheduler, len(clean), generator, clean.shape[2:])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
     noisy = recipe.add_noise(run.pipe.scheduler, clean, noise, times)
     out = recipe.predict(model, noisy, times, recipe.encode_prompt(run.pipe, [PROMPT]))
@@ -328,9 +331,12 @@ class TestNoise:
 class TestTimes:
     @pytest.mark.parametrize("shift", [0.4, 1.0, 3.0])
     @pytest.mark.parametrize("bounds", [(0.0, 1.0), (0.875, 1.0), (0.0, 0.875), (0.2, 0.21)])
-    def test_levels_are_logit_normal_within_their_bounds(self, shift, bounds):
+    @pytest.mark.parametrize("distribution", ["logit-normal", "uniform"])
+    def test_levels_have_their_distribution_within_their_bounds(self, shift, bounds, distribution):
         count = 20_000
-        levels = noising.sample_levels(count, torch.Generator().manual_seed(0), shift, bounds)
+        generator = torch.Generator().manual_seed(0)
+        steps = noising.Shifted(shift)
+        levels = noising.sample_levels(count, generator, steps, distribution, bounds)
         assert levels.dtype == torch.float32
         assert levels.min() >= bounds[0]
         assert levels.max() <= bounds[1]
@@ -342,6 +348,8 @@ class TestTimes:
             if level in (0.0, 1.0):
                 return level
             u = level / (shift - (shift - 1) * level)
+            if distribution == "uniform":
+                return u
             return 0.5 * (1 + math.erf(math.log(u / (1 - u)) / math.sqrt(2)))
 
         low, high = map(below, bounds)
@@ -350,27 +358,103 @@ class TestTimes:
             expected = (below(level) - low) / (high - low)
             # Five standard deviations of a count of so many.
             assert abs((levels < level).float().mean().item() - expected) < 2.5 / count**0.5
+            above = noising.share_above(level, steps, distribution, bounds)
+            assert above == pytest.approx(1 - expected, abs=1e-6)
 
     def test_the_experts_of_wan_share_the_noise_levels_at_the_boundary(self):
         pipe = tiny_complete._wan_two_experts()
         first, second = (recipe_for(pipe, name) for name in ("transformer", "transformer_2"))
         assert (first.noise_range, second.noise_range) == ((0.7, 1.0), (0.0, 0.7))
         generator = torch.Generator().manual_seed(0)
-        assert first.sample_times(pipe.scheduler, 500, generator).min() >= 0.7
-        assert second.sample_times(pipe.scheduler, 500, generator).max() <= 0.7
+        assert first.sample_times(pipe.scheduler, 500, generator, SIZE).min() >= 0.7
+        assert second.sample_times(pipe.scheduler, 500, generator, SIZE).max() <= 0.7
+
+    @pytest.mark.parametrize("name", ["hunyuanvideo", "ltx", "mochi", "flux"])
+    def test_the_steps_are_those_of_the_pipeline(self, name):
+        case = COMPLETE[name]
+        pipe = case.build()
+        # At the end of a run LTX's scheduler leaves its own steps out.
+        pipe.scheduler.register_to_config(shift_terminal=None)
+        latents = case.run(pipe, PROMPT, NEGATIVE, steps=16, output_type="latent")
+        size = latents_of_pipeline(pipe, latents, case).shape[2:]
+        expected = pipe.scheduler.sigmas[:-1].double()
+        if pipe.scheduler.config.invert_sigmas:
+            expected = 1 - expected
+        places = 1 - torch.arange(16, dtype=torch.float64) / 16
+        steps = recipe_for(pipe).steps(pipe.scheduler, size, None)
+        torch.testing.assert_close(steps.level(places), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(steps.place(expected), places, rtol=0, atol=2e-5)
+        # Trained alike, each quarter of a run's steps is drawn equally often.
+        levels = recipe_for(pipe).sample_times(
+            pipe.scheduler, 20_000, torch.Generator().manual_seed(0), size, None, "uniform"
+        )
+        for part in (4, 8, 12):
+            share = (levels > expected[part]).float().mean().item()
+            assert share == pytest.approx(part / 16, abs=0.016)
+
+    # The parts of the levels that the trainers of these models draw, and the steps of sampling, by
+    # their published configurations: LTX-Video's, Mochi's, and Flux-dev's.
+    @pytest.mark.parametrize(
+        ("name", "size", "config", "drawn", "visited"),
+        [
+            ("ltx", (21, 15, 22), (1024, 4096, 0.95, 2.05), 0.81, 0.70),
+            ("ltx", (13, 16, 24), (1024, 4096, 0.95, 2.05), 0.57, 0.54),
+            ("mochi", (15, 60, 106), None, 0.71, 0.63),
+            ("flux", (1, 128, 128), (256, 4096, 0.5, 1.15), 0.15, 0.26),
+        ],
+    )
+    def test_strong_noise_is_trained_as_often_as_it_is_sampled(
+        self, name, size, config, drawn, visited
+    ):
+        pipe = COMPLETE[name].build()
+        if config is not None:
+            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+            pipe.scheduler.register_to_config(**dict(zip(names, config, strict=True)))
+        recipe = recipe_for(pipe)
+        for distribution, expected in ((None, drawn), ("uniform", visited)):
+            levels = recipe.sample_times(
+                pipe.scheduler, 20_000, torch.Generator().manual_seed(0), size, None, distribution
+            )
+            assert (levels > 0.9).float().mean().item() == pytest.approx(expected, abs=0.02)
+        usual, even = TrainSettings(), TrainSettings(noise_levels="uniform")
+        for settings, share in ((usual, drawn), (even, visited)):
+            line = recipe.about_times(pipe.scheduler, size, settings)
+            assert line.startswith(f"noise levels: {settings.noise_levels or 'logit-normal'}, ")
+            assert abs(int(line.split("; ")[1].split("%")[0]) / 100 - share) < 0.02
+
+    def test_a_shift_that_grows_along_a_line(self):
+        pipe = tiny_complete._flux()
+        line = {"time_shift_type": "linear", "base_shift": 1, "max_shift": 9}
+        pipe.scheduler.register_to_config(**line)
+        # Halfway between the 256 and the 4096 tokens of its configuration.
+        assert recipe_for(pipe).steps(pipe.scheduler, (1, 64, 136), None) == noising.Shifted(5.0)
+
+    def test_what_is_drawn_is_said(self):
+        experts = tiny_complete._wan_two_experts()
+        for name, shift, line in (
+            ("transformer", None, "noise levels: logit-normal, shift 3, from 0.7 to 1; 23% of"),
+            ("transformer", 1.0, "noise levels: logit-normal, shift 1, from 0.7 to 1; 7% of"),
+            ("transformer_2", None, "noise levels: logit-normal, shift 3, from 0 to 0.7"),
+        ):
+            settings = TrainSettings(shift=shift)
+            said = recipe_for(experts, name).about_times(experts.scheduler, SIZE, settings)
+            assert said.startswith(line)
+        sd = tiny_complete._sd()
+        line = recipe_for(sd).about_times(sd.scheduler, SIZE, TrainSettings())
+        assert line == "timesteps: all 1000 equally often"
 
     def test_the_shift_is_the_schedulers_unless_given(self):
         def median(pipe, shift=None):
             generator = torch.Generator().manual_seed(0)
-            return recipe_for(pipe).sample_times(pipe.scheduler, 4001, generator, shift).median()
+            recipe = recipe_for(pipe)
+            return recipe.sample_times(pipe.scheduler, 4001, generator, SIZE, shift).median()
 
         wan = tiny_complete.wan()
         # The shifted median of the normal number's 0, which is the level 1/2.
         torch.testing.assert_close(median(wan), torch.tensor(0.75), atol=0.02, rtol=0)
         torch.testing.assert_close(median(wan, 1.0), torch.tensor(0.5), atol=0.02, rtol=0)
-        torch.testing.assert_close(
-            median(tiny_complete._flux()), torch.tensor(0.5), atol=0.02, rtol=0
-        )
+        mochi = tiny_complete._mochi()
+        torch.testing.assert_close(median(mochi, 1.0), torch.tensor(0.5), atol=0.02, rtol=0)
         wan.scheduler = diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
         )
@@ -379,7 +463,7 @@ class TestTimes:
     def test_timesteps_are_drawn_equally_often(self):
         pipe = tiny_complete._sd()
         times = recipe_for(pipe).sample_times(
-            pipe.scheduler, 50_000, torch.Generator().manual_seed(0)
+            pipe.scheduler, 50_000, torch.Generator().manual_seed(0), SIZE
         )
         assert times.dtype == torch.int64
         assert (times.min(), times.max()) == (0, 999)
@@ -390,9 +474,13 @@ class TestTimes:
     def test_a_shift_of_nothing_or_for_what_is_no_flow_is_refused(self):
         wan, sd, generator = tiny_complete.wan(), tiny_complete._sd(), torch.Generator()
         with pytest.raises(ValueError, match=r"shift is 0.0, but must be above 0"):
-            recipe_for(wan).sample_times(wan.scheduler, 1, generator, 0.0)
+            recipe_for(wan).sample_times(wan.scheduler, 1, generator, SIZE, 0.0)
         with pytest.raises(ValueError, match=r"shift is 3.0, but this model predicts epsilon"):
-            recipe_for(sd).sample_times(sd.scheduler, 1, generator, 3.0)
+            recipe_for(sd).sample_times(sd.scheduler, 1, generator, SIZE, 3.0)
+        with pytest.raises(ValueError, match=r"noise_levels is uniform, but this model predicts"):
+            recipe_for(sd).check_settings(TrainSettings(noise_levels="uniform"))
+        with pytest.raises(ValueError, match=r"noise_levels is 'x', but must be one of logit-nor"):
+            TrainSettings(noise_levels="x")
 
 
 class TestRefused:

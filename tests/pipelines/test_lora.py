@@ -179,6 +179,7 @@ class TestTrain:
         result = train("--data", data, *CELLS)
         assert result.code == 0, result.err
         assert "2 clips, 5 frames 48x32" in result.out
+        assert "noise levels: logit-normal, shift " in result.out
         assert "broken.gif" in result.err
         lines = (tmp_path / OUT / "losses.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [1, 2]
