@@ -18,7 +18,7 @@ kinds, and two scales, the sparse denoiser is called twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ import torch
 from torch.nn import functional as F
 
 from diffattn.attach.sites import site_names
+from diffattn.lora.attention_distance import attention_distances, attention_outputs
 from diffattn.lora.recipes.base import Recipe
 from diffattn.lora.settings import TrainSettings
 from diffattn.models import family_of
@@ -90,29 +91,28 @@ class Student(torch.nn.Module):
         predicted: torch.Tensor | None = None
         losses: dict[str, torch.Tensor] = {}
         if self.weights["prediction"] or self.weights["attention"]:
-            with torch.no_grad(), dense_teacher(self.model, self._attachment):
-                taught, attended = self._predict(self._compared, noisy, batch, self._sites)
-            predicted, outputs = self._predict(self._compared, noisy, batch, self._sites)
+            with (
+                torch.no_grad(),
+                dense_teacher(self.model, self._attachment),
+                attention_outputs(self._sites) as attended,
+            ):
+                taught = self._predict(self._compared, noisy, batch)
+            with attention_distances(self._sites, attended) as distances:
+                predicted = self._predict(self._compared, noisy, batch)
             if self.weights["prediction"]:
                 losses["prediction"] = F.mse_loss(predicted.float(), taught.float())
             if self.weights["attention"]:
-                losses["attention"] = mean_distance(outputs, attended)
+                losses["attention"] = torch.stack(distances).mean()
         if self.weights["objective"]:
             if predicted is None or recipe != self._compared:
-                predicted, _ = self._predict(recipe, noisy, batch, [])
+                predicted = self._predict(recipe, noisy, batch)
             target = recipe.target(scheduler, batch.latents, batch.noise, batch.times)
             losses = {"objective": F.mse_loss(predicted.float(), target.float())} | losses
         weighted = [self.weights[name] * loss for name, loss in losses.items()]
         return losses | {"loss": torch.stack(weighted).sum()}
 
-    def _predict(
-        self, recipe: Recipe, noisy: torch.Tensor, batch: Batch, sites: Sequence[torch.nn.Module]
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The prediction, and the attention outputs of `sites`."""
-        with attention_outputs(sites) as outputs:
-            predicted = recipe.predict(self.model, noisy, batch.times, batch.conditions)
-            # The copy stays unchanged when gradient checkpointing calls the sites again.
-            return predicted, list(outputs)
+    def _predict(self, recipe: Recipe, noisy: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return recipe.predict(self.model, noisy, batch.times, batch.conditions)
 
 
 @contextmanager
@@ -124,36 +124,3 @@ def dense_teacher(model: Any, attachment: Attachment) -> Iterator[None]:
             yield
     finally:
         model.enable_adapters()
-
-
-@contextmanager
-def attention_outputs(sites: Sequence[torch.nn.Module]) -> Iterator[list[torch.Tensor]]:
-    """Collect the outputs of attention modules, in the order of their calls.
-
-    Modules of joint attention return video and text tokens; only the video tokens are kept.
-
-    Yields:
-        The list of outputs, which grows while the block runs.
-    """
-    outputs: list[torch.Tensor] = []
-
-    def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
-
-    hooks = [site.register_forward_hook(keep) for site in sites]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def mean_distance(
-    outputs: Sequence[torch.Tensor], references: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """The mean squared distance of each pair of tensors in float32, averaged over the pairs."""
-    distances = [
-        F.mse_loss(output.float(), reference.float())
-        for output, reference in zip(outputs, references, strict=True)
-    ]
-    return torch.stack(distances).mean()

@@ -8,8 +8,9 @@ import tiny_training
 import tiny_wan
 import torch
 
+from diffattn.lora.attention_distance import attention_outputs
 from diffattn.lora.draws import draw_batch
-from diffattn.lora.losses import Batch, attention_outputs, dense_teacher, mean_distance
+from diffattn.lora.losses import Batch, dense_teacher
 from diffattn.lora.trainer import Trainer
 
 SITES = [f"blocks.{index}.attn1" for index in range(tiny_wan.LAYERS)]
@@ -109,19 +110,3 @@ def test_a_finished_denoising_run_leaves_training_sparse(tmp_path: Any) -> None:
     assert made.attachment.dense_calls > 0  # the teacher's
     tiny_wan.run(made.pipe)
     assert made.loss([0, 1]) == before
-
-
-def test_joint_attention_is_compared_on_the_video() -> None:
-    class Joint(torch.nn.Module):
-        def forward(self, video: torch.Tensor, text: torch.Tensor) -> Any:
-            return video, text
-
-    joint = Joint()
-    with attention_outputs([joint]) as kept:
-        joint(torch.ones(2), torch.zeros(3))
-    assert [output.tolist() for output in kept] == [[1, 1]]
-
-
-def test_the_mean_is_over_pairs_not_over_numbers() -> None:
-    one, many = torch.ones(1), torch.zeros(100)
-    assert mean_distance([one, many], [torch.zeros(1), many]).item() == 0.5
