@@ -75,6 +75,12 @@ def trained(made: Trainer) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in made.model.named_parameters() if p.requires_grad}
 
 
+def own_path() -> dict[str, str]:
+    """The environment in which a process imports this module, and the diffattn of this process."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])

@@ -32,7 +32,7 @@ def launch(folder: Path) -> None:
         "--dynamo_backend", "no", "--main_process_port", str(free_port()), SCRIPT, folder,
     ]  # fmt: skip
     environment = os.environ | {
-        "PYTHONPATH": str(SCRIPT.parent),
+        **tiny_training.own_path(),
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",

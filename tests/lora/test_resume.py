@@ -29,7 +29,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.T
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent), "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | tiny_training.own_path() | {"CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([sys.executable, SCRIPT, folder, *arguments], env=environment)
 
 
