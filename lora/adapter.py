@@ -4,6 +4,9 @@ The LoRA's file has the format of diffusers: stock `pipe.load_lora_weights` read
 the file names the method that the LoRA was trained under. The method's own weights, if there are
 any, are in a second file in the same folder.
 
+The LoRA of a second expert is written into a folder of its own. Its layers have the names and the
+sizes of the first expert's, and stock diffusers would load it into the first without a word.
+
 The factor alpha / rank is multiplied into the weights: programs that read no header, and take a
 missing alpha for the rank, apply the LoRA with the strength that it was trained with.
 """
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 METHOD_FILE = "diffattn_method_weights.safetensors"
+
+SECOND_EXPERT = "transformer_2"
 
 # The name of the first adapter in peft and in diffusers.
 ADAPTER = "default"
@@ -137,6 +142,11 @@ def check_adapter(model: Any, settings: TrainSettings) -> list[str]:
     return names
 
 
+def place_of(folder: Path, denoiser: str) -> Path:
+    """The folder of a denoiser's LoRA inside the folder of its training."""
+    return folder / denoiser if denoiser == SECOND_EXPERT else folder
+
+
 def save_adapter(
     pipe: DiffusionPipeline,
     record: LoraRecord,
@@ -187,7 +197,7 @@ def read_record(path: Path) -> LoraRecord | None:
     """The record in the header of a LoRA's file.
 
     Args:
-        path: the LoRA's file, or the folder of the file.
+        path: the LoRA's file, the folder of the file, or the folder of the training.
 
     Returns:
         The record; None for a LoRA that diffattn did not train.
@@ -196,6 +206,8 @@ def read_record(path: Path) -> LoraRecord | None:
         LoraError: if the file cannot be read, or was written by another version of diffattn.
     """
     file = path / LORA_FILE if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        file = place_of(path, SECOND_EXPERT) / LORA_FILE
     if file.suffix != ".safetensors" or not file.is_file():
         return None
     try:
@@ -259,7 +271,7 @@ def load_method_weights(pipe: DiffusionPipeline, path: Path, record: LoraRecord)
 
     Args:
         pipe: the pipeline, with the method attached.
-        path: the LoRA's file, or the folder of the file.
+        path: the LoRA's file, the folder of the file, or the folder of the training.
         record: the result of `read_record`.
 
     Returns:
@@ -268,7 +280,10 @@ def load_method_weights(pipe: DiffusionPipeline, path: Path, record: LoraRecord)
     Raises:
         LoraError: if the weights do not fit the attached method.
     """
-    file = (path if path.is_dir() else path.parent) / METHOD_FILE
+    folder = path if path.is_dir() else path.parent
+    file = folder / METHOD_FILE
+    if not file.is_file():
+        file = place_of(folder, record.denoiser) / METHOD_FILE
     if not file.is_file():
         return 0
     model = getattr(pipe, record.denoiser)

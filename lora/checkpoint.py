@@ -42,7 +42,7 @@ _FULL = 1 << 20
 _LOCK = ".diffattn.lock"
 _PARTIAL = ".diffattn.tmp"
 # Unfinished files and folders of a killed run.
-_LEFTOVERS = (_PARTIAL, f"{FOLDER}/.step-*.tmp", "validation/*.tmp.npz")
+_LEFTOVERS = (_PARTIAL, f"*/{_PARTIAL}", f"{FOLDER}/.step-*.tmp", "validation/*.tmp.npz")
 # The errors of a full disk: torch and safetensors raise errors of their own.
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 

@@ -20,9 +20,11 @@ from diffattn.attach.denoiser import attached_to
 from diffattn.lora.adapter import (
     LORA_FILE,
     METHOD_FILE,
+    SECOND_EXPERT,
     LoraRecord,
     check_finite,
     load_method_weights,
+    place_of,
     read_record,
 )
 from diffattn.lora.errors import LoraError
@@ -53,7 +55,7 @@ def load_lora(pipe: Any, path: str | Path, *, everywhere: bool = False) -> LoraR
 
     Args:
         pipe: the pipeline.
-        path: the LoRA's file, or the folder of the file.
+        path: the LoRA's file, the folder of the file, or the folder of the training.
         everywhere: keep the LoRA on in every call.
 
     Returns:
@@ -102,8 +104,14 @@ def find_file(path: Path) -> Path:
 
 
 def _file_in(folder: Path) -> Path:
-    if (folder / LORA_FILE).is_file():
-        return folder / LORA_FILE
+    both = [place / LORA_FILE for place in (folder, place_of(folder, SECOND_EXPERT))]
+    trained = [file for file in both if file.is_file()]
+    if len(trained) == 1:
+        return trained[0]
+    if trained:
+        raise LoraError(
+            f"folder {folder} holds the LoRAs of two experts: name one, {both[0]} or {both[1]}"
+        )
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != METHOD_FILE)
     found = [file for file in files if file.suffix == _SUFFIX]
     if len(found) == 1:
@@ -147,7 +155,7 @@ def load_factors(
         _check_fit(model, name, factors, path)
         adapter = _new_name(model, "lora" if record is None else record.method["type"])
         # Only pipelines with two experts know this argument.
-        extra = {"load_into_transformer_2": True} if name == "transformer_2" else {}
+        extra = {"load_into_transformer_2": True} if name == SECOND_EXPERT else {}
         try:
             pipe.load_lora_weights(file, adapter_name=adapter, use_safetensors=True, **extra)
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:

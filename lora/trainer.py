@@ -17,7 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
 
 from diffattn.attach.attachment import Attachment, set_attn_processor
-from diffattn.lora.adapter import LORA_FILE, LoraRecord, add_adapter, save_adapter
+from diffattn.lora.adapter import LORA_FILE, LoraRecord, add_adapter, place_of, save_adapter
 from diffattn.lora.cache import fingerprint
 from diffattn.lora.checkpoint import (
     Progress,
@@ -201,12 +201,13 @@ class Trainer:
             The LoRA's file.
         """
         weights = self._weights()
+        place = place_of(self.output, self.recipe.denoiser)
         if self.accelerator.is_main_process:
             replace_files(
-                self.output, lambda folder: save_adapter(self.pipe, self._record(), folder, weights)
+                place, lambda folder: save_adapter(self.pipe, self._record(), folder, weights)
             )
         self.accelerator.wait_for_everyone()
-        return self.output / LORA_FILE
+        return place / LORA_FILE
 
     def loss(self, numbers: Sequence[int]) -> dict[str, float]:
         """The losses of the samples with these numbers, by name, without a training step."""
@@ -287,7 +288,8 @@ class Trainer:
     def _save_adapter(self, folder: Path) -> None:
         weights = self._weights()
         if self.accelerator.is_main_process:
-            save_adapter(self.pipe, self._record(), folder, weights)
+            place = place_of(folder, self.recipe.denoiser)
+            save_adapter(self.pipe, self._record(), place, weights)
 
     def _record(self) -> LoraRecord:
         return LoraRecord(

@@ -294,7 +294,7 @@ def _run_alone(
     warn: Callable[[str], None],
 ) -> None:
     """Make the run in a folder that no other run writes into."""
-    from diffattn.lora.adapter import check_adapter
+    from diffattn.lora.adapter import SECOND_EXPERT, check_adapter, place_of
     from diffattn.lora.errors import LoraError
     from diffattn.lora.progress import shown
     from diffattn.lora.recipes import recipe_for
@@ -369,6 +369,11 @@ def _run_alone(
     if trainer.step < settings.steps:
         raise KeyboardInterrupt
     say(f"{output}: trained for {trainer.step} steps; use it by diffattn generate --lora {output}")
+    if recipe.denoiser == SECOND_EXPERT:
+        say(
+            f"in stock diffusers: pipe.load_lora_weights({str(place_of(output, SECOND_EXPERT))!r},"
+            f" load_into_{SECOND_EXPERT}=True)"
+        )
 
 
 def _look(validation: Validation | None, step: int, warn: Callable[[str], None]) -> None:

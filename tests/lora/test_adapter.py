@@ -1,5 +1,6 @@
 """What is trained, and that stock diffusers reads what is written."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from diffattn.lora.adapter import (
     save_adapter,
 )
 from diffattn.lora.errors import LoraError
+from diffattn.lora.loading import load_lora
 from diffattn.methods import from_dict
 
 
@@ -119,10 +121,50 @@ class TestStockDiffusers:
         assert record is not None
         assert record.denoiser == "transformer_2"
         fresh = tiny_wan.PIPELINES["two experts"]()
-        fresh.load_lora_weights(tmp_path, load_into_transformer_2=True)
+        fresh.load_lora_weights(tmp_path / "transformer_2", load_into_transformer_2=True)
         loaded = fresh.transformer_2.state_dict()
         for name, weight in tiny_training.trained(made).items():
             assert torch.equal(loaded[name.replace("default", "default_0")], weight)
+
+    def test_stock_diffusers_does_not_take_the_second_expert_s_for_the_first_s(
+        self, tmp_path: Path
+    ) -> None:
+        pipe = tiny_wan.PIPELINES["two experts"]()
+        tiny_training.trainer(tmp_path, pipe=pipe, steps=1, denoiser="transformer_2").train()
+        fresh = tiny_wan.PIPELINES["two experts"]()
+        for folder in (tmp_path, tmp_path / "checkpoints" / "step-000001"):
+            with contextlib.suppress(OSError):
+                fresh.load_lora_weights(folder)
+            assert not any("lora" in name for name, _ in fresh.transformer.named_parameters())
+        with pytest.raises(OSError, match="no file named pytorch_lora_weights"):
+            fresh.load_lora_weights(tmp_path)
+
+    @pytest.mark.parametrize("inside", ["", "transformer_2", "checkpoints/step-000001"])
+    def test_the_second_expert_s_is_found_with_its_method_s_weights(
+        self, inside: str, tmp_path: Path
+    ) -> None:
+        pipe = tiny_wan.PIPELINES["two experts"]()
+        cells = {"attention": CELLS, "denoiser": "transformer_2", "steps": 1}
+        made = tiny_training.trainer(tmp_path, pipe=pipe, **cells)
+        made.train()
+        fresh = tiny_wan.PIPELINES["two experts"]()
+        record = load_lora(fresh, tmp_path / inside)
+        assert record is not None
+        assert record.denoiser == "transformer_2"
+        assert not any("lora" in name for name, _ in fresh.transformer.named_parameters())
+        loaded = fresh.transformer_2.state_dict()
+        weights = tiny_training.trained(made)
+        assert any("lora" not in name for name in weights)
+        for name, weight in weights.items():
+            assert torch.equal(loaded[name.replace("default", "diffattn_clear")], weight)
+
+    def test_a_folder_with_both_experts_s_does_not_say_which(self, tmp_path: Path) -> None:
+        for folder in (tmp_path, tmp_path / "transformer_2"):
+            folder.mkdir(exist_ok=True)
+            (folder / LORA_FILE).touch()
+        message = rf"holds the LoRAs of two experts: name one, .*{LORA_FILE} or .*transformer_2/"
+        with pytest.raises(LoraError, match=message):
+            load_lora(tiny_wan.PIPELINES["two experts"](), tmp_path)
 
 
 class TestRecord:

@@ -205,6 +205,30 @@ class TestTrain:
         assert "gna attention, from step 2 on, in 1 process\n" in result.out
         assert "run: trained for 3 steps" in result.out
 
+    def test_the_second_expert_and_how_it_is_used(
+        self,
+        train: Callable[..., Result],
+        generate: Callable[..., Result],
+        tiny_wan_two_experts: Path,
+        tmp_path: Path,
+    ) -> None:
+        second = ["--model", tiny_wan_two_experts, "--denoiser", "transformer_2"]
+        result = train("--prompts", "prompts.txt", *CELLS, *second)
+        assert result.code == 0, result.err
+        assert result.out.splitlines()[-2:] == [
+            "run: trained for 2 steps; use it by diffattn generate --lora run",
+            "in stock diffusers: pipe.load_lora_weights('run/transformer_2',"
+            " load_into_transformer_2=True)",
+        ]
+        assert not (tmp_path / OUT / "pytorch_lora_weights.safetensors").exists()
+        model = ["--model", tiny_wan_two_experts]
+        for name, lora in (("own", OUT), ("sub", f"{OUT}/transformer_2")):
+            result = generate("a cat", "-o", f"{name}.png", "--lora", lora, *model)
+            assert result.code == 0, result.err
+        assert generate("a cat", "-o", "stock.png", "--attn", "dense", *model).code == 0
+        assert (frames("own") == frames("sub")).all()
+        assert (frames("own") != frames("stock")).any()
+
     def test_a_guided_model_that_makes_its_own_clips_is_told_their_scale(
         self, diffattn: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
