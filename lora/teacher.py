@@ -100,6 +100,8 @@ def teach(
     for done, (prompt, sample) in enumerate(asked, start=1):
         key = entry_key(settings | {"prompt": prompt, "sample": sample})
         if not is_stored(folder, key):
+            # The pipeline encodes the prompt, too, before the denoiser takes the device.
+            told = recipe.encode_prompt(pipe, [prompt])
             generator = torch.Generator().manual_seed(seed_of(key))
             made = pipe(prompt=prompt, **arguments, output_type="latent", generator=generator)[0]
             latents = recipe.from_pipeline(made, height, width).float()
@@ -108,7 +110,6 @@ def teach(
                     f"the teacher gave NaN in {recipe.dtype} for {prompt!r}: load it in float32 or"
                     f" bfloat16"
                 )
-            told = recipe.encode_prompt(pipe, [prompt])
             store(folder, key, latents, told, {"caption": prompt, "source": "teacher"})
         keys.append(key)
         progress(done, len(asked))

@@ -89,6 +89,14 @@ def train(
             help="Frames a second to take of a clip (default: all).", rich_help_panel=_DATA
         ),
     ] = None,
+    vae_tiling: Annotated[
+        bool | None,
+        typer.Option(
+            "--vae-tiling/--no-vae-tiling",
+            help="Encode large clips in overlapping tiles (default), which saves memory.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
     samples: Annotated[
         int | None, typer.Option(help="Videos of each of --prompts.", rich_help_panel=_DATA)
     ] = None,

@@ -117,12 +117,15 @@ def model_index(model: str) -> dict[str, Any]:
     return _read_json(Path(hf_hub_download(source, _INDEX_FILE)), model)
 
 
-def load_model(request: Request, record: LoraRecord | None = None) -> LoadedModel:
+def load_model(
+    request: Request, record: LoraRecord | None = None, *, placed: bool = True
+) -> LoadedModel:
     """Load the pipeline of a request, its LoRA included, on its device.
 
     Args:
         request: a run of the model.
         record: how the LoRA of the request was trained, if that is known.
+        placed: whether the pipeline goes to the device, or stays in main memory.
 
     Raises:
         UserError: if the device, the model or the LoRA is refused.
@@ -140,7 +143,8 @@ def load_model(request: Request, record: LoraRecord | None = None) -> LoadedMode
     pipe = _from_pretrained(source, request, getattr(torch, dtype))
     if request.lora is not None:
         load_lora(pipe, request.lora, record, everywhere=request.lora_everywhere)
-    _place(pipe, device, request.offload)
+    if placed:
+        _place(pipe, device, request.offload)
     defaults = read_defaults(request.model, source)
     return LoadedModel(pipe, defaults, dtype, str(device), record)
 

@@ -29,7 +29,7 @@ from diffattn._locks import alone, lock_existing
 
 from ..errors import RunInterruptedError, UserError
 from ..run.job import check_output_name
-from ..run.loading import LoadedModel, load_model
+from ..run.loading import LoadedModel, choose_device, load_model
 from ..run.machine import quiet_libraries
 from ..run.memory import check_memory
 from ..run.method_settings import MethodOptions, attention_settings
@@ -39,6 +39,7 @@ from ..run.request import BUNDLED_MODEL, DTYPES, TEXT, Request, check_option, op
 from ..run.video import check_format
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
     from diffattn.lora.cache import CachedClips
@@ -70,6 +71,7 @@ class TrainJob:
         height, width: of the clips in pixels.
         num_frames: frames of a clip.
         fps: frames a second to take of a clip.
+        vae_tiling: whether the VAE encodes large clips in overlapping tiles; None for True.
         samples: videos of each prompt; None for one.
         teacher_steps: denoising steps of each such video.
         validate_every: optimiser steps between validation videos.
@@ -89,6 +91,7 @@ class TrainJob:
     width: int | None = None
     num_frames: int | None = None
     fps: float | None = None
+    vae_tiling: bool | None = None
     samples: int | None = None
     teacher_steps: int | None = None
     validate_every: int | None = None
@@ -110,6 +113,11 @@ class TrainJob:
             )
         if self.captions is not None and self.data is None:
             raise UserError("--captions are those of the clips of --data, which is not given")
+        if self.vae_tiling is not None and self.data is None:
+            raise UserError(
+                "--vae-tiling is about the encoding of --data, which is not given: the videos of"
+                " --prompts are not encoded"
+            )
         for name in ("samples", "teacher_steps"):
             if getattr(self, name) is not None and self.prompts is None:
                 raise UserError(
@@ -150,6 +158,7 @@ _ALLOWED: Mapping[str, Allowed] = {
     "fps": number(at_least=0.01, at_most=1000),
     "validation_prompts": Allowed("a list of prompts", _are_texts),
     "lora_everywhere": FLAG,
+    "vae_tiling": FLAG,
     "dtype": choice(DTYPES),
 }
 
@@ -201,7 +210,7 @@ def train_lora(
         training = TrainSettings.from_dict({**settings, "attention": attention})
         quiet_libraries()
         if memory_check:
-            check_memory(job.request())
+            check_memory(_one_part_at_a_time(job.request()))
         with lacks(_NO_MEMORY):
             _run(
                 job,
@@ -219,6 +228,12 @@ def train_lora(
             raise RunInterruptedError(made, "go on from there with --resume") from None
         clips = _clips_folder(job, folder)
         raise RunInterruptedError([clips] if clips.exists() else []) from None
+
+
+def _one_part_at_a_time(request: Request) -> Request:
+    """A request that needs the memory of a training: an accelerator holds no two parts at once."""
+    on_cpu = choose_device(request.device).type == "cpu"
+    return request if on_cpu else dataclasses.replace(request, offload="model")
 
 
 def read_config(name: str) -> dict[str, Any]:
@@ -300,11 +315,14 @@ def _run_alone(
     from diffattn.lora.recipes import recipe_for
     from diffattn.lora.trainer import Trainer, make_accelerator
 
+    from .placement import drop_all_but
+
     accelerator = make_accelerator(settings, output, on_cpu=job.device == "cpu")
     kind = accelerator.device.type
     if job.device not in (None, "cpu", kind):
         raise UserError(f"--device is {job.device!r}, but here it must be cpu or left out ({kind})")
-    loaded = load_model(dataclasses.replace(job.request(), device=str(accelerator.device)))
+    request = dataclasses.replace(job.request(), device=str(accelerator.device))
+    loaded = load_model(request, placed=False)
     job = _complete(job, loaded)
     try:
         text_length = loaded.defaults.get("max_sequence_length")
@@ -326,7 +344,9 @@ def _run_alone(
     _check_method(loaded.pipe, settings.attention, job)
     # The first process encodes the clips; the other processes find them in the folder.
     with accelerator.main_process_first(), _preparing(_clips_folder(job, output), say):
-        clips = _prepare(job, loaded, recipe, output, say, warn)
+        clips = _prepare(job, loaded, recipe, output, accelerator.device, say, warn)
+    if job.validate_every is None:
+        drop_all_but(loaded.pipe, recipe.denoiser)
     say(f"{len(clips)} clips, {job.num_frames} frames {job.width}x{job.height}")
     say(recipe.about_times(loaded.pipe.scheduler, clips[0]["latents"].shape[1:], settings))
     trainer = Trainer(
@@ -340,8 +360,6 @@ def _run_alone(
         resume=resume,
     )
     validation = _validation(job, loaded, trainer, say)
-    if validation is None:
-        _put_away(loaded, recipe)
     count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     start = f"from step {trainer.step} on" if trainer.step else f"{settings.steps} steps"
     processes = accelerator.num_processes
@@ -496,6 +514,7 @@ def _prepare(
     loaded: LoadedModel,
     recipe: Recipe,
     output: Path,
+    device: torch.device,
     say: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> CachedClips:
@@ -504,6 +523,9 @@ def _prepare(
     from diffattn.lora.clips import find_clips
     from diffattn.lora.encoding import prepare
     from diffattn.lora.teacher import teach
+    from diffattn.models import denoisers
+
+    from .placement import on_demand, parts_of
 
     assert job.height is not None
     assert job.width is not None
@@ -517,7 +539,19 @@ def _prepare(
         if left_out:
             warn(f"{len(left_out)} clips are not in {table}, such as {left_out[0].name}")
         say(f"encoding {len(clips)} clips of {data} into {folder}")
-        return prepare(loaded.pipe, recipe, clips, folder, *size, fps=job.fps, report=warn)
+        # Clip by clip the VAE and the text encoders take turns; denoisers never work.
+        encoders = parts_of(loaded.pipe).keys() - denoisers(loaded.pipe).keys()
+        with on_demand(loaded.pipe, device, together=encoders):
+            return prepare(
+                loaded.pipe,
+                recipe,
+                clips,
+                folder,
+                *size,
+                fps=job.fps,
+                tiling=job.vae_tiling is not False,
+                report=warn,
+            )
     assert job.prompts is not None
     prompts = read_prompts(Path(job.prompts).expanduser())
     samples = 1 if job.samples is None else job.samples
@@ -530,25 +564,17 @@ def _prepare(
     call = inspect.signature(type(loaded.pipe).__call__).parameters
     steps = loaded.defaults.get("num_inference_steps", call["num_inference_steps"].default)
     loaded.pipe.set_progress_bar_config(disable=True)
-    return teach(
-        loaded.pipe,
-        recipe,
-        prompts,
-        folder,
-        *size,
-        samples=samples,
-        steps=steps if job.teacher_steps is None else job.teacher_steps,
-        **extra,
-    )
-
-
-def _put_away(loaded: LoadedModel, recipe: Recipe) -> None:
-    """Move all parts but the denoiser to main memory: the training needs no other part."""
-    import torch
-
-    for name, part in loaded.pipe.components.items():
-        if isinstance(part, torch.nn.Module) and name != recipe.denoiser:
-            part.to("cpu")
+    with on_demand(loaded.pipe, device):
+        return teach(
+            loaded.pipe,
+            recipe,
+            prompts,
+            folder,
+            *size,
+            samples=samples,
+            steps=steps if job.teacher_steps is None else job.teacher_steps,
+            **extra,
+        )
 
 
 def _validation(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from ..run.processes import rank
 from ..run.request import Request
 from ..run.sizing import complete
 from ..run.video import write_video
+from .placement import on_demand
 
 if TYPE_CHECKING:
     from diffattn.lora.trainer import Trainer
@@ -95,6 +96,7 @@ class Validation:
         from diffattn.lora.presence import under_method
 
         with ExitStack() as stack:
+            stack.enter_context(self._parts_on_demand())
             if not self._lora_everywhere:
                 method = self._trainer.settings.attention["type"]
                 stack.enter_context(under_method(self._trainer.model, ADAPTER, method))
@@ -104,16 +106,22 @@ class Validation:
         from diffattn.lora.losses import dense_teacher
 
         model, attachment = self._trainer.model, self._trainer.attachment
-        with dense_teacher(model, attachment):
-            dense = render(request, self._loaded, "dense").frames
-        model.disable_adapters()
-        try:
-            sparse = render(request, self._loaded, "sparse").frames
-        finally:
-            model.enable_adapters()
+        with self._parts_on_demand():
+            with dense_teacher(model, attachment):
+                dense = render(request, self._loaded, "dense").frames
+            model.disable_adapters()
+            try:
+                sparse = render(request, self._loaded, "sparse").frames
+            finally:
+                model.enable_adapters()
         partial = self._untrained(number).with_suffix(".tmp.npz")
         np.savez_compressed(partial, dense=dense, sparse=sparse)
         partial.rename(self._untrained(number))
+
+    def _parts_on_demand(self) -> AbstractContextManager[None]:
+        trainer = self._trainer
+        device, denoiser = trainer.accelerator.device, trainer.recipe.denoiser
+        return on_demand(self._loaded.pipe, device, resident=denoiser)
 
     def _untrained(self, number: int) -> Path:
         return self._folder / f"{number:02d}-untrained.npz"

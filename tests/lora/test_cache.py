@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_complete
+import tiny_training
 import torch
 from PIL import Image
 
@@ -208,7 +209,7 @@ class TestStopped:
     def test_a_kill_leaves_whole_files_and_the_next_run_makes_the_rest(self, tmp_path, monkeypatch):
         victim = 3
         command = [sys.executable, __file__, tmp_path, str(victim)]
-        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        env = os.environ | tiny_training.own_path()
         killed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         folder = tmp_path / "cache"
@@ -429,3 +430,68 @@ def test_the_fingerprint_of_storage_with_a_note() -> None:
     plain = fingerprint(made)
     made.weight = Noted(made.weight.detach())
     assert fingerprint(made) == plain
+
+
+# The sides of a clip, and of a tile; CogVideoX's own tiles are of 240 x 360 pixels.
+SIZES = {
+    "wan": (96, 64),
+    "wan-ti2v-5b": (96, 64),
+    "hunyuanvideo": (96, 64),
+    "ltx": (96, 64),
+    "mochi": (96, 64),
+    "cogvideox-2b": (368, None),
+    "flux": (48, 32),
+    "sdxl": (48, 32),
+}
+
+
+class TestTiles:
+    @pytest.mark.parametrize("name", SIZES)
+    def test_large_clips_are_encoded_in_tiles_unless_that_is_off(self, name, clips, tmp_path):
+        side, tile = SIZES[name]
+        case = tiny_complete.COMPLETE[name]
+        pipe = case.build()
+        recipe = recipe_for(pipe, text_length=case.text_length)
+        for setting in ("tile_sample_min_height", "tile_sample_min_width", "tile_sample_min_size"):
+            if tile is not None and hasattr(pipe.vae, setting):
+                setattr(pipe.vae, setting, tile)
+        for setting in ("tile_sample_stride_height", "tile_sample_stride_width"):
+            if tile is not None and hasattr(pipe.vae, setting):
+                setattr(pipe.vae, setting, tile // 2)
+        if hasattr(pipe.vae, "tile_latent_min_size"):
+            pipe.vae.tile_latent_min_size = tile // pipe.vae_scale_factor
+        tiles, in_tiles = [], "_tiled_encode"
+        if not hasattr(pipe.vae, in_tiles):
+            in_tiles = "tiled_encode"
+        real = getattr(pipe.vae, in_tiles)
+
+        def encode(*args, **kwargs):
+            tiles.append(1)
+            return real(*args, **kwargs)
+
+        setattr(pipe.vae, in_tiles, encode)
+        shapes = []
+        for tiling, before in ((True, False), (False, True), (True, True)):
+            pipe.vae.use_tiling = before
+            folder = tmp_path / f"{tiling}-{before}"
+            data = prepare(pipe, recipe, clips[:1], folder, side, side, tiling=tiling)
+            shapes.append(data[0]["latents"].shape)
+            assert data[0]["latents"].isfinite().all()
+            assert bool(tiles) == tiling
+            assert pipe.vae.use_tiling == before
+            tiles.clear()
+        assert len(set(shapes)) == 1
+
+    def test_what_was_encoded_otherwise_is_encoded_again(self, clips, tmp_path):
+        tiled = prepared(clips, tmp_path / "cache")
+        whole = prepared(clips, tmp_path / "cache", tiling=False)
+        assert not set(tiled.keys) & set(whole.keys)
+
+    def test_a_vae_that_knows_no_tiles_is_left_alone(self, clips, tmp_path):
+        pipe = tiny_complete.wan()
+        del pipe.vae.use_tiling
+        pipe.vae.enable_tiling = None
+        with pytest.raises(AttributeError, match="use_tiling"):
+            pipe.vae.encode(torch.zeros(1, 3, 1, 32, 48))
+        pipe.vae._encode = lambda pixels: torch.zeros(1, 32, 1, 4, 6)
+        assert len(prepared(clips, tmp_path / "cache", pipe)) == CLIPS

@@ -205,6 +205,26 @@ class TestTrain:
         assert "gna attention, from step 2 on, in 1 process\n" in result.out
         assert "run: trained for 3 steps" in result.out
 
+    @pytest.mark.parametrize("validated", [False, True])
+    def test_other_parts_are_kept_for_validation_videos_only(
+        self, validated: bool, train: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        kept: list[set[str]] = []
+        step = Trainer._make_step
+
+        def make_step(trainer: Trainer) -> Any:
+            parts = trainer.pipe.components
+            kept.append({name for name, part in parts.items() if isinstance(part, torch.nn.Module)})
+            return step(trainer)
+
+        monkeypatch.setattr(Trainer, "_make_step", make_step)
+        validation = ["--validate-every", 2, "--validation-prompt", "a cow"]
+        validation += ["--validation-steps", 1]
+        result = train("--prompts", "prompts.txt", *CELLS, *(validation if validated else []))
+        assert result.code == 0, result.err
+        others = {"text_encoder", "vae"} if validated else set()
+        assert kept == [{"transformer", *others}] * 2
+
     def test_the_second_expert_and_how_it_is_used(
         self,
         train: Callable[..., Result],
@@ -611,6 +631,11 @@ class TestRefusals:
                 ["--prompts", "prompts.txt", "--fps", 8],
                 "--fps is the rate at which the clips of --data are read: WanPipeline makes the"
                 " videos of --prompts without one",
+            ),
+            (
+                ["--prompts", "prompts.txt", "--no-vae-tiling"],
+                "--vae-tiling is about the encoding of --data, which is not given: the videos of"
+                " --prompts are not encoded",
             ),
             (
                 ["--prompts", "prompts.txt", "--validation-steps", 2],
