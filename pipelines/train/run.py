@@ -363,6 +363,12 @@ def _run_alone(
     count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     start = f"from step {trainer.step} on" if trainer.step else f"{settings.steps} steps"
     processes = accelerator.num_processes
+    if processes == 1 and _several_were_asked_for(os.environ):
+        warn(
+            "accelerate launch has started one process only: on the CPU it starts several by MPI"
+            " alone (--mpirun_hostfile); this does without: torchrun --nproc-per-node 2 -m"
+            " diffattn.pipelines lora train ... --device cpu"
+        )
     say(
         f"training {count:,} weights under {settings.attention['type']} attention, {start}, in"
         f" {processes} process{'es' if processes > 1 else ''}"
@@ -392,6 +398,15 @@ def _run_alone(
             f"in stock diffusers: pipe.load_lora_weights({str(place_of(output, SECOND_EXPERT))!r},"
             f" load_into_{SECOND_EXPERT}=True)"
         )
+
+
+def _several_were_asked_for(environment: Mapping[str, str]) -> bool:
+    """Whether accelerate's launcher was asked for several processes, and made no group of them.
+
+    For several processes it names their meeting point, whether or not it starts them.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_PORT" in environment
+    return launched and "WORLD_SIZE" not in environment
 
 
 def _look(validation: Validation | None, step: int, warn: Callable[[str], None]) -> None:

@@ -442,6 +442,32 @@ class TestInterrupt:
         assert made == [1, 2, 3]
         assert [p.name for p in (tmp_path / OUT / "checkpoints").iterdir()] == ["step-000003"]
 
+    @pytest.mark.parametrize(("processes", "warned"), [(1, False), (2, True)])
+    def test_a_launcher_that_starts_one_process_instead_of_several(
+        self,
+        processes: int,
+        warned: bool,
+        train: Callable[..., Result],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+        from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+        options = ["--cpu", "--num_processes", str(processes), "--num_machines", "1"]
+        options += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+        parsed = launch_command_parser().parse_args([*options, "diffattn.pipelines"])
+        _, environment = prepare_simple_launcher_cmd_env(_validate_launch_command(parsed)[0])
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        result = train("--prompts", "prompts.txt", *CELLS)
+        assert result.code == 0, result.err
+        assert "attention, 2 steps, in 1 process\n" in result.out
+        assert (
+            "warning: accelerate launch has started one process only: on the CPU it starts several"
+            " by MPI alone (--mpirun_hostfile); this does without: torchrun --nproc-per-node 2 -m"
+            " diffattn.pipelines lora train ... --device cpu\n" in result.err
+        ) == warned
+
     def test_all_processes_of_a_launcher_stop_at_one_step(
         self, tiny_wan: Path, tmp_path: Path
     ) -> None:
