@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -12,6 +12,11 @@ from torch import Tensor
 
 from diffattn.lora.errors import LoraError
 from diffattn.lora.frames import ANIMATIONS, IMAGES, VIDEOS, Frame, at_rate, read_frames
+
+# How the names of clips and pictures end.
+SUFFIXES = tuple(dict.fromkeys((*VIDEOS, *ANIMATIONS, *IMAGES)))
+
+_TABLES = (".csv", ".json", ".jsonl")
 
 
 class ClipError(ValueError):
@@ -27,16 +32,37 @@ def find_clips(folder: Path) -> list[Path]:
     if not folder.is_dir():
         what = "a file" if folder.is_file() else "not there"
         raise LoraError(f"{folder} is {what}; the data are a folder of clips")
-    known = tuple(dict.fromkeys((*VIDEOS, *ANIMATIONS, *IMAGES)))
+    found = [path for path in _files_in(folder) if path.suffix.lower() in SUFFIXES]
+    if not found:
+        raise LoraError(
+            f"there are no clips in {folder}: none of its files ends in {_or(SUFFIXES)}"
+        )
+    return found
+
+
+def find_others(folder: Path, clips: Sequence[Path]) -> list[Path]:
+    """The files in a folder of clips that are neither clips nor captions, in the order of names.
+
+    A text without a clip is among them, since its clip may have a name of another kind. Tables are
+    not.
+    """
+    captions = {clip.with_suffix(".txt") for clip in clips}
+    known = (*SUFFIXES, *_TABLES)
+    return [
+        path
+        for path in _files_in(folder)
+        if path.suffix.lower() not in known and path not in captions
+    ]
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """The files in a folder and in its subfolders that are not hidden, in the order of names."""
     found = [
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in known
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
-    if not found:
-        raise LoraError(f"there are no clips in {folder}: none of its files ends in {_or(known)}")
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 

@@ -23,14 +23,18 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 VIDEOS = (
+    ".3gp",
     ".avi",
     ".flv",
+    ".m2ts",
     ".m4v",
     ".mkv",
     ".mov",
     ".mp4",
     ".mpeg",
     ".mpg",
+    ".mts",
+    ".ogv",
     ".ts",
     ".webm",
     ".wmv",

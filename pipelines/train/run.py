@@ -535,7 +535,7 @@ def _prepare(
 ) -> CachedClips:
     """Encode the clips, or have the dense model make them; clips in the folder are kept."""
     from diffattn.lora.captions import captioned_clips, read_prompts
-    from diffattn.lora.clips import find_clips
+    from diffattn.lora.clips import find_clips, find_others
     from diffattn.lora.encoding import prepare
     from diffattn.lora.teacher import teach
     from diffattn.models import denoisers
@@ -550,7 +550,13 @@ def _prepare(
     if job.data is not None:
         data = Path(job.data).expanduser()
         table = None if job.captions is None else Path(job.captions).expanduser()
-        clips, left_out = captioned_clips(data, find_clips(data), table)
+        paths = find_clips(data)
+        if others := find_others(data, paths):
+            warn(
+                f"{len(others)} files in {data} are left out, since by their names they are neither"
+                f" clips nor captions of clips, such as {others[0].relative_to(data)}"
+            )
+        clips, left_out = captioned_clips(data, paths, table)
         if left_out:
             warn(f"{len(left_out)} clips are not in {table}, such as {left_out[0].name}")
         say(f"encoding {len(clips)} clips of {data} into {folder}")

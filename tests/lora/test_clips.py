@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffattn.lora.clips import ClipError, find_clips, read_clip
+from diffattn.lora.clips import ClipError, find_clips, find_others, read_clip
 from diffattn.lora.errors import LoraError
+from diffattn.lora.frames import VIDEOS
 
 STEP = 10
 """Difference in brightness from one frame to the next."""
@@ -106,6 +107,22 @@ class TestRates:
     def test_av1(self, tmp_path, name):
         codec = ("-c:v", "libaom-av1", "-cpu-used", "8", "-crf", "5")
         path = encode(tmp_path / name, grey_frames(12), "24", *codec)
+        assert shown(read_clip(path, 16, 16, 12, 24)) == list(range(12))
+
+    # What each kind of file usually holds.
+    @pytest.mark.parametrize("suffix", VIDEOS)
+    def test_every_kind_of_file_that_is_looked_for_is_read(self, tmp_path, suffix):
+        codecs = {
+            ".flv": ("-c:v", "flv", "-q:v", "1"),
+            ".mpeg": ("-c:v", "mpeg2video", "-q:v", "1"),
+            ".mpg": ("-c:v", "mpeg1video", "-q:v", "1"),
+            ".ogv": ("-c:v", "libtheora", "-q:v", "10"),
+            ".webm": VP8,
+            ".wmv": ("-c:v", "wmv2", "-q:v", "1"),
+        }
+        path = encode(tmp_path / f"a{suffix}", grey_frames(12), "24", *codecs.get(suffix, H264))
+        path = path.rename(path.with_suffix(suffix.upper()))
+        assert find_clips(tmp_path) == [path]
         assert shown(read_clip(path, 16, 16, 12, 24)) == list(range(12))
 
     def test_24_is_not_24000_1001(self, tmp_path):
@@ -433,9 +450,22 @@ class TestFolder:
 
     def test_a_folder_without_clips_and_what_is_no_folder_are_refused(self, tmp_path):
         (tmp_path / "a.txt").touch()
-        with pytest.raises(LoraError, match=r"no clips in .*: none of its files ends in \.avi, .*"):
+        with pytest.raises(LoraError, match=r"no clips in .*: none of its files ends in \.3gp, \.avi, .*"):
             find_clips(tmp_path)
         with pytest.raises(LoraError, match=r"a\.txt is a file; the data are a folder of clips"):
             find_clips(tmp_path / "a.txt")
         with pytest.raises(LoraError, match="none is not there; the data are a folder of clips"):
             find_clips(tmp_path / "none")
+
+
+def test_files_that_are_no_clips_are_known(tmp_path):
+    for name in (
+        "a.mp4", "a.txt", "sub/b.PNG", "sub/b.txt", "captions.csv", "meta.jsonl", ".hidden/c.vob",
+        "d.vob", "d.txt", "sub/b.md",
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    clips = find_clips(tmp_path)
+    assert [path.name for path in clips] == ["a.mp4", "b.PNG"]
+    others = [path.relative_to(tmp_path).as_posix() for path in find_others(tmp_path, clips)]
+    assert others == ["d.txt", "d.vob", "sub/b.md"]

@@ -176,11 +176,17 @@ class TestTrain:
             (data / f"{number}.txt").write_text(f"noise {number}")
         (data / "broken.gif").write_bytes(b"GIF89a, or not")
         (data / "broken.txt").write_text("a broken file")
+        (data / "3.heic").write_bytes(b"of a kind that is not read")
+        (data / "3.txt").write_text("its caption")
         result = train("--data", data, *CELLS)
         assert result.code == 0, result.err
         assert "2 clips, 5 frames 48x32" in result.out
         assert "noise levels: logit-normal, shift " in result.out
         assert "broken.gif" in result.err
+        assert (
+            f"warning: 2 files in {data} are left out, since by their names they are neither clips"
+            " nor captions of clips, such as 3.heic\n" in result.err
+        )
         lines = (tmp_path / OUT / "losses.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [1, 2]
         assert "step 2/2  loss " in result.out
