@@ -74,6 +74,18 @@ def read_clip(
     fps: float | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Tensor:
+    """The frames of `read_clip_and_rate`."""
+    return read_clip_and_rate(path, height, width, num_frames, fps, note)[0]
+
+
+def read_clip_and_rate(
+    path: Path,
+    height: int,
+    width: int,
+    num_frames: int = 1,
+    fps: float | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> tuple[Tensor, float | None]:
     """The first frames of a clip, or a picture as a clip of one frame.
 
     Args:
@@ -85,13 +97,14 @@ def read_clip(
         note: takes a line about what the reader has changed, such as transparent areas.
 
     Returns:
-        float32 (3, frames, height, width) in [-1, 1].
+        The frames, float32 (3, frames, height, width) in [-1, 1], and how many of them are shown a
+        second; None for one frame.
 
     Raises:
         ClipError: if the file cannot be read, or is too short.
     """
     chosen: list[np.ndarray] = []
-    end = 0.0
+    first = last = end = 0.0
 
     def all_frames() -> Iterator[Frame]:
         nonlocal end
@@ -102,6 +115,7 @@ def read_clip(
     try:
         frames = all_frames()
         for frame in frames if fps is None else at_rate(frames, fps):
+            first, last = (first if chosen else frame.start), frame.start
             chosen.append(_fit(frame.pixels, height, width))
             if len(chosen) == num_frames:
                 break
@@ -110,7 +124,8 @@ def read_clip(
     if len(chosen) < num_frames:
         raise ClipError(_too_short(path, len(chosen), end, num_frames, fps))
     video = torch.from_numpy(np.stack(chosen)).permute(3, 0, 1, 2)
-    return video.float() / 127.5 - 1
+    rate = None if num_frames == 1 else fps or (num_frames - 1) / (last - first)
+    return video.float() / 127.5 - 1, rate
 
 
 def _fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:

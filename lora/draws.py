@@ -80,13 +80,15 @@ def draw_batch(
             scheduler, 1, generator, latents.shape[1:], settings.shift, settings.noise_levels
         )
         dropped = float(torch.rand((), generator=generator)) < settings.caption_dropout
-        drawn.append((latents, noise, times[0], empty if dropped else item["conditions"]))
-    told = [conditions for *_, conditions in drawn]
+        # Conditions beside the text, such as the frame rate, stay.
+        told = item["conditions"] | empty if dropped else item["conditions"]
+        drawn.append((latents, noise, times[0], told))
+    conditions = [told for *_, told in drawn]
     return Batch(
         torch.stack([latents for latents, *_ in drawn]),
         torch.stack([noise for _, noise, *_ in drawn]),
         torch.stack([time for *_, time, _ in drawn]),
-        {name: torch.stack([each[name] for each in told]) for name in told[0]},
+        {name: torch.stack([each[name] for each in conditions]) for name in conditions[0]},
     )
 
 

@@ -22,13 +22,13 @@ from diffattn.lora.cache import (
     write_index,
 )
 from diffattn.lora.captions import CaptionedClip
-from diffattn.lora.clips import ClipError, read_clip
+from diffattn.lora.clips import ClipError, read_clip_and_rate
 from diffattn.lora.errors import LoraError
 from diffattn.lora.recipes import Recipe
 from diffattn.models import size_rules
 
 # Part of every key of this module; to be raised when the encoding changes.
-_FORMAT = 2
+_FORMAT = 3
 
 # The components that determine the encoding of a prompt.
 _TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -99,10 +99,13 @@ def prepare(
                 key = entry_key(settings | {"content": content, "caption": clip.caption})
                 if not is_stored(folder, key):
                     say = partial(_report_about, report, clip.path)
-                    pixels = read_clip(clip.path, height, width, num_frames, fps, say)[None]
+                    pixels, rate = read_clip_and_rate(
+                        clip.path, height, width, num_frames, fps, say
+                    )
                     generator = torch.Generator().manual_seed(seed_of(key))
-                    latents = recipe.encode_clip(pipe, pixels, generator)
+                    latents = recipe.encode_clip(pipe, pixels[None], generator)
                     told = recipe.encode_prompt(pipe, [clip.caption])
+                    told |= recipe.encode_rate(rate)
                     about = {"caption": clip.caption, "source": clip.path.name}
                     store(folder, key, latents, told, about)
                 keys.append(key)

@@ -96,6 +96,17 @@ class Recipe(ABC):
         """
         return latents
 
+    def encode_rate(self, fps: float | None) -> dict[str, Tensor]:
+        """The denoiser's condition by a clip's frame rate, batch first.
+
+        Args:
+            fps: frames a second; None for a picture.
+
+        Returns:
+            The condition by its name; nothing for a denoiser without such an input.
+        """
+        return {}
+
     def at_rate(self, fps: float | None) -> Self:
         """The recipe for clips of `fps` frames a second; None for the pipeline's default.
 

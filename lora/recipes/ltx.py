@@ -20,6 +20,8 @@ from diffattn.lora.recipes.base import (
     refuse_conditions,
 )
 
+_RATE = "frame_rate"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LTXRecipe(Recipe):
@@ -28,7 +30,8 @@ class LTXRecipe(Recipe):
     Attributes:
         patch: latent frames, rows and columns of a token; the denoiser takes a sequence of tokens.
         compression: frames, rows and columns of pixels of a latent.
-        frame_rate: frames a second, an input of the denoiser in the form of scaled positions.
+        frame_rate: frames a second, an input of the denoiser in the form of scaled positions. Clips
+            with a rate of their own among their conditions have that.
     """
 
     patch: tuple[int, int, int]
@@ -59,6 +62,10 @@ class LTXRecipe(Recipe):
         """See `Recipe.predict`."""
         frames, height, width = noisy.shape[2:]
         per_frame, rows, columns = self.compression
+        rate: Any = self.frame_rate
+        if _RATE in conditions:
+            # Positions are (batch, axis, frame, row, column).
+            rate = conditions[_RATE].view(-1, 1, 1, 1, 1)
         out: Tensor = model(
             hidden_states=self._pack(noisy).to(self.dtype),
             encoder_hidden_states=conditions["prompt_embeds"].to(self.dtype),
@@ -67,7 +74,7 @@ class LTXRecipe(Recipe):
             num_frames=frames,
             height=height,
             width=width,
-            rope_interpolation_scale=(per_frame / self.frame_rate, rows, columns),
+            rope_interpolation_scale=(per_frame / rate, rows, columns),
             return_dict=False,
         )[0]
         return self._unpack(out, height, width)
@@ -80,6 +87,10 @@ class LTXRecipe(Recipe):
         """See `Recipe.from_pipeline`."""
         _, rows, columns = self.compression
         return self._unpack(latents, height // rows, width // columns)
+
+    def encode_rate(self, fps: float | None) -> dict[str, Tensor]:
+        """See `Recipe.encode_rate`."""
+        return {_RATE: torch.tensor([self.frame_rate if fps is None else fps])}
 
     def at_rate(self, fps: float | None) -> Self:
         """See `Recipe.at_rate`."""

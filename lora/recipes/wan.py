@@ -31,9 +31,12 @@ class WanRecipe(Recipe):
     token_pixels: tuple[int, int] | None
 
     def encode_clip(self, pipe: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
-        """See `Recipe.encode_clip`; the VAE has a mean and a deviation for each channel."""
+        """See `Recipe.encode_clip`; the VAE has a mean and a deviation for each channel.
+
+        Latents are the posterior's mode whatever the generator is: so Wan's own encoder takes them.
+        """
         latents = encode_all_frames(
-            lambda frames: encode_pixels(pipe, frames, generator),
+            lambda frames: encode_pixels(pipe, frames, None),
             pixels,
             pipe.vae_scale_factor_temporal,
         )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffattn.lora.clips import ClipError, find_clips, find_others, read_clip
+from diffattn.lora.clips import ClipError, find_clips, find_others, read_clip, read_clip_and_rate
 from diffattn.lora.errors import LoraError
 from diffattn.lora.frames import VIDEOS
 
@@ -139,6 +139,21 @@ class TestRates:
         assert every[0] in (5, 10)
         assert every == list(range(every[0], every[0] + 12))
         assert shown(read_clip(tmp_path / "b.mkv", 16, 16, 12, 24)) == every
+
+    def test_the_rate_of_the_frames_is_given(self, tmp_path):
+        def rate(path: Path, count: int, fps: float | None = None) -> float | None:
+            return read_clip_and_rate(path, 16, 16, count, fps)[1]
+
+        film = encode(tmp_path / "a.mkv", grey_frames(25), "24000/1001", *H264)
+        assert rate(film, 25) == pytest.approx(24000 / 1001, abs=1e-9)
+        assert rate(film, 2) == pytest.approx(24000 / 1001, abs=1e-9)
+        assert rate(film, 8, 8) == 8
+        assert rate(film, 1) is None
+        uneven = write_gif(tmp_path / "a.gif", grey_frames(4), [100, 300, 200, 70])
+        # Three frames in the 0.6 s from the start of the first to that of the last.
+        assert rate(uneven, 4) == pytest.approx(5)
+        Image.fromarray(grey_frames(1)[0]).save(tmp_path / "a.png")
+        assert rate(tmp_path / "a.png", 1) is None
 
     def test_a_gif_at_its_own_rate(self, tmp_path):
         # 15 frames a second, in whole hundredths.
@@ -450,7 +465,9 @@ class TestFolder:
 
     def test_a_folder_without_clips_and_what_is_no_folder_are_refused(self, tmp_path):
         (tmp_path / "a.txt").touch()
-        with pytest.raises(LoraError, match=r"no clips in .*: none of its files ends in \.3gp, \.avi, .*"):
+        with pytest.raises(
+            LoraError, match=r"no clips in .*: none of its files ends in \.3gp, \.avi, .*"
+        ):
             find_clips(tmp_path)
         with pytest.raises(LoraError, match=r"a\.txt is a file; the data are a folder of clips"):
             find_clips(tmp_path / "a.txt")

@@ -61,3 +61,18 @@ def test_a_sample_is_the_same_in_any_batch() -> None:
     parts = [is_dropped(drawn(0.5, range(start, start + 8))) for start in range(0, 40, 8)]
     assert torch.equal(torch.cat(parts), whole)
     assert not torch.equal(is_dropped(drawn(0.5, range(40), seed=5)), whole)
+
+
+def test_a_dropped_caption_leaves_the_rate_of_its_clip() -> None:
+    clips = tiny_training.clips(3, (2, 1, 2, 2))
+    for number, clip in enumerate(clips):
+        clip["conditions"]["frame_rate"] = torch.tensor(10.0 + number)
+    recipe: Any = SimpleNamespace(sample_times=lambda *_: torch.zeros(1))
+    settings = tiny_training.settings(caption_dropout=0.5)
+    batch = draw_batch(clips, tiny_training.EMPTY, recipe, None, settings, range(300))
+    dropped = (batch.conditions["prompt_embeds"] == 0).flatten(1).all(1)
+    rates = batch.conditions["frame_rate"]
+    assert 100 < dropped.sum() < 200
+    # Each clip is a third of the samples.
+    for part in (rates[dropped], rates[~dropped]):
+        assert set(part.tolist()) == {10.0, 11.0, 12.0}

@@ -67,6 +67,10 @@ def test_from_clips_to_a_lora(folder, tmp_path, name):
     # The pictures are no videos, but every clip has a first picture.
     assert (len(data), len(skipped)) == ((4, 0) if num_frames == 1 else (2, 2))
 
+    # The clips show ten frames a second.
+    rates = [float(rate) for clip in data if (rate := clip["conditions"].get("frame_rate"))]
+    assert rates == ([pytest.approx(10), pytest.approx(10)] if recipe.family == "ltx" else [])
+
     attention = {"type": "gna", "window": ["full", 3, 3], "dense_layers": 0, "dense_steps": 0}
     settings = TrainSettings(
         attention=attention, rank=2, steps=2, batch_size=2, learning_rate=1e-2, caption_dropout=0.5

@@ -160,7 +160,8 @@ def test_encoded_pixels_have_the_shape_of_the_pipelines_latents(case, run):
     assert drawn.shape == mean.shape == (2, *expected.shape[1:])
     assert drawn.dtype == torch.float32
     assert not drawn.requires_grad
-    assert not torch.equal(drawn, mean)
+    # Wan's own encoder takes the mean.
+    assert torch.equal(drawn, mean) == (recipe.family == "wan")
     again = recipe.encode_clip(run.pipe, pixels, torch.Generator().manual_seed(1))
     assert torch.equal(
         again, recipe.encode_clip(run.pipe, pixels, torch.Generator().manual_seed(1))
@@ -258,6 +259,28 @@ def test_the_rate_of_clips_is_told_where_the_pipeline_tells_it():
     assert recipe.at_rate(None) is recipe
     wan = recipe_for(tiny_complete.wan())
     assert wan.at_rate(10) is wan
+
+
+def test_clips_in_one_batch_have_a_rate_each():
+    case = COMPLETE["ltx"]
+    pipe = case.build()
+    recipe = recipe_for(pipe)
+    conditions = recipe.encode_prompt(pipe, [PROMPT, NEGATIVE])
+    generator = torch.Generator().manual_seed(0)
+    noisy = torch.randn(2, 8, 3, 4, 6, generator=generator)
+    times = torch.tensor([0.3, 0.8])
+
+    def predicted(recipe, **more):
+        with torch.no_grad():
+            return recipe.predict(pipe.transformer, noisy, times, conditions | more)
+
+    rates = [recipe.encode_rate(rate)["frame_rate"] for rate in (10, None)]
+    assert [rate.tolist() for rate in rates] == [[10.0], [25.0]]
+    found = predicted(recipe, frame_rate=torch.cat(rates))
+    assert torch.equal(found[0], predicted(recipe.at_rate(10))[0])
+    assert torch.equal(found[1], predicted(recipe)[1])
+    assert not torch.equal(found[0], predicted(recipe)[0])
+    assert recipe_for(tiny_complete.wan()).encode_rate(10) == {}
 
 
 class TestNoise:
