@@ -152,8 +152,13 @@ def open_folder(folder: Path) -> None:
 
 
 def is_stored(folder: Path, key: str) -> bool:
-    """Whether a folder has an entry; every entry is complete."""
-    return _path(folder, key).is_file()
+    """Whether a folder has an entry; a file that something else has damaged is none."""
+    try:
+        # The header says how long the file must be.
+        with safe_open(_path(folder, key), framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def store(

@@ -104,7 +104,11 @@ def prepare(
                     )
                     generator = torch.Generator().manual_seed(seed_of(key))
                     latents = recipe.encode_clip(pipe, pixels[None], generator)
-                    told = recipe.encode_prompt(pipe, [clip.caption])
+                    if not latents.isfinite().all():
+                        raise ClipError(
+                            f"the VAE gives NaN or infinity for it in {_name(pipe.vae.dtype)}"
+                        )
+                    told = encode_caption(pipe, recipe, clip.caption)
                     told |= recipe.encode_rate(rate)
                     about = {"caption": clip.caption, "source": clip.path.name}
                     store(folder, key, latents, told, about)
@@ -180,8 +184,28 @@ def store_empty(pipe: Any, recipe: Recipe, folder: Path, text: str) -> str:
     """
     key = entry_key({"format": _FORMAT, "text": text, "caption": ""})
     if not is_stored(folder, key):
-        store(folder, key, None, recipe.encode_prompt(pipe, [""]), {"caption": ""})
+        store(folder, key, None, encode_caption(pipe, recipe, ""), {"caption": ""})
     return key
+
+
+def encode_caption(pipe: Any, recipe: Recipe, caption: str) -> dict[str, torch.Tensor]:
+    """The denoiser's conditions for a caption, with a batch axis of 1.
+
+    Raises:
+        LoraError: if the conditions are not finite.
+    """
+    told = recipe.encode_prompt(pipe, [caption])
+    for name, value in told.items():
+        if not value.isfinite().all():
+            raise LoraError(
+                f"the text encoder gives NaN or infinity for the caption {caption!r}, as {name} in"
+                f" {_name(value.dtype)}: load it in float32 or bfloat16"
+            )
+    return told
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _report_about(report: Callable[[str], None], path: Path, line: str) -> None:

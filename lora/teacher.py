@@ -20,7 +20,7 @@ from diffattn.lora.cache import (
     store,
     write_index,
 )
-from diffattn.lora.encoding import check_size, store_empty, text_identity
+from diffattn.lora.encoding import check_size, encode_caption, store_empty, text_identity
 from diffattn.lora.errors import LoraError
 from diffattn.lora.recipes import Recipe
 from diffattn.models import denoisers
@@ -101,7 +101,7 @@ def teach(
         key = entry_key(settings | {"prompt": prompt, "sample": sample})
         if not is_stored(folder, key):
             # The pipeline encodes the prompt, too, before the denoiser takes the device.
-            told = recipe.encode_prompt(pipe, [prompt])
+            told = encode_caption(pipe, recipe, prompt)
             generator = torch.Generator().manual_seed(seed_of(key))
             made = pipe(prompt=prompt, **arguments, output_type="latent", generator=generator)[0]
             latents = recipe.from_pipeline(made, height, width).float()

@@ -246,6 +246,17 @@ class TestStopped:
         assert len(prepared(clips, folder, pipe)) == CLIPS
         assert (counted.clips, counted.prompts) == (0, 0)
 
+    @pytest.mark.parametrize("damage", [b"", b"junk", None])
+    def test_a_file_that_was_damaged_is_made_again(self, clips, tmp_path, damage):
+        folder = tmp_path / "cache"
+        keys = prepared(clips, folder).keys
+        before = files(folder)
+        for key in keys[1:3]:
+            path = folder / f"{key}.safetensors"
+            path.write_bytes(path.read_bytes()[:-1] if damage is None else damage)
+        assert prepared(clips, folder).keys == keys
+        assert files(folder) == before
+
     @pytest.mark.parametrize("victim", ["save_file", "fsync"])
     def test_a_full_disk_leaves_nothing_half_written(self, clips, tmp_path, monkeypatch, victim):
         folder = tmp_path / "cache"
@@ -298,6 +309,37 @@ class TestUnusableClips:
         ]
         assert re.search("cannot read it: cannot identify image file", told[0])
         assert told[1].endswith("cannot read it: No such file or directory")
+
+    def test_a_clip_that_the_vae_makes_nan_of_is_skipped(self, clips, tmp_path):
+        pipe = tiny_complete.wan()
+        real, calls = pipe.vae.encode, []
+
+        def encode(pixels):
+            calls.append(1)
+            return real(pixels * (torch.inf if len(calls) == 2 else 1))
+
+        pipe.vae.encode = encode
+        told: list[str] = []
+        data = prepared(clips, tmp_path / "cache", pipe, report=told.append)
+        assert len(data) == CLIPS - 1
+        assert told == [f"skipped {clips[1].path}: the VAE gives NaN or infinity for it in float32"]
+
+    @pytest.mark.parametrize("caption", ["noise 2", ""])
+    def test_a_caption_that_the_text_encoder_makes_nan_of_stops(self, clips, tmp_path, caption):
+        pipe = tiny_complete.wan()
+        real = pipe.encode_prompt
+
+        def encode_prompt(prompt, **arguments):
+            embeds, none = real(prompt, **arguments)
+            return embeds.half() * (torch.inf if prompt in (caption, [caption]) else 1), none
+
+        pipe.encode_prompt = encode_prompt
+        message = (
+            f"the text encoder gives NaN or infinity for the caption '{caption}', as"
+            " prompt_embeds in float16: load it in float32 or bfloat16"
+        )
+        with pytest.raises(LoraError, match=message):
+            prepared(clips, tmp_path / "cache", pipe)
 
     def test_without_one_that_can_be_used_there_is_no_data_set(self, clips, tmp_path):
         told: list[str] = []
