@@ -92,7 +92,7 @@ def prepare(
         "tiling": tiling,
     }
     keys: list[str] = []
-    with _tiled(pipe.vae, tiling):
+    with in_tiles(pipe.vae, tiling):
         for done, clip in enumerate(clips, start=1):
             try:
                 content = _digest(clip.path)
@@ -125,8 +125,8 @@ def prepare(
 
 
 @contextmanager
-def _tiled(vae: Any, tiling: bool) -> Iterator[None]:
-    """Have a VAE work in tiles while the block runs, or not."""
+def in_tiles(vae: Any, tiling: bool) -> Iterator[None]:
+    """Have a VAE work on large pictures and videos in tiles while the block runs, or not."""
     before = getattr(vae, "use_tiling", tiling)  # a VAE that knows no tiles stays as it is
     if before != tiling:
         _set_tiling(vae, tiling)

@@ -93,7 +93,8 @@ def train(
         bool | None,
         typer.Option(
             "--vae-tiling/--no-vae-tiling",
-            help="Encode large clips in overlapping tiles (default), which saves memory.",
+            help="Encode clips, and decode validation videos, in overlapping tiles if they are "
+            "large (default), which saves memory.",
             rich_help_panel=_DATA,
         ),
     ] = None,
