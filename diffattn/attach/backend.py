@@ -527,6 +527,8 @@ def _key_mask(attn_mask: Any, key: torch.Tensor, family: Family) -> torch.Tensor
     by_key = shape in ((batch, tokens), (batch, 1, 1, tokens), (1, 1, 1, tokens))
     if attn_mask.dtype == torch.bool and by_key:
         return attn_mask.reshape(-1, tokens).expand(batch, tokens)
+    if attn_mask.dtype == torch.bool and _is_expanded(attn_mask, batch, tokens):
+        return attn_mask[:, 0, 0].expand(batch, tokens)
     by_pair = shape == (batch, 1, tokens, tokens)
     if attn_mask.dtype == torch.bool and by_pair and family.padding == "pairs":
         # Tokens of pictures see every key that is not padding, and no text stands beyond them on
@@ -547,3 +549,13 @@ def _key_mask(attn_mask: Any, key: torch.Tensor, family: Family) -> torch.Tensor
         f" with a sparse method; only padding masks over keys can: bool ({batch}, {tokens}) or"
         f" ({batch}, 1, 1, {tokens})"
     )
+
+
+def _is_expanded(attn_mask: torch.Tensor, batch: int, tokens: int) -> bool:
+    """Whether a mask (batch, heads, queries, tokens) is a padding mask that `expand` repeated.
+
+    PRX of diffusers 0.36 repeats its masks so. No values are read, which would wait for the device.
+    """
+    if attn_mask.dim() != 4 or attn_mask.shape[-1] != tokens or attn_mask.shape[0] not in (1, batch):
+        return False
+    return all(attn_mask.shape[d] == 1 or attn_mask.stride(d) == 0 for d in (1, 2))
