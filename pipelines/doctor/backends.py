@@ -130,19 +130,17 @@ def _tried(backend: str, device: torch.device, *, gradients: bool) -> Finding:
     expected = [out.detach()]
     if gradients:
         expected += torch.autograd.grad(out, truths, grad.double().cpu())
-    error = max(relative_error(x, y) for x, y in zip(found, expected, strict=True))
+    off = max(relative_error(x, y) for x, y in zip(found, expected, strict=True))
     what = "output and gradients" if gradients else "output"
-    if error > ALLOWED[dtype]:
+    if off > ALLOWED[dtype]:
         return Finding(
             "problem",
             backend,
-            f"computes wrong numbers on {device}: the {what} is off by {error:.2g} of the largest"
+            f"computes wrong numbers on {device}: the {what} is off by {off:.2g} of the largest"
             f" value, {ALLOWED[dtype]:g} is allowed",
             "do not use this backend; please report this with the output of diffattn doctor --json",
         )
-    return Finding(
-        "ok", backend, f"{what} on {device}: right to {error:.1g}, after {seconds:.1f} s"
-    )
+    return Finding("ok", backend, f"{what} on {device}: right to {off:.1g}, after {seconds:.1f} s")
 
 
 def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:

@@ -107,15 +107,16 @@ def error_of(method: Method, device: torch.device) -> float | None:
 def _truth(case: Case, shape: Shape, qkv: list[torch.Tensor]) -> Truth:
     method, grid = case.method, shape.grid
     exact = [x.double().cpu() for x in qkv]
+    q, k, v = exact
     if isinstance(method, StaticMaskMethod):
         if not method.is_mask_alone:
             return None
         scale = method.score_scale(grid, shape.head_dim, None)
-        return reference_attention(*exact, method.mask(grid).dense(), scale=scale)[0]
+        return reference_attention(q, k, v, method.mask(grid).dense(), scale=scale)[0]
     if isinstance(method, LinFusionAttn):
-        return _linear(*exact, method.eps)
+        return _linear(q, k, v, method.eps)
     if isinstance(method, AgentAttn):
-        return _by_agents(method, grid, *exact)
+        return _by_agents(method, grid, q, k, v)
     selection = selection_call(case, shape, qkv)
     if selection is None:
         return None
