@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -59,9 +60,12 @@ def fastest(make: Callable[[Attend], Call], device: torch.device, timer: Timer) 
     names = candidates(device)
     for name in names:
         try:
-            call = make(dense_attention(name))
-            call()
-            call()
+            # Torch warns of every reason why a backend does not take a call.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                call = make(dense_attention(name))
+                call()
+                call()
             trials = _TRIALS if len(names) > 1 else 0
             times = [timer.milliseconds(call) for _ in range(trials)]
             found[name] = min(times, default=0.0), call

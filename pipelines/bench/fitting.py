@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -12,8 +13,8 @@ from diffattn import TokenGrid
 from ..errors import UserError
 from ..run.memory import free_memory, gib
 from .cases import BACKWARD, BACKWARD_FLOPS, DTYPES, Case, Shape, bound_of
-from .dense import candidates, dense_attention
-from .timing import Timer
+from .dense import Attend, fastest
+from .timing import Call, Timer
 
 # A call is made twice to warm up and once to see its memory, and timed in three rounds at least.
 WARM_UPS, LEAST_ROUNDS = 3, 3
@@ -126,16 +127,21 @@ def _trial_shape(shape: Shape, device: torch.device) -> Shape:
 
 
 def _rate(shape: Shape, device: torch.device, timer: Timer) -> float:
-    """Operations a second of dense attention."""
+    """Operations a second of dense attention.
+
+    Raises:
+        UserError: if there is no dense attention of this dtype.
+    """
     size = (shape.batch, shape.heads, shape.grid.tokens, shape.head_dim)
     x = torch.randn(size, device=device, dtype=DTYPES[shape.dtype])
-    for name in reversed(candidates(device)):  # the last one takes every dtype
-        attend = dense_attention(name)
-        try:
-            with torch.no_grad():
-                attend(x, x, x)
-                best = min(timer.milliseconds(lambda: attend(x, x, x)) for _ in range(_TRIALS))  # noqa: B023
-        except RuntimeError:
-            continue
-        return shape.dense_flops / max(best, 1e-3) * 1000
-    raise UserError(f"dense attention in {shape.dtype} does not work on {device}")
+
+    def attention(attend: Attend) -> Call:
+        return partial(attend, x, x, x)
+
+    try:
+        with torch.no_grad():
+            _, call = fastest(attention, device, timer)
+            best = min(timer.milliseconds(call) for _ in range(_TRIALS))
+    except RuntimeError as error:
+        raise UserError(f"{shape.dtype} on {device}: {error}") from None
+    return shape.dense_flops / max(best, 1e-3) * 1000

@@ -75,9 +75,10 @@ def _folders() -> Iterator[Folder]:
     home = Path.home()
     yield Folder("outputs", Path.cwd(), _OUTPUT, "--output")
     yield Folder("temporary files", Path(tempfile.gettempdir()), _OUTPUT, "TMPDIR")
-    yield Folder("models", _hub_cache(), _WEIGHTS, "HF_HUB_CACHE")
     triton = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
     yield Folder("compiled kernels", triton, _KERNELS, "TRITON_CACHE_DIR")
+    # Last: the import may fail.
+    yield Folder("models", _hub_cache(), _WEIGHTS, "HF_HUB_CACHE")
 
 
 def _hub_cache() -> Path:

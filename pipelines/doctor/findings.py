@@ -32,6 +32,9 @@ class Finding:
     advice: str = ""
 
 
+# Modules whose name is not that of their distribution.
+_DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python"}
+
 # A check yields what it finds. It may raise anything, which is a problem.
 Check = Callable[[], Iterable[Finding]]
 
@@ -63,7 +66,8 @@ def broken(subject: str, error: Exception) -> Finding:
     """The problem that an unforeseen error is."""
     advice = "see `pip check`; a fresh virtual environment with `pip install diffattn` is the cure"
     if isinstance(error, ModuleNotFoundError) and error.name:
-        advice = f"pip install {error.name.partition('.')[0]}"
+        module = error.name.partition(".")[0]
+        advice = f"pip install {_DISTRIBUTIONS.get(module, module)}"
     return Finding("problem", subject, f"{type(error).__name__}: {one_line(error)[:300]}", advice)
 
 

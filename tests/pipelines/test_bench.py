@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -280,6 +281,22 @@ class TestDenseBackends:
         make = self.made_by(["no cudnn", "flash", "no efficient"])
         backend, _ = fastest(make, torch.device("cuda"), self.Scripted({"flash": 2.0}))
         assert backend == "flash"
+
+    def test_reasons_that_torch_warns_of_are_not_shown(self, recwarn):
+        def make(attend):
+            warnings.warn("Flash attention has been runtime disabled", stacklevel=1)
+            return lambda: "any"
+
+        fastest(make, torch.device("cuda"), self.Scripted({"any": 1.0}))
+        assert not recwarn.list
+
+    def test_no_dense_attention_in_a_dtype(self, monkeypatch):
+        def fail(*_):
+            raise RuntimeError("dense attention does not work here (flash: no)")
+
+        monkeypatch.setattr(fitting, "fastest", fail)
+        with pytest.raises(UserError, match=r"^float16 on cpu: dense attention does not work here"):
+            fitting._rate(Shape(GRID, 2, 16, 1, "float16"), CPU, HostTimer())
 
     def test_none_works(self):
         make = self.made_by(["no cudnn", "no flash", "no efficient"])

@@ -20,7 +20,7 @@ import torch
 from diffattn import CLEARAttn, DenseAttn, Method, SolAttn, VMoBAAttn
 from diffattn.methods import METHODS, Site
 from diffattn.pipelines.doctor import backends, devices, disk, models, numerics, versions
-from diffattn.pipelines.doctor.findings import SECTIONS, Finding, examine
+from diffattn.pipelines.doctor.findings import SECTIONS, Finding, broken, examine
 from diffattn.pipelines.doctor.report import section_lines, summary, to_dict
 
 CPU = torch.device("cpu")
@@ -125,6 +125,13 @@ class TestReport:
         monkeypatch.setitem(sys.modules, "diffattn.pipelines.doctor.disk", None)
         (finding,) = examine("disk")
         assert (finding.status, finding.subject) == ("problem", "disk")
+
+    @pytest.mark.parametrize(
+        ("module", "name"), [("PIL.Image", "pillow"), ("cv2", "opencv-python"), ("rich", "rich")]
+    )
+    def test_what_to_install_for_a_missing_module(self, module, name):
+        error = ModuleNotFoundError(f"No module named {module!r}", name=module)
+        assert broken("x", error).advice == f"pip install {name}"
 
     def test_a_check_that_raises_stops_no_other(self, monkeypatch):
         def check_one():
@@ -596,6 +603,12 @@ class TestDisk:
     def test_nothing_is_made_and_nothing_is_left(self, tmp_path):
         assert disk.examined(disk.Folder("x", tmp_path / "a" / "b", 1, "X")).status == "ok"
         assert list(tmp_path.iterdir()) == []
+
+    def test_the_other_folders_without_the_hub(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "huggingface_hub.constants", None)
+        assert [x.subject for x in examine("disk")] == [
+            "outputs", "temporary files", "compiled kernels", "folders",
+        ]  # fmt: skip
 
 
 class TestModels:
