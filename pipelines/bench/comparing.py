@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import UserError
 from .rows import DENSE, Record, Row, key_of
@@ -87,11 +88,7 @@ def compare(old: Record, new: Record, relative: bool = False) -> Comparison:
     Raises:
         UserError: if the runs are of different devices, or have no case in common.
     """
-    if old.device != new.device:
-        raise UserError(
-            f"times of different devices cannot be compared: the old run is of"
-            f" {shown_device(old.device)}, the new one of {shown_device(new.device)}"
-        )
+    check_device(old, new.device)
     before, after = ({key_of(row): row for row in record.rows} for record in (old, new))
     changes: list[Change] = []
     left_out: list[str] = []
@@ -113,7 +110,20 @@ def compare(old: Record, new: Record, relative: bool = False) -> Comparison:
     return Comparison(tuple(changes), tuple(left_out), tuple(_versions(old, new)), relative)
 
 
-def shown_device(device: dict[str, object]) -> str:
+def check_device(old: Record, device: dict[str, Any]) -> None:
+    """Refuse another device than that of the old run.
+
+    Raises:
+        UserError: names both.
+    """
+    if old.device != device:
+        raise UserError(
+            f"times of different devices cannot be compared: the old run is of"
+            f" {shown_device(old.device)}, the new one of {shown_device(device)}"
+        )
+
+
+def shown_device(device: dict[str, Any]) -> str:
     """A device in words."""
     threads = f", {device['threads']} threads" if "threads" in device else ""
     return f"{device.get('type')} ({device.get('name')}{threads})"

@@ -149,7 +149,7 @@ def run_groups(
     tell: Callable[[str], None],
     show: Callable[[Record], None],
 ) -> Record:
-    """Measure, write the file after every group, and show the result, of an interrupted run too.
+    """Measure, and write the file after every group.
 
     Args:
         groups: what to measure.
@@ -157,7 +157,7 @@ def run_groups(
         budget: how long.
         output: the file; None for none.
         tell: takes a line about the progress.
-        show: takes the rows.
+        show: takes what is finished when Ctrl-C ends the run.
 
     Raises:
         UserError: if the device is not there, what is asked does not fit into memory or time, or
@@ -214,9 +214,7 @@ def run_groups(
         raise RunInterruptedError(kept) from None
     if not rows:
         raise UserError("out of memory: take fewer tokens, fewer heads, or --dtype bfloat16")
-    record = keep()
-    show(record)
-    return record
+    return keep()
 
 
 def versions_here() -> dict[str, str]:

@@ -166,25 +166,30 @@ def bench(
         if value is not None:
             check_option(name, value, allowed)
     _check_comparing(context, new, compare)
+    from ..bench.comparing import check_device
     from ..bench.comparing import compare as put_beside
     from ..bench.rows import read_record
     from ..bench.session import Budget, Settings, groups_again, groups_of, run_groups
     from ..bench.tables import comparison_lines, record_lines
+    from ..run.loading import choose_device
+    from ..run.machine import describe_device
 
     old = None if compare is None else read_record(compare)
     budget = Budget(minutes, rounds, not no_memory_check)
 
     def show(record: Record) -> None:
-        if as_json and compare is None:
+        if as_json:
             _say_json([row.to_dict() for row in record.rows])
-        elif compare is None:
-            for line in record_lines(record):
-                say(line)
+            return
+        for line in record_lines(record):
+            say(line)
 
     if new is not None:
         record = read_record(new)
     else:
         if old is not None:
+            device = device or str(old.device.get("type"))
+            check_device(old, describe_device(str(choose_device(device))))
             groups = groups_again(old.rows)
         else:
             from .grid_text import read_grid, with_references
@@ -210,6 +215,7 @@ def bench(
             )
         record = run_groups(groups, device, budget, output, _tell, show)
     if old is None:
+        show(record)
         return
     comparison = put_beside(old, record, relative)
     if as_json:

@@ -523,6 +523,33 @@ class TestComparing:
             f" threads), the new one of {words}"
         )
 
+    def test_another_device_is_refused_before_anything_is_measured(self, bench, tmp_path):
+        write_record(tmp_path / "old.json", record(row()))
+        error = bench("--compare", "old.json").error
+        assert error.startswith(
+            "times of different devices cannot be compared: the old run is of cpu (a processor, 1"
+            " threads), the new one of cpu ("
+        )
+
+    def test_what_is_measured_when_an_interrupt_comes_is_shown(self, bench, tmp_path, monkeypatch):
+        assert bench(*TINY, "--attn", GNA, "-o", "old.json").code == 0
+
+        class Timer(HostTimer):
+            left = 4
+
+            def milliseconds(self, call):
+                self.left -= 1
+                if self.left < 0:
+                    raise KeyboardInterrupt
+                return super().milliseconds(call)
+
+        timer = Timer()
+        monkeypatch.setattr(session, "timer_for", lambda device: timer)
+        monkeypatch.setattr(session, "least_seconds", lambda *_: 0.0)
+        result = bench("--compare", "old.json")
+        assert result.code == 130
+        assert GNA in result.out
+
     def test_what_has_no_counterpart(self):
         longer = row(grid={"frames": 4, "height": 6, "width": 8})
         failed = row(dtype="bfloat16", rounds=(), failed="OutOfMemoryError: 3 GiB")
