@@ -725,3 +725,16 @@ def test_a_case_measured_again_is_the_same(tmp_path):
 
 def test_spreads():
     assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
+
+
+@pytest.mark.gpu
+def test_every_method_on_a_gpu(bench, tmp_path):
+    result = bench(
+        "--grid", "4x16x16", "--heads", 2, "--head-dim", 64, "--attn", "all", "--backward",
+        "--rounds", 3, "-o", "now.json",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    rows = read_record(tmp_path / "now.json").rows
+    assert {one.failed for one in rows} == {""}
+    assert {one.dtype for one in rows} == {"bfloat16"}
+    assert rows[0].backend.removeprefix("torch ") in ("cudnn", "flash", "efficient")

@@ -47,6 +47,7 @@ def _no_settings(monkeypatch):
 class TestReport:
     def test_an_installation_that_works(self, diffattn, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(numerics, "_SECONDS", {"cpu": 300.0})  # other tests run beside this one
         result = diffattn("doctor", "--json")
         found = json.loads(result.out)
         assert (result.code, found["problems"]) == (0, 0), result.out
@@ -669,3 +670,9 @@ class TestOptional:
         extras(**installed)
         (found,) = examine("optional packages")
         assert (found.subject, found.status, found.said) == ("wandb", status, said)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("section", ["devices", "backends", "numerics"])
+def test_a_gpu_that_works(section):
+    assert [x for x in examine(section) if x.status == "problem"] == []
