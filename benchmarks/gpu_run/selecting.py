@@ -7,21 +7,20 @@ select the same blocks, the less work there is; random queries would have no blo
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from diffattn import TokenGrid, VMoBAAttn
 from diffattn.methods import Site
 from diffattn.methods.vmoba.selection import select_blocks
+from diffattn.pipelines.bench.inputs import smooth_fields
+from diffattn.pipelines.bench.timing import Call, Spread, describe, interleave, median_ratio
 from diffattn.selected.attention import selected_attention
 from diffattn.selected.tiles import selected_pairs
 from gpu_run.rates import dense, heads_first
 from gpu_run.setting import Setting
-from gpu_run.timing import Call, Spread, describe, interleave, median_ratio
 
 GRIDS = (TokenGrid(11, 30, 52), TokenGrid(21, 30, 52), TokenGrid(21, 45, 80))
 DRY_GRIDS = (TokenGrid(4, 12, 16),)
 HEADS, HEAD_DIM = 12, 128
-NOISE = 0.5
 METHODS = {
     "training-free": VMoBAAttn(),
     "training": VMoBAAttn(preset="training"),
@@ -35,28 +34,12 @@ def run(what: str, setting: Setting) -> None:
         unit = f"{grid.tokens}"
         if setting.journal.is_finished(unit):
             continue
-        qkv = smooth(grid, setting)
+        heads = 1 if setting.dry else HEADS
+        qkv = smooth_fields(grid, heads, HEAD_DIM, setting.dtype, setting.device)
         for name, method in METHODS.items():
             for layer in range(LAYERS):
                 _measure(grid, name, method.for_model("wan", grid), layer, qkv, setting)
         setting.journal.finish(unit)
-
-
-def smooth(grid: TokenGrid, setting: Setting) -> list[torch.Tensor]:
-    """q, k and v: smooth fields over the grid, of unit size, and noise on q."""
-    torch.manual_seed(0)
-    sizes = (grid.frames, grid.height, grid.width)
-    heads = 1 if setting.dry else HEADS
-    fields = []
-    for _ in range(3):
-        coarse = torch.randn(1, heads * HEAD_DIM, *(max(2, size // 4) for size in sizes))
-        field = F.interpolate(
-            coarse.to(setting.device), size=sizes, mode="trilinear", align_corners=True
-        )
-        field = field.flatten(2).transpose(1, 2).contiguous().unflatten(2, (heads, HEAD_DIM))
-        fields.append(field / field.std())
-    fields[0] = fields[0] + NOISE * torch.randn_like(fields[0])
-    return [field.to(setting.dtype) for field in fields]
 
 
 def _measure(

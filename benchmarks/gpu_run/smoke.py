@@ -19,12 +19,12 @@ from diffattn.kernels.common.tile_tables import Choice
 from diffattn.kernels.gather import selected_attention
 from diffattn.kernels.linear import linear_attention
 from diffattn.operator import attention
+from diffattn.pipelines.bench.timing import describe
 from gpu_run import adapter
 from gpu_run.accuracy import Deviation, attend, each
 from gpu_run.adapter import NotTakenError
 from gpu_run.candidates import RANKED
 from gpu_run.setting import Setting
-from gpu_run.timing import describe
 
 # The block-sparse forms that need not give the same bits twice: they add by atomic operations.
 IN_ANY_ORDER = ("one_pass",)

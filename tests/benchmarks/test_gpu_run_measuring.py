@@ -24,7 +24,6 @@ from gpu_run.masks import ALIGNED, EXACT, make_mask
 from gpu_run.setting import Setting
 from gpu_run.shapes import BACKWARD, FORWARD, Shape
 from gpu_run.stages import KERNEL_TESTS, SMOKE, dry_stages, real_stages
-from gpu_run.timing import DeviceTimer, HostTimer, Spread, describe, interleave, median_ratio
 from gpu_run.worker import MODULES
 from triton_device import triton_device
 
@@ -32,6 +31,14 @@ from diffattn import TokenGrid, attention
 from diffattn.kernels.common import tuned, variants
 from diffattn.kernels.common.tile_tables import Choice, TileConfig
 from diffattn.kernels.reference import reference_attention
+from diffattn.pipelines.bench.timing import (
+    DeviceTimer,
+    HostTimer,
+    Spread,
+    describe,
+    interleave,
+    median_ratio,
+)
 
 CPU = torch.device("cpu")
 SHAPE = Shape("ragged", TokenGrid(3, 9, 11, text_before=5), heads=3, head_dim=16)  # 302 tokens
