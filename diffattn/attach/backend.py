@@ -556,6 +556,7 @@ def _is_expanded(attn_mask: torch.Tensor, batch: int, tokens: int) -> bool:
 
     PRX of diffusers 0.36 repeats its masks so. No values are read, which would wait for the device.
     """
-    if attn_mask.dim() != 4 or attn_mask.shape[-1] != tokens or attn_mask.shape[0] not in (1, batch):
+    shape = attn_mask.shape
+    if len(shape) != 4 or shape[0] not in (1, batch) or shape[3] != tokens:
         return False
-    return all(attn_mask.shape[d] == 1 or attn_mask.stride(d) == 0 for d in (1, 2))
+    return all(shape[d] == 1 or attn_mask.stride(d) == 0 for d in (1, 2))
