@@ -310,8 +310,28 @@ def add_keys(
     more, lse_of_more = attention(
         query, key, value, layout, scale=scale, key_mask=key_mask, return_lse=True
     )
+    return merged(out, lse, more, lse_of_more)[0]
+
+
+def merged(
+    out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, lse_of_more: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two attentions of the same queries over different keys, as one over all; differentiable.
+
+    Args:
+        out, more: their outputs, (batch, tokens, heads, head_dim).
+        lse, lse_of_more: their natural log-sum-exps, (batch, heads, tokens); -inf for a query that
+            sees no key.
+
+    Returns:
+        The output and the log-sum-exp over all keys: 0 and -inf for a query that sees none.
+    """
+    # Where neither sees a key, infinities would make NaN of values and gradients.
+    neither = (lse == -torch.inf) & (lse_of_more == -torch.inf)
+    lse, lse_of_more = (x.masked_fill(neither, 0) for x in (lse, lse_of_more))
     share = (lse_of_more - lse).sigmoid().transpose(1, 2)[..., None]
-    return torch.lerp(out, more, share.to(out.dtype))
+    of_all = torch.logaddexp(lse, lse_of_more).masked_fill(neither, -torch.inf)
+    return torch.lerp(out, more, share.to(out.dtype)), of_all
 
 
 def choose_backend(device: torch.device, backend: str | None = None) -> str:

@@ -11,7 +11,7 @@ import torch
 from diffattn._checks import check_fields, choice, number
 from diffattn.grid import TokenGrid
 from diffattn.methods.base import Work
-from diffattn.methods.selected_blocks import Pooled, SelectedBlocksMethod
+from diffattn.methods.selected_blocks import REMAINDER_HELP, Pooled, SelectedBlocksMethod
 from diffattn.routing.rules import above, row_threshold
 from diffattn.routing.scores import mean_scores
 
@@ -53,9 +53,7 @@ class SolAttn(SelectedBlocksMethod):
     neighbours: int = field(
         default=1, metadata={"help": "blocks beside its own that a query block always sees"}
     )
-    remainder: str = field(
-        default="summary", metadata={"help": "blocks that are not selected: drop or summary"}
-    )
+    remainder: str = field(default="summary", metadata={"help": REMAINDER_HELP})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,11 +7,14 @@ chooses among them.
 """
 
 from diffattn.routing.lists import layout_of_blocks
+from diffattn.routing.remainders import REMAINDERS, attention_of_blocks
 from diffattn.routing.rules import above, kept_blocks, mass, neighbours, row_threshold, top
 from diffattn.routing.scores import mean_scores, part_scores
 
 __all__ = [
+    "REMAINDERS",
     "above",
+    "attention_of_blocks",
     "kept_blocks",
     "layout_of_blocks",
     "mass",
