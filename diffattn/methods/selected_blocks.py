@@ -12,9 +12,11 @@ from diffattn._checks import Allowed, check_fields, choice, count, is_whole
 from diffattn.curves import CURVES, along_curve
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import AttentionMask
-from diffattn.methods.base import Method, Site
+from diffattn.methods.base import Method, Site, Work
 from diffattn.operator import attention
 from diffattn.orders import TileOrder, permuted, tile_for
+from diffattn.routing.keep import Value
+from diffattn.routing.pooled import Always, Pooled
 from diffattn.routing.remainders import REMAINDERS, attention_of_blocks
 from diffattn.routing.rules import neighbours
 from diffattn.selected.attention import SelectionMask
@@ -37,46 +39,6 @@ REMAINDER_HELP = f"blocks that are not selected: {', '.join(REMAINDERS)}"
 # Bytes of scores and lists in memory at a time; heads take turns where all heads would need more.
 _BYTES_AT_ONCE = 1 << 29
 _BYTES_PER_PAIR = 24
-
-
-@dataclass(frozen=True)
-class Always:
-    """The pairs of blocks that are seen in any case.
-
-    Attributes:
-        pairs: bool (blocks, blocks).
-        candidates: int64 (blocks,), the number of other blocks of each row.
-        counts: the numbers in `candidates`, without repetitions and without 0.
-    """
-
-    pairs: torch.Tensor
-    candidates: torch.Tensor
-    counts: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """A call's tokens, in the method's order, and the means of their blocks.
-
-    Attributes:
-        query, key: (batch, tokens, heads, head_dim).
-        blocks: the blocks, the same for queries and keys; other tokens than video are among them.
-        query_means, key_means: float32 (batch, blocks, heads, head_dim).
-        counted: bool (batch, tokens), False for padding; None without padding.
-        holds_any: bool (batch, blocks), whether any token of a block counts; None without padding.
-        always: the pairs of blocks that are seen in any case.
-        scale: factor of the scores.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    blocks: KeyBlocks
-    query_means: torch.Tensor
-    key_means: torch.Tensor
-    counted: torch.Tensor | None
-    holds_any: torch.Tensor | None
-    always: Always
-    scale: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,10 +268,23 @@ class SelectedBlocksMethod(Method):
         # run of `block` tokens of the curve starts.
         return places.roll(-grid.text_before % self.block) + grid.text_before
 
-    def _density(self, grid: TokenGrid, share: float) -> float:
-        """The share of pairs of blocks that attend if rows select a share of their candidates."""
-        always = self._always(grid, torch.device("cpu")).pairs.float().mean().item()
-        return always + (1 - always) * share
+    def _work(
+        self, grid: TokenGrid, channels: int, rule: Value, selection_flops: float
+    ) -> Work | None:
+        """The expected cost of a call under a rule; None if the share that it keeps is unknown."""
+        always = self._always(grid, torch.device("cpu"))
+        share = rule.expected(always)
+        if share is None:
+            return None
+        seen = always.pairs.float().mean().item()
+        density = seen + (1 - seen) * share
+        attending = 4 * density * grid.tokens**2 * channels
+        return Work(
+            flops=attending + selection_flops + self._summary_flops(grid, channels),
+            density=density,
+            selection_flops=selection_flops,
+            is_exact=False,
+        )
 
     def _pooling_flops(self, grid: TokenGrid, channels: int) -> float:
         """Operations that pool and score: sums over queries and keys, and a product of means."""
