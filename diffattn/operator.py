@@ -157,7 +157,7 @@ def attention(
     """
     _check_types(query, key, value, key_mask, order)
     query, key, value = cast_as_sdpa(query, key, value)
-    _check_inputs(query, key, value, key_mask)
+    check_inputs(query, key, value, key_mask)
     if mask is None and not return_lse:
         asked_backend(backend)  # an unknown backend is an error, though dense attention needs none
         if not is_forward_mode():
@@ -165,7 +165,7 @@ def attention(
         # Torch's fused attention has no tangents.
         mask = every_pair(query.shape[1], key.shape[1], query.device)
     chosen = BACKENDS[choose_backend(query.device, backend)]
-    layout = _layout_of(mask, query, key, order)
+    layout = layout_of(mask, query, key, order)
     key_mask = order.to_tiles(key_mask) if order is not None and key_mask is not None else key_mask
 
     def attend(
@@ -512,12 +512,17 @@ def every_pair(tokens_q: int, tokens_kv: int, device: torch.device) -> BlockLayo
     )
 
 
-def _layout_of(
+def layout_of(
     mask: AttentionMask | BlockLayout | None,
     query: torch.Tensor,
     key: torch.Tensor,
-    order: TileOrder | None,
+    order: TileOrder | None = None,
 ) -> BlockLayout:
+    """The blocks of a mask, checked against the tensors of a call.
+
+    Raises:
+        ValueError: if the mask is none, or is for other tokens, heads or another device.
+    """
     if isinstance(mask, BlockLayout):
         layout = mask
     elif isinstance(mask, AttentionMask):
@@ -579,9 +584,14 @@ def _kind(value: object) -> str:
     return f"a {kind}" if module == "builtins" else f"a {module}.{kind}"
 
 
-def _check_inputs(
+def check_inputs(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor | None
 ) -> None:
+    """Check that the tensors of a call fit together.
+
+    Raises:
+        ValueError: if they do not.
+    """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(

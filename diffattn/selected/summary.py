@@ -14,7 +14,14 @@ from diffattn.blocks import BlockLayout, pack_bits
 from diffattn.interception import through_modes
 from diffattn.kernels.autocast import autocast_off, cast_as_sdpa
 from diffattn.kernels.summary import summary_attention
-from diffattn.operator import attention, choose_backend, merged
+from diffattn.operator import (
+    attention,
+    check_inputs,
+    check_triton,
+    choose_backend,
+    layout_of,
+    merged,
+)
 from diffattn.selected.key_blocks import KeyBlocks
 
 
@@ -80,8 +87,8 @@ def summarised_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention over the blocks of a layout and over summary keys, in one softmax; differentiable.
 
-    Gradients reach query, key and value, and the keys, values and biases of the summary. Two
-    attentions are merged by their log-sum-exp. A query that sees no key and no summary gives 0.
+    Gradients reach query, key and value, and the keys, values and biases of the summary. A query
+    that sees no key and no summary gives 0.
 
     With `query_means` all queries of a block see the summaries with the scores of their block's
     mean, as in comfy-kitchen's form of Sol-Attn. That costs next to nothing, and is further from
@@ -98,8 +105,9 @@ def summarised_attention(
         scale: factor of the scores; 1 / sqrt(head_dim) when None.
         key_mask: bool (batch, tokens): False for keys of the layout that are padding.
         return_lse: also return the natural log-sum-exp of the scores, (batch, heads, tokens).
-        backend: as for `attention`. The summaries run in Triton on "triton", and in torch's matrix
-            products on all other backends.
+        backend: as for `attention`. On "triton" the pass over the summaries continues the softmax
+            of the pass over the blocks. On other backends the summaries run in torch's matrix
+            products, and two attentions are merged by their log-sum-exp.
 
     Returns:
         (batch, tokens, heads, head_dim) in the dtype of `query`, or of the autocast region; with
@@ -110,26 +118,31 @@ def summarised_attention(
         NotImplementedError: if the tensors' device has no sparse kernel, and in forward mode.
     """
     query, key, value = cast_as_sdpa(query, key, value)
+    check_inputs(query, key, value, key_mask)
+    layout = layout_of(layout, query, key)
+    name = choose_backend(query.device, backend)
 
     def attend(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = attention(
-            query,
-            key,
-            value,
-            layout,
-            key_mask=key_mask,
-            scale=scale,
-            return_lse=True,
-            backend=backend,
-        )
         with autocast_off(query.device.type):
+            if query_means is None and name == "triton":
+                return _jointly(query, key, value, layout, summary, scale, key_mask)
+            out, lse = attention(
+                query,
+                key,
+                value,
+                layout,
+                key_mask=key_mask,
+                scale=scale,
+                return_lse=True,
+                backend=name,
+            )
             if query_means is not None:
                 return _with_summaries_of_blocks(
                     out, lse, query, query_means, summary, layout.block_q, scale
                 )
-            pooled, lse_pooled = summary_attention(
+            more = summary_attention(
                 query,
                 summary.key,
                 summary.value,
@@ -137,13 +150,41 @@ def summarised_attention(
                 summary.hidden,
                 block_q=layout.block_q,
                 scale=scale,
-                backend="triton" if _in_triton(query, layout, backend) else "torch",
             )
-            return merged(out, lse, pooled, lse_pooled)
+            return merged(out, lse, *more)
 
     if return_lse:
         return attend(query, key, value)
     return through_modes(lambda q, k, v: attend(q, k, v)[0], query, key, value)
+
+
+def _jointly(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: BlockLayout,
+    summary: Summary,
+    scale: float | None,
+    key_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention by kernels that keep no result of one part alone."""
+    check_triton()
+    from diffattn.kernels.summary.joint import joint_attention
+
+    return joint_attention(
+        query,
+        key,
+        value,
+        layout.tensors,
+        summary.key,
+        summary.value,
+        summary.bias,
+        summary.hidden,
+        block_q=layout.block_q,
+        block_kv=layout.block_kv,
+        scale=scale,
+        key_mask=key_mask,
+    )
 
 
 def _with_summaries_of_blocks(
@@ -184,8 +225,3 @@ def _for_queries(x: torch.Tensor, block_q: int, tokens: int) -> torch.Tensor:
     # An expansion: the gradients of a gather would be added in no fixed order on a GPU.
     each = x[:, :, None].expand(-1, -1, block_q, *x.shape[2:])
     return each.flatten(1, 2)[:, :tokens]
-
-
-def _in_triton(query: torch.Tensor, layout: BlockLayout, backend: str | None) -> bool:
-    name = choose_backend(query.device, backend)
-    return name == "triton" and query.dtype != torch.float64 and layout.block_q % 16 == 0
