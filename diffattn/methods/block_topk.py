@@ -129,10 +129,10 @@ class BlockTopKAttn(SelectedBlocksMethod):
         return self._rule(scores, pooled)
 
     def choose(self, pooled: Pooled) -> torch.Tensor:
-        source = self.score if callable(self.score) else self.scores
-        scores = check_scores(self.scores(pooled), source, pooled)
-        source = self.keep if callable(self.keep) else self.keeps
-        return check_kept(self.keeps(scores, pooled), source, pooled)
+        score = self.score if callable(self.score) else self.scores
+        scores = check_scores(self.scores(pooled), score, pooled)
+        rule = self.keep if callable(self.keep) else self.keeps
+        return check_kept(self.keeps(scores, pooled), rule, pooled)
 
     def to_dict(self) -> dict[str, Any]:
         """Parameters and `type`, ready for JSON.

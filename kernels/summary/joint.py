@@ -101,10 +101,11 @@ def _backward_op(
         grad_out, grad_lse, q, k, v, out, lse, six(layout), key_mask,
         block_q=block_q, block_kv=block_kv, scale=scale,
     )  # fmt: skip
-    more_dq, *of_summary = summaries.backward(
+    more_dq, dsk, dsv, dbias = summaries.backward(
         grad_out, grad_lse, out, lse, q, summary_k, summary_v, bias, hidden, block_q, scale
     )
-    return dq.add_(more_dq), dk, dv, *as_inputs(*of_summary, summary_k, summary_v, bias)
+    of_summary = as_inputs(dsk, dsv, dbias, summary_k, summary_v, bias)
+    return dq.add_(more_dq), dk, dv, *of_summary
 
 
 @_backward_op.register_fake
