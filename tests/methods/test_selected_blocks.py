@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from diffattn.methods.selected_blocks import ORDERS, SelectedBlocksMethod
 from diffattn.routing import REMAINDERS
 
 METHODS = (SolAttn, BlockTopKAttn)
+# And Sol-Attn in comfy-kitchen's form.
+ALSO_BY_BLOCK = (*METHODS, partial(SolAttn, remainder="block-summary"))
 
 
 def site(grid: TokenGrid) -> Site:
@@ -191,7 +194,7 @@ def test_text_sees_everything_and_is_seen(cls: Any) -> None:
     assert not mask[~text][:, ~text].all()
 
 
-@pytest.mark.parametrize("cls", METHODS)
+@pytest.mark.parametrize("cls", ALSO_BY_BLOCK)
 def test_heads_and_samples_are_apart_and_queries_may_share_keys(cls: Any) -> None:
     torch.manual_seed(0)
     grid = TokenGrid(2, 6, 8)
@@ -219,6 +222,7 @@ def test_heads_and_samples_are_apart_and_queries_may_share_keys(cls: Any) -> Non
     "method",
     [
         SolAttn(tau=-100),
+        SolAttn(tau=-100, remainder="block-summary"),
         BlockTopKAttn(keep=1),
         BlockTopKAttn(keep=1, remainder="summary", block=32),
     ],
@@ -231,7 +235,7 @@ def test_what_keeps_everything_is_dense(method: SelectedBlocksMethod) -> None:
 
 
 @pytest.mark.parametrize("references", ["exact", "visible", "local"])
-@pytest.mark.parametrize("cls", METHODS)
+@pytest.mark.parametrize("cls", ALSO_BY_BLOCK)
 def test_references_select_as_the_policy_says(cls: Any, references: str) -> None:
     torch.manual_seed(0)
     picture = Reference(10, 1, 8, 8)
@@ -287,6 +291,18 @@ def test_the_planned_density_is_near_that_of_normal_scores(method: SelectedBlock
     planned = method.work(grid, 0, 4, 32).density
     assert planned is not None
     assert abs(chosen.float().mean() - planned) < 0.04
+
+
+def test_the_plan_counts_what_remains_by_query_or_by_block() -> None:
+    grid = TokenGrid(8, 16, 16, text_after=30)
+    flops = {}
+    for remainder in REMAINDERS:
+        work = SolAttn(remainder=remainder).work(grid, 0, 2, 32)
+        assert work is not None
+        flops[remainder] = work.flops
+    blocks, pooling = -(-grid.tokens // 64), grid.tokens * 64
+    assert flops["summary"] - flops["drop"] == 4 * grid.tokens * blocks * 64 + pooling
+    assert flops["block-summary"] - flops["drop"] == 4 * blocks**2 * 64 + pooling
 
 
 @pytest.mark.parametrize(
