@@ -12,7 +12,7 @@ from diffattn._checks import check_fields, choice, count, number
 from diffattn.grid import TokenGrid
 from diffattn.kernels.autocast import autocast_off
 from diffattn.methods.base import Method, Site, Work
-from diffattn.methods.selected_blocks import REMAINDERS, for_every_head
+from diffattn.methods.selected_blocks import for_every_head
 from diffattn.operator import attention
 from diffattn.routing.cluster_errors import by_error, log_errors
 from diffattn.routing.clusters import Clusters, first_tokens, k_means
@@ -28,7 +28,7 @@ _ALLOWED = {
     "min_ratio": number(at_least=0, at_most=1),
     "iterations": count(1),
     "block": count(16),
-    "remainder": choice(REMAINDERS),
+    "remainder": choice(("drop", "summary")),
     "route": choice(ROUTES),
 }
 _DENSE_STEPS = 0.2

@@ -11,20 +11,24 @@ _SCORES_AT_ONCE = 1 << 24
 
 
 @torch.no_grad()
-def mean_scores(query_means: torch.Tensor, key_means: torch.Tensor, scale: float) -> torch.Tensor:
+def mean_scores(
+    query_means: torch.Tensor, key_means: torch.Tensor, scale: float = 1
+) -> torch.Tensor:
     """The product of a query block's mean and a key block's mean.
 
     By linearity this is the mean score of the block's queries on the mean key.
 
     Args:
-        query_means: (batch, query blocks, heads, head_dim), as of `KeyBlocks.means`.
+        query_means: (batch, query blocks, heads, head_dim), as of `KeyBlocks.means`; or queries
+            themselves, which are blocks of one query.
         key_means: (batch, key blocks, heads, head_dim).
         scale: factor of the products.
 
     Returns:
         (batch, heads, query blocks, key blocks), without a gradient.
     """
-    return query_means.transpose(1, 2) @ key_means.permute(0, 2, 3, 1) * scale
+    scores = query_means.transpose(1, 2) @ key_means.permute(0, 2, 3, 1)
+    return scores if scale == 1 else scores * scale
 
 
 @torch.no_grad()

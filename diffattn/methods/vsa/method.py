@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from diffattn._checks import FLAG, Allowed, check_fields, lists_to_tuples, number
+from diffattn._checks import FLAG, Allowed, check_fields, count, lists_to_tuples, number
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import AttentionMask
 from diffattn.methods.base import Compiled, Method, Site, SiteState, SiteWeights, Work
@@ -20,7 +20,7 @@ from diffattn.methods.vsa.gate import VSAGate, gate_of_call, with_gate
 from diffattn.methods.vsa.tiling import BLOCK, Tiling, tiling_of
 from diffattn.operator import attention
 from diffattn.routing.lists import layout_of_blocks
-from diffattn.routing.rules import kept_blocks, top
+from diffattn.routing.rules import kept_blocks, neighbours, top
 from diffattn.routing.scores import mean_scores
 from diffattn.selected.attention import SelectionMask
 from diffattn.spans import Span, spans_of
@@ -30,6 +30,7 @@ _ALLOWED = {
     "keep": number(above=0, at_most=1),
     "tile": Allowed(f"one of {', '.join(map(str, TILES))}", lambda value: value in TILES),
     "coarse": FLAG,
+    "neighbours": count(0),
 }
 # The shares that the published models are trained with: FastH3's, and FastWan's.
 _KEEP = {"minimax-h3": 0.1}
@@ -62,6 +63,10 @@ class VSAAttn(Method):
         tile: frames, rows and columns of a tile: (4, 4, 4), (4, 4, 8) or (4, 8, 8).
         coarse: whether sites have a gate. Without, the method is plain attention to the best tiles,
             for models that were not trained with a gate.
+        neighbours: tiles before and after itself that a tile of the video attends to beside the
+            share, in the raster order of tiles: 0 for itself alone, as SGLang's cube attention
+            does, 1 as ComfyUI's VSA does. None for no such tiles, as the published models were
+            trained.
         references: with "visible" references the tiles of a reference select among themselves, and
             all other pairs with a reference attend. With "local" references every tile selects
             the share `keep` of the video's tiles, and of each reference's.
@@ -80,6 +85,9 @@ class VSAAttn(Method):
     )
     coarse: bool = field(
         default=False, metadata={"help": "add attention among tiles by a trained gate"}
+    )
+    neighbours: int | None = field(
+        default=None, metadata={"help": "tiles beside itself that a tile sees; 0 for itself alone"}
     )
     _tilings: dict[tuple[TokenGrid, torch.device], Tiling] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -331,8 +339,11 @@ class VSAAttn(Method):
         """The pairs of tiles that attend in any case: bool (tiles, tiles), on the CPU."""
         owner = tiling.owner.cpu()
         pairs = (owner < 0)[:, None] | (owner < 0)
+        same = owner[:, None] == owner
         if self.references != "local":
-            pairs |= owner[:, None] != owner
+            pairs |= ~same
+        if self.neighbours is not None:
+            pairs |= same & neighbours(len(owner), len(owner), self.neighbours)
         return pairs
 
 
