@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import interpolate, pad
 
 from diffattn.grid import TokenGrid
+from diffattn.masks.base import AttentionMask
 from diffattn.methods.base import Method, Site
 from diffattn.methods.selected_blocks import SelectedBlocksMethod
 from diffattn.methods.sla.method import SLAAttn
@@ -180,7 +181,7 @@ def _counted(call: AttentionCall, sample: int) -> torch.Tensor | None:
 
 
 def _selection(
-    mask: SelectionMask,
+    mask: AttentionMask,
     blocks: str,
     counted: torch.Tensor | None,
     rest_words: str,
@@ -195,6 +196,7 @@ def _selection(
         rest_words: how other blocks are seen; "" if they are not.
         row_of: the block of each query; the block of the key in its place when None.
     """
+    assert isinstance(mask, SelectionMask)
     row_of = mask.block_of if row_of is None else row_of
     if not rest_words:
         return CallSelection(mask, blocks, row_of)
