@@ -11,7 +11,8 @@ from functools import partial
 import torch
 
 from diffattn import TokenGrid
-from diffattn.methods import METHODS, Site
+from diffattn.methods import METHODS
+from gpu_run.around import site_of
 from gpu_run.rates import dense, heads_first
 from gpu_run.setting import Setting
 from gpu_run.timing import Call, Spread, describe, interleave, median_ratio
@@ -22,7 +23,6 @@ GRIDS = (
 )  # fmt: skip
 DRY_GRIDS = (TokenGrid(4, 12, 16),)
 HEADS, HEAD_DIM = 12, 128
-LAYER, LAYERS = 2, 30  # VMoBA's boxes
 
 
 def run(what: str, setting: Setting) -> None:
@@ -35,14 +35,14 @@ def run(what: str, setting: Setting) -> None:
 def _measure(grid: TokenGrid, setting: Setting) -> None:
     size = (1, grid.tokens, 1 if setting.dry else HEADS, HEAD_DIM)
     qkv = [setting.random(*size, seed=seed) for seed in range(3)]
-    site = Site("wan", LAYER, LAYERS, grid)
     reference = dense("flash" if setting.dry else "cudnn")
     calls: dict[str, Call] = {"dense": partial(reference.attend, *map(heads_first, qkv))}
     for name, kind in METHODS.items():
         if name == "dense":
             continue
-        call = partial(kind().for_model("wan", grid).attend, *qkv, site)
         try:
+            method = kind().for_model("wan", grid)
+            call = partial(method.attend, *qkv, site_of(method, grid, qkv[0]))
             with torch.no_grad():
                 call()
                 call()  # a method may choose its kernel by what the first calls selected
