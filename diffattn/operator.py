@@ -503,13 +503,13 @@ def every_pair(tokens_q: int, tokens_kv: int, device: torch.device) -> BlockLayo
     """The layout of dense attention from `tokens_q` queries to `tokens_kv` keys."""
     states = torch.full((-(-tokens_q // BLOCK), -(-tokens_kv // BLOCK)), FULL, dtype=torch.uint8)
     return layout_from_states(
-        states.to(device),
+        states,
         None,
         tokens_q=tokens_q,
         tokens_kv=tokens_kv,
         block_q=BLOCK,
         block_kv=BLOCK,
-    )
+    ).to(device)
 
 
 def layout_of(

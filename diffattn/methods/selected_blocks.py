@@ -11,6 +11,7 @@ import torch
 from diffattn._checks import Allowed, check_fields, choice, count, is_whole
 from diffattn.curves import CURVES, along_curve
 from diffattn.grid import TokenGrid
+from diffattn.kernels.autocast import autocast_off
 from diffattn.masks.base import AttentionMask
 from diffattn.methods.base import Method, Site, Work
 from diffattn.operator import attention
@@ -186,7 +187,7 @@ class SelectedBlocksMethod(Method):
         blocks = self._key_blocks(query.shape[1], query.device)
         there = None if counted is None else blocks.holds_any(counted)
         # In an autocast region the scores would be in half precision.
-        with torch.autocast(query.device.type, enabled=False):
+        with autocast_off(query.device.type):
             pooled = Pooled(
                 query,
                 key,

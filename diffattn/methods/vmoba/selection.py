@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from diffattn.blocks import pack_bits
+from diffattn.kernels.autocast import autocast_off
 from diffattn.routing.choosing import pairs_at_once
 from diffattn.routing.pools import best_in_pools
 from diffattn.routing.scores import mean_scores
@@ -75,7 +76,7 @@ def select_blocks(
     query, key = query[:, video], key[:, video]
     deciders = blocks
     # In an autocast region the scores would be in half precision.
-    with torch.autocast(query.device.type, enabled=False):
+    with autocast_off(query.device.type):
         means = blocks.means(key, counted)
         if rule.centre_keys:
             means = means - _mean_block(means, blocks, counted)

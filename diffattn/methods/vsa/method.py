@@ -13,6 +13,7 @@ import torch
 
 from diffattn._checks import FLAG, Allowed, check_fields, count, lists_to_tuples, number
 from diffattn.grid import TokenGrid
+from diffattn.kernels.autocast import autocast_off
 from diffattn.masks.base import AttentionMask
 from diffattn.methods.base import Compiled, Method, Site, SiteState, SiteWeights, Work
 from diffattn.methods.selected_blocks import for_every_head
@@ -324,20 +325,20 @@ class VSAAttn(Method):
         device = query_means.device
         holds_any = _holds_any(tiling, counted)
         # In an autocast region the scores would be in half precision.
-        with torch.autocast(device.type, enabled=False):
+        with autocast_off(device.type):
             factor = query_means.shape[-1] ** -0.5 if scale is None else scale
             scores = mean_scores(query_means, key_means, factor)
             chosen = self.choose(scores, tiling, holds_any)
         known = grid, device
         if known not in self._always:
             with torch.inference_mode(False):
-                self._always[known] = self._pairs_always(tiling).to(device)
+                self._always[known] = self._pairs_always(self.tiling(grid)).to(device)
         chosen |= self._always[known]
         return chosen if holds_any is None else chosen & holds_any[:, None, None]
 
     def _pairs_always(self, tiling: Tiling) -> torch.Tensor:
-        """The pairs of tiles that attend in any case: bool (tiles, tiles), on the CPU."""
-        owner = tiling.owner.cpu()
+        """The pairs of tiles that attend in any case: bool (tiles, tiles)."""
+        owner = tiling.owner
         pairs = (owner < 0)[:, None] | (owner < 0)
         same = owner[:, None] == owner
         if self.references != "local":
