@@ -14,7 +14,7 @@ from diffattn.methods.linfusion import LinFusionAttn
 from diffattn.methods.lvsa import LVSAAttn
 from diffattn.methods.radial import RadialAttn
 from diffattn.methods.registry import METHODS, all_methods, from_dict, register_method
-from diffattn.methods.sla import SLAAttn
+from diffattn.methods.sla import SLA2Attn, SLAAttn
 from diffattn.methods.sol import SolAttn
 from diffattn.methods.svg2 import SVG2Attn
 from diffattn.methods.vmoba import VMoBAAttn
@@ -35,6 +35,7 @@ for _method in (
     AttentionTileAttn,
     LVSAAttn,
     SLAAttn,
+    SLA2Attn,
     VSAAttn,
 ):
     register_method(_method)
@@ -52,6 +53,7 @@ __all__ = [
     "LinFusionAttn",
     "Method",
     "RadialAttn",
+    "SLA2Attn",
     "SLAAttn",
     "SVG2Attn",
     "Site",

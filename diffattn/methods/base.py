@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
@@ -70,6 +71,10 @@ class SiteWeights(torch.nn.Module):
                 # Offloading leaves a "meta" tensor in place of weights that it has moved away.
                 self.to("cpu" if other.is_meta else other.device, other.dtype)
                 break
+
+    def trained(self) -> Iterable[torch.nn.Parameter]:
+        """The weights that a training changes: all of them, unless a method says otherwise."""
+        return self.parameters()
 
     def leave(self, module: torch.nn.Module) -> None:
         """Undo every change of `module` that these weights needed, as they are about to go."""
