@@ -32,6 +32,7 @@ from diffattn.methods.base import (
     StaticMaskMethod,
     attends_by_mask_alone,
 )
+from diffattn.methods.memory import CallMemory
 from diffattn.models import Family
 from diffattn.models.base import Part
 from diffattn.orders import TileOrder
@@ -189,14 +190,22 @@ class Group:
         *,
         scale: float | None,
         key_mask: torch.Tensor | None,
+        place: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of a call over `grid`, by a method that compiled code calls as one operator.
 
-        Tensors are as for `Method.attend`.
+        Tensors are as for `Method.attend`; `place` is as in `Call`, and None in training.
         """
-        site = Site(self.family.name, self.layer, self.layers, grid)
+        memory = self._memory(running_call(self.model), place)
+        site = Site(self.family.name, self.layer, self.layers, grid, memory=memory)
         method = self._method_on(grid.alone)
         return method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
+
+    def _memory(self, call: Call | None, place: torch.Tensor | None) -> CallMemory | None:
+        """What the method keeps from step to step of a run at the site with the number `place`."""
+        if call is None or place is None or not call.clock.num_steps:
+            return None
+        return call.clock.memory.of_call(int(place), call.clock.step, call.clock.num_steps)
 
     def positions(self, queries: int, keys: int) -> tuple[slice, ...] | None:
         """Positions in the sequence of the queries of a call with more keys; None if unknown."""
@@ -287,9 +296,11 @@ class Group:
                 f"the attention call is over {grid}, but this forward has put tokens of"
                 f" {order.grid} in another order"
             )
+        memory = None if torch.is_grad_enabled() else self._memory(call, call.place)
         return Site(
-            self.family.name, self.layer, self.layers, grid, order, call.weights, call.rotary
-        )
+            self.family.name, self.layer, self.layers, grid, order, call.weights, call.rotary,
+            memory=memory,
+        )  # fmt: skip
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         """The group of a copied model's sites, with a backend and a serial number of its own."""
@@ -435,7 +446,10 @@ def _attend_compiled(
     """Attention by the group's method in code that is compiled for all grids."""
     outside = group.compiled_as == "outside" or modes_are_active()
     if group.compiled_as in ("mask", "operator") and not outside:
-        traced = traced_attention if group.compiled_as == "mask" else traced_method
+        traced: Any = traced_attention
+        if group.compiled_as == "operator":
+            untrained = group.last is not None and not torch.is_grad_enabled()
+            traced = partial(traced_method, place=group.last.place if untrained else None)
         grid = group.traced_grid
         return traced(query, key, value, grid, group.serial, scale=scale, key_mask=key_mask)
     weights, rotary = (

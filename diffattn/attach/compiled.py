@@ -19,6 +19,7 @@ import itertools
 import threading
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -137,6 +138,7 @@ class MethodSource(Protocol):
         *,
         scale: float | None,
         key_mask: torch.Tensor | None,
+        place: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
 
@@ -149,16 +151,18 @@ def traced_method(
     *,
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
+    place: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention over a grid by the method of the source of number `serial`.
 
-    The method need not be traceable. The backward computes the attention once more. Arguments,
-    result and errors are those of `traced_attention`.
+    The method need not be traceable. The backward computes the attention once more. `place` is as
+    in `Call`, and None where there is a backward, which remembers nothing. Other arguments, result
+    and errors are those of `traced_attention`.
     """
     _check_no_tangents()
     query, key, value = cast_as_sdpa(query, key, value)
     size = [] if grid is None else _sizes(grid, None)
-    return _attend(query, key, value, key_mask, size, serial, scale)[0]
+    return _attend(query, key, value, key_mask, size, serial, scale, place)[0]
 
 
 def _check_no_tangents() -> None:
@@ -208,11 +212,13 @@ def _attend(
     size: list[int],
     serial: int,
     scale: float | None,
+    place: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     source: MethodSource = _sources[serial]
     used = _used(size, serial, key.shape[1])
     grid, _ = _grid_and_order(used)
-    out = source.attend(query, key, value, grid, scale=scale, key_mask=key_mask)
+    attend = source.attend if place is None else partial(source.attend, place=place)
+    out = attend(query, key, value, grid, scale=scale, key_mask=key_mask)
     return out.contiguous(), used
 
 
@@ -262,7 +268,7 @@ def _(
 
 
 def _setup_attend(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    query, key, value, key_mask, _, *ctx.options = inputs
+    query, key, value, key_mask, _, *ctx.options, _ = inputs
     ctx.save_for_backward(query, key, value, output[1], key_mask)
 
 
@@ -270,7 +276,7 @@ def _attend_autograd(
     ctx: Any, grad_out: torch.Tensor, grad_used: None
 ) -> tuple[torch.Tensor | None, ...]:
     grads = _attend_backward(grad_out, *ctx.saved_tensors, *ctx.options)
-    return (*grads, None, None, None, None)
+    return (*grads, None, None, None, None, None)
 
 
 _attend.register_autograd(_attend_autograd, setup_context=_setup_attend)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from diffattn.methods.memory import RunMemory
 from diffattn.schedule import resolve_steps
 
 
@@ -23,12 +24,14 @@ class RunClock:
         always_dense: whether every step stays dense, whatever the methods say.
         has_begun: whether the first step of the run has been judged, and so the run's length is
             known.
+        memory: what methods keep in the run.
     """
 
     step: int = 0
     num_steps: int = 0
     always_dense: bool = False
     has_begun: bool = False
+    memory: RunMemory = field(default_factory=RunMemory, repr=False, compare=False)
     _taken: weakref.WeakKeyDictionary[Any, int] = field(
         default_factory=weakref.WeakKeyDictionary, repr=False, compare=False
     )
@@ -37,6 +40,7 @@ class RunClock:
         """Begin a run of `num_steps` denoising steps; 0 is the state outside a run."""
         self.step, self.num_steps, self.has_begun = 0, num_steps, False
         self._taken.clear()
+        self.memory = RunMemory()
 
     def begin(self, skipped: int) -> None:
         """Begin the first step, and leave out the `skipped` timesteps before it.

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from diffattn.attach.run_clock import RunClock
 from diffattn.grid import TokenGrid
 from diffattn.methods.agent.merging import Merging
@@ -31,6 +33,9 @@ class Call:
         order: the order that the forward has put its tokens in; None for the model's own order.
         inside: the video tokens by module, for models whose modules have grids of their own.
         weights, rotary, merging: those of the site whose call is running, see `Site`.
+        place: the number of that site, an int64 tensor on the CPU, where the method remembers.
+            Compiled code takes the values of tensors as they are, and would be compiled again for
+            every other integer.
         attention_calls: calls of attached sites so far, except in compiled code.
         sparse_groups: whether each group of the denoiser was sparse when the call began.
     """
@@ -42,6 +47,7 @@ class Call:
     weights: SiteWeights | None = None
     rotary: Any = None
     merging: Merging | None = None
+    place: torch.Tensor | None = None
     attention_calls: int = 0
     sparse_groups: tuple[bool, ...] = ()
 

@@ -16,6 +16,7 @@ from diffattn.grid import TokenGrid
 from diffattn.masks.base import BLOCK, AttentionMask, TextMask
 from diffattn.masks.frame_causal import FrameCausalMask
 from diffattn.masks.several_grids import Rule, SeveralGridsMask
+from diffattn.methods.memory import CallMemory
 from diffattn.operator import attention
 from diffattn.orders import TileOrder, joined_order
 from diffattn.schedule import check_steps
@@ -45,6 +46,8 @@ class Site:
             own format; None without `weights` and where the model rotated nothing.
         merging: how the tokens of this call were merged; None if they were not. The grid of merged
             tokens is one row, 1 x 1 x tokens.
+        memory: what the method keeps of the site from step to step of a denoising run; None unless
+            the method `remembers`, in training, and outside of a run.
     """
 
     family: str
@@ -55,6 +58,7 @@ class Site:
     weights: SiteWeights | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, compare=False)
     merging: Merging | None = field(default=None, compare=False)
+    memory: CallMemory | None = field(default=None, compare=False)
 
 
 # Other dtypes are storage formats: nothing can be trained in them.
@@ -181,6 +185,8 @@ class Method(ABC):
     # Whether `attend` needs nothing but its tensors and the grid. Compiled code then calls `attend`
     # as one operator, and the code inside `attend` need not be traceable.
     traced_whole: ClassVar[bool] = False
+    # Whether `attend` uses `Site.memory`. Such a method must be `traced_whole`.
+    remembers: ClassVar[bool] = False
 
     dense_layers: int | None = field(
         default=None, metadata={"help": "blocks at the start of the model that stay dense"}
