@@ -448,8 +448,8 @@ def _attend_compiled(
     if group.compiled_as in ("mask", "operator") and not outside:
         traced: Any = traced_attention
         if group.compiled_as == "operator":
-            untrained = group.last is not None and not torch.is_grad_enabled()
-            traced = partial(traced_method, place=group.last.place if untrained else None)
+            last = None if torch.is_grad_enabled() else group.last
+            traced = partial(traced_method, place=None if last is None else last.place)
         grid = group.traced_grid
         return traced(query, key, value, grid, group.serial, scale=scale, key_mask=key_mask)
     weights, rotary = (

@@ -341,8 +341,8 @@ class SVG2Attn(Method):
                 rows, columns = (slice(of.start, of.stop) for of in (pool.queries, pool.keys))
                 own = None if errors is None else errors[:, :, rows, columns]
                 chosen[:, :, rows, columns] = self.choose(of_q, of_k, factor, own)
-        centroids = tuple(part.centroids for both in clusters for part in both)
-        return ClusterPairs(query_labels, key_labels, chosen, centroids), queries, keys
+        of_pools = tuple(part.centroids for both in clusters for part in both)
+        return ClusterPairs(query_labels, key_labels, chosen, of_pools), queries, keys
 
     def choose(
         self, queries: Clusters, keys: Clusters, scale: float, errors: torch.Tensor | None
