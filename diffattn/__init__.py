@@ -49,6 +49,7 @@ if _TYPE_CHECKING:
     from diffattn.operator import attention, register_backend
     from diffattn.planning.costs import Estimate
     from diffattn.planning.plans import Plan, plan
+    from diffattn.schedule import PerStep, early_ramp, hold, jenga, ramp
     from diffattn.tile_calibration import calibrate_attention_tile
 
 __version__ = "0.1.0"
@@ -70,6 +71,7 @@ __all__ = [
     "LVSAAttn",
     "LinFusionAttn",
     "Method",
+    "PerStep",
     "Plan",
     "PredicateMask",
     "RadialAttn",
@@ -84,7 +86,10 @@ __all__ = [
     "attention",
     "calibrate_agent",
     "calibrate_attention_tile",
+    "early_ramp",
     "from_block_mask",
+    "hold",
+    "jenga",
     "load_clear_checkpoint",
     "load_linfusion_checkpoint",
     "load_sla_checkpoint",
@@ -92,6 +97,7 @@ __all__ = [
     "methods",
     "models",
     "plan",
+    "ramp",
     "register_backend",
     "register_method",
     "save_linfusion_checkpoint",
@@ -157,6 +163,7 @@ _HOMES = {
         "operator": ("attention", "register_backend"),
         "planning.costs": ("Estimate",),
         "planning.plans": ("Plan", "plan"),
+        "schedule": ("PerStep", "early_ramp", "hold", "jenga", "ramp"),
     }.items()
     for name in names
 }

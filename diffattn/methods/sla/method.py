@@ -6,6 +6,7 @@ Attention", arXiv 2509.24006. The weights of TurboDiffusion (arXiv 2512.16093) a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -101,6 +102,7 @@ class SLAAttn(Method):
 
     type: ClassVar[str] = "sla"
     paper: ClassVar[str] = "arXiv 2509.24006"
+    shared_between_steps: ClassVar[Mapping[str, tuple[str, ...]]] = {"_cuts": (), "_every_pair": ()}
 
     keep: float = field(default=0.1, metadata={"help": "share of the blocks seen by softmax"})
     linear: str = field(default="all", metadata={"help": "blocks of linear attention: all or rest"})
