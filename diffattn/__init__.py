@@ -47,6 +47,7 @@ if _TYPE_CHECKING:
     from diffattn.methods.sla.checkpoint import load_sla_checkpoint, save_sla_checkpoint
     from diffattn.methods.vsa.checkpoint import load_vsa_checkpoint
     from diffattn.operator import attention, register_backend
+    from diffattn.planning.by_steps import PlanBySteps
     from diffattn.planning.costs import Estimate
     from diffattn.planning.plans import Plan, plan
     from diffattn.schedule import PerStep, early_ramp, hold, jenga, ramp
@@ -73,6 +74,7 @@ __all__ = [
     "Method",
     "PerStep",
     "Plan",
+    "PlanBySteps",
     "PredicateMask",
     "RadialAttn",
     "Reference",
@@ -161,6 +163,7 @@ _HOMES = {
         "methods.sla.checkpoint": ("load_sla_checkpoint", "save_sla_checkpoint"),
         "methods.vsa.checkpoint": ("load_vsa_checkpoint",),
         "operator": ("attention", "register_backend"),
+        "planning.by_steps": ("PlanBySteps",),
         "planning.costs": ("Estimate",),
         "planning.plans": ("Plan", "plan"),
         "schedule": ("PerStep", "early_ramp", "hold", "jenga", "ramp"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -316,6 +318,60 @@ def step_value_of(value: Any) -> StepValue | None:
         ) from None
 
 
+def spelled(schedule: StepValue) -> str:
+    """A schedule as `read_schedule` and the command line read it, such as "1.3..0.8"."""
+    if isinstance(schedule, Ramp):
+        return f"{schedule.first}..{schedule.last}"
+    if not isinstance(schedule, PerStep):
+        arguments = schedule.to_json()
+        if isinstance(arguments, str):
+            return arguments
+        given = [value for value in arguments[schedule.word] if value is not None]
+        return f"{schedule.word}:{','.join(map(str, given))}"
+    if any(isinstance(value, tuple) for value in schedule.values):
+        return "/".join(",".join(map(str, v)) if isinstance(v, tuple) else str(v)
+                        for v in schedule.values)  # fmt: skip
+    runs = [(value, len(list(equal))) for value, equal in itertools.groupby(schedule.values)]
+    return ",".join(str(value) if many == 1 else f"{value}x{many}" for value, many in runs)
+
+
+def read_schedule(text: str, read: Callable[[str], Any]) -> StepValue | None:
+    """A schedule as people write it; None for other text.
+
+    "1.3..0.8" is a ramp, "1x2,0.55,0.1x5" a list in which 1 comes twice and 0.1 five times,
+    "5,9,9/3,5,5" a list of values that are sequences, and "early_ramp:0.15" a schedule by its name
+    and its arguments.
+
+    Args:
+        text: the words.
+        read: reads a value, and returns text that is none.
+
+    Raises:
+        ValueError: if a schedule is named, but its arguments do not fit.
+    """
+    name, colon, arguments = text.partition(":")
+    if colon and name in _BY_WORD:
+        return step_value_of({name: [read(part) for part in arguments.split(",")]})
+    first, dots, last = text.partition("..")
+    if dots and all(is_number(read(end)) for end in (first, last)):
+        return Ramp(read(first), read(last))
+    if "/" in text:
+        values = [read(part) for part in text.split("/")]
+        return None if any(isinstance(value, str) for value in values) else PerStep(*values)
+    if "," not in text or not _REPEATED.search(text):
+        return None
+    values = []
+    for part in text.split(","):
+        value, _, many = part.partition("x")
+        if not is_number(read(value)) or (many and not many.strip().isdecimal()):
+            return None
+        values += [read(value)] * int(many or 1)
+    return PerStep(*values)
+
+
+_REPEATED = re.compile(r"x\d")
+
+
 def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
@@ -335,6 +391,15 @@ def resolve_steps(setting: int | float, num_steps: int) -> int:
     """
     count = setting if isinstance(setting, int) else int(setting * num_steps)
     return min(count, num_steps)
+
+
+def is_dense_at(moment: Moment, dense_steps: int | float, last_dense_steps: int | float) -> bool:
+    """Whether a step is among the dense steps at either end of its run; never outside of a run."""
+    if moment.steps == 0:
+        return False
+    first = resolve_steps(dense_steps, moment.steps)
+    last = resolve_steps(last_dense_steps, moment.steps)
+    return moment.step < first or moment.step >= moment.steps - last
 
 
 def check_steps(name: str, setting: int | float) -> None:

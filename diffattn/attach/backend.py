@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from diffattn import _compat
 from diffattn.attach.compiled import remember, traced_attention, traced_method
 from diffattn.attach.context_parallel import attend_queries, attend_sharded, gather_tables
-from diffattn.attach.run_clock import RunClock, is_dense_at
+from diffattn.attach.run_clock import RunClock
 from diffattn.attach.running_call import Call, running_call
 from diffattn.attach.some_queries import attend_some, attend_whole
 from diffattn.blocks import BlockLayout
@@ -37,7 +37,7 @@ from diffattn.methods.by_step import forget_oldest
 from diffattn.models import Family
 from diffattn.models.base import Part
 from diffattn.orders import TileOrder
-from diffattn.schedule import Moment
+from diffattn.schedule import Moment, is_dense_at
 
 # Threads count their calls of a group one after another.
 _counting = threading.Lock()

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from diffattn.schedule import Moment, resolve_steps
+from diffattn.schedule import Moment, is_dense_at
 
 
 @dataclass
@@ -70,15 +70,6 @@ class RunClock:
     def is_dense_step(self, dense_steps: int | float, last_dense_steps: int | float) -> bool:
         """Whether the current step is among the dense steps at either end of the run."""
         return self.always_dense or is_dense_at(self.moment, dense_steps, last_dense_steps)
-
-
-def is_dense_at(moment: Moment, dense_steps: int | float, last_dense_steps: int | float) -> bool:
-    """Whether a step is among the dense steps at either end of its run; never outside of a run."""
-    if moment.steps == 0:
-        return False
-    first = resolve_steps(dense_steps, moment.steps)
-    last = resolve_steps(last_dense_steps, moment.steps)
-    return moment.step < first or moment.step >= moment.steps - last
 
 
 def skipped_timesteps(scheduler: Any, timestep: Any) -> int:

@@ -27,7 +27,7 @@ from diffattn.methods.by_step import (
 )
 from diffattn.operator import attention
 from diffattn.orders import TileOrder, joined_order
-from diffattn.schedule import StepValue, check_steps
+from diffattn.schedule import Moment, StepValue, check_steps, is_dense_at
 from diffattn.spans import POLICIES, Span, repeated, spans_of
 
 if TYPE_CHECKING:
@@ -284,6 +284,39 @@ class Method(ABC):
             self._of_steps[values] = found
             forget_oldest(self._of_steps)
         return found
+
+    def in_run(self, family: str, grid: TokenGrid | None, steps: int) -> list[Method | None]:
+        """The method of each step of a run, with the recommended values; None for a dense step.
+
+        Args:
+            family, grid: as for `for_model`.
+            steps: length of the run.
+
+        Raises:
+            ValueError: if a list has another number of values.
+        """
+        found: list[Method | None] = []
+        for step in range(steps):
+            method = self.at_step(step, steps).for_model(family, grid)
+            ends = method.dense_steps or 0, method.last_dense_steps
+            is_dense = is_dense_at(Moment(step, steps), *ends)
+            is_dense |= self.differs_by_step and method.is_dense
+            found.append(None if is_dense else next((m for m in found if m == method), method))
+        return found
+
+    def with_dense_ends(self, family: str, grid: TokenGrid | None) -> Self:
+        """The same method with the recommended dense layers and dense steps, and its schedules.
+
+        Args:
+            family, grid: as for `for_model`.
+        """
+        last = self.at_step(0, 0).for_model(family, grid)
+        return replace(
+            self,
+            dense_layers=last.dense_layers,
+            dense_steps=last.dense_steps,
+            last_dense_steps=last.last_dense_steps,
+        )
 
     def share(self, other: Method) -> None:
         """Keep what another method keeps for later calls, where that is the same for both."""
