@@ -38,6 +38,7 @@ from diffattn import (
     jenga,
     ramp,
 )
+from diffattn.lora.presence import _in_sparse_step
 from diffattn.methods import from_dict
 from diffattn.methods.by_step import forget_oldest
 from diffattn.schedule import StepValue, spelled
@@ -541,3 +542,27 @@ def test_schedules_are_spelled_as_they_are_read(method: Method) -> None:
                 ((name, schedule),),
                 tuple(item for item in method.by_step if item[0] == name),
             )
+
+
+@pytest.mark.parametrize("kind", ["t2v", "two experts"])
+def test_a_pipeline_counts_over_the_whole_run(kind: str) -> None:
+    pipe = tiny_wan.PIPELINES[kind]()
+    attachment = pipe.set_attn_processor(TOP)
+    seen: list[tuple[int, Any]] = []
+    for model in attachment.models.values():
+        model._model.register_forward_hook(
+            lambda *_, group=model.groups[0]: seen.append((attachment.clock.step, group.method))
+        )
+    tiny_wan.run(pipe, steps=4)
+    assert {step for step, _ in seen} == {0, 1, 2, 3}
+    assert all(method.keep == [1, 0.5, 0.5, 0.2][step] for step, method in seen)
+    assert len(seen) == 8, "guidance makes two calls a step"
+
+
+@pytest.mark.parametrize("value", [0.5, [1, 0.5]])
+def test_a_lora_is_off_where_the_share_makes_a_step_dense(value: Any) -> None:
+    pipe = pipeline()
+    attachment = pipe.set_attn_processor(BlockTopKAttn(keep=value, block=16, **ALL_SPARSE))
+    group = attachment.models["transformer"].groups[0]
+    on = walk(pipe, lambda step: _in_sparse_step(group, attachment.models["transformer"]), steps=2)
+    assert on == [value == 0.5, True]
