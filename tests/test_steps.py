@@ -4,9 +4,12 @@ import ast
 import copy
 import json
 import pickle
+import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -566,3 +569,15 @@ def test_a_lora_is_off_where_the_share_makes_a_step_dense(value: Any) -> None:
     group = attachment.models["transformer"].groups[0]
     on = walk(pipe, lambda step: _in_sparse_step(group, attachment.models["transformer"]), steps=2)
     assert on == [value == 0.5, True]
+
+
+def test_the_code_of_the_document_runs() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "steps.md").read_text("utf-8")
+    snippets = [textwrap.dedent(code) for code in re.findall(r" *```python\n(.*?)```", text, re.S)]
+    assert len(snippets) == 3
+    names: dict[str, Any] = {"pipe": pipeline()}
+    for snippet in snippets:
+        exec(snippet, names)
+    assert names["method"].at_step(1, 2).window == (5, 9, 9)
+    run = [early_ramp(0.15).at(step, 4) for step in range(4)]
+    assert run == pytest.approx([0.5, 0.28, 0.15, 0.15])

@@ -155,14 +155,12 @@ class ByHeadAttn(Method):
             )
         groups = query.shape[2] // key.shape[2]
         key, value = (x.repeat_interleave(groups, 2) if groups > 1 else x for x in (key, value))
-        of_parts = zip(*(x.split(heads, dim=2) for x in (query, key, value)), strict=True)
-        return torch.cat(
-            [
-                method.attend(*(x.contiguous() for x in qkv), site, scale=scale, key_mask=key_mask)
-                for (method, _), qkv in zip(parts, of_parts, strict=True)
-            ],
-            dim=2,
-        )
+        outs, first = [], 0
+        for method, many in parts:
+            q, k, v = (x[:, :, first : first + many].contiguous() for x in (query, key, value))
+            outs.append(method.attend(q, k, v, site, scale=scale, key_mask=key_mask))
+            first += many
+        return torch.cat(outs, dim=2)
 
     def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work | None:
         found = []

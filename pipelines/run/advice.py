@@ -31,8 +31,7 @@ def estimated_cost(pipe: Any, run: Run) -> Estimate | PlanBySteps | None:
             found = diffattn.plan(pipe, run.method, steps=request.steps, **tokens)
         except ValueError:
             continue
-        is_given = isinstance(found, diffattn.Estimate | diffattn.PlanBySteps)
-        return found if is_given else None
+        return None if isinstance(found, diffattn.Plan) else found
     return None
 
 
