@@ -33,7 +33,7 @@ from diffattn.methods.base import (
     Adaptation,
     Method,
     SiteWeights,
-    attends_by_mask_alone,
+    attends_by_mask_throughout,
 )
 from diffattn.models import Family
 from diffattn.models.base import Part, argument
@@ -294,8 +294,7 @@ class AttachedModel(Unpicklable):
 
     def _group(self, method: Method, layer: int, previous: Any, part: Part | None) -> Group:
         """The group of a site; each layer that may stay dense gets a group of its own."""
-        single = method.dense_layers
-        dense = min(layer, method.most_dense_layers if single is None else single)
+        dense = min(layer, method.dense_layers_at_most)
         kind = dense, method.layer_kind(layer)
         for group in self.groups:
             alike = group.chosen is method and group.kind == kind and group.part is part
@@ -332,7 +331,7 @@ class AttachedModel(Unpicklable):
     def _check_causal(self, grid: TokenGrid) -> None:
         """Raise ValueError if frames may not see all others and a method is no mask alone."""
         for group in self.groups if grid.causal_frames else ():
-            if not attends_by_mask_alone(group.chosen):
+            if not attends_by_mask_throughout(group.chosen):
                 raise ValueError(
                     f"{type(self._model).__name__} lets no block of {grid.causal_frames} latent"
                     f" frames see a later one, which {group.chosen.type} with these parameters"
@@ -436,6 +435,7 @@ class AttachedModel(Unpicklable):
         """Whether what a call does depends on its step in a run."""
         return bool(self._adaptations) or any(
             group.chosen.remembers
+            or group.chosen.differs_by_step
             or group.method_now.dense_steps
             or group.method_now.last_dense_steps
             for group in self.groups

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from diffattn.methods.memory import RunMemory
-from diffattn.schedule import resolve_steps
+from diffattn.schedule import Moment, is_dense_at
 
 
 @dataclass
@@ -66,15 +66,14 @@ class RunClock:
         self._taken[scheduler] = self._taken.get(scheduler, 0) + 1
         self.step = min(max(self.step, self._taken[scheduler]), max(self.num_steps - 1, 0))
 
+    @property
+    def moment(self) -> Moment:
+        """The current position."""
+        return Moment(self.step, self.num_steps) if self.num_steps else Moment()
+
     def is_dense_step(self, dense_steps: int | float, last_dense_steps: int | float) -> bool:
         """Whether the current step is among the dense steps at either end of the run."""
-        if self.always_dense:
-            return True
-        if self.num_steps == 0:
-            return False
-        first = resolve_steps(dense_steps, self.num_steps)
-        last = resolve_steps(last_dense_steps, self.num_steps)
-        return self.step < first or self.step >= self.num_steps - last
+        return self.always_dense or is_dense_at(self.moment, dense_steps, last_dense_steps)
 
 
 def skipped_timesteps(scheduler: Any, timestep: Any) -> int:

@@ -20,6 +20,7 @@ from diffattn.grid import TokenGrid
 from diffattn.methods.agent.merging import Merging
 from diffattn.methods.base import SiteWeights
 from diffattn.orders import TileOrder
+from diffattn.schedule import Moment
 
 
 @dataclass(eq=False)
@@ -27,7 +28,9 @@ class Call:
     """The state of one forward of an attached denoiser.
 
     Attributes:
-        clock: the position in the denoising run that the forward is a part of.
+        clock: the denoising run that the forward is a part of.
+        moment: the position of the forward in the run. The clock may move on before autograd runs
+            parts of the forward again.
         video: the video tokens, without text, of the attention calls to come; None before they are
             known.
         order: the order that the forward has put its tokens in; None for the model's own order.
@@ -50,6 +53,10 @@ class Call:
     place: torch.Tensor | None = None
     attention_calls: int = 0
     sparse_groups: tuple[bool, ...] = ()
+    moment: Moment = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.moment = self.clock.moment
 
 
 # The calls that are running in this context, by the serial number of their attached denoiser. A

@@ -6,6 +6,7 @@ from diffattn.methods.agent import AgentAttn
 from diffattn.methods.attention_tile import AttentionTileAttn
 from diffattn.methods.base import Method, Site, StaticMaskMethod
 from diffattn.methods.block_topk import BlockTopKAttn
+from diffattn.methods.by_head import ByHeadAttn
 from diffattn.methods.clear import CLEARAttn
 from diffattn.methods.dense import DenseAttn
 from diffattn.methods.freeswim import FreeSwimAttn
@@ -37,6 +38,7 @@ for _method in (
     SLAAttn,
     SLA2Attn,
     VSAAttn,
+    ByHeadAttn,
 ):
     register_method(_method)
 
@@ -45,6 +47,7 @@ __all__ = [
     "AgentAttn",
     "AttentionTileAttn",
     "BlockTopKAttn",
+    "ByHeadAttn",
     "CLEARAttn",
     "DenseAttn",
     "FreeSwimAttn",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import ClassVar, Self
@@ -137,6 +138,9 @@ class SVG2Attn(Method):
     most_dense_layers: ClassVar[int] = _DENSE_LAYERS
     traced_whole: ClassVar[bool] = True
     remembers: ClassVar[bool] = True
+    shared_between_steps: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "_pools": ("query_cluster", "key_cluster", "references"),
+    }
 
     query_cluster: int = field(
         default=250, metadata={"help": "mean tokens of a cluster of queries"}

@@ -187,6 +187,13 @@ def test_a_run_goes_on_and_the_next_run_starts_anew(watched: Watched) -> None:
     assert not torch.equal(tiny_wan.run(cold, steps=3), first)
 
 
+def test_parameters_that_differ_by_step_go_on_from_the_same_clusters(watched: Watched) -> None:
+    pipe = attached(replace(METHOD, top_p=[0.4, 0.5, 0.6]))
+    tiny_wan.run(pipe, steps=3, guidance_scale=1.0)
+    of_step = tiny_wan.LAYERS * 2
+    assert watched.taken() == [4] * of_step + [2] * 2 * of_step
+
+
 def test_dense_steps_come_before_the_first_clusters(watched: Watched) -> None:
     tiny_wan.run(attached(replace(METHOD, dense_steps=1)), steps=3, guidance_scale=1.0)
     of_step = tiny_wan.LAYERS * 2

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -63,6 +64,8 @@ class SparseLinearMethod(Method):
     Raises:
         ValueError: for a parameter out of range.
     """
+
+    shared_between_steps: ClassVar[Mapping[str, tuple[str, ...]]] = {"_cuts": (), "_every_pair": ()}
 
     keep: float = field(default=0.1, metadata={"help": "share of the blocks seen by softmax"})
     block_q: int = field(default=128, metadata={"help": "tokens per query block"})

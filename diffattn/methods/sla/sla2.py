@@ -78,6 +78,7 @@ class SLA2Attn(SparseLinearMethod):
 
     type: ClassVar[str] = "sla2"
     paper: ClassVar[str] = "arXiv 2602.12675"
+    same_in_every_step: ClassVar[frozenset[str]] = frozenset(("positions", "selecting"))
 
     keep: float = field(default=0.05, metadata={"help": "share of the blocks seen by softmax"})
     selecting: str = field(
