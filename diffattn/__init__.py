@@ -24,6 +24,7 @@ if _TYPE_CHECKING:
         AgentAttn,
         AttentionTileAttn,
         BlockTopKAttn,
+        ByHeadAttn,
         CLEARAttn,
         DenseAttn,
         FreeSwimAttn,
@@ -32,6 +33,7 @@ if _TYPE_CHECKING:
         LVSAAttn,
         Method,
         RadialAttn,
+        SLA2Attn,
         SLAAttn,
         SolAttn,
         SVG2Attn,
@@ -47,8 +49,10 @@ if _TYPE_CHECKING:
     from diffattn.methods.sla.checkpoint import load_sla_checkpoint, save_sla_checkpoint
     from diffattn.methods.vsa.checkpoint import load_vsa_checkpoint
     from diffattn.operator import attention, register_backend
+    from diffattn.planning.by_steps import PlanBySteps
     from diffattn.planning.costs import Estimate
     from diffattn.planning.plans import Plan, plan
+    from diffattn.schedule import PerStep, early_ramp, hold, jenga, ramp
     from diffattn.tile_calibration import calibrate_attention_tile
 
 __version__ = "0.1.0"
@@ -61,6 +65,7 @@ __all__ = [
     "BlockLayout",
     "BlockTopKAttn",
     "Blocking",
+    "ByHeadAttn",
     "CLEARAttn",
     "DenseAttn",
     "Estimate",
@@ -70,10 +75,13 @@ __all__ = [
     "LVSAAttn",
     "LinFusionAttn",
     "Method",
+    "PerStep",
     "Plan",
+    "PlanBySteps",
     "PredicateMask",
     "RadialAttn",
     "Reference",
+    "SLA2Attn",
     "SLAAttn",
     "SVG2Attn",
     "SolAttn",
@@ -84,7 +92,10 @@ __all__ = [
     "attention",
     "calibrate_agent",
     "calibrate_attention_tile",
+    "early_ramp",
     "from_block_mask",
+    "hold",
+    "jenga",
     "load_clear_checkpoint",
     "load_linfusion_checkpoint",
     "load_sla_checkpoint",
@@ -92,6 +103,7 @@ __all__ = [
     "methods",
     "models",
     "plan",
+    "ramp",
     "register_backend",
     "register_method",
     "save_linfusion_checkpoint",
@@ -132,6 +144,7 @@ _HOMES = {
             "AgentAttn",
             "AttentionTileAttn",
             "BlockTopKAttn",
+            "ByHeadAttn",
             "CLEARAttn",
             "DenseAttn",
             "FreeSwimAttn",
@@ -141,6 +154,7 @@ _HOMES = {
             "Method",
             "RadialAttn",
             "SVG2Attn",
+            "SLA2Attn",
             "SLAAttn",
             "SolAttn",
             "VMoBAAttn",
@@ -155,8 +169,10 @@ _HOMES = {
         "methods.sla.checkpoint": ("load_sla_checkpoint", "save_sla_checkpoint"),
         "methods.vsa.checkpoint": ("load_vsa_checkpoint",),
         "operator": ("attention", "register_backend"),
+        "planning.by_steps": ("PlanBySteps",),
         "planning.costs": ("Estimate",),
         "planning.plans": ("Plan", "plan"),
+        "schedule": ("PerStep", "early_ramp", "hold", "jenga", "ramp"),
     }.items()
     for name in names
 }

@@ -17,10 +17,11 @@ from diffattn.grid import TokenGrid
 from diffattn.masks.base import AttentionMask, allowed_pairs
 from diffattn.methods.base import Method, StaticMaskMethod
 from diffattn.methods.words import method_words, reference_words
-from diffattn.schedule import resolve_steps
+from diffattn.schedule import Moment, is_dense_at
 
 if TYPE_CHECKING:
     from diffattn.methods.call_selection import AttentionCall, CallSelection
+    from diffattn.planning.by_steps import PlanBySteps
     from diffattn.planning.plans import Plan
 
 Image: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]  # (height, width, 3), red, green, blue
@@ -51,7 +52,9 @@ def picture(method: StaticMaskMethod, grid: TokenGrid, query: Place | None = Non
     """A picture of a method on a grid: mask, blocks, and the neighbourhood of one token.
 
     Args:
-        method: parameters left at None take the values for models without a recommendation.
+        method: parameters left at None take the values for models without a recommendation. A
+            method that differs from step to step is drawn as in its last step; give
+            `method.at_step(step, steps)` for another.
         grid: the tokens, text included.
         query: frame, row and column of the token whose neighbourhood is shown; the grid's middle
             when None.
@@ -61,7 +64,9 @@ def picture(method: StaticMaskMethod, grid: TokenGrid, query: Place | None = Non
     """
     query = middle(grid) if query is None else query
     check_query(grid, query)
-    fitted = method.for_model("", grid.alone)
+    fitted = method.at_step(0, 0).for_model("", grid.alone)
+    if not isinstance(fitted, StaticMaskMethod):
+        raise ValueError(f"{fitted.type} has no mask that the grid alone decides")
     mask, order = fitted.mask(grid), fitted.order(grid)
     layout = fitted.layout(grid, torch.device("cpu"), order)
     tiles = "" if order is None else f" ({_by(order.tile)} tiles)"
@@ -193,7 +198,7 @@ def selection_picture(
     )
 
 
-def schedule_picture(plan: Plan) -> Image:
+def schedule_picture(plan: Plan | PlanBySteps) -> Image:
     """A picture of the layers and steps of a run that stay dense.
 
     Raises:
@@ -226,8 +231,11 @@ def schedule_image(method: Method, layers: int, dense_layers: int, steps: int) -
     image = np.empty((layers, steps, 3), np.uint8)
     image[:] = SOME
     image[:dense_layers] = ALL
-    image[:, : resolve_steps(method.dense_steps or 0, steps)] = ALL
-    image[:, steps - resolve_steps(method.last_dense_steps, steps) :] = ALL
+    ends = method.dense_steps or 0, method.last_dense_steps
+    for step in range(steps):
+        by_value = method.differs_by_step and method.at_step(step, steps).is_dense
+        if by_value or is_dense_at(Moment(step, steps), *ends):
+            image[:, step] = ALL
     return image
 
 

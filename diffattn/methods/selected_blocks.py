@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -67,6 +68,11 @@ class SelectedBlocksMethod(Method):
     """
 
     traced_whole: ClassVar[bool] = True
+    shared_between_steps: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "_seen": ("block", "neighbours", "references"),
+        "_places": ("block", "order", "references"),
+        "_blocks": ("block",),
+    }
 
     block: int = field(default=64, metadata={"help": "tokens per block: 16, 32, 64, 128 or 256"})
     order: str = field(default="morton", metadata={"help": f"one of {', '.join(ORDERS)}"})
@@ -98,11 +104,6 @@ class SelectedBlocksMethod(Method):
         Returns:
             bool (batch, heads, blocks, blocks).
         """
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether every block is selected, whatever the tokens hold."""
-        return False
 
     def attend(
         self,

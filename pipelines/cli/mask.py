@@ -72,7 +72,11 @@ def mask(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Of the run (default: the model's).")] = None,
     step: Annotated[
-        int | None, typer.Option(help="Denoising step to draw, from 1 (default: the middle).")
+        int | None,
+        typer.Option(
+            help="Denoising step to draw, from 1 (default: the middle; for a mask that differs from"
+            " step to step, with --steps, the last)."
+        ),
     ] = None,
     layer: Annotated[int | None, typer.Option(help="From 0 (default: 0).")] = None,
     head: Annotated[int | None, typer.Option(help="From 0 (default: 0).")] = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +82,7 @@ def draw_mask(
             )
         yield from _draw_run(made, grid, query, output, run)
         return
+    made, run = _at_step(made, run)
     variant, tokens = _place_of(made, grid, run, by_content)
     tokens = with_references(tokens, references)
     place = draw.middle(tokens) if query is None else read_place(query)
@@ -103,6 +104,27 @@ def draw_mask(
     except ValueError as error:
         raise UserError(error) from None
     yield str(_write(image, output))
+
+
+def _at_step(made: Method, run: RunOptions) -> tuple[Method, RunOptions]:
+    """The method of the step to draw, and the options without those that say the step."""
+    if not made.differs_by_step:
+        return made, run
+    call, settings = dict(run.call), dict(run.settings)
+    step, steps = call.pop("step", None), settings.pop("steps", None)
+    if (step is None) != (steps is None):
+        raise UserError(
+            f"give --step and --steps: {made.type} differs from step to step, and the step to draw"
+            f" is one of a run; without both the last step is drawn"
+        )
+    if step is not None and steps is not None:
+        check_option("steps", steps, whole(1))
+        check_option("step", step, whole(1, steps))
+    try:
+        at = made.at_step(0, 0) if step is None or steps is None else made.at_step(step - 1, steps)
+    except ValueError as error:
+        raise UserError(error) from None
+    return at, replace(run, call=call, settings=settings)
 
 
 def _place_of(

@@ -137,6 +137,7 @@ class VMoBAAttn(Method):
     type: ClassVar[str] = "vmoba"
     paper: ClassVar[str] = "arXiv 2506.23858"
     traced_whole: ClassVar[bool] = True
+    same_in_every_step: ClassVar[frozenset[str]] = frozenset(("partitions", "preset"))
 
     preset: str = field(
         default="training-free", metadata={"help": "training-free or training: the paper's"}

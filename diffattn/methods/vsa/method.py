@@ -6,6 +6,7 @@ Zhang et al., "VSA: Faster Video Diffusion with Trainable Sparse Attention", arX
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -79,6 +80,11 @@ class VSAAttn(Method):
     type: ClassVar[str] = "vsa"
     paper: ClassVar[str] = "arXiv 2505.13389"
     traced_whole: ClassVar[bool] = True
+    same_in_every_step: ClassVar[frozenset[str]] = frozenset(("coarse",))
+    shared_between_steps: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "_tilings": ("tile", "references"),
+        "_always": ("tile", "references"),
+    }
 
     keep: float | None = field(default=None, metadata={"help": "share of the tiles to attend to"})
     tile: tuple[int, int, int] = field(
