@@ -171,11 +171,13 @@ class Group:
     def is_sparse_in(self, call: Call) -> bool:
         """Whether attention calls of a forward go to the method."""
         method = self._method_in(call)
-        return self.layer >= (method.dense_layers or 0) and self.is_sparse_step(call)
+        return self.layer >= (method.dense_layers or 0) and self._is_sparse_step(method, call)
 
     def is_sparse_step(self, call: Call) -> bool:
         """Whether the method is sparse, in any layer, in the step that a forward belongs to."""
-        method = self._method_in(call)
+        return self._is_sparse_step(self._method_in(call), call)
+
+    def _is_sparse_step(self, method: Method, call: Call) -> bool:
         if call.clock.always_dense:
             return False
         if self.chosen.differs_by_step and method.is_dense:
