@@ -23,6 +23,7 @@ if _TYPE_CHECKING:
     from diffattn.methods import (
         AgentAttn,
         AttentionTileAttn,
+        AutoAttn,
         BlockTopKAttn,
         CLEARAttn,
         DenseAttn,
@@ -60,6 +61,7 @@ __all__ = [
     "Attachment",
     "AttentionMask",
     "AttentionTileAttn",
+    "AutoAttn",
     "BlockLayout",
     "BlockTopKAttn",
     "Blocking",
@@ -139,6 +141,7 @@ _HOMES = {
         "methods": (
             "AgentAttn",
             "AttentionTileAttn",
+            "AutoAttn",
             "BlockTopKAttn",
             "CLEARAttn",
             "DenseAttn",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffattn.methods.agent import AgentAttn
 from diffattn.methods.attention_tile import AttentionTileAttn
+from diffattn.methods.auto import AutoAttn
 from diffattn.methods.base import Method, Site, StaticMaskMethod
 from diffattn.methods.block_topk import BlockTopKAttn
 from diffattn.methods.clear import CLEARAttn
@@ -36,6 +37,7 @@ for _method in (
     LVSAAttn,
     SLAAttn,
     VSAAttn,
+    AutoAttn,
 ):
     register_method(_method)
 
@@ -43,6 +45,7 @@ __all__ = [
     "METHODS",
     "AgentAttn",
     "AttentionTileAttn",
+    "AutoAttn",
     "BlockTopKAttn",
     "CLEARAttn",
     "DenseAttn",
