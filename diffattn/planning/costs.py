@@ -11,6 +11,7 @@ from diffattn.methods.attention_share import attention_share
 from diffattn.methods.base import Method, Work
 from diffattn.methods.words import as_table
 
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Cost(ABC):
     """The cost of attention by a method, relative to dense attention.

@@ -113,11 +113,11 @@ class AutoAttn(Method):
         tokens = None if grid is None else grid.video_tokens
         line = recommended(self.speed, 0 < steps <= FEW_STEPS, tokens)
         chosen = replace(from_dict(line.method), **self._given())
-        of_time = "" if share is None else f" where attention is {share:.0%} of the time,"
+        at = "" if tokens is None else f" for {tokens:,} tokens"
+        of_time = "" if share is None else f", where attention is {share:.0%} of the time"
         why = (
-            f"auto ({self.speed}) takes {method_words(chosen)}:{of_time} and in {steps} steps, it"
-            f" came within {line.psnr_db:.1f} dB of dense with {line.work:.0%} of the attention"
-            f" work, measured on the bundled model"
+            f"auto ({self.speed}) takes {method_words(chosen)}{at}{of_time}: {line.psnr_db:.1f} dB"
+            f" to dense with {line.work:.0%} of the attention work, on the bundled model"
         )
         return chosen, why
 
