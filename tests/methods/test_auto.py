@@ -135,12 +135,10 @@ def test_bad_values() -> None:
         ValueError, match=r"speed is 'slow', but must be one of fast, balanced, faithful"
     ):
         AutoAttn(speed="slow")
-    with pytest.raises(ValueError, match="speed is .* but cannot differ from step to step"):
+    with pytest.raises(ValueError, match=r"speed is .* but cannot differ from step to step"):
         AutoAttn(speed=["fast", "faithful"])  # type: ignore[arg-type]
 
 
 def test_a_lora_needs_the_method_itself() -> None:
-    with pytest.raises(
-        ValueError, match="the method is auto, which may choose another method for another size"
-    ):
+    with pytest.raises(ValueError, match="the method is auto, which may choose another"):
         TrainSettings(attention={"type": "auto"})
