@@ -6,7 +6,7 @@ writes benchmarks/auto.json, benchmarks/auto.md and diffattn/methods/auto/table.
 
 How the figures are made:
 
-- The bundled model (16 x 12 x 12 tokens, 4 layers) generates clips of held-out captions, in 20
+- The bundled model (16 x 12 x 12 tokens, 4 layers) generates clips of held-out captions, in 10
   steps, and in 4 steps as few-step models do.
 - "work" is the share of the dense run's attention that a run computes: token pairs and means, dense
   steps included. A speed stands for a share: faithful 60 %, balanced 40 %, fast 25 %. The parameter
@@ -48,7 +48,7 @@ from diffattn.samples.moving_shapes.evaluate import Sampling
 
 TABLE = Path(diffattn.__file__).parent / "methods" / "auto" / "table.json"
 WORK = {"faithful": 0.6, "balanced": 0.4, "fast": 0.25}
-RUNS = {False: 20, True: 4}
+RUNS = {False: 10, True: 4}
 BLOCK, LARGE_BLOCK = 32, 64
 LARGE = 8192
 HEADER = "| steps | speed | candidate | work | PSNR, dB | |\n|---|---|---|---|---|---|"
@@ -143,7 +143,7 @@ def table(rows: list[Row], best: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the two files")
-    parser.add_argument("--prompts", type=int, default=6, help="captions to generate")
+    parser.add_argument("--prompts", type=int, default=4, help="captions to generate")
     options = parser.parse_args()
     pipe: Any = WanPipeline.from_pretrained(MODEL_DIR)
     pipe.set_progress_bar_config(disable=True)
