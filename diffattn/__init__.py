@@ -23,6 +23,7 @@ if _TYPE_CHECKING:
     from diffattn.methods import (
         AgentAttn,
         AttentionTileAttn,
+        AutoAttn,
         BlockTopKAttn,
         ByHeadAttn,
         CLEARAttn,
@@ -62,6 +63,7 @@ __all__ = [
     "Attachment",
     "AttentionMask",
     "AttentionTileAttn",
+    "AutoAttn",
     "BlockLayout",
     "BlockTopKAttn",
     "Blocking",
@@ -143,6 +145,7 @@ _HOMES = {
         "methods": (
             "AgentAttn",
             "AttentionTileAttn",
+            "AutoAttn",
             "BlockTopKAttn",
             "ByHeadAttn",
             "CLEARAttn",

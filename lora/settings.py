@@ -150,6 +150,12 @@ class TrainSettings:
             raise LoraError(
                 "the method is dense, which needs no adapting: choose a sparse one, such as radial"
             )
+        if method.needs_figures:
+            raise LoraError(
+                f"the method is {method.type}, which may choose another method for another size,"
+                f" while a LoRA belongs to one: name the method that `diffattn plan` prints for"
+                f" {method.type}"
+            )
         if self.warmup_steps > self.steps:
             raise LoraError(
                 f"warmup_steps is {self.warmup_steps}, but the run has {self.steps} steps: give at"

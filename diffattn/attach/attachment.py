@@ -31,6 +31,7 @@ from diffattn.methods.base import Method, StaticMaskMethod
 from diffattn.methods.words import as_table, method_words, reference_words
 from diffattn.models import denoisers, family_of, without_grid
 from diffattn.models.base import argument
+from diffattn.planning.folder import denoiser_shape
 from diffattn.schedule import Moment, is_dense_at, resolve_steps, spelled
 
 # The position in the denoising run of this context, by attachment. A context inherits the mapping
@@ -152,7 +153,9 @@ class Attachment(Unpicklable):
     ) -> None:
         names = {name: site_names(model, family_of(model)) for name, model in models.items()}
         check_patterns([site for sites in names.values() for site in sites], methods)
-        chosen = {name: choose(sites, methods) for name, sites in names.items()}
+        chosen = {
+            name: _on_model(models[name], choose(sites, methods)) for name, sites in names.items()
+        }
         for model in models.values():
             _detach(model)
         self._chosen = chosen
@@ -243,7 +246,7 @@ class Attachment(Unpicklable):
             ValueError: if a list of the method has another number of values than `num_steps`.
         """
         model = next(model for model in self.models.values() if model.groups)
-        chosen = model.groups[0].chosen
+        chosen = model.groups[0].chosen.for_run(model.variant, grid.alone, num_steps)
         if chosen.differs_by_step:
             in_run = chosen.in_run(model.variant, grid.alone, num_steps)
             method: Method = chosen.with_dense_ends(model.variant, grid.alone)
@@ -455,6 +458,18 @@ def _by_step_words(method: Method) -> str:
         return ""
     words = [f"{name}={spelled(schedule)}" for name, schedule in method.by_step]
     return ", ".join(words) or "another method in some steps"
+
+
+def _on_model(model: torch.nn.Module, chosen: dict[str, Method]) -> dict[str, Method]:
+    """The methods of a denoiser's sites, told the denoiser's figures."""
+    if not any(method.needs_figures for method in chosen.values()):
+        return chosen
+    try:
+        figures = denoiser_shape(model)
+    except ValueError:  # a model with grids of several sizes
+        figures = None
+    told = {id(method): method.on_model(figures) for method in chosen.values()}
+    return {site: told[id(method)] for site, method in chosen.items()}
 
 
 def _split(target: Any) -> tuple[Any, dict[str, torch.nn.Module]]:

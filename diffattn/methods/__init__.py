@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffattn.methods.agent import AgentAttn
 from diffattn.methods.attention_tile import AttentionTileAttn
+from diffattn.methods.auto import AutoAttn
 from diffattn.methods.base import Method, Site, StaticMaskMethod
 from diffattn.methods.block_topk import BlockTopKAttn
 from diffattn.methods.by_head import ByHeadAttn
@@ -39,6 +40,7 @@ for _method in (
     SLA2Attn,
     VSAAttn,
     ByHeadAttn,
+    AutoAttn,
 ):
     register_method(_method)
 
@@ -46,6 +48,7 @@ __all__ = [
     "METHODS",
     "AgentAttn",
     "AttentionTileAttn",
+    "AutoAttn",
     "BlockTopKAttn",
     "ByHeadAttn",
     "CLEARAttn",

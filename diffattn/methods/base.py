@@ -16,6 +16,7 @@ from diffattn.grid import TokenGrid
 from diffattn.masks.base import BLOCK, AttentionMask, TextMask
 from diffattn.masks.frame_causal import FrameCausalMask
 from diffattn.masks.several_grids import Rule, SeveralGridsMask
+from diffattn.methods.attention_share import ModelFigures
 from diffattn.methods.by_step import (
     as_json,
     check_lengths,
@@ -205,6 +206,8 @@ class Method(ABC):
     traced_whole: ClassVar[bool] = False
     # Whether `attend` uses `Site.memory`. Such a method must be `traced_whole`.
     remembers: ClassVar[bool] = False
+    # Whether `on_model` reads the figures of the model.
+    needs_figures: ClassVar[bool] = False
     # Parameters that cannot differ from step to step, because they decide about weights or about
     # the model's structure.
     same_in_every_step: ClassVar[frozenset[str]] = frozenset()
@@ -355,6 +358,23 @@ class Method(ABC):
         else:
             values = [self.dense_layers]
         return max(self.most_dense_layers if value is None else value for value in values)
+
+    def on_model(self, figures: ModelFigures | None) -> Method:
+        """The method for a denoiser of certain figures, before it is attached to the denoiser.
+
+        Args:
+            figures: None where they are not known.
+        """
+        return self
+
+    def for_run(self, family: str, grid: TokenGrid | None, steps: int | None) -> Method:
+        """The method that a run of `steps` steps uses, with its schedules.
+
+        Args:
+            family, grid: as for `for_model`.
+            steps: length of the run; None where it is not known.
+        """
+        return self
 
     @abstractmethod
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:

@@ -259,6 +259,8 @@ def _plan(
     grid: TokenGrid, method: Method, shape: ModelShape, model: str | None
 ) -> Plan | Estimate | PlanBySteps:
     check_tokens(grid)
+    figures = None if model is None else shape
+    method = method.on_model(figures).for_run(shape.variant, grid.alone, shape.steps)
     if method.differs_by_step:
         return _plan_by_steps(grid, method, shape, model)
     return _plan_fitted(grid, method.for_model(shape.variant, grid.alone), shape, model)
