@@ -2,7 +2,8 @@
 
     python benchmarks/auto.py --output benchmarks
 
-writes benchmarks/auto.json, benchmarks/auto.md and diffattn/methods/auto/table.json.
+writes benchmarks/auto.json, benchmarks/auto.md and diffattn/methods/auto/table.json. An interrupted
+run goes on from benchmarks/auto.part.json.
 
 How the figures are made:
 
@@ -92,22 +93,30 @@ def candidates(speed: str, steps: int) -> Iterator[tuple[str, Method]]:
             f"Sol-Attn, {dense:.0%} dense",
             SolAttn(tau=round(tau, 2), neighbours=0, order="raster", **head),
         )
-    for start in (0.5, 1.0):
-        ramp = early_ramp(1e-6, start)
-        extra = sum(ramp.at(i, steps) for i in range(steps)) / steps
-        share = (wanted - extra - own - 1 / BLOCK) / (1 - extra)
-        if share > 0.05:
+    for peak in (0.5, 1.0):
+        share = ramp_for(wanted - own - 1 / BLOCK, peak, steps)
+        if share is not None:
+            ramp = early_ramp(share, peak)
             yield (
-                f"BlockTopK with summaries, ramp from {start:.0%}",
+                f"BlockTopK with summaries, ramp from {peak:.0%}",
                 BlockTopKAttn(
-                    keep=early_ramp(round(share, 3), start),
-                    order="raster",
-                    remainder="summary",
-                    dense_layers=0,
-                    dense_steps=0,
-                    block=BLOCK,
+                    keep=ramp, order="raster", remainder="summary", dense_layers=0,
+                    dense_steps=0, block=BLOCK,
                 ),
-            )
+            )  # fmt: skip
+
+
+def ramp_for(wanted: float, peak: float, steps: int) -> float | None:
+    """The share of an early ramp whose mean over a run is as wanted; None if there is none."""
+    low, high = 0.03, min(peak, 0.99)
+    for _ in range(30):
+        middle = (low + high) / 2
+        ramp = early_ramp(middle, peak)
+        if sum(ramp.at(step, steps) for step in range(steps)) / steps < wanted:
+            low = middle
+        else:
+            high = middle
+    return None if low < 0.031 or high > 0.98 * peak else round(high, 3)
 
 
 def measure(name: str, method: Method, speed: str, held_out: HeldOut, pipe: Any, dense: Any) -> Row:
@@ -148,16 +157,23 @@ def main() -> None:
     pipe: Any = WanPipeline.from_pretrained(MODEL_DIR)
     pipe.set_progress_bar_config(disable=True)
     recipe = recipe_for(pipe)
-    rows: list[Row] = []
+    part = options.output / "auto.part.json"
+    rows = [Row(**row) for row in json.loads(part.read_text())] if part.exists() else []
     for few, steps in RUNS.items():
         sampling = replace(Sampling(), steps=steps)
         held_out = HeldOut(pipe, recipe, 0, options.prompts, sampling)
         dense = held_out.clips(pipe)
         for speed in WORK:
             for name, method in candidates(speed, steps):
+                made = method.to_dict()
+                if any(
+                    (row.few_steps, row.speed, row.method) == (few, speed, made) for row in rows
+                ):
+                    continue
                 row = measure(name, method, speed, held_out, pipe, dense)
                 rows.append(replace(row, few_steps=few))
                 print(rows[-1], flush=True)
+                part.write_text(json.dumps([asdict(row) for row in rows]))
     best = [
         max(
             (row for row in rows if (row.speed, row.few_steps) == key),
@@ -166,6 +182,7 @@ def main() -> None:
         for key in dict.fromkeys((row.speed, row.few_steps) for row in rows)
     ]
     write(options, rows, best)
+    part.unlink()
 
 
 def write(options: argparse.Namespace, rows: list[Row], best: list[Row]) -> None:
