@@ -166,9 +166,8 @@ def main() -> None:
         for speed in WORK:
             for name, method in candidates(speed, steps):
                 made = method.to_dict()
-                if any(
-                    (row.few_steps, row.speed, row.method) == (few, speed, made) for row in rows
-                ):
+                known = [(row.few_steps, row.speed, row.method) for row in rows]
+                if (few, speed, made) in known:
                     continue
                 row = measure(name, method, speed, held_out, pipe, dense)
                 rows.append(replace(row, few_steps=few))
