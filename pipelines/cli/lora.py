@@ -153,6 +153,22 @@ def train(
     rslora: Annotated[
         bool | None, typer.Option("--rslora/--no-rslora", rich_help_panel=_ADAPTER)
     ] = None,
+    method_only: Annotated[
+        bool | None,
+        typer.Option(
+            "--method-only/--no-method-only",
+            help="Train the method's own weights and no LoRA, as for SLA2's router.",
+            rich_help_panel=_ADAPTER,
+        ),
+    ] = None,
+    method_weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Start from the method's own weights of another training.",
+            rich_help_panel=_ADAPTER,
+        ),
+    ] = None,
     denoiser: Annotated[
         str | None,
         typer.Option(
