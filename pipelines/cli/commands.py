@@ -12,6 +12,8 @@ import typer
 
 from ..errors import RunInterruptedError, UserError, one_line
 from . import options
+from .compare import EXAMPLES as COMPARE_EXAMPLES
+from .compare import compare
 from .generate import EXAMPLES as GENERATE_EXAMPLES
 from .generate import generate
 from .lora import app as lora_app
@@ -138,6 +140,7 @@ def models(as_json: options.AsJson = False) -> None:
 for _command, _examples in (
     (generate, GENERATE_EXAMPLES),
     (upscale, UPSCALE_EXAMPLES),
+    (compare, COMPARE_EXAMPLES),
     (methods, examples("methods", "methods --json")),
     (models, examples("models", "models --json")),
     (plan, PLAN_EXAMPLES),
