@@ -18,7 +18,6 @@ from .clip import Clip
 LEAST_SIDE = 240
 
 _USUAL_FPS = 16.0
-_MEAN = re.compile(r"XPSNR\s+average.*?minimum", re.IGNORECASE)
 _PLANE = re.compile(r"\b([yuv]):\s*([\d.]+|inf|nan)", re.IGNORECASE)
 
 
@@ -56,7 +55,7 @@ def _filter(folder: Path, dense: Clip, other: Clip, words: str) -> None:
     """Run a filter of two inputs; its log is written to the folder."""
     inputs: list[str] = []
     for name, clip in (("other", other), ("dense", dense)):
-        count, height, width = clip.frames.shape[:3]
+        height, width = clip.frames.shape[1:3]
         raw = folder / f"{name}.rgb"
         raw.write_bytes(np.ascontiguousarray(clip.frames).tobytes())
         rate = f"{clip.fps or _USUAL_FPS:.10g}"

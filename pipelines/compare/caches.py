@@ -23,23 +23,34 @@ def lacking(cache: str | None) -> str | None:
     return None
 
 
+def check_cache(case: str, cache: str | None) -> None:
+    """Refuse a cache that cannot be had, before anything is rendered.
+
+    Args:
+        case: the name of its case.
+        cache: the name of the cache; None for none.
+
+    Raises:
+        UserError: if there is no such cache, or its package is missing.
+    """
+    if cache is not None and cache not in CACHES:
+        hint = did_you_mean(cache, CACHES)
+        raise UserError(f"case {case!r}: cache must be {' or '.join(CACHES)}, not {cache!r}{hint}")
+    reason = lacking(cache)
+    if reason is not None:
+        raise UserError(f"case {case!r}: {cache} {reason}")
+
+
 @contextmanager
 def cached(pipe: Any, cache: str | None) -> Iterator[None]:
     """Have a pipeline's denoisers reuse what they computed in earlier steps, while the block runs.
 
     Raises:
-        UserError: if there is no such cache, or the model does not take it.
+        UserError: if the model does not take the cache.
     """
     if cache is None:
         yield
         return
-    if cache not in CACHES:
-        raise UserError(
-            f"cache must be {' or '.join(CACHES)}, not {cache!r}{did_you_mean(cache, CACHES)}"
-        )
-    reason = lacking(cache)
-    if reason is not None:
-        raise UserError(f"{cache} {reason}")
     begin = _first_block if cache == "first-block" else _cache_dit
     with begin(pipe):
         yield

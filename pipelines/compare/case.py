@@ -160,7 +160,9 @@ def check_cases(cases: Sequence[Case]) -> None:
         if case.name in names:
             raise UserError(f"the case {case.name!r} is given twice: leave one out")
         if case.name in RESERVED:
-            raise UserError(f"{case.name!r} is in every comparison: leave the case out, or rename it")
+            raise UserError(
+                f"{case.name!r} is in every comparison: leave the case out, or rename it"
+            )
         names.add(case.name)
     known: dict[str, str] = {}
     for case in [*dense_and_floors("float32")[:1], *cases]:

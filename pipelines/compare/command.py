@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,9 @@ from ..errors import UserError
 from ..run.job import absolute, check_output_name
 from ..run.loading import choose_device
 from ..run.outputs import given_path
-from ..run.processes import check_processes
+from ..run.processes import count as processes
 from ..run.prompts import read_prompts
 from ..run.request import TEXT, Request, check_option
-from ..run.sidecar import versions
 from ..run.sources import source_files
 from .case import (
     Case,
@@ -25,7 +24,7 @@ from .case import (
     chosen,
     dense_and_floors,
 )
-from .comparison import Comparison, Folder
+from .comparison import Comparison, Folder, read_record
 from .densities import at_densities
 from .measures import choose_measures
 from .results import write_results
@@ -93,7 +92,8 @@ def compare_methods(
     ]
     check_cases(cases)
     if asked.densities:
-        cases = at_densities(cases, len(asked.methods), asked.densities, base, say)
+        known = recorded_methods(folder)
+        cases = at_densities(cases, len(asked.methods), asked.densities, base, known, say)
         check_cases(cases)
     measures = choose_measures(asked.measures)
     comparison = make_comparison(base, cases, prompts, seeds, measures)
@@ -118,11 +118,7 @@ def make_comparison(
         tuple(seeds),
         tuple(measures),
     )
-    if title is None:
-        return comparison
-    from dataclasses import replace
-
-    return replace(comparison, title=title)
+    return comparison if title is None else replace(comparison, title=title)
 
 
 def finish(
@@ -156,6 +152,14 @@ def folder_of(output: str) -> Folder:
     return Folder(path)
 
 
+def recorded_methods(folder: Folder) -> dict[str, Any]:
+    """The settings of the methods, by case, that an earlier run in the folder has recorded."""
+    if not folder.settings.exists():
+        return {}
+    cases = read_record(folder.settings).get("cases", {})
+    return {name: case["attention"] for name, case in cases.items()}
+
+
 def base_request(given: Mapping[str, Any], prompt: str) -> Request:
     """What all requests have in common.
 
@@ -170,9 +174,12 @@ def base_request(given: Mapping[str, Any], prompt: str) -> Request:
     if "image" in given:
         settings["image"] = tuple(absolute(name) for name in given["image"])
     base = Request.from_dict(settings | {"prompt": prompt, "attention": {"type": "dense"}})
-    check_processes(base)
+    if processes() > 1:
+        raise UserError(
+            f"torchrun started {processes()} processes, but comparisons run in one: start without"
+            f" torchrun"
+        )
     source_files(base)
-    versions()
     return base
 
 

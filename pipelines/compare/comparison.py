@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from .sample_table import SampleTable, write_whole
 
 _MARK = "diffattn_comparison"
 _FORMAT = 1
+_FOLDERS = ("samples", "dense", "masks")
 # Settings that stand in the cases and the samples, not in what all requests have in common.
 _APART = ("prompt", "seed", "attention", "compare")
 
@@ -68,6 +69,10 @@ class Comparison:
     def case(self, name: str) -> Case:
         return next(case for case in self.cases if case.name == name)
 
+    def stem(self, case: Case) -> str:
+        """The beginning of the names of a case's files."""
+        return f"{self.cases.index(case):02d}-{slug(case.name)}"
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON types."""
         settings = {k: v for k, v in self.base.to_dict().items() if k not in _APART}
@@ -108,18 +113,18 @@ class Folder:
     def summary(self) -> Path:
         return self.path / "summary.md"
 
-    def video(self, case: Case, sample: Sample, picture: bool) -> Path:
-        """The file of a sample of a case."""
-        name = f"{slug(case.name)}-{sample.number:03d}{'.png' if picture else '.mp4'}"
+    def video(self, stem: str, sample: Sample, picture: bool) -> Path:
+        """The file of a sample of the case whose files begin with `stem`."""
+        name = f"{stem}-{sample.number:03d}{'.png' if picture else '.mp4'}"
         return self.path / "samples" / name
 
     def dense_frames(self, sample: Sample) -> Path:
         """The exact frames of the dense model, which the other cases are compared with."""
         return self.path / "dense" / f"{sample.number:03d}.npz"
 
-    def mask(self, case: Case) -> Path:
-        """The picture of the blocks that a case computed."""
-        return self.path / "masks" / f"{slug(case.name)}.png"
+    def mask(self, stem: str) -> Path:
+        """The picture of the blocks that the case whose files begin with `stem` computed."""
+        return self.path / "masks" / f"{stem}.png"
 
     @contextmanager
     def opened(
@@ -128,7 +133,7 @@ class Folder:
         """The table of the samples that are there already; no other process has it meanwhile.
 
         Args:
-            comparison: the settings, which a new folder takes.
+            comparison: the settings.
             device: of the run, as `describe_device` has it.
             warn: takes a warning where a run goes on elsewhere than it began.
 
@@ -141,40 +146,50 @@ class Folder:
         if lock is None:
             raise UserError(f"another run is at work in {self.path}: wait for its end, or end it")
         try:
-            table = self._begin(comparison, device, warn)
-            for name in ("samples", "dense", "masks"):
-                (self.path / name).mkdir(exist_ok=True)
-            yield table
+            self._check(comparison, device, warn)
+            for part in [*self.path.glob("*/.part-*"), *self.path.glob(".*.part")]:
+                part.unlink(missing_ok=True)  # of a run that was killed
+            yield SampleTable(self.samples, comparison.measures)
         finally:
             lock.remove()
+            with suppress(OSError):  # a folder with anything in it stays
+                self.path.rmdir()
 
-    def _begin(
+    def begin(self, comparison: Comparison, device: Mapping[str, Any]) -> None:
+        """Write down the settings, unless that has been done, before the first sample."""
+        for name in _FOLDERS:
+            (self.path / name).mkdir(exist_ok=True)
+        if not self.settings.exists():
+            record = {_MARK: _FORMAT, **comparison.to_dict(), **_now(device)}
+            write_whole(self.settings, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+    def _check(
         self, comparison: Comparison, device: Mapping[str, Any], warn: Callable[[str], None]
-    ) -> SampleTable:
-        wanted = comparison.to_dict()
-        now = {"versions": versions(), "device": dict(device)}
+    ) -> None:
+        """Refuse a folder of other settings."""
         if not self.settings.exists():
             if self.samples.exists():
                 raise UserError(
                     f"{self.samples} is there without {self.settings.name}, which says how its"
                     f" rows were made: choose another folder"
                 )
-            record = {_MARK: _FORMAT, **wanted, **now}
-            write_whole(self.settings, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-            return SampleTable(self.samples, comparison.measures)
+            return
         found = read_record(self.settings)
-        difference = _difference(found, wanted)
+        difference = _difference(found, comparison.to_dict())
         if difference is not None:
             raise UserError(
                 f"{self.path} holds a comparison with {difference}: repeat the same options to go"
                 f" on, or choose another folder"
             )
-        for name, value in now.items():
+        for name, value in _now(device).items():
             for part, new in value.items():
                 old = found.get(name, {}).get(part)
                 if old != new:
                     warn(f"{self.path} was begun with {part} {old}, now {new}: times may differ")
-        return SampleTable(self.samples, comparison.measures)
+
+
+def _now(device: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {"versions": versions(), "device": dict(device)}
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -9,9 +9,7 @@ from .sample_table import Row, write_whole
 from .table import against_floors, as_markdown, lines
 
 
-def write_results(
-    comparison: Comparison, folder: Folder, rows: Sequence[Row]
-) -> Iterator[str]:
+def write_results(comparison: Comparison, folder: Folder, rows: Sequence[Row]) -> Iterator[str]:
     """Write the results, and yield lines about them."""
     found = lines(comparison.cases, rows, comparison.measures)
     tests = against_floors(comparison.cases, rows, comparison.measures)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +24,8 @@ from ..run.sizing import Run, complete
 from ..run.sources import Sources, read_sources
 from ..run.trained_lora import read_lora_record
 from ..run.video import write_picture, write_video
-from .caches import cached
+from ..run.vocabulary import warn_of_words
+from .caches import cached, check_cache
 from .case import DENSE, Case
 from .clip import Clip
 from .comparison import Comparison, Folder, Sample
@@ -32,9 +33,6 @@ from .mask_images import write_mask
 from .measures import take
 from .peak import peak_memory
 from .sample_table import Row, SampleTable
-
-if TYPE_CHECKING:
-    import torch
 
 _NO_SCHEDULE: dict[str, Any] = {"dense_layers": 0, "dense_steps": 0, "last_dense_steps": 0}
 _GO_ON = "the same command goes on from there"
@@ -68,13 +66,17 @@ def compare(
         RunInterruptedError: on Ctrl-C. All rows that were made are kept.
     """
     quiet_libraries()
-    device = choose_device(comparison.base.device)
-    with folder.opened(comparison, describe_device(str(device)), warn) as table:
+    for case in only:
+        if case.lora is not None:
+            read_lora_record(case.lora)
+        check_cache(case.name, case.cache)
+    device = describe_device(str(choose_device(comparison.base.device)))
+    with folder.opened(comparison, device, warn) as table:
         try:
             for cases in _by_model([comparison.cases[0], *only]):
                 phase = _Phase(comparison, folder, table, cases, say, warn)
                 if phase.left:
-                    phase.run(memory_check)
+                    phase.run(device, memory_check)
         except KeyboardInterrupt:
             kept = [folder.samples] if table.rows else []
             raise RunInterruptedError(kept, _GO_ON if table.rows else "") from None
@@ -117,12 +119,17 @@ class _Phase:
             if not table.has(case.name, sample.key) or self._lacks_frames(case, sample)
         ]
         self._warm: set[str] = set()
+        self._left_out: set[str] = set()
 
     def _lacks_frames(self, case: Case, sample: Sample) -> bool:
         return case.name == DENSE and not self._folder.dense_frames(sample).exists()
 
-    def run(self, memory_check: bool) -> None:
+    def run(self, device: Mapping[str, Any], memory_check: bool) -> None:
         """Load the model, and make the samples.
+
+        Args:
+            device: of the run, as `describe_device` has it.
+            memory_check: whether to refuse what the device has too little memory for.
 
         Raises:
             UserError: if the model or a case is refused.
@@ -138,12 +145,27 @@ class _Phase:
         self._say(f"{base.model}{shown}: {loaded.dtype} on {loaded.device}")
         for case in dict.fromkeys(case.name for _, case in self.left):
             self._check(self._comparison.case(case), loaded, sources)
+        for prompt in self._comparison.prompts:
+            warn_of_words(loaded.pipe, prompt, self._warn)
+        self._folder.begin(self._comparison, device)
         start = time.monotonic()
         for number, (sample, case) in enumerate(self.left, start=1):
-            line = self._make(sample, case, loaded, sources)
+            if case.name in self._left_out:
+                continue
+            try:
+                line = self._make(sample, case, loaded, sources)
+            except UserError as error:
+                if not case.is_floor:
+                    raise
+                # A model may overflow in half precision; the methods can be compared all the same.
+                self._warn(f"left out: {error}")
+                self._left_out.add(case.name)
+                continue
             each = (time.monotonic() - start) / number
             rest = _words(each * (len(self.left) - number))
-            self._say(f"[{number}/{len(self.left)}] {case.name}, sample {sample.number}: {line}{rest}")
+            self._say(
+                f"[{number}/{len(self.left)}] {case.name}, sample {sample.number}: {line}{rest}"
+            )
 
     def _settled(self, sample: Sample, case: Case, loaded: LoadedModel, sources: Sources) -> Run:
         request = case.request(self._comparison.base, sample.prompt, sample.seed)
@@ -162,9 +184,7 @@ class _Phase:
         except UserError as error:
             raise UserError(f"case {case.name!r}: {error}") from None
 
-    def _make(
-        self, sample: Sample, case: Case, loaded: LoadedModel, sources: Sources
-    ) -> str:
+    def _make(self, sample: Sample, case: Case, loaded: LoadedModel, sources: Sources) -> str:
         """Render a sample, write its files and its row; return words about it."""
         run = self._settled(sample, case, loaded, sources)
         kernel = _other_kernel(loaded.device) if case.other_kernel else nullcontext()
@@ -186,7 +206,7 @@ class _Phase:
         if attachment is not None:
             assert run.request.steps is not None
             method = attachment.describe(run.grid, run.request.steps).method
-            write_mask(self._folder.mask(case), pairs, method, run.grid)
+            write_mask(self._folder.mask(self._comparison.stem(case)), pairs, method, run.grid)
         clip = self._clip(run, made)
         dense = clip if case.name == DENSE else self._dense(sample, clip)
         row = Row(
@@ -220,7 +240,7 @@ class _Phase:
     def _write(self, sample: Sample, case: Case, run: Run, made: Rendering) -> Path:
         """Write the video, and the exact frames of the dense model."""
         fps = run.request.fps
-        path = self._folder.video(case, sample, picture=fps is None)
+        path = self._folder.video(self._comparison.stem(case), sample, picture=fps is None)
         part = path.with_name(f".part-{path.name}")
         if fps is None:
             from PIL import Image
@@ -248,10 +268,13 @@ class _Phase:
             with np.load(path) as found:
                 frames, audio = found["frames"], found.get("audio")
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"cannot read {path}: {error}; remove it to have it made anew") from None
+            raise UserError(
+                f"cannot read {path}: {error}; remove it to have it made anew"
+            ) from None
         if frames.shape != like.frames.shape:
             raise UserError(
-                f"{path} holds frames {frames.shape}, not {like.frames.shape}: choose another folder"
+                f"{path} holds frames {frames.shape}, not {like.frames.shape}: choose another"
+                f" folder"
             )
         return dataclasses.replace(like, frames=frames, audio=audio)
 

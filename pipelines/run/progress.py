@@ -35,9 +35,7 @@ class LoopTimes:
 
 
 @contextmanager
-def watched(
-    pipe: DiffusionPipeline, *labels: str, shown: bool = True
-) -> Iterator[LoopTimes]:
+def watched(pipe: DiffusionPipeline, *labels: str, shown: bool = True) -> Iterator[LoopTimes]:
     """Time the pipeline's denoising loops and show their progress.
 
     The pipeline's own progress bar is replaced while the block runs. In every pipeline the bar
