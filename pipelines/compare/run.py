@@ -252,8 +252,9 @@ class _Phase:
         if case.name == DENSE:
             exact = self._folder.dense_frames(sample)
             part = exact.with_name(f".part-{exact.name}")
-            sound = {} if made.audio is None else {"audio": made.audio}
-            np.savez_compressed(part, frames=made.frames, **sound)
+            more = {"audio": made.audio, "fps": fps}
+            given = {name: np.asarray(value) for name, value in more.items() if value is not None}
+            np.savez_compressed(part, frames=made.frames, **given)
             part.replace(exact)
         return path
 

@@ -13,13 +13,9 @@ from .measures import BY_NAME
 from .paired import Test, holm, paired_test
 from .sample_table import Row
 
-# Columns beside the measures: name, title, digits.
-COSTS = (
-    ("density", "pairs", 3),
-    ("seconds", "s a clip", 2),
-    ("loop_seconds", "s denoising", 2),
-    ("memory_gib", "peak GiB", 2),
-)
+# Columns before and after the measures: name, title, digits.
+_BEFORE = (("density", "pairs computed", 3), ("seconds", "s a clip", 2))
+_AFTER = (("loop_seconds", "s denoising", 2), ("memory_gib", "peak GiB", 2))
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,7 @@ class Column:
     Attributes:
         name: as in the CSV.
         title: for people.
-        better: as `Measure.better`; "none" for costs, of which less is better everywhere.
+        better: as `Measure.better`.
         digits: after the point.
     """
 
@@ -94,8 +90,11 @@ class Compared:
 def columns(measures: Sequence[str]) -> list[Column]:
     """The columns of the table, in order."""
     found = [BY_NAME[name] for name in measures]
-    costs = [Column(name, title, "low", digits) for name, title, digits in COSTS]
-    return [Column(m.name, m.title, m.better, m.digits) for m in found] + costs
+    before, after = (
+        [Column(name, title, "low", digits) for name, title, digits in costs]
+        for costs in (_BEFORE, _AFTER)
+    )
+    return [*before, *(Column(m.name, m.title, m.better, m.digits) for m in found), *after]
 
 
 def lines(cases: Sequence[Case], rows: Sequence[Row], measures: Sequence[str]) -> list[Line]:
