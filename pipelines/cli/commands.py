@@ -23,6 +23,8 @@ from .options import examples
 from .plan import EXAMPLES as PLAN_EXAMPLES
 from .plan import plan
 from .say import say, warn
+from .study import EXAMPLES as STUDY_EXAMPLES
+from .study import study
 from .upscale import EXAMPLES as UPSCALE_EXAMPLES
 from .upscale import upscale
 
@@ -141,6 +143,7 @@ for _command, _examples in (
     (generate, GENERATE_EXAMPLES),
     (upscale, UPSCALE_EXAMPLES),
     (compare, COMPARE_EXAMPLES),
+    (study, STUDY_EXAMPLES),
     (methods, examples("methods", "methods --json")),
     (models, examples("models", "models --json")),
     (plan, PLAN_EXAMPLES),

@@ -27,7 +27,7 @@ _OTHER_DTYPE = {"float32": "bfloat16", "bfloat16": "float16", "float16": "bfloat
 
 _PLAIN: Mapping[str, Any] = {"type": "dense"}
 # The entries of a case in a file, beside the method itself.
-_ENTRIES = ("attention", "lora", "lora_everywhere", "cache", "group")
+_ENTRIES = ("attention", "lora", "lora_everywhere", "cache", "groups")
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Case:
         other_kernel: whether dense attention runs by another kernel than torch would choose.
         lora: file or folder of a LoRA, in addition to none of the comparison's own.
         lora_everywhere: as `Request.lora_everywhere`.
-        cache: the name of a step cache, see `caches`; None for none.
-        group: the part of a study that the case belongs to.
+        cache: a step cache, see `caches`; None for none.
+        groups: the parts of a study that the case belongs to.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Case:
     lora: str | None = None
     lora_everywhere: bool = False
     cache: str | None = None
-    group: str = ""
+    groups: tuple[str, ...] = ()
 
     @property
     def is_floor(self) -> bool:
@@ -85,7 +85,7 @@ class Case:
             "lora": self.lora,
             "lora_everywhere": self.lora_everywhere,
             "cache": self.cache,
-            "group": self.group,
+            "groups": list(self.groups),
         }
         return {name: value for name, value in found.items() if value or name == "attention"}
 
@@ -166,7 +166,7 @@ def check_cases(cases: Sequence[Case]) -> None:
         names.add(case.name)
     known: dict[str, str] = {}
     for case in [*dense_and_floors("float32")[:1], *cases]:
-        settings = json.dumps(case.to_dict() | {"group": ""}, sort_keys=True)
+        settings = json.dumps(case.to_dict() | {"groups": []}, sort_keys=True)
         if settings in known:
             raise UserError(
                 f"the cases {known[settings]!r} and {case.name!r} have the same settings: leave one"
@@ -182,11 +182,12 @@ def chosen(cases: Sequence[Case], names: Iterable[str]) -> list[Case]:
         UserError: for a name that is neither.
     """
     wanted = list(names)
-    known = [case.name for case in cases] + [case.group for case in cases if case.group]
+    groups = dict.fromkeys(group for case in cases for group in case.groups)
+    known = [*(case.name for case in cases), *groups]
     for name in wanted:
         if name not in known:
             raise UserError(f"--only {name!r} is no case of this run{did_you_mean(name, known)}")
-    return [case for case in cases if not wanted or {case.name, case.group} & set(wanted)]
+    return [case for case in cases if not wanted or {case.name, *case.groups} & set(wanted)]
 
 
 def _case(name: str, value: Any, path: Path) -> Case:
@@ -198,7 +199,10 @@ def _case(name: str, value: Any, path: Path) -> Case:
     for entry in value:
         if entry not in _ENTRIES:
             raise UserError(f"{where} has the entry {entry!r}{did_you_mean(entry, _ENTRIES)}")
-    for entry in ("lora", "cache", "group"):
+    groups = value.get("groups", [])
+    if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups):
+        raise UserError(f"{where}: 'groups' must be a list of text, not {shortened(groups)}")
+    for entry in ("lora", "cache"):
         if not isinstance(value.get(entry, ""), str):
             raise UserError(f"{where}: {entry!r} must be text, not {shortened(value[entry])}")
     return Case(
@@ -207,7 +211,7 @@ def _case(name: str, value: Any, path: Path) -> Case:
         lora=value.get("lora"),
         lora_everywhere=value.get("lora_everywhere") is True,
         cache=value.get("cache"),
-        group=value.get("group", ""),
+        groups=tuple(groups),
     )
 
 

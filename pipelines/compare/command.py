@@ -28,6 +28,7 @@ from .comparison import Comparison, Folder, read_record
 from .densities import at_densities
 from .measures import choose_measures
 from .results import write_results
+from .sample_table import Row
 
 _Say = Callable[[str], None]
 
@@ -97,7 +98,8 @@ def compare_methods(
         check_cases(cases)
     measures = choose_measures(asked.measures)
     comparison = make_comparison(base, cases, prompts, seeds, measures)
-    finish(comparison, folder, asked.only, say, warn, memory_check=memory_check)
+    now = chosen(comparison.cases, asked.only)
+    finish(comparison, folder, now, say, warn, memory_check=memory_check)
 
 
 def make_comparison(
@@ -124,18 +126,28 @@ def make_comparison(
 def finish(
     comparison: Comparison,
     folder: Folder,
-    only: Sequence[str],
+    only: Sequence[Case],
     say: _Say,
     warn: _Say,
     *,
     memory_check: bool,
+    papers: Callable[[Sequence[Row]], Sequence[Mapping[str, str]]] = lambda rows: (),
 ) -> None:
-    """Make what the folder lacks, and write the table and the page."""
-    now = chosen(comparison.cases, only)
+    """Make what the folder lacks, and write the table and the page.
+
+    Args:
+        comparison: the settings.
+        folder: the folder.
+        only: the cases to make now.
+        say: takes lines for the user.
+        warn: takes one-line warnings.
+        memory_check: whether to refuse what the device has too little memory for.
+        papers: gives the figures that papers report, for the page, beside those of the samples.
+    """
     from .run import compare
 
-    table = compare(comparison, folder, now, say, warn, memory_check=memory_check)
-    for line in write_results(comparison, folder, table.rows):
+    table = compare(comparison, folder, only, say, warn, memory_check=memory_check)
+    for line in write_results(comparison, folder, table.rows, papers(table.rows)):
         say(line)
 
 

@@ -35,6 +35,8 @@ _SHARE = number(above=0, at_most=1)
 # Halvings of the search; each costs a run for methods that select by content.
 _HALVINGS = 12
 _HALVINGS_BY_RUNS = 8
+# Of the runs of the search; the table has the shares of whole runs.
+_STEPS = 6
 # A share this near to the wanted one is taken at once, as a share of the wanted one.
 _NEAR = 0.01
 # Farther from the wanted share than this, the user is told.
@@ -48,7 +50,7 @@ class Knob:
     Attributes:
         turned: takes a number from 0, the fewest pairs, to 1, the most, the grid and the method,
             and gives the parameters.
-        by_steps: whether the share differs from step to step: it is then measured over whole runs.
+        by_steps: whether the share differs from step to step: it is measured over short runs then.
     """
 
     turned: Callable[[float, TokenGrid, Any], Settings]
@@ -62,6 +64,7 @@ def at_densities(
     base: Request,
     known: Mapping[str, Mapping[str, Any]],
     say: Callable[[str], None],
+    keep: Callable[[str, Settings], None] = lambda name, settings: None,
 ) -> list[Case]:
     """Put each of the first cases in the place of itself at every density; keep the others.
 
@@ -72,6 +75,7 @@ def at_densities(
         base: what all requests have in common, with a prompt to measure with.
         known: settings by names that an earlier run has found; these are not searched again.
         say: takes lines for the user.
+        keep: takes the name of each case and the settings that were found.
 
     Raises:
         UserError: for a share out of range or given twice, and a method without a knob.
@@ -96,7 +100,9 @@ def at_densities(
                 continue
             if search is None:
                 search = Search(base, say)
-            found.append(dataclasses.replace(case, name=name, attention=search.find(case, density)))
+            settings = search.find(case, density)
+            keep(name, settings)
+            found.append(dataclasses.replace(case, name=name, attention=settings))
     return [*found, *cases[count:]]
 
 
@@ -155,7 +161,8 @@ class Search:
             share = attachment.describe(run.grid, run.request.steps).density
             if share is not None:
                 return float(share)
-            request = run.request if knob.by_steps else dataclasses.replace(run.request, steps=1)
+            steps = min(_STEPS, run.request.steps) if knob.by_steps else 1
+            request = dataclasses.replace(run.request, steps=steps)
             with counted_pairs() as pairs:
                 render(request, self._loaded, "", run.sources, shown=False)
         assert pairs.density is not None

@@ -27,7 +27,8 @@ function draw(tag, options = {}, text = null) {
 }
 const number = (x) => (x === "inf" ? Infinity : x);
 const column = (name) => data.columns.find((one) => one.name === name);
-const cases = () => data.cases.filter((one) => !state.group || !one.group || one.group === state.group);
+const cases = () => data.cases.filter((one) => !state.group || one.kind !== "case"
+  || one.groups.includes(state.group));
 const methods = () => cases().filter((one) => one.kind === "case");
 const mean = (one, name) => (one.cells[name] ? number(one.cells[name].mean) : null);
 function colourOf(one) {
@@ -318,7 +319,7 @@ function tests() {
 }
 
 function begin() {
-  const groups = [...new Set(data.cases.map((one) => one.group).filter(Boolean))];
+  const groups = [...new Set(data.cases.flatMap((one) => one.groups))];
   if (groups.length > 1) {
     byId("groups").replaceChildren(...["", ...groups].map((group) => make("button", {
       text: group || "all", "aria-pressed": String(group === state.group), "data-group": group,

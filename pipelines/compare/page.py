@@ -67,7 +67,7 @@ def page(
         "cases": [
             {
                 "name": line.case.name,
-                "group": line.case.group,
+                "groups": list(line.case.groups),
                 "kind": _kind(line.case),
                 "type": line.case.attention["type"],
                 "samples": line.samples,

@@ -201,13 +201,14 @@ def _corrected(
     pairs: Sequence[tuple[str, str]], rows: Sequence[Row], measure: str
 ) -> list[Compared]:
     """The tests of pairs of cases in one measure, corrected for their number."""
+    values: dict[str, dict[tuple[str, int], float]] = {}
+    for row in rows:
+        value = row.number(measure)
+        if value is not None:
+            values.setdefault(row.case, {})[row.sample] = value
     tests = []
     for first, second in pairs:
-        a, b = (
-            {row.sample: value for row in rows if row.case == name
-             and (value := row.number(measure)) is not None}
-            for name in (first, second)
-        )  # fmt: skip
+        a, b = values.get(first, {}), values.get(second, {})
         common = [sample for sample in a if sample in b]
         if common:
             test = paired_test([a[sample] for sample in common], [b[sample] for sample in common])

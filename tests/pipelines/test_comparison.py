@@ -337,6 +337,10 @@ class TestBadInput:
                 "the entry 'lorra'; did you mean 'lora'?",
             ),
             ('{"a": {"attention": "gna", "cache": "teacache"}}', "cache must be first-block or"),
+            (
+                '{"a": {"attention": "gna", "groups": "b"}}',
+                "'groups' must be a list of text, not b",
+            ),
             ("{", "is not JSON"),
             ('{" ": "gna"}', "a case has a blank name"),
         ],
@@ -459,8 +463,8 @@ class TestTable:
         assert (one.first, one.second, one.test.higher) == ("near", "far", 6)
 
 
-def test_the_group_of_a_case_is_kept(tmp_path: Path) -> None:
+def test_the_groups_of_a_case_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "cases.json"
-    path.write_text('{"a": {"attention": "gna", "group": "windows"}}')
+    path.write_text('{"a": {"attention": "gna", "groups": ["windows"]}}')
     (case,) = cases_of_file(path)
-    assert (case.name, case.group) == ("a", "windows")
+    assert (case.name, case.groups) == ("a", ("windows",))

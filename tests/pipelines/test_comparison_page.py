@@ -44,7 +44,7 @@ def made(folder: Path, picture: bool = False) -> tuple[Comparison, Folder, list[
     base = Request("any", model="a-model", steps=4)
     attention = {"type": "gna"}
     groups = {"low": "one", "middle": "one", "dominated": "two", "high": "two"}
-    cases = [Case(name, attention, group=groups[name]) for name in CASES]
+    cases = [Case(name, attention, groups=(groups[name],)) for name in CASES]
     measures = tuple(measure.name for measure in MEASURES)
     comparison = Comparison(
         base, (*dense_and_floors("float32"), *cases), PROMPTS, (0, 1), measures, "A & B"

@@ -21,7 +21,7 @@ from .conftest import Result
 
 COMMANDS = [
     ("generate",), ("upscale",), ("plan",), ("mask",), ("methods",), ("models",), ("lora", "train"),
-    ("compare",)
+    ("compare",), ("study",)
 ]  # fmt: skip
 WITH_METHODS = ["generate", "upscale", "plan", "mask", "lora train"]
 
