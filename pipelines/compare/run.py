@@ -232,8 +232,13 @@ class _Phase:
         """Run one untimed step of a case that this process has not run yet, all of it sparse."""
         if case.name in self._warm:
             return
+        steps = run.request.steps
+        assert steps is not None
         step = dataclasses.replace(run.request, steps=1)
-        method = run.method
+        method: Any = run.method
+        # Methods that differ by step may be for runs of one length only.
+        if hasattr(method, "at_step"):
+            method = method.at_step(steps - 1, steps)
         if method.type != "dense":
             method = dataclasses.replace(method, **_NO_SCHEDULE)
         with attached(loaded.pipe, dataclasses.replace(run, method=method)):
