@@ -11,8 +11,7 @@ import numpy as np
 
 from diffattn.lora.ffmpeg import FfmpegError, run
 
-from ..errors import UserError
-from .clip import Clip
+from .clip import Clip, NotMeasuredError
 
 # The models of VMAF were fitted to videos on screens. Below this size they call everything good.
 LEAST_SIDE = 240
@@ -48,7 +47,7 @@ def xpsnr(dense: Clip, other: Clip) -> float:
         planes = {name.lower(): float(value) for name, value in _PLANE.findall(line)}
         if "average" in line.lower() and len(planes) == 3:
             return (6 * planes["y"] + planes["u"] + planes["v"]) / 8
-    raise UserError("ffmpeg's xpsnr gave no average")
+    raise NotMeasuredError("ffmpeg's xpsnr gave no average")
 
 
 def _filter(folder: Path, dense: Clip, other: Clip, words: str) -> None:
@@ -68,7 +67,4 @@ def _filter(folder: Path, dense: Clip, other: Clip, words: str) -> None:
         run([*inputs, "-lavfi", graph, "-f", "null", "-"])
     except FfmpegError as error:
         name = words.partition("=")[0]
-        raise UserError(
-            f"ffmpeg cannot compute {name} ({error}): leave the measure out by --measure, or"
-            f" unset IMAGEIO_FFMPEG_EXE for imageio-ffmpeg's own"
-        ) from None
+        raise NotMeasuredError(f"ffmpeg cannot compute {name} ({error})") from None

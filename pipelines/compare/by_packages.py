@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError, one_line
+from ..errors import one_line
 from ..run.video import write_video
-from .clip import Clip
+from .clip import Clip, NotMeasuredError
 
 # Packages that the extra "compare" installs.
 IN_EXTRA = ("flip-evaluator",)
@@ -84,9 +84,7 @@ def _lpips_model() -> Any:
         with contextlib.redirect_stdout(io.StringIO()):
             return lpips.LPIPS(net="alex", verbose=False).eval()
     except Exception as error:  # a download fails in many ways
-        raise UserError(
-            f"LPIPS cannot load its network ({one_line(error)}): leave it out by --measure"
-        ) from None
+        raise NotMeasuredError(f"LPIPS cannot load its network ({one_line(error)})") from None
 
 
 def vbench(dimension: str) -> Callable[[Clip, Clip], float]:
@@ -117,6 +115,4 @@ def _vbench(folder: Path, dimension: str, clip: Clip) -> float:
         found = json.loads((folder / "clip_eval_results.json").read_text("utf-8"))
         return float(found[dimension][0])
     except Exception as error:  # VBench downloads networks, and fails in many ways
-        raise UserError(
-            f"VBench cannot score {dimension} ({one_line(error)}): leave it out by --measure"
-        ) from None
+        raise NotMeasuredError(f"VBench cannot score {dimension} ({one_line(error)})") from None

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 
+class NotMeasuredError(Exception):
+    """A measure cannot be had on this machine; the message says why."""
+
+
 @dataclass(frozen=True)
 class Clip:
     """A video or a picture, with what is known of it.

@@ -15,10 +15,13 @@ from ..errors import UserError
 from ..run.compare import MS_SSIM_SIDE, ms_ssim, psnr, ssim
 from . import by_ffmpeg, by_packages
 from .checking import right_share, whole_right
-from .clip import Clip
+from .clip import Clip, NotMeasuredError
 
 # A step between frames that changes less than this shows nothing that moves, in levels of 255.
 FROZEN = 0.25
+
+# Why measures could not be had in this process, by what they come from.
+_failed: dict[str, str] = {}
 
 INSTALL = "pip install 'diffattn[compare]'"
 
@@ -52,8 +55,19 @@ class Measure:
         """The number of a clip, or the reason why there is none."""
         if self.package is not None and not by_packages.installed(self.package):
             return f"not installed: {self.package}"
-        reason = self.lacking(other)
-        return self.value(dense, other) if reason is None else reason
+        reason = self.lacking(other) or _failed.get(self._source)
+        if reason is not None:
+            return reason
+        try:
+            return self.value(dense, other)
+        except NotMeasuredError as error:
+            # Trying again for each sample would take as long each time.
+            return _failed.setdefault(self._source, str(error))
+
+    @property
+    def _source(self) -> str:
+        """What the measure comes from, which fails for all measures that come from it."""
+        return self.package or self.name
 
 
 def motion(clip: Clip) -> float:

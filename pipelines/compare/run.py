@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -276,7 +277,7 @@ class _Phase:
         try:
             with np.load(path) as found:
                 frames, audio = found["frames"], found.get("audio")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
             raise UserError(
                 f"cannot read {path}: {error}; remove it to have it made anew"
             ) from None

@@ -224,6 +224,16 @@ class TestResuming:
         assert "dense, sample 1: its frames were made again" in result.out
         assert table(tmp_path / "out")[: len(before)] == before
 
+    def test_damaged_frames_of_the_dense_model(self, compare: Any, tmp_path: Path) -> None:
+        options = [PROMPTS[0], *GNA, *MEASURES]
+        assert compare(*options, "--only", "floor: kernel").code == 0
+        (tmp_path / "out/dense/001.npz").write_bytes(b"PK\x03\x04 and nothing more")
+        error = compare(*options).error
+        assert error.startswith("cannot read out/dense/001.npz: ")
+        assert error.endswith("remove it to have it made anew")
+        (tmp_path / "out/dense/001.npz").unlink()
+        assert compare(*options).code == 0
+
     def test_only_some_cases(self, compare: Any, tmp_path: Path) -> None:
         options = [PROMPTS[0], *GNA, "--attn", "radial", *MEASURES]
         assert compare(*options, "--only", "radial").code == 0

@@ -4,13 +4,14 @@ import importlib.util
 import math
 import sys
 import types
+from collections.abc import Callable
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
-from diffattn.pipelines.compare import by_packages
+from diffattn.pipelines.compare import by_packages, measures
 from diffattn.pipelines.compare.clip import Clip
 from diffattn.pipelines.compare.measures import (
     BY_NAME,
@@ -159,6 +160,35 @@ def test_lpips_gets_frames_between_minus_one_and_one(monkeypatch: pytest.MonkeyP
     assert by_packages.lpips(dense, other) == pytest.approx(2.0)
     assert [tuple(x.shape) for x in seen] == [(8, 3, 4, 4), (1, 3, 4, 4)]
     by_packages._lpips_model.cache_clear()
+
+
+def test_a_network_that_cannot_be_loaded_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def load(net: str, verbose: bool) -> None:
+        tried.append(net)
+        raise OSError("no route to host")
+
+    module = types.SimpleNamespace(LPIPS=load, __spec__=object())
+    monkeypatch.setitem(sys.modules, "lpips", module)  # type: ignore[arg-type]
+    monkeypatch.setattr(by_packages, "installed", lambda package: True)
+    monkeypatch.setattr(measures, "_failed", {})
+    frames = clip(smooth(2, 32, 32))
+    for _ in range(2):
+        reason = BY_NAME["lpips"].of(frames, frames)
+        assert reason == "LPIPS cannot load its network (no route to host)"
+    assert tried == ["alex"]
+
+
+def test_an_ffmpeg_without_the_filters(
+    monkeypatch: pytest.MonkeyPatch, fake_ffmpeg: Callable[[str], None]
+) -> None:
+    monkeypatch.setattr(measures, "_failed", {})
+    fake_ffmpeg('echo "No such filter: libvmaf" >&2; exit 1')
+    frames = clip(smooth())
+    reason = BY_NAME["vmaf"].of(frames, frames)
+    assert isinstance(reason, str)
+    assert reason.startswith("ffmpeg cannot compute libvmaf (")
 
 
 def test_measures_that_are_not_known() -> None:
