@@ -217,6 +217,9 @@ function plots() {
   const name = byId("quality").value;
   const costs = data.columns.filter((one) => ["density", "seconds"].includes(one.name));
   byId("plots").replaceChildren(...costs.map((cost) => plot(name, cost.name)));
+  const types = new Map(methods().map((one) => [one.type, one]));
+  byId("legend").replaceChildren(...[...types].map(([type, one]) => make("span",
+    { text: type, style: `--dot: ${colourOf(one)}` })));
 }
 function mark(name) {
   state.marked = state.marked === name ? null : name;

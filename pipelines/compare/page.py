@@ -33,12 +33,11 @@ _POLICY = (
     " script-src 'unsafe-inline'"
 )
 _TYPES = {".mp4": "video/mp4", ".png": "image/png"}
-_COSTS = {
-    "density": "the share of the token pairs that were computed, in all calls of attention of a"
-    " run: calls that a schedule keeps dense count whole",
-    "seconds": "of the whole call of the pipeline, without loading and writing; one untimed step"
-    " was run before",
-}
+_COSTS = (
+    "Pairs computed: the share of the token pairs that were computed, in all calls of attention of"
+    " a run; calls that a schedule keeps dense count whole. Seconds a clip: of the whole call of"
+    " the pipeline, without loading and writing; one untimed step was run before."
+)
 
 
 def page(
@@ -138,9 +137,8 @@ def _document(
         *(f'<p class="soft">{html.escape(note)}</p>' for note in notes),
         "<h2>Quality over cost</h2>",
         '<div class="bar"><label>Quality: <select id="quality"></select></label>'
-        f'<span class="soft">{html.escape("; ".join(f"{k}: {v}" for k, v in _COSTS.items()))}.'
-        "</span></div>",
-        '<div class="plots" id="plots"></div>',
+        f'<span class="soft">{html.escape(_COSTS)}</span></div>',
+        '<div class="plots" id="plots"></div><div class="bar soft" id="legend"></div>',
         f"<h2>{videos.capitalize()}</h2>",
         '<div class="bar"><label>Sample: <select id="sample"></select></label></div>',
         '<div class="bar" id="videobar"><button id="play" data-playing="no">Play</button>'

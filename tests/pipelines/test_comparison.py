@@ -1,6 +1,7 @@
 """`diffattn compare`: the table, resuming, and bad input."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from diffattn.pipelines.compare.case import Case, cases_of_file
 from diffattn.pipelines.compare.sample_table import Row, SampleTable
 from diffattn.pipelines.compare.table import against_floors, between, lines, shown
 from diffattn.pipelines.errors import UserError
+from diffattn.pipelines.run import generate as generating
 
 from .conftest import SIZE, Result
 
@@ -147,6 +149,49 @@ class TestRun:
         again = compare(PROMPTS[0], *options, "--density", 0.5, "--density", 0.25, *MEASURES, *size)
         assert again.code == 0
         assert "of the token pairs for" not in again.out
+
+    def test_a_model_of_pictures(
+        self, diffattn: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import tiny_complete
+
+        monkeypatch.chdir(tmp_path)
+        tiny_complete._flux().save_pretrained("flux")
+        size = ["--height", 64, "--width", 64, "--steps", 2]
+        attn = ["--attn", "gna window=1,3,3 dense_steps=0"]
+        result = diffattn("compare", "a cat", "--model", "flux", *size, *attn, "-o", "out")
+        assert result.code == 0, result.err
+        rows = table(tmp_path / "out")
+        assert len(rows) == 4
+        for row in rows:
+            with Image.open(tmp_path / "out" / row["file"]) as image:
+                assert image.size == (64, 64)
+            assert row["frozen"] == "a picture"
+        assert '"picture": true' in (tmp_path / "out/index.html").read_text("utf-8")
+
+    def test_sound(self, compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        render = comparing.render
+
+        def sounding(request: Any, loaded: Any, label: str, *args: Any, **rest: Any) -> Any:
+            made = render(request, loaded, label, *args, **rest)
+            sound = np.full((2, 100), 0.5 if label == "radial" else 1.0, np.float32)
+            return dataclasses.replace(made, audio=sound)
+
+        monkeypatch.setattr(comparing, "render", sounding)
+        assert compare(PROMPTS[0], "--attn", "radial", "--measure", "audio_nmse").code == 0
+        found = {row["case"]: row["audio_nmse"] for row in table(tmp_path / "out")}
+        assert found["radial"] == "0.25"
+        assert found["floor: kernel"] == "0"
+
+    def test_the_sound_of_a_pipeline(self) -> None:
+        import torch
+
+        sound = torch.ones(1, 2, 7, dtype=torch.bfloat16)
+        found = generating._sound(sound)
+        assert found is not None
+        assert (found.shape, found.dtype) == ((2, 7), np.float32)
+        assert generating._sound([np.zeros(7)]).shape == (1, 7)
+        assert generating._sound(None) is None
 
 
 class TestResuming:

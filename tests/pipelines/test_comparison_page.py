@@ -181,6 +181,7 @@ class TestInABrowser:
         circle.click()
         assert opened.get_attribute("tr[data-case=high]", "class").split() == ["case", "marked"]
         assert "floor: kernel: equal (beyond the plot)" in opened.inner_text("#plots")
+        assert opened.inner_text("#legend") == "gna"
 
     def test_videos_play_in_step(self, opened: Any) -> None:
         assert opened.locator("#media video").count() == 3 + len(CASES)
