@@ -90,7 +90,7 @@ def cached(pipe: Any, cache: str | None, steps: int) -> Iterator[None]:
 def _first_block(pipe: Any, cache: str) -> Iterator[None]:
     from diffusers import FirstBlockCacheConfig
 
-    models = denoisers(pipe).values()
+    models: list[Any] = list(denoisers(pipe).values())
     threshold = _threshold(cache)
     config = FirstBlockCacheConfig() if threshold is None else FirstBlockCacheConfig(threshold)
     for model in models:

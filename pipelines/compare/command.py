@@ -27,6 +27,7 @@ from .case import (
 from .comparison import Comparison, Folder, read_record
 from .densities import at_densities
 from .measures import choose_measures
+from .page import MOST_MEDIA
 from .results import write_results
 from .sample_table import Row
 
@@ -132,6 +133,7 @@ def finish(
     *,
     memory_check: bool,
     papers: Callable[[Sequence[Row]], Sequence[Mapping[str, str]]] = lambda rows: (),
+    most_media: int = MOST_MEDIA,
 ) -> None:
     """Make what the folder lacks, and write the table and the page.
 
@@ -143,11 +145,12 @@ def finish(
         warn: takes one-line warnings.
         memory_check: whether to refuse what the device has too little memory for.
         papers: gives the figures that papers report, for the page, beside those of the samples.
+        most_media: bytes of videos and pictures in the page.
     """
     from .run import compare
 
     table = compare(comparison, folder, only, say, warn, memory_check=memory_check)
-    for line in write_results(comparison, folder, table.rows, papers(table.rows)):
+    for line in write_results(comparison, folder, table.rows, papers(table.rows), most_media):
         say(line)
 
 

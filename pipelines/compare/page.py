@@ -23,7 +23,7 @@ from .measures import BY_NAME
 from .sample_table import Row
 from .table import Column, Compared, against_floors, between, columns, lines, missing
 
-# Bytes of videos and pictures in a page; further samples are left out of it.
+# Bytes of videos and pictures in a page, unless its caller says another number.
 MOST_MEDIA = 40_000_000
 # From this many pixels a side on, videos are shown smooth.
 _LARGE = 200
@@ -46,6 +46,7 @@ def page(
     rows: Sequence[Row],
     record: Mapping[str, Any],
     papers: Sequence[Mapping[str, str]] = (),
+    most_media: int = MOST_MEDIA,
 ) -> str:
     """The page as text.
 
@@ -55,11 +56,12 @@ def page(
         rows: the samples.
         record: the settings as the folder's record has them, with versions and device.
         papers: figures that papers report: rows of a table, with the same keys.
+        most_media: bytes of videos and pictures; the samples beyond are left out.
     """
     found = lines(comparison.cases, rows, comparison.measures)
     without = missing(found, comparison.measures)
     kept = [column for column in columns(comparison.measures) if column.name not in without]
-    media, shown = _media(comparison, folder, rows)
+    media, shown = _media(comparison, folder, rows, most_media)
     size = _size(folder, comparison.samples)
     data = {
         "columns": [_column(column) for column in kept],
@@ -200,7 +202,9 @@ def _kind(case: Case) -> str:
 
 def _test(one: Compared) -> dict[str, Any]:
     apart = {k: v for k, v in dataclasses.asdict(one).items() if k != "test"}
-    return {**dataclasses.asdict(one.test), **apart}
+    values = {**dataclasses.asdict(one.test), **apart}
+    # A study has thousands of tests.
+    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in values.items()}
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
@@ -209,11 +213,10 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _media(
-    comparison: Comparison, folder: Folder, rows: Sequence[Row]
+    comparison: Comparison, folder: Folder, rows: Sequence[Row], room: int
 ) -> tuple[dict[str, dict[str, Any]], int]:
     """The videos by sample and case, and the number of samples that have any in the page."""
     found: dict[str, dict[str, Any]] = {}
-    room = MOST_MEDIA
     for sample in comparison.samples:
         own = {row.case: row for row in rows if row.sample == sample.key}
         paths = {name: folder.path / row.file for name, row in own.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from .comparison import Comparison, Folder, read_record
-from .page import page
+from .page import MOST_MEDIA, page
 from .sample_table import Row, write_whole
 from .table import against_floors, as_markdown, lines
 
@@ -15,6 +15,7 @@ def write_results(
     folder: Folder,
     rows: Sequence[Row],
     papers: Sequence[Mapping[str, str]] = (),
+    most_media: int = MOST_MEDIA,
 ) -> Iterator[str]:
     """Write the results, and yield lines about them.
 
@@ -23,11 +24,13 @@ def write_results(
         folder: the folder of the samples, which takes the table and the page.
         rows: the samples.
         papers: figures that papers report, for the page.
+        most_media: bytes of videos and pictures in the page.
     """
     found = lines(comparison.cases, rows, comparison.measures)
     tests = against_floors(comparison.cases, rows, comparison.measures)
     text = as_markdown(found, tests, comparison.measures)
     write_whole(folder.summary, text)
     yield from text.splitlines()
-    write_whole(folder.page, page(comparison, folder, rows, read_record(folder.settings), papers))
+    record = read_record(folder.settings)
+    write_whole(folder.page, page(comparison, folder, rows, record, papers, most_media))
     yield f"{folder.samples}: {len(rows)} samples; {folder.summary}; {folder.page} to look at"

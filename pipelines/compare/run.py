@@ -145,8 +145,8 @@ class _Phase:
         loaded = load_model(first, record)
         shown = "" if first.lora is None else f" with the LoRA {first.lora}"
         self._say(f"{base.model}{shown}: {loaded.dtype} on {loaded.device}")
-        for case in dict.fromkeys(case.name for _, case in self.left):
-            self._check(self._comparison.case(case), loaded, sources)
+        for name in dict.fromkeys(case.name for _, case in self.left):
+            self._check(self._comparison.case(name), loaded, sources)
         for prompt in self._comparison.prompts:
             warn_of_words(loaded.pipe, prompt, self._warn)
         self._folder.begin(self._comparison, device)
@@ -262,7 +262,7 @@ class _Phase:
             exact = self._folder.dense_frames(sample)
             part = exact.with_name(f".part-{exact.name}")
             more = {"audio": made.audio, "fps": fps}
-            given = {name: np.asarray(value) for name, value in more.items() if value is not None}
+            given: dict[str, Any] = {name: x for name, x in more.items() if x is not None}
             np.savez_compressed(part, frames=made.frames, **given)
             part.replace(exact)
         return path

@@ -54,6 +54,8 @@ _SWEPT_AT = 0.25
 _CONSTANT = 0.3
 _RAMPS = {"falling": (0.5, 0.1), "rising": (0.1, 0.5)}
 _THRESHOLD = 0.2
+# Bytes of videos in the page, which is to be committed: of a few samples.
+_MEDIA = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,16 @@ def study(
             _train([case for case in now if case.lora is not None], say)
         except KeyboardInterrupt:
             raise RunInterruptedError([], "the training goes on by the same command") from None
-    finish(comparison, folder, now, say, warn, memory_check=memory_check, papers=papers_beside)
+    finish(
+        comparison,
+        folder,
+        now,
+        say,
+        warn,
+        memory_check=memory_check,
+        papers=papers_beside,
+        most_media=_MEDIA,
+    )
 
 
 def study_cases(

@@ -122,12 +122,20 @@ def against_floors(
 
 
 def between(cases: Sequence[Case], rows: Sequence[Row], measures: Sequence[str]) -> list[Compared]:
-    """Each pair of cases that are no floors, in each measure that compares with the dense model."""
-    names = [case.name for case in cases if case.name not in (DENSE, *FLOORS)]
+    """Each pair of cases that are no floors, in each measure that compares with the dense model.
+
+    Cases of a study are paired with those that share a group with them.
+    """
+    own = [case for case in cases if case.name not in (DENSE, *FLOORS)]
+    pairs = [
+        (a.name, b.name)
+        for a, b in itertools.combinations(own, 2)
+        if not a.groups or not b.groups or {*a.groups} & {*b.groups}
+    ]
     found: list[Compared] = []
     for measure in measures:
         if BY_NAME[measure].against_dense:
-            found += _corrected(list(itertools.combinations(names, 2)), rows, measure)
+            found += _corrected(pairs, rows, measure)
     return found
 
 
