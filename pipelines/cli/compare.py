@@ -149,6 +149,11 @@ def compare(
             rich_help_panel=options.MACHINE,
         ),
     ] = None,
+    lora: Annotated[
+        str | None,
+        typer.Option(help="LoRA file or folder for all cases, the dense model included."),
+    ] = None,
+    lora_everywhere: options.LoraEverywhere = None,
     no_memory_check: options.NoMemoryCheck = False,
 ) -> None:
     """Compare methods with the dense model: quality, time and memory, in a table and a page.

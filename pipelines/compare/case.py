@@ -39,7 +39,7 @@ class Case:
         attention: the method, as its `to_dict()` gives it.
         dtype: the type of the model where it is not that of the comparison.
         other_kernel: whether dense attention runs by another kernel than torch would choose.
-        lora: file or folder of a LoRA, in addition to none of the comparison's own.
+        lora: file or folder of a LoRA in the place of the comparison's own; None for that one.
         lora_everywhere: as `Request.lora_everywhere`.
         cache: a step cache, see `caches`; None for none.
         groups: the parts of a study that the case belongs to.

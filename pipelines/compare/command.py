@@ -182,7 +182,7 @@ def base_request(given: Mapping[str, Any], prompt: str) -> Request:
         UserError: for a setting that no model could use.
     """
     settings = dict(given)
-    for name in ("model", "last_image", "input"):
+    for name in ("model", "lora", "last_image", "input"):
         if name in given:
             check_option(name, given[name], TEXT)
             settings[name] = absolute(given[name])

@@ -68,9 +68,10 @@ def compare(
         RunInterruptedError: on Ctrl-C. All rows that were made are kept.
     """
     quiet_libraries()
+    for lora in dict.fromkeys([comparison.base.lora, *(case.lora for case in only)]):
+        if lora is not None:
+            read_lora_record(lora)
     for case in only:
-        if case.lora is not None:
-            read_lora_record(case.lora)
         check_cache(case.name, case.cache)
     device = describe_device(str(choose_device(comparison.base.device)))
     with folder.opened(comparison, device, warn) as table:

@@ -150,6 +150,25 @@ class TestRun:
         assert again.code == 0
         assert "of the token pairs for" not in again.out
 
+    def test_loras_of_all_cases_and_of_one(
+        self, compare: Any, tmp_path: Path, tiny_lora: Path
+    ) -> None:
+        assert compare(PROMPTS[0], *GNA, *MEASURES, "--lora", tiny_lora).code == 0
+        cases = {"with": {"attention": "dense", "lora": str(tiny_lora)}}
+        (tmp_path / "cases.json").write_text(json.dumps(cases))
+        (tmp_path / "out").rename(tmp_path / "all")
+        assert compare(PROMPTS[0], "--cases", "cases.json", *MEASURES).code == 0
+        with np.load(tmp_path / "all/dense/001.npz") as one:
+            with_lora = one["frames"]
+        with np.load(tmp_path / "out/dense/001.npz") as one:
+            without = one["frames"]
+        error = ((with_lora.astype(float) - without.astype(float)) ** 2).mean()
+        row = next(row for row in table(tmp_path / "out") if row["case"] == "with")
+        assert float(row["psnr"]) == pytest.approx(10 * math.log10(255**2 / error), abs=1e-4)
+        error_line = compare(PROMPTS[0], *GNA, "--lora", "nowhere", "-o", "new").error
+        assert "nowhere" in error_line
+        assert not (tmp_path / "new").exists()
+
     def test_a_model_of_pictures(
         self, diffattn: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
