@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from .sample_table import Row
 
@@ -62,15 +63,15 @@ def papers_beside(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def _measured(case: str, rows: Sequence[Row]) -> str:
-    dense = _mean([row.seconds for row in rows if row.case == "dense"])
+    dense = median([row.seconds for row in rows if row.case == "dense"] or [0.0])
     names = dict.fromkeys(row.case for row in rows if row.case.startswith(case))
     parts = []
     for name in names:
         own = [row for row in rows if row.case == name]
         ratio = _mean([value for row in own if (value := row.number("psnr")) is not None])
-        seconds = _mean([row.seconds for row in own])
+        seconds = median(row.seconds for row in own)
         closeness = "" if ratio is None else f" {ratio:.1f} dB,"
-        speed = "" if dense is None or not seconds else f" {dense / seconds:.2f}x"
+        speed = f" {dense / seconds:.2f}x" if dense and seconds else ""
         parts.append(f"{name}:{closeness}{speed}")
     return "; ".join(parts) if parts else "not measured yet"
 

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Literal
 
 from .case import DENSE, FLOORS, Case
@@ -13,9 +14,11 @@ from .measures import BY_NAME
 from .paired import Test, holm, paired_test
 from .sample_table import Row
 
+# Of times the median: other load on a machine makes single clips much slower.
+_MEDIANS = ("seconds", "loop_seconds")
 # Columns before and after the measures: name, title, digits.
-_BEFORE = (("density", "pairs computed", 3), ("seconds", "s a clip", 2))
-_AFTER = (("loop_seconds", "s denoising", 2), ("memory_gib", "peak GiB", 2))
+_BEFORE = (("density", "pairs computed", 3), ("seconds", "s a clip, median", 2))
+_AFTER = (("loop_seconds", "s denoising, median", 2), ("memory_gib", "peak GiB", 2))
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,9 @@ class Cell:
     """The values of a case in one column.
 
     Attributes:
-        mean: of the finite values; infinity if none is finite; None without a value.
-        deviation: standard deviation of the finite values; None for fewer than two.
+        mean: of the finite values, of times their median; infinity if none is finite; None without
+            a value.
+        deviation: standard deviation of the finite values; None for fewer than two and for times.
         infinite: how many values are infinite: frames equal to the dense model's.
         reason: why there is no value; "" if there is one.
     """
@@ -198,6 +202,8 @@ def _cell(rows: Sequence[Row], name: str) -> Cell:
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return Cell(math.inf, None, len(values), "")
+    if name in _MEDIANS:
+        return Cell(median(finite), None, len(values) - len(finite), "")
     mean = sum(finite) / len(finite)
     deviation = None
     if len(finite) > 1:
