@@ -95,9 +95,9 @@ def plan_job(
     for name in ("model", "lora", "last_image", "input"):
         if name in given:
             check_option(name, given[name], TEXT)
-            settings[name] = _absolute(given[name])
+            settings[name] = absolute(given[name])
     if "image" in given:
-        settings["image"] = tuple(_absolute(name) for name in given["image"])
+        settings["image"] = tuple(absolute(name) for name in given["image"])
     lora = settings.get("lora")
     record = read_lora_record(lora) if isinstance(lora, str) and lora.strip() else None
     # A repeated run keeps the method of its record.
@@ -203,7 +203,7 @@ def _prompts(
     return read.prompts
 
 
-def _absolute(path: str) -> str:
+def absolute(path: str) -> str:
     """Make the path of an existing file absolute, so that a record works from any folder."""
     found = path != BUNDLED_MODEL and Path(path).expanduser().exists()
     return str(Path(path).expanduser().resolve()) if found else path
