@@ -16,7 +16,7 @@ import numpy as np
 from diffattn.counting import PairCount, counted_pairs
 
 from ..errors import RunInterruptedError, UserError
-from ..run.generate import Rendering, attached, render
+from ..run.generate import Rendering, attached, render, sparse_throughout
 from ..run.loading import LoadedModel, choose_device, load_model
 from ..run.machine import describe_device, quiet_libraries
 from ..run.memory import check_memory
@@ -36,7 +36,6 @@ from .measures import take
 from .peak import peak_memory
 from .sample_table import Row, SampleTable
 
-_NO_SCHEDULE: dict[str, Any] = {"dense_layers": 0, "dense_steps": 0, "last_dense_steps": 0}
 _GO_ON = "the same command goes on from there"
 
 
@@ -234,15 +233,8 @@ class _Phase:
         """Run one untimed step of a case that this process has not run yet, all of it sparse."""
         if case.name in self._warm:
             return
-        steps = run.request.steps
-        assert steps is not None
         step = dataclasses.replace(run.request, steps=1)
-        method: Any = run.method
-        # Methods that differ by step may be for runs of one length only.
-        if hasattr(method, "at_step"):
-            method = method.at_step(steps - 1, steps)
-        if method.type != "dense":
-            method = dataclasses.replace(method, **_NO_SCHEDULE)
+        method = run.method if run.method.type == "dense" else sparse_throughout(run)
         with attached(loaded.pipe, dataclasses.replace(run, method=method)):
             render(step, loaded, case.name, run.sources, shown=False)
         self._warm.add(case.name)

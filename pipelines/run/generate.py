@@ -37,6 +37,8 @@ from .vocabulary import warn_of_words
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from diffattn.methods import Method
+
     from .job import Job
 
 _WARM_UP = "timed after one untimed step of each"
@@ -296,11 +298,20 @@ def warm_up(run: Run, loaded: LoadedModel) -> None:
     """
     step = dataclasses.replace(run.request, steps=1)
     render(step, loaded, "warming up (dense)", run.sources)
-    # A schedule that keeps the first steps dense would leave the sparse kernels cold.
-    no_schedule: Any = _NO_SCHEDULE
-    sparse = dataclasses.replace(run.method, **no_schedule)
+    sparse = sparse_throughout(run)
     with attached(loaded.pipe, dataclasses.replace(run, method=sparse)):
         render(step, loaded, f"warming up ({sparse.type})", run.sources)
+
+
+def sparse_throughout(run: Run) -> Method:
+    """The method of a run's last step, for runs of any length, with every step and layer sparse.
+
+    A schedule that keeps the first steps dense would leave the sparse kernels cold.
+    """
+    steps = run.request.steps
+    last = run.method.at_step(steps - 1, steps) if steps else run.method.at_step(0, 0)
+    no_schedule: Any = _NO_SCHEDULE
+    return dataclasses.replace(last, **no_schedule)
 
 
 @contextmanager
