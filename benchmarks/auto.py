@@ -3,7 +3,7 @@
     python benchmarks/auto.py --output benchmarks
 
 writes benchmarks/auto.json, benchmarks/auto.md and diffattn/methods/auto/table.json. An interrupted
-run goes on from benchmarks/auto.part.json.
+run goes on where it was.
 
 How the figures are made:
 

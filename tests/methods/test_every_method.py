@@ -60,7 +60,7 @@ def test_attached_and_taken_off(name: str) -> None:
 @every_method
 def test_planned_and_drawn(name: str) -> None:
     method: Method = METHODS[name]()
-    cost = diffattn.plan(GRID, method, heads=2, head_dim=16, layers=4)
+    cost = diffattn.plan(GRID, method, heads=2, head_dim=16, layers=4, steps=10)
     assert cost.tokens == GRID.tokens
     if isinstance(method, StaticMaskMethod):
         picture = draw.picture(method.for_model("wan2.1", GRID), GRID)
@@ -75,7 +75,7 @@ def test_references(name: str, policy: str) -> None:
     assert f"references={policy!r}" in repr(method) or policy == "visible"
     assert from_dict(json.loads(json.dumps(method.to_dict()))) == method
     grid = TokenGrid(3, 8, 8, 5, 200, references=(Reference(199, 3, 8, 8), Reference(393, 1, 2, 2)))
-    cost = diffattn.plan(grid, method, heads=2, head_dim=16, layers=4)
+    cost = diffattn.plan(grid, method, heads=2, head_dim=16, layers=4, steps=10)
     assert cost.tokens == 5 + 192 + 200
     assert f"{policy}, " in str(cost)
     query, key, value = torch.randn(3, 1, grid.tokens, 2, 16).unbind(0)
