@@ -33,7 +33,8 @@ class AutoAttn(Method):
 
     At the first call the method is looked up in a table that `benchmarks/auto.py` measures, by
     `speed`, the number of tokens, and whether the run has few steps, as those of distilled models.
-    A line of the log, at level WARNING, says what was chosen and why. Where attention takes so
+    A line of the log of "diffattn.methods.auto.method", at level WARNING, says what was chosen and
+    why. Where attention takes so
     small a share of the time that the whole model could not become 1.25 times as fast, every call
     stays dense, and the line says so.
 
@@ -91,16 +92,19 @@ class AutoAttn(Method):
 
     def for_run(self, family: str, grid: TokenGrid | None, steps: int | None) -> Method:
         """The chosen method, with its schedules; dense where no method is worth its loss."""
-        return self._choice(grid, steps or 0)[0]
+        return self._told_choice(grid, steps or 0)
 
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Method:  # type: ignore[override]
         """The chosen method with its parameters for the step and the model."""
         step, steps = self._moment
+        return self._told_choice(grid, steps).at_step(step, steps).for_model(family, grid)
+
+    def _told_choice(self, grid: TokenGrid | None, steps: int) -> Method:
         chosen, why = self._choice(grid, steps)
         if grid is not None and steps and why not in self._said:
             self._said.add(why)
             logger.warning("%s", why)
-        return chosen.at_step(step, steps).for_model(family, grid)
+        return chosen
 
     def _choice(self, grid: TokenGrid | None, steps: int) -> tuple[Method, str]:
         """The method for a run of so many steps, 0 where that is not known, and the reason."""
