@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffattn.samples.moving_shapes import MODEL_DIR
+from diffattn.samples.moving_shapes.batches import Mixing, choose_frames
 from diffattn.samples.moving_shapes.captions import Scene, all_scenes, split_scenes, vocabulary
 from diffattn.samples.moving_shapes.checker import Reading
 from diffattn.samples.moving_shapes.clips import FRAMES, SIZE, render_clips
@@ -24,12 +25,12 @@ from diffattn.samples.moving_shapes.train import (
     Settings,
     Stage,
     Trainer,
-    choose_frames,
     export,
     load_checkpoint,
     parse_stages,
     run,
     save_checkpoint,
+    trained_vae,
 )
 from diffattn.samples.moving_shapes.vae import (
     PATCH,
@@ -194,17 +195,33 @@ def test_training_forward_equals_the_stock_forward() -> None:
 
 def test_guidance_reaches_the_attention_that_it_is_for() -> None:
     settings = replace(MICRO, size=ModelSize(heads=2, head_dim=24, layers=4, ffn_dim=32))
-    settings = replace(settings, stages=(Stage(frames=3, batch=2, steps=1),), caption_drop=0.0)
-    trainer = Trainer(settings)
-    error, penalised = trainer.train_step()
-    assert penalised > error
+    settings = replace(settings, stages=(Stage(frames=3, batch=2, steps=1),), mixing=Mixing(0.0))
+    trainer, plain = Trainer(settings), Trainer(replace(settings, path_weight=0.0))
+    (flow, loss), (plain_flow, plain_loss) = trainer.train_step(), plain.train_step()
+    assert flow == plain_flow
     assert trainer.view.paths.penalty is not None
-    weight = settings.path_weight
-    assert penalised.item() == pytest.approx((error + weight * trainer.view.paths.penalty).item())
-    plain = Trainer(replace(settings, path_weight=0.0))
-    error, penalised = plain.train_step()
-    assert penalised == error
+    penalty = settings.path_weight * trainer.view.paths.penalty
+    assert loss.item() == pytest.approx((plain_loss + penalty).item())
     assert plain.view.paths.penalty is None
+
+
+def test_whole_clips_are_not_guided() -> None:
+    settings = replace(MICRO, size=ModelSize(heads=2, head_dim=24, layers=2, ffn_dim=32))
+    trainer = Trainer(replace(settings, stages=(Stage(FRAMES, batch=1, steps=1),)))
+    trainer.train_step()
+    assert trainer.view.paths.penalty is None
+
+
+def test_losses_of_weight_zero_leave_the_flow_matching_loss() -> None:
+    plain = replace(
+        MICRO, path_weight=0.0, word_weight=0.0, outline_weight=0.0, contested_weight=0.0
+    )
+    flow, loss = Trainer(plain).train_step()
+    assert flow == loss
+    for name in ("word_weight", "outline_weight", "contested_weight"):
+        same_flow, more = Trainer(replace(plain, **{name: 1.0})).train_step()
+        assert same_flow == flow
+        assert more > loss
 
 
 def test_frames_keep_their_place_in_time() -> None:
@@ -274,6 +291,27 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path: Path) -> None:
         load_checkpoint(larger, tmp_path / "checkpoint.pt")
 
 
+def test_a_run_starts_from_an_exported_pipeline(tmp_path: Path) -> None:
+    trainer, vae = Trainer(MICRO), make_vae()
+    trainer.train_step()
+    with torch.no_grad():
+        vae.decoder.conv_out.bias.fill_(0.125)
+    export(trainer, vae, tmp_path)
+    second = Trainer(replace(MICRO, seed=5))
+    second.start_from(tmp_path)
+    for ours, theirs in zip(second.parameters, trainer.averages, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+    for ours, average in zip(second.parameters, second.averages, strict=True):
+        assert torch.equal(ours, average)
+    kept = trained_vae(tmp_path / "vae.pt", steps=1, device="cpu", start=tmp_path)
+    assert bool((kept.decoder.conv_out.bias == 0.125).all())
+
+
+def test_a_pipeline_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'layers': 4.*not this run's"):
+        Trainer(MICRO).start_from(MODEL_DIR)
+
+
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_checkpoint(Trainer(MICRO), tmp_path / "none.pt")
@@ -292,6 +330,32 @@ def test_stages_follow_one_another() -> None:
     assert stages == [2, 2, 2, 3, 3, 3]
     with pytest.raises(IndexError, match="step 6 lies behind"):
         MICRO.stage_at(6)
+
+
+def test_a_time_budget_shortens_the_schedule_and_never_lengthens_it() -> None:
+    settings = Settings(stages=(Stage(4, 1, 600), Stage(8, 1, 400)), minutes=2.0)
+    # After half of the time half of the schedule is due.
+    assert settings.position_after(3.0, seconds=60.0) == 500
+    assert settings.position_after(700.0, seconds=60.0) == 701
+    assert settings.stage_at(settings.position_after(0.0, seconds=90.0)).frames == 8
+    assert replace(settings, minutes=None).position_after(3.0, seconds=1e9) == 4
+
+
+def test_a_run_ends_with_its_time_budget() -> None:
+    trainer = Trainer(replace(MICRO, minutes=1e-6))
+    lines: list[str] = []
+    assert list(run(trainer, 6, report=lines.append)) == [1]
+    assert trainer.position >= MICRO.steps
+    assert len(lines) == 1
+    second = Trainer(replace(MICRO, minutes=1e-6))
+    second.load_state(trainer.state())
+    assert list(run(second, 6, report=lines.append)) == []
+
+
+@pytest.mark.parametrize("minutes", [0.0, -3.0, float("nan")])
+def test_a_budget_that_is_no_time_is_refused(minutes: float) -> None:
+    with pytest.raises(ValueError, match=f"must be positive, not {minutes} minutes"):
+        Settings(minutes=minutes)
 
 
 def test_stages_are_read_from_text() -> None:
