@@ -218,6 +218,7 @@ class Trainer:
         """Everything that a resumed run needs."""
         return {
             "settings": asdict(self.settings),
+            "device": self.device.type,
             "step": self.step,
             "position": self.position,
             "seconds": self.seconds,
@@ -234,11 +235,17 @@ class Trainer:
         """Continue from the result of `state`.
 
         Raises:
-            ValueError: if the state is of a model of another size.
+            ValueError: if the state is of a model of another size, or of a run on another kind of
+                device: a generator's state means nothing to a generator of another kind.
         """
         saved = state["settings"]["size"]
         if saved != asdict(self.settings.size):
             raise ValueError(f"the checkpoint holds a model of size {saved}, not this run's")
+        if state["device"] != self.device.type:
+            raise ValueError(
+                f"the checkpoint is of a run on {state['device']!r}, this run is on "
+                f"{self.device.type!r}: go on with --device {state['device']}"
+            )
         self.step = state["step"]
         self.position, self.seconds = state["position"], state["seconds"]
         self.transformer.load_state_dict(state["transformer"])
@@ -270,11 +277,15 @@ class Trainer:
             for average, parameter in zip(self.averages, self.parameters, strict=True):
                 average.copy_(parameter)
 
-    def use_averages(self) -> None:
-        """Put the averaged weights into the networks; the run cannot go on afterwards."""
+    def averaged(self) -> Trainer:
+        """A trainer on the CPU whose networks have this one's averaged weights, for export."""
+        copy = Trainer(self.settings)
+        copy.transformer.load_state_dict(self.transformer.state_dict())
+        copy.text_encoder.load_state_dict(self.text_encoder.state_dict())
         with torch.no_grad():
-            for parameter, average in zip(self.parameters, self.averages, strict=True):
+            for parameter, average in zip(copy.parameters, self.averages, strict=True):
                 parameter.copy_(average)
+        return copy
 
     def _set_rates(self, factor: float) -> None:
         bases = (self.settings.muon_rate, self.settings.adam_rate)
@@ -324,7 +335,7 @@ def load_checkpoint(trainer: Trainer, path: Path) -> None:
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if the checkpoint is of a model of another size.
+        ValueError: if the checkpoint is of a model of another size, or of another kind of device.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
@@ -367,9 +378,7 @@ def export(trainer: Trainer, vae: nn.Module, folder: Path) -> None:
     transformers loads the text encoder in the type of its file, diffusers loads other models in
     fp32. With a file in fp32 all parts of the loaded pipeline have the same type.
     """
-    copy = Trainer(trainer.settings)
-    copy.load_state(trainer.state())
-    copy.use_averages()
+    copy = trainer.averaged()
     copy.view.restore()
     pipeline = WanPipeline(
         tokenizer=copy.tokenizer,

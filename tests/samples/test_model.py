@@ -312,6 +312,24 @@ def test_a_pipeline_of_another_size_is_refused() -> None:
         Trainer(MICRO).start_from(MODEL_DIR)
 
 
+def test_a_checkpoint_of_another_kind_of_device_is_refused() -> None:
+    state = {**Trainer(MICRO).state(), "device": "cuda"}
+    with pytest.raises(ValueError, match=r"run on 'cuda', this run is on 'cpu'.*--device cuda"):
+        Trainer(MICRO).load_state(state)
+
+
+def test_export_asks_for_nothing_that_only_the_device_of_the_run_has(tmp_path: Path) -> None:
+    trainer = Trainer(MICRO)
+    trainer.train_step()
+    # The state of a GPU's generator cannot be put into a generator of the CPU.
+    del trainer.noise
+    export(trainer, make_vae(), tmp_path)
+    loaded = load_pipeline(tmp_path).transformer
+    expected = trainer.averaged().transformer
+    for ours, theirs in zip(loaded.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_checkpoint(Trainer(MICRO), tmp_path / "none.pt")
