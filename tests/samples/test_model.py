@@ -27,6 +27,7 @@ from diffattn.samples.moving_shapes.train import (
     Trainer,
     export,
     load_checkpoint,
+    main,
     parse_stages,
     run,
     save_checkpoint,
@@ -333,6 +334,24 @@ def test_export_asks_for_nothing_that_only_the_device_of_the_run_has(tmp_path: P
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_checkpoint(Trainer(MICRO), tmp_path / "none.pt")
+
+
+def test_the_script_trains_on_from_a_pipeline_goes_on_and_exports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--work", str(tmp_path / "run"), "--stages", "2x1x1", "--checkpoint-every", "1"]
+    main([*command, "--from", str(MODEL_DIR)])
+    assert "step 1 at 1/1 tokens 288" in capsys.readouterr().out
+    exported = tmp_path / "model"
+    main([*command, "--from", str(MODEL_DIR), "--resume", "--export", str(exported)])
+    assert "step 1" not in capsys.readouterr().out
+    names = [str(file.relative_to(MODEL_DIR)) for file in MODEL_DIR.rglob("*.json")]
+    assert sorted(names) == sorted(str(f.relative_to(exported)) for f in exported.rglob("*.json"))
+    shipped, trained = load_pipeline(MODEL_DIR), load_pipeline(exported)
+    weight = trained.transformer.proj_out.weight
+    assert not torch.equal(weight, shipped.transformer.proj_out.weight)
+    torch.testing.assert_close(weight, shipped.transformer.proj_out.weight, atol=0.01, rtol=0.1)
+    assert torch.equal(trained.vae.decoder.conv_in.weight, shipped.vae.decoder.conv_in.weight)
 
 
 def test_rates_rise_stay_and_fall_to_zero() -> None:
