@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -91,8 +92,6 @@ def test_words_are_learnt_from_hidden_states_that_hold_them() -> None:
 
 def batch_with_tokens(batch: Batch) -> Batch:
     """The batch with covers of five tokens a clip."""
-    from dataclasses import replace
-
     return replace(batch, covers=batch.covers[..., :1, :2, :10])
 
 
