@@ -69,6 +69,18 @@ def render(scenes: Sequence[Scene], geometry: Geometry, frames: Tensor, size: in
     Returns:
         Float tensor (batch, 3, frames, size, size) in [-1, 1].
     """
+    return paint(scenes, pick_shape(cover(scenes, geometry, frames, size), scenes))
+
+
+def cover(scenes: Sequence[Scene], geometry: Geometry, frames: Tensor, size: int = SIZE) -> Tensor:
+    """The share of every pixel that each of `SHAPES` would cover, were it the shape of the scene.
+
+    Args:
+        scenes, geometry, frames, size: as for `render`.
+
+    Returns:
+        Float tensor (batch, shapes, frames, size, size) in [0, 1].
+    """
     device = geometry.radius.device
     step = torch.tensor([DIRECTIONS[scene.direction] for scene in scenes], device=device).float()
     side = torch.stack([-step[:, 1], step[:, 0]], dim=1)
@@ -79,13 +91,21 @@ def render(scenes: Sequence[Scene], geometry: Geometry, frames: Tensor, size: in
     axis = (torch.arange(size, device=device) + 0.5) / size
     x = axis.view(1, 1, 1, size) - centre[..., 0, None, None]
     y = axis.view(1, 1, size, 1) - centre[..., 1, None, None]
-    kind = torch.tensor([SHAPES.index(scene.shape) for scene in scenes], device=device)
-    distance = _distance(kind.view(-1, 1, 1, 1), x, y, geometry.radius.view(-1, 1, 1, 1))
-    cover = (0.5 - distance * size).clamp(0, 1)[:, None]
+    distances = _distances(x, y, geometry.radius.view(-1, 1, 1, 1))
+    return torch.stack([(0.5 - distance * size).clamp(0, 1) for distance in distances], dim=1)
 
-    colour = palette_tensor([scene.colour for scene in scenes], device)
-    background = palette_tensor([scene.background for scene in scenes], device)
-    return background + cover * (colour - background)
+
+def pick_shape(covers: Tensor, scenes: Sequence[Scene]) -> Tensor:
+    """The cover of each scene's own shape, (batch, frames, size, size)."""
+    kinds = torch.tensor([SHAPES.index(scene.shape) for scene in scenes], device=covers.device)
+    return covers[torch.arange(len(scenes), device=covers.device), kinds]
+
+
+def paint(scenes: Sequence[Scene], covered: Tensor) -> Tensor:
+    """Clips (batch, 3, frames, size, size) in [-1, 1] from covers (batch, frames, size, size)."""
+    colour = palette_tensor([scene.colour for scene in scenes], covered.device)
+    background = palette_tensor([scene.background for scene in scenes], covered.device)
+    return background + covered[:, None] * (colour - background)
 
 
 def render_clips(scenes: Sequence[Scene], seed: int, size: int = SIZE) -> Tensor:
@@ -101,11 +121,11 @@ def palette_tensor(names: Sequence[str], device: torch.device | str = "cpu") -> 
     return (rgb / 127.5 - 1).view(-1, 3, 1, 1, 1)
 
 
-def _distance(kind: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """Signed distance to the outline, negative inside; all arguments broadcast."""
+def _distances(x: Tensor, y: Tensor, radius: Tensor) -> list[Tensor]:
+    """Signed distances to the outlines of `SHAPES`, negative inside; all arguments broadcast."""
     circle = (x * x + y * y).sqrt() - radius
     square = torch.maximum(x.abs(), y.abs()) - _SQUARE_HALF_SIDE * radius
     # Equilateral, apex up, centroid at the origin: the intersection of three half-planes.
     slope = 0.5 * 3**0.5
     triangle = torch.maximum(y, slope * x.abs() - 0.5 * y) - _TRIANGLE_INRADIUS * radius
-    return torch.where(kind == 0, circle, torch.where(kind == 1, square, triangle))
+    return [circle, square, triangle]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffattn.samples.moving_shapes import MODEL_DIR
+from diffattn.samples.moving_shapes.batches import Mixing, choose_frames
 from diffattn.samples.moving_shapes.captions import Scene, all_scenes, split_scenes, vocabulary
 from diffattn.samples.moving_shapes.checker import Reading
 from diffattn.samples.moving_shapes.clips import FRAMES, SIZE, render_clips
@@ -24,12 +25,13 @@ from diffattn.samples.moving_shapes.train import (
     Settings,
     Stage,
     Trainer,
-    choose_frames,
     export,
     load_checkpoint,
+    main,
     parse_stages,
     run,
     save_checkpoint,
+    trained_vae,
 )
 from diffattn.samples.moving_shapes.vae import (
     PATCH,
@@ -194,17 +196,33 @@ def test_training_forward_equals_the_stock_forward() -> None:
 
 def test_guidance_reaches_the_attention_that_it_is_for() -> None:
     settings = replace(MICRO, size=ModelSize(heads=2, head_dim=24, layers=4, ffn_dim=32))
-    settings = replace(settings, stages=(Stage(frames=3, batch=2, steps=1),), caption_drop=0.0)
-    trainer = Trainer(settings)
-    error, penalised = trainer.train_step()
-    assert penalised > error
+    settings = replace(settings, stages=(Stage(frames=3, batch=2, steps=1),), mixing=Mixing(0.0))
+    trainer, plain = Trainer(settings), Trainer(replace(settings, path_weight=0.0))
+    (flow, loss), (plain_flow, plain_loss) = trainer.train_step(), plain.train_step()
+    assert flow == plain_flow
     assert trainer.view.paths.penalty is not None
-    weight = settings.path_weight
-    assert penalised.item() == pytest.approx((error + weight * trainer.view.paths.penalty).item())
-    plain = Trainer(replace(settings, path_weight=0.0))
-    error, penalised = plain.train_step()
-    assert penalised == error
+    penalty = settings.path_weight * trainer.view.paths.penalty
+    assert loss.item() == pytest.approx((plain_loss + penalty).item())
     assert plain.view.paths.penalty is None
+
+
+def test_whole_clips_are_not_guided() -> None:
+    settings = replace(MICRO, size=ModelSize(heads=2, head_dim=24, layers=2, ffn_dim=32))
+    trainer = Trainer(replace(settings, stages=(Stage(FRAMES, batch=1, steps=1),)))
+    trainer.train_step()
+    assert trainer.view.paths.penalty is None
+
+
+def test_losses_of_weight_zero_leave_the_flow_matching_loss() -> None:
+    plain = replace(
+        MICRO, path_weight=0.0, word_weight=0.0, outline_weight=0.0, contested_weight=0.0
+    )
+    flow, loss = Trainer(plain).train_step()
+    assert flow == loss
+    for name in ("word_weight", "outline_weight", "contested_weight"):
+        same_flow, more = Trainer(replace(plain, **{name: 1.0})).train_step()
+        assert same_flow == flow
+        assert more > loss
 
 
 def test_frames_keep_their_place_in_time() -> None:
@@ -274,9 +292,66 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path: Path) -> None:
         load_checkpoint(larger, tmp_path / "checkpoint.pt")
 
 
+def test_a_run_starts_from_an_exported_pipeline(tmp_path: Path) -> None:
+    trainer, vae = Trainer(MICRO), make_vae()
+    trainer.train_step()
+    with torch.no_grad():
+        vae.decoder.conv_out.bias.fill_(0.125)
+    export(trainer, vae, tmp_path)
+    second = Trainer(replace(MICRO, seed=5))
+    second.start_from(tmp_path)
+    for ours, theirs in zip(second.parameters, trainer.averages, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+    for ours, average in zip(second.parameters, second.averages, strict=True):
+        assert torch.equal(ours, average)
+    kept = trained_vae(tmp_path / "vae.pt", steps=1, device="cpu", start=tmp_path)
+    assert bool((kept.decoder.conv_out.bias == 0.125).all())
+
+
+def test_a_pipeline_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'layers': 4.*not this run's"):
+        Trainer(MICRO).start_from(MODEL_DIR)
+
+
+def test_a_checkpoint_of_another_kind_of_device_is_refused() -> None:
+    state = {**Trainer(MICRO).state(), "device": "cuda"}
+    with pytest.raises(ValueError, match=r"run on 'cuda', this run is on 'cpu'.*--device cuda"):
+        Trainer(MICRO).load_state(state)
+
+
+def test_export_asks_for_nothing_that_only_the_device_of_the_run_has(tmp_path: Path) -> None:
+    trainer = Trainer(MICRO)
+    trainer.train_step()
+    # The state of a GPU's generator cannot be put into a generator of the CPU.
+    del trainer.noise
+    export(trainer, make_vae(), tmp_path)
+    loaded = load_pipeline(tmp_path).transformer
+    expected = trainer.averaged().transformer
+    for ours, theirs in zip(loaded.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_checkpoint(Trainer(MICRO), tmp_path / "none.pt")
+
+
+def test_the_script_trains_on_from_a_pipeline_goes_on_and_exports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--work", str(tmp_path / "run"), "--stages", "2x1x1", "--checkpoint-every", "1"]
+    main([*command, "--from", str(MODEL_DIR)])
+    assert "step 1 at 1/1 tokens 288" in capsys.readouterr().out
+    exported = tmp_path / "model"
+    main([*command, "--from", str(MODEL_DIR), "--resume", "--export", str(exported)])
+    assert "step 1" not in capsys.readouterr().out
+    names = [str(file.relative_to(MODEL_DIR)) for file in MODEL_DIR.rglob("*.json")]
+    assert sorted(names) == sorted(str(f.relative_to(exported)) for f in exported.rglob("*.json"))
+    shipped, trained = load_pipeline(MODEL_DIR), load_pipeline(exported)
+    weight = trained.transformer.proj_out.weight
+    assert not torch.equal(weight, shipped.transformer.proj_out.weight)
+    torch.testing.assert_close(weight, shipped.transformer.proj_out.weight, atol=0.01, rtol=0.1)
+    assert torch.equal(trained.vae.decoder.conv_in.weight, shipped.vae.decoder.conv_in.weight)
 
 
 def test_rates_rise_stay_and_fall_to_zero() -> None:
@@ -292,6 +367,32 @@ def test_stages_follow_one_another() -> None:
     assert stages == [2, 2, 2, 3, 3, 3]
     with pytest.raises(IndexError, match="step 6 lies behind"):
         MICRO.stage_at(6)
+
+
+def test_a_time_budget_shortens_the_schedule_and_never_lengthens_it() -> None:
+    settings = Settings(stages=(Stage(4, 1, 600), Stage(8, 1, 400)), minutes=2.0)
+    # After half of the time half of the schedule is due.
+    assert settings.position_after(3.0, seconds=60.0) == 500
+    assert settings.position_after(700.0, seconds=60.0) == 701
+    assert settings.stage_at(settings.position_after(0.0, seconds=90.0)).frames == 8
+    assert replace(settings, minutes=None).position_after(3.0, seconds=1e9) == 4
+
+
+def test_a_run_ends_with_its_time_budget() -> None:
+    trainer = Trainer(replace(MICRO, minutes=1e-6))
+    lines: list[str] = []
+    assert list(run(trainer, 6, report=lines.append)) == [1]
+    assert trainer.position >= MICRO.steps
+    assert len(lines) == 1
+    second = Trainer(replace(MICRO, minutes=1e-6))
+    second.load_state(trainer.state())
+    assert list(run(second, 6, report=lines.append)) == []
+
+
+@pytest.mark.parametrize("minutes", [0.0, -3.0, float("nan")])
+def test_a_budget_that_is_no_time_is_refused(minutes: float) -> None:
+    with pytest.raises(ValueError, match=f"must be positive, not {minutes} minutes"):
+        Settings(minutes=minutes)
 
 
 def test_stages_are_read_from_text() -> None:
