@@ -32,6 +32,7 @@ if _TYPE_CHECKING:
         LinFusionAttn,
         LVSAAttn,
         Method,
+        Policy,
         RadialAttn,
         SLAAttn,
         SolAttn,
@@ -51,6 +52,7 @@ if _TYPE_CHECKING:
     from diffattn.planning.by_steps import PlanBySteps
     from diffattn.planning.costs import Estimate
     from diffattn.planning.plans import Plan, plan
+    from diffattn.policy import load_policy, save_policy
     from diffattn.schedule import PerStep, early_ramp, hold, jenga, ramp
     from diffattn.tile_calibration import calibrate_attention_tile
 
@@ -77,6 +79,7 @@ __all__ = [
     "PerStep",
     "Plan",
     "PlanBySteps",
+    "Policy",
     "PredicateMask",
     "RadialAttn",
     "Reference",
@@ -96,6 +99,7 @@ __all__ = [
     "jenga",
     "load_clear_checkpoint",
     "load_linfusion_checkpoint",
+    "load_policy",
     "load_sla_checkpoint",
     "load_vsa_checkpoint",
     "methods",
@@ -105,6 +109,7 @@ __all__ = [
     "register_backend",
     "register_method",
     "save_linfusion_checkpoint",
+    "save_policy",
     "save_sla_checkpoint",
     "set_attn_processor",
 ]
@@ -150,6 +155,7 @@ _HOMES = {
             "LVSAAttn",
             "LinFusionAttn",
             "Method",
+            "Policy",
             "RadialAttn",
             "SVG2Attn",
             "SLAAttn",
@@ -169,6 +175,7 @@ _HOMES = {
         "planning.by_steps": ("PlanBySteps",),
         "planning.costs": ("Estimate",),
         "planning.plans": ("Plan", "plan"),
+        "policy": ("load_policy", "save_policy"),
         "schedule": ("PerStep", "early_ramp", "hold", "jenga", "ramp"),
     }.items()
     for name in names

@@ -32,6 +32,7 @@ ROOMS = (
     ("selected", "models"),
     ("routing",),
     ("methods",),
+    ("policy",),
     ("planning",),
     ("draw",),
     ("attach",),

@@ -13,6 +13,7 @@ from diffattn.methods.freeswim import FreeSwimAttn
 from diffattn.methods.gna import GNAAttn
 from diffattn.methods.linfusion import LinFusionAttn
 from diffattn.methods.lvsa import LVSAAttn
+from diffattn.methods.policy import Policy
 from diffattn.methods.radial import RadialAttn
 from diffattn.methods.registry import METHODS, all_methods, from_dict, register_method
 from diffattn.methods.sla import SLAAttn
@@ -38,6 +39,7 @@ for _method in (
     SLAAttn,
     VSAAttn,
     ByHeadAttn,
+    Policy,
 ):
     register_method(_method)
 
@@ -54,6 +56,7 @@ __all__ = [
     "LVSAAttn",
     "LinFusionAttn",
     "Method",
+    "Policy",
     "RadialAttn",
     "SLAAttn",
     "SVG2Attn",
