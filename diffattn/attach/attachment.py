@@ -307,7 +307,7 @@ class Attachment(Unpicklable):
         if kind in self._fits:
             return
         self._fits.add(kind)
-        name = getattr(getattr(self._alive(), "config", None), "_name_or_path", None) or ""
+        name = str(getattr(getattr(self._alive(), "config", None), "_name_or_path", None) or "")
         for group in attached.groups:
             misfit = group.chosen.misfit(type(model).__name__, attached.variant, name, grid, steps)
             if misfit is not None:

@@ -197,9 +197,7 @@ def needs_the_model(method: Method) -> bool:
     return any(getattr(own, name) is not getattr(Method, name) for name in _NEEDS_THE_MODEL)
 
 
-def work_of(
-    method: Method, grid: TokenGrid, layer: int, heads: int, head_dim: int
-) -> Work | None:
+def work_of(method: Method, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work | None:
     """The cost of a sparse call of any method, as `Method.work`; a mask's by its visited blocks."""
     if not isinstance(method, StaticMaskMethod):
         return method.work(grid, layer, heads, head_dim)

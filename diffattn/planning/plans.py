@@ -260,7 +260,7 @@ def _plan(
     grid: TokenGrid, method: Method, shape: ModelShape, model: str | None
 ) -> Plan | Estimate | PlanBySteps:
     check_tokens(grid)
-    misfit = method.misfit("", shape.variant, shape.name, grid, shape.steps or 0)
+    misfit = method.misfit("", shape.variant, str(shape.name), grid, shape.steps or 0)
     if misfit is not None:
         warnings.warn(misfit, stacklevel=3)
     for block in set(shape.block_of_site):

@@ -223,7 +223,12 @@ def test_files_that_hold_no_policy_are_refused(tmp_path: Path, text: str, messag
             r"^the last phase has until=0\.5, but holds until the end of the run: leave it out",
         ),
         (
-            ({"phases": [{"method": "gna", "until": u} for u in (0.5, 0.5)] + [{"method": "gna"}]},),
+            (
+                {
+                    "phases": [{"method": "gna", "until": u} for u in (0.5, 0.5)]
+                    + [{"method": "gna"}]
+                },
+            ),
             r"^a phase has until=0\.5, but the phase before it until=0\.5: give them in the order",
         ),
         (
@@ -265,7 +270,10 @@ RECORD = {
         ({}, None),
         ({"denoiser": "FluxTransformer"}, "denoiser WanTransformer3DModel, not FluxTransformer"),
         ({"grid": [5, 6, 6]}, "grid 5x6x5, not 5x6x6"),
-        ({"steps": 5, "diffattn": "0.0.1"}, f"steps 4, not 5; diffattn {diffattn.__version__}, not"),
+        (
+            {"steps": 5, "diffattn": "0.0.1"},
+            f"steps 4, not 5; diffattn {diffattn.__version__}, not",
+        ),
         ({"torch": "1.0.3"}, ", not 1.0"),
     ],
 )

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
 
-from diffattn._checks import did_you_mean, is_whole
+from diffattn._checks import is_whole
 from diffattn.grid import TokenGrid
 from diffattn.methods.base import Compiled, Method, Site, Work
-from diffattn.methods.by_head import needs_the_model, work_of
+from diffattn.methods.by_head import work_of
 from diffattn.methods.dense import DenseAttn
-from diffattn.methods.registry import from_dict
-from diffattn.schedule import check_steps, resolve_steps
+from diffattn.methods.policy.recorded import Recorded, recorded_of
+from diffattn.methods.policy.rules import POLICY, Phase, Rule, rule_of
+from diffattn.schedule import resolve_steps
 
 # The format of the rules. A policy of a higher number was written by a newer diffattn.
 FORMAT = 1
@@ -24,100 +25,9 @@ _MOST_KINDS = 1000
 _NO_ENDS: dict[str, Any] = {"dense_layers": 0, "dense_steps": 0, "last_dense_steps": 0}
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A method, and the step that it gives way to the next phase's method in.
-
-    Attributes:
-        method: the method of the phase's steps.
-        until: number of steps of the run that are over by then, as a count or as a fraction of the
-            run (rounded down). None in the last phase.
-    """
-
-    method: Method
-    until: int | float | None = None
-
-
-@dataclass(frozen=True)
-class Rule:
-    """The phases of some layers.
-
-    Attributes:
-        phases: in the order of the steps.
-        layers: indices of blocks, from 0; None for all blocks without an earlier rule.
-    """
-
-    phases: tuple[Phase, ...]
-    layers: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What a policy was found on. None and an empty text are not recorded.
-
-    Attributes:
-        model: repository id or folder.
-        denoiser: class of the denoiser.
-        variant: the model's name in the methods' tables of recommended settings.
-        layers: number of blocks of the denoiser.
-        grid: frames, rows and columns of tokens of the video.
-        steps: denoising steps of a run.
-        diffattn, torch: versions.
-        found: how the policy was found, such as the scores, the wanted work and the seed.
-    """
-
-    model: str = ""
-    denoiser: str = ""
-    variant: str = ""
-    layers: int | None = None
-    grid: tuple[int, int, int] | None = None
-    steps: int | None = None
-    diffattn: str = ""
-    torch: str = ""
-    found: Mapping[str, Any] = field(default_factory=dict, hash=False)
-
-    def __post_init__(self) -> None:
-        for name in ("model", "denoiser", "variant", "diffattn", "torch"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"recorded: {name} is {getattr(self, name)!r}, but must be text")
-        for name in ("layers", "steps"):
-            value = getattr(self, name)
-            if value is not None and (not is_whole(value) or value < 1):
-                raise ValueError(
-                    f"recorded: {name} is {value!r}, but must be an integer of at least 1"
-                )
-        if self.grid is not None:
-            sizes = tuple(self.grid) if isinstance(self.grid, list | tuple) else ()
-            if len(sizes) != 3 or not all(is_whole(size) and size > 0 for size in sizes):
-                raise ValueError(
-                    f"recorded: grid is {self.grid!r}, but must be the frames, rows and columns of"
-                    f" tokens, such as [21, 30, 52]"
-                )
-            object.__setattr__(self, "grid", sizes)
-        if not isinstance(self.found, Mapping):
-            raise ValueError(f"recorded: found is {self.found!r}, but must be an object")
-
-    def differences(
-        self, denoiser: str, variant: str, model: str, grid: TokenGrid | None, steps: int
-    ) -> list[str]:
-        """What a run has another than the record, in words; what is not known does not differ."""
-        import diffattn
-
-        sizes = None if grid is None else (grid.frames, grid.height, grid.width)
-        pairs: list[tuple[str, Any, Any]] = [
-            ("denoiser", self.denoiser, denoiser),
-            ("model", _last_part(self.model), _last_part(model)),
-            ("variant", self.variant, variant),
-            ("grid", self.grid, sizes),
-            ("steps", self.steps, steps),
-            ("diffattn", self.diffattn, diffattn.__version__),
-            ("torch", _minor(self.torch), _minor(torch.__version__)),
-        ]
-        return [
-            f"{name} {_spelt(there)}, not {_spelt(recorded)}"
-            for name, recorded, there in pairs
-            if recorded and there and recorded != there
-        ]
+def _nothing() -> Any:
+    # As JSON has it: a list of the methods' parameters shows the default.
+    return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,18 +55,18 @@ class Policy(Method):
             that the model lacks (on attaching), and a newer format.
     """
 
-    type: ClassVar[str] = "policy"
+    type: ClassVar[str] = POLICY
     paper: ClassVar[str] = "methods by layer and step"
     same_in_every_step: ClassVar[frozenset[str]] = frozenset(
         ("rules", "recorded", "format", "dense_layers", "references")
     )
-    differs_by_step: ClassVar[bool] = True  # type: ignore[assignment]
+    differs_by_step: ClassVar[bool] = True
 
     rules: tuple[Rule, ...] = field(
         default=(), metadata={"help": "methods by layers and ranges of steps"}
     )
     recorded: Recorded = field(
-        default_factory=dict,  # type: ignore[arg-type]
+        default_factory=_nothing,
         compare=False,
         metadata={"help": "the model, size, steps and versions of the search"},
     )
@@ -172,8 +82,8 @@ class Policy(Method):
             )
         if not isinstance(self.rules, list | tuple):
             raise ValueError(f"rules is {self.rules!r}, but must be a list of rules")
-        object.__setattr__(self, "rules", tuple(map(_rule, self.rules)))
-        object.__setattr__(self, "recorded", _recorded(self.recorded))
+        object.__setattr__(self, "rules", tuple(map(rule_of, self.rules)))
+        object.__setattr__(self, "recorded", recorded_of(self.recorded))
         taken: set[int] = set()
         for number, rule in enumerate(self.rules, start=1):
             if rule.layers is None and number < len(self.rules):
@@ -232,7 +142,9 @@ class Policy(Method):
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
         rules = tuple(
             Rule(tuple(Phase(p.method.for_model(family, grid), p.until) for p in of.phases), layers)
-            for of, layers in zip(self._of_rules, (rule.layers for rule in self.rules), strict=False)
+            for of, layers in zip(
+                self._of_rules, (rule.layers for rule in self.rules), strict=False
+            )
         )
         return replace(self, rules=rules, **_NO_ENDS)
 
@@ -429,102 +341,7 @@ def _with(method: Method, ends: Mapping[str, Any], references: str) -> Method:
     return replace(method, **changes) if changes else method
 
 
-def _rule(value: Any) -> Rule:
-    if isinstance(value, Rule):
-        phases, layers = value.phases, value.layers
-    else:
-        given = _object("a rule", value, ("layers", "method", "phases"))
-        if ("method" in given) == ("phases" in given):
-            raise ValueError('a rule has either "method" or "phases": give one')
-        phases = given.get("phases", [{"method": given.get("method")}])
-        layers = given.get("layers")
-    if not isinstance(phases, list | tuple) or not phases:
-        raise ValueError(f"the phases of a rule are {phases!r}, but must be a list of phases")
-    made = tuple(map(_phase, phases))
-    _check_ends(made)
-    if layers is None:
-        return Rule(made)
-    if not isinstance(layers, list | tuple) or not layers:
-        raise ValueError(f"the layers of a rule are {layers!r}, but must be a list of indices")
-    for layer in layers:
-        if not is_whole(layer) or layer < 0:
-            raise ValueError(
-                f"a layer of a rule is {layer!r}, but must be the index of a block, from 0"
-            )
-    return Rule(made, tuple(layers))
-
-
-def _phase(value: Any) -> Phase:
-    if isinstance(value, Phase):
-        method, until = value.method, value.until
-    else:
-        given = _object("a phase", value, ("method", "until"))
-        method, until = given.get("method"), given.get("until")
-    if isinstance(method, Mapping):
-        method = from_dict(method)
-    elif isinstance(method, str):
-        method = from_dict({"type": method})
-    if not isinstance(method, Method):
-        raise ValueError(f"the method of a phase is {method!r}, but must be a method of diffattn")
-    if isinstance(method, Policy | PolicyOfLayer):
-        raise ValueError("the method of a phase is a policy, but policies hold no policies")
-    if needs_the_model(method):
-        raise ValueError(
-            f"{method.type} cannot be in a policy: it has weights of its own or changes the model."
-            f" Attach it by itself"
-        )
-    return Phase(method, until)
-
-
-def _check_ends(phases: tuple[Phase, ...]) -> None:
-    *first, last = phases
-    if last.until is not None:
-        raise ValueError(
-            f"the last phase has until={last.until!r}, but holds until the end of the run: leave it"
-            f" out, or add a phase"
-        )
-    before: int | float | None = None
-    for phase in first:
-        if phase.until is None:
-            raise ValueError("every phase but the last needs an end: give it until")
-        check_steps("until", phase.until)
-        if isinstance(before, type(phase.until)) and phase.until <= before:
-            raise ValueError(
-                f"a phase has until={phase.until}, but the phase before it until={before}: give"
-                f" them in the order of the steps"
-            )
-        before = phase.until
-
-
-def _recorded(value: Any) -> Recorded:
-    if isinstance(value, Recorded):
-        return value
-    return Recorded(**_object("recorded", value, [item.name for item in fields(Recorded)]))
-
-
-def _object(what: str, value: Any, names: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{what} is {value!r}, but must be an object with {', '.join(names)}")
-    for name in value:
-        if name not in names:
-            hint = did_you_mean(str(name), names, or_list=True)
-            raise ValueError(f"{what} has an unknown key {name!r}{hint}")
-    return dict(value)
-
-
 def _layer_words(layers: tuple[int, ...] | None, *, alone: bool) -> str:
     if layers is None:
         return "all layers" if alone else "other layers"
     return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
-
-
-def _last_part(model: str) -> str:
-    return model.replace("\\", "/").rstrip("/").rpartition("/")[2]
-
-
-def _minor(version: str) -> str:
-    return ".".join(version.split("+")[0].split(".")[:2])
-
-
-def _spelt(value: Any) -> str:
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
