@@ -96,7 +96,9 @@ class BlockTopKAttn(SelectedBlocksMethod):
 
     def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work:
         channels = heads * head_dim
-        density = self._density(grid, self.keep)
+        always = self._always(grid, torch.device("cpu"))
+        kept = sum(kept_blocks(self.keep, n) for n in always.candidates.tolist() if n)
+        density = (int(always.pairs.sum()) + kept) / always.pairs.numel()
         selection = self._pooling_flops(grid, channels)
         if self.score == "parts":
             selection *= self.parts**2

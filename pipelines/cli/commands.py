@@ -12,6 +12,8 @@ import typer
 
 from ..errors import RunInterruptedError, UserError, one_line
 from . import options
+from .calibrate import EXAMPLES as CALIBRATE_EXAMPLES
+from .calibrate import calibrate
 from .generate import EXAMPLES as GENERATE_EXAMPLES
 from .generate import generate
 from .lora import app as lora_app
@@ -142,6 +144,7 @@ for _command, _examples in (
     (models, examples("models", "models --json")),
     (plan, PLAN_EXAMPLES),
     (mask, MASK_EXAMPLES),
+    (calibrate, CALIBRATE_EXAMPLES),
 ):
     app.command(epilog=_examples)(_command)
 app.add_typer(lora_app, name="lora")

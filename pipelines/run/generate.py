@@ -220,6 +220,8 @@ def render(
     loaded: LoadedModel,
     label: str,
     sources: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    shown: bool = True,
 ) -> Rendering:
     """Call the pipeline, and time the call.
 
@@ -228,11 +230,12 @@ def render(
         loaded: the model.
         label: names the run on the screen.
         sources: arguments of the call: the pictures and the video to start from.
+        shown: whether the screen shows the steps.
 
     Raises:
         UserError: if the pipeline refuses its arguments, runs out of memory or gives NaN.
     """
-    with watched(loaded.pipe, label) as times:
+    with watched(loaded.pipe, label, shown=shown) as times:
         start = clock()
         arguments = call_arguments(request, loaded) | dict(sources)
         frames = _call(loaded.pipe, arguments, request.seed, times)

@@ -1,0 +1,132 @@
+"""The search: successive halving over renders, first of schedules, then of ramps and of layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
+
+from .candidates import Candidate, Settings
+
+# Fractions of the run that stay dense at its start.
+WARM_UPS = (0.0, 0.1, 0.25, 0.4)
+_RAMPS = (0.3, 0.6)
+# The layers' shares grow with the errors of their outputs, or, as errors may mislead, fall.
+_POWERS = (0.25, 0.5, -0.25)
+_SPARSER = 0.5
+# Neighbouring layers are tried together, in so many groups.
+_GROUPS = 8
+# Survivors of each stage but the last.
+_KEPT = 2
+
+Score = Callable[[Candidate, int], float]
+
+
+def search(
+    first: Sequence[Candidate],
+    errors: Mapping[Settings, Sequence[float]],
+    is_possible: Callable[[Candidate], bool],
+    score: Score,
+    prompts: int,
+) -> Candidate:
+    """Find the best candidate.
+
+    Args:
+        first: candidates with constant, equal shares.
+        errors: the error of each layer's output, by method.
+        is_possible: whether a candidate can have the wanted work.
+        score: renders a candidate with a prompt, and gives its score; the more the better. What it
+            raises ends the search.
+        prompts: number of prompts.
+    """
+    best = halve(first, score, prompts, _KEPT)
+    for more in (_with_ramps, lambda c: _with_errors(c, errors), _with_sparser_groups(errors)):
+        further = [c for old in best for c in more(old) if is_possible(c)]
+        best = halve(dict.fromkeys([*best, *further]), score, prompts, _KEPT)
+    return halve(best, score, prompts, 1)[0]
+
+
+def halve(
+    candidates: Iterable[Candidate], score: Score, prompts: int, kept: int
+) -> list[Candidate]:
+    """Rank candidates by their scores, the better half by twice as many prompts each time.
+
+    Returns:
+        `kept` candidates, the best first; fewer if there were fewer.
+    """
+    left = list(candidates)
+    count = 1
+    while True:
+        # Prompt by prompt, so that all have been compared at any time.
+        for prompt in range(count):
+            for candidate in left:
+                score(candidate, prompt)
+        means = {c: fmean(score(c, prompt) for prompt in range(count)) for c in left}
+        left.sort(key=lambda c: -means[c])
+        if count == prompts or len(left) <= 1:
+            return left[:kept]
+        left = left[: max(kept, math.ceil(len(left) / 2))]
+        count = min(2 * count, prompts)
+
+
+def leader(scores: Mapping[Candidate, Mapping[int, float]]) -> tuple[Candidate, float, int] | None:
+    """The best candidate so far, its mean score, and the number of prompts of the mean.
+
+    The mean is over as many prompts as at least two candidates have been rendered with.
+    """
+    counts = sorted((_in_order(of) for of in scores.values()), reverse=True)
+    count = (counts[1] or counts[0]) if len(counts) > 1 else max(counts, default=0)
+    if not count:
+        return None
+    means = {
+        candidate: fmean(of[prompt] for prompt in range(count))
+        for candidate, of in scores.items()
+        if _in_order(of) >= count
+    }
+    best = max(means, key=lambda candidate: means[candidate])
+    return best, means[best], count
+
+
+def _in_order(of: Mapping[int, float]) -> int:
+    """How many of the first prompts have a score."""
+    return next(n for n in range(len(of) + 1) if n not in of)
+
+
+def _with_ramps(candidate: Candidate) -> Iterator[Candidate]:
+    for warm_up in dict.fromkeys((candidate.warm_up, candidate.warm_up / 2)):
+        for ramp in _RAMPS:
+            yield replace(candidate, warm_up=warm_up, ramp=ramp)
+
+
+def _with_errors(
+    candidate: Candidate, errors: Mapping[Settings, Sequence[float]]
+) -> Iterator[Candidate]:
+    found = errors.get(candidate.method, ())
+    if len(found) > 1 and all(found) and len(set(found)) > 1:
+        for power in _POWERS:
+            yield replace(candidate, layers=_even([error**power for error in found]))
+
+
+def _with_sparser_groups(
+    errors: Mapping[Settings, Sequence[float]],
+) -> Callable[[Candidate], Iterator[Candidate]]:
+    """Candidates in which some neighbouring layers are sparser, and so all others denser."""
+
+    def further(candidate: Candidate) -> Iterator[Candidate]:
+        layers = len(errors.get(candidate.method, ()))
+        groups = min(_GROUPS, layers)
+        for group in range(groups if groups > 1 else 0):
+            own = range(group * layers // groups, (group + 1) * layers // groups)
+            factors = list(candidate.layers or (1.0,) * layers)
+            for layer in own:
+                factors[layer] *= _SPARSER
+            yield replace(candidate, layers=_even(factors))
+
+    return further
+
+
+def _even(factors: Sequence[float]) -> tuple[float, ...]:
+    """Factors with a mean of 1, rounded."""
+    mean = fmean(factors)
+    return tuple(round(max(0.1, factor / mean), 3) for factor in factors)
