@@ -1,4 +1,4 @@
-"""Errors of methods at each layer and step of a dense run: cheap statistics for calibration."""
+"""Errors of methods at each layer, step and head of a dense run: statistics for calibration."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from diffattn.methods.base import Method, Site, SiteWeights
 from diffattn.methods.by_head import needs_the_model
 from diffattn.methods.dense import DenseAttn
 
+# By layer, step, candidate and head.
+Errors = list[list[list[list[float]]]]
 
-def errors_by_layer(
+
+def site_errors(
     target: Any, run: Callable[[], object], candidates: Sequence[Method], steps: Collection[int]
-) -> list[list[list[float]]]:
-    """How far the outputs of methods are from dense attention, by layer and step of a dense run.
+) -> Errors:
+    """How far the outputs of methods are from dense attention, in some steps of a dense run.
 
     Attention stays dense, so that each layer is measured on the activations of the dense model. In
     the calls of the measured steps the methods attend as well, one after the other, and only sums
     are kept. The error is the sum of the squared differences over all tokens and calls, divided by
-    the sum of the squares of the dense output. An attachment that `target` had before is removed.
+    the sum of the squares of the layer's dense output: the errors of the heads add up to that of
+    the layer. An attachment that `target` had before is removed.
 
     Args:
         target: a diffusers pipeline.
@@ -33,8 +37,8 @@ def errors_by_layer(
         steps: indices of the steps to measure, from 0.
 
     Returns:
-        For each layer, for each of `steps` in order, the error of each candidate. A layer without
-        a call has errors of 0.
+        For each layer, for each of `steps` in order, for each candidate, the errors of the heads;
+        none for a layer without a call.
 
     Raises:
         ValueError: for a candidate with weights of its own or a change of the model.
@@ -71,23 +75,34 @@ class _Sums(SiteWeights):
 
     Attributes:
         layer: index of the block.
-        difference: float64 (steps, candidates), squared differences from the dense output.
+        difference: float64 (steps, candidates, heads), squared differences from the dense output.
         square: float64 (steps,), squares of the dense output.
     """
+
+    difference: torch.Tensor
+    square: torch.Tensor
 
     def __init__(self, layer: int, steps: int, candidates: int) -> None:
         super().__init__()
         self.layer = layer
-        self.difference = torch.zeros(steps, candidates, dtype=torch.float64)
+        # The number of heads is known from the first call.
+        self.difference = torch.zeros(steps, candidates, 0, dtype=torch.float64)
         self.square = torch.zeros(steps, dtype=torch.float64)
 
     def add(self, other: _Sums) -> None:
+        for own, its in ((self, other), (other, self)):
+            own.expect(its.difference.shape[-1])
         self.difference += other.difference
         self.square += other.square
 
+    def expect(self, heads: int) -> None:
+        """Be prepared for sums by head."""
+        if not self.difference.shape[-1]:
+            self.difference = self.difference.new_zeros(*self.difference.shape[:2], heads)
+
     def relative(self) -> torch.Tensor:
-        """float64 (steps, candidates)."""
-        return (self.difference / self.square[:, None]).nan_to_num(nan=0.0)
+        """float64 (steps, candidates, heads)."""
+        return (self.difference / self.square[:, None, None]).nan_to_num(nan=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +147,14 @@ class _Measuring(Method):
         sums: Any = site.weights
         assert self.number is not None
         goal = out.float()
-        sums.square[self.number] += _square(goal)
+        sums.expect(query.shape[2])
+        sums.square[self.number] += _squares(goal).sum()
         for index, method in enumerate(self.candidates):
             other = method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
-            sums.difference[self.number, index] += _square(other.float() - goal)
+            sums.difference[self.number, index] += _squares(other.float() - goal)
         return out
 
 
-def _square(x: torch.Tensor) -> torch.Tensor:
-    return (x * x).sum().cpu().double()
+def _squares(x: torch.Tensor) -> torch.Tensor:
+    """The sum of squares of each head, (heads,), of (batch, tokens, heads, head_dim)."""
+    return (x * x).sum(dim=(0, 1, 3)).cpu().double()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from diffattn.methods import DenseAttn, Policy, from_dict
+from diffattn.methods import ByHeadAttn, DenseAttn, Policy, from_dict
 from diffattn.methods.by_head import work_of
 from diffattn.methods.policy import Phase, Rule
-from diffattn.schedule import resolve_steps
 
 from .knobs import LEAST, turned
 
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 # A ramp is so many phases of equal length.
 _PHASES = 4
 _HALVINGS = 16
-# A candidate may do so much more or less than the wanted work, as a share of it.
-TOLERANCE = 0.03
+# A candidate may do so much more or less than the wanted work, as shares of it: parameters that are
+# whole numbers come no nearer on small grids.
+_MORE, _LESS = 0.005, 0.1
+_NEAR = 0.001
 _NO_ENDS: dict[str, Any] = {"dense_layers": 0, "dense_steps": 0, "last_dense_steps": 0}
 
 
@@ -45,17 +47,25 @@ class Candidate:
         ramp: the share of the first sparse steps is 1 + `ramp` times the mean, that of the last
             steps 1 - `ramp` times.
         layers: factors of the shares of the layers; empty for equal shares.
+        heads: factors of the shares of the heads of each layer; empty for equal shares.
     """
 
     method: Settings
     warm_up: float
     ramp: float = 0.0
     layers: tuple[float, ...] = ()
+    heads: tuple[tuple[float, ...], ...] = ()
 
     @property
     def is_uniform(self) -> bool:
         """Whether all layers and all sparse steps have one share."""
-        return not self.ramp and not self.layers
+        return not self.ramp and not self.layers and not self.heads
+
+    @property
+    def least_factor(self) -> float:
+        """The least factor of any share."""
+        by_head = min((factor for layer in self.heads for factor in layer), default=1.0)
+        return min(self.layers, default=1.0) * (1 - abs(self.ramp)) * by_head
 
     def words(self, names: Mapping[Settings, str]) -> str:
         """A line about the candidate; `names` has the methods' names."""
@@ -64,11 +74,16 @@ class Candidate:
             parts.append(f"ramp {self.ramp:+.1f}")
         if self.layers:
             parts.append(f"layers {','.join(f'{factor:.2f}' for factor in self.layers)}")
+        if self.heads:
+            spread = [factor for layer in self.heads for factor in layer]
+            parts.append(f"heads {min(spread):.2f} to {max(spread):.2f}")
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """The candidate as JSON types."""
-        return asdict(self) | {"method": dict(self.method), "layers": list(self.layers)}
+        heads = [list(layer) for layer in self.heads]
+        lists = {"layers": list(self.layers), "heads": heads}
+        return asdict(self) | {"method": dict(self.method), **lists}
 
 
 @dataclass
@@ -93,22 +108,40 @@ class Maker:
         """Number of blocks."""
         return max(self.shape.block_of_site) + 1
 
-    def policy(self, candidate: Candidate) -> tuple[Policy, float] | None:
-        """The policy of a candidate and its work; None if it cannot come near the wanted work."""
+    def policy(
+        self, candidate: Candidate, *, from_above: bool = False
+    ) -> tuple[Policy, float] | None:
+        """The policy of a candidate and its work; None if it cannot come near the wanted work.
+
+        Args:
+            candidate: the candidate.
+            from_above: whether the work is to be at least the wanted work, not at most.
+        """
+        least, most = (_MORE, _LESS) if from_above else (_LESS, _MORE)
+        least, most = self.wanted * (1 - least), self.wanted * (1 + most)
         # Up to where even the sparsest layer and phase are dense.
-        low, high = LEAST, 1 / (min(candidate.layers, default=1.0) * (1 - abs(candidate.ramp)))
+        low, high = LEAST, 1 / candidate.least_factor
         best: tuple[Policy, float] | None = None
         for _ in range(_HALVINGS):
             share = (low + high) / 2
             policy = self._at(candidate, share)
             work = self.work(policy)
-            if best is None or abs(work - self.wanted) < abs(best[1] - self.wanted):
+            distance = abs(work - self.wanted)
+            if least <= work <= most and (best is None or distance < abs(best[1] - self.wanted)):
                 best = policy, work
-            if abs(work - self.wanted) < TOLERANCE / 30 * self.wanted:
+            if distance <= _NEAR * self.wanted:
                 break
             low, high = (low, share) if work > self.wanted else (share, high)
-        assert best is not None
-        return best if abs(best[1] - self.wanted) <= TOLERANCE * self.wanted else None
+        return best
+
+    def in_run(self, policy: Policy) -> tuple[tuple[Method, ...], ...]:
+        """The method of each layer and step, without those of phases that no step is in."""
+        rules = [self._in_steps(policy, layer) for layer in range(self.layers)]
+        return tuple(tuple(rule) for rule in rules)
+
+    def _in_steps(self, policy: Policy, layer: int) -> list[Method]:
+        of_layer = policy.at_layer(layer, self.layers)
+        return [of_layer.at_step(step, self.steps) for step in range(self.steps)]
 
     def _at(self, candidate: Candidate, share: float) -> Policy:
         """The policy of a candidate whose layers and steps have a mean share."""
@@ -121,7 +154,8 @@ class Maker:
             for number in range(phases):
                 slope = 1 - 2 * number / max(1, phases - 1)
                 part = share * factor * (1 + candidate.ramp * slope if candidate.ramp else 1.0)
-                method = DenseAttn() if part >= 1 else turned(base, part, self.grid)
+                heads = candidate.heads[layer] if candidate.heads else (1.0,)
+                method = self._by_head(base, [part * factor for factor in heads])
                 over = (number + 1) / phases
                 until = round(candidate.warm_up + (1 - candidate.warm_up) * over, 4)
                 made.append(Phase(method, None if number == phases - 1 else until))
@@ -130,27 +164,26 @@ class Maker:
             return Policy(rules=(Rule(next(iter(rules))),))
         return Policy(rules=tuple(Rule(phases, tuple(which)) for phases, which in rules.items()))
 
+    def _by_head(self, base: Method, shares: list[float]) -> Method:
+        """The method of a layer whose heads have these shares; one share is that of all heads."""
+        methods = [
+            DenseAttn() if share >= 1 else turned(base, share, self.grid) for share in shares
+        ]
+        runs = [(method, len(list(equal))) for method, equal in groupby(methods)]
+        return methods[0] if len(runs) == 1 else ByHeadAttn(parts=tuple(runs), **_NO_ENDS)
+
     def settled(self, method: Method) -> Method:
         """A method with the recommended values, without dense layers and steps of its own."""
         return replace(method.for_model(self.shape.variant, self.grid.alone), **_NO_ENDS)
 
     def work(self, policy: Policy) -> float:
         """The attention FLOPs of a run under a policy, relative to a dense run."""
-        total = 0.0
-        rule_of = {
-            layer: rule
-            for rule in reversed(policy.rules)
-            for layer in (range(self.layers) if rule.layers is None else rule.layers)
-        }
-        for layer in self.shape.block_of_site:
-            start = 0
-            for phase in rule_of[layer].phases:
-                end = self.steps
-                if phase.until is not None:
-                    end = max(start, resolve_steps(phase.until, self.steps))
-                total += (end - start) * self._share(phase.method, layer)
-                start = end
-        return total / (len(self.shape.block_of_site) * self.steps)
+        shares = [
+            self._share(method, layer)
+            for layer in self.shape.block_of_site
+            for method in self._in_steps(policy, layer)
+        ]
+        return sum(shares) / len(shares)
 
     def _share(self, method: Method, layer: int) -> float:
         """The FLOPs of a call, relative to a dense call."""

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from diffattn.site_errors import Errors
+
 from ..errors import UserError, shortened
 from .candidates import Candidate
 
@@ -24,14 +26,14 @@ class Journal:
     Attributes:
         folder: the folder.
         settings: everything that the results depend on.
-        errors: `errors_by_layer` of each prompt that it was measured with.
+        errors: `site_errors` of each prompt that it was measured with.
         scores: PSNR to dense in dB, by candidate (as JSON) and prompt.
         dense: indices of the prompts whose dense video there is.
     """
 
     folder: Path
     settings: Mapping[str, Any]
-    errors: dict[str, list[list[list[float]]]] = field(default_factory=dict)
+    errors: dict[str, Errors] = field(default_factory=dict)
     scores: dict[str, dict[int, float]] = field(default_factory=dict)
     dense: list[int] = field(default_factory=list)
 
@@ -113,7 +115,7 @@ class Journal:
             self.dense.append(prompt)
             self.save()
 
-    def add_errors(self, prompt: int, errors: list[list[list[float]]]) -> None:
+    def add_errors(self, prompt: int, errors: Errors) -> None:
         self.errors[str(prompt)] = errors
         self.save()
 

@@ -165,6 +165,7 @@ class _Calibration:
                 method = self._maker.settled(make_method(given))
             self._names.setdefault(settings_of(method), _name(given))
         self._tried: dict[Candidate, tuple[Policy, float]] = {}
+        self._alike: dict[Any, Candidate] = {}
         self._led: Candidate | None = None
 
     def run(self) -> Path:
@@ -173,11 +174,7 @@ class _Calibration:
         try:
             errors = self._errors(first)
             first = self._without_far(first, errors)
-            by_method = {
-                method: [fmean(step[i] for step in layer) for layer in errors]
-                for i, method in enumerate(self._names)
-            }
-            search(first, by_method, self._is_possible, self._score, len(self._runs))
+            search(first, errors, self._is_possible, self._score, len(self._runs))
             say("the search is over")
         except _SpentError:
             say("the budget is spent")
@@ -194,6 +191,9 @@ class _Calibration:
             if warm_up < self._wanted
         ]
         first = [candidate for candidate in all_first if self._is_possible(candidate)]
+        for method, name in self._names.items():
+            if all(candidate.method != method for candidate in first):
+                self._say(f"left out {name}: its parameters come not near the wanted work")
         if not first:
             raise UserError(
                 f"--work {self._wanted:g}: no method can do so little or so much at this size, of"
@@ -203,59 +203,63 @@ class _Calibration:
         return first
 
     def _is_possible(self, candidate: Candidate) -> bool:
-        if candidate not in self._tried:
-            with refusals():
-                made = self._maker.policy(candidate)
-            if made is None:
-                return False
-            self._tried[candidate] = made
+        if candidate in self._tried:
+            return True
+        with refusals():
+            made = self._maker.policy(candidate)
+        if made is None:
+            return False
+        # Few steps, and shares that are rounded, make one policy of several candidates.
+        alike = self._maker.in_run(made[0])
+        if self._alike.setdefault(alike, candidate) != candidate:
+            return False
+        self._tried[candidate] = made
         return True
 
-    def _errors(self, first: Sequence[Candidate]) -> list[list[list[float]]]:
-        """The errors of the methods at each layer and step, on the first prompt."""
-        from diffattn.site_errors import errors_by_layer
+    def _errors(self, first: Sequence[Candidate]) -> dict[Settings, list[list[float]]]:
+        """The errors of each method in a dense run, by layer and head, on the first prompt."""
+        from diffattn.site_errors import site_errors
 
+        probes = {
+            # The first has the shortest dense warm-up, and so the smallest share.
+            candidate.method: self._tried[candidate][0].rules[0].phases[-1].method
+            for candidate in reversed(first)
+        }
         known = self._journal.errors.get("0")
         if known is None:
             self._spend()
             run = self._runs[0]
             steps = self._maker.steps
             measured = sorted({round(i * (steps - 1) / 3) for i in range(_MEASURED_STEPS)})
-            probes = []
-            for method in self._names:
-                # Without a dense warm-up if possible, so with the smallest share.
-                possible = (self._tried[c][0] for c in first if c.method == method)
-                policy = next(possible, None)
-                if policy is None:
-                    probes.append(make_method(dict(method)))
-                else:
-                    probes.append(policy.rules[0].phases[-1].method)
             self._say("measuring the methods' errors at each layer in a dense run")
-            known = errors_by_layer(
+            known = site_errors(
                 self._loaded.pipe,
                 lambda: render(run.request, self._loaded, "", run.sources, shown=False),
-                probes,
+                list(probes.values()),
                 measured,
             )
             self._journal.add_errors(0, known)
-        for i, method in enumerate(self._names):
-            each = ", ".join(f"{fmean(step[i] for step in layer):.3g}" for layer in known)
+        found: dict[Settings, list[list[float]]] = {}
+        for i, method in enumerate(probes):
+            # Means over the measured steps.
+            found[method] = [
+                [fmean(of_head) for of_head in zip(*(step[i] for step in layer), strict=True)]
+                for layer in known
+            ]
+            each = ", ".join(f"{sum(heads):.3g}" for heads in found[method])
             self._say(f"errors of {self._names[method]} by layer: {each}")
-        return known
+        return found
 
     def _without_far(
-        self, first: Sequence[Candidate], errors: list[list[list[float]]]
+        self, first: Sequence[Candidate], errors: Mapping[Settings, list[list[float]]]
     ) -> list[Candidate]:
         """The candidates without those whose method has far larger errors than the best one."""
-        means = {
-            method: fmean(step[i] for layer in errors for step in layer)
-            for i, method in enumerate(self._names)
-        }
-        there = [means[c.method] for c in first]
-        far = {c.method for c in first if means[c.method] > _FAR * min(there)}
-        for method in far:
-            self._say(f"left out {self._names[method]}: its errors are the largest by far")
-        return [c for c in first if c.method not in far]
+        means = {method: fmean(map(sum, layers)) for method, layers in errors.items()}
+        far = {method for method, mean in means.items() if mean > _FAR * min(means.values())}
+        for method in self._names:
+            if method in far:
+                self._say(f"left out {self._names[method]}: its errors are the largest by far")
+        return [candidate for candidate in first if candidate.method not in far]
 
     def _score(self, candidate: Candidate, prompt: int) -> float:
         import diffattn
@@ -414,7 +418,7 @@ def choose_prompts(model: str, given: Sequence[str] | None, seed: int) -> list[s
             )
         return bundled_prompts(seed, PROMPTS)
     for prompt in given:
-        if given.count(prompt) > 1:  # type: ignore[attr-defined]
+        if given.count(prompt) > 1:
             raise UserError(f"the prompt {prompt!r} comes twice: give every prompt once")
     return list(given)[:PROMPTS]
 

@@ -12,7 +12,8 @@ from .candidates import Candidate, Settings
 # Fractions of the run that stay dense at its start.
 WARM_UPS = (0.0, 0.1, 0.25, 0.4)
 _RAMPS = (0.3, 0.6)
-# The layers' shares grow with the errors of their outputs, or, as errors may mislead, fall.
+# The shares of layers and heads grow with the errors of their outputs; or they fall, since errors
+# may mislead.
 _POWERS = (0.25, 0.5, -0.25)
 _SPARSER = 0.5
 # Neighbouring layers are tried together, in so many groups.
@@ -25,7 +26,7 @@ Score = Callable[[Candidate, int], float]
 
 def search(
     first: Sequence[Candidate],
-    errors: Mapping[Settings, Sequence[float]],
+    errors: Mapping[Settings, Sequence[Sequence[float]]],
     is_possible: Callable[[Candidate], bool],
     score: Score,
     prompts: int,
@@ -34,15 +35,20 @@ def search(
 
     Args:
         first: candidates with constant, equal shares.
-        errors: the error of each layer's output, by method.
+        errors: the errors of the heads of each layer, by method.
         is_possible: whether a candidate can have the wanted work.
         score: renders a candidate with a prompt, and gives its score; the more the better. What it
             raises ends the search.
         prompts: number of prompts.
     """
     best = halve(first, score, prompts, _KEPT)
-    for more in (_with_ramps, lambda c: _with_errors(c, errors), _with_sparser_groups(errors)):
-        further = [c for old in best for c in more(old) if is_possible(c)]
+    for more in _STAGES:
+        further = [
+            candidate
+            for old in best
+            for candidate in more(old, errors.get(old.method, ()))
+            if is_possible(candidate)
+        ]
         best = halve(dict.fromkeys([*best, *further]), score, prompts, _KEPT)
     return halve(best, score, prompts, 1)[0]
 
@@ -93,37 +99,43 @@ def _in_order(of: Mapping[int, float]) -> int:
     return next(n for n in range(len(of) + 1) if n not in of)
 
 
-def _with_ramps(candidate: Candidate) -> Iterator[Candidate]:
+def _with_ramps(candidate: Candidate, errors: Sequence[Sequence[float]]) -> Iterator[Candidate]:
     for warm_up in dict.fromkeys((candidate.warm_up, candidate.warm_up / 2)):
         for ramp in _RAMPS:
             yield replace(candidate, warm_up=warm_up, ramp=ramp)
 
 
-def _with_errors(
-    candidate: Candidate, errors: Mapping[Settings, Sequence[float]]
-) -> Iterator[Candidate]:
-    found = errors.get(candidate.method, ())
-    if len(found) > 1 and all(found) and len(set(found)) > 1:
+def _with_errors(candidate: Candidate, errors: Sequence[Sequence[float]]) -> Iterator[Candidate]:
+    """Candidates whose layers have shares by the errors of their outputs."""
+    layers = [sum(heads) for heads in errors]
+    if len(layers) > 1 and all(layers):
         for power in _POWERS:
-            yield replace(candidate, layers=_even([error**power for error in found]))
+            yield replace(candidate, layers=_even([error**power for error in layers]))
+
+
+def _with_heads(candidate: Candidate, errors: Sequence[Sequence[float]]) -> Iterator[Candidate]:
+    """Candidates whose heads have shares by their errors; their mean is that of the layer."""
+    if all(len(heads) > 1 and all(heads) for heads in errors):
+        for power in _POWERS if errors else ():
+            factors = (_even([error**power for error in heads]) for heads in errors)
+            yield replace(candidate, heads=tuple(factors))
 
 
 def _with_sparser_groups(
-    errors: Mapping[Settings, Sequence[float]],
-) -> Callable[[Candidate], Iterator[Candidate]]:
+    candidate: Candidate, errors: Sequence[Sequence[float]]
+) -> Iterator[Candidate]:
     """Candidates in which some neighbouring layers are sparser, and so all others denser."""
+    layers = len(errors)
+    groups = min(_GROUPS, layers)
+    for group in range(groups if groups > 1 else 0):
+        factors = list(candidate.layers or (1.0,) * layers)
+        for layer in range(group * layers // groups, (group + 1) * layers // groups):
+            factors[layer] *= _SPARSER
+        yield replace(candidate, layers=_even(factors))
 
-    def further(candidate: Candidate) -> Iterator[Candidate]:
-        layers = len(errors.get(candidate.method, ()))
-        groups = min(_GROUPS, layers)
-        for group in range(groups if groups > 1 else 0):
-            own = range(group * layers // groups, (group + 1) * layers // groups)
-            factors = list(candidate.layers or (1.0,) * layers)
-            for layer in own:
-                factors[layer] *= _SPARSER
-            yield replace(candidate, layers=_even(factors))
 
-    return further
+# The groups come twice: two of them may be sparser together.
+_STAGES = (_with_ramps, _with_errors, _with_heads, _with_sparser_groups, _with_sparser_groups)
 
 
 def _even(factors: Sequence[float]) -> tuple[float, ...]:

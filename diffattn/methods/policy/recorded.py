@@ -71,7 +71,8 @@ class Recorded:
             ("model", _last_part(self.model), _last_part(model)),
             ("variant", self.variant, variant),
             ("grid", self.grid, sizes),
-            ("steps", self.steps, steps),
+            # A run of one step has no schedule: programs run one to warm up.
+            ("steps", self.steps, steps if steps > 1 else 0),
             ("diffattn", self.diffattn, diffattn.__version__),
             ("torch", _minor(self.torch), _minor(torch.__version__)),
         ]
