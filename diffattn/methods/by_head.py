@@ -199,6 +199,8 @@ def needs_the_model(method: Method) -> bool:
 
 def work_of(method: Method, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work | None:
     """The cost of a sparse call of any method, as `Method.work`; a mask's by its visited blocks."""
+    if method.is_dense:
+        return Work(flops=4 * grid.tokens**2 * heads * head_dim, density=1.0)
     if not isinstance(method, StaticMaskMethod):
         return method.work(grid, layer, heads, head_dim)
     extra_keys = method.extra_keys(grid)

@@ -54,9 +54,7 @@ class Journal:
                     f"{folder} holds {shortened(', '.join(others))} and no calibration: choose an"
                     f" empty folder"
                 )
-            journal = cls(folder, settings)
-            journal.save()
-            return journal
+            return cls(folder, settings)
         try:
             found = json.loads(path.read_text("utf-8"))
             known = found["settings"]

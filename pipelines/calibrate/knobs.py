@@ -64,16 +64,8 @@ def _vmoba(method: Any, share: float, grid: TokenGrid) -> dict[str, Any]:
     return {"topk": tuple(blocks)}
 
 
-def _clear(method: Any, share: float, grid: TokenGrid) -> dict[str, Any]:
-    side = share ** (1 / 3)
-    diagonal = (grid.height**2 + grid.width**2) ** 0.5
-    radii = {"radius": max(1, round(side * diagonal))}
-    return radii | {"frame_radius": max(1, round(side * grid.frames))}
-
-
 KNOBS: Mapping[str, Callable[[Any, float, Any], dict[str, Any]]] = {
     "block-topk": _block_topk,
     "vmoba": _vmoba,
     "gna": _gna,
-    "clear": _clear,
 }

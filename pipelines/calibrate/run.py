@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from diffattn._locks import lock_file
@@ -43,7 +43,7 @@ METHODS: tuple[dict[str, Any], ...] = (
     {"type": "gna"},
 )
 # Prompts of a search.
-PROMPTS = 8
+PROMPTS = 16
 # Equal frames have no ratio; JSON has no infinity.
 _MOST_DB = 100.0
 _MEASURED_STEPS = 4
@@ -112,11 +112,13 @@ def calibrate(
         "work": wanted,
         "versions": versions(),
     }
-    journal = Journal.open(folder, settings)
+    Journal.open(folder, settings)
     lock = lock_file(folder / ".lock")
     if lock is None:
         raise UserError(f"another process calibrates in {folder}: wait for it, or stop it")
     try:
+        # Another process may have ended since then.
+        journal = Journal.open(folder, settings)
         loaded = load_model(base)
         for prompt in prompts:
             warn_of_words(loaded.pipe, prompt, warn)
@@ -145,7 +147,7 @@ class _Calibration:
 
         self._journal, self._loaded, self._budget, self._say = journal, loaded, budget, say
         self._wanted = wanted
-        self._start = time.monotonic()
+        self._start = monotonic()
         self._runs = [
             complete(
                 dataclasses.replace(base, prompt=prompt, seed=base.seed + number),
@@ -294,7 +296,7 @@ class _Calibration:
     def _so_far(self) -> str:
         if self._budget.renders is not None:
             return f"{self._journal.renders}/{self._budget.renders}"
-        minutes = (time.monotonic() - self._start) / 60
+        minutes = (monotonic() - self._start) / 60
         return f"{self._journal.renders} renders, {minutes:.1f}/{self._budget.minutes:g} min"
 
     def _dense(self, prompt: int) -> Any:
@@ -311,7 +313,7 @@ class _Calibration:
         most, minutes = self._budget.renders, self._budget.minutes
         if most is not None and counted and self._journal.renders >= most:
             raise _SpentError
-        if minutes is not None and time.monotonic() - self._start >= 60 * minutes:
+        if minutes is not None and monotonic() - self._start >= 60 * minutes:
             raise _SpentError
 
     def _scores(self) -> dict[Candidate, Mapping[int, float]]:

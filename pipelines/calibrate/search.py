@@ -18,8 +18,12 @@ _POWERS = (0.25, 0.5, -0.25)
 _SPARSER = 0.5
 # Neighbouring layers are tried together, in so many groups.
 _GROUPS = 8
-# Survivors of each stage but the last.
+# Survivors of each stage but the last, and the most prompts of such a stage.
 _KEPT = 2
+_PROMPTS_OF_A_STAGE = 8
+# Candidates are ranked by no fewer prompts: the ratios of one differ by many dB from prompt to
+# prompt.
+_FIRST_PROMPTS = 2
 
 Score = Callable[[Candidate, int], float]
 
@@ -41,7 +45,8 @@ def search(
             raises ends the search.
         prompts: number of prompts.
     """
-    best = halve(first, score, prompts, _KEPT)
+    of_a_stage = min(prompts, _PROMPTS_OF_A_STAGE)
+    best = halve(first, score, of_a_stage, _KEPT)
     for more in _STAGES:
         further = [
             candidate
@@ -49,7 +54,7 @@ def search(
             for candidate in more(old, errors.get(old.method, ()))
             if is_possible(candidate)
         ]
-        best = halve(dict.fromkeys([*best, *further]), score, prompts, _KEPT)
+        best = halve(dict.fromkeys([*best, *further]), score, of_a_stage, _KEPT)
     return halve(best, score, prompts, 1)[0]
 
 
@@ -62,7 +67,7 @@ def halve(
         `kept` candidates, the best first; fewer if there were fewer.
     """
     left = list(candidates)
-    count = 1
+    count = min(_FIRST_PROMPTS, prompts)
     while True:
         # Prompt by prompt, so that all have been compared at any time.
         for prompt in range(count):

@@ -30,7 +30,7 @@ _NOT_OF_A_REQUEST = (
     "minutes",
     "no_memory_check",
 )
-_RENDERS = 150
+_RENDERS = 300
 
 
 def calibrate(
@@ -52,13 +52,13 @@ def calibrate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="UTF-8 file with one prompt a line, of which the first 8 are used (default: "
+            help="UTF-8 file with one prompt a line, of which the first 16 are used (default: "
             "captions of the bundled model).",
         ),
     ] = None,
     renders: Annotated[
         int | None,
-        typer.Option(help=f"Calls of the pipeline in all, repeatable (default: {_RENDERS})."),
+        typer.Option(help=f"Calls of the pipeline in all (default: {_RENDERS})."),
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Minutes of this run, instead of --renders.")

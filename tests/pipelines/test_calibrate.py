@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from diffattn import BlockTopKAttn, GNAAttn, TokenGrid, load_policy, plan
+from diffattn._locks import lock_file
 from diffattn.methods.selected_blocks import SelectedBlocksMethod
 from diffattn.pipelines.calibrate import run as run_module
 from diffattn.pipelines.calibrate.candidates import Candidate, Maker, settings_of
@@ -96,13 +97,14 @@ class TestSearch:
 
         def score(candidate: Candidate, prompt: int) -> float:
             asked.append((candidates.index(candidate), prompt))
-            # The last is best with the first prompt alone.
-            return candidates.index(candidate) * (1 if prompt == 0 else -1)
+            # The last is best with the first prompts alone.
+            return candidates.index(candidate) * (1 if prompt < 2 else -1)
 
-        found = halve(candidates, score, 4, 2)
+        found = halve(candidates, score, 8, 2)
         assert found == [candidates[3], candidates[4]]
-        assert {n for n, prompt in asked if prompt == 1} == {2, 3, 4}
-        assert {n for n, prompt in asked if prompt == 3} == {3, 4}
+        assert {n for n, prompt in asked if prompt == 1} == {0, 1, 2, 3, 4}
+        assert {n for n, prompt in asked if prompt == 2} == {2, 3, 4}
+        assert {n for n, prompt in asked if prompt == 7} == {3, 4}
 
     def test_it_finds_the_best_of_ramps_layers_and_heads(self) -> None:
         errors = {TOP: [[4.0, 1.0], [1.0, 1.0], [1.0, 4.0]]}
@@ -214,11 +216,20 @@ class TestRun:
 
     def test_minutes(self, calibrate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = iter(range(0, 10_000, 30))
-        monkeypatch.setattr(run_module.time, "monotonic", lambda: next(clock))
+        monkeypatch.setattr(run_module, "monotonic", lambda: next(clock))
         result = calibrate("-o", "found", "--minutes", 4)
         assert result.code == 0, result.err
         assert "/4 min] " in result.out
         assert "the budget is spent" in result.out
+
+    def test_two_at_once_are_refused(self, calibrate: Any, tmp_path: Path) -> None:
+        (tmp_path / "found").mkdir()
+        lock = lock_file(tmp_path / "found" / ".lock")
+        assert lock is not None
+        assert calibrate("-o", "found", "--renders", 4).error == (
+            "another process calibrates in found: wait for it, or stop it"
+        )
+        lock.release()
 
     def test_other_settings_do_not_go_on(self, calibrate: Any, tmp_path: Path) -> None:
         assert calibrate("-o", "found", "--renders", 4).code == 0
@@ -261,7 +272,7 @@ class TestBadInput:
             (
                 [{"type": "agent"}],
                 "--attn agent: calibrate sets methods to a share of the token pairs, and can do so"
-                " with block-topk, vmoba, gna, clear",
+                " with block-topk, vmoba, gna",
             ),
             (
                 [{"type": "block-topk", "keep": [1, 0.5]}],
