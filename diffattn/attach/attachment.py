@@ -469,10 +469,10 @@ def _shares(method: Method, grid: TokenGrid) -> tuple[float, float, int] | None:
 
 def _by_step_words(method: Method) -> str:
     """The parameters of a method that differ from step to step."""
-    if not method.differs_by_step:
-        return ""
     if isinstance(method.described_as, Policy):
         return method.described_as.words()
+    if not method.differs_by_step:
+        return ""
     words = [f"{name}={spelled(schedule)}" for name, schedule in method.by_step]
     return ", ".join(words) or "another method in some steps"
 

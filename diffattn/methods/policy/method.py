@@ -17,6 +17,7 @@ from diffattn.methods.dense import DenseAttn
 from diffattn.methods.policy.recorded import Recorded, recorded_of
 from diffattn.methods.policy.rules import POLICY, Phase, Rule, rule_of
 from diffattn.schedule import resolve_steps
+from diffattn.spans import Span
 
 # The format of the rules. A policy of a higher number was written by a newer diffattn.
 FORMAT = 1
@@ -60,13 +61,13 @@ class Policy(Method):
     same_in_every_step: ClassVar[frozenset[str]] = frozenset(
         ("rules", "recorded", "format", "dense_layers", "references")
     )
-    differs_by_step: ClassVar[bool] = True
 
     rules: tuple[Rule, ...] = field(
         default=(), metadata={"help": "methods by layers and ranges of steps"}
     )
     recorded: Recorded = field(
         default_factory=_nothing,
+        repr=False,
         compare=False,
         metadata={"help": "the model, size, steps and versions of the search"},
     )
@@ -173,8 +174,23 @@ class Policy(Method):
         return self
 
     @property
+    def differs_by_step(self) -> bool:
+        """Whether any layer attends in another way in some steps, dense steps included."""
+        return any(
+            len(of.phases) > 1
+            or method.differs_by_step
+            or (not method.is_dense and (method.dense_steps != 0 or method.last_dense_steps))
+            for of in self._of_rules
+            for method in (phase.method for phase in of.phases)
+        )
+
+    @property
     def is_dense(self) -> bool:
         return all(of.is_dense for of in self._of_rules)
+
+    def spans(self, grid: TokenGrid) -> tuple[Span, ...]:
+        methods = [phase.method for of in self._of_rules[:-1] for phase in of.phases]
+        return max((m.spans(grid) for m in methods), key=len, default=super().spans(grid))
 
     @property
     def heads_apart(self) -> bool:
