@@ -335,8 +335,9 @@ class _Calibration:
             self._say(line)
         self._say(
             f"{path}: {best[0].words(self._names)}; PSNR to dense {best[1]:.2f} dB over {best[2]}"
-            f" prompts at {self._tried[best[0]][1]:.1%} of dense attention's FLOPs. Use it with"
-            f" --attn-config, or pipe.set_attn_processor(diffattn.load_policy(...))"
+            f" prompt{'s' * (best[2] != 1)} at {self._tried[best[0]][1]:.1%} of dense attention's"
+            f" FLOPs. Use it with --attn-config, or"
+            f" pipe.set_attn_processor(diffattn.load_policy(...))"
         )
         return path
 

@@ -14,7 +14,7 @@ WARM_UPS = (0.0, 0.1, 0.25, 0.4)
 _RAMPS = (0.3, 0.6)
 # The shares of layers and heads grow with the errors of their outputs; or they fall, since errors
 # may mislead.
-_POWERS = (0.25, 0.5, -0.25)
+_POWERS = (0.25, 0.5, 1.0, -0.25)
 _SPARSER = 0.5
 # Neighbouring layers are tried together, in so many groups.
 _GROUPS = 8

@@ -332,6 +332,9 @@ def test_descriptions_name_layers_and_methods() -> None:
         "layers 0: dense until 0.5, then gna; other layers: by-head until 1, then block-topk"
     ).replace("layers 0", "layer 0")
     assert "policy on" in repr(attachment)
+    assert f"policy  {description.by_step}" in str(attachment)
+    table = str(diffattn.plan(GRID, POLICY, layers=3, heads=2, head_dim=16, steps=4))
+    assert description.by_step in " ".join(table.split())
     radial = Policy(rules=({"method": RadialAttn(dense_steps=0.5, dense_layers=0)},))
     attachment = diffattn.set_attn_processor(pipe, radial)
     assert attachment is not None

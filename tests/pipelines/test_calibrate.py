@@ -118,7 +118,7 @@ class TestSearch:
         first = [Candidate(TOP, warm_up) for warm_up in (0.0, 0.25, 0.4)]
         best = search(first, errors, lambda candidate: True, score, 4)
         assert (best.warm_up, best.ramp) == (0.25, 0.6)
-        assert best.layers[1] < best.layers[0] == best.layers[2]
+        assert abs(best.layers[1] - 0.6) < 0.2
         assert best.heads[0][0] > best.heads[0][1]
 
     def test_the_leader_is_best_over_prompts_that_others_have_too(self) -> None:
