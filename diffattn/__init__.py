@@ -33,6 +33,7 @@ if _TYPE_CHECKING:
         LinFusionAttn,
         LVSAAttn,
         Method,
+        Policy,
         RadialAttn,
         SLA2Attn,
         SLAAttn,
@@ -53,6 +54,7 @@ if _TYPE_CHECKING:
     from diffattn.planning.by_steps import PlanBySteps
     from diffattn.planning.costs import Estimate
     from diffattn.planning.plans import Plan, plan
+    from diffattn.policy import load_policy, save_policy
     from diffattn.schedule import PerStep, early_ramp, hold, jenga, ramp
     from diffattn.tile_calibration import calibrate_attention_tile
 
@@ -80,6 +82,7 @@ __all__ = [
     "PerStep",
     "Plan",
     "PlanBySteps",
+    "Policy",
     "PredicateMask",
     "RadialAttn",
     "Reference",
@@ -100,6 +103,7 @@ __all__ = [
     "jenga",
     "load_clear_checkpoint",
     "load_linfusion_checkpoint",
+    "load_policy",
     "load_sla_checkpoint",
     "load_vsa_checkpoint",
     "methods",
@@ -109,6 +113,7 @@ __all__ = [
     "register_backend",
     "register_method",
     "save_linfusion_checkpoint",
+    "save_policy",
     "save_sla_checkpoint",
     "set_attn_processor",
 ]
@@ -155,6 +160,7 @@ _HOMES = {
             "LVSAAttn",
             "LinFusionAttn",
             "Method",
+            "Policy",
             "RadialAttn",
             "SVG2Attn",
             "SLA2Attn",
@@ -175,6 +181,7 @@ _HOMES = {
         "planning.by_steps": ("PlanBySteps",),
         "planning.costs": ("Estimate",),
         "planning.plans": ("Plan", "plan"),
+        "policy": ("load_policy", "save_policy"),
         "schedule": ("PerStep", "early_ramp", "hold", "jenga", "ramp"),
     }.items()
     for name in names

@@ -105,13 +105,16 @@ class _Adapter:
 
 def _in_sparse_step(group: Group, attached: AttachedModel) -> bool:
     """Whether the current step is one in which a group's method is sparse in any layer."""
+    whole = group.chosen.described_as
+    groups = [other for other in attached.groups if other.chosen.described_as is whole]
     if torch.compiler.is_dynamo_compiling():
         # The number of the step would be a constant of the compiled code. Groups of dense layers
         # are dense in every step.
-        return any(other.sparse and other.chosen is group.chosen for other in attached.groups)
+        return any(other.sparse for other in groups)
     video = None if group.call is None else group.call.video
     # Of the step that begins: the last call may be of an earlier one.
-    return group.is_sparse_step(Call(attached.owner.clock, video))
+    call = Call(attached.owner.clock, video)
+    return any(other.is_sparse_step(call) for other in groups)
 
 
 @dataclass(eq=False)

@@ -32,10 +32,11 @@ ROOMS = (
     ("selected", "models"),
     ("routing",),
     ("methods",),
+    ("policy",),
     ("planning",),
     ("draw",),
     ("attach",),
-    ("calibration", "tile_calibration", "testing"),
+    ("calibration", "site_errors", "tile_calibration", "testing"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 # Shortcuts of the face of the package, and what only type checkers read.

@@ -30,6 +30,7 @@ from diffattn import (
     LVSAAttn,
     Method,
     PerStep,
+    Policy,
     RadialAttn,
     SLAAttn,
     SolAttn,
@@ -82,6 +83,10 @@ class InTurns(Method):
 METHODS = {
     "content": TOP, "mask": WINDOW, "radial": RADIAL, "rotating": ROTATING,
     "classes": InTurns(**ALL_SPARSE),
+    "policy": Policy(rules=(
+        {"layers": [0], "phases": [{"method": DenseAttn(), "until": 1}, {"method": WINDOW}]},
+        {"phases": [{"method": TOP, "until": 3}, {"method": RADIAL}]},
+    )),
 }  # fmt: skip
 
 
@@ -197,7 +202,9 @@ def test_compiled_code_serves_all_steps(name: str, how: str) -> None:
         with torch._dynamo.config.patch(error_on_recompile=True):
             again = walk(pipe, lambda step: call(**inputs(step))[0])
     dense_steps = any(METHODS[name].at_step(step, 4).is_dense for step in range(4))
-    assert counter.frame_count == 1 + dense_steps
+    # Layers of a policy that attend by different rules are different code.
+    rules = len(getattr(METHODS[name], "rules", (None,))) if how == "blocks" else 1
+    assert counter.frame_count == (1 + dense_steps) * rules
     for step, out in enumerate(got):
         torch.testing.assert_close(out, alone(METHODS[name], step), rtol=1e-5, atol=1e-5)
         assert torch.equal(out, again[step])

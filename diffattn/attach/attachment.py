@@ -28,6 +28,7 @@ from diffattn.attach.sites import set_processor, site_names
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import allowed_pairs
 from diffattn.methods.base import Method, StaticMaskMethod
+from diffattn.methods.policy import Policy
 from diffattn.methods.words import as_table, method_words, reference_words
 from diffattn.models import denoisers, family_of, without_grid
 from diffattn.models.base import argument
@@ -162,6 +163,7 @@ class Attachment(Unpicklable):
         self._last_clock = RunClock()
         self._followed: WeakSet[Any] = WeakSet()
         self._reported: set[str] = set()
+        self._fits: set[tuple[str, TokenGrid | None, int]] = set()
         self._pipe = None if pipe is None else weakref.ref(pipe)
         self._scheduler: Any = None
         self.models = {
@@ -246,7 +248,8 @@ class Attachment(Unpicklable):
             ValueError: if a list of the method has another number of values than `num_steps`.
         """
         model = next(model for model in self.models.values() if model.groups)
-        chosen = model.groups[0].chosen.for_run(model.variant, grid.alone, num_steps)
+        whole = model.groups[0].chosen.described_as
+        chosen = whole.for_run(model.variant, grid.alone, num_steps)
         if chosen.differs_by_step:
             in_run = chosen.in_run(model.variant, grid.alone, num_steps)
             method: Method = chosen.with_dense_ends(model.variant, grid.alone)
@@ -298,6 +301,21 @@ class Attachment(Unpicklable):
         if self.clock.num_steps and not self.clock.has_begun:
             timestep = argument(args, kwargs, 1, "timestep")
             self.clock.begin(skipped_timesteps(scheduler, timestep))
+
+    def check_fit(
+        self, model: torch.nn.Module, attached: AttachedModel, grid: TokenGrid | None
+    ) -> None:
+        """Warn, before the first call of a kind, of methods that were found for other runs."""
+        steps = self.clock.num_steps
+        kind = attached.variant, grid, steps
+        if kind in self._fits:
+            return
+        self._fits.add(kind)
+        name = str(getattr(getattr(self._alive(), "config", None), "_name_or_path", None) or "")
+        for group in attached.groups:
+            misfit = group.chosen.misfit(type(model).__name__, attached.variant, name, grid, steps)
+            if misfit is not None:
+                self._warn_once(misfit)
 
     def follow_scheduler(self, pipe: Any) -> Any:
         """Count the steps of a pipeline's scheduler, also after the user has exchanged it.
@@ -355,6 +373,7 @@ class Attachment(Unpicklable):
         copied._last_clock = RunClock()
         copied._followed = WeakSet()
         copied._reported = set()
+        copied._fits = set()
         copied._pipe = None if pipe is None else weakref.ref(pipe)
         copied._scheduler = None if pipe is None else copy.deepcopy(self._scheduler, memo)
         if copied._scheduler is not None:
@@ -419,7 +438,7 @@ class Attachment(Unpicklable):
     def _warn_without_pipeline(self) -> None:
         for model in self.models.values():
             for group in model.groups:
-                if group.chosen.differs_by_step:
+                if group.chosen.differs_by_step and not group.chosen.is_dense:
                     warnings.warn(
                         f"{group.chosen.type} differs from step to step"
                         f" ({_by_step_words(group.chosen)}), but without a pipeline there are no"
@@ -454,6 +473,8 @@ def _shares(method: Method, grid: TokenGrid) -> tuple[float, float, int] | None:
 
 def _by_step_words(method: Method) -> str:
     """The parameters of a method that differ from step to step."""
+    if isinstance(method.described_as, Policy):
+        return method.described_as.words()
     if not method.differs_by_step:
         return ""
     words = [f"{name}={spelled(schedule)}" for name, schedule in method.by_step]

@@ -57,6 +57,10 @@ class Owner(Protocol):
 
     def enter_run(self, model: torch.nn.Module, args: Any, kwargs: Any) -> None: ...
 
+    def check_fit(
+        self, model: torch.nn.Module, attached: AttachedModel, grid: TokenGrid | None
+    ) -> None: ...
+
     def remove(self) -> None: ...
 
 
@@ -201,6 +205,9 @@ class AttachedModel(Unpicklable):
         layers = family.layers(model)
         self.layers = max(layers.values()) + 1
         modules: dict[str, Any] = {name: model.get_submodule(name) for name in chosen}
+        chosen = {
+            name: method.at_layer(layers[name], self.layers) for name, method in chosen.items()
+        }
         # All processors are made before the first is set: an error leaves the model as it was.
         processors = {name: dispatching(name, modules[name].processor) for name in chosen}
         self._adaptations = _adaptations(model, chosen)
@@ -320,6 +327,7 @@ class AttachedModel(Unpicklable):
         self._enter(call)
         for group in self.groups:
             group.use(call)
+        self.owner.check_fit(model, self, grid)
         if self._gates is None or grid is None:
             return None
         self._gates.put_in_place(model)

@@ -14,6 +14,7 @@ from diffattn.methods.freeswim import FreeSwimAttn
 from diffattn.methods.gna import GNAAttn
 from diffattn.methods.linfusion import LinFusionAttn
 from diffattn.methods.lvsa import LVSAAttn
+from diffattn.methods.policy import Policy
 from diffattn.methods.radial import RadialAttn
 from diffattn.methods.registry import METHODS, all_methods, from_dict, register_method
 from diffattn.methods.sla import SLA2Attn, SLAAttn
@@ -41,6 +42,7 @@ for _method in (
     VSAAttn,
     ByHeadAttn,
     AutoAttn,
+    Policy,
 ):
     register_method(_method)
 
@@ -58,6 +60,7 @@ __all__ = [
     "LVSAAttn",
     "LinFusionAttn",
     "Method",
+    "Policy",
     "RadialAttn",
     "SLA2Attn",
     "SLAAttn",

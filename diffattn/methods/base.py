@@ -298,6 +298,35 @@ class Method(ABC):
             forget_oldest(self._of_steps)
         return found
 
+    def at_layer(self, layer: int, layers: int) -> Method:
+        """The method of one block, which is the same object for blocks with the same method.
+
+        Args:
+            layer: index of the block, from 0.
+            layers: number of blocks of the denoiser.
+
+        Raises:
+            ValueError: if the method names a block that the denoiser lacks.
+        """
+        return self
+
+    @property
+    def described_as(self) -> Method:
+        """The method that the method of a block is a part of; the method itself if it is whole."""
+        return self
+
+    def misfit(
+        self, denoiser: str, variant: str, model: str, grid: TokenGrid | None, steps: int
+    ) -> str | None:
+        """A warning about a run that the method was not found for; None for no warning.
+
+        Args:
+            denoiser, variant, model: class, variant and name of the model; "" where not known.
+            grid: the tokens of the video; None where not known.
+            steps: length of the run; 0 where not known.
+        """
+        return None
+
     def in_run(self, family: str, grid: TokenGrid | None, steps: int) -> list[Method | None]:
         """The method of each step of a run, with the recommended values; None for a dense step.
 

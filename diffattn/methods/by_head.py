@@ -165,7 +165,7 @@ class ByHeadAttn(Method):
     def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work | None:
         found = []
         for method, many in self.parts or ((DenseAttn(), heads),):
-            work = _work(method, grid, layer, many, head_dim)
+            work = work_of(method, grid, layer, many, head_dim)
             if work is None:
                 return None
             found.append((work, many))
@@ -191,12 +191,25 @@ class ByHeadAttn(Method):
         return super().to_dict() | {"parts": parts}
 
 
-def _work(method: Method, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work | None:
+def needs_the_model(method: Method) -> bool:
+    """Whether a method has weights of its own or changes the model, beside attending."""
+    own = type(method)
+    return any(getattr(own, name) is not getattr(Method, name) for name in _NEEDS_THE_MODEL)
+
+
+def work_of(method: Method, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work | None:
+    """The cost of a sparse call of any method, as `Method.work`; a mask's by its visited blocks."""
+    if method.is_dense:
+        return Work(flops=4 * grid.tokens**2 * heads * head_dim, density=1.0)
     if not isinstance(method, StaticMaskMethod):
         return method.work(grid, layer, heads, head_dim)
+    extra_keys = method.extra_keys(grid)
+    if extra_keys is None:
+        return None
     layout = method.layout(grid, torch.device("cpu"), method.order(grid))
-    dense = 4 * grid.tokens**2 * heads * head_dim
-    return Work(flops=dense * layout.density, density=allowed_pairs(layout) / grid.tokens**2)
+    per_pair = 4 * heads * head_dim
+    flops = per_pair * (layout.density * grid.tokens**2 + grid.video_tokens * extra_keys)
+    return Work(flops=flops, density=allowed_pairs(layout) / grid.tokens**2)
 
 
 def _longest(name: str, settings: list[int | float]) -> int | float:
@@ -227,8 +240,7 @@ def _part(value: Any) -> Part:
             f"the number of heads of {method.type} is {heads!r}, but must be an integer of at"
             f" least 1"
         )
-    own = type(method)
-    if any(getattr(own, name) is not getattr(Method, name) for name in _NEEDS_THE_MODEL):
+    if needs_the_model(method):
         raise ValueError(
             f"{method.type} cannot attend for some heads alone: it has weights of its own or"
             f" changes the model"

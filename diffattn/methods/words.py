@@ -8,11 +8,14 @@ from typing import Any
 
 from diffattn.grid import TokenGrid
 from diffattn.methods.base import Method
+from diffattn.methods.policy import Policy
 from diffattn.schedule import spelled
 
 
 def method_words(method: Method) -> str:
     """A title: the method's type, and those of its own parameters that differ from the default."""
+    if isinstance(method.described_as, Policy):
+        return f"{method.type}  {method.described_as.words()}"
     own = [f for f in fields(method) if f.init and f.name in type(method).__annotations__]
     words = {f.name: _word(getattr(method, f.name)) for f in own}
     told = [f.name for f in own if getattr(method, f.name) != f.default]

@@ -5,6 +5,7 @@ The module is not called `plan` because `diffattn.plan` is the function.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -261,6 +262,11 @@ def _plan(
     check_tokens(grid)
     figures = None if model is None else shape
     method = method.on_model(figures).for_run(shape.variant, grid.alone, shape.steps)
+    misfit = method.misfit("", shape.variant, str(shape.name), grid, shape.steps or 0)
+    if misfit is not None:
+        warnings.warn(misfit, stacklevel=3)
+    for block in set(shape.block_of_site):
+        method.at_layer(block, max(shape.block_of_site) + 1)
     if method.differs_by_step:
         return _plan_by_steps(grid, method, shape, model)
     return _plan_fitted(grid, method.for_model(shape.variant, grid.alone), shape, model)

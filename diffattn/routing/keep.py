@@ -43,8 +43,12 @@ class Share:
         return chosen
 
     def expected(self, always: Always) -> float:
-        """The share of the candidates that the rule is expected to keep."""
-        return self.share
+        """The share of the candidates that the rule keeps: whole blocks, rounded up in each row."""
+        rows = {
+            number_of: int((always.candidates == number_of).sum()) for number_of in always.counts
+        }
+        kept = sum(kept_blocks(self.share, number_of) * many for number_of, many in rows.items())
+        return kept / max(1, int(always.candidates.sum()))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from ..errors import RunInterruptedError, UserError, one_line
 from . import options
 from .bench import EXAMPLES as BENCH_EXAMPLES
 from .bench import bench
+from .calibrate import EXAMPLES as CALIBRATE_EXAMPLES
+from .calibrate import calibrate
 from .compare import EXAMPLES as COMPARE_EXAMPLES
 from .compare import compare
 from .doctor import EXAMPLES as DOCTOR_EXAMPLES
@@ -154,6 +156,7 @@ for _command, _examples in (
     (mask, MASK_EXAMPLES),
     (bench, BENCH_EXAMPLES),
     (doctor, DOCTOR_EXAMPLES),
+    (calibrate, CALIBRATE_EXAMPLES),
 ):
     app.command(epilog=_examples)(_command)
 app.add_typer(lora_app, name="lora")

@@ -31,10 +31,10 @@ Steps = Annotated[int | None, typer.Option(help=_FROM_MODEL, rich_help_panel=SAM
 Guidance = Annotated[float | None, typer.Option(help=_FROM_MODEL, rich_help_panel=SAMPLING)]
 
 
-def _method_names() -> list[str]:
-    from .listing import method_names  # for completion in a shell alone
+def method_names() -> list[str]:
+    from .listing import method_names as names  # for completion in a shell alone
 
-    return method_names()
+    return names()
 
 
 LoraEverywhere = Annotated[
@@ -60,7 +60,7 @@ Attn = Annotated[
         "--method",
         help="Attention method, see `diffattn methods` (default: radial; gna for pictures).",
         rich_help_panel=ATTENTION,
-        autocompletion=_method_names,
+        autocompletion=method_names,
     ),
 ]
 AttnArg = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,10 @@ def estimated_cost(pipe: Any, run: Run) -> Estimate | PlanBySteps | None:
     # Where the prompt decides how much text there is, the video alone is counted.
     for tokens in (size, {"grid": run.grid}):
         try:
-            found = diffattn.plan(pipe, run.method, steps=request.steps, **tokens)
+            with warnings.catch_warnings():
+                # The run itself says so.
+                warnings.filterwarnings("ignore", "the policy was found for another run")
+                found = diffattn.plan(pipe, run.method, steps=request.steps, **tokens)
         except ValueError:
             continue
         return None if isinstance(found, diffattn.Plan) else found

@@ -8,6 +8,7 @@ from typing import Any
 
 import made_lora
 import pytest
+import tiny_training
 import tiny_wan
 import torch
 from made_lora import CELLS, NEARBY
@@ -360,3 +361,23 @@ def test_the_method_that_was_attached_stays(tmp_path: Path) -> None:
     load_lora(pipe, tmp_path)
     attached: Any = attached_to(pipe.transformer)
     assert {group.chosen for group in attached.groups} == {wider}
+
+
+def test_a_lora_that_was_trained_under_a_policy_brings_the_policy(tmp_path: Path) -> None:
+    phases = [{"method": {"type": "dense"}, "until": 0.25}, {"method": tiny_training.ATTENTION}]
+    policy = {"type": "policy", "rules": [{"layers": [1], "phases": phases}]}
+    changes = {"attention": policy, "attention_output": 0.0}
+    made = tiny_training.trainer(tmp_path, checkpoint_every=1, **changes)
+    made.train()
+    whole = tiny_training.trained(made)
+    again = tiny_training.trainer(tmp_path, resume=True, checkpoint_every=1, **changes)
+    assert again.step == tiny_training.STEPS
+    assert all(torch.equal(whole[n], w) for n, w in tiny_training.trained(again).items())
+
+    pipe = wan()
+    record = load_lora(pipe, tmp_path)
+    assert record is not None
+    assert record.method["type"] == "policy"
+    attached = attached_to(pipe.transformer)
+    assert attached is not None
+    assert {group.chosen.described_as for group in attached.groups} == {from_dict(policy)}

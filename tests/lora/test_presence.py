@@ -338,3 +338,34 @@ def test_a_layer_outside_of_the_sites_follows_the_steps(tmp_path: Path) -> None:
 def test_the_record_is_returned(tmp_path: Path) -> None:
     made_lora.make(wan(), tmp_path, NEARBY)
     assert load_lora(wan(), tmp_path) == read_record(tmp_path)
+
+
+def test_layers_that_a_policy_keeps_dense_keep_the_lora_while_others_are_sparse(
+    tmp_path: Path,
+) -> None:
+    rules = [
+        {"layers": [0], "method": {"type": "dense"}},
+        {"phases": [{"method": {"type": "dense"}, "until": 2}, {"method": NEARBY}]},
+    ]
+    policy = {"type": "policy", "rules": rules, "recorded": {"model": "a/model"}}
+    pipe = COMPLETE["wan"].build()
+    made_lora.make(COMPLETE["wan"].build(), tmp_path, policy)
+    record = load_lora(pipe, tmp_path)
+    assert record is not None
+    attached = attached_to(pipe.transformer)
+    assert attached is not None
+    loaded = attached.groups[0].chosen.described_as
+    assert loaded == from_dict(policy)
+    assert loaded.to_dict()["recorded"]["model"] == "a/model"
+    steps = by_step(calls_of(pipe, lambda p: COMPLETE["wan"].run(p, "a cat", steps=STEPS)))
+
+    stock = COMPLETE["wan"].build().transformer
+    bare = COMPLETE["wan"].build()
+    bare.load_lora_weights(tmp_path)
+    sites = {"blocks.0": None, "blocks.*": from_dict(NEARBY | {"dense_steps": 0})}
+    diffattn.set_attn_processor(bare.transformer, sites)
+    for step, calls in enumerate(steps):
+        for call in calls:
+            of_stock, of_sparse = again(stock, call), again(bare.transformer, call)
+            assert (of_stock - of_sparse).abs().max() > 10 * CLOSE["atol"]
+            torch.testing.assert_close(call[2], of_stock if step < 2 else of_sparse, **CLOSE)

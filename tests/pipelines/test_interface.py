@@ -20,8 +20,8 @@ from diffattn.planning.published import PUBLISHED
 from .conftest import Result
 
 COMMANDS = [
-    ("generate",), ("upscale",), ("plan",), ("mask",), ("methods",), ("models",), ("lora", "train"),
-    ("compare",), ("study",)
+    ("generate",), ("upscale",), ("plan",), ("mask",), ("calibrate",), ("methods",), ("models",),
+    ("lora", "train"), ("compare",), ("study",),
 ]  # fmt: skip
 WITH_METHODS = ["generate", "upscale", "plan", "mask", "lora train"]
 

@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 
-from diffattn import GNAAttn, LVSAAttn, PerStep, TokenGrid, hold, plan, ramp
+from diffattn import (
+    GNAAttn,
+    LVSAAttn,
+    PerStep,
+    Policy,
+    TokenGrid,
+    hold,
+    load_policy,
+    plan,
+    ramp,
+    save_policy,
+)
 from diffattn.lora.settings import TrainSettings
 from diffattn.methods import from_dict
 from diffattn.pipelines.errors import UserError
@@ -142,3 +153,51 @@ def test_settings_of_a_training_keep_the_schedule() -> None:
         settings = TrainSettings(attention=method.to_dict())
         read = TrainSettings.from_dict(json.loads(json.dumps(settings.to_dict())))
         assert from_dict(read.attention) == method
+
+
+RULES = [
+    {"layers": [0], "method": {"type": "dense"}},
+    {
+        "phases": [
+            {"method": {"type": "dense"}, "until": 0.5},
+            {"method": {"type": "gna", "window": [3, 1, 1], "stride": 1, "dense_steps": 0}},
+        ]
+    },
+]
+
+
+class TestPolicy:
+    @pytest.fixture
+    def policy(self, tmp_path):
+        path = tmp_path / "policy.json"
+        save_policy(Policy(rules=RULES, recorded={"steps": 4}), path)
+        return path
+
+    def test_a_run_and_its_record(self, generate, tmp_path, record, policy) -> None:
+        result = generate(PROMPT, "-o", "out.mp4", "--attn-config", policy)
+        assert result.code == 0, result.err
+        assert "by step: layer 0: dense; other layers: dense until 0.5, then gna" in result.out
+        assert "this run has steps 2, not 4." in result.err
+        assert result.err.count("the policy was found for another run") == 1
+        settings = record("out.json")["settings"]["attention"]
+        assert from_dict(settings) == load_policy(policy)
+        assert settings["recorded"]["steps"] == 4
+        repeated = generate("--from", tmp_path / "out.mp4.json", "-o", "again.mp4")
+        assert repeated.code == 0, repeated.err
+        assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "out.mp4").read_bytes()
+
+    def test_a_plan(self, diffattn, policy) -> None:
+        arguments = ["--grid", "3x4x5", "--layers", 3, "--attn-config", policy]
+        result = diffattn("plan", *arguments, "--steps", 4)
+        assert result.code == 0, result.err
+        found = plan(TokenGrid(3, 4, 5), load_policy(policy), layers=3, steps=4)
+        assert found.words() in result.out
+        error = diffattn("plan", *arguments).error
+        assert error == (
+            "policy differs from step to step: give the number of steps of a run, steps="
+        )
+
+    def test_settings_of_a_training(self, policy) -> None:
+        entry = attention_settings(MethodOptions(None, (), policy), None)
+        settings = TrainSettings.from_dict({"attention": entry})
+        assert from_dict(settings.to_dict()["attention"]) == load_policy(policy)

@@ -1,0 +1,1 @@
+"""`diffattn calibrate`: finds a policy for a model by rendering with it."""
