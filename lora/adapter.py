@@ -17,7 +17,7 @@ import inspect
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,11 @@ class LoraRecord:
         steps: number of optimiser steps.
         latents: shape of a sample, (channels, latent frames, height, width).
         settings: the `to_dict()` of the training's settings.
+        family: the name of the model's family; None in files of earlier versions.
+        model: where the model was loaded from; None if unknown.
+        density: the part of the token pairs that the method keeps at the size of the training; None
+            for methods without a mask of their own, or if unknown.
+        clips: number of clips learnt from; None if unknown.
     """
 
     method: Mapping[str, Any]
@@ -66,6 +71,10 @@ class LoraRecord:
     steps: int
     latents: tuple[int, ...]
     settings: Mapping[str, Any]
+    family: str | None = None
+    model: str | None = None
+    density: float | None = None
+    clips: int | None = None
 
 
 def add_adapter(model: Any, settings: TrainSettings) -> dict[str, torch.nn.Parameter]:
@@ -229,13 +238,18 @@ def read_record(path: Path) -> LoraRecord | None:
             f"LoRA {path} has a damaged header: its entry {_HEADER!r} is {entry!r:.40}, but must be"
             f" an object; write the LoRA again"
         )
-    missing = [item.name for item in fields(LoraRecord) if item.name not in entry]
+    missing = [
+        item.name
+        for item in fields(LoraRecord)
+        if item.name not in entry and item.default is MISSING
+    ]
     if missing:
         raise LoraError(
             f"LoRA {path} was written by another version of diffattn: its header lacks"
             f" {missing[0]!r}"
         )
-    record = LoraRecord(**{item.name: entry[item.name] for item in fields(LoraRecord)})
+    known = {item.name: entry[item.name] for item in fields(LoraRecord) if item.name in entry}
+    record = LoraRecord(**known)
     method = record.method
     if not isinstance(method, dict) or not isinstance(method.get("type"), str):
         raise LoraError(
@@ -246,6 +260,11 @@ def read_record(path: Path) -> LoraRecord | None:
         raise LoraError(
             f"LoRA {path} has a damaged header: its denoiser is {record.denoiser!r:.40}, but must"
             f" be the name of a component; write the LoRA again"
+        )
+    if not isinstance(record.family, str | None):
+        raise LoraError(
+            f"LoRA {path} has a damaged header: its family is {record.family!r:.40}, but must be"
+            f" the name of a family; write the LoRA again"
         )
     return record
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from diffattn.attach.attachment import set_attn_processor
 from diffattn.attach.denoiser import attached_to
@@ -28,15 +26,15 @@ from diffattn.lora.adapter import (
     read_record,
 )
 from diffattn.lora.errors import LoraError
+from diffattn.lora.layer_names import DIFFUSERS
+from diffattn.lora.lora_file import CONFIG_ENTRY, parse, read_tensors, written
 from diffattn.lora.presence import keep_everywhere, keep_under_method
 from diffattn.methods import from_dict
-from diffattn.models import denoisers
+from diffattn.models import denoisers, family_of
 
 _SUFFIX = ".safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
-# The entry of a file's header that holds the LoRA's config in peft (diffusers).
-_CONFIG = "lora_adapter_metadata"
 _FACTOR = re.compile(r"(?P<part>\w+)\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
 # The names of the two factors of a layer, in the layouts of diffusers, kohya and older diffusers.
 _HALVES = ((".lora_A.", ".lora_B."), (".lora_down.", ".lora_up."), (".lora.down.", ".lora.up."))
@@ -147,7 +145,7 @@ def load_factors(
     if not hasattr(pipe, "load_lora_weights"):
         raise LoraError(f"{type(pipe).__name__} takes no LoRA")
     models = denoisers(pipe)
-    factors = _read_factors(pipe, file, path, next(iter(models.values())))
+    factors, given = _read_factors(pipe, file, path, next(iter(models.values())))
     for name in models if record is None else [record.denoiser]:
         if getattr(pipe, name, None) is None:
             raise LoraError(f"LoRA {path} is for the {name}, which {type(pipe).__name__} lacks")
@@ -157,7 +155,7 @@ def load_factors(
         # Only pipelines with two experts know this argument.
         extra = {"load_into_transformer_2": True} if name == SECOND_EXPERT else {}
         try:
-            pipe.load_lora_weights(file, adapter_name=adapter, use_safetensors=True, **extra)
+            pipe.load_lora_weights(given, adapter_name=adapter, use_safetensors=True, **extra)
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise LoraError(f"LoRA {path} does not fit the model: {error}") from None
         if record is None or everywhere:
@@ -168,19 +166,22 @@ def load_factors(
 
 def _read_factors(
     pipe: Any, file: Path, path: Path, model: torch.nn.Module
-) -> Mapping[str, torch.Tensor]:
-    """The tensors of a LoRA's file, under the names that diffusers gives them.
+) -> tuple[Mapping[str, torch.Tensor], Path | dict[str, torch.Tensor]]:
+    """Read the tensors of a LoRA's file.
+
+    Layouts that diffusers does not read for the pipeline, such as musubi's of HunyuanVideo, are
+    read by `lora_file`.
+
+    Returns:
+        The tensors, under the names that diffusers gives them, and what diffusers is to load: the
+        file, or these tensors.
 
     Raises:
         LoraError: if the file cannot be read, lacks one of two factors, holds NaN, or is in no
-            layout that diffusers knows for this pipeline.
+            layout that is known for this pipeline.
     """
-    try:
-        stored = load_file(file)
-        with safe_open(file, framework="pt") as opened:
-            _check_config((opened.metadata() or {}).get(_CONFIG), path)
-    except (OSError, SafetensorError) as error:
-        raise LoraError(f"cannot read LoRA {path}: {error}") from None
+    stored, metadata = read_tensors(file)
+    _check_config(metadata.get(CONFIG_ENTRY), path)
     if not stored:
         raise LoraError(f"LoRA {path} is empty: it holds no tensors")
     _check_halves(stored, path)
@@ -189,12 +190,36 @@ def _read_factors(
         converted = pipe.lora_state_dict(file, use_safetensors=True)
     except Exception as error:
         # The conversions of diffusers raise errors of every kind for layouts that they do not know.
-        raise LoraError(
-            f"LoRA {path} is not for {type(model).__name__}: diffusers cannot place its tensors,"
-            f" such as {next(iter(stored))} ({type(error).__name__}: {error})"
-        ) from None
+        own = _read_as_original(file, stored, metadata, model)
+        if own is None:
+            raise LoraError(
+                f"LoRA {path} is not for {type(model).__name__}: diffusers cannot place its"
+                f" tensors, such as {next(iter(stored))} ({type(error).__name__}: {error})"
+            ) from None
+        return own, own
     # Some pipelines return the alphas as well.
-    return converted[0] if isinstance(converted, tuple) else converted
+    factors = converted[0] if isinstance(converted, tuple) else converted
+    if not any(_FACTOR.fullmatch(name) for name in factors):
+        own = _read_as_original(file, stored, metadata, model)
+        if own is not None:
+            return own, own
+    return factors, file
+
+
+def _read_as_original(
+    file: Path,
+    stored: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    model: torch.nn.Module,
+) -> dict[str, torch.Tensor] | None:
+    """The tensors of a file of another program, by diffusers' names; None if they are not known."""
+    try:
+        contents = parse(file, stored, metadata, family_of(model).name)
+    except LoraError:
+        return None
+    if contents.layout == DIFFUSERS or contents.unknown or contents.others or contents.magnitudes:
+        return None
+    return written(contents.pairs, DIFFUSERS, None, contents.denoiser)
 
 
 def _check_config(text: str | None, path: Path) -> None:
@@ -205,8 +230,8 @@ def _check_config(text: str | None, path: Path) -> None:
         is_config = False
     if not is_config:
         raise LoraError(
-            f"LoRA {path} has a damaged header: its entry {_CONFIG!r} is no JSON object; write the"
-            f" LoRA again"
+            f"LoRA {path} has a damaged header: its entry {CONFIG_ENTRY!r} is no JSON object; write"
+            f" the LoRA again"
         )
 
 

@@ -90,6 +90,7 @@ class Trainer:
         recipe: Recipe | None = None,
         accelerator: Accelerator | None = None,
         resume: bool = False,
+        density: float | None = None,
     ) -> None:
         """Attach the method, add the LoRA, and load the last checkpoint if there is one.
 
@@ -102,6 +103,7 @@ class Trainer:
             recipe: the recipe of the pipeline; the result of `recipe_for` when None.
             accelerator: the accelerator of the run; made from the settings when None.
             resume: whether to continue a run in `output`; otherwise such a run is an error.
+            density: the part of the token pairs that the method keeps, for the record.
 
         Raises:
             LoraError: if the pipeline cannot be trained with these settings, there are no clips,
@@ -110,7 +112,7 @@ class Trainer:
         """
         self.pipe, self.settings, self.output = pipe, settings.completed(), output
         self.step = 0
-        self._clips, self._empty = clips, empty
+        self._clips, self._empty, self._density = clips, empty, density
         if getattr(pipe, "scheduler", None) is None:
             raise LoraError(
                 f"{type(pipe).__name__} has no scheduler, which says how noise is added: load it"
@@ -298,6 +300,10 @@ class Trainer:
             steps=self.step,
             latents=tuple(self._clips[0]["latents"].shape),
             settings=self.settings.to_dict(),
+            family=self.recipe.family,
+            model=_origin(self.pipe),
+            density=self._density,
+            clips=len(self._clips),
         )
 
     def _identity(self) -> dict[str, Any]:
@@ -336,6 +342,14 @@ class Trainer:
         if self.settings.trackers:
             values = {name: value for name, value in entry.items() if name != "step"}
             self.accelerator.log(values, step=made.step)
+
+
+def _origin(pipe: Any) -> str | None:
+    """Where a pipeline was loaded from: an id of the Hub, or a folder's name without its path."""
+    name = getattr(pipe, "name_or_path", None)
+    if not isinstance(name, str) or not name:
+        return None
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def check_output(output: Path, resume: bool) -> None:

@@ -14,7 +14,7 @@ from ..errors import RunInterruptedError, UserError, one_line
 from . import options
 from .generate import EXAMPLES as GENERATE_EXAMPLES
 from .generate import generate
-from .lora import app as lora_app
+from .lora_files import app as lora_app
 from .mask import EXAMPLES as MASK_EXAMPLES
 from .mask import mask
 from .options import examples

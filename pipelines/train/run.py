@@ -341,7 +341,7 @@ def _run_alone(
     # Encoding may take hours: what can be refused is refused before.
     recipe.check_settings(settings)
     check_adapter(getattr(loaded.pipe, recipe.denoiser), settings)
-    _check_method(loaded.pipe, settings.attention, job)
+    density = _check_method(loaded.pipe, settings.attention, job)
     # The first process encodes the clips; the other processes find them in the folder.
     with accelerator.main_process_first(), _preparing(_clips_folder(job, output), say):
         clips = _prepare(job, loaded, recipe, output, accelerator.device, say, warn)
@@ -358,6 +358,7 @@ def _run_alone(
         recipe=recipe,
         accelerator=accelerator,
         resume=resume,
+        density=density,
     )
     validation = _validation(job, loaded, trainer, say)
     count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -505,8 +506,12 @@ def _complete(job: TrainJob, loaded: LoadedModel) -> TrainJob:
     return full
 
 
-def _check_method(pipe: Any, attention: Mapping[str, Any], job: TrainJob) -> None:
-    """Raise UserError if the method does not fit the model or the size of the clips."""
+def _check_method(pipe: Any, attention: Mapping[str, Any], job: TrainJob) -> float | None:
+    """The part of the token pairs that the method keeps, for a method with a mask of its own.
+
+    Raises:
+        UserError: if the method does not fit the model or the size of the clips.
+    """
     import torch
 
     import diffattn
@@ -519,7 +524,7 @@ def _check_method(pipe: Any, attention: Mapping[str, Any], job: TrainJob) -> Non
         attachment = diffattn.set_attn_processor(pipe, from_dict(attention))
         try:
             assert attachment is not None
-            attachment.describe(pipeline_grid(pipe, **size), 1)
+            return attachment.describe(pipeline_grid(pipe, **size), 1).density
         finally:
             diffattn.set_attn_processor(pipe, None)
 
