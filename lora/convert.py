@@ -32,7 +32,7 @@ from diffattn.lora.adapter import (
 from diffattn.lora.errors import LoraError
 from diffattn.lora.layer_names import DIFFUSERS, FAMILY_NAMES, LAYOUTS, FamilyNames, names_of
 from diffattn.lora.loading import find_file
-from diffattn.lora.lora_file import Contents, read_contents, written
+from diffattn.lora.lora_file import Contents, config_entry, read_contents, written
 
 SUFFIX = ".safetensors"
 RECORD_ENTRY = "diffattn"
@@ -77,7 +77,7 @@ def convert(
     file_of = _target(place, to, record)
     contents = read_contents(file, _checked(family) or (record and record.family))
     names = _names(contents, to)
-    _refuse_others(contents, denoiser_only=denoiser_only, warn=warn)
+    refuse_others(contents, denoiser_only=denoiser_only, warn=warn)
     own = file.parent / METHOD_FILE
     carried = own if own.is_file() and record is not None else None
     if carried is not None and file_of.name != LORA_FILE:
@@ -92,6 +92,8 @@ def convert(
     if record is not None and record.family is None and contents.family is not None:
         told = asdict(record) | {"family": contents.family}
         metadata[RECORD_ENTRY] = json.dumps(told, sort_keys=True)
+    if to == DIFFUSERS:
+        metadata |= config_entry(contents.pairs, contents.denoiser)
     write_file(file_of, tensors, metadata, beside=carried if file_of.name == LORA_FILE else None)
     return file_of
 
@@ -214,7 +216,22 @@ def _names(contents: Contents, to: str) -> FamilyNames | None:
     return names
 
 
-def _refuse_others(contents: Contents, *, denoiser_only: bool, warn: Callable[[str], None]) -> None:
+def refuse_others(
+    contents: Contents,
+    *,
+    denoiser_only: bool = False,
+    warn: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Check that a LoRA is nothing but pairs for a denoiser.
+
+    Args:
+        contents: the LoRA.
+        denoiser_only: only warn of tensors for text encoders.
+        warn: takes the warning.
+
+    Raises:
+        LoraError: if the LoRA holds layers of unknown names, or more than pairs.
+    """
     if contents.unknown:
         family = names_of(contents.family or "")
         raise LoraError(
@@ -224,18 +241,19 @@ def _refuse_others(contents: Contents, *, denoiser_only: bool, warn: Callable[[s
         )
     if contents.magnitudes:
         raise LoraError(
-            f"LoRA {contents.path} is a DoRA: its {len(contents.magnitudes)} magnitudes have no"
-            f" place in other layouts that diffusers reads"
+            f"LoRA {contents.path} is a DoRA: its {len(contents.magnitudes)} magnitudes cannot be"
+            f" converted or merged"
         )
     if contents.others:
         held = ", ".join(f"{count} {kind}" for kind, count in contents.others.items())
         raise LoraError(
-            f"LoRA {contents.path} holds {held} beside its factors, which cannot be converted"
+            f"LoRA {contents.path} holds {held} beside its factors, which cannot be"
+            f" converted or merged"
         )
     if contents.text_encoders:
         if not denoiser_only:
             raise LoraError(
                 f"LoRA {contents.path} holds {contents.text_encoders} tensors for text encoders,"
-                f" which are not converted: --denoiser-only leaves them out"
+                f" which are not converted or merged: lora convert --denoiser-only leaves them out"
             )
         warn(f"{contents.text_encoders} tensors for text encoders are left out")

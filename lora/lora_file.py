@@ -537,3 +537,22 @@ def _in_halves(prefix: str, pairs: Mapping[str, Pair]) -> dict[str, torch.Tensor
         tensors[f"{prefix}{layer}.lora_up.weight"] = pair.up.contiguous()
         tensors[f"{prefix}{layer}.alpha"] = torch.tensor(pair.alpha)
     return tensors
+
+
+def config_entry(pairs: Mapping[str, Pair], denoiser: str) -> dict[str, str]:
+    """The header's entry for a LoRA whose layers have several ranks; {} for a single rank.
+
+    Older releases of diffusers give all layers of such a LoRA the alpha of the first.
+    """
+    ranks = {layer: pair.rank for layer, pair in pairs.items()}
+    if len(set(ranks.values())) < 2:
+        return {}
+    config = {
+        "r": max(ranks.values()),
+        "lora_alpha": max(ranks.values()),
+        "target_modules": list(ranks),
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+    }
+    named = {f"{denoiser}.{key}": value for key, value in config.items()}
+    return {CONFIG_ENTRY: json.dumps(named, sort_keys=True)}

@@ -1,11 +1,13 @@
-"""`diffattn lora info` and `lora convert`: their arguments; `diffattn.lora` does the work."""
+"""`diffattn lora info`, `convert`, `merge` and `join`: arguments; `diffattn.lora` does the work."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,7 +18,10 @@ from .lora import app
 
 if TYPE_CHECKING:
     from diffattn.lora.describe import LoraFacts
+    from diffattn.lora.merging import Scaled
 
+# Beyond it a scale is a slip of the finger.
+_LARGEST_SCALE = 100
 _LAYOUTS = "diffusers|comfyui|kohya|musubi|diffsynth"
 _Family = Annotated[
     str | None,
@@ -138,3 +143,88 @@ def convert(
             warn=_warn,
         )
     typer.echo(f"{file}: written in the {to} layout")
+
+
+_Loras = Annotated[
+    list[str], typer.Argument(metavar="LORA...", help="LoRA files or folders, of any program.")
+]
+_Scales = Annotated[
+    list[float] | None,
+    typer.Option("--scale", help="Of all LoRAs, or once for each of them (default: 1)."),
+]
+_WithoutMethodWeights = Annotated[
+    bool, typer.Option("--without-method-weights", help="Leave out weights of a method.")
+]
+
+
+def _scaled(loras: list[str], scales: list[float] | None) -> list[Scaled]:
+    from diffattn.lora.merging import Scaled
+
+    given = scales or [1.0]
+    if len(given) not in (1, len(loras)):
+        raise UserError(
+            f"--scale is given {len(given)} times for {len(loras)} LoRAs: give one for all, or one"
+            f" for each"
+        )
+    for scale in given:
+        if not math.isfinite(scale) or abs(scale) > _LARGEST_SCALE:
+            raise UserError(
+                f"--scale is {scale}, but must be a number from -{_LARGEST_SCALE} to"
+                f" {_LARGEST_SCALE}"
+            )
+    each = given * len(loras) if len(given) == 1 else given
+    return [Scaled(Path(path).expanduser(), scale) for path, scale in zip(loras, each, strict=True)]
+
+
+@app.command(
+    epilog=options.examples(
+        "lora merge Wan-AI/Wan2.1-T2V-1.3B-Diffusers style.safetensors -o merged --scale 0.8"
+    )
+)
+def merge(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Pipeline folder or hub id.")],
+    loras: _Loras,
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Folder for the denoiser, as diffusers saves it.")
+    ],
+    scale: _Scales = None,
+    without_method_weights: _WithoutMethodWeights = False,
+) -> None:
+    """Write the denoiser's weights with LoRAs merged into them."""
+    from diffattn.lora.merging import merge as write
+
+    from ..run.loading import find_model
+
+    given = _scaled(loras, scale)
+    found = find_model(base)
+    if not isinstance(found, Path):
+        from huggingface_hub import snapshot_download
+
+        found = Path(snapshot_download(found, allow_patterns=["transformer*/*", "unet/*"]))
+    with _refusals():
+        changed = write(
+            found,
+            given,
+            Path(output).expanduser(),
+            without_method_weights=without_method_weights,
+            warn=_warn,
+        )
+    typer.echo(f"{output}: {changed} weights merged; load it by from_pretrained of the model")
+
+
+@app.command(
+    epilog=options.examples("lora join mask-lora more-of-it -o both --scale 1 --scale 0.5")
+)
+def join(
+    loras: _Loras,
+    output: Annotated[str, typer.Option("--output", "-o", help="File to write, or a folder.")],
+    scale: _Scales = None,
+    without_method_weights: _WithoutMethodWeights = False,
+) -> None:
+    """Write one LoRA that does what several do together, exactly: their ranks add up."""
+    from diffattn.lora.merging import join as write
+
+    given = _scaled(loras, scale)
+    with _refusals():
+        write(given, Path(output).expanduser(), without_method_weights=without_method_weights)
+    typer.echo(f"{output}: {len(given)} LoRAs joined")

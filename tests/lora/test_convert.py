@@ -384,8 +384,9 @@ class TestRefusals:
         file = tmp_path / "x.safetensors"
         save_file(tensors, file)
         target = tmp_path / "y.safetensors"
-        assert "holds 1 tensors for text encoders, which are not converted: --denoiser-only" in (
-            self.refusal(file, target, "comfyui")
+        assert (
+            "holds 1 tensors for text encoders, which are not converted or merged: lora convert"
+            in (self.refusal(file, target, "comfyui"))
         )
         convert(file, target, "comfyui", denoiser_only=True)
 
@@ -403,12 +404,12 @@ class TestRefusals:
         file = tmp_path / "x.safetensors"
         save_file(load_file(wan / LORA_FILE) | {name: torch.ones(1)}, file)
         assert self.refusal(file, tmp_path / "y.safetensors", "comfyui") == (
-            f"LoRA {file} holds {kind} beside its factors, which cannot be converted"
+            f"LoRA {file} holds {kind} beside its factors, which cannot be converted or merged"
         )
 
     def test_a_dora(self, tmp_path: Path) -> None:
         folder = trained("wan", tmp_path / "own", dora=True)
-        assert "is a DoRA: its 12 magnitudes have no place" in self.refusal(
+        assert "is a DoRA: its 12 magnitudes cannot be converted or merged" in self.refusal(
             folder, tmp_path / "x.safetensors", "comfyui"
         )
 

@@ -69,3 +69,28 @@ class TestConvert:
         error = diffattn("lora", "convert", wan_lora, tmp_path / "x", "--to", "koya").error
         assert error.startswith("layout 'koya' is unknown")
         assert "kohya" in error
+
+
+class TestMergeAndJoin:
+    def test_merge(self, wan_lora: Path, tmp_path: Path, diffattn: Callable[..., Result]) -> None:
+        out, base = tmp_path / "merged", tmp_path / "base"
+        COMPLETE["wan"].build().save_pretrained(base)
+        command = ["lora", "merge", base, wan_lora, "-o", out, "--without-method-weights"]
+        assert diffattn(*command, "--scale", "1", "--scale", "2").error == (
+            "--scale is given 2 times for 1 LoRAs: give one for all, or one for each"
+        )
+        assert diffattn(*command, "--scale", "nan").error == (
+            "--scale is nan, but must be a number from -100 to 100"
+        )
+        result = diffattn(*command, "--scale", "0.5")
+        assert result.code == 0, result.err
+        assert " weights merged; " in result.out
+        assert (out / "config.json").is_file()
+        assert "exists: give another name" in diffattn(*command).error
+
+    def test_join(self, wan_lora: Path, tmp_path: Path, diffattn: Callable[..., Result]) -> None:
+        out = tmp_path / "both.safetensors"
+        command = ["lora", "join", wan_lora, wan_lora, "-o", out]
+        assert "cannot be joined" in diffattn(*command).error
+        result = diffattn(*command, "--without-method-weights")
+        assert (result.code, result.out) == (0, f"{out}: 2 LoRAs joined\n")
