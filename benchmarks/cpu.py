@@ -50,7 +50,10 @@ import diffattn
 from diffattn.blocks import EMPTY, FULL, BlockLayout, layout_from_states
 from diffattn.methods import CLEARAttn, FreeSwimAttn, GNAAttn, RadialAttn
 from diffattn.orders import TileOrder
+from diffattn.pipelines.bench.peak import peak_mib
+from diffattn.pipelines.run.machine import cpu_name
 
+CPU = torch.device("cpu")
 BLOCK = 128
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -211,21 +214,6 @@ def failure(call: Callable[[], object]) -> str:
     return ""
 
 
-def peak_mib(call: Callable[[], object]) -> float:
-    """Peak of live bytes of torch's CPU allocator during a call, in MiB above the start."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        call()
-    results = profile.profiler.kineto_results
-    changes = [e for e in results.events() if e.name() == "[memory]"]
-    live = highest = 0
-    for event in sorted(changes, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        highest = max(highest, live)
-    return highest / 2**20
-
-
 def measure(
     tokens: int,
     heads: int,
@@ -267,7 +255,7 @@ def measure(
             notes[name] = failure(calls[flex_name])
             if notes[name]:
                 del calls[flex_name]
-        memory = {name: peak_mib(calls[name]) for name in ("dense", *layouts)}
+        memory = {name: peak_mib(calls[name], CPU) for name in ("dense", *layouts)}
         times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(repeats):
             for name in calls:
@@ -314,14 +302,6 @@ def environment(heads: int, repeats: int, clock: str) -> dict[str, object]:
         "repeats": repeats,
         "clock": clock,
     }
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
 
 
 HEADER = (

@@ -23,7 +23,9 @@ if _TYPE_CHECKING:
     from diffattn.methods import (
         AgentAttn,
         AttentionTileAttn,
+        AutoAttn,
         BlockTopKAttn,
+        ByHeadAttn,
         CLEARAttn,
         DenseAttn,
         FreeSwimAttn,
@@ -32,6 +34,7 @@ if _TYPE_CHECKING:
         LVSAAttn,
         Method,
         RadialAttn,
+        SLA2Attn,
         SLAAttn,
         SolAttn,
         SVG2Attn,
@@ -47,8 +50,10 @@ if _TYPE_CHECKING:
     from diffattn.methods.sla.checkpoint import load_sla_checkpoint, save_sla_checkpoint
     from diffattn.methods.vsa.checkpoint import load_vsa_checkpoint
     from diffattn.operator import attention, register_backend
+    from diffattn.planning.by_steps import PlanBySteps
     from diffattn.planning.costs import Estimate
     from diffattn.planning.plans import Plan, plan
+    from diffattn.schedule import PerStep, early_ramp, hold, jenga, ramp
     from diffattn.tile_calibration import calibrate_attention_tile
 
 __version__ = "0.1.0"
@@ -58,9 +63,11 @@ __all__ = [
     "Attachment",
     "AttentionMask",
     "AttentionTileAttn",
+    "AutoAttn",
     "BlockLayout",
     "BlockTopKAttn",
     "Blocking",
+    "ByHeadAttn",
     "CLEARAttn",
     "DenseAttn",
     "Estimate",
@@ -70,10 +77,13 @@ __all__ = [
     "LVSAAttn",
     "LinFusionAttn",
     "Method",
+    "PerStep",
     "Plan",
+    "PlanBySteps",
     "PredicateMask",
     "RadialAttn",
     "Reference",
+    "SLA2Attn",
     "SLAAttn",
     "SVG2Attn",
     "SolAttn",
@@ -84,7 +94,10 @@ __all__ = [
     "attention",
     "calibrate_agent",
     "calibrate_attention_tile",
+    "early_ramp",
     "from_block_mask",
+    "hold",
+    "jenga",
     "load_clear_checkpoint",
     "load_linfusion_checkpoint",
     "load_sla_checkpoint",
@@ -92,6 +105,7 @@ __all__ = [
     "methods",
     "models",
     "plan",
+    "ramp",
     "register_backend",
     "register_method",
     "save_linfusion_checkpoint",
@@ -131,7 +145,9 @@ _HOMES = {
         "methods": (
             "AgentAttn",
             "AttentionTileAttn",
+            "AutoAttn",
             "BlockTopKAttn",
+            "ByHeadAttn",
             "CLEARAttn",
             "DenseAttn",
             "FreeSwimAttn",
@@ -141,6 +157,7 @@ _HOMES = {
             "Method",
             "RadialAttn",
             "SVG2Attn",
+            "SLA2Attn",
             "SLAAttn",
             "SolAttn",
             "VMoBAAttn",
@@ -155,8 +172,10 @@ _HOMES = {
         "methods.sla.checkpoint": ("load_sla_checkpoint", "save_sla_checkpoint"),
         "methods.vsa.checkpoint": ("load_vsa_checkpoint",),
         "operator": ("attention", "register_backend"),
+        "planning.by_steps": ("PlanBySteps",),
         "planning.costs": ("Estimate",),
         "planning.plans": ("Plan", "plan"),
+        "schedule": ("PerStep", "early_ramp", "hold", "jenga", "ramp"),
     }.items()
     for name in names
 }

@@ -17,18 +17,21 @@ from diffattn.grid import TokenGrid
 from diffattn.masks.base import AttentionMask, allowed_pairs
 from diffattn.methods.base import Method, StaticMaskMethod
 from diffattn.methods.words import method_words, reference_words
-from diffattn.schedule import resolve_steps
+from diffattn.schedule import Moment, is_dense_at
 
 if TYPE_CHECKING:
+    from diffattn.methods.call_selection import AttentionCall, CallSelection
+    from diffattn.planning.by_steps import PlanBySteps
     from diffattn.planning.plans import Plan
-    from diffattn.selected.attention import SelectionMask
 
 Image: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]  # (height, width, 3), red, green, blue
 Color: TypeAlias = tuple[int, int, int]
 Place: TypeAlias = tuple[int, int, int]
 
-# Colours: no pair attends; all pairs attend; a block that needs a mask; the query.
+# Colours: no pair attends; all pairs attend; a block that needs a mask; the query; keys that are
+# seen only together with their block.
 NONE, ALL, SOME, QUERY = (232, 236, 241), (23, 64, 140), (242, 150, 40), (214, 30, 40)
+REST = (250, 224, 158)
 FRAME_LINE, TEXT_LINE, REFERENCE_LINE = (120, 132, 150), (20, 140, 90), (150, 60, 170)
 _PAPER, _INK, _FAINT = (255, 255, 255), (28, 32, 40), (96, 104, 118)
 
@@ -49,7 +52,9 @@ def picture(method: StaticMaskMethod, grid: TokenGrid, query: Place | None = Non
     """A picture of a method on a grid: mask, blocks, and the neighbourhood of one token.
 
     Args:
-        method: parameters left at None take the values for models without a recommendation.
+        method: parameters left at None take the values for models without a recommendation. A
+            method that differs from step to step is drawn as in its last step; give
+            `method.at_step(step, steps)` for another.
         grid: the tokens, text included.
         query: frame, row and column of the token whose neighbourhood is shown; the grid's middle
             when None.
@@ -59,7 +64,9 @@ def picture(method: StaticMaskMethod, grid: TokenGrid, query: Place | None = Non
     """
     query = middle(grid) if query is None else query
     check_query(grid, query)
-    fitted = method.for_model("", grid.alone)
+    fitted = method.at_step(0, 0).for_model("", grid.alone)
+    if not isinstance(fitted, StaticMaskMethod):
+        raise ValueError(f"{fitted.type} has no mask that the grid alone decides")
     mask, order = fitted.mask(grid), fitted.order(grid)
     layout = fitted.layout(grid, torch.device("cpu"), order)
     tiles = "" if order is None else f" ({_by(order.tile)} tiles)"
@@ -108,11 +115,41 @@ def picture(method: StaticMaskMethod, grid: TokenGrid, query: Place | None = Non
     )
 
 
-def selection_picture(mask: SelectionMask, words: list[str], query: Place | None = None) -> Image:
+def call_picture(
+    method: Method, call: AttentionCall, *, head: int = 0, query: Place | None = None
+) -> Image:
+    """A picture of what a head selects in a call with real queries and keys.
+
+    Args:
+        method: the method, as `for_model` gives it; it selects by content.
+        call: the arguments of `method.attend`. The last sample of the batch is drawn.
+        head: the head, from 0.
+        query: frame, row and column of the token whose neighbourhood is shown; the grid's middle
+            when None.
+
+    Raises:
+        ValueError: if `query` is outside of the grid, or the method does not select by content.
+    """
+    from diffattn.methods.call_selection import selection_of_call
+
+    check_query(call.site.grid, query or middle(call.site.grid))
+    selection = selection_of_call(method, call, head=head)
+    if selection is None:
+        raise ValueError(
+            f"{method.type} does not select token pairs by content; picture() draws methods whose"
+            f" mask follows from the grid"
+        )
+    words = [method_words(method), f"Layer {call.site.layer} ({selection.blocks}), head {head}."]
+    return selection_picture(selection, words, query)
+
+
+def selection_picture(
+    selection: CallSelection, words: list[str], query: Place | None = None
+) -> Image:
     """A picture of a head's selection in one call: token pairs, blocks, one neighbourhood.
 
     Args:
-        mask: the selection.
+        selection: the selection.
         words: lines of the title; the first line is larger.
         query: frame, row and column of the token whose neighbourhood is shown; the grid's middle
             when None.
@@ -120,48 +157,48 @@ def selection_picture(mask: SelectionMask, words: list[str], query: Place | None
     Raises:
         ValueError: if `query` is outside of the grid.
     """
+    mask = selection.pairs
     grid = mask.grid
     query = middle(grid) if query is None else query
     check_query(grid, query)
-    blocks = mask.chosen.shape[1]
     counts = mask.chosen[grid.video].sum(1)
     width = 2 * _PANEL + _GAP
-    seen = mask.chosen.float() @ torch.bincount(mask.block_of, minlength=blocks).float()
-    density = float(seen.mean()) / grid.tokens
+    density = float(selection.key_counts().mean()) / grid.tokens
     title = [_text(line, width, scale=0.5 if n else 0.7) for n, line in enumerate(words)]
+    rest = f" Every other key is seen {selection.rest_words}." if selection.rest else ""
     title.append(
         _text(
             f"grid {_ascii(grid)}: {grid.tokens:,} tokens. {density:.2%} of the token pairs attend."
             f" A query of the video attends to {int(counts.min())} to"
-            f" {int(counts.max())} of {blocks} blocks, {float(counts.float().mean()):.1f} on"
-            f" average.",
+            f" {int(counts.max())} of {mask.chosen.shape[1]} blocks,"
+            f" {float(counts.float().mean()):.1f} on average.{rest}",
             width,
         )
     )
-    shares = _shaded(mask.block_shares().numpy())
+    shares = selection.block_shares().numpy()
+    empty = None if selection.rest is None else _tinted(np.ones_like(shares))
     left = _stacked(
         [
             _text("All tokens, in the model's order: rows are queries, columns keys", _PANEL),
-            mask_image(mask, _PANEL),
+            mask_image(mask, _PANEL, selection.rest),
             _ramp_legend(_PANEL, grid),
+            *([] if selection.rest is None else [_rest_legend(selection, _PANEL)]),
         ]
     )
     right = _stacked(
         [
             _text("Blocks: share of a row's queries that select the column", _PANEL),
-            _enlarged(shares, max(1, _PANEL // len(shares))),
+            _fitted(_shaded(shares, empty), _PANEL),
             _row([_label("none"), _shaded(_RAMP), _label("all of them")], _PANEL),
         ]
     )
+    neighbourhood = _neighbourhood(mask, query, width, selection)
     return _framed(
-        _stacked(
-            [_stacked(title, gap=4), _beside(left, right), _neighbourhood(mask, query, width)],
-            gap=_GAP,
-        )
+        _stacked([_stacked(title, gap=4), _beside(left, right), neighbourhood], gap=_GAP)
     )
 
 
-def schedule_picture(plan: Plan) -> Image:
+def schedule_picture(plan: Plan | PlanBySteps) -> Image:
     """A picture of the layers and steps of a run that stay dense.
 
     Raises:
@@ -194,21 +231,26 @@ def schedule_image(method: Method, layers: int, dense_layers: int, steps: int) -
     image = np.empty((layers, steps, 3), np.uint8)
     image[:] = SOME
     image[:dense_layers] = ALL
-    image[:, : resolve_steps(method.dense_steps or 0, steps)] = ALL
-    image[:, steps - resolve_steps(method.last_dense_steps, steps) :] = ALL
+    ends = method.dense_steps or 0, method.last_dense_steps
+    for step in range(steps):
+        by_value = method.differs_by_step and method.at_step(step, steps).is_dense
+        if by_value or is_dense_at(Moment(step, steps), *ends):
+            image[:, step] = ALL
     return image
 
 
-def mask_image(mask: AttentionMask, size: int = _PANEL) -> Image:
+def mask_image(mask: AttentionMask, size: int = _PANEL, rest: AttentionMask | None = None) -> Image:
     """The whole mask in at most `size` pixels a side, darker where more of the pairs attend.
 
-    Masks of more tokens than pixels are sampled: all keys, and some queries of each row of pixels.
-    Lines show where latent frames begin, in `TEXT_LINE` where text and video meet, and in
+    Pairs of `rest`, whose key is seen only together with its block, are tinted in `REST`. Masks of
+    more tokens than pixels are sampled: all keys, and some queries of each row of pixels. Lines
+    show where latent frames begin, in `TEXT_LINE` where text and video meet, and in
     `REFERENCE_LINE` where references begin and end.
     """
     grid = mask.grid
     per_pixel = -(-grid.tokens // size)
-    image = _shaded(_sampled(mask, per_pixel))
+    empty = None if rest is None else _tinted(_sampled(rest, per_pixel))
+    image = _shaded(_sampled(mask, per_pixel), empty)
     scale = max(1, size // len(image))
     image = _enlarged(image, scale)
     frame_pixels = grid.frame_tokens / per_pixel * scale
@@ -230,19 +272,16 @@ def block_image(layout: BlockLayout, size: int = _PANEL) -> Image:
 
     Where blocks are smaller than a pixel their colours are mixed.
     """
-    import cv2
-
     colors = np.array([NONE, SOME, ALL], np.uint8)
-    image: Image = colors[_states(layout)]
-    scale = size // max(image.shape[:2])
-    if scale:
-        return _enlarged(image, scale)
-    height, width = (max(1, n * size // max(image.shape[:2])) for n in image.shape[:2])
-    return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+    return _fitted(colors[_states(layout)], size)
 
 
-def frame_images(mask: AttentionMask, query: Place, scale: float = 1) -> list[Image]:
+def frame_images(
+    mask: AttentionMask, query: Place, scale: float = 1, rest: AttentionMask | None = None
+) -> list[Image]:
     """An image of each latent frame: `ALL` where one token attends, `NONE` elsewhere.
+
+    Where the token attends in `rest`, the frames are in `REST`.
 
     The token itself is marked in `QUERY`, with a ring around it where it is small.
 
@@ -257,7 +296,7 @@ def frame_images(mask: AttentionMask, query: Place, scale: float = 1) -> list[Im
 
     grid = mask.grid
     check_query(grid, query)
-    seen = _seen_by(mask, query)[grid.video].view(grid.frames, grid.height, grid.width)
+    seen = _levels(mask, query, rest)[grid.video].view(grid.frames, grid.height, grid.width)
     images = _images_of(seen, scale)
     image = images[query[0]]
     top, left = (int(place * scale) for place in query[1:])
@@ -270,10 +309,10 @@ def frame_images(mask: AttentionMask, query: Place, scale: float = 1) -> list[Im
 
 
 def _images_of(seen: torch.Tensor, scale: float) -> list[Image]:
-    """An image of each frame of bool `(frames, rows, columns)`: `ALL` where True, else `NONE`."""
+    """An image of each frame of the levels `(frames, rows, columns)`: see `_levels`."""
     import cv2
 
-    colors = np.array([NONE, ALL], np.uint8)
+    colors = np.array([NONE, REST, ALL], np.uint8)
     images: list[Image] = []
     for frame in seen:
         image: Image = colors[frame.long().numpy()]
@@ -344,6 +383,12 @@ def _seen_by(mask: AttentionMask, query: Place) -> torch.Tensor:
     return mask.allowed(torch.tensor([position]), torch.arange(grid.tokens)).expand(grid.tokens)
 
 
+def _levels(mask: AttentionMask, query: Place, rest: AttentionMask | None) -> torch.Tensor:
+    """How a video token sees the keys, int64 `(tokens,)`: 0 not, 1 by `rest`, 2 by `mask`."""
+    seen = 2 * _seen_by(mask, query).long()
+    return seen if rest is None else torch.maximum(seen, _seen_by(rest, query).long())
+
+
 def _sampled(mask: AttentionMask, per_pixel: int) -> np.ndarray[Any, Any]:
     """Share of the pairs that attend in each square of `per_pixel` tokens a side, 0 to 1.
 
@@ -365,10 +410,22 @@ def _sampled(mask: AttentionMask, per_pixel: int) -> np.ndarray[Any, Any]:
     return (torch.cat(counts).view(pixels, samples, pixels).sum(1) / (samples * length)).numpy()
 
 
-def _shaded(density: np.ndarray[Any, Any]) -> Image:
-    """Colours from `NONE` to `ALL`, by the root of the density, so that thin bands are visible."""
+def _shaded(density: np.ndarray[Any, Any], empty: np.ndarray[Any, Any] | None = None) -> Image:
+    """Colours from `NONE` to `ALL`, by the root of the density, so that thin bands are visible.
+
+    Args:
+        density: share of the pairs that attend.
+        empty: the colours of no pairs, (rows, columns, 3), in the place of `NONE`.
+    """
     depth = np.sqrt(density)[..., None]
-    return np.asarray(np.rint(np.array(NONE) * (1 - depth) + np.array(ALL) * depth), np.uint8)
+    light = np.array(NONE) if empty is None else empty
+    return np.asarray(np.rint(light * (1 - depth) + np.array(ALL) * depth), np.uint8)
+
+
+def _tinted(share: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Colours from `NONE` to `REST`, by the root of the share."""
+    depth = np.sqrt(share)[..., None]
+    return np.array(NONE) * (1 - depth) + np.array(REST) * depth
 
 
 def _states(layout: BlockLayout) -> np.ndarray[Any, Any]:
@@ -384,12 +441,15 @@ def _states(layout: BlockLayout) -> np.ndarray[Any, Any]:
     return states[:, : layout.columns].numpy()
 
 
-def _neighbourhood(mask: AttentionMask, query: Place, width: int) -> Image:
+def _neighbourhood(
+    mask: AttentionMask, query: Place, width: int, selection: CallSelection | None = None
+) -> Image:
     """The frames of a neighbourhood side by side, with a caption and a legend."""
     grid = mask.grid
-    seen = _seen_by(mask, query)
+    rest = None if selection is None else selection.rest
+    seen, levels = _seen_by(mask, query), _levels(mask, query, rest)
     scale, columns = _sheet((grid.frames, grid.height, grid.width), width)
-    rows = _rows_of_frames(frame_images(mask, query, scale), columns)
+    rows = _rows_of_frames(frame_images(mask, query, scale, rest), columns)
     whole, place = "picture", f"row {query[1]}, column {query[2]}"
     if grid.frames > 1:
         whole, place = "video", f"frame {query[0]}, {place}"
@@ -408,12 +468,14 @@ def _neighbourhood(mask: AttentionMask, query: Place, width: int) -> Image:
         if number <= _MOST_REFERENCES:
             sizes = reference.frames, reference.height, reference.width
             scale, columns = _sheet(sizes, width)
-            images = _images_of(seen[own].view(sizes), scale)
+            images = _images_of(levels[own].view(sizes), scale)
             rows += [_text(f"Reference {number}", width), *_rows_of_frames(images, columns)]
     if text:
         caption += f", {int(others.sum()):,} of {text:,} of the text"
-    legend = _legend([(QUERY, "the token"), (ALL, "seen"), (NONE, "not seen")], width)
-    return _stacked([_text(caption, width), *rows, legend])
+    entries = [(QUERY, "the token"), (ALL, "seen"), (NONE, "not seen")]
+    if selection is not None and selection.rest is not None:
+        entries[2:] = [(REST, f"seen {selection.rest_words}")]
+    return _stacked([_text(caption, width), *rows, _legend(entries, width)])
 
 
 def _rows_of_frames(images: list[Image], columns: int) -> list[Image]:
@@ -439,6 +501,17 @@ def _sheet(sizes: tuple[int, int, int], width: int) -> tuple[float, int]:
     return scale, max(1, columns)
 
 
+def _fitted(image: Image, size: int) -> Image:
+    """The image in at most `size` pixels a side; where it is larger its colours are mixed."""
+    import cv2
+
+    scale = size // max(image.shape[:2])
+    if scale:
+        return _enlarged(image, scale)
+    height, width = (max(1, n * size // max(image.shape[:2])) for n in image.shape[:2])
+    return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+
+
 def _enlarged(image: Image, scale: int) -> Image:
     return image.repeat(scale, 0).repeat(scale, 1)
 
@@ -460,6 +533,11 @@ def _ramp_legend(width: int, grid: TokenGrid) -> Image:
     if grid.references:
         entries += [_swatch(REFERENCE_LINE), _label("of references")]
     return _row(entries, width)
+
+
+def _rest_legend(selection: CallSelection, width: int) -> Image:
+    """A legend of the tint of keys that are seen only together with their block."""
+    return _legend([(REST, f"key seen {selection.rest_words}")], width)
 
 
 def _legend(entries: list[tuple[Color, str]], width: int) -> Image:

@@ -157,7 +157,7 @@ def attention(
     """
     _check_types(query, key, value, key_mask, order)
     query, key, value = cast_as_sdpa(query, key, value)
-    _check_inputs(query, key, value, key_mask)
+    check_inputs(query, key, value, key_mask)
     if mask is None and not return_lse:
         asked_backend(backend)  # an unknown backend is an error, though dense attention needs none
         if not is_forward_mode():
@@ -165,7 +165,7 @@ def attention(
         # Torch's fused attention has no tangents.
         mask = every_pair(query.shape[1], key.shape[1], query.device)
     chosen = BACKENDS[choose_backend(query.device, backend)]
-    layout = _layout_of(mask, query, key, order)
+    layout = layout_of(mask, query, key, order)
     key_mask = order.to_tiles(key_mask) if order is not None and key_mask is not None else key_mask
 
     def attend(
@@ -310,8 +310,28 @@ def add_keys(
     more, lse_of_more = attention(
         query, key, value, layout, scale=scale, key_mask=key_mask, return_lse=True
     )
+    return merged(out, lse, more, lse_of_more)[0]
+
+
+def merged(
+    out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, lse_of_more: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two attentions of the same queries over different keys, as one over all; differentiable.
+
+    Args:
+        out, more: their outputs, (batch, tokens, heads, head_dim).
+        lse, lse_of_more: their natural log-sum-exps, (batch, heads, tokens); -inf for a query that
+            sees no key.
+
+    Returns:
+        The output and the log-sum-exp over all keys: 0 and -inf for a query that sees none.
+    """
+    # Where neither sees a key, infinities would make NaN of values and gradients.
+    neither = (lse == -torch.inf) & (lse_of_more == -torch.inf)
+    lse, lse_of_more = (x.masked_fill(neither, 0) for x in (lse, lse_of_more))
     share = (lse_of_more - lse).sigmoid().transpose(1, 2)[..., None]
-    return torch.lerp(out, more, share.to(out.dtype))
+    of_all = torch.logaddexp(lse, lse_of_more).masked_fill(neither, -torch.inf)
+    return torch.lerp(out, more, share.to(out.dtype)), of_all
 
 
 def choose_backend(device: torch.device, backend: str | None = None) -> str:
@@ -483,21 +503,26 @@ def every_pair(tokens_q: int, tokens_kv: int, device: torch.device) -> BlockLayo
     """The layout of dense attention from `tokens_q` queries to `tokens_kv` keys."""
     states = torch.full((-(-tokens_q // BLOCK), -(-tokens_kv // BLOCK)), FULL, dtype=torch.uint8)
     return layout_from_states(
-        states.to(device),
+        states,
         None,
         tokens_q=tokens_q,
         tokens_kv=tokens_kv,
         block_q=BLOCK,
         block_kv=BLOCK,
-    )
+    ).to(device)
 
 
-def _layout_of(
+def layout_of(
     mask: AttentionMask | BlockLayout | None,
     query: torch.Tensor,
     key: torch.Tensor,
-    order: TileOrder | None,
+    order: TileOrder | None = None,
 ) -> BlockLayout:
+    """The blocks of a mask, checked against the tensors of a call.
+
+    Raises:
+        ValueError: if the mask is none, or is for other tokens, heads or another device.
+    """
     if isinstance(mask, BlockLayout):
         layout = mask
     elif isinstance(mask, AttentionMask):
@@ -559,9 +584,14 @@ def _kind(value: object) -> str:
     return f"a {kind}" if module == "builtins" else f"a {module}.{kind}"
 
 
-def _check_inputs(
+def check_inputs(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor | None
 ) -> None:
+    """Check that the tensors of a call fit together.
+
+    Raises:
+        ValueError: if they do not.
+    """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(

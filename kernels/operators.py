@@ -62,7 +62,7 @@ def over_layout(
         key_mask: torch.Tensor | None, block_q: int, block_kv: int, scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         return forward(
-            q, k, v, _six(layout), key_mask, block_q=block_q, block_kv=block_kv, scale=scale
+            q, k, v, six(layout), key_mask, block_q=block_q, block_kv=block_kv, scale=scale
         )
 
     @define(f"diffattn::{name}_backward")
@@ -74,7 +74,7 @@ def over_layout(
         key_mask: torch.Tensor | None, block_q: int, block_kv: int, scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         return backward(
-            grad_out, grad_lse, q, k, v, out, lse, _six(layout), key_mask,
+            grad_out, grad_lse, q, k, v, out, lse, six(layout), key_mask,
             block_q=block_q, block_kv=block_kv, scale=scale,
         )  # fmt: skip
 
@@ -87,7 +87,7 @@ def over_layout(
         key_mask: torch.Tensor | None, block_q: int, block_kv: int, scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         return tangent(
-            (q_tangent, k_tangent, v_tangent), q, k, v, out, lse, _six(layout), key_mask,
+            (q_tangent, k_tangent, v_tangent), q, k, v, out, lse, six(layout), key_mask,
             block_q=block_q, block_kv=block_kv, scale=scale,
         )  # fmt: skip
 
@@ -148,7 +148,8 @@ def over_selection(
     return _differentiable(forward_op, backward_op, tangent_op)
 
 
-def _six(layout: list[torch.Tensor]) -> LayoutTensors:
+def six(layout: list[torch.Tensor]) -> LayoutTensors:
+    """The tensors of a layout, which operators take as a list."""
     full_count, full_index, partial_count, partial_index, partial_mask, bit_masks = layout
     return full_count, full_index, partial_count, partial_index, partial_mask, bit_masks
 

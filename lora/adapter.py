@@ -17,7 +17,7 @@ import inspect
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from diffattn.attach.denoiser import attached_to
 from diffattn.attach.sites import site_names
 from diffattn.lora.errors import LoraError
 from diffattn.lora.settings import TrainSettings
+from diffattn.methods.base import SiteWeights
 from diffattn.models import family_of
 
 if TYPE_CHECKING:
@@ -80,8 +81,9 @@ class LoraRecord:
 def add_adapter(model: Any, settings: TrainSettings) -> dict[str, torch.nn.Parameter]:
     """Add a LoRA to the attention sites of a denoiser, and freeze the denoiser's own weights.
 
-    The attached method's weights, see `Method.site_weights`, are trained, too. Trained parameters
-    are in float32 for a model of any dtype.
+    The attached method's weights, see `SiteWeights.trained`, are trained, too; with `method_only`
+    the LoRA is not, and stays at nothing. Trained parameters are in float32 for a model of any
+    dtype.
 
     Args:
         model: the denoiser, with a method attached.
@@ -91,7 +93,7 @@ def add_adapter(model: Any, settings: TrainSettings) -> dict[str, torch.nn.Param
         The parameters to train, by name.
 
     Raises:
-        LoraError: as `check_adapter`.
+        LoraError: as `check_adapter`; or if `method_only` leaves nothing to train.
     """
     from peft import LoraConfig
 
@@ -110,8 +112,17 @@ def add_adapter(model: Any, settings: TrainSettings) -> dict[str, torch.nn.Param
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model.add_adapter(config)
-    for weights in _method_modules(model).values():
-        weights.requires_grad_(True)
+    own = _method_modules(model).values()
+    if settings.method_only:
+        if not own:
+            raise LoraError(
+                f"method_only is true, but {settings.attention['type']} with these parameters has"
+                f" no weights of its own to train: leave method_only out"
+            )
+        model.requires_grad_(False)
+    for weights in own:
+        for parameter in weights.trained():
+            parameter.requires_grad_(True)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -299,10 +310,7 @@ def load_method_weights(pipe: DiffusionPipeline, path: Path, record: LoraRecord)
     Raises:
         LoraError: if the weights do not fit the attached method.
     """
-    folder = path if path.is_dir() else path.parent
-    file = folder / METHOD_FILE
-    if not file.is_file():
-        file = place_of(folder, record.denoiser) / METHOD_FILE
+    file = _method_file(path, record)
     if not file.is_file():
         return 0
     model = getattr(pipe, record.denoiser)
@@ -331,6 +339,39 @@ def load_method_weights(pipe: DiffusionPipeline, path: Path, record: LoraRecord)
             {k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)}
         )
     return len(modules)
+
+
+def start_from(pipe: DiffusionPipeline, folder: Path, denoiser: str) -> None:
+    """Load the method's own weights of another training into a denoiser, and none of its LoRA.
+
+    Args:
+        pipe: the pipeline, with the method attached.
+        folder: the output folder of the other training.
+        denoiser: the pipeline's component that has the method attached.
+
+    Raises:
+        LoraError: if the folder has no such weights, or they do not fit the attached method.
+    """
+    record = read_record(folder)
+    if record is None or not _method_file(folder, record).is_file():
+        raise LoraError(
+            f"method_weights is {folder}, but must be the output folder of a finished training of a"
+            f" method with weights of its own: it has no {METHOD_FILE} beside a {LORA_FILE}"
+        )
+    place = _method_file(folder, record).parent
+    load_method_weights(pipe, place, replace(record, denoiser=denoiser))
+
+
+def _method_file(path: Path, record: LoraRecord) -> Path:
+    """The file of the method's own weights, whether or not it is there.
+
+    Args:
+        path: the LoRA's file, the folder of the file, or the folder of the training.
+        record: the result of `read_record`.
+    """
+    folder = path if path.is_dir() else path.parent
+    beside = folder / METHOD_FILE
+    return beside if beside.is_file() else place_of(folder, record.denoiser) / METHOD_FILE
 
 
 def _target_names(model: torch.nn.Module, targets: tuple[str, ...]) -> list[str]:
@@ -368,16 +409,17 @@ def _part(module: torch.nn.Module, name: str) -> torch.nn.Module | None:
         return None
 
 
-def _method_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def _method_modules(model: torch.nn.Module) -> dict[str, SiteWeights]:
     """The modules with the attached method's own weights, by name."""
     attached = attached_to(model)
     if attached is None:
         return {}
-    return {
+    found = {
         f"{name}.{site.weights}": site.module.get_submodule(site.weights)
         for name, site in attached.sites.items()
         if site.weights is not None
     }
+    return {name: module for name, module in found.items() if isinstance(module, SiteWeights)}
 
 
 def _compact(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

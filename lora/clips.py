@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -21,6 +22,23 @@ _TABLES = (".csv", ".json", ".jsonl")
 
 class ClipError(ValueError):
     """A clip that cannot be used; other clips can."""
+
+
+@dataclass(frozen=True)
+class Shot:
+    """The frames of a clip at the size of a training, and where they are from.
+
+    Attributes:
+        frames: float32 (3, frames, height, width) in [-1, 1].
+        rate: how many of the frames are shown a second; None for one frame.
+        size: rows and columns of the last frame in its file.
+        crop: rows above and columns left of that frame, cut off after it was scaled.
+    """
+
+    frames: Tensor
+    rate: float | None
+    size: tuple[int, int]
+    crop: tuple[int, int]
 
 
 def find_clips(folder: Path) -> list[Path]:
@@ -74,18 +92,18 @@ def read_clip(
     fps: float | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Tensor:
-    """The frames of `read_clip_and_rate`."""
-    return read_clip_and_rate(path, height, width, num_frames, fps, note)[0]
+    """The frames of `read_shot`."""
+    return read_shot(path, height, width, num_frames, fps, note).frames
 
 
-def read_clip_and_rate(
+def read_shot(
     path: Path,
     height: int,
     width: int,
     num_frames: int = 1,
     fps: float | None = None,
     note: Callable[[str], None] = lambda _: None,
-) -> tuple[Tensor, float | None]:
+) -> Shot:
     """The first frames of a clip, or a picture as a clip of one frame.
 
     Args:
@@ -97,13 +115,13 @@ def read_clip_and_rate(
         note: takes a line about what the reader has changed, such as transparent areas.
 
     Returns:
-        The frames, float32 (3, frames, height, width) in [-1, 1], and how many of them are shown a
-        second; None for one frame.
+        The frames, and where they are from.
 
     Raises:
         ClipError: if the file cannot be read, or is too short.
     """
     chosen: list[np.ndarray] = []
+    size = crop = (0, 0)
     first = last = end = 0.0
 
     def all_frames() -> Iterator[Frame]:
@@ -116,7 +134,9 @@ def read_clip_and_rate(
         frames = all_frames()
         for frame in frames if fps is None else at_rate(frames, fps):
             first, last = (first if chosen else frame.start), frame.start
-            chosen.append(_fit(frame.pixels, height, width))
+            pixels, crop = _fit(frame.pixels, height, width)
+            chosen.append(pixels)
+            size = frame.pixels.shape[0], frame.pixels.shape[1]
             if len(chosen) == num_frames:
                 break
     except Exception as error:  # decoders raise errors of many kinds for bad files
@@ -125,11 +145,11 @@ def read_clip_and_rate(
         raise ClipError(_too_short(path, len(chosen), end, num_frames, fps))
     video = torch.from_numpy(np.stack(chosen)).permute(3, 0, 1, 2)
     rate = None if num_frames == 1 else fps or (num_frames - 1) / (last - first)
-    return video.float() / 127.5 - 1, rate
+    return Shot(video.float() / 127.5 - 1, rate, size, crop)
 
 
-def _fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scale a frame to cover the size, and crop the frame at its centre."""
+def _fit(frame: np.ndarray, height: int, width: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Scale a frame to cover the size, and crop the frame at its centre; see `Shot.crop`."""
     rows, columns = frame.shape[:2]
     scale = max(height / rows, width / columns)
     rows, columns = max(height, round(rows * scale)), max(width, round(columns * scale))
@@ -137,7 +157,7 @@ def _fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     scaled = cv2.resize(frame, (columns, rows), interpolation=how)
     top, left = (rows - height) // 2, (columns - width) // 2
-    return scaled[top : top + height, left : left + width]
+    return scaled[top : top + height, left : left + width], (top, left)
 
 
 def _reason(error: Exception) -> str:

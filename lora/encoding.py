@@ -22,7 +22,7 @@ from diffattn.lora.cache import (
     write_index,
 )
 from diffattn.lora.captions import CaptionedClip
-from diffattn.lora.clips import ClipError, read_clip_and_rate
+from diffattn.lora.clips import ClipError, read_shot
 from diffattn.lora.errors import LoraError
 from diffattn.lora.recipes import Recipe
 from diffattn.models import size_rules
@@ -92,24 +92,22 @@ def prepare(
         "tiling": tiling,
     }
     keys: list[str] = []
-    with _tiled(pipe.vae, tiling):
+    with in_tiles(pipe.vae, tiling):
         for done, clip in enumerate(clips, start=1):
             try:
                 content = _digest(clip.path)
                 key = entry_key(settings | {"content": content, "caption": clip.caption})
                 if not is_stored(folder, key):
                     say = partial(_report_about, report, clip.path)
-                    pixels, rate = read_clip_and_rate(
-                        clip.path, height, width, num_frames, fps, say
-                    )
+                    shot = read_shot(clip.path, height, width, num_frames, fps, say)
                     generator = torch.Generator().manual_seed(seed_of(key))
-                    latents = recipe.encode_clip(pipe, pixels[None], generator)
+                    latents = recipe.encode_clip(pipe, shot.frames[None], generator)
                     if not latents.isfinite().all():
                         raise ClipError(
                             f"the VAE gives NaN or infinity for it in {_name(pipe.vae.dtype)}"
                         )
                     told = encode_caption(pipe, recipe, clip.caption)
-                    told |= recipe.encode_rate(rate)
+                    told |= recipe.encode_origin(shot.rate, shot.size, shot.crop)
                     about = {"caption": clip.caption, "source": clip.path.name}
                     store(folder, key, latents, told, about)
                 keys.append(key)
@@ -125,8 +123,8 @@ def prepare(
 
 
 @contextmanager
-def _tiled(vae: Any, tiling: bool) -> Iterator[None]:
-    """Have a VAE work in tiles while the block runs, or not."""
+def in_tiles(vae: Any, tiling: bool) -> Iterator[None]:
+    """Have a VAE work on large pictures and videos in tiles while the block runs, or not."""
     before = getattr(vae, "use_tiling", tiling)  # a VAE that knows no tiles stays as it is
     if before != tiling:
         _set_tiling(vae, tiling)

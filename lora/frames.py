@@ -34,7 +34,6 @@ VIDEOS = (
     ".mpeg",
     ".mpg",
     ".mts",
-    ".ogv",
     ".ts",
     ".webm",
     ".wmv",

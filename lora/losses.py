@@ -118,9 +118,13 @@ class Student(torch.nn.Module):
 @contextmanager
 def dense_teacher(model: Any, attachment: Attachment) -> Iterator[None]:
     """Make a denoiser the dense model without its LoRA while the block runs."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     model.disable_adapters()
     try:
         with attachment.dense():
             yield
     finally:
         model.enable_adapters()
+        # peft takes a LoRA that is on for one that is being trained.
+        for parameter in frozen:
+            parameter.requires_grad_(False)

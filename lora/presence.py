@@ -23,6 +23,7 @@ import torch
 
 from diffattn.attach.backend import Group
 from diffattn.attach.denoiser import AttachedModel, attached_to
+from diffattn.attach.running_call import Call
 from diffattn.attach.sites import site_names
 from diffattn.models import family_of
 
@@ -108,8 +109,9 @@ def _in_sparse_step(group: Group, attached: AttachedModel) -> bool:
         # The number of the step would be a constant of the compiled code. Groups of dense layers
         # are dense in every step.
         return any(other.sparse and other.chosen is group.chosen for other in attached.groups)
-    method = group.method
-    return not attached.owner.clock.is_dense_step(method.dense_steps or 0, method.last_dense_steps)
+    video = None if group.call is None else group.call.video
+    # Of the step that begins: the last call may be of an earlier one.
+    return group.is_sparse_step(Call(attached.owner.clock, video))
 
 
 @dataclass(eq=False)

@@ -76,6 +76,9 @@ class TrainSettings:
         targets: names of the layers inside each attention site that get a LoRA.
         dropout: fraction of the LoRA's inputs to drop.
         dora, rslora: peft's variants of LoRA with these names.
+        method_only: whether to train the method's own weights alone, with the LoRA left at nothing.
+        method_weights: the folder of a training whose method's own weights to start from; None to
+            start from those of an untrained method.
         denoiser: the pipeline's component to train; None for the first. "transformer_2" is the
             second expert of Wan 2.2.
         objective, prediction, attention_output: weights of the losses, see `diffattn.lora.losses`.
@@ -116,6 +119,8 @@ class TrainSettings:
     dropout: float = 0.0
     dora: bool = False
     rslora: bool = False
+    method_only: bool = False
+    method_weights: str | None = None
     denoiser: str | None = None
     objective: float | None = None
     prediction: float | None = None
@@ -159,6 +164,12 @@ class TrainSettings:
         if method.type == "dense":
             raise LoraError(
                 "the method is dense, which needs no adapting: choose a sparse one, such as radial"
+            )
+        if method.needs_figures:
+            raise LoraError(
+                f"the method is {method.type}, which may choose another method for another size,"
+                f" while a LoRA belongs to one: name the method that `diffattn plan` prints for"
+                f" {method.type}"
             )
         if self.warmup_steps > self.steps:
             raise LoraError(
@@ -271,6 +282,8 @@ _ALLOWED: Mapping[str, Allowed] = {
     "dropout": number(at_least=0, below=1),
     "dora": FLAG,
     "rslora": FLAG,
+    "method_only": FLAG,
+    "method_weights": Allowed("the path of a folder", lambda it: isinstance(it, str) and it != ""),
     "denoiser": choice(("transformer", "transformer_2", "unet")),
     "objective": _WEIGHT,
     "prediction": _WEIGHT,

@@ -17,7 +17,14 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
 
 from diffattn.attach.attachment import Attachment, set_attn_processor
-from diffattn.lora.adapter import LORA_FILE, LoraRecord, add_adapter, place_of, save_adapter
+from diffattn.lora.adapter import (
+    LORA_FILE,
+    LoraRecord,
+    add_adapter,
+    place_of,
+    save_adapter,
+    start_from,
+)
 from diffattn.lora.cache import fingerprint
 from diffattn.lora.checkpoint import (
     Progress,
@@ -133,6 +140,8 @@ class Trainer:
             self.attachment = self._attach()
         except (ValueError, TypeError) as error:
             raise LoraError(error) from None
+        if settings.method_weights is not None:
+            start_from(pipe, Path(settings.method_weights), self.recipe.denoiser)
         self._trained = add_adapter(self.model, self.settings)
         if settings.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()

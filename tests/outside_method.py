@@ -10,6 +10,12 @@ def source() -> str:
     return _DOC.read_text("utf-8").partition("```python\n")[2].partition("```")[0]
 
 
+def sources_under(heading: str) -> list[str]:
+    """The blocks of Python in the section of the document that has a heading."""
+    section = _DOC.read_text("utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return [block.partition("```")[0] for block in section.split("```python\n")[1:]]
+
+
 def install(folder: Path, name: str, code: str, entry_points: dict[str, str]) -> None:
     """Put a distribution of one module into a folder that is, or will be, on `sys.path`.
 

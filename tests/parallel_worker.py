@@ -23,10 +23,23 @@ from diffusers.hooks import context_parallel
 from stock import IN_TILES, NEARBY, Nearby
 
 import diffattn
-from diffattn import AgentAttn, GNAAttn, LinFusionAttn, RadialAttn, TokenGrid, VMoBAAttn
+from diffattn import (
+    AgentAttn,
+    BlockTopKAttn,
+    GNAAttn,
+    LinFusionAttn,
+    PerStep,
+    RadialAttn,
+    TokenGrid,
+    VMoBAAttn,
+)
 from diffattn.methods import DenseAttn, Method, Site
 
 SECONDS_TO_WAIT = 60
+WINDOWS = GNAAttn(
+    window=PerStep((1, 1, 1), (3, 3, 3), (1, 3, 3)), stride=1, dense_layers=0, dense_steps=0
+)
+SHARES = BlockTopKAttn(keep=[1, 0.5, 0.2], block=16, dense_layers=0, dense_steps=0)
 
 Result = dict[str, Any]
 
@@ -104,12 +117,20 @@ def run(
     return result | {"out": out.detach()}
 
 
-def run_pipeline(parallel: bool) -> Result:
-    """Latents of three steps, the first of them dense, of two branches each."""
+def run_pipeline(
+    parallel: bool,
+    *,
+    method: Method | None = None,
+    config: dict[str, Any] | None = None,
+) -> Result:
+    """Latents of three steps of two branches each; the first step and layer are dense."""
     pipe = tiny_wan.PIPELINES["t2v"]()
-    attachment = diffattn.set_attn_processor(pipe, Nearby(dense_layers=1, dense_steps=1))
+    method = method or Nearby(dense_layers=1, dense_steps=1)
+    attachment = diffattn.set_attn_processor(pipe, method)
     if parallel:
-        pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+        pipe.transformer.enable_parallelism(
+            config=ContextParallelConfig(**config or {"ulysses_degree": 2})
+        )
     out = tiny_wan.run(pipe, steps=3)
     assert attachment is not None
     return {"out": out, "calls": (attachment.sparse_calls, attachment.dense_calls)}
@@ -255,6 +276,9 @@ RUNS: dict[int, dict[str, Callable[[bool], Result]]] = {
             run, wan, wan_inputs, ULYSSES, compiled=True, **_TILES
         ),
         "wan pipeline": run_pipeline,
+        "wan ulysses, masks by step": partial(run_pipeline, method=WINDOWS, config=ULYSSES),
+        "wan ulysses, shares by step": partial(run_pipeline, method=SHARES, config=ULYSSES),
+        "wan ring, masks by step": partial(run_pipeline, method=WINDOWS, config=RING),
         "flux ulysses": partial(run, tiny_families.flux, flux_inputs, ULYSSES),
         "flux ulysses, agents": partial(run, tiny_families.flux, flux_inputs, ULYSSES, **_AGENTS),
         "flux ulysses, dense layer": partial(

@@ -469,6 +469,9 @@ def test_masks_that_are_not_padding_are_refused() -> None:
     hidden = torch.randn(2, 150, 48)
     with pytest.raises(ValueError, match="only padding masks over keys can"):
         attn(hidden, attention_mask=torch.ones(150, 150, dtype=torch.bool))
+    # Numbers that happen to repeat are not known to: only `expand` says so.
+    with pytest.raises(ValueError, match="only padding masks over keys can"):
+        attn(hidden, attention_mask=torch.ones(2, 2, 150, 150, dtype=torch.bool))
 
 
 def test_calls_outside_of_a_known_grid_are_refused() -> None:
@@ -492,7 +495,8 @@ def test_padding_masks_are_honoured() -> None:
     with torch.no_grad():
         stock = tiny_wan.transformer().blocks[0].attn1
         want = stock(hidden, attention_mask=(mask & keys[:, None, :])[:, None])
-        for form in (keys, keys[:, None, None, :]):
+        repeated = keys[:, None, None, :].expand(2, 2, 150, 150)
+        for form in (keys, keys[:, None, None, :], repeated):
             got = model.blocks[0].attn1(hidden, attention_mask=form)
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 

@@ -29,6 +29,8 @@ from diffattn.operator import (
     _log_choice,
     attention_gradients,
     choose_backend,
+    every_pair,
+    merged,
 )
 
 GRID = TokenGrid(5, 4, 7, text_after=3)
@@ -99,6 +101,51 @@ def test_a_sample_whose_keys_are_all_padding_gives_zeros() -> None:
         out = attention(q, k, v, mask, key_mask=key_mask)
         assert not out[1].any()
         assert out[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_attentions_over_different_keys_merge(dtype: torch.dtype) -> None:
+    """Queries of sample 0 see no key of the first half, of sample 1 no key at all."""
+    torch.manual_seed(0)
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 3, 20, 2, 8, dtype=dtype))
+    there = torch.ones(3, 20, dtype=torch.bool)
+    there[0, :11] = False
+    there[1] = False
+    parts = []
+    for some in (slice(0, 11), slice(11, 20)):
+        layout = every_pair(20, some.stop - some.start, q.device)
+        out, lse = attention(
+            q, k[:, some], v[:, some], layout, key_mask=there[:, some], return_lse=True
+        )
+        parts += [out, lse]
+    out, lse = merged(*parts)
+    assert out.dtype == dtype
+    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    # The reference gives 0 and -inf where a query sees nothing.
+    want, want_lse = attention(
+        *leaves, FullMask(TokenGrid(1, 4, 5)), key_mask=there, return_lse=True, backend="reference"
+    )
+    close = (
+        {"atol": 0.03, "rtol": 0.03} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    )
+    torch.testing.assert_close(out.double(), want, **close)
+    torch.testing.assert_close(lse.double(), want_lse, **close)
+    assert torch.equal(out[1], torch.zeros_like(out[1]))
+    along, of_lse = torch.randn_like(out), torch.randn_like(lse)
+    seen = lse.isfinite()
+    found = torch.autograd.grad(
+        (out * along).sum() + (lse[seen] * of_lse[seen]).sum(), (q, k, v), retain_graph=True
+    )
+    expected = torch.autograd.grad(
+        (want * along).sum() + (want_lse[seen] * of_lse[seen]).sum(), leaves
+    )
+    for got, right in zip(found, expected, strict=True):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got.double(), right, **close)
+    # Where both see a key, the guard for queries that see nothing changes no bit.
+    share = (parts[3] - parts[1]).sigmoid().transpose(1, 2)[..., None]
+    plain = torch.lerp(parts[0], parts[2], share.to(dtype))
+    assert torch.equal(out[2], plain[2])
 
 
 def layout_by_head() -> BlockLayout:

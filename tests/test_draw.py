@@ -7,8 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-from diffattn import AttentionMask, CLEARAttn, DenseAttn, GNAAttn, RadialAttn, TokenGrid, draw, plan
+from diffattn import (
+    AttentionMask,
+    CLEARAttn,
+    DenseAttn,
+    GNAAttn,
+    RadialAttn,
+    SolAttn,
+    SVG2Attn,
+    TokenGrid,
+    VSAAttn,
+    draw,
+    plan,
+)
 from diffattn.grid import Reference
+from diffattn.methods.base import Site
+from diffattn.methods.call_selection import AttentionCall, selection_of_call, smooth_tokens
 
 SMALL = TokenGrid(3, 4, 5, 2, 3)
 METHOD = GNAAttn(window=(3, 3, 2))
@@ -172,6 +186,74 @@ class TestFrameImages:
     def test_the_middle(self):
         assert draw.middle(TokenGrid(21, 30, 53)) == (10, 15, 26)
         assert draw.middle(TokenGrid(1, 1, 1)) == (0, 0, 0)
+
+
+class TestSelections:
+    """Pictures of methods that select by content, in calls with given queries and keys."""
+
+    @staticmethod
+    def call(grid):
+        return AttentionCall(*smooth_tokens(grid, 16, 0), Site("wan", 0, 1, grid))
+
+    def test_every_pair_has_the_colour_of_how_it_is_seen(self):
+        selection = selection_of_call(SolAttn(block=16, tau=9, neighbours=0), self.call(SMALL))
+        mask, rest = selection.pairs, selection.rest
+        image = draw.mask_image(mask, 65 * 5, rest)
+        seen = mask.dense()
+        assert 0.1 < seen.float().mean() < 0.9
+        for query in range(65):
+            for key in range(65):
+                wanted = draw.ALL if seen[query, key] else draw.REST
+                assert color(image, query * 5 + 2, key * 5 + 2) == wanted
+        images = draw.frame_images(mask, (1, 2, 3), 8, rest)
+        place = 2 + 20 + 2 * 5 + 3
+        for token in range(60):
+            if token + 2 == place:
+                continue
+            frame, row, column = token // 20, token % 20 // 5, token % 5
+            wanted = draw.ALL if seen[place, token + 2] else draw.REST
+            assert color(images[frame], row * 8 + 3, column * 8 + 3) == wanted
+
+    @pytest.mark.parametrize(
+        ("method", "tinted"),
+        [
+            (SolAttn(block=16), True),
+            (SolAttn(block=16, remainder="drop"), False),
+            (SVG2Attn(query_cluster=9, key_cluster=4, block=16, top_p=0.3), False),
+            (VSAAttn(keep=0.2), False),
+        ],
+        ids=lambda x: getattr(x, "type", ""),
+    )
+    def test_pictures_of_a_call(self, method, tinted, monkeypatch):
+        said = []
+        text = draw._text
+        monkeypatch.setattr(
+            draw, "_text", lambda words, *a, **k: said.append(words) or text(words, *a, **k)
+        )
+        grid = TokenGrid(3, 8, 10, 2, 100, references=(Reference(252, 1, 8, 10),))
+        call = self.call(grid)
+        image = draw.call_picture(method, call, query=(1, 4, 5))
+        selection = selection_of_call(method, call)
+        density = selection.pairs.dense().float().mean()
+        words = " ".join(said)
+        assert f"{density:.2%} of the token pairs attend." in words
+        assert f"Layer 0 ({selection.blocks}), head 0." in words
+        assert has(image, draw.REST) == tinted
+        assert holds(image, draw.mask_image(selection.pairs, rest=selection.rest))
+        assert has(image, draw.QUERY)
+        assert "Reference 1" in said
+
+    def test_more_blocks_than_pixels(self):
+        grid = TokenGrid(1, 120, 121)
+        image = draw.call_picture(SolAttn(block=16), self.call(grid))
+        assert image.shape[1] == 1284
+
+    def test_bad_input(self):
+        call = self.call(SMALL)
+        with pytest.raises(ValueError, match=r"gna does not select token pairs by content; pictu"):
+            draw.call_picture(METHOD, call)
+        with pytest.raises(ValueError, match=r"the query's frame is 3, but the grid"):
+            draw.call_picture(SolAttn(), call, query=(3, 0, 0))
 
 
 class TestPicture:

@@ -53,8 +53,9 @@ def tensors() -> list[torch.Tensor]:
 def attend_by(method: dict[str, Any]) -> Callable[..., torch.Tensor]:
     made = from_dict(method | {"dense_layers": 0, "dense_steps": 0}).for_model("wan", GRID)
     module = torch.nn.Module()
-    module.head_dim = SHAPE[-1]  # type: ignore[assignment]
-    weights = made.site_weights(module, joint=False) if made.type == "sla" else None
+    module.heads, module.head_dim = SHAPE[2:]  # type: ignore[assignment]
+    with_weights = made.type in ("sla", "sla2")
+    weights = made.site_weights(module, joint=False) if with_weights else None
     site = Site("wan", 0, 2, GRID, weights=weights)
     return lambda q, k, v: made.attend(q, k, v, site)
 
@@ -74,6 +75,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "attention-tile": {},
     "lvsa": {},
     "sla": {"block_q": 16, "block_kv": 16, "keep": 0.3},
+    "sla2": {"block_q": 16, "block_kv": 16, "keep": 0.3},
 }
 
 

@@ -21,10 +21,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "clear": {"radius": 2, "frame_radius": 1, "down_factor": 2},
     "linfusion": {},
     "sla": {"keep": 0.3, "block_q": 16, "block_kv": 16},
+    "sla2": {"keep": 0.3, "block_q": 16, "block_kv": 16},
     "agent": {"k_scale2": [0.1, 0.2, 0.3]},
     "vmoba": {},
 }
-WITH_WEIGHTS = ("clear", "linfusion", "sla")
+WITH_WEIGHTS = ("clear", "linfusion", "sla", "sla2")
 REFUSAL = (
     "a pipeline or model with a method of diffattn attached cannot be pickled: the method is an"
     " attention backend of this process. Call set_attn_processor(None) before pickle.dumps or"

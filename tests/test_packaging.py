@@ -19,7 +19,9 @@ PUBLIC = [
     "diffattn.lora.trainer",
     "diffattn.methods",
     "diffattn.models",
+    "diffattn.pipelines.bench.session",
     "diffattn.pipelines.cli.commands",
+    "diffattn.pipelines.doctor.report",
     "diffattn.samples.moving_shapes",
 ]
 

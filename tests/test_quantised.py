@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from peft import LoraConfig
 
 import diffattn
-from diffattn import CLEARAttn, LinFusionAttn, SLAAttn
+from diffattn import CLEARAttn, LinFusionAttn, SLA2Attn, SLAAttn
 from diffattn.lora.cache import fingerprint
 from diffattn.methods.base import Method
 
@@ -57,6 +57,7 @@ METHODS = [
     LinFusionAttn(mid_dim=4),
     CLEARAttn(radius=2, down_factor=2, dense_layers=0, dense_steps=0),
     SLAAttn(block_q=16, block_kv=16, keep=0.3),
+    SLA2Attn(block_q=16, block_kv=16, keep=0.3),
 ]
 
 

@@ -27,7 +27,11 @@ def z_image(**changes: Any) -> torch.nn.Module:
         "axes_dims": [4, 6, 6],
         "axes_lens": [256, 64, 64],
     }
-    return make("ZImageTransformer2DModel", **(config | changes))
+    model = make("ZImageTransformer2DModel", **(config | changes))
+    # diffusers 0.36 leaves these parameters uninitialised.
+    for token in (model.x_pad_token, model.cap_pad_token):
+        token.data = noise(*token.shape, seed=4)
+    return model
 
 
 def _in_one_tensor(model: torch.nn.Module) -> torch.nn.Module:

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from diffattn.pipelines.bench.timing import Call
 from gpu_run.masks import Rule
-from gpu_run.timing import Call
 
 QUERIES = 48
 

@@ -8,8 +8,8 @@ import torch
 
 from diffattn.methods import METHODS
 from diffattn.methods.base import StaticMaskMethod
+from diffattn.pipelines.bench.timing import describe
 from gpu_run.setting import Setting
-from gpu_run.timing import describe
 
 FAMILIES = {"hunyuan-720p": "hunyuanvideo", "wan-14b-720p": "wan"}
 

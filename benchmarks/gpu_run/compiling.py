@@ -15,11 +15,11 @@ from unittest import mock
 import triton
 from triton.backends.compiler import GPUTarget
 
+from diffattn.pipelines.bench.timing import describe
 from gpu_run import smoke, tune
 from gpu_run.adapter import NotTakenError
 from gpu_run.candidates import RISKY
 from gpu_run.setting import Setting
-from gpu_run.timing import describe
 
 DRY_ARCH = 90
 DRY_LAUNCHES = 4

@@ -7,10 +7,10 @@ from functools import partial
 import torch
 
 from diffattn.kernels.linear import linear_attention
+from diffattn.pipelines.bench.timing import Call, Spread, interleave, median_ratio
 from gpu_run.rates import dense
 from gpu_run.setting import Setting
 from gpu_run.shapes import BACKWARD, FORWARD, Shape
-from gpu_run.timing import Call, Spread, interleave, median_ratio
 
 SHAPES = ("wan-1.3b-480p", "cogvideox-5b")
 

@@ -11,10 +11,11 @@ from functools import partial
 import torch
 
 from diffattn import TokenGrid
-from diffattn.methods import METHODS, Site
+from diffattn.methods import METHODS
+from diffattn.pipelines.bench.cases import Case, Shape, attention_call
+from diffattn.pipelines.bench.timing import Call, Spread, describe, interleave, median_ratio
 from gpu_run.rates import dense, heads_first
 from gpu_run.setting import Setting
-from gpu_run.timing import Call, Spread, describe, interleave, median_ratio
 
 GRIDS = (
     TokenGrid(2, 30, 52), TokenGrid(4, 30, 52), TokenGrid(11, 30, 52), TokenGrid(21, 30, 52),
@@ -33,16 +34,18 @@ def run(what: str, setting: Setting) -> None:
 
 
 def _measure(grid: TokenGrid, setting: Setting) -> None:
-    size = (1, grid.tokens, 1 if setting.dry else HEADS, HEAD_DIM)
+    dtype = str(setting.dtype).removeprefix("torch.")
+    shape = Shape(grid, 1 if setting.dry else HEADS, HEAD_DIM, batch=1, dtype=dtype)
+    size = (shape.batch, grid.tokens, shape.heads, shape.head_dim)
     qkv = [setting.random(*size, seed=seed) for seed in range(3)]
-    site = Site("wan", LAYER, LAYERS, grid)
     reference = dense("flash" if setting.dry else "cudnn")
     calls: dict[str, Call] = {"dense": partial(reference.attend, *map(heads_first, qkv))}
     for name, kind in METHODS.items():
         if name == "dense":
             continue
-        call = partial(kind().for_model("wan", grid).attend, *qkv, site)
+        case = Case(kind().for_model("wan", grid), "wan", LAYER, LAYERS, name)
         try:
+            call = partial(attention_call(case, shape, setting.device), *qkv)
             with torch.no_grad():
                 call()
                 call()  # a method may choose its kernel by what the first calls selected

@@ -14,18 +14,24 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffattn import attention
+from diffattn.pipelines.bench.dense import dense_attention
+from diffattn.pipelines.bench.timing import (
+    Call,
+    Spread,
+    describe,
+    host_microseconds,
+    interleave,
+    median_ratio,
+)
 from gpu_run.accuracy import check_gradients, check_output, worst
 from gpu_run.masks import ALIGNED, EXACT, Mask, attended_pairs, make_mask, tile_order
 from gpu_run.setting import Setting
 from gpu_run.shapes import BACKWARD, FORWARD, Shape
-from gpu_run.timing import Call, Spread, describe, host_microseconds, interleave, median_ratio
 
 OURS = "diffattn"
-DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+DENSE = ("cudnn", "flash")
 SECONDS = 12.0  # of the rounds of a direction
 
 
@@ -62,12 +68,7 @@ class Attention:
 
 def dense(name: str) -> Attention:
     """torch's dense attention by one of its backends and no other."""
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        with sdpa_kernel([DENSE[name]]):
-            return F.scaled_dot_product_attention(q, k, v)
-
-    return Attention(name, None, attend, heads_first)
+    return Attention(name, None, dense_attention(name), heads_first)
 
 
 def ours(mask: Mask) -> Attention:

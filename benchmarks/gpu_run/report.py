@@ -23,6 +23,8 @@ ABOUT = """How the figures are made:
 - "block-aligned" masks have full blocks only: every block sees the nearest ones in space and time.
   "token-exact" ones are 3-D windows over single tokens in tile order. The density of both is the
   share of the blocks of 128 x 128 that are visited; "attended" is the share of the token pairs.
+- "around" is everything that a selecting method does outside of its kernels, timed as a call whose
+  kernels are left out: tokens put in order and back, pooling, scores, the rule, lists.
 - Errors are against float64: |got - truth| / |truth|, and the largest one over what eager
   attention in the same dtype allows (3 times its own, and 2 units of rounding)."""
 
@@ -61,6 +63,7 @@ def markdown(rows: list[Row], clock: dict[str, str]) -> str:
         _section("All that was tried", _tried(rows)),
         _section("Selecting methods", _selecting(rows)),
         _section("Where methods beat dense attention", _methods(rows)),
+        _section("Attention to summaries", _summary(rows)),
         _section("Linear attention", _linear(rows)),
         _section("Building masks", _building(rows)),
         _section("Around the kernel", _calls(rows)),
@@ -198,13 +201,15 @@ def _tried(rows: list[Row]) -> list[list[str]]:
 
 def _selecting(rows: list[Row]) -> list[list[str]]:
     found = latest(_of_kind(rows, "selecting"), "tokens", "method", "partition")
-    parts = ("dense", "order", "select", "attention", "total")
+    parts = ("dense", "around", "total")
     return [
-        ["tokens", "setting", "blocks", "density", *(f"{part} ms" for part in parts), "speed-up"],
+        ["tokens", "method", "blocks", "density", *(f"{part} ms" for part in parts), "around",
+         "speed-up"],
         *(
             [
                 str(r["tokens"]), r["method"], r["partition"], f"{r['density']:.3f}",
-                *(f"{r[f'{part}_ms']:.3f}" for part in parts), f"{r['speed_up']:.2f}",
+                *(f"{r[f'{part}_ms']:.3f}" for part in parts), _percent(r["around_share"]),
+                f"{r['speed_up']:.2f}",
             ]
             for r in found
             if "speed_up" in r
@@ -236,6 +241,18 @@ def _linear(rows: list[Row]) -> list[list[str]]:
         *(
             [r["shape"], r["direction"], f"{r['ms']:.3f}", f"{r['dense_ms']:.3f}",
              f"{r['speed_up']:.1f}"]
+            for r in found
+        ),
+    ]  # fmt: skip
+
+
+def _summary(rows: list[Row]) -> list[list[str]]:
+    found = latest((r for r in _of_kind(rows, "summary") if "ms" in r), "shape", "direction")
+    return [
+        ["shape", "direction", "ms", "TFLOP/s", "dense ms", "of dense"],
+        *(
+            [r["shape"], r["direction"], f"{r['ms']:.3f}", f"{r['tflops']:.0f}",
+             f"{r['dense_ms']:.3f}", _percent(r["of_dense"])]
             for r in found
         ),
     ]  # fmt: skip

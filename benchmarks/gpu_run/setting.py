@@ -11,10 +11,10 @@ import torch
 import triton
 
 from diffattn.kernels.common.tuned import device_name
+from diffattn.pipelines.bench.timing import DeviceTimer, HostTimer, Timer
 from gpu_run.journal import Journal
 from gpu_run.parent import SECONDS_VARIABLE
 from gpu_run.shapes import SHAPES, Shape, tiny
-from gpu_run.timing import DeviceTimer, HostTimer, Timer
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states
+from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states, pack_bits
 from diffattn.kernels.common.tile_tables import Choice
 from diffattn.kernels.gather import selected_attention
 from diffattn.kernels.linear import linear_attention
+from diffattn.kernels.summary import summary_attention
 from diffattn.operator import attention
+from diffattn.pipelines.bench.timing import describe
 from gpu_run import adapter
 from gpu_run.accuracy import Deviation, attend, each
 from gpu_run.adapter import NotTakenError
 from gpu_run.candidates import RANKED
 from gpu_run.setting import Setting
-from gpu_run.timing import describe
 
 # The block-sparse forms that need not give the same bits twice: they add by atomic operations.
 IN_ANY_ORDER = ("one_pass",)
@@ -79,7 +80,7 @@ DRY_CASES = tuple(
 
 
 def run(what: str, setting: Setting) -> None:
-    """Check a kernel's form, "keys-tma", or "gather", "linear" or "public"."""
+    """Check a kernel's form, "keys-tma", or "gather", "linear", "summary" or "public"."""
     with _poisoned(in_any_order=_is_in_any_order(what)):
         for case in DRY_CASES if setting.dry else CASES:
             if not setting.journal.is_finished(str(case)):
@@ -197,11 +198,30 @@ class Problem:
     def leaves(self, dtype: torch.dtype) -> list[torch.Tensor]:
         return [x.to(dtype).detach().requires_grad_() for x in (self.q, self.k, self.v)]
 
+    def summaries(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Biases, bits of hidden summaries, and whether each query sees each summary.
+
+        The summaries stand in for every seventh key. The last block of queries sees none of them
+        where the case has an empty row.
+        """
+        case, device = self.case, self.q.device
+        generator = torch.Generator("cpu").manual_seed(case.tokens)
+        count, rows = -(-case.tokens // 7), -(-case.tokens // case.block)
+        bias = torch.rand(case.batch, case.heads, count, generator=generator) * 4
+        hidden = torch.rand(case.batch, case.heads, rows, count, generator=generator) < 0.4
+        if case.empty:
+            hidden[:, :, -1] = True
+        seen = ~hidden.repeat_interleave(case.block, 2)[:, :, : case.tokens]
+        return bias.to(device), pack_bits(hidden).to(device), seen.to(device)
+
     def expected(self, what: str, dtype: torch.dtype) -> Results:
         """The results by definition, computed in a dtype."""
         leaves = self.leaves(dtype)
         if what == "linear":
             out = _eager_linear(*leaves, self.key_mask)
+        elif what == "summary":
+            bias, _, seen = self.summaries()
+            out = _eager_summary(leaves[0], *map(_every_seventh, leaves[1:]), bias, seen)
         else:
             allowed = self.layout.dense()[..., : self.case.tokens, : self.case.tokens].bool()
             if what == "gather":
@@ -211,6 +231,25 @@ class Problem:
             out = attend(*leaves, allowed)
         grads = torch.autograd.grad(out, leaves, self.grad.to(dtype))
         return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *grads), strict=True))
+
+
+def _every_seventh(x: torch.Tensor) -> torch.Tensor:
+    """Stands for the means of blocks."""
+    return x[:, ::7]
+
+
+def _eager_summary(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    seen: torch.Tensor,
+) -> torch.Tensor:
+    """Attention to summaries by its definition; 0 where nothing is seen."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    scores = (scores + bias[:, :, None].to(q.dtype)).masked_fill(~seen, -torch.inf)
+    weights = scores.softmax(-1).masked_fill(~seen, 0)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
 def _layout(case: Case) -> BlockLayout:
@@ -320,6 +359,17 @@ def of_linear(problem: Problem) -> Results:
     return _trained(problem, run)
 
 
+def of_summary(problem: Problem) -> Results:
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        bias, hidden, _ = problem.summaries()
+        return summary_attention(
+            q, _every_seventh(k), _every_seventh(v), bias, hidden,
+            block_q=problem.case.block, backend="triton",
+        )[0]  # fmt: skip
+
+    return _trained(problem, run)
+
+
 def of_public(problem: Problem) -> Results:
     """What users call, with whatever form it takes."""
 
@@ -332,6 +382,7 @@ def of_public(problem: Problem) -> Results:
 RESULTS: dict[str, Callable[[Problem], Results]] = {
     "gather": of_gather,
     "linear": of_linear,
+    "summary": of_summary,
     "public": of_public,
 }
 

@@ -16,13 +16,14 @@ COMPILERS = 12
 # stops no other.
 SMOKE = (
     "forward-plain", "forward-tma", "forward-tma_ws", "forward-gluon", "queries-plain",
-    "queries-tma", "keys-plain", "keys-tma", "keys-one_pass", "gather", "linear", "public",
+    "queries-tma", "keys-plain", "keys-tma", "keys-one_pass", "gather", "linear", "summary",
+    "public",
 )  # fmt: skip
 
 # Tests that need a GPU, of the kernels; all other files are found by their marks.
 KERNEL_TESTS = tuple(
     f"tests/kernels/{name}.py"
-    for name in ("test_forms", "test_triton", "test_gather", "test_linear_triton")
+    for name in ("test_forms", "test_triton", "test_gather", "test_linear_triton", "test_summary")
 )
 
 
@@ -72,6 +73,7 @@ def real_stages(root: Path) -> Iterator[Stage]:
     yield _worker("flex:wan-1.3b-480p", 90, 45)
     yield _worker("tune:gather-128", 45, 20, outlives_edits=True)
     yield _worker("selecting", 50, 25)
+    yield _worker("summary", 25, 15)
     yield _worker("linear", 30, 15)
     for kernel in ("forward", "queries", "keys"):
         yield _worker(f"tune:{kernel}-64", 40, 20, outlives_edits=True)

@@ -19,6 +19,7 @@ from diffattn import VMoBAAttn
 from diffattn.blocks import FULL, PARTIAL, layout_from_states, unpack_bits
 from diffattn.kernels.common.tile_tables import Choice
 from diffattn.methods.vmoba.selection import select_blocks
+from diffattn.pipelines.bench.timing import Spread, describe, interleave, median_ratio
 from gpu_run import adapter, smoke
 from gpu_run.accuracy import Deviation, check_gradients, check_output, worst
 from gpu_run.adapter import NotTakenError
@@ -26,7 +27,6 @@ from gpu_run.candidates import RANKED, RISKY, label, ranked
 from gpu_run.masks import ALIGNED, BLOCK, EXACT, make_mask
 from gpu_run.setting import Setting
 from gpu_run.shapes import Shape
-from gpu_run.timing import Spread, describe, interleave, median_ratio
 
 SHAPES = {128: "wan-1.3b-480p", 64: "cogvideox-5b"}
 SECONDS = 4.0  # of the rounds on one mask

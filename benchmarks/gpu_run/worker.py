@@ -22,6 +22,7 @@ MODULES = {
     "flex": "flex",
     "selecting": "selecting",
     "linear": "linear_rates",
+    "summary": "summary_rates",
     "building": "building",
     "methods": "methods",
 }

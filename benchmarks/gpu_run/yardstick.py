@@ -6,10 +6,10 @@ from functools import partial
 
 import torch
 
+from diffattn.pipelines.bench.timing import Call, Spread, interleave
 from gpu_run.rates import dense, measure
 from gpu_run.setting import Setting
 from gpu_run.shapes import BACKWARD, FORWARD
-from gpu_run.timing import Call, Spread, interleave
 
 SHAPES = ("wan-1.3b-480p", "cogvideox-5b", "wan-14b-720p")
 

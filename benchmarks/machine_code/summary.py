@@ -47,6 +47,9 @@ def launches(case: Case) -> Iterator[Launch]:
     lse = torch.zeros(1, HEADS, _TOKENS)
     call = q, k, k, bias, hidden, _BLOCK, 0.1
     yield Launch("summary", "plain", str(case), lambda: forward(*call), _work)
+    onto = torch.zeros_like(q), lse
+    continued = f"{case} continued"
+    yield Launch("summary", "plain", continued, lambda: forward(*call, onto=onto), _work)
     yield Launch("summary", "plain", str(case), lambda: backward(q, None, q, lse, *call), _work)
 
 

@@ -31,7 +31,8 @@ from diffattn.methods.base import Method, StaticMaskMethod
 from diffattn.methods.words import as_table, method_words, reference_words
 from diffattn.models import denoisers, family_of, without_grid
 from diffattn.models.base import argument
-from diffattn.schedule import resolve_steps
+from diffattn.planning.folder import denoiser_shape
+from diffattn.schedule import Moment, is_dense_at, resolve_steps, spelled
 
 # The position in the denoising run of this context, by attachment. A context inherits the mapping
 # of the context that it was made in, so no mapping is ever changed.
@@ -87,7 +88,8 @@ class Description:
     """Summary of an attachment, for a run of a given size and length.
 
     Attributes:
-        method: the method with every parameter resolved for this model and size.
+        method: the method with every parameter resolved for this model and size. A method that
+            differs from step to step has only its dense layers and steps resolved.
         density: fraction of the token pairs that attend in a sparse call, text included; None
             for a method whose pairs depend on the data.
         visited_density: fraction of the blocks that a sparse call computes.
@@ -99,6 +101,10 @@ class Description:
             steps that stay dense.
         num_steps: length of the run in denoising steps.
         references: the policy for references, in words; empty for a grid without references.
+        by_step: the parameters that differ from step to step, in words; empty if none does. The
+            fractions are then means over the sparse steps of the run.
+        dense_by_value: further steps that are dense because the step's method is, such as one with
+            a share of 1.
     """
 
     method: Method
@@ -112,6 +118,8 @@ class Description:
     last_dense_steps: int
     num_steps: int
     references: str = ""
+    by_step: str = ""
+    dense_by_value: int = 0
 
     def __str__(self) -> str:
         share = "" if self.density is None else f": {self.density:.1%} of the token pairs attend"
@@ -121,10 +129,13 @@ class Description:
             share += f", and {self.extra_keys:,} pooled keys for every token"
         if self.references:
             share += f"; references {self.references}"
+        if self.by_step:
+            share += f"; by step: {self.by_step}"
+        further = f", and {self.dense_by_value} more" if self.dense_by_value else ""
         return (
             f"{self.method.type} attention{share}; {self.dense_layers} of {self.layers} layers, the"
-            f" first {self.dense_steps} and the last {self.last_dense_steps} of {self.num_steps}"
-            f" steps stay dense"
+            f" first {self.dense_steps} and the last {self.last_dense_steps}{further} of"
+            f" {self.num_steps} steps stay dense"
         )
 
 
@@ -142,7 +153,9 @@ class Attachment(Unpicklable):
     ) -> None:
         names = {name: site_names(model, family_of(model)) for name, model in models.items()}
         check_patterns([site for sites in names.values() for site in sites], methods)
-        chosen = {name: choose(sites, methods) for name, sites in names.items()}
+        chosen = {
+            name: _on_model(models[name], choose(sites, methods)) for name, sites in names.items()
+        }
         for model in models.values():
             _detach(model)
         self._chosen = chosen
@@ -228,25 +241,42 @@ class Attachment(Unpicklable):
         """Summary of a run over `grid` of `num_steps` denoising steps.
 
         With several methods attached, the summary is that of the first method.
+
+        Raises:
+            ValueError: if a list of the method has another number of values than `num_steps`.
         """
         model = next(model for model in self.models.values() if model.groups)
-        method = model.groups[0].chosen.for_model(model.variant, grid.alone)
+        chosen = model.groups[0].chosen.for_run(model.variant, grid.alone, num_steps)
+        if chosen.differs_by_step:
+            in_run = chosen.in_run(model.variant, grid.alone, num_steps)
+            method: Method = chosen.with_dense_ends(model.variant, grid.alone)
+        else:
+            method = chosen.for_model(model.variant, grid.alone)
+            in_run = [method]
+        first, final = method.dense_steps or 0, method.last_dense_steps
+        ends = [is_dense_at(Moment(n, num_steps), first, final) for n in range(num_steps)]
+        distinct = {id(m): _shares(m, grid) for m in in_run if m is not None}
+        masks = [distinct[id(m)] for m in in_run if m is not None]
+        known = [shares for shares in masks if shares is not None]
         density = visited = None
         extra_keys = 0
-        if isinstance(method, StaticMaskMethod):
-            layout = method.layout(grid, torch.device("cpu"), method.order(grid))
-            density = allowed_pairs(layout) / grid.tokens**2
-            visited, extra_keys = layout.density, method.extra_keys(grid) or 0
+        if known and len(known) == len(masks):
+            density, visited = (
+                sum(part) / len(known) for part in list(zip(*known, strict=True))[:2]
+            )
+            extra_keys = known[-1][2]
         return Description(
             method=method,
             density=density,
             visited_density=visited,
             extra_keys=extra_keys,
+            by_step=_by_step_words(chosen),
+            dense_by_value=in_run.count(None) - sum(ends) if chosen.differs_by_step else 0,
             sites=self.sites,
             layers=model.layers,
             dense_layers=min(method.dense_layers or 0, model.layers),
-            dense_steps=resolve_steps(method.dense_steps or 0, num_steps),
-            last_dense_steps=resolve_steps(method.last_dense_steps, num_steps),
+            dense_steps=resolve_steps(first, num_steps),
+            last_dense_steps=resolve_steps(final, num_steps),
             num_steps=num_steps,
             references=reference_words(method, grid) if grid.references else "",
         )
@@ -389,6 +419,15 @@ class Attachment(Unpicklable):
     def _warn_without_pipeline(self) -> None:
         for model in self.models.values():
             for group in model.groups:
+                if group.chosen.differs_by_step:
+                    warnings.warn(
+                        f"{group.chosen.type} differs from step to step"
+                        f" ({_by_step_words(group.chosen)}), but without a pipeline there are no"
+                        f" steps to count: every call is as in the last step. Attach it to the"
+                        f" pipeline, or attach method.at_step(step, steps)",
+                        stacklevel=4,
+                    )
+                    return
                 method = group.chosen.for_model(model.variant)
                 settings = ("dense_steps", "last_dense_steps")
                 given = [name for name in settings if getattr(method, name)]
@@ -402,6 +441,35 @@ class Attachment(Unpicklable):
                         stacklevel=4,
                     )
                     return
+
+
+def _shares(method: Method, grid: TokenGrid) -> tuple[float, float, int] | None:
+    """Shares of token pairs and of blocks under a mask, and its extra keys; None for no mask."""
+    if not isinstance(method, StaticMaskMethod):
+        return None
+    layout = method.layout(grid, torch.device("cpu"), method.order(grid))
+    density = allowed_pairs(layout) / grid.tokens**2
+    return density, layout.density, method.extra_keys(grid) or 0
+
+
+def _by_step_words(method: Method) -> str:
+    """The parameters of a method that differ from step to step."""
+    if not method.differs_by_step:
+        return ""
+    words = [f"{name}={spelled(schedule)}" for name, schedule in method.by_step]
+    return ", ".join(words) or "another method in some steps"
+
+
+def _on_model(model: torch.nn.Module, chosen: dict[str, Method]) -> dict[str, Method]:
+    """The methods of a denoiser's sites, told the denoiser's figures."""
+    if not any(method.needs_figures for method in chosen.values()):
+        return chosen
+    try:
+        figures = denoiser_shape(model)
+    except ValueError:  # a model with grids of several sizes
+        figures = None
+    told = {id(method): method.on_model(figures) for method in chosen.values()}
+    return {site: told[id(method)] for site, method in chosen.items()}
 
 
 def _split(target: Any) -> tuple[Any, dict[str, torch.nn.Module]]:

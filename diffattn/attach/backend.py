@@ -31,10 +31,14 @@ from diffattn.methods.base import (
     SiteWeights,
     StaticMaskMethod,
     attends_by_mask_alone,
+    attends_by_mask_throughout,
 )
+from diffattn.methods.by_step import forget_oldest
+from diffattn.methods.memory import CallMemory
 from diffattn.models import Family
 from diffattn.models.base import Part
 from diffattn.orders import TileOrder
+from diffattn.schedule import Moment, is_dense_at
 
 # Threads count their calls of a group one after another.
 _counting = threading.Lock()
@@ -57,6 +61,11 @@ class Group:
     of the running call, or attends by its method. So compiled code depends on no grid. Code that
     Dynamo traces cannot read the running call. It reads `last`, `sparse_now` and `method_now`,
     which the denoiser sets before each forward.
+
+    The method may differ from step to step, even in its class (`Method.at_step`). Compiled code
+    looks up the step when it runs, too, and the operators of its gradients take the step from their
+    forward (`at`). A method that is traced would be compiled anew for each step. Such a method is
+    called as one operator or, with weights of its own, outside of compiled code.
 
     diffusers' registry of backends holds the group. The group holds no reference to its model,
     because the registry would then keep the model alive.
@@ -108,13 +117,13 @@ class Group:
     serial: int = field(init=False)
     sparse_calls: int = 0
     dense_calls: int = 0
-    _methods: dict[TokenGrid | None, Method] = field(default_factory=dict)
+    _methods: dict[tuple[int, TokenGrid | None], Method] = field(default_factory=dict)
+    # The keys above are identities, which hold as long as the objects live.
+    _keyed: dict[int, Method] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.method_now = self._method_on(None)
-        self.compiled_as = "mask"
-        if not attends_by_mask_alone(self.chosen):
-            self.compiled_as = self.chosen.compiled_as(self.family.name)
+        self.method_now = self._method_on(None, Moment())
+        self.compiled_as = _compiled_as(self.chosen, self.family)
         self.serial = remember(self)
 
     @property
@@ -162,41 +171,33 @@ class Group:
     def is_sparse_in(self, call: Call) -> bool:
         """Whether attention calls of a forward go to the method."""
         method = self._method_in(call)
-        return self.layer >= (method.dense_layers or 0) and not call.clock.is_dense_step(
-            method.dense_steps or 0, method.last_dense_steps
-        )
+        return self.layer >= (method.dense_layers or 0) and self._is_sparse_step(method, call)
 
-    def order(self, grid: TokenGrid) -> TileOrder | None:
-        """The order in which a static mask's blocks are cut from `grid`; None is the grid's own."""
-        return self._static_method(grid).order(grid)
+    def is_sparse_step(self, call: Call) -> bool:
+        """Whether the method is sparse, in any layer, in the step that a forward belongs to."""
+        return self._is_sparse_step(self._method_in(call), call)
 
-    def layout(
-        self, grid: TokenGrid, device: torch.device, order: TileOrder | None = None
-    ) -> BlockLayout:
-        """The blocks of a static mask for a call over `grid`, text included, on `device`."""
-        return self._static_method(grid).layout(grid, device, order)
+    def _is_sparse_step(self, method: Method, call: Call) -> bool:
+        if call.clock.always_dense:
+            return False
+        if self.chosen.differs_by_step and method.is_dense:
+            return False
+        return not is_dense_at(call.moment, method.dense_steps or 0, method.last_dense_steps)
 
-    def score_scale(self, grid: TokenGrid, head_dim: int, scale: float | None) -> float | None:
-        """The factor of the scores of a static mask, see `StaticMaskMethod.score_scale`."""
-        return self._static_method(grid).score_scale(grid, head_dim, scale)
+    @property
+    def moment(self) -> Moment:
+        """The position in the denoising run of the running call, or of the last call."""
+        return Moment() if self.call is None else self.call.moment
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        grid: TokenGrid,
-        *,
-        scale: float | None,
-        key_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Attention of a call over `grid`, by a method that compiled code calls as one operator.
+    def at(self, moment: Moment) -> GroupAtStep:
+        """What compiled code calls in a step, or in the backward pass of a step."""
+        return GroupAtStep(self, moment)
 
-        Tensors are as for `Method.attend`.
-        """
-        site = Site(self.family.name, self.layer, self.layers, grid)
-        method = self._method_on(grid.alone)
-        return method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
+    def _memory(self, call: Call | None, place: torch.Tensor | None) -> CallMemory | None:
+        """What the method keeps from step to step of a run at the site with the number `place`."""
+        if call is None or place is None or not call.moment.steps:
+            return None
+        return call.clock.memory.of_call(int(place), *call.moment)
 
     def positions(self, queries: int, keys: int) -> tuple[slice, ...] | None:
         """Positions in the sequence of the queries of a call with more keys; None if unknown."""
@@ -220,22 +221,38 @@ class Group:
             return False
         return tokens < video.tokens
 
-    def _static_method(self, grid: TokenGrid) -> StaticMaskMethod:
-        method = self._method_on(grid.alone)
-        assert isinstance(method, StaticMaskMethod)
-        return method
-
     def _method_in(self, call: Call) -> Method:
         video = self._video_in(call)
-        return self._method_on(None if video is None else video.alone)
+        return self._method_on(None if video is None else video.alone, call.moment)
 
     def _video_in(self, call: Call) -> TokenGrid | None:
         return call.video if self.part is None or call.video is None else self.part(call.video)
 
-    def _method_on(self, video: TokenGrid | None) -> Method:
-        if video not in self._methods:
-            self._methods[video] = self.chosen.for_model(self.variant, video)
-        return self._methods[video]
+    def _method_on(self, video: TokenGrid | None, moment: Moment) -> Method:
+        of_step = self.chosen.at_step(*moment)
+        known = id(of_step), video
+        found = self._methods.get(known)
+        if found is None:
+            found = self._settled(of_step.for_model(self.variant, video))
+            self._keyed[id(of_step)] = of_step
+            self._methods[known] = found
+            if self.chosen.differs_by_step:
+                forget_oldest(self._methods)
+                used = {key for key, _ in self._methods}
+                self._keyed = {key: self._keyed[key] for key in used}
+        return found
+
+    def _settled(self, method: Method) -> Method:
+        """A method that equals `method`, and keeps what methods of other steps have prepared."""
+        others = list(self._methods.values())
+        for other in reversed(others):
+            if other == method:
+                return other
+        for other in reversed(others):
+            if type(other) is type(method):
+                method.share(other)
+                break
+        return method
 
     def count(self, *, sparse: bool) -> None:
         # Tracing would specialise the code to the count, and compile it again for each count.
@@ -287,9 +304,11 @@ class Group:
                 f"the attention call is over {grid}, but this forward has put tokens of"
                 f" {order.grid} in another order"
             )
+        memory = None if torch.is_grad_enabled() else self._memory(call, call.place)
         return Site(
-            self.family.name, self.layer, self.layers, grid, order, call.weights, call.rotary
-        )
+            self.family.name, self.layer, self.layers, grid, order, call.weights, call.rotary,
+            memory=memory,
+        )  # fmt: skip
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         """The group of a copied model's sites, with a backend and a serial number of its own."""
@@ -302,6 +321,69 @@ class Group:
         if self.last is not None:
             copied.use(Call(RunClock(), self.last.video))
         return copied
+
+
+@dataclass(frozen=True)
+class GroupAtStep:
+    """A group in one step of a run, as compiled code calls it, see `compiled.traced_attention`."""
+
+    group: Group
+    moment: Moment
+
+    def order(self, grid: TokenGrid) -> TileOrder | None:
+        """The order in which a static mask's blocks are cut from `grid`; None is the grid's own."""
+        return self._static_method(grid).order(grid)
+
+    def layout(
+        self, grid: TokenGrid, device: torch.device, order: TileOrder | None = None
+    ) -> BlockLayout:
+        """The blocks of a static mask for a call over `grid`, text included, on `device`."""
+        return self._static_method(grid).layout(grid, device, order)
+
+    def score_scale(self, grid: TokenGrid, head_dim: int, scale: float | None) -> float | None:
+        """The factor of the scores of a static mask, see `StaticMaskMethod.score_scale`."""
+        return self._static_method(grid).score_scale(grid, head_dim, scale)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        grid: TokenGrid,
+        *,
+        scale: float | None,
+        key_mask: torch.Tensor | None,
+        place: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of a call over `grid`, by a method that compiled code calls as one operator.
+
+        Tensors are as for `Method.attend`; `place` is as in `Call`, and None in training.
+        """
+        group = self.group
+        memory = group._memory(running_call(group.model), place)
+        site = Site(group.family.name, group.layer, group.layers, grid, memory=memory)
+        method = group._method_on(grid.alone, self.moment)
+        return method.attend(query, key, value, site, scale=scale, key_mask=key_mask)
+
+    def _static_method(self, grid: TokenGrid) -> StaticMaskMethod:
+        method = self.group._method_on(grid.alone, self.moment)
+        assert isinstance(method, StaticMaskMethod)
+        return method
+
+
+def _compiled_as(method: Method, family: Family) -> Compiled | Literal["mask"]:
+    """How compiled code calls a method in models of a family, see `Group.compiled_as`."""
+    if attends_by_mask_throughout(method):
+        return "mask"
+    how = method.compiled_as(family.name)
+    if not method.differs_by_step or how in ("operator", "outside"):
+        return how
+    own = type(method)
+    needs_more = any(
+        getattr(own, name) is not getattr(Method, name)
+        for name in ("site_weights", "layer_weights", "site_processor", "adaptation")
+    )
+    return "outside" if needs_more else "operator"
 
 
 def backend_of(group: Group) -> _compat.BackendFunction:
@@ -435,7 +517,10 @@ def _attend_compiled(
     """Attention by the group's method in code that is compiled for all grids."""
     outside = group.compiled_as == "outside" or modes_are_active()
     if group.compiled_as in ("mask", "operator") and not outside:
-        traced = traced_attention if group.compiled_as == "mask" else traced_method
+        traced: Any = traced_attention
+        if group.compiled_as == "operator":
+            last = None if torch.is_grad_enabled() else group.last
+            traced = partial(traced_method, place=None if last is None else last.place)
         grid = group.traced_grid
         return traced(query, key, value, grid, group.serial, scale=scale, key_mask=key_mask)
     weights, rotary = (
@@ -527,6 +612,8 @@ def _key_mask(attn_mask: Any, key: torch.Tensor, family: Family) -> torch.Tensor
     by_key = shape in ((batch, tokens), (batch, 1, 1, tokens), (1, 1, 1, tokens))
     if attn_mask.dtype == torch.bool and by_key:
         return attn_mask.reshape(-1, tokens).expand(batch, tokens)
+    if attn_mask.dtype == torch.bool and _is_expanded(attn_mask, batch, tokens):
+        return attn_mask[:, 0, 0].expand(batch, tokens)
     by_pair = shape == (batch, 1, tokens, tokens)
     if attn_mask.dtype == torch.bool and by_pair and family.padding == "pairs":
         # Tokens of pictures see every key that is not padding, and no text stands beyond them on
@@ -547,3 +634,14 @@ def _key_mask(attn_mask: Any, key: torch.Tensor, family: Family) -> torch.Tensor
         f" with a sparse method; only padding masks over keys can: bool ({batch}, {tokens}) or"
         f" ({batch}, 1, 1, {tokens})"
     )
+
+
+def _is_expanded(attn_mask: torch.Tensor, batch: int, tokens: int) -> bool:
+    """Whether a mask (batch, heads, queries, tokens) is a padding mask that `expand` repeated.
+
+    PRX of diffusers 0.36 repeats its masks so. No values are read, which would wait for the device.
+    """
+    shape = attn_mask.shape
+    if len(shape) != 4 or shape[0] not in (1, batch) or shape[3] != tokens:
+        return False
+    return all(shape[d] == 1 or attn_mask.stride(d) == 0 for d in (1, 2))

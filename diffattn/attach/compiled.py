@@ -6,8 +6,9 @@ number of a source. When the code runs, the operator looks up the source by its 
 source knows the grid of the running call and the layout of the grid. Compiled code that holds no
 grid serves all sizes.
 
-Each operator also returns the sizes that it has used. The operators of its gradients take them from
-there: autograd runs these in threads of its own, where there is no running call.
+Each operator also returns the sizes that it has used, and the denoising step. The operators of its
+gradients take them from there: autograd runs these in threads of its own, where there is no running
+call, and perhaps after the next step has begun.
 
 Tensors of two grids may have equal shapes. A CUDA graph of an operator would repeat the grid that
 it was captured with, so the operators are kept out of CUDA graphs.
@@ -19,7 +20,8 @@ import itertools
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -32,6 +34,7 @@ from diffattn.methods.base import Site
 from diffattn.models.token_flow import in_order
 from diffattn.operator import attention, attention_gradients, choose_backend
 from diffattn.orders import TileOrder
+from diffattn.schedule import Moment
 
 _serials = itertools.count()
 _sources: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -40,6 +43,8 @@ _sources: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 # The grid of a call as numbers: five sizes, three of the tile that the tokens come in, and the
 # place in `_with_references` of a grid that these eight do not describe.
 _SIZES = 9
+# The grid, and the position of the call in its denoising run: step and length.
+_NUMBERS = _SIZES + 2
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,18 @@ class Running(Protocol):
     """A source that knows the grid of the running call and the order of its tokens."""
 
     def site(self, tokens: int) -> Site: ...
+
+
+@runtime_checkable
+class SourceOfSteps(Protocol):
+    """A source whose method may differ from step to step of a denoising run."""
+
+    @property
+    def moment(self) -> Moment:
+        """The position of the running call."""
+
+    def at(self, moment: Moment) -> Any:
+        """The `LayoutSource` and `MethodSource` of one step."""
 
 
 def remember(source: object) -> int:
@@ -137,6 +154,7 @@ class MethodSource(Protocol):
         *,
         scale: float | None,
         key_mask: torch.Tensor | None,
+        place: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
 
@@ -149,16 +167,18 @@ def traced_method(
     *,
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
+    place: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention over a grid by the method of the source of number `serial`.
 
-    The method need not be traceable. The backward computes the attention once more. Arguments,
-    result and errors are those of `traced_attention`.
+    The method need not be traceable. The backward computes the attention once more. `place` is as
+    in `Call`, and None where there is a backward, which remembers nothing. Other arguments, result
+    and errors are those of `traced_attention`.
     """
     _check_no_tangents()
     query, key, value = cast_as_sdpa(query, key, value)
     size = [] if grid is None else _sizes(grid, None)
-    return _attend(query, key, value, key_mask, size, serial, scale)[0]
+    return _attend(query, key, value, key_mask, size, serial, scale, place)[0]
 
 
 def _check_no_tangents() -> None:
@@ -181,17 +201,27 @@ def _sizes(grid: TokenGrid, order: TileOrder | None) -> list[int]:
 
 
 def _used(size: list[int], serial: int, tokens: int) -> torch.Tensor:
-    """The numbers of a call of `tokens` tokens, int64 (9,): `size`, if empty the running call's."""
+    """The numbers of a call of `tokens` tokens, int64 (11,); the running call's without `size`."""
+    source = _sources[serial]
     if not size:
-        source: Running = _sources[serial]
-        site = source.site(tokens)
+        running: Running = source
+        site = running.site(tokens)
         size = _sizes(site.grid, site.order)
-    return torch.tensor(size + [0] * (_SIZES - len(size)))
+    moment = source.moment if isinstance(source, SourceOfSteps) else Moment()
+    return torch.tensor([*size, *[0] * (_SIZES - len(size)), *moment])
+
+
+def _source(serial: int, used: torch.Tensor) -> Any:
+    """The source of number `serial`, in the step of a call."""
+    source = _sources[serial]
+    if isinstance(source, SourceOfSteps):
+        return source.at(Moment(*used[_SIZES:].tolist()))
+    return source
 
 
 def _grid_and_order(used: torch.Tensor) -> tuple[TokenGrid, TileOrder | None]:
     """The grid of a call, and the order that its tensors have their tokens in."""
-    *sizes, depth, height, width, number = used.tolist()
+    *sizes, depth, height, width, number = used[:_SIZES].tolist()
     if number:
         described = _by_number[number]
         return described.grid, described.order
@@ -208,11 +238,13 @@ def _attend(
     size: list[int],
     serial: int,
     scale: float | None,
+    place: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    source: MethodSource = _sources[serial]
     used = _used(size, serial, key.shape[1])
+    source: MethodSource = _source(serial, used)
     grid, _ = _grid_and_order(used)
-    out = source.attend(query, key, value, grid, scale=scale, key_mask=key_mask)
+    attend = source.attend if place is None else partial(source.attend, place=place)
+    out = attend(query, key, value, grid, scale=scale, key_mask=key_mask)
     return out.contiguous(), used
 
 
@@ -220,7 +252,7 @@ def _attend(
 def _(
     query: torch.Tensor, *rest: torch.Tensor | list[int] | float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return query.new_empty(query.shape), torch.empty(_SIZES, dtype=torch.int64, device="cpu")
+    return query.new_empty(query.shape), torch.empty(_NUMBERS, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op(
@@ -240,7 +272,7 @@ def _attend_backward(
     # Autograd is off inside an operator, as in inference mode.
     with torch.inference_mode(False), torch.enable_grad():
         query, key, value = (x.detach().requires_grad_() for x in (query, key, value))
-        source: MethodSource = _sources[serial]
+        source: MethodSource = _source(serial, used)
         out = source.attend(query, key, value, grid, scale=scale, key_mask=key_mask)
         dq, dk, dv = torch.autograd.grad(out, (query, key, value), grad_out)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
@@ -262,7 +294,7 @@ def _(
 
 
 def _setup_attend(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    query, key, value, key_mask, _, *ctx.options = inputs
+    query, key, value, key_mask, _, *ctx.options, _ = inputs
     ctx.save_for_backward(query, key, value, output[1], key_mask)
 
 
@@ -270,7 +302,7 @@ def _attend_autograd(
     ctx: Any, grad_out: torch.Tensor, grad_used: None
 ) -> tuple[torch.Tensor | None, ...]:
     grads = _attend_backward(grad_out, *ctx.saved_tensors, *ctx.options)
-    return (*grads, None, None, None, None)
+    return (*grads, None, None, None, None, None)
 
 
 _attend.register_autograd(_attend_autograd, setup_context=_setup_attend)
@@ -292,7 +324,7 @@ class _Blocks:
 
 
 def _blocks(used: torch.Tensor, serial: int, query: torch.Tensor, scale: float | None) -> _Blocks:
-    source: LayoutSource = _sources[serial]
+    source: LayoutSource = _source(serial, used)
     grid, given = _grid_and_order(used)
     order = given or source.order(grid)
     return _Blocks(
@@ -340,7 +372,7 @@ def _(
     return (
         query.new_empty(query.shape),
         query.new_empty((batch, heads, tokens), dtype=dtype),
-        torch.empty(_SIZES, dtype=torch.int64, device="cpu"),
+        torch.empty(_NUMBERS, dtype=torch.int64, device="cpu"),
     )
 
 

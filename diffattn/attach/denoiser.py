@@ -8,6 +8,7 @@ goes to a private backend of diffattn. Nothing process-wide changes.
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 import warnings
 import weakref
@@ -32,13 +33,17 @@ from diffattn.methods.base import (
     Adaptation,
     Method,
     SiteWeights,
-    attends_by_mask_alone,
+    attends_by_mask_throughout,
 )
 from diffattn.models import Family
 from diffattn.models.base import Part, argument
 from diffattn.models.twins import dispatching
 
 _ATTRIBUTE = "_diffattn_attached"
+
+# The attribute of a site's module with the site's number, for methods that remember.
+_PLACE = "_diffattn_place"
+_places = itertools.count()
 
 # Threads enter their calls into the set of running calls one after another.
 _entering = threading.Lock()
@@ -141,6 +146,24 @@ class _WeightsOfCall:
             call.weights = call.rotary = None
 
 
+@dataclass(frozen=True)
+class _PlaceOfCall:
+    """Hooks that give a call the number of a site while the site is called."""
+
+    group: Group
+
+    def begin(self, module: torch.nn.Module, args: Any) -> None:
+        call = self.group.call
+        if call is not None:
+            place: Any = getattr(module, _PLACE)
+            call.place = place
+
+    def end(self, *_: Any) -> None:
+        call = self.group.call
+        if call is not None:
+            call.place = None
+
+
 class AttachedModel(Unpicklable):
     """A denoiser with methods attached to its sites.
 
@@ -224,6 +247,7 @@ class AttachedModel(Unpicklable):
                 # Parallelism may have been enabled since attaching: the model stays parallel.
                 _compat.share_parallelism(site.processor, site.original)
                 set_processor(site.module, site.original)
+            site.module.__dict__.pop(_PLACE, None)
             if site.weights is not None:
                 weights = site.module._modules.pop(site.weights, None)
                 if isinstance(weights, SiteWeights):
@@ -258,13 +282,19 @@ class AttachedModel(Unpicklable):
             last = module.register_forward_hook(call.end, always_call=True)
             self._number_alike("weights", first, last)
             self._hooks += [first, last]
+        if method.remembers:
+            setattr(module, _PLACE, torch.tensor(next(_places)))
+            of_call = _PlaceOfCall(group)
+            first = module.register_forward_pre_hook(of_call.begin)
+            last = module.register_forward_hook(of_call.end, always_call=True)
+            self._number_alike("place", first, last)
+            self._hooks += [first, last]
         name_of_weights = None if weights is None else method.type
         self.sites[name] = AttachedSite(module, original, processor, group.member, name_of_weights)
 
     def _group(self, method: Method, layer: int, previous: Any, part: Part | None) -> Group:
         """The group of a site; each layer that may stay dense gets a group of its own."""
-        single = method.dense_layers
-        dense = min(layer, method.most_dense_layers if single is None else single)
+        dense = min(layer, method.dense_layers_at_most)
         kind = dense, method.layer_kind(layer)
         for group in self.groups:
             alike = group.chosen is method and group.kind == kind and group.part is part
@@ -301,7 +331,7 @@ class AttachedModel(Unpicklable):
     def _check_causal(self, grid: TokenGrid) -> None:
         """Raise ValueError if frames may not see all others and a method is no mask alone."""
         for group in self.groups if grid.causal_frames else ():
-            if not attends_by_mask_alone(group.chosen):
+            if not attends_by_mask_throughout(group.chosen):
                 raise ValueError(
                     f"{type(self._model).__name__} lets no block of {grid.causal_frames} latent"
                     f" frames see a later one, which {group.chosen.type} with these parameters"
@@ -404,7 +434,10 @@ class AttachedModel(Unpicklable):
     def has_schedule(self) -> bool:
         """Whether what a call does depends on its step in a run."""
         return bool(self._adaptations) or any(
-            group.method_now.dense_steps or group.method_now.last_dense_steps
+            group.chosen.remembers
+            or group.chosen.differs_by_step
+            or group.method_now.dense_steps
+            or group.method_now.last_dense_steps
             for group in self.groups
         )
 

@@ -1,5 +1,7 @@
 """Tokens put in a tile order once per forward of a denoiser, not once per attention call.
 
+The order of a forward is that of the method of its denoising step, and may differ in the next.
+
 `order_throughout` chooses the order of a forward. Gates are hooks on the modules where tokens enter
 the denoiser's blocks and leave them. Gates stay in place while a method is attached: hooks that
 came and went with each forward would act on the forwards of other threads, and would make compiled
@@ -23,7 +25,12 @@ from diffattn.attach.running_call import running_call
 from diffattn.attach.sites import AttachedSite
 from diffattn.attach.watched import is_watched
 from diffattn.grid import TokenGrid
-from diffattn.methods.base import Method, StaticMaskMethod, attends_by_mask_alone
+from diffattn.methods.base import (
+    Method,
+    StaticMaskMethod,
+    attends_by_mask_alone,
+    attends_by_mask_throughout,
+)
 from diffattn.models import Family
 from diffattn.models.base import argument
 from diffattn.models.token_flow import TokenFlow, in_order
@@ -105,7 +112,7 @@ def may_permute(model: torch.nn.Module, family: Family, groups: Sequence[Group])
     return (
         family.flow is not None
         and type(model).__name__ == family.flow.model_class
-        and all(attends_by_mask_alone(group.chosen) for group in groups)
+        and all(attends_by_mask_throughout(group.chosen) for group in groups)
         and any(_may_have_order(group.chosen) for group in groups)
     )
 

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
-from diffattn.schedule import resolve_steps
+from diffattn.methods.memory import RunMemory
+from diffattn.schedule import Moment, is_dense_at
 
 
 @dataclass
@@ -23,12 +24,14 @@ class RunClock:
         always_dense: whether every step stays dense, whatever the methods say.
         has_begun: whether the first step of the run has been judged, and so the run's length is
             known.
+        memory: what methods keep in the run.
     """
 
     step: int = 0
     num_steps: int = 0
     always_dense: bool = False
     has_begun: bool = False
+    memory: RunMemory = field(default_factory=RunMemory, repr=False, compare=False)
     _taken: weakref.WeakKeyDictionary[Any, int] = field(
         default_factory=weakref.WeakKeyDictionary, repr=False, compare=False
     )
@@ -37,6 +40,7 @@ class RunClock:
         """Begin a run of `num_steps` denoising steps; 0 is the state outside a run."""
         self.step, self.num_steps, self.has_begun = 0, num_steps, False
         self._taken.clear()
+        self.memory = RunMemory()
 
     def begin(self, skipped: int) -> None:
         """Begin the first step, and leave out the `skipped` timesteps before it.
@@ -62,15 +66,14 @@ class RunClock:
         self._taken[scheduler] = self._taken.get(scheduler, 0) + 1
         self.step = min(max(self.step, self._taken[scheduler]), max(self.num_steps - 1, 0))
 
+    @property
+    def moment(self) -> Moment:
+        """The current position."""
+        return Moment(self.step, self.num_steps) if self.num_steps else Moment()
+
     def is_dense_step(self, dense_steps: int | float, last_dense_steps: int | float) -> bool:
         """Whether the current step is among the dense steps at either end of the run."""
-        if self.always_dense:
-            return True
-        if self.num_steps == 0:
-            return False
-        first = resolve_steps(dense_steps, self.num_steps)
-        last = resolve_steps(last_dense_steps, self.num_steps)
-        return self.step < first or self.step >= self.num_steps - last
+        return self.always_dense or is_dense_at(self.moment, dense_steps, last_dense_steps)
 
 
 def skipped_timesteps(scheduler: Any, timestep: Any) -> int:

@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from diffattn.attach.run_clock import RunClock
 from diffattn.grid import TokenGrid
 from diffattn.methods.agent.merging import Merging
 from diffattn.methods.base import SiteWeights
 from diffattn.orders import TileOrder
+from diffattn.schedule import Moment
 
 
 @dataclass(eq=False)
@@ -25,12 +28,17 @@ class Call:
     """The state of one forward of an attached denoiser.
 
     Attributes:
-        clock: the position in the denoising run that the forward is a part of.
+        clock: the denoising run that the forward is a part of.
+        moment: the position of the forward in the run. The clock may move on before autograd runs
+            parts of the forward again.
         video: the video tokens, without text, of the attention calls to come; None before they are
             known.
         order: the order that the forward has put its tokens in; None for the model's own order.
         inside: the video tokens by module, for models whose modules have grids of their own.
         weights, rotary, merging: those of the site whose call is running, see `Site`.
+        place: the number of that site, an int64 tensor on the CPU, where the method remembers.
+            Compiled code takes the values of tensors as they are, and would be compiled again for
+            every other integer.
         attention_calls: calls of attached sites so far, except in compiled code.
         sparse_groups: whether each group of the denoiser was sparse when the call began.
     """
@@ -42,8 +50,13 @@ class Call:
     weights: SiteWeights | None = None
     rotary: Any = None
     merging: Merging | None = None
+    place: torch.Tensor | None = None
     attention_calls: int = 0
     sparse_groups: tuple[bool, ...] = ()
+    moment: Moment = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.moment = self.clock.moment
 
 
 # The calls that are running in this context, by the serial number of their attached denoiser. A

@@ -94,6 +94,11 @@ class AttentionMask(ABC):
         """
         return None
 
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of the layouts that `blocks` has kept."""
+        return sum(layout.nbytes for layout in self._layouts.values())
+
     def blocks(
         self,
         block_q: int = BLOCK,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from diffattn.methods.agent import AgentAttn
 from diffattn.methods.attention_tile import AttentionTileAttn
+from diffattn.methods.auto import AutoAttn
 from diffattn.methods.base import Method, Site, StaticMaskMethod
 from diffattn.methods.block_topk import BlockTopKAttn
+from diffattn.methods.by_head import ByHeadAttn
 from diffattn.methods.clear import CLEARAttn
 from diffattn.methods.dense import DenseAttn
 from diffattn.methods.freeswim import FreeSwimAttn
@@ -14,7 +16,7 @@ from diffattn.methods.linfusion import LinFusionAttn
 from diffattn.methods.lvsa import LVSAAttn
 from diffattn.methods.radial import RadialAttn
 from diffattn.methods.registry import METHODS, all_methods, from_dict, register_method
-from diffattn.methods.sla import SLAAttn
+from diffattn.methods.sla import SLA2Attn, SLAAttn
 from diffattn.methods.sol import SolAttn
 from diffattn.methods.svg2 import SVG2Attn
 from diffattn.methods.vmoba import VMoBAAttn
@@ -35,7 +37,10 @@ for _method in (
     AttentionTileAttn,
     LVSAAttn,
     SLAAttn,
+    SLA2Attn,
     VSAAttn,
+    ByHeadAttn,
+    AutoAttn,
 ):
     register_method(_method)
 
@@ -43,7 +48,9 @@ __all__ = [
     "METHODS",
     "AgentAttn",
     "AttentionTileAttn",
+    "AutoAttn",
     "BlockTopKAttn",
+    "ByHeadAttn",
     "CLEARAttn",
     "DenseAttn",
     "FreeSwimAttn",
@@ -52,6 +59,7 @@ __all__ = [
     "LinFusionAttn",
     "Method",
     "RadialAttn",
+    "SLA2Attn",
     "SLAAttn",
     "SVG2Attn",
     "Site",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -15,9 +16,20 @@ from diffattn.grid import TokenGrid
 from diffattn.masks.base import BLOCK, AttentionMask, TextMask
 from diffattn.masks.frame_causal import FrameCausalMask
 from diffattn.masks.several_grids import Rule, SeveralGridsMask
+from diffattn.methods.attention_share import ModelFigures
+from diffattn.methods.by_step import (
+    as_json,
+    check_lengths,
+    check_run,
+    forget_oldest,
+    schedules_in,
+    tried_moments,
+    value_at,
+)
+from diffattn.methods.memory import CallMemory
 from diffattn.operator import attention
 from diffattn.orders import TileOrder, joined_order
-from diffattn.schedule import check_steps
+from diffattn.schedule import Moment, StepValue, check_steps, is_dense_at
 from diffattn.spans import POLICIES, Span, repeated, spans_of
 
 if TYPE_CHECKING:
@@ -44,6 +56,8 @@ class Site:
             own format; None without `weights` and where the model rotated nothing.
         merging: how the tokens of this call were merged; None if they were not. The grid of merged
             tokens is one row, 1 x 1 x tokens.
+        memory: what the method keeps of the site from step to step of a denoising run; None unless
+            the method `remembers`, in training, and outside of a run.
     """
 
     family: str
@@ -54,6 +68,7 @@ class Site:
     weights: SiteWeights | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, compare=False)
     merging: Merging | None = field(default=None, compare=False)
+    memory: CallMemory | None = field(default=None, compare=False)
 
 
 # Other dtypes are storage formats: nothing can be trained in them.
@@ -70,6 +85,10 @@ class SiteWeights(torch.nn.Module):
                 # Offloading leaves a "meta" tensor in place of weights that it has moved away.
                 self.to("cpu" if other.is_meta else other.device, other.dtype)
                 break
+
+    def trained(self) -> Iterable[torch.nn.Parameter]:
+        """The weights that a training changes: all of them, unless a method says otherwise."""
+        return self.parameters()
 
     def leave(self, module: torch.nn.Module) -> None:
         """Undo every change of `module` that these weights needed, as they are about to go."""
@@ -152,6 +171,13 @@ class Method(ABC):
     `to_dict` and `repr`. A parameter left at None takes the value that the paper or its code
     recommends for the model, see `for_model`.
 
+    A parameter may differ from step to step of a denoising run: as a list with one value for each
+    step, or as a schedule such as `ramp(1.3, 0.8)` (`diffattn.schedule`). Parameters whose values
+    are sequences take `PerStep(...)` in place of a list. The method itself has the value of the
+    last step, which also holds outside of a run, and `at_step` gives the method of another step.
+    `dataclasses.replace` with a value that differs from the one that the method has ends the
+    schedule of the parameter.
+
     Attributes:
         dense_layers: number of blocks at the start of the model that keep dense attention.
         dense_steps: denoising steps at the start of a run that stay dense: a count, or a fraction
@@ -167,6 +193,8 @@ class Method(ABC):
             kernel's block, or of one row, are always "exact". A method that is no mask says in its
             own description what it does. "local" is the cheapest, and is not known to keep the
             quality of models that were not trained for it.
+        by_step: the schedules of parameters that differ from step to step, by name. Not to be
+            given: the parameters themselves take schedules.
     """
 
     type: ClassVar[str]
@@ -176,6 +204,16 @@ class Method(ABC):
     # Whether `attend` needs nothing but its tensors and the grid. Compiled code then calls `attend`
     # as one operator, and the code inside `attend` need not be traceable.
     traced_whole: ClassVar[bool] = False
+    # Whether `attend` uses `Site.memory`. Such a method must be `traced_whole`.
+    remembers: ClassVar[bool] = False
+    # Whether `on_model` reads the figures of the model.
+    needs_figures: ClassVar[bool] = False
+    # Parameters that cannot differ from step to step, because they decide about weights or about
+    # the model's structure.
+    same_in_every_step: ClassVar[frozenset[str]] = frozenset()
+    # What instances keep for later calls, by the name of the field, with the parameters that decide
+    # about it. Methods that are equal in these share it.
+    shared_between_steps: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     dense_layers: int | None = field(
         default=None, metadata={"help": "blocks at the start of the model that stay dense"}
@@ -192,12 +230,151 @@ class Method(ABC):
         default="visible",
         metadata={"help": "exact, visible or local: how reference pictures and videos attend"},
     )
+    by_step: tuple[tuple[str, StepValue], ...] = ()
+    _of_steps: dict[tuple[Any, ...], Method] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
+        self._take_schedules()
         check_fields(self, _ALLOWED)
         if self.dense_steps is not None:
             check_steps("dense_steps", self.dense_steps)
         check_steps("last_dense_steps", self.last_dense_steps)
+
+    def _take_schedules(self) -> None:
+        """Move the schedules among the parameters to `by_step`; leave the last step's values."""
+        given = schedules_in(self)
+        for name, schedule in self.by_step:
+            # Another value than the last step's was given in place of the schedule.
+            if name not in given and getattr(self, name) == value_at(
+                type(self), name, schedule, 0, 0
+            ):
+                given[name] = schedule
+        check_lengths(given)
+        for name, schedule in given.items():
+            object.__setattr__(self, name, value_at(type(self), name, schedule, 0, 0))
+        object.__setattr__(self, "by_step", tuple(sorted(given.items(), key=lambda item: item[0])))
+        tried = set()
+        for step, steps in tried_moments(given) if given else ():
+            values = self._values_at(step, steps)
+            if values in tried:
+                continue
+            tried.add(values)
+            try:
+                replace(self, by_step=(), **dict(values))
+            except ValueError as error:
+                raise ValueError(f"in step {step + 1} of a run of {steps}: {error}") from None
+
+    def _values_at(self, step: int, steps: int) -> tuple[tuple[str, Any], ...]:
+        cls = type(self)
+        return tuple((name, value_at(cls, name, s, step, steps)) for name, s in self.by_step)
+
+    @property
+    def differs_by_step(self) -> bool:
+        """Whether `at_step` may give other methods than this one."""
+        return bool(self.by_step)
+
+    def at_step(self, step: int, steps: int) -> Method:
+        """The method of one denoising step, which is the same object for equal values.
+
+        Args:
+            step: index of the step, from 0.
+            steps: length of the run; 0 outside of a run, as in training, where the values of the
+                last step hold.
+
+        Raises:
+            ValueError: if a list has another number of values than the run has steps.
+        """
+        if not self.by_step:
+            return self
+        check_run(dict(self.by_step), steps)
+        values = self._values_at(step, steps)
+        found = self._of_steps.get(values)
+        if found is None:
+            found = replace(self, by_step=(), **dict(values))
+            found.share(self)
+            self._of_steps[values] = found
+            forget_oldest(self._of_steps)
+        return found
+
+    def in_run(self, family: str, grid: TokenGrid | None, steps: int) -> list[Method | None]:
+        """The method of each step of a run, with the recommended values; None for a dense step.
+
+        Args:
+            family, grid: as for `for_model`.
+            steps: length of the run.
+
+        Raises:
+            ValueError: if a list has another number of values.
+        """
+        found: list[Method | None] = []
+        for step in range(steps):
+            method = self.at_step(step, steps).for_model(family, grid)
+            ends = method.dense_steps or 0, method.last_dense_steps
+            is_dense = is_dense_at(Moment(step, steps), *ends)
+            is_dense |= self.differs_by_step and method.is_dense
+            found.append(None if is_dense else next((m for m in found if m == method), method))
+        return found
+
+    def with_dense_ends(self, family: str, grid: TokenGrid | None) -> Self:
+        """The same method with the recommended dense layers and dense steps, and its schedules.
+
+        Args:
+            family, grid: as for `for_model`.
+        """
+        last = self.at_step(0, 0).for_model(family, grid)
+        return replace(
+            self,
+            dense_layers=last.dense_layers,
+            dense_steps=last.dense_steps,
+            last_dense_steps=last.last_dense_steps,
+        )
+
+    def share(self, other: Method) -> None:
+        """Keep what another method keeps for later calls, where that is the same for both."""
+        if type(other) is type(self):
+            for kept, parameters in self.shared_between_steps.items():
+                if all(getattr(self, name) == getattr(other, name) for name in parameters):
+                    object.__setattr__(self, kept, getattr(other, kept))
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of the block lists that the method keeps for later calls."""
+        return 0
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the method is dense attention and nothing else, whatever the tokens hold."""
+        return False
+
+    @property
+    def dense_layers_at_most(self) -> int:
+        """The number of blocks at the start of the model that may stay dense in any step."""
+        schedule = dict(self.by_step).get("dense_layers")
+        if schedule is not None:
+            moments = tried_moments({"dense_layers": schedule})
+            values = [value_at(type(self), "dense_layers", schedule, *at) for at in moments]
+        else:
+            values = [self.dense_layers]
+        return max(self.most_dense_layers if value is None else value for value in values)
+
+    def on_model(self, figures: ModelFigures | None) -> Method:
+        """The method for a denoiser of certain figures, before it is attached to the denoiser.
+
+        Args:
+            figures: None where they are not known.
+        """
+        return self
+
+    def for_run(self, family: str, grid: TokenGrid | None, steps: int | None) -> Method:
+        """The method that a run of `steps` steps uses, with its schedules.
+
+        Args:
+            family, grid: as for `for_model`.
+            steps: length of the run; None where it is not known.
+        """
+        return self
 
     @abstractmethod
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
@@ -335,6 +512,8 @@ class Method(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Parameters and `type`, ready for JSON; `diffattn.methods.from_dict` reads it back."""
         parameters = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        for name, schedule in parameters.pop("by_step"):
+            parameters[name] = as_json(type(self), name, schedule)
         return {"type": self.type} | parameters
 
     def __getstate__(self) -> dict[str, Any]:
@@ -484,6 +663,10 @@ class StaticMaskMethod(Method):
         return None
 
     @property
+    def kept_bytes(self) -> int:
+        return sum(mask.kept_bytes for mask in self._masks.values())
+
+    @property
     def is_mask_alone(self) -> bool:
         """Whether the method does nothing but attend under its mask."""
         return type(self).attend is StaticMaskMethod.attend
@@ -547,6 +730,14 @@ class StaticMaskMethod(Method):
     ) -> BlockLayout:
         """The blocks of a call over `grid` with the tokens in `order`; kept for the next call."""
         return self.mask(grid).blocks(self.block_size_on(grid), device=device, order=order)
+
+
+def attends_by_mask_throughout(method: Method) -> bool:
+    """Whether the method is a `StaticMaskMethod` with `is_mask_alone` in every step."""
+    schedules = dict(method.by_step)
+    if not schedules:
+        return attends_by_mask_alone(method) and not method.differs_by_step
+    return all(attends_by_mask_alone(method.at_step(*at)) for at in tried_moments(schedules))
 
 
 def attends_by_mask_alone(method: Method) -> TypeIs[StaticMaskMethod]:

@@ -18,6 +18,10 @@ class DenseAttn(StaticMaskMethod):
     paper: ClassVar[str] = "arXiv 1706.03762"
     any_order: ClassVar[bool] = True
 
+    @property
+    def is_dense(self) -> bool:
+        return True
+
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
         return replace(self, dense_layers=self.dense_layers or 0, dense_steps=self.dense_steps or 0)
 

@@ -16,6 +16,7 @@ from diffattn.masks.base import AttentionMask
 from diffattn.masks.frame_pairs import FramePairsMask
 from diffattn.masks.neighbourhood import block_size_for
 from diffattn.methods.base import StaticMaskMethod
+from diffattn.schedule import Counting
 
 # Latent frames of the length that a model was trained on.
 _TRAINED = {
@@ -51,8 +52,8 @@ class LVSAAttn(StaticMaskMethod):
     token see about as many frames as the model was trained on, so that videos up to this length
     are dense. No training is needed. All numbers of frames are of latent frames.
 
-    In the public code the grid of anchors may move on by one frame with each denoising step. Here
-    it stands still: masks that differ from step to step are not supported yet.
+    With `phase="rotate"`, as in the paper, the grid of anchors moves on by one frame with each
+    denoising step, and begins anew with each run. There are as many masks as the period has frames.
 
     Attributes:
         window: frames that a token sees to either side. Windows are moved inwards at the ends of
@@ -67,7 +68,8 @@ class LVSAAttn(StaticMaskMethod):
         sparsity_scale: factor of `trained_frames` for the automatic period; below 1 is sparser.
         expand: whether windows are widened until they hold as many frames beside the anchors as
             they have frames.
-        phase: frames that the periodic anchors are moved by, taken modulo the period.
+        phase: frames that the periodic anchors are moved by, taken modulo the period; "rotate" for
+            the number of the step. Outside of a run "rotate" is 0.
 
     Raises:
         ValueError: for a parameter out of range. `mask` refuses `period="auto"` without
@@ -90,32 +92,36 @@ class LVSAAttn(StaticMaskMethod):
         default=1.0, metadata={"help": "factor of trained_frames; below 1 is sparser"}
     )
     expand: bool = field(default=True, metadata={"help": "widen windows by the anchors in them"})
-    phase: int = field(default=0, metadata={"help": "frames that the anchors are moved by"})
+    phase: int = field(
+        default=0, metadata={"help": "frames that the anchors are moved by, or rotate"}
+    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         phase: object = self.phase
         if phase == "rotate":
-            raise ValueError(
-                "phase is 'rotate', but masks that differ from step to step are not supported yet:"
-                " give the phase of all steps, an integer of at least 0"
-            )
+            object.__setattr__(self, "phase", Counting())
+        super().__post_init__()
         check_fields(self, _ALLOWED)
 
     def for_model(self, family: str, grid: TokenGrid | None = None) -> Self:
         """The method with the trained length of a model family, and all layers and steps sparse.
 
-        The grid has no influence.
+        On a grid, phases that move the anchors alike become one.
         """
         trained = _TRAINED.get(family) if self.trained_frames is None else self.trained_frames
         automatic: int | str = _FIXED_PERIOD if trained is None else "auto"
-        return replace(
+        settled = replace(
             self,
             trained_frames=trained,
             period=automatic if self.period is None else self.period,
             dense_layers=0 if self.dense_layers is None else self.dense_layers,
             dense_steps=0 if self.dense_steps is None else self.dense_steps,
         )
+        knows_period = is_whole(settled.period) or settled.trained_frames is not None
+        if grid is None or not self.phase or not knows_period:
+            return settled
+        period = settled.period_on(grid.frames)
+        return replace(settled, phase=self.phase % period if period else 0)
 
     def period_on(self, frames: int) -> int:
         """The period of the anchors among `frames` latent frames; 0 for none.
@@ -123,7 +129,8 @@ class LVSAAttn(StaticMaskMethod):
         Raises:
             ValueError: if the period is automatic, and the trained length is not known.
         """
-        period = self.for_model("").period
+        automatic: int | str = _FIXED_PERIOD if self.trained_frames is None else "auto"
+        period = automatic if self.period is None else self.period
         if is_whole(period):
             return period
         if self.trained_frames is None:

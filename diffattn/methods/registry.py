@@ -221,7 +221,7 @@ def _check_name(cls: type[Method]) -> None:
 
 
 def _parameters(cls: type[Method]) -> Iterator[Any]:
-    return (f for f in fields(cls) if f.init)
+    return (f for f in fields(cls) if f.init and f.name != "by_step")
 
 
 def _place(cls: type) -> str:

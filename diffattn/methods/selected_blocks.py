@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,19 +12,20 @@ import torch
 from diffattn._checks import Allowed, check_fields, choice, count, is_whole
 from diffattn.curves import CURVES, along_curve
 from diffattn.grid import TokenGrid
+from diffattn.kernels.autocast import autocast_off
 from diffattn.masks.base import AttentionMask
-from diffattn.methods.base import Method, Site
+from diffattn.methods.base import Method, Site, Work
 from diffattn.operator import attention
 from diffattn.orders import TileOrder, permuted, tile_for
-from diffattn.routing.lists import layout_of_blocks
+from diffattn.routing.keep import Value
+from diffattn.routing.pooled import Always, Pooled
+from diffattn.routing.remainders import REMAINDERS, attention_of_blocks
 from diffattn.routing.rules import neighbours
 from diffattn.selected.attention import SelectionMask
 from diffattn.selected.key_blocks import KeyBlocks
-from diffattn.selected.summary import Summary, summarised_attention
 from diffattn.spans import Span, spans_of
 
 ORDERS = ("raster", "tile", *CURVES)
-REMAINDERS = ("drop", "summary")
 # Sizes that the kernels take on every device.
 _BLOCKS = (16, 32, 64, 128, 256)
 _ALLOWED = {
@@ -35,49 +37,10 @@ _ALLOWED = {
     "neighbours": count(0),
     "remainder": choice(REMAINDERS),
 }
+REMAINDER_HELP = f"blocks that are not selected: {', '.join(REMAINDERS)}"
 # Bytes of scores and lists in memory at a time; heads take turns where all heads would need more.
 _BYTES_AT_ONCE = 1 << 29
 _BYTES_PER_PAIR = 24
-
-
-@dataclass(frozen=True)
-class Always:
-    """The pairs of blocks that are seen in any case.
-
-    Attributes:
-        pairs: bool (blocks, blocks).
-        candidates: int64 (blocks,), the number of other blocks of each row.
-        counts: the numbers in `candidates`, without repetitions and without 0.
-    """
-
-    pairs: torch.Tensor
-    candidates: torch.Tensor
-    counts: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """A call's tokens, in the method's order, and the means of their blocks.
-
-    Attributes:
-        query, key: (batch, tokens, heads, head_dim).
-        blocks: the blocks, the same for queries and keys; other tokens than video are among them.
-        query_means, key_means: float32 (batch, blocks, heads, head_dim).
-        counted: bool (batch, tokens), False for padding; None without padding.
-        holds_any: bool (batch, blocks), whether any token of a block counts; None without padding.
-        always: the pairs of blocks that are seen in any case.
-        scale: factor of the scores.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    blocks: KeyBlocks
-    query_means: torch.Tensor
-    key_means: torch.Tensor
-    counted: torch.Tensor | None
-    holds_any: torch.Tensor | None
-    always: Always
-    scale: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,23 +59,27 @@ class SelectedBlocksMethod(Method):
             "tile" for boxes of `block` tokens, or a curve of `diffattn.curves`.
         neighbours: blocks before and after its own that a query block always sees; 0 for its own
             block alone.
-        remainder: "drop" to leave out blocks that are not selected, or "summary" to see each of
-            them by its mean key and mean value (arXiv 2607.24027).
+        remainder: "drop" to leave out blocks that are not selected; "summary" to see each of them
+            by its mean key and mean value (arXiv 2607.24027); "block-summary" for the same by the
+            scores of a query block's mean, which cost next to nothing (comfy-kitchen).
 
     Raises:
         ValueError: for a parameter out of range.
     """
 
     traced_whole: ClassVar[bool] = True
+    shared_between_steps: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "_seen": ("block", "neighbours", "references"),
+        "_places": ("block", "order", "references"),
+        "_blocks": ("block",),
+    }
 
     block: int = field(default=64, metadata={"help": "tokens per block: 16, 32, 64, 128 or 256"})
     order: str = field(default="morton", metadata={"help": f"one of {', '.join(ORDERS)}"})
     neighbours: int = field(
         default=0, metadata={"help": "blocks beside its own that a query block always sees"}
     )
-    remainder: str = field(
-        default="drop", metadata={"help": "blocks that are not selected: drop or summary"}
-    )
+    remainder: str = field(default="drop", metadata={"help": REMAINDER_HELP})
     _places: dict[tuple[TokenGrid, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -138,11 +105,6 @@ class SelectedBlocksMethod(Method):
             bool (batch, heads, blocks, blocks).
         """
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether every block is selected, whatever the tokens hold."""
-        return False
-
     def attend(
         self,
         query: torch.Tensor,
@@ -167,17 +129,18 @@ class SelectedBlocksMethod(Method):
         for first in range(0, query.shape[2], step):
             q, k, v = (x[:, :, first : first + step] for x in (query, key, value))
             chosen = self._chosen(q, k, counted, always, scale)
-            layout = layout_of_blocks(
-                chosen, tokens_q=tokens, tokens_kv=tokens, block_q=self.block, block_kv=self.block
+            outs.append(
+                attention_of_blocks(
+                    q,
+                    k,
+                    v,
+                    self._key_blocks(tokens, query.device),
+                    chosen,
+                    remainder=self.remainder,
+                    scale=scale,
+                    key_mask=counted,
+                )
             )
-            if self.remainder == "drop":
-                outs.append(attention(q, k, v, layout, scale=scale, key_mask=counted))
-                continue
-            blocks = self._key_blocks(tokens, query.device)
-            summary = Summary.of_blocks(k, v, blocks, chosen, key_mask=counted)
-            out = summarised_attention(q, k, v, layout, summary, scale=scale, key_mask=counted)
-            assert isinstance(out, torch.Tensor)
-            outs.append(out)
         return permuted(torch.cat(outs, 2), back, there, 1)
 
     def selection(
@@ -225,7 +188,7 @@ class SelectedBlocksMethod(Method):
         blocks = self._key_blocks(query.shape[1], query.device)
         there = None if counted is None else blocks.holds_any(counted)
         # In an autocast region the scores would be in half precision.
-        with torch.autocast(query.device.type, enabled=False):
+        with autocast_off(query.device.type):
             pooled = Pooled(
                 query,
                 key,
@@ -307,10 +270,23 @@ class SelectedBlocksMethod(Method):
         # run of `block` tokens of the curve starts.
         return places.roll(-grid.text_before % self.block) + grid.text_before
 
-    def _density(self, grid: TokenGrid, share: float) -> float:
-        """The share of pairs of blocks that attend if rows select a share of their candidates."""
-        always = self._always(grid, torch.device("cpu")).pairs.float().mean().item()
-        return always + (1 - always) * share
+    def _work(
+        self, grid: TokenGrid, channels: int, rule: Value, selection_flops: float
+    ) -> Work | None:
+        """The expected cost of a call under a rule; None if the share that it keeps is unknown."""
+        always = self._always(grid, torch.device("cpu"))
+        share = rule.expected(always)
+        if share is None:
+            return None
+        seen = always.pairs.float().mean().item()
+        density = seen + (1 - seen) * share
+        attending = 4 * density * grid.tokens**2 * channels
+        return Work(
+            flops=attending + selection_flops + self._summary_flops(grid, channels),
+            density=density,
+            selection_flops=selection_flops,
+            is_exact=False,
+        )
 
     def _pooling_flops(self, grid: TokenGrid, channels: int) -> float:
         """Operations that pool and score: sums over queries and keys, and a product of means."""
@@ -318,10 +294,9 @@ class SelectedBlocksMethod(Method):
         return 2 * grid.tokens * channels + 2 * blocks**2 * channels
 
     def _summary_flops(self, grid: TokenGrid, channels: int) -> float:
-        if self.remainder == "drop":
-            return 0
         blocks = -(-grid.tokens // self.block)
-        return 4 * grid.tokens * blocks * channels + grid.tokens * channels
+        seen_by = {"drop": 0, "summary": grid.tokens, "block-summary": blocks}[self.remainder]
+        return (4 * seen_by * blocks + grid.tokens) * channels if seen_by else 0
 
 
 def for_every_head(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

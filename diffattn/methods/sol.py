@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from statistics import NormalDist
 from typing import ClassVar, Self
 
 import torch
@@ -11,8 +10,9 @@ import torch
 from diffattn._checks import check_fields, choice, number
 from diffattn.grid import TokenGrid
 from diffattn.methods.base import Work
-from diffattn.methods.selected_blocks import Pooled, SelectedBlocksMethod
-from diffattn.routing.rules import above, row_threshold
+from diffattn.methods.selected_blocks import REMAINDER_HELP, SelectedBlocksMethod
+from diffattn.routing.keep import AboveMean
+from diffattn.routing.pooled import Pooled
 from diffattn.routing.scores import mean_scores
 
 _ALLOWED = {"tau": number(), "variance": choice(("diagonal", "exact"))}
@@ -53,9 +53,7 @@ class SolAttn(SelectedBlocksMethod):
     neighbours: int = field(
         default=1, metadata={"help": "blocks beside its own that a query block always sees"}
     )
-    remainder: str = field(
-        default="summary", metadata={"help": "blocks that are not selected: drop or summary"}
-    )
+    remainder: str = field(default="summary", metadata={"help": REMAINDER_HELP})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,26 +69,12 @@ class SolAttn(SelectedBlocksMethod):
 
     def choose(self, pooled: Pooled) -> torch.Tensor:
         scores = mean_scores(pooled.query_means, pooled.key_means, pooled.scale)
-        threshold = row_threshold(
-            scores,
-            pooled.query_means,
-            pooled.key_means,
-            pooled.scale,
-            self.tau,
-            self.variance,  # type: ignore[arg-type]
-            pooled.holds_any,
-        )
-        return above(scores, threshold)
+        return self._rule(scores, pooled)
 
-    def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work:
+    @property
+    def _rule(self) -> AboveMean:
+        return AboveMean(self.tau, self.variance)
+
+    def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work | None:
         channels = heads * head_dim
-        density = self._density(grid, 1 - NormalDist().cdf(self.tau))
-        selection = self._pooling_flops(grid, channels)
-        return Work(
-            flops=4 * density * grid.tokens**2 * channels
-            + selection
-            + self._summary_flops(grid, channels),
-            density=density,
-            selection_flops=selection,
-            is_exact=False,
-        )
+        return self._work(grid, channels, self._rule, self._pooling_flops(grid, channels))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import ClassVar, Self
@@ -12,7 +13,7 @@ from diffattn._checks import check_fields, choice, count, number
 from diffattn.grid import TokenGrid
 from diffattn.kernels.autocast import autocast_off
 from diffattn.methods.base import Method, Site, Work
-from diffattn.methods.selected_blocks import REMAINDERS, for_every_head
+from diffattn.methods.selected_blocks import for_every_head
 from diffattn.operator import attention
 from diffattn.routing.cluster_errors import by_error, log_errors
 from diffattn.routing.clusters import Clusters, first_tokens, k_means
@@ -27,8 +28,9 @@ _ALLOWED = {
     "top_p": number(above=0, at_most=1),
     "min_ratio": number(at_least=0, at_most=1),
     "iterations": count(1),
+    "warm_iterations": count(0),
     "block": count(16),
-    "remainder": choice(REMAINDERS),
+    "remainder": choice(("drop", "summary")),
     "route": choice(ROUTES),
 }
 _DENSE_STEPS = 0.2
@@ -66,11 +68,31 @@ class ClusterPairs:
         query_labels: int64 (batch, heads, tokens), the cluster of each query.
         key_labels: the same for keys; the number of key clusters for padding.
         chosen: bool (batch, heads, query clusters, key clusters).
+        centroids: for each pool the centroids of its queries and of its keys, float32 (batch,
+            heads, clusters, head_dim).
     """
 
     query_labels: torch.Tensor
     key_labels: torch.Tensor
     chosen: torch.Tensor
+    centroids: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The clusters of a call, for the next step to go on from.
+
+    Attributes:
+        grid: the tokens of the call.
+        centroids: as of `ClusterPairs`, of all heads, in the dtype of the queries.
+    """
+
+    grid: TokenGrid
+    centroids: tuple[torch.Tensor, ...]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [tuple(x.shape) for x in self.centroids]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +105,11 @@ class SVG2Attn(Method):
     SVG-EAR (arXiv 2603.08982) is `remainder="summary", route="error"`: clusters that are not chosen
     enter the softmax by their means, and those are chosen whose means err most.
 
-    Clusters are made anew in each call from tokens at even distances, with a fixed number of
-    iterations: the same tensors always give the same clusters, and no state passes from step to
-    step. The public code starts from the clusters of the step before.
+    The first sparse step of a run makes clusters from tokens at even distances, with a fixed number
+    of iterations. Later steps go on from the clusters of the step before, each site and each call
+    of guidance from its own, as the public code does. A new run, another batch or another size
+    start anew, and so does every call in training and outside of a run: the same run always gives
+    the same clusters.
 
     Text and other tokens beside the video see every key, and every query sees them. With "visible"
     references each reference has clusters of its own, with "local" references the video and all
@@ -95,7 +119,10 @@ class SVG2Attn(Method):
         query_cluster, key_cluster: mean number of tokens in a cluster of queries, and of keys.
         top_p: share of the estimated softmax that a query cluster computes; 1 is dense attention.
         min_ratio: share of the key clusters that every query cluster computes.
-        iterations: iterations of k-means.
+        iterations: iterations of k-means from tokens at even distances.
+        warm_iterations: iterations from the clusters of the step before; 0 to start each call anew,
+            with `iterations`. What a site keeps is of the tensors' dtype: 1300 means of 128
+            channels take 0.3 MB a head at 720p.
         remainder: "drop" to leave out clusters that are not chosen, or "summary" to see each of
             them by its mean key and mean value.
         route: "mass" to choose the clusters of the largest weight, or "error" to spend the token
@@ -110,6 +137,10 @@ class SVG2Attn(Method):
     paper: ClassVar[str] = "arXiv 2505.18875; SVG-EAR (arXiv 2603.08982)"
     most_dense_layers: ClassVar[int] = _DENSE_LAYERS
     traced_whole: ClassVar[bool] = True
+    remembers: ClassVar[bool] = True
+    shared_between_steps: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "_pools": ("query_cluster", "key_cluster", "references"),
+    }
 
     query_cluster: int = field(
         default=250, metadata={"help": "mean tokens of a cluster of queries"}
@@ -121,7 +152,13 @@ class SVG2Attn(Method):
     min_ratio: float = field(
         default=0.1, metadata={"help": "share of the key clusters to compute in any case"}
     )
-    iterations: int = field(default=4, metadata={"help": "iterations of k-means in each call"})
+    iterations: int = field(
+        default=4, metadata={"help": "iterations of k-means in the first sparse step of a run"}
+    )
+    warm_iterations: int = field(
+        default=2,
+        metadata={"help": "iterations in later steps, from the clusters before; 0 to start anew"},
+    )
     remainder: str = field(
         default="drop", metadata={"help": "clusters that are not chosen: drop or summary"}
     )
@@ -172,11 +209,15 @@ class SVG2Attn(Method):
         if key_mask is not None:
             key, value = (x.masked_fill(~key_mask[..., None, None], 0) for x in (key, value))
         pools = self._pools_of(site.grid, query.device)
+        starts = self._starts(query, site, pools)
         step = max(1, _BYTES_AT_ONCE // self._bytes_per_head(query, pools))
-        outs = []
+        outs, made = [], []
         for first in range(0, query.shape[2], step):
-            q, k, v = (x[:, :, first : first + step] for x in (query, key, value))
-            pairs, queries, keys = self._chosen(q, k, v, pools, scale, key_mask)
+            some = slice(first, first + step)
+            q, k, v = (x[:, :, some] for x in (query, key, value))
+            of_heads = None if starts is None else [x[:, some] for x in starts.centroids]
+            pairs, queries, keys = self._chosen(q, k, v, pools, scale, key_mask, of_heads)
+            made.append(pairs.centroids)
             out = attention_of_clusters(
                 q,
                 k,
@@ -188,7 +229,24 @@ class SVG2Attn(Method):
                 scale=scale,
             )
             outs.append(out)
+        if self.warm_iterations and site.memory is not None:
+            centroids = tuple(
+                torch.cat(parts, 1).to(query.dtype) for parts in zip(*made, strict=True)
+            )
+            site.memory.keep(_Kept(site.grid, centroids))
         return torch.cat(outs, 2)
+
+    def _starts(self, query: torch.Tensor, site: Site, pools: tuple[Pool, ...]) -> _Kept | None:
+        """The clusters of an earlier step to go on from; None to start anew."""
+        if not self.warm_iterations or site.memory is None:
+            return None
+        kept: _Kept | None = site.memory.recall()
+        batch, _, heads, head_dim = query.shape
+        sizes = [len(clusters) for pool in pools for clusters in (pool.queries, pool.keys)]
+        shapes = [(batch, heads, size, head_dim) for size in sizes]
+        if kept is None or kept.grid != site.grid or kept.shapes != shapes:
+            return None
+        return kept if kept.centroids[0].device == query.device else None
 
     def selection(
         self,
@@ -200,20 +258,28 @@ class SVG2Attn(Method):
         scale: float | None = None,
         key_mask: torch.Tensor | None = None,
     ) -> ClusterPairs:
-        """The clusters that `attend` makes for the same arguments, and the pairs it computes."""
+        """The clusters that `attend` makes for the same arguments, and the pairs it computes.
+
+        `attend` makes these clusters where nothing is kept of an earlier step.
+        """
         key, value = (for_every_head(x, query) for x in (key, value))
         if key_mask is not None:
             key, value = (x.masked_fill(~key_mask[..., None, None], 0) for x in (key, value))
         pools = self._pools_of(site.grid, query.device)
-        return self._chosen(query, key, value, pools, scale, key_mask)[0]
+        return self._chosen(query, key, value, pools, scale, key_mask, None)[0]
 
     def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work:
+        """The cost of a call that goes on from clusters of an earlier step, if `warm_iterations`.
+
+        The first sparse step of a run has `iterations` in place of these.
+        """
         channels = heads * head_dim
         share = 1.0
         if self.top_p < 1:
             cut = NormalDist().inv_cdf(self.top_p) - _SPREAD_OF_LOG_WEIGHTS
             share = max(self.min_ratio, NormalDist().cdf(cut))
         pools = self._pools_of(grid, torch.device("cpu"))
+        iterations = self.warm_iterations or self.iterations
         tokens, sparse, selection, summaries = grid.tokens, 0.0, 0.0, 0.0
         # Half of the last tile of a cluster is empty.
         fill_q = fill_k = 1.0
@@ -224,7 +290,7 @@ class SVG2Attn(Method):
             for pool in pools:
                 n, rows, columns = len(pool.places), len(pool.queries), len(pool.keys)
                 sparse += n**2
-                selection += self.iterations * 2 * n * (rows + columns) * channels
+                selection += iterations * 2 * n * (rows + columns) * channels
                 selection += 2 * rows * columns * channels
                 if self.route == "error":
                     selection += 2 * rows * n * channels
@@ -247,6 +313,7 @@ class SVG2Attn(Method):
         pools: tuple[Pool, ...],
         scale: float | None,
         key_mask: torch.Tensor | None,
+        starts: list[torch.Tensor] | None,
     ) -> tuple[ClusterPairs, FilledClusters, FilledClusters]:
         batch, tokens, heads, head_dim = query.shape
         others_q, others_k = pools[-1].queries.stop, pools[-1].keys.stop
@@ -255,9 +322,10 @@ class SVG2Attn(Method):
         clusters = []
         # In an autocast region products would be in half precision.
         with autocast_off(query.device.type):
-            for pool in pools:
-                of_q = self._clusters(query, pool.places, len(pool.queries), None)
-                of_k = self._clusters(key, pool.places, len(pool.keys), key_mask)
+            for number, pool in enumerate(pools):
+                start_q, start_k = (None, None) if starts is None else starts[2 * number :][:2]
+                of_q = self._clusters(query, pool.places, len(pool.queries), None, start_q)
+                of_k = self._clusters(key, pool.places, len(pool.keys), key_mask, start_k)
                 query_labels[:, :, pool.places] = of_q.labels + pool.queries.start
                 key_labels[:, :, pool.places] = of_k.labels + pool.keys.start
                 clusters.append((of_q, of_k))
@@ -277,7 +345,8 @@ class SVG2Attn(Method):
                 rows, columns = (slice(of.start, of.stop) for of in (pool.queries, pool.keys))
                 own = None if errors is None else errors[:, :, rows, columns]
                 chosen[:, :, rows, columns] = self.choose(of_q, of_k, factor, own)
-        return ClusterPairs(query_labels, key_labels, chosen), queries, keys
+        of_pools = tuple(part.centroids for both in clusters for part in both)
+        return ClusterPairs(query_labels, key_labels, chosen, of_pools), queries, keys
 
     def choose(
         self, queries: Clusters, keys: Clusters, scale: float, errors: torch.Tensor | None
@@ -300,11 +369,18 @@ class SVG2Attn(Method):
         return mass(scores, self.top_p, least)
 
     def _clusters(
-        self, x: torch.Tensor, places: torch.Tensor, clusters: int, counted: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        places: torch.Tensor,
+        clusters: int,
+        counted: torch.Tensor | None,
+        start: torch.Tensor | None,
     ) -> Clusters:
         x = x.detach().index_select(1, places)
         if counted is not None:
             counted = counted.index_select(1, places)
+        if start is not None:
+            return k_means(x, start, self.warm_iterations, counted)
         start = x.index_select(1, first_tokens(x.shape[1], clusters, x.device)).transpose(1, 2)
         return k_means(x, start, self.iterations, counted)
 

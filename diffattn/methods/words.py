@@ -8,14 +8,18 @@ from typing import Any
 
 from diffattn.grid import TokenGrid
 from diffattn.methods.base import Method
+from diffattn.schedule import spelled
 
 
 def method_words(method: Method) -> str:
     """A title: the method's type, and those of its own parameters that differ from the default."""
     own = [f for f in fields(method) if f.init and f.name in type(method).__annotations__]
-    values = {f.name: getattr(method, f.name) for f in own}
-    told = (f for f in own if values[f.name] != f.default)
-    return "  ".join([method.type, *(f"{f.name}={_word(values[f.name])}" for f in told)])
+    words = {f.name: _word(getattr(method, f.name)) for f in own}
+    told = [f.name for f in own if getattr(method, f.name) != f.default]
+    by_step = {name: spelled(schedule) for name, schedule in method.by_step}
+    words |= by_step
+    told += [name for name in by_step if name not in told]
+    return "  ".join([method.type, *(f"{name}={words[name]}" for name in told)])
 
 
 def reference_words(method: Method, grid: TokenGrid) -> str:

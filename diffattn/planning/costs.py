@@ -7,12 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from diffattn.grid import TokenGrid
+from diffattn.methods.attention_share import attention_share
 from diffattn.methods.base import Method, Work
 from diffattn.methods.words import as_table
-
-# TFLOP/s of an H200 in bfloat16, measured: large matrix products, and cuDNN's dense attention. Only
-# their ratio counts here: attention's share of the time is larger than its share of the FLOPs.
-_LINEAR_RATE, _ATTENTION_RATE = 790, 690
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -103,8 +100,7 @@ class Cost(ABC):
         """
         if self.linear_flops is None:
             return None
-        attention = self.dense_forward_flops / _ATTENTION_RATE
-        return attention / (attention + self.linear_flops / _LINEAR_RATE)
+        return attention_share(self.dense_forward_flops, self.linear_flops)
 
     @property
     def model_speedup(self) -> float | None:

@@ -20,6 +20,7 @@ from diffattn.methods.gna import GNAAttn, Tile
 from diffattn.methods.registry import as_method
 from diffattn.models.base import SizeRules
 from diffattn.planning.block_sparse import has_masked_blocks, in_one_of, nearest_on
+from diffattn.planning.by_steps import PlanBySteps
 from diffattn.planning.costs import Cost, Estimate
 from diffattn.planning.published import PUBLISHED, ModelShape, published_shape
 from diffattn.schedule import resolve_steps
@@ -142,7 +143,7 @@ def plan(
     head_dim: int | None = None,
     layers: int | None = None,
     steps: int | None = None,
-) -> Plan | Estimate:
+) -> Plan | Estimate | PlanBySteps:
     """Work out the cost of `method`, without weights, network or accelerator.
 
     Args:
@@ -160,12 +161,13 @@ def plan(
         steps: denoising steps of a run; the model's default when None.
 
     Returns:
-        A `Plan` for a method that is a mask, an `Estimate` for other methods.
+        A `Plan` for a method that is a mask, an `Estimate` for other methods, and a `PlanBySteps`
+        for a method that differs from step to step.
 
     Raises:
         ValueError: if the model is not known or cannot make the size; if sizes come with a grid, or
             heads with a model; if the method does not fit the grid or the model, or cannot state
-            its cost.
+            its cost; if a list of the method has another number of values than the run has steps.
         TypeError: if `target` or `method` is none of the above.
     """
     method = as_method("method", method)
@@ -253,15 +255,50 @@ def _refuse(given: dict[str, Any], why: str) -> None:
         raise ValueError(f"{', '.join(names)} cannot be given here: {why}")
 
 
-def _plan(grid: TokenGrid, method: Method, shape: ModelShape, model: str | None) -> Plan | Estimate:
+def _plan(
+    grid: TokenGrid, method: Method, shape: ModelShape, model: str | None
+) -> Plan | Estimate | PlanBySteps:
     check_tokens(grid)
-    fitted = method.for_model(shape.variant, grid.alone)
+    figures = None if model is None else shape
+    method = method.on_model(figures).for_run(shape.variant, grid.alone, shape.steps)
+    if method.differs_by_step:
+        return _plan_by_steps(grid, method, shape, model)
+    return _plan_fitted(grid, method.for_model(shape.variant, grid.alone), shape, model)
+
+
+def _plan_by_steps(
+    grid: TokenGrid, method: Method, shape: ModelShape, model: str | None
+) -> PlanBySteps:
+    if shape.steps is None:
+        raise ValueError(
+            f"{method.type} differs from step to step: give the number of steps of a run, steps="
+        )
+    in_run = method.in_run(shape.variant, grid.alone, shape.steps)
+    # Costs by the identity of the method, which steps with equal values share.
+    of_a_step = replace(shape, steps=None)
+    costs = {id(m): _plan_fitted(grid, m, of_a_step, model) for m in in_run if m is not None}
+    of_steps = tuple(None if m is None else costs[id(m)] for m in in_run)
+    method = method.with_dense_ends(shape.variant, grid.alone)
+    return PlanBySteps(
+        method=method,
+        **_of_any_method(grid, method, shape, model)
+        | {
+            "dense_layers": min((cost.dense_layers for cost in costs.values()), default=0),
+            "dense_steps": of_steps.count(None),
+        },
+        of_steps=of_steps,
+    )
+
+
+def _plan_fitted(
+    grid: TokenGrid, fitted: Method, shape: ModelShape, model: str | None
+) -> Plan | Estimate:
     if not isinstance(fitted, StaticMaskMethod):
         return _estimate(grid, fitted, shape, model)
     extra_keys = fitted.extra_keys(grid)
     if extra_keys is None:
         raise ValueError(
-            f"{method.type} with these parameters does more than attend under its mask, and that is"
+            f"{fitted.type} with these parameters does more than attend under its mask, and that is"
             f" not counted here"
         )
     order = fitted.order(grid)

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from diffattn.methods.gna import GNAAttn
 from diffattn.methods.words import method_words, reference_words
 from diffattn.planning.block_sparse import nearest_beside
+from diffattn.planning.by_steps import PlanBySteps
 from diffattn.planning.costs import Cost, Estimate
 from diffattn.planning.plans import Plan
 
 
 def headline(plan: Cost) -> str:
     """What a plan says, in one line."""
-    density = plan.density if isinstance(plan, Plan | Estimate) else None
+    density = plan.density if isinstance(plan, Plan | Estimate | PlanBySteps) else None
     share = "" if density is None else f"{density:.1%} of the token pairs, "
     model = "" if plan.model is None else f"{plan.model}, "
     return (
@@ -35,6 +36,11 @@ def rows(plan: Cost) -> Iterator[tuple[str, str]]:
         yield from _block_rows(plan)
     elif isinstance(plan, Estimate):
         yield from _estimated_rows(plan)
+    elif isinstance(plan, PlanBySteps):
+        if plan.density is not None:
+            kind = "" if plan.is_exact else ", an estimate: what attends depends on the data"
+            yield "token density", f"{plan.density:.2%} on average over the steps{kind}"
+        yield "by step", plan.words()
     yield (
         "FLOPs of a layer",
         f"{_flops(plan.dense_flops)} dense, {_flops(plan.sparse_flops)} sparse",

@@ -14,8 +14,9 @@ _LEVELS = 1 << _LEVEL_BITS
 _HIGHEST = (1 << 2 * _LEVEL_BITS) - 1
 # Scores that differ by less, relative to the largest, are equal up to rounding.
 _SMALLEST_SPREAD = 1e-5
-# The most pairs of a pool that is sorted; larger pools are counted in histograms.
-_LONGEST_SORTED = 1024
+# The most pairs of a pool that is sorted; larger pools are counted in histograms. A histogram takes
+# as much memory as a pool of as many pairs as it has levels.
+_LONGEST_SORTED = _LEVELS
 # Copies of a histogram on a GPU: threads that add to different copies do not wait for each other.
 _COPIES = 32
 # Pairs of query and block to process at once, at some 40 bytes each, if pools are no larger. The
@@ -67,7 +68,7 @@ def choose(
     if tau is None:
         assert budget is not None
         need = budget - (own if ranked is None else own & ranked).sum(1)
-        weight = candidate.to(torch.int64)
+        weight = None
     else:
         total = points.sum(1, dtype=torch.int64)
         need = (total.double() * tau).ceil().long() - (points * own).sum(1, dtype=torch.int64)
@@ -101,14 +102,22 @@ def _fixed_point(scores: torch.Tensor, ranked: torch.Tensor | None) -> torch.Ten
 
 
 def _by_sorting(
-    points: torch.Tensor, candidate: torch.Tensor, weight: torch.Tensor, need: torch.Tensor
+    points: torch.Tensor, candidate: torch.Tensor, weight: torch.Tensor | None, need: torch.Tensor
 ) -> torch.Tensor:
-    """The fewest candidates, best first, whose weights reach `need`; all if the sum is less."""
+    """The fewest candidates, best first, whose weights reach `need`; all if the sum is less.
+
+    Without weights a candidate weighs 1.
+    """
     entries = points.shape[1]
     # All numbers differ: of equal points the first gets the higher number.
     place = torch.arange(entries - 1, -1, -1, device=points.device)
-    number = (points.long() * entries + place).masked_fill_(~candidate, -1)
+    number = points.long().mul_(entries).add_(place).masked_fill_(~candidate, -1)
     ordered, order = number.sort(1, descending=True)
+    if weight is None:
+        # Candidates come first: the last one taken has a place of its own.
+        count = torch.minimum(need, candidate.sum(1)).clamp(min=0)[:, None]
+        last = ordered.gather(1, (count - 1).clamp(min=0))
+        return number >= last.masked_fill(count == 0, torch.iinfo(torch.int64).max)
     weight = weight.gather(1, order)
     before = weight.cumsum(1) - weight
     taken = (ordered >= 0) & (before < need[:, None])
@@ -117,9 +126,11 @@ def _by_sorting(
 
 
 def _by_counting(
-    points: torch.Tensor, candidate: torch.Tensor, weight: torch.Tensor, need: torch.Tensor
+    points: torch.Tensor, candidate: torch.Tensor, weight: torch.Tensor | None, need: torch.Tensor
 ) -> torch.Tensor:
     """The result of `_by_sorting`, by histograms of the upper and of the lower bits."""
+    if weight is None:
+        weight = candidate.to(torch.int64)
     upper, lower = points >> _LEVEL_BITS, points & (_LEVELS - 1)
     high, need = _last_level(upper, weight, need)
     low, need = _last_level(lower, weight * (upper == high[:, None]), need)

@@ -66,9 +66,11 @@ def index_list(chosen: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Ten
     """
     columns = chosen.shape[-1]
     cap = max(1, min(most, columns))
-    slot = chosen.cumsum(-1, dtype=torch.int32) - 1
+    slot = chosen.cumsum(-1).sub_(1)
     # Columns that are not chosen go to a place past the end, which is cut off.
-    slot = slot.masked_fill(~chosen, cap).clamp(max=cap).long()
+    slot.masked_fill_(~chosen, cap)
+    if cap < columns:
+        slot.clamp_(max=cap)
     column = torch.arange(columns, dtype=torch.int32, device=chosen.device).expand_as(slot)
     index = column.new_zeros(*chosen.shape[:-1], cap + 1).scatter_(-1, slot, column)
     return chosen.sum(-1, dtype=torch.int32), index[..., :cap].contiguous()

@@ -95,11 +95,14 @@ def row_threshold(
         (batch, heads, rows, 1).
     """
     if counted is None:
-        counted = torch.ones(scores.shape[0], scores.shape[-1], dtype=torch.bool)
-    counts = counted.to(scores.device, scores.dtype)
+        # Made on the device: a copy from the CPU would wait for all work before.
+        counted = torch.ones(
+            scores.shape[0], scores.shape[-1], dtype=torch.bool, device=scores.device
+        )
+    counts = counted.to(scores.dtype)
     total = counts.sum(-1).clamp(min=1)
     shares = counts / total[:, None]
-    seen = scores.masked_fill(~counted.to(scores.device)[:, None, None], 0)
+    seen = scores.masked_fill(~counted[:, None, None], 0)
     mean = (seen * shares[:, None, None]).sum(-1, keepdim=True)
     if variance == "exact":
         square = (seen - mean).square() * shares[:, None, None]

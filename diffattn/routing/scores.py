@@ -11,20 +11,24 @@ _SCORES_AT_ONCE = 1 << 24
 
 
 @torch.no_grad()
-def mean_scores(query_means: torch.Tensor, key_means: torch.Tensor, scale: float) -> torch.Tensor:
+def mean_scores(
+    query_means: torch.Tensor, key_means: torch.Tensor, scale: float = 1
+) -> torch.Tensor:
     """The product of a query block's mean and a key block's mean.
 
     By linearity this is the mean score of the block's queries on the mean key.
 
     Args:
-        query_means: (batch, query blocks, heads, head_dim), as of `KeyBlocks.means`.
+        query_means: (batch, query blocks, heads, head_dim), as of `KeyBlocks.means`; or queries
+            themselves, which are blocks of one query.
         key_means: (batch, key blocks, heads, head_dim).
         scale: factor of the products.
 
     Returns:
         (batch, heads, query blocks, key blocks), without a gradient.
     """
-    return query_means.transpose(1, 2) @ key_means.permute(0, 2, 3, 1) * scale
+    scores = query_means.transpose(1, 2) @ key_means.permute(0, 2, 3, 1)
+    return scores if scale == 1 else scores * scale
 
 
 @torch.no_grad()
@@ -85,12 +89,14 @@ def _parts(
     exists = torch.ones(x.shape[0], len(cut.lengths), dtype=torch.bool, device=x.device)
     if counted is not None:
         exists = cut.holds_any(counted)
-    # The number of each part's block, and its place among the block's parts.
-    of_block = [-(-length // size) for length in blocks.lengths]
-    longest = max(of_block)
-    place = [i * longest + j for i, parts in enumerate(of_block) for j in range(parts)]
-    index = torch.tensor(place, device=x.device)
-    filled = means.new_zeros(means.shape[0], len(of_block) * longest, *means.shape[2:])
+    # The number of each part's block, and its place among the block's parts. All of it is worked
+    # out on the device: a list copied there would wait for all work before.
+    longest = -(-max(blocks.lengths) // size)
+    parts = (blocks.sizes + size - 1) // size
+    own = blocks.block_of[cut.members[:, 0]]
+    place = torch.arange(len(cut.lengths), device=x.device) - (parts.cumsum(0) - parts)[own]
+    index = own * longest + place
+    filled = means.new_zeros(means.shape[0], len(blocks.lengths) * longest, *means.shape[2:])
     filled[:, index] = means
     there = torch.zeros(exists.shape[0], filled.shape[1], dtype=torch.bool, device=x.device)
     there[:, index] = exists

@@ -124,12 +124,6 @@ class SelectionMask(AttentionMask):
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return self.chosen[query, self.block_of[key]]
 
-    def block_shares(self) -> torch.Tensor:
-        """Share of each block's queries (rows) that has selected each block, `(blocks, blocks)`."""
-        blocks = self.chosen.shape[1]
-        counts = torch.zeros(blocks, blocks).index_add_(0, self.block_of, self.chosen.float())
-        return counts / torch.bincount(self.block_of, minlength=blocks)[:, None]
-
 
 def dense_mask(blocks: KeyBlocks, bits: torch.Tensor) -> torch.Tensor:
     """The token mask of a selection: bool (batch, heads, tokens, tokens).

@@ -151,6 +151,14 @@ class KeyBlocks:
         # Sums of whole rows: scattered additions have no fixed order on a GPU.
         if len(set(self.lengths)) == 1:
             return x.unflatten(1, tuple(self.members.shape)).sum(2, dtype=dtype)
+        longest = self.lengths[0]
+        whole = len(self.lengths) - 1
+        if self.lengths[-1] < longest and self.lengths.count(longest) == whole:
+            # Only the last block is short: no copy of all other blocks is needed.
+            ends = whole * longest
+            last = torch.nn.functional.pad(x[:, ends:], (0, 0, 0, 0, 0, longest - self.lengths[-1]))
+            parts = (x[:, :ends].unflatten(1, (whole, longest)), last[:, None])
+            return torch.cat([part.sum(2, dtype=dtype) for part in parts], 1)
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1))
         rows = x.index_select(1, self.members.flatten()).unflatten(1, tuple(self.members.shape))
         return rows.sum(2, dtype=dtype)

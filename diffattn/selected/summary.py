@@ -7,7 +7,6 @@ mean key and value for each other block, in the same softmax. Skipped blocks so 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -15,7 +14,14 @@ from diffattn.blocks import BlockLayout, pack_bits
 from diffattn.interception import through_modes
 from diffattn.kernels.autocast import autocast_off, cast_as_sdpa
 from diffattn.kernels.summary import summary_attention
-from diffattn.operator import attention, choose_backend
+from diffattn.operator import (
+    attention,
+    check_inputs,
+    check_triton,
+    choose_backend,
+    layout_of,
+    merged,
+)
 from diffattn.selected.key_blocks import KeyBlocks
 
 
@@ -73,6 +79,7 @@ def summarised_attention(
     layout: BlockLayout,
     summary: Summary,
     *,
+    query_means: torch.Tensor | None = None,
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
     return_lse: bool = False,
@@ -80,18 +87,27 @@ def summarised_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention over the blocks of a layout and over summary keys, in one softmax; differentiable.
 
-    Gradients reach query, key and value, and the keys, values and biases of the summary. Two
-    attentions are merged by their log-sum-exp. A query that sees no key and no summary gives 0.
+    Gradients reach query, key and value, and the keys, values and biases of the summary. A query
+    that sees no key and no summary gives 0.
+
+    With `query_means` all queries of a block see the summaries with the scores of their block's
+    mean, as in comfy-kitchen's form of Sol-Attn. That costs next to nothing, and is further from
+    dense attention. The mean of all summary keys is subtracted from the scores of both parts: what
+    all keys have in common then weighs alike in scores of a query and of its block.
 
     Args:
         query, key, value: (batch, tokens, heads, head_dim).
         layout: the blocks that are seen token by token.
         summary: the summaries; `hidden` has a row for each query block of the layout.
+        query_means: the mean query of each query block, float32 (batch, query blocks, heads,
+            head_dim), for summaries that a block sees as a whole; None for summaries that each
+            query sees by itself.
         scale: factor of the scores; 1 / sqrt(head_dim) when None.
         key_mask: bool (batch, tokens): False for keys of the layout that are padding.
         return_lse: also return the natural log-sum-exp of the scores, (batch, heads, tokens).
-        backend: as for `attention`. The summaries run in Triton on "triton", and in torch's matrix
-            products on all other backends.
+        backend: as for `attention`. On "triton" the pass over the summaries continues the softmax
+            of the pass over the blocks. On other backends the summaries run in torch's matrix
+            products, and two attentions are merged by their log-sum-exp.
 
     Returns:
         (batch, tokens, heads, head_dim) in the dtype of `query`, or of the autocast region; with
@@ -102,48 +118,110 @@ def summarised_attention(
         NotImplementedError: if the tensors' device has no sparse kernel, and in forward mode.
     """
     query, key, value = cast_as_sdpa(query, key, value)
-    attend = partial(
-        _merged, layout=layout, summary=summary, scale=scale, key_mask=key_mask, backend=backend
-    )
+    check_inputs(query, key, value, key_mask)
+    layout = layout_of(layout, query, key)
+    name = choose_backend(query.device, backend)
+
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with autocast_off(query.device.type):
+            if query_means is None and name == "triton":
+                return _jointly(query, key, value, layout, summary, scale, key_mask)
+            out, lse = attention(
+                query,
+                key,
+                value,
+                layout,
+                key_mask=key_mask,
+                scale=scale,
+                return_lse=True,
+                backend=name,
+            )
+            if query_means is not None:
+                return _with_summaries_of_blocks(
+                    out, lse, query, query_means, summary, layout.block_q, scale
+                )
+            more = summary_attention(
+                query,
+                summary.key,
+                summary.value,
+                summary.bias,
+                summary.hidden,
+                block_q=layout.block_q,
+                scale=scale,
+            )
+            return merged(out, lse, *more)
+
     if return_lse:
         return attend(query, key, value)
     return through_modes(lambda q, k, v: attend(q, k, v)[0], query, key, value)
 
 
-def _merged(
+def _jointly(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    *,
     layout: BlockLayout,
     summary: Summary,
     scale: float | None,
     key_mask: torch.Tensor | None,
-    backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp over the blocks of a layout and the summaries."""
-    exact, lse_exact = attention(
-        query, key, value, layout, key_mask=key_mask, scale=scale, return_lse=True, backend=backend
+    """Attention by kernels that keep no result of one part alone."""
+    check_triton()
+    from diffattn.kernels.summary.joint import joint_attention
+
+    return joint_attention(
+        query,
+        key,
+        value,
+        layout.tensors,
+        summary.key,
+        summary.value,
+        summary.bias,
+        summary.hidden,
+        block_q=layout.block_q,
+        block_kv=layout.block_kv,
+        scale=scale,
+        key_mask=key_mask,
     )
-    with autocast_off(query.device.type):
-        pooled, lse_pooled = summary_attention(
-            query,
-            summary.key,
-            summary.value,
-            summary.bias,
-            summary.hidden,
-            block_q=layout.block_q,
-            scale=scale,
-            backend="triton" if _in_triton(query, layout, backend) else "torch",
-        )
-        # Where neither sees a key, infinities would make NaN of values and gradients.
-        neither = (lse_exact == -torch.inf) & (lse_pooled == -torch.inf)
-        lse_exact, lse_pooled = (x.masked_fill(neither, 0) for x in (lse_exact, lse_pooled))
-        share = (lse_pooled - lse_exact).sigmoid().transpose(1, 2)[..., None]
-        out = torch.lerp(exact, pooled, share.to(exact.dtype))
-        return out, torch.logaddexp(lse_exact, lse_pooled).masked_fill(neither, -torch.inf)
 
 
-def _in_triton(query: torch.Tensor, layout: BlockLayout, backend: str | None) -> bool:
-    name = choose_backend(query.device, backend)
-    return name == "triton" and query.dtype != torch.float64 and layout.block_q % 16 == 0
+def _with_summaries_of_blocks(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    query_means: torch.Tensor,
+    summary: Summary,
+    block_q: int,
+    scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add summaries, by the scores of the query blocks' means, to an attention."""
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    exists = (summary.bias > -torch.inf).transpose(1, 2)[..., None]
+    key = summary.key.masked_fill(~exists, 0)
+    centre = key.sum(1, keepdim=True) / exists.sum(1, keepdim=True).clamp(min=1)
+    # Each query block is one query here: few enough for matrix products on every device.
+    of_blocks, lse_of_blocks = summary_attention(
+        query_means,
+        key - centre,
+        summary.value.to(query_means.dtype),
+        summary.bias,
+        summary.hidden,
+        block_q=1,
+        scale=factor,
+    )
+    tokens = query.shape[1]
+    more = _for_queries(of_blocks.to(out.dtype), block_q, tokens)
+    lse_of_more = _for_queries(lse_of_blocks.transpose(1, 2), block_q, tokens).transpose(1, 2)
+    common = query.to(centre.dtype).transpose(1, 2) @ centre.permute(0, 2, 3, 1)
+    common = common[..., 0] * factor  # (batch, heads, tokens)
+    out, lse = merged(out, lse - common, more, lse_of_more)
+    return out, lse + common
+
+
+def _for_queries(x: torch.Tensor, block_q: int, tokens: int) -> torch.Tensor:
+    """Give each query what its block has: (batch, blocks, ...) to (batch, tokens, ...)."""
+    # An expansion: the gradients of a gather would be added in no fixed order on a GPU.
+    each = x[:, :, None].expand(-1, -1, block_q, *x.shape[2:])
+    return each.flatten(1, 2)[:, :tokens]

@@ -53,9 +53,7 @@ def block_sparse_attention(
     Raises:
         ValueError: if dtypes, devices or shapes do not fit together or are not supported.
     """
-    check_inputs(q, k, v, key_mask, dtypes=DTYPES)
-    _check_supported(q, k, v, key_mask, block_q, block_kv)
-    check_layout(q, layout, block_q, block_kv)
+    check_call(q, k, v, layout, key_mask, block_q, block_kv)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     return _attend(q, k, v, list(layout), key_mask, block_q, block_kv, scale)
@@ -87,15 +85,32 @@ def block_sparse_attention_gradients(
     Raises:
         ValueError: if dtypes, devices or shapes do not fit together or are not supported.
     """
-    check_inputs(q, k, v, key_mask, dtypes=DTYPES)
-    _check_supported(q, k, v, key_mask, block_q, block_kv)
-    check_layout(q, layout, block_q, block_kv)
+    check_call(q, k, v, layout, key_mask, block_q, block_kv)
     _check_results(q, grad_out, out, lse)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     return _gradients(
         grad_out, None, q, k, v, out, lse, list(layout), key_mask, block_q, block_kv, scale
     )
+
+
+def check_call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Sequence[torch.Tensor],
+    key_mask: torch.Tensor | None,
+    block_q: int,
+    block_kv: int,
+) -> None:
+    """Check the arguments of `block_sparse_attention`.
+
+    Raises:
+        ValueError: if dtypes, devices or shapes do not fit together or are not supported.
+    """
+    check_inputs(q, k, v, key_mask, dtypes=DTYPES)
+    _check_supported(q, k, v, key_mask, block_q, block_kv)
+    check_layout(q, layout, block_q, block_kv)
 
 
 _attend, _gradients = over_layout("block_sparse_triton", forward, backward, tangent)

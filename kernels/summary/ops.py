@@ -53,7 +53,7 @@ def summary_attention(
     Raises:
         ValueError: if dtypes, devices or shapes do not fit together or are not supported.
     """
-    _check(q, k, v, bias, hidden, block_q, backend)
+    check(q, k, v, bias, hidden, block_q, backend)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     out, lse = _attend(q, k, v, bias, hidden, block_q, scale, backend)
@@ -101,10 +101,7 @@ def _backward_op(
     dq, dk, dv, dbias = _passes(backend).backward(
         grad_out, grad_lse, out, lse, q, k, v, bias, hidden, block_q, scale
     )
-    for dim, size in enumerate(bias.shape[:2]):
-        if size == 1:
-            dbias = dbias.sum(dim, keepdim=True)
-    return dq, dk.to(k.dtype), dv.to(v.dtype), dbias.to(bias.dtype).contiguous()
+    return dq, *as_inputs(dk, dv, dbias, k, v, bias)
 
 
 @_backward_op.register_fake
@@ -127,6 +124,21 @@ def _(
     )
 
 
+def as_inputs(
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    dbias: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of the passes in the dtypes of k, v and bias, and in the shape of the bias."""
+    for dim, size in enumerate(bias.shape[:2]):
+        if size == 1:
+            dbias = dbias.sum(dim, keepdim=True)
+    return dk.to(k.dtype), dv.to(v.dtype), dbias.to(bias.dtype).contiguous()
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     q, k, v, bias, hidden, *ctx.options = inputs
     save(ctx, *output, q, k, v, bias, hidden)
@@ -143,7 +155,7 @@ def _gradients(
     return (*grads, None, *[None] * len(ctx.options))
 
 
-def _tangents(ctx: Any, *of_arguments: torch.Tensor | None) -> NoReturn:
+def no_tangents(ctx: Any, *of_arguments: torch.Tensor | None) -> NoReturn:
     raise NotImplementedError(
         "attention to summary keys has no forward-mode derivative (torch.func.jvp, dual_level);"
         " differentiate by backward(), or leave the summaries out"
@@ -151,7 +163,7 @@ def _tangents(ctx: Any, *of_arguments: torch.Tensor | None) -> NoReturn:
 
 
 _forward_op.register_autograd(_gradients, setup_context=_setup)
-_attend = transformable(_forward_op, _setup, _gradients, _tangents)
+_attend = transformable(_forward_op, _setup, _gradients, no_tangents)
 
 
 def _passes(backend: str) -> Any:
@@ -166,7 +178,7 @@ def _triton_passes() -> Any:
     return triton_passes
 
 
-def _check(
+def check(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -175,6 +187,11 @@ def _check(
     block_q: int,
     backend: str,
 ) -> None:
+    """Check the arguments of `summary_attention`.
+
+    Raises:
+        ValueError: if dtypes, devices or shapes do not fit together or are not supported.
+    """
     if backend not in ("torch", "triton"):
         raise ValueError(f"backend must be 'torch' or 'triton'; got {backend!r}")
     if q.dtype not in DTYPES or k.dtype not in (q.dtype, torch.float32) or v.dtype != k.dtype:

@@ -23,6 +23,7 @@ from ..common.primitives import (
 from ..common.row_sums import row_sums
 from ..common.softmax import weigh
 from ..common.tile_tables import Table, both, row_of
+from ..operators import empty_outputs
 from .torch_passes import Gradients
 
 MAX_HEAD_DIM = 256
@@ -60,9 +61,12 @@ def forward_kernel(
     s_qb, s_qt, s_qh, s_qd, s_kb, s_kt, s_kh, s_kd, s_vb, s_vt, s_vh, s_vd,
     s_bb, s_bh, s_hb, s_hh, s_hr, tokens_q, keys, heads, block_q, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, CONTINUED: tl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp of a tile of queries, which lies in one query block."""
+    """Output and log-sum-exp of a tile of queries, which lies in one query block.
+
+    If CONTINUED, both hold those of an attention to other keys, and become those over all keys.
+    """
     i_tile, i_b, i_h, _ = tile_of_program(tl.cdiv(tokens_q, BLOCK_M), heads, 0, 0)
     start_m = i_tile.to(tl.int64) * BLOCK_M
     o_m = token_offsets(BLOCK_M, WIDE)
@@ -73,9 +77,16 @@ def forward_kernel(
     p_bias += i_b * s_bb + i_h * s_bh
     p_hidden += i_b * s_hb + i_h * s_hh + start_m // block_q * s_hr
     b_q = load_tile(p_q, s_qt, s_qd, o_m, m_m, True, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
-    b_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    b_sum = tl.zeros((BLOCK_M,), tl.float32)
+    p_out += ((i_b * tokens_q + start_m) * heads + i_h) * D
+    p_lse += (i_b * heads + i_h) * tokens_q + start_m
+    if CONTINUED:
+        b_acc = load_tile(p_out, heads * D, 1, o_m, m_m, True, D, BLOCK_D).to(tl.float32)
+        b_max = tl.load(p_lse + o_m, mask=m_m, other=float("-inf")) * LOG2_E  # (BLOCK_M,)
+        b_sum = tl.where(b_max > float("-inf"), 1.0, 0.0)
+    else:
+        b_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        b_sum = tl.zeros((BLOCK_M,), tl.float32)
     o_n = tl.arange(0, BLOCK_N)
     for start_n in tl.range(0, keys, BLOCK_N):
         b_bias, m_n = visible_keys(p_bias, p_hidden, start_n + o_n, keys)  # twice (BLOCK_N,)
@@ -90,9 +101,7 @@ def forward_kernel(
         # b_acc: (BLOCK_M, BLOCK_D)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision=PRECISION)
     b_norm = tl.where(b_sum == 0, 1.0, b_sum)  # 0 where a query has seen nothing
-    first = (i_b * tokens_q + start_m) * heads + i_h
-    store_tile(p_out + first * D, heads * D, o_m, m_m, b_acc / b_norm[:, None], D, BLOCK_D)
-    p_lse += (i_b * heads + i_h) * tokens_q + start_m
+    store_tile(p_out, heads * D, o_m, m_m, b_acc / b_norm[:, None], D, BLOCK_D)
     tl.store(p_lse + o_m, (b_max + tl.log2(b_norm)) * LN_2, mask=m_m)
 
 
@@ -203,18 +212,23 @@ def forward(
     hidden: torch.Tensor,
     block_q: int,
     scale: float,
+    onto: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output and the log-sum-exp; arguments as of `summary_attention`."""
+    """The output and the log-sum-exp; arguments as of `summary_attention`.
+
+    Args:
+        onto: contiguous output and log-sum-exp of an attention to other keys, which are overwritten
+            with those over all keys, and returned.
+    """
     batch, tokens, heads, _ = q.shape
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
+    out, lse = empty_outputs(q) if onto is None else onto
     k, v = k.to(q.dtype), v.to(q.dtype)
     constants = _constants("forward", q, k, block_q)
     with on_device(q.device):
         forward_kernel[(batch * heads * triton.cdiv(tokens, constants["BLOCK_M"]),)](
             q, k, v, bias, hidden, out, lse,
             *q.stride(), *k.stride(), *v.stride(), *_shared_strides(bias, hidden),
-            tokens, k.shape[1], heads, block_q, scale, **constants,
+            tokens, k.shape[1], heads, block_q, scale, CONTINUED=onto is not None, **constants,
         )  # fmt: skip
     return out, lse
 

@@ -96,14 +96,18 @@ class Recipe(ABC):
         """
         return latents
 
-    def encode_rate(self, fps: float | None) -> dict[str, Tensor]:
-        """The denoiser's condition by a clip's frame rate, batch first.
+    def encode_origin(
+        self, fps: float | None, size: tuple[int, int], crop: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """The denoiser's conditions by the file of a clip, batch first.
 
         Args:
             fps: frames a second; None for a picture.
+            size: rows and columns in the file.
+            crop: rows above and columns left of the picture, cut off after it was scaled.
 
         Returns:
-            The condition by its name; nothing for a denoiser without such an input.
+            The conditions by their names; nothing for a denoiser without such inputs.
         """
         return {}
 

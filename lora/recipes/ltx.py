@@ -88,8 +88,10 @@ class LTXRecipe(Recipe):
         _, rows, columns = self.compression
         return self._unpack(latents, height // rows, width // columns)
 
-    def encode_rate(self, fps: float | None) -> dict[str, Tensor]:
-        """See `Recipe.encode_rate`."""
+    def encode_origin(
+        self, fps: float | None, size: tuple[int, int], crop: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """See `Recipe.encode_origin`."""
         return {_RATE: torch.tensor([self.frame_rate if fps is None else fps])}
 
     def at_rate(self, fps: float | None) -> Self:

@@ -18,6 +18,8 @@ from diffattn.lora.recipes.base import (
     refuse_conditions,
 )
 
+_ORIGIN = "origin"
+
 
 @dataclass(frozen=True, kw_only=True)
 class UNetRecipe(Recipe):
@@ -60,7 +62,8 @@ class XLRecipe(UNetRecipe):
 
     Attributes:
         latent_pixels: pixels per latent along rows and columns. The denoiser's inputs include the
-            picture's size without a crop, as in the pipeline.
+            size of the picture's file and its crop. Pictures of a pipeline have their own size and
+            no crop.
         zeros_for_empty: whether the conditions of an empty prompt are zeros.
     """
 
@@ -87,21 +90,28 @@ class XLRecipe(UNetRecipe):
 
         return one_by_one(prompts, encode)
 
+    def encode_origin(
+        self, fps: float | None, size: tuple[int, int], crop: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """See `Recipe.encode_origin`."""
+        return {_ORIGIN: torch.tensor([[*size, *crop]])}
+
     def predict(
         self, model: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Tensor]
     ) -> Tensor:
         """See `Recipe.predict`."""
         height, width = (size * self.latent_pixels for size in noisy.shape[3:])
-        size = torch.tensor([height, width, 0, 0, height, width], device=noisy.device)
+        size = torch.tensor([[height, width]], device=noisy.device).expand(len(noisy), -1)
+        origin = conditions.get(_ORIGIN)
+        if origin is None:
+            origin = torch.cat([size, torch.zeros_like(size)], dim=1)
         told = {name: value.to(self.dtype) for name, value in conditions.items()}
+        ids = torch.cat([origin.to(self.dtype), size.to(self.dtype)], dim=1)
         out: Tensor = model(
             noisy.squeeze(2).to(self.dtype),
             self.model_times(times),
             encoder_hidden_states=told["prompt_embeds"],
-            added_cond_kwargs={
-                "text_embeds": told["pooled_prompt_embeds"],
-                "time_ids": size.to(self.dtype).expand(len(noisy), -1),
-            },
+            added_cond_kwargs={"text_embeds": told["pooled_prompt_embeds"], "time_ids": ids},
             return_dict=False,
         )[0]
         return out.unsqueeze(2)

@@ -12,6 +12,10 @@ import typer
 
 from ..errors import RunInterruptedError, UserError, one_line
 from . import options
+from .bench import EXAMPLES as BENCH_EXAMPLES
+from .bench import bench
+from .doctor import EXAMPLES as DOCTOR_EXAMPLES
+from .doctor import doctor
 from .generate import EXAMPLES as GENERATE_EXAMPLES
 from .generate import generate
 from .lora_files import app as lora_app
@@ -142,6 +146,8 @@ for _command, _examples in (
     (models, examples("models", "models --json")),
     (plan, PLAN_EXAMPLES),
     (mask, MASK_EXAMPLES),
+    (bench, BENCH_EXAMPLES),
+    (doctor, DOCTOR_EXAMPLES),
 ):
     app.command(epilog=_examples)(_command)
 app.add_typer(lora_app, name="lora")

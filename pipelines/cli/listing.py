@@ -154,7 +154,7 @@ def _kept() -> dict[str, Any]:
 
 def _described(method: Any) -> dict[str, Any]:
     """A method's class in JSON types."""
-    items = [item for item in dataclasses.fields(method) if item.init]
+    items = [item for item in dataclasses.fields(method) if item.init and item.name != "by_step"]
     # Parameters that all methods share come last.
     items.sort(key=lambda item: item.name not in method.__annotations__)
     return {

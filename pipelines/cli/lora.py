@@ -93,7 +93,8 @@ def train(
         bool | None,
         typer.Option(
             "--vae-tiling/--no-vae-tiling",
-            help="Encode large clips in overlapping tiles (default), which saves memory.",
+            help="Encode clips, and decode validation videos, in overlapping tiles if they are "
+            "large (default), which saves memory.",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -151,6 +152,22 @@ def train(
     dora: Annotated[bool | None, typer.Option("--dora/--no-dora", rich_help_panel=_ADAPTER)] = None,
     rslora: Annotated[
         bool | None, typer.Option("--rslora/--no-rslora", rich_help_panel=_ADAPTER)
+    ] = None,
+    method_only: Annotated[
+        bool | None,
+        typer.Option(
+            "--method-only/--no-method-only",
+            help="Train the method's own weights and no LoRA, as for SLA2's router.",
+            rich_help_panel=_ADAPTER,
+        ),
+    ] = None,
+    method_weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Start from the method's own weights of another training.",
+            rich_help_panel=_ADAPTER,
+        ),
     ] = None,
     denoiser: Annotated[
         str | None,

@@ -15,6 +15,7 @@ EXAMPLES = options.examples(
     "mask --grid 21x30x52 --attn gna --attn-arg window=7,15,15 -o mask.png",
     "mask --model Wan-AI/Wan2.1-T2V-14B --attn radial -o radial.png",
     "mask --grid 64+16x16 --reference 16x16 --attn clear --attn-arg references=local",
+    "mask --grid 13x30x52 --attn sol --attn-arg tau=1.3 -o sol.png",
     'mask --attn vmoba --prompt "a red circle moving right on a blue background"',
 )
 
@@ -52,7 +53,8 @@ def mask(
     prompt: Annotated[
         str | None,
         typer.Option(
-            help="For a method that selects by content, instead of --grid: prompt of a run."
+            help="For a method that selects by content, instead of --grid: prompt of a run to look "
+            "into. On a --grid its queries and keys are random."
         ),
     ] = None,
     model: Annotated[
@@ -65,15 +67,24 @@ def mask(
     height: options.Pixels = None,
     width: options.Pixels = None,
     num_frames: options.Frames = None,
-    seed: Annotated[int | None, typer.Option(help="Of the run (default: 0).")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the run, or of random queries and keys (default: 0).")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Of the run (default: the model's).")] = None,
     step: Annotated[
-        int | None, typer.Option(help="Denoising step to draw, from 1 (default: the middle).")
+        int | None,
+        typer.Option(
+            help="Denoising step to draw, from 1 (default: the middle; for a mask that differs from"
+            " step to step, with --steps, the last)."
+        ),
     ] = None,
     layer: Annotated[int | None, typer.Option(help="From 0 (default: 0).")] = None,
     head: Annotated[int | None, typer.Option(help="From 0 (default: 0).")] = None,
 ) -> None:
-    """Draw which tokens attend to which under a method: on a grid, in a model, or in a run."""
+    """Draw which tokens attend to which under a method: on a grid, in a model, or in a run.
+
+    A method that selects by content is drawn on a grid with smooth random queries and keys.
+    """
     from ..run.method_settings import MethodOptions
     from .mask_picture import RunOptions, draw_mask
 

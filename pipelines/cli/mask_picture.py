@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,11 @@ from .grid_text import read_grid, read_place, with_references
 if TYPE_CHECKING:
     from diffattn import TokenGrid
     from diffattn.draw import Image
-    from diffattn.methods import Method, StaticMaskMethod, VMoBAAttn
+    from diffattn.methods import Method, StaticMaskMethod
 
 _SIZES = ("height", "width", "num_frames")
+# What a grid without a model still has, for a method that selects by content.
+_OF_A_GRID = ("layer", "seed")
 
 
 @dataclass(frozen=True)
@@ -58,33 +60,44 @@ def draw_mask(
         grid, references, query: as the user wrote them; without a query the middle of the grid is
             shown.
         output: the PNG file.
-        run: the model whose mask is drawn, in place of the grid or beside the grid; for a method
-            that selects by content the run to draw.
+        run: the model whose mask is drawn, in place of the grid or beside the grid. For a method
+            that selects by content, a prompt makes it the run to draw; without a prompt queries
+            and keys are random.
 
     Raises:
         UserError: if the method, the grid, the model, the query, the run or the output is refused.
     """
     from diffattn import draw
-    from diffattn.methods.vmoba.method import VMoBAAttn
+    from diffattn.methods.call_selection import selects_by_content
     from diffattn.planning.plans import check_tokens
 
     made = make_method(attention_settings(options, None))
     output = output.expanduser()
-    if isinstance(made, VMoBAAttn):
+    by_content = selects_by_content(made)
+    if by_content and run.prompt is not None:
         if references:
             raise UserError(
-                f"--reference: what {made.type} attends to depends on the video, and is drawn in a"
-                f" run; a run has the references that its pipeline is given"
+                f"--reference: with a prompt, what {made.type} attends to is drawn in a run; a run"
+                f" has the references that its pipeline is given"
             )
         yield from _draw_run(made, grid, query, output, run)
         return
-    variant, tokens = _place_of(made, grid, run)
+    made, run = _at_step(made, run)
+    variant, tokens = _place_of(made, grid, run, by_content)
     tokens = with_references(tokens, references)
     place = draw.middle(tokens) if query is None else read_place(query)
     _check_output(output)
     try:
         check_tokens(tokens)
         draw.check_query(tokens, place)
+        if by_content:
+            from .selection_picture import draw_random
+
+            fitting = made.for_model(variant, tokens.alone)
+            layer, seed = run.call.get("layer", 0), run.settings.get("seed", 0)
+            write = partial(_write, output=output)
+            yield from draw_random(fitting, tokens, place, layer, seed, write)
+            return
         fitted = _static_method(made, variant, tokens)
         yield from _figures(fitted, tokens)
         image = draw.picture(fitted, tokens, place)
@@ -93,7 +106,30 @@ def draw_mask(
     yield str(_write(image, output))
 
 
-def _place_of(method: Method, grid: str | None, run: RunOptions) -> tuple[str, TokenGrid]:
+def _at_step(made: Method, run: RunOptions) -> tuple[Method, RunOptions]:
+    """The method of the step to draw, and the options without those that say the step."""
+    if not made.differs_by_step:
+        return made, run
+    call, settings = dict(run.call), dict(run.settings)
+    step, steps = call.pop("step", None), settings.pop("steps", None)
+    if (step is None) != (steps is None):
+        raise UserError(
+            f"give --step and --steps: {made.type} differs from step to step, and the step to draw"
+            f" is one of a run; without both the last step is drawn"
+        )
+    if step is not None and steps is not None:
+        check_option("steps", steps, whole(1))
+        check_option("step", step, whole(1, steps))
+    try:
+        at = made.at_step(0, 0) if step is None or steps is None else made.at_step(step - 1, steps)
+    except ValueError as error:
+        raise UserError(error) from None
+    return at, replace(run, call=call, settings=settings)
+
+
+def _place_of(
+    method: Method, grid: str | None, run: RunOptions, by_content: bool
+) -> tuple[str, TokenGrid]:
     """The model's name in tables of recommended settings, "" without a model, and the tokens."""
     model = run.settings.get("model")
     sizes = {name: run.settings[name] for name in _SIZES if name in run.settings}
@@ -102,6 +138,13 @@ def _place_of(method: Method, grid: str | None, run: RunOptions) -> tuple[str, T
         *(name for name in run.settings if name != "model" and name not in sizes),
         *run.call,
     ]
+    if by_content:
+        of_a_run = [name for name in of_a_run if name not in _OF_A_GRID]
+        if of_a_run:
+            raise UserError(
+                f"{option(of_a_run[0])} is of a run: give --prompt for a run to look into; without"
+                f" a run {method.type} is drawn with random queries and keys of one head"
+            )
     if of_a_run:
         raise UserError(
             f"{option(of_a_run[0])} is for methods that select by content, such as vmoba;"
@@ -112,6 +155,11 @@ def _place_of(method: Method, grid: str | None, run: RunOptions) -> tuple[str, T
             f"{option(next(iter(sizes)))} is a size of a --model; a --grid says its own"
         )
     if model is None:
+        if grid is None and by_content:
+            raise UserError(
+                f"{method.type} selects by what the tokens hold: give --prompt for a run to look"
+                f" into, or --grid for a picture with random queries and keys"
+            )
         if grid is None:
             raise UserError(f"give --grid, the tokens that {method.type} is drawn on, or --model")
         return "", read_grid(grid)
@@ -129,21 +177,18 @@ def _place_of(method: Method, grid: str | None, run: RunOptions) -> tuple[str, T
 
 
 def _draw_run(
-    method: VMoBAAttn, grid: str | None, query: str | None, output: Path, run: RunOptions
+    method: Method, grid: str | None, query: str | None, output: Path, run: RunOptions
 ) -> Iterator[str]:
     from .selection_picture import Call, draw_selection
 
     if grid is not None:
         raise UserError(
-            f"--grid: what {method.type} attends to depends on the video; give --prompt, and "
-            "--model for another model than the bundled one"
-        )
-    if run.prompt is None:
-        raise UserError(
-            f"{method.type} selects by what the tokens hold: give --prompt for a run to look into"
+            f"--grid: a run has its own grid; leave out --prompt to draw {method.type} on a grid"
+            " with random queries and keys, or --grid to look into a run"
         )
     place = None if query is None else read_place(query)
     _check_output(output)
+    assert run.prompt is not None
     request = Request(run.prompt, **run.settings)
     write = partial(_write, output=output)
     yield from draw_selection(method, request, Call(**run.call), place, write)

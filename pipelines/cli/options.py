@@ -69,7 +69,9 @@ AttnArg = Annotated[
         "--attn-arg",
         "--arg",
         metavar="NAME=VALUE",
-        help="Parameter of the method; may be repeated.",
+        help="Parameter of the method; may be repeated. By step: keep=1x2,0.5,0.25 gives each step"
+        " its value, tau=1.3..0.8 is a ramp, keep=early_ramp:0.15 is denser early, and"
+        " window=5,9,9/3,5,5 gives each step a window.",
         rich_help_panel=ATTENTION,
     ),
 ]

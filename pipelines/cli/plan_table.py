@@ -18,7 +18,7 @@ from ..run.request import check_option
 from .grid_text import read_grid, with_references
 
 if TYPE_CHECKING:
-    from diffattn import Plan
+    from diffattn import Plan, PlanBySteps
     from diffattn.planning.costs import Estimate
 
 _SIZES = (*SIZES, "text")
@@ -52,7 +52,7 @@ def plan_lines(options: PlanOptions, as_json: bool) -> Iterator[str]:
         yield from _table(result)
 
 
-def make_plan(options: PlanOptions) -> Plan | Estimate:
+def make_plan(options: PlanOptions) -> Plan | Estimate | PlanBySteps:
     """The plan of the options.
 
     Raises:
@@ -85,7 +85,7 @@ def make_plan(options: PlanOptions) -> Plan | Estimate:
         raise UserError(error) from None
 
 
-def _table(plan: Plan | Estimate) -> Iterator[str]:
+def _table(plan: Plan | Estimate | PlanBySteps) -> Iterator[str]:
     from rich.console import Console
     from rich.table import Table
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffattn.attach import Description
+    from diffattn.planning.by_steps import PlanBySteps
     from diffattn.planning.costs import Estimate
 
     from .sizing import Run
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
 _NEARLY_ALL = 0.95
 
 
-def estimated_cost(pipe: Any, run: Run) -> Estimate | None:
-    """The cost of a method that is no mask; None for a mask, and where the cost is not known."""
+def estimated_cost(pipe: Any, run: Run) -> Estimate | PlanBySteps | None:
+    """The cost of a method that is no mask; None for a mask, and where the cost is not known.
+
+    The cost of a method that differs from step to step is given in any case.
+    """
     import diffattn
 
     request = run.request
@@ -27,12 +31,19 @@ def estimated_cost(pipe: Any, run: Run) -> Estimate | None:
             found = diffattn.plan(pipe, run.method, steps=request.steps, **tokens)
         except ValueError:
             continue
-        return found if isinstance(found, diffattn.Estimate) else None
+        return None if isinstance(found, diffattn.Plan) else found
     return None
 
 
-def cost_words(cost: Estimate) -> str:
+def cost_words(cost: Estimate | PlanBySteps) -> str:
     """The cost in words, for the line that describes the method."""
+    import diffattn
+
+    if isinstance(cost, diffattn.PlanBySteps):
+        return (
+            f"token pairs by step: {cost.words()}; {cost.run_density:.1%} of dense attention's"
+            f" FLOPs over the run"
+        )
     pairs = ""
     if cost.density is not None:
         pairs = f"{'' if cost.is_exact else 'about '}{cost.density:.1%} of the token pairs attend, "

@@ -108,6 +108,7 @@ def plan_job(
     requests = [Request.from_dict({**settings, "prompt": prompt}) for prompt in prompts]
 
     first = requests[0]
+    _check_steps(first)
     check_processes(first)
     if first.lora is not None:
         inputs.append(Path(first.lora))
@@ -120,6 +121,16 @@ def plan_job(
     outputs = plan_outputs(output, prompts, several, first.seed, pictures)
     check_outputs(outputs, first.compare, first.fps, inputs)
     return Job(requests, outputs, record)
+
+
+def _check_steps(request: Request) -> None:
+    """Check that lists of values by step fit the number of steps, where that is known by now."""
+    if request.steps is None or request.strength is not None:
+        return
+    try:
+        make_method(request.attention).at_step(0, request.steps)
+    except ValueError as error:
+        raise UserError(f"--steps {request.steps}: {error}") from None
 
 
 def check_output_name(output: str | None) -> None:

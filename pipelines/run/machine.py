@@ -15,7 +15,7 @@ def describe_device(device: str) -> dict[str, Any]:
 
     kind = torch.device(device).type
     if kind == "cpu":
-        return {"type": kind, "name": _cpu_name(), "threads": torch.get_num_threads()}
+        return {"type": kind, "name": cpu_name(), "threads": torch.get_num_threads()}
     # Apple's devices have no names.
     name_of = getattr(getattr(torch, kind), "get_device_name", str)
     return {"type": kind, "name": name_of(device)}
@@ -41,7 +41,8 @@ def quiet_libraries() -> None:
     huggingface_hub.utils.logging.set_verbosity_error()
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The name of the processor."""
     # platform.processor() is empty on most Linux systems.
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -82,9 +82,9 @@ def check_memory(request: Request, enlarge: Enlarge | None = None) -> None:
     if device.type != "cpu" and request.offload == "none":
         advice.append("--offload model")
     raise UserError(
-        f"{need.tokens:,} tokens need at least {_gib(need.total)} of memory (weights"
-        f" {_gib(need.weights)}, a block of the denoiser {_gib(need.activations)}, the decoded"
-        f" video {_gib(need.video)}), but {device} has {_gib(free)} free: try {', '.join(advice)},"
+        f"{need.tokens:,} tokens need at least {gib(need.total)} of memory (weights"
+        f" {gib(need.weights)}, a block of the denoiser {gib(need.activations)}, the decoded"
+        f" video {gib(need.video)}), but {device} has {gib(free)} free: try {', '.join(advice)},"
         f" or go on anyway by --no-memory-check"
     )
 
@@ -180,5 +180,6 @@ def _loaded(tensor: dict[str, Any], size: int) -> int:
     return numbers * size
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Bytes for people."""
     return f"{size / _GIB:,.1f} GiB"

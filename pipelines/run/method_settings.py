@@ -69,6 +69,8 @@ def attention_settings(options: MethodOptions, recorded: object) -> dict[str, An
 def read_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     """The parameters of a method that the user gave as "name=value" by --attn-arg.
 
+    A value may be a schedule over the steps, such as "1x2,0.5,0.2" or "1.3..0.8".
+
     Raises:
         UserError: if an argument is not "name=value", names the type, or comes twice.
     """
@@ -82,7 +84,7 @@ def read_arguments(arguments: Sequence[str]) -> dict[str, Any]:
             raise UserError("--attn-arg cannot change the method; use --attn")
         if key in parameters:
             raise UserError(f"--attn-arg gives {key} twice, the second time as {argument!r}")
-        parameters[key] = _parse(value.strip())
+        parameters[key] = _value(key, value.strip())
     return parameters
 
 
@@ -107,6 +109,17 @@ def _read_json(config: Path) -> Any:
         raise UserError(f"cannot read --attn-config {config}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"--attn-config {config} is not JSON: {error}") from None
+
+
+def _value(key: str, text: str) -> Any:
+    """A value, or a schedule of values by step as `read_schedule` reads it."""
+    from diffattn.schedule import read_schedule
+
+    try:
+        schedule = read_schedule(text, _parse)
+    except ValueError as error:
+        raise UserError(f"--attn-arg {key}={text}: {error}") from None
+    return _parse(text) if schedule is None else schedule
 
 
 def _parse(text: str) -> Any:

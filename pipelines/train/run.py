@@ -71,7 +71,8 @@ class TrainJob:
         height, width: of the clips in pixels.
         num_frames: frames of a clip.
         fps: frames a second to take of a clip.
-        vae_tiling: whether the VAE encodes large clips in overlapping tiles; None for True.
+        vae_tiling: whether the VAE encodes large clips, and decodes large validation videos, in
+            overlapping tiles; None for True.
         samples: videos of each prompt; None for one.
         teacher_steps: denoising steps of each such video.
         validate_every: optimiser steps between validation videos.
@@ -113,10 +114,10 @@ class TrainJob:
             )
         if self.captions is not None and self.data is None:
             raise UserError("--captions are those of the clips of --data, which is not given")
-        if self.vae_tiling is not None and self.data is None:
+        if self.vae_tiling is not None and self.data is None and self.validate_every is None:
             raise UserError(
-                "--vae-tiling is about the encoding of --data, which is not given: the videos of"
-                " --prompts are not encoded"
+                "--vae-tiling is about the clips of --data and the videos of --validate-every,"
+                " neither of which is given: the videos of --prompts are not encoded"
             )
         for name in ("samples", "teacher_steps"):
             if getattr(self, name) is not None and self.prompts is None:
@@ -617,7 +618,13 @@ def _validation(
         for prompt in job.validation_prompts
     ]
     return Validation(
-        loaded, trainer, requests, job.validate_every, say, lora_everywhere=job.lora_everywhere
+        loaded,
+        trainer,
+        requests,
+        job.validate_every,
+        say,
+        lora_everywhere=job.lora_everywhere,
+        tiling=job.vae_tiling is not False,
     )
 
 

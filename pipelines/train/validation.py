@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from diffattn.lora.encoding import in_tiles
 
 from ..run.compare import in_columns, psnr
 from ..run.generate import render
@@ -44,6 +46,7 @@ class Validation:
         say: Callable[[str], None],
         *,
         lora_everywhere: bool = False,
+        tiling: bool = True,
     ) -> None:
         """Render the prompts dense and sparse, unless the run is resumed and has done so.
 
@@ -54,8 +57,9 @@ class Validation:
             every: number of optimiser steps between two looks.
             say: takes lines for the user.
             lora_everywhere: keep the LoRA on in dense steps.
+            tiling: decode large videos in tiles, as the denoiser stays on the device.
         """
-        self._lora_everywhere = lora_everywhere
+        self._lora_everywhere, self._tiling = lora_everywhere, tiling
         self._loaded, self._trainer, self._every, self._say = loaded, trainer, every, say
         self._requests = [complete(request, loaded).request for request in requests]
         self._folder = trainer.output / _FOLDER
@@ -96,7 +100,7 @@ class Validation:
         from diffattn.lora.presence import under_method
 
         with ExitStack() as stack:
-            stack.enter_context(self._parts_on_demand())
+            stack.enter_context(self._little_memory())
             if not self._lora_everywhere:
                 method = self._trainer.settings.attention["type"]
                 stack.enter_context(under_method(self._trainer.model, ADAPTER, method))
@@ -106,7 +110,7 @@ class Validation:
         from diffattn.lora.losses import dense_teacher
 
         model, attachment = self._trainer.model, self._trainer.attachment
-        with self._parts_on_demand():
+        with self._little_memory():
             with dense_teacher(model, attachment):
                 dense = render(request, self._loaded, "dense").frames
             model.disable_adapters()
@@ -118,10 +122,12 @@ class Validation:
         np.savez_compressed(partial, dense=dense, sparse=sparse)
         partial.rename(self._untrained(number))
 
-    def _parts_on_demand(self) -> AbstractContextManager[None]:
-        trainer = self._trainer
+    @contextmanager
+    def _little_memory(self) -> Iterator[None]:
+        trainer, pipe = self._trainer, self._loaded.pipe
         device, denoiser = trainer.accelerator.device, trainer.recipe.denoiser
-        return on_demand(self._loaded.pipe, device, resident=denoiser)
+        with on_demand(pipe, device, resident=denoiser), in_tiles(pipe.vae, self._tiling):
+            yield
 
     def _untrained(self, number: int) -> Path:
         return self._folder / f"{number:02d}-untrained.npz"

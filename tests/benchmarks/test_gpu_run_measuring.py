@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_run import compiling, rates, smoke, tune
+from gpu_run import compiling, rates, selecting, smoke, tune
 from gpu_run.accuracy import Deviation, attend, check_gradients, check_output, worst
 from gpu_run.adapter import NotTakenError
 from gpu_run.candidates import MOST, RANKED, RISKY, label, ranked
@@ -24,14 +24,21 @@ from gpu_run.masks import ALIGNED, EXACT, make_mask
 from gpu_run.setting import Setting
 from gpu_run.shapes import BACKWARD, FORWARD, Shape
 from gpu_run.stages import KERNEL_TESTS, SMOKE, dry_stages, real_stages
-from gpu_run.timing import DeviceTimer, HostTimer, Spread, describe, interleave, median_ratio
 from gpu_run.worker import MODULES
 from triton_device import triton_device
 
-from diffattn import TokenGrid, attention
+from diffattn import SLAAttn, SolAttn, TokenGrid, VMoBAAttn, attention
 from diffattn.kernels.common import tuned, variants
 from diffattn.kernels.common.tile_tables import Choice, TileConfig
 from diffattn.kernels.reference import reference_attention
+from diffattn.pipelines.bench.timing import (
+    DeviceTimer,
+    HostTimer,
+    Spread,
+    describe,
+    interleave,
+    median_ratio,
+)
 
 CPU = torch.device("cpu")
 SHAPE = Shape("ragged", TokenGrid(3, 9, 11, text_before=5), heads=3, head_dim=16)  # 302 tokens
@@ -601,3 +608,30 @@ def test_every_form_has_a_smoke_stage_and_tiles_to_try() -> None:
             assert of_gather or f"{kernel}-{variant}" in SMOKE
             for head_dim in (128,) if of_gather else (64, 128):
                 assert any(one.variant == variant for one in RANKED[kernel, head_dim])
+
+
+# ---------------------------------------------------------------- methods that select
+
+
+def test_rows_of_selecting_methods(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    class BrokenAttn(SolAttn):
+        def attend(self, *args: Any, **kwargs: Any) -> Any:
+            raise NotImplementedError("no such kernel")
+
+    chosen = {"vmoba": VMoBAAttn(topk=2), "sla": SLAAttn(), "broken": BrokenAttn()}
+    monkeypatch.setattr(selecting, "METHODS", chosen)
+    selecting.run("", setting)
+    found = rows(setting, "selecting")
+    assert [(row["method"], row["partition"]) for row in found] == [
+        ("broken", "-"), ("vmoba", "1d"), ("vmoba", "2d"), ("vmoba", "3d"), ("sla", "-"),
+    ]  # fmt: skip
+    assert found[0]["failed"] == "NotImplementedError: no such kernel"
+    for row in found[1:]:
+        assert row["tokens"] == 768
+        assert row["around_ms"] > 0
+        assert row["around_share"] == pytest.approx(row["around_ms"] / row["total_ms"])
+        assert row["speed_up"] == pytest.approx(row["dense_ms"] / row["total_ms"])
+    # Two of 8 runs and of as many boxes; one of 12 blocks of keys.
+    assert found[1]["density"] == pytest.approx(2 / 8)
+    assert found[4]["density"] == pytest.approx(1 / 12)
+    assert setting.journal.is_finished("768")

@@ -29,7 +29,7 @@ from gpu_run.verdicts import (
 from diffattn.kernels.common.tile_tables import Choice, TileConfig
 from diffattn.kernels.common.tuned import read_table
 
-COUNT = 10  # verdicts
+COUNT = 11  # verdicts
 DENSITIES = (1.0, 0.5, 0.2, 0.1)
 RUN: Row = {
     "kind": "run", "stage": "run", "sources": "abc", "gpu": "NVIDIA H100", "revision": "123",
@@ -200,12 +200,12 @@ def good_rows() -> list[Row]:
              "partial_blocks": 7, "bit_masks": 3}
         )  # fmt: skip
     for tokens in (17_160, 32_760, 75_600):
-        for partition in ("2d", "3d"):
+        for number in range(13):
             rows.append(
                 {"kind": "selecting", "stage": "selecting", "sources": "abc", "tokens": tokens,
-                 "method": "training-free", "partition": partition, "density": 0.25,
-                 "dense_ms": 9.0, "order_ms": 1.0, "select_ms": 1.0, "attention_ms": 3.0,
-                 "total_ms": 5.0, "speed_up": 1.8}
+                 "method": f"method {number}", "partition": "2d", "density": 0.25,
+                 "dense_ms": 9.0, "around_ms": 0.2, "total_ms": 5.0, "around_share": 0.04,
+                 "speed_up": 1.8}
             )  # fmt: skip
     return rows
 
@@ -253,7 +253,8 @@ FLEX: dict[str, Any] = {"kind": "rate", "stage": "flex:wan-1.3b-480p", "candidat
         ({"kind": "stage", "stage": "smoke:keys-tma"}, {"rc": "time-out"}, 6),
         ({"kind": "building", "method": "gna"}, {"ms": 100.0}, 7),
         ({"kind": "selecting", "tokens": 17_160}, {"speed_up": 1.0}, 8),
-        ({"kind": "test"}, {"outcome": "failed"}, 9),
+        ({"kind": "selecting", "tokens": 75_600}, {"around_share": 0.05}, 9),
+        ({"kind": "test"}, {"outcome": "failed"}, 10),
     ],
 )
 def test_one_case_that_misses_fails(match: Row, new: Row, failed: int) -> None:
@@ -275,6 +276,7 @@ def test_one_case_that_misses_fails(match: Row, new: Row, failed: int) -> None:
         ),
         ({"kind": "selecting", "tokens": 17_160}, {"speed_up": 0.5, "density": 0.43}),
         ({"kind": "selecting", "tokens": 17_160}, {"speed_up": 1.01}),
+        ({"kind": "selecting", "tokens": 17_160}, {"around_share": 0.5}),
         ({"kind": "test"}, {"outcome": "passed"}),
     ],
 )
@@ -326,6 +328,9 @@ def test_the_page_has_a_line_for_every_figure(tmp_path: Path) -> None:
          "gb_per_s": 3000.0},
         {"kind": "linear", "stage": "linear", "sources": "abc", "shape": "wan",
          "direction": "forward", "tokens": 1000, "ms": 1.0, "dense_ms": 13.0, "speed_up": 13.0},
+        {"kind": "summary", "stage": "summary", "sources": "abc", "shape": "wan",
+         "direction": "backward", "tokens": 1000, "ms": 2.0, "dense_ms": 20.0, "tflops": 400.0,
+         "of_dense": 0.1},
         {"kind": "call", "stage": "rates:wan", "sources": "abc", "shape": "wan", "asked": 0.1,
          "host_us": 80.0, "permute_ms": 0.3, "permute_of_call": 0.2},
         {"kind": "smoke", "stage": "smoke:forward-gluon", "sources": "abc", "what": "forward-gluon",
@@ -361,7 +366,8 @@ def test_the_page_has_a_line_for_every_figure(tmp_path: Path) -> None:
         "| copy | 1.400 | 3000 GB/s |",
         "| forward | 128 | tma | 64x64 w8 s2 p64 ahead | dense: 9.000 | dense: 10.000 |",
         "| forward | 128 | tma | 128x64 w8 s2 p64 ahead | dense | - | - | wrong |",
-        "| 17160 | training-free | 2d | 0.250 | 9.000 | 1.000 | 1.000 | 3.000 | 5.000 | 1.80 |",
+        "| 17160 | method 0 | 2d | 0.250 | 9.000 | 0.200 | 5.000 | 4% | 1.80 |",
+        "| wan | backward | 2.000 | 400 | 20.000 | 10% |",
         "| gna | 1.20 | 0.90 | 1.50 | 4000 |",
         "| wan | forward | 1.000 | 13.000 | 13.0 |",
         "| hunyuan-720p | radial | 200 | 50 | 1.0 | 1 | 0.100 | 7 | 3 |",

@@ -14,7 +14,8 @@ import diffattn.kernels.block_sparse
 import diffattn.kernels.cpu
 import diffattn.kernels.gather
 import diffattn.kernels.linear
-import diffattn.kernels.summary  # noqa: F401 (each registers operators)
+import diffattn.kernels.summary
+import diffattn.kernels.summary.joint  # noqa: F401 (each registers operators)
 
 Arguments = tuple[Any, ...]
 
@@ -94,6 +95,20 @@ def summary(kind: str, dtype: torch.dtype, masked: bool, device: str, backend: s
     return torch.randn_like(out), torch.randn_like(lse), out, lse, *x, bias, *rest
 
 
+def joint(kind: str, dtype: torch.dtype, masked: bool, device: str) -> Arguments:
+    *x, layout, mask, block_q, block_kv, scale = block_sparse("", dtype, masked, device)
+    of_summary = [torch.randn(2, 9, HEADS, HEAD_DIM).to(device) for _ in range(2)]
+    bias = torch.randn(2, 1, 9).to(device)
+    hidden = torch.randint(0, 512, (1, HEADS, 3, 1), dtype=torch.int32).to(device)
+    moving = [t.detach() for t in (*x, *of_summary, bias)]
+    rest = (hidden, layout, mask, block_q, block_kv, scale)
+    if not kind:
+        return *(t.requires_grad_() for t in moving), *rest
+    out = torch.randn_like(moving[0])
+    lse = torch.randn(2, HEADS, TOKENS_Q, device=device)
+    return torch.randn_like(out), torch.randn_like(lse), out, lse, *moving, *rest
+
+
 def states(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A state `(batch, heads, head_dim, head_dim)` and a mean `(batch, heads, head_dim)`."""
     packed = torch.rand(
@@ -123,6 +138,7 @@ CASES: dict[str, tuple[str, Callable[..., Arguments], Arguments]] = {
     **{f"linear_state{kind}": (kind, linear_state, ("torch",)) for kind in KINDS[:2]},
     **{f"linear_output{kind}": (kind, linear_output, ("torch",)) for kind in KINDS[:2]},
     **{f"summary{kind}": (kind, summary, ("torch",)) for kind in KINDS[:2]},
+    **{f"joint_triton{kind}": (kind, joint, ()) for kind in KINDS[:2]},
 }
 LINEAR = [name for name in CASES if name.startswith("linear")]
 

@@ -93,7 +93,7 @@ def checked() -> dict[str, tuple[int, str]]:
     }
 
 
-@pytest.mark.parametrize("family", ["block_sparse", "tangent", "gather", "linear"])
+@pytest.mark.parametrize("family", ["block_sparse", "tangent", "gather", "linear", "summary"])
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_every_configuration_compiles_well(arch: int, family: str, table: dict[str, Any]) -> None:
     """No duplicated or serialized products, no spills in hot loops, no lack of shared memory."""
@@ -108,6 +108,7 @@ def test_every_configuration_compiles_well(arch: int, family: str, table: dict[s
         ("tangent", {"tangent"}),
         ("gather", {"forward", "queries", "keys", "row_sums", "count", "fill"}),
         ("linear", {"collect", "apply", "pull_back", "denominator"}),
+        ("summary", {"forward", "queries", "keys", "row_sums"}),
     ],
 )
 @pytest.mark.parametrize("arch", [80, 90, 100])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffattn.lora.clips import ClipError, find_clips, find_others, read_clip, read_clip_and_rate
+from diffattn.lora.clips import ClipError, find_clips, find_others, read_clip, read_shot
 from diffattn.lora.errors import LoraError
 from diffattn.lora.frames import VIDEOS
 
@@ -116,7 +116,6 @@ class TestRates:
             ".flv": ("-c:v", "flv", "-q:v", "1"),
             ".mpeg": ("-c:v", "mpeg2video", "-q:v", "1"),
             ".mpg": ("-c:v", "mpeg1video", "-q:v", "1"),
-            ".ogv": ("-c:v", "libtheora", "-q:v", "10"),
             ".webm": VP8,
             ".wmv": ("-c:v", "wmv2", "-q:v", "1"),
         }
@@ -142,7 +141,7 @@ class TestRates:
 
     def test_the_rate_of_the_frames_is_given(self, tmp_path):
         def rate(path: Path, count: int, fps: float | None = None) -> float | None:
-            return read_clip_and_rate(path, 16, 16, count, fps)[1]
+            return read_shot(path, 16, 16, count, fps).rate
 
         film = encode(tmp_path / "a.mkv", grey_frames(25), "24000/1001", *H264)
         assert rate(film, 25) == pytest.approx(24000 / 1001, abs=1e-9)
@@ -154,6 +153,14 @@ class TestRates:
         assert rate(uneven, 4) == pytest.approx(5)
         Image.fromarray(grey_frames(1)[0]).save(tmp_path / "a.png")
         assert rate(tmp_path / "a.png", 1) is None
+
+    def test_the_size_of_the_file_and_the_crop_are_given(self, tmp_path):
+        for rows, columns, crop in ((40, 60, (0, 4)), (90, 40, (10, 0)), (16, 16, (0, 0))):
+            path = tmp_path / f"{rows}.png"
+            Image.fromarray(grey_frames(1, rows, columns)[0]).save(path)
+            shot = read_shot(path, 16, 16)
+            # Scaled to 16 x 24, 36 x 16 and 16 x 16.
+            assert (shot.size, shot.crop) == ((rows, columns), crop)
 
     def test_a_gif_at_its_own_rate(self, tmp_path):
         # 15 frames a second, in whole hundredths.

@@ -21,6 +21,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("wan", {"type": "vmoba"}),
     ("wan", {"type": "linfusion"}),
     ("wan", {"type": "sla", "keep": 0.3, "block_q": 16, "block_kv": 16}),
+    ("wan", {"type": "sla2", "keep": 0.3, "block_q": 16, "block_kv": 16}),
     ("hunyuanvideo", NEARBY),
     ("hunyuanvideo", CELLS),
     ("hunyuanvideo", {"type": "vmoba"}),

@@ -274,13 +274,31 @@ def test_clips_in_one_batch_have_a_rate_each():
         with torch.no_grad():
             return recipe.predict(pipe.transformer, noisy, times, conditions | more)
 
-    rates = [recipe.encode_rate(rate)["frame_rate"] for rate in (10, None)]
+    rates = [recipe.encode_origin(rate, (9, 9), (0, 0))["frame_rate"] for rate in (10, None)]
     assert [rate.tolist() for rate in rates] == [[10.0], [25.0]]
     found = predicted(recipe, frame_rate=torch.cat(rates))
     assert torch.equal(found[0], predicted(recipe.at_rate(10))[0])
     assert torch.equal(found[1], predicted(recipe)[1])
     assert not torch.equal(found[0], predicted(recipe)[0])
-    assert recipe_for(tiny_complete.wan()).encode_rate(10) == {}
+    assert recipe_for(tiny_complete.wan()).encode_origin(10, (9, 9), (0, 0)) == {}
+
+
+def test_sdxl_is_told_where_a_picture_was_cropped():
+    pipe = tiny_complete._sdxl(True)
+    recipe = recipe_for(pipe)
+    conditions = recipe.encode_prompt(pipe, [PROMPT, NEGATIVE])
+    origins = [((1080, 1920), (0, 448)), ((2000, 1000), (512, 0))]
+    told = [recipe.encode_origin(None, *origin)["origin"] for origin in origins]
+    calls: list[tuple[dict[str, Any], torch.Tensor]] = []
+    recorded(pipe.unet, calls)
+    noisy, times = torch.zeros(2, 4, 1, 8, 12), torch.tensor([1, 2])
+    for more in ({"origin": torch.cat(told)}, {}):
+        recipe.predict(pipe.unet, noisy, times, conditions | more)
+    side = pipe.vae_scale_factor
+    own = [8 * side, 12 * side]
+    ids = [call["added_cond_kwargs"]["time_ids"].tolist() for call, _ in calls]
+    assert ids[0] == [[1080, 1920, 0, 448, *own], [2000, 1000, 512, 0, *own]]
+    assert ids[1] == [[*own, 0, 0, *own]] * 2
 
 
 class TestNoise:

@@ -79,7 +79,10 @@ def test_references(name: str, policy: str) -> None:
     query, key, value = torch.randn(3, 1, grid.tokens, 2, 16).unbind(0)
     gate: Any = SimpleNamespace(text_gate=torch.zeros(2))
     projection: Any = SimpleNamespace(project=lambda x, dtype: 0 * x)
-    weights = {"linfusion": gate, "sla": projection}.get(name)
+    module = torch.nn.Module()
+    module.heads, module.head_dim = 2, 16  # type: ignore[assignment]
+    router = METHODS["sla2"]().site_weights(module, joint=True)
+    weights = {"linfusion": gate, "sla": projection, "sla2": router}.get(name)
     site = Site("wan2.1", 0, 1, grid, weights=weights)
     out = method.for_model("wan2.1", grid.alone).attend(query, key, value, site)
     assert out.shape == query.shape

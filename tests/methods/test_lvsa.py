@@ -187,7 +187,7 @@ def test_an_automatic_period_needs_the_trained_length() -> None:
         ({"sparsity_scale": math.inf}, "sparsity_scale is inf, but must be a number above 0"),
         ({"expand": 1}, "expand is 1, but must be true or false"),
         ({"phase": -1}, "phase is -1, but must be an integer of at least 0"),
-        ({"phase": "rotate"}, "phase is 'rotate', but masks that differ from step to step are not"),
+        ({"phase": "turn"}, "phase is 'turn', but must be an integer of at least 0"),
     ],
 )
 def test_bad_parameters(parameters: dict[str, Any], message: str) -> None:

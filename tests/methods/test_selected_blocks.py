@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from hypothesis import strategies as st
 import diffattn
 from diffattn import BlockTopKAttn, Reference, SolAttn, TokenGrid
 from diffattn.methods.base import Site
-from diffattn.methods.selected_blocks import ORDERS, REMAINDERS, SelectedBlocksMethod
+from diffattn.methods.selected_blocks import ORDERS, SelectedBlocksMethod
+from diffattn.routing import REMAINDERS
 
 METHODS = (SolAttn, BlockTopKAttn)
+# And Sol-Attn in comfy-kitchen's form.
+ALSO_BY_BLOCK = (*METHODS, partial(SolAttn, remainder="block-summary"))
 
 
 def site(grid: TokenGrid) -> Site:
@@ -49,21 +53,29 @@ def truth(
             block_of = mask.block_of  # type: ignore[attr-defined]
             query, key, value = (x[sample, :, head].double() for x in (q, k, v))
             weight = counts[sample].double()
-            means = []
-            for x in (key, value):
-                total = torch.zeros(int(block_of.max()) + 1, x.shape[1], dtype=torch.float64)
-                total = total.index_add(0, block_of, x * weight[:, None])
-                many = torch.zeros(len(total), dtype=torch.float64)
-                many = many.index_add(0, block_of, weight).clamp(min=1)
-                means.append((total / many[:, None])[block_of])
+            one_hot = torch.nn.functional.one_hot(block_of).double() * weight[:, None]
+            many = one_hot.sum(0)
+            of_query, of_key, of_value = (
+                one_hot.T @ x / many.clamp(min=1)[:, None] for x in (query, key, value)
+            )
             scale = q.shape[-1] ** -0.5
-            scores = query @ key.T * scale
-            pooled = query @ means[0].T * scale
             there = counts[sample].bool()
+            queries = query
+            if method.remainder == "block-summary":
+                # All queries of a block see means as their own mean does, and what the blocks'
+                # means have in common is taken from all keys.
+                held = (many > 0).double()
+                centre = held @ of_key / held.sum()
+                key, of_key, queries = key - centre, of_key - centre, of_query[block_of]
+            scores = query @ key.T * scale
+            pooled = queries @ of_key[block_of].T * scale
             if method.remainder == "drop":
                 pooled = torch.full_like(pooled, -torch.inf)
             weights = torch.where(seen, scores, pooled).masked_fill(~there, -torch.inf).softmax(-1)
-            out = weights.masked_fill(~seen, 0) @ value + weights.masked_fill(seen, 0) @ means[1]
+            out = (
+                weights.masked_fill(~seen, 0) @ value
+                + weights.masked_fill(seen, 0) @ of_value[block_of]
+            )
             of_heads.append(out)
         outs.append(torch.stack(of_heads, 1))
     return torch.stack(outs)
@@ -92,6 +104,18 @@ def test_public_outputs_of_sol(path: Path) -> None:
         grads = torch.autograd.grad(out, (q, k, v), golden.grad_out.float())
         for name, grad in zip("qkv", grads, strict=True):
             torch.testing.assert_close(grad, golden.values[f"d{name}"], atol=2e-6, rtol=1e-5)
+
+
+def test_public_output_of_sol_with_summaries_of_blocks() -> None:
+    (path,) = matching("sol/k00*.npz", 1)
+    golden = read(path)
+    leaves = [golden.values[name].float().requires_grad_() for name in "qkv"]
+    method = SolAttn(tau=golden.arg_tau, order="raster", remainder="block-summary")
+    out = method.attend(*leaves, site(TokenGrid(1, 1, leaves[0].shape[1])))
+    torch.testing.assert_close(out, golden.out_public, atol=2e-6, rtol=1e-5)
+    grads = torch.autograd.grad(out, leaves, golden.grad_out.float())
+    for name, grad in zip("qkv", grads, strict=True):
+        torch.testing.assert_close(grad, golden.values[f"d{name}_public"], atol=2e-6, rtol=1e-5)
 
 
 def test_subblock_is_the_default() -> None:
@@ -170,7 +194,7 @@ def test_text_sees_everything_and_is_seen(cls: Any) -> None:
     assert not mask[~text][:, ~text].all()
 
 
-@pytest.mark.parametrize("cls", METHODS)
+@pytest.mark.parametrize("cls", ALSO_BY_BLOCK)
 def test_heads_and_samples_are_apart_and_queries_may_share_keys(cls: Any) -> None:
     torch.manual_seed(0)
     grid = TokenGrid(2, 6, 8)
@@ -198,6 +222,7 @@ def test_heads_and_samples_are_apart_and_queries_may_share_keys(cls: Any) -> Non
     "method",
     [
         SolAttn(tau=-100),
+        SolAttn(tau=-100, remainder="block-summary"),
         BlockTopKAttn(keep=1),
         BlockTopKAttn(keep=1, remainder="summary", block=32),
     ],
@@ -210,7 +235,7 @@ def test_what_keeps_everything_is_dense(method: SelectedBlocksMethod) -> None:
 
 
 @pytest.mark.parametrize("references", ["exact", "visible", "local"])
-@pytest.mark.parametrize("cls", METHODS)
+@pytest.mark.parametrize("cls", ALSO_BY_BLOCK)
 def test_references_select_as_the_policy_says(cls: Any, references: str) -> None:
     torch.manual_seed(0)
     picture = Reference(10, 1, 8, 8)
@@ -266,6 +291,18 @@ def test_the_planned_density_is_near_that_of_normal_scores(method: SelectedBlock
     planned = method.work(grid, 0, 4, 32).density
     assert planned is not None
     assert abs(chosen.float().mean() - planned) < 0.04
+
+
+def test_the_plan_counts_what_remains_by_query_or_by_block() -> None:
+    grid = TokenGrid(8, 16, 16, text_after=30)
+    flops = {}
+    for remainder in REMAINDERS:
+        work = SolAttn(remainder=remainder).work(grid, 0, 2, 32)
+        assert work is not None
+        flops[remainder] = work.flops
+    blocks, pooling = -(-grid.tokens // 64), grid.tokens * 64
+    assert flops["summary"] - flops["drop"] == 4 * grid.tokens * blocks * 64 + pooling
+    assert flops["block-summary"] - flops["drop"] == 4 * blocks**2 * 64 + pooling
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,7 @@ def test_heads_take_turns_where_memory_is_short(monkeypatch: pytest.MonkeyPatch)
         method = SLAAttn(**{"block_q": 16, "block_kv": 16} | form)
         where = site(grid, weights_of(8))
         want = method.attend(q, k, v, where)
-        monkeypatch.setattr("diffattn.methods.sla.method._BYTES_AT_ONCE", 1)
+        monkeypatch.setattr("diffattn.methods.sla.base._BYTES_AT_ONCE", 1)
         torch.testing.assert_close(method.attend(q, k, v, where), want)
         monkeypatch.undo()
 
@@ -344,11 +344,11 @@ def test_mixed_precision_and_weights_in_16_bits() -> None:
 
 def test_the_width_of_a_head_is_found_or_asked_for() -> None:
     module = OneHead(24, torch.float32)
-    assert head_width(module) == 24
+    assert head_width(module, "sla") == 24
     module.heads = 3
-    assert head_width(module) == 8
+    assert head_width(module, "sla") == 8
     module.head_dim = 6
-    assert head_width(module) == 6
+    assert head_width(module, "sla") == 6
     with pytest.raises(ValueError, match="sla cannot be attached to Identity, which does not tell"):
         SLAWeights(torch.nn.Identity())
 

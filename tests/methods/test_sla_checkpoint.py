@@ -126,7 +126,7 @@ def test_models_without_the_method_and_pipelines_of_two(tmp_path: Path) -> None:
     path = tmp_path / "sla.safetensors"
     save_file(published("diffusers"), path)
     plain = tiny_wan.transformer()
-    message = "WanTransformer3DModel is not attached to SLAAttn; call set_attn_processor"
+    message = "WanTransformer3DModel is not attached to SLAAttn or SLA2Attn; call set_attn_pro"
     with pytest.raises(ValueError, match=f"sla.safetensors is a checkpoint of SLA: {message}"):
         load_sla_checkpoint(plain, path)
     with pytest.raises(ValueError, match=f"cannot save weights of SLA: {message}"):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny_wan
 import torch
+from cluster_truth import SMALL, seen_pairs, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_families import CASES
@@ -14,9 +15,7 @@ from tiny_families import CASES
 import diffattn
 from diffattn import Reference, SVG2Attn, TokenGrid
 from diffattn.methods.base import Site
-from diffattn.methods.svg2 import ClusterPairs
 
-SMALL: dict[str, Any] = {"query_cluster": 20, "key_cluster": 8, "block": 16, "top_p": 0.5}
 WAYS: list[dict[str, Any]] = [
     {"remainder": "drop"},
     {"remainder": "summary"},
@@ -32,41 +31,6 @@ each_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(way.val
 
 def site(grid: TokenGrid) -> Site:
     return Site("wan", 5, 10, grid)
-
-
-def seen_pairs(pairs: ClusterPairs) -> torch.Tensor:
-    """The pairs of tokens that are computed: bool (batch, heads, tokens, tokens)."""
-    batch, heads, tokens = pairs.query_labels.shape
-    out = torch.zeros(batch, heads, tokens, tokens, dtype=torch.bool)
-    for b in range(batch):
-        for h in range(heads):
-            chosen = torch.nn.functional.pad(pairs.chosen[b, h], (0, 1))
-            out[b, h] = chosen[pairs.query_labels[b, h]][:, pairs.key_labels[b, h]]
-    return out
-
-
-def truth(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pairs: ClusterPairs, summarise: bool
-) -> torch.Tensor:
-    """Float64 attention: exact over the pairs, each other key replaced by its cluster's mean.
-
-    As many copies of a mean as the cluster has keys weigh as much as one key with the logarithm of
-    their number added to its score.
-    """
-    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
-    seen = seen_pairs(pairs)
-    clusters = pairs.chosen.shape[3]
-    there = pairs.key_labels < clusters
-    shares = torch.nn.functional.one_hot(pairs.key_labels, clusters + 1)[..., :clusters].double()
-    shares = shares / shares.sum(2, keepdim=True).clamp(min=1)
-    label = pairs.key_labels.clamp(max=clusters - 1)[..., None].expand_as(k)
-    k_mean, v_mean = ((shares.mT @ x).gather(2, label) for x in (k, v))
-    scale = q.shape[-1] ** -0.5
-    pooled = q @ k_mean.mT * scale if summarise else torch.full(seen.shape, -torch.inf).double()
-    scores = torch.where(seen, q @ k.mT * scale, pooled).masked_fill(~there[:, :, None], -torch.inf)
-    weights = scores.softmax(-1)
-    out = weights.masked_fill(~seen, 0) @ v + weights.masked_fill(seen, 0) @ v_mean
-    return out.transpose(1, 2)
 
 
 @pytest.mark.parametrize("block", [16, 32, 64])

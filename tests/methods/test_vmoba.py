@@ -164,11 +164,6 @@ def test_a_selection_as_a_mask() -> None:
         bits = BY_SHARE.selection(q, k, site(grid, layer))
         mask = BY_SHARE.selection_mask(bits[1, 0], grid, layer)
         assert torch.equal(mask.dense(), token_mask(BY_SHARE, q, k, site(grid, layer))[1, 0])
-        shares = mask.block_shares()
-        assert shares.shape == (mask.chosen.shape[1],) * 2
-        for block in range(len(shares)):
-            rows = mask.chosen[mask.block_of == block]
-            torch.testing.assert_close(shares[block], rows.float().mean(0))
 
 
 def test_layers_take_their_partitions_by_turns() -> None:

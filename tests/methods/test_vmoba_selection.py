@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffattn import TokenGrid
+from diffattn import BlockTopKAttn, TokenGrid, VMoBAAttn
 from diffattn.blocks import unpack_bits
-from diffattn.methods.vmoba import selection
+from diffattn.methods.base import Site
 from diffattn.methods.vmoba.selection import Rule, select_blocks
-from diffattn.routing import choosing
+from diffattn.routing import Count, Pooled, choosing, pools
 from diffattn.routing.choosing import choose
 from diffattn.selected.key_blocks import Chunk, KeyBlocks, Partition
 
@@ -421,7 +421,7 @@ def test_one_block_per_query_is_block_diagonal() -> None:
         assert torch.equal(found, own_block(blocks).expand(3, 2, -1, -1))
 
 
-@pytest.mark.parametrize("scope", selection.SCOPES)
+@pytest.mark.parametrize("scope", pools.SCOPES)
 def test_all_of_the_similarity_is_dense(scope: str) -> None:
     blocks = KeyBlocks.of_lengths([4] * 12)
     query, key = random_inputs(48)
@@ -448,7 +448,7 @@ def test_samples_know_nothing_of_each_other(rule: Rule) -> None:
         assert torch.equal(together[[sample]], alone)
 
 
-@pytest.mark.parametrize("scope", selection.SCOPES)
+@pytest.mark.parametrize("scope", pools.SCOPES)
 def test_own_blocks_that_have_the_share_are_enough(scope: str) -> None:
     blocks = KeyBlocks.of_lengths([4] * 4)
     query = torch.eye(4).repeat_interleave(4, 0)[None, :, None].expand(2, -1, 2, -1)
@@ -456,7 +456,7 @@ def test_own_blocks_that_have_the_share_are_enough(scope: str) -> None:
     assert torch.equal(found, own_block(blocks).expand(2, 2, -1, -1))
 
 
-@pytest.mark.parametrize("scope", selection.SCOPES)
+@pytest.mark.parametrize("scope", pools.SCOPES)
 @pytest.mark.parametrize("flat", ["queries", "keys"])
 def test_pools_of_equal_scores(scope: str, flat: str) -> None:
     blocks = KeyBlocks.of_lengths([4, 4, 4, 2])
@@ -488,3 +488,26 @@ def test_blocks_follow_from_lengths_alone() -> None:
     ]
     assert torch.equal(found[0], found[2])
     assert found[1].shape[-1] == 4
+
+
+@pytest.mark.parametrize("topk", [1, 2, 4])
+def test_tiles_that_are_blocks_select_as_block_topk_does(topk: int) -> None:
+    """One combination of the parts under two names: runs of tokens, means, the best, one's own."""
+    torch.manual_seed(0)
+    grid = TokenGrid(8, 4, 8, text_after=16)
+    query, key = torch.randn(2, 2, grid.tokens, 2, 8)
+    vmoba = VMoBAAttn(partitions="1d", chunk_1d=0.5, topk=topk, granularity="tile", tile=16)
+    parts = BlockTopKAttn(
+        block=16, order="raster", score="mean", keep=Count(topk - 1) if topk > 1 else none_of
+    )
+    site = Site("wan", 0, 10, grid)
+    bits, chosen = vmoba.selection(query, key, site), parts.selection(query, key, site)
+    for sample in range(2):
+        for head in range(2):
+            of_vmoba = vmoba.selection_mask(bits[sample, head], grid, 0).dense()
+            of_parts = parts.selection_mask(chosen[sample, head], grid).dense()
+            assert torch.equal(of_vmoba, of_parts)
+
+
+def none_of(scores: torch.Tensor, pooled: Pooled) -> torch.Tensor:
+    return torch.zeros_like(scores, dtype=torch.bool)

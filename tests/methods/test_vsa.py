@@ -149,7 +149,7 @@ def test_equals_the_definition(
 ) -> None:
     torch.manual_seed(0)
     grid = TokenGrid(*sizes, before, after)
-    method = VSAAttn(keep=0.3, tile=tile)
+    method = VSAAttn(keep=0.3, tile=tile, neighbours=1 if after else None)
     q, k, v, gate = (x.requires_grad_() for x in torch.randn(4, 2, grid.tokens, 2, 8))
     out = method.attend_gated(q, k, v, gate, grid)
     leaves = [x.detach().double().requires_grad_() for x in (q, k, v, gate)]
@@ -187,6 +187,38 @@ def test_equals_the_definition_on_any_grid(
     if key_mask is not None:
         seen &= key_mask
     torch.testing.assert_close(out[seen], want[seen], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("distance", [0, 1, 2])
+def test_neighbours_are_seen_beside_the_share(distance: int) -> None:
+    torch.manual_seed(0)
+    grid = TokenGrid(5, 9, 13, text_before=70)
+    q, k = torch.randn(2, 2, grid.tokens, 2, 8)
+    plain = VSAAttn(keep=0.2).selection(q, k, site(grid))
+    method = VSAAttn(keep=0.2, neighbours=distance)
+    number = torch.arange(plain.shape[-1])
+    near = (number[:, None] - number).abs() <= distance
+    near &= (number >= 2) & (number >= 2)[:, None]  # the text's two tiles come first
+    got = method.selection(q, k, site(grid))
+    assert torch.equal(got, plain | near)
+    assert (got.sum() > plain.sum()).item()
+    density = method.work(grid, 0, 2, 8).density
+    assert density is not None
+    assert density > VSAAttn(keep=0.2).work(grid, 0, 2, 8).density  # type: ignore[operator]
+
+
+def test_no_tile_of_another_reference_is_a_neighbour() -> None:
+    torch.manual_seed(0)
+    grid = TokenGrid(4, 8, 8, 64, references=(Reference(0, 1, 8, 8),))
+    q, k = torch.randn(2, 1, grid.tokens, 1, 8)
+    chosen = [
+        VSAAttn(keep=0.01, references="local", neighbours=n).selection(q, k, site(grid))[0, 0]
+        for n in (None, 1)
+    ]
+    owner = VSAAttn(references="local").tiling(grid).owner
+    added = chosen[1] & ~chosen[0]
+    assert added.any()
+    assert not added[owner[:, None] != owner].any()
 
 
 def test_large_activations_have_exact_gradients() -> None:
@@ -324,6 +356,7 @@ def test_the_plan_counts_the_places_that_fill_up_short_tiles() -> None:
         ({"keep": 0}, "keep is 0, but must be a number above 0 and at most 1"),
         ({"tile": (8, 8, 8)}, r"tile is \(8, 8, 8\), but must be one of \(4, 4, 4\), \(4, 4, 8\),"),
         ({"tile": 64}, r"tile is 64, but must be one of \(4, 4, 4\)"),
+        ({"neighbours": -1}, "neighbours is -1, but must be an integer of at least 0"),
         ({"coarse": 1}, "coarse is 1, but must be true or false"),
     ],
 )

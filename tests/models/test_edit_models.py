@@ -275,7 +275,7 @@ class TestIdsOfPipelines:
         assert grid == edit.pictures((200, 9))
 
     def test_flux2(self) -> None:
-        pipe = diffusers.Flux2KleinPipeline
+        pipe = diffusers.Flux2Pipeline
         target = pipe._prepare_latent_ids(torch.zeros(2, 8, 6, 9))
         references = pipe._prepare_image_ids([torch.zeros(1, 8, h, w) for h, w in ((6, 9), (4, 5))])
         ids = torch.cat([target, references.expand(2, -1, -1)], 1)

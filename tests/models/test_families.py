@@ -11,7 +11,7 @@ from tiny_case import nudged
 from tiny_families import CASES, Case
 
 import diffattn
-from diffattn import AgentAttn, DenseAttn, GNAAttn, SLAAttn, VMoBAAttn
+from diffattn import AgentAttn, DenseAttn, GNAAttn, SLA2Attn, SLAAttn, VMoBAAttn
 
 EXACT = {"atol": 1e-5, "rtol": 1e-4}
 
@@ -72,6 +72,18 @@ def test_own_weights_add_nothing_before_training_and_matter_after(case: Case) ->
     out = forward(model, inputs)
     assert out.isfinite().all()
     assert not torch.allclose(out, want, atol=1e-3), "linear attention should matter"
+
+
+def test_a_router_that_sees_every_block_gives_the_models_own_output(case: Case) -> None:
+    model, inputs = case.build(), case.inputs()
+    want = forward(model, inputs)
+    attachment = diffattn.set_attn_processor(model, SLA2Attn(keep=1))
+    torch.testing.assert_close(forward(model, inputs), want, **EXACT)
+    assert attachment.sparse_calls == len(case.sites)
+    diffattn.set_attn_processor(model, SLA2Attn(keep=0.1, block_q=16, block_kv=16))
+    out = forward(model, inputs)
+    assert out.isfinite().all()
+    assert not torch.allclose(out, want, atol=1e-3), "the selection should matter"
 
 
 def test_sparse_method_is_the_stock_model_with_that_mask(case: Case) -> None:

@@ -215,6 +215,8 @@ class TestTrain:
     def test_other_parts_are_kept_for_validation_videos_only(
         self, validated: bool, train: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        from diffusers import AutoencoderKLWan
+
         kept: list[set[str]] = []
         step = Trainer._make_step
 
@@ -224,12 +226,26 @@ class TestTrain:
             return step(trainer)
 
         monkeypatch.setattr(Trainer, "_make_step", make_step)
+        tiled: list[bool] = []
+        decode = AutoencoderKLWan.decode
+
+        def decoded(vae: Any, *args: Any, **kwargs: Any) -> Any:
+            tiled.append(vae.use_tiling)
+            return decode(vae, *args, **kwargs)
+
+        monkeypatch.setattr(AutoencoderKLWan, "decode", decoded)
         validation = ["--validate-every", 2, "--validation-prompt", "a cow"]
         validation += ["--validation-steps", 1]
-        result = train("--prompts", "prompts.txt", *CELLS, *(validation if validated else []))
-        assert result.code == 0, result.err
-        others = {"text_encoder", "vae"} if validated else set()
-        assert kept == [{"transformer", *others}] * 2
+        for number, tiling in enumerate(([], ["--no-vae-tiling"])[: 1 + validated]):
+            kept.clear()
+            tiled.clear()
+            more = [*validation, *tiling] if validated else []
+            result = train("--prompts", "prompts.txt", *CELLS, *more, "-o", f"run-{number}")
+            assert result.code == 0, result.err
+            others = {"text_encoder", "vae"} if validated else set()
+            assert kept == [{"transformer", *others}] * 2
+            # Dense, sparse, and sparse with the LoRA.
+            assert tiled == ([not tiling] * 3 if validated else [])
 
     def test_the_second_expert_and_how_it_is_used(
         self,
@@ -666,8 +682,8 @@ class TestRefusals:
             ),
             (
                 ["--prompts", "prompts.txt", "--no-vae-tiling"],
-                "--vae-tiling is about the encoding of --data, which is not given: the videos of"
-                " --prompts are not encoded",
+                "--vae-tiling is about the clips of --data and the videos of --validate-every,"
+                " neither of which is given: the videos of --prompts are not encoded",
             ),
             (
                 ["--prompts", "prompts.txt", "--validation-steps", 2],

@@ -521,10 +521,74 @@ class TestMask:
         assert cv2.imread(str(tmp_path / "b.png")).shape == image.shape
 
     @pytest.mark.parametrize(
+        ("method", "blocks"),
+        [
+            (["sol", "--arg", "block=16"], "blocks of 16 tokens, order morton"),
+            (["block-topk", "--arg", "block=16"], "blocks of 16 tokens, order morton"),
+            (["svg2", "--arg", "query_cluster=6"], "2 clusters of queries and 1 of keys"),
+            (["vsa"], "tiles of 4x4x4 tokens"),
+            (["sla", "--arg", "block_q=16"], "blocks of 64 keys by 16 queries"),
+        ],
+        ids=lambda x: x[0] if isinstance(x, list) else "",
+    )
+    def test_every_selecting_method_in_a_run(self, mask, tmp_path, tiny_wan, method, blocks):
+        size = ["--model", tiny_wan, "--height", 32, "--width", 48, "--num-frames", 5]
+        run = ["--prompt", "x", "--steps", 4, "--step", 3, "--layer", 1]
+        lines = mask("--method", *method, *size, *run, "-o", "a.png").out.splitlines()
+        assert lines[0].endswith(f"seed 0: step 3 of 4, layer 1 ({blocks}), head 0")
+        assert lines[1].startswith("2x2x3: 12 tokens in ")
+        assert lines[-1] == "a.png"
+        assert cv2.imread(str(tmp_path / "a.png")).std() > 10
+
+    @pytest.mark.parametrize(
+        ("method", "blocks", "rest"),
+        [
+            (["sol", "--arg", "block=16"], "blocks of 16 tokens, order morton", "block's mean"),
+            (["block-topk", "--arg", "block=16"], "blocks of 16 tokens, order morton", None),
+            (["svg2", "--arg", "key_cluster=30"], "2 clusters of queries and 11 of keys", None),
+            (["vsa", "--arg", "tile=4,4,4"], "tiles of 4x4x4 tokens", None),
+            (["vsa", "--arg", "coarse=true"], "tiles of 4x4x4 tokens", "tile's mean, times the"),
+            (["sla"], "blocks of 64 keys by 128 queries", "by linear attention"),
+            (["vmoba", "--layer", 2], "3d blocks", None),
+        ],
+        ids=lambda x: x[0] if isinstance(x, list) else "",
+    )
+    def test_every_selecting_method_on_a_grid(self, mask, tmp_path, method, blocks, rest):
+        run = ["--grid", "5+3x8x10+2", "--reference", "8x10", "--seed", 3, "-o", "a.png"]
+        result = mask("--method", *method, *run)
+        lines = result.out.splitlines()
+        layer = 2 if "vmoba" in method else 0
+        assert lines[0] == (
+            f"Smooth random queries and keys of seed 3, not those of a model: layer {layer}"
+            f" ({blocks})"
+        )
+        assert lines[1].startswith("references: visible, ")
+        assert lines[2].startswith("3x8x10+7 text+reference 1x8x10: 327 tokens in ")
+        assert bool(rest) == lines[-2].startswith("rest: every other key is seen ")
+        if rest:
+            assert rest in lines[-2]
+        image = cv2.imread(str(tmp_path / "a.png"))
+        assert image.std() > 10
+        other = mask("--method", *method, *run[:-3], 4, "-o", "b.png")
+        assert other.code == 0
+        assert not np.array_equal(cv2.imread(str(tmp_path / "b.png")), image)
+
+    def test_a_selecting_method_on_the_grid_of_a_model(self, mask):
+        lines = mask("--method", "block-topk", "--model", "moving-shapes").out.splitlines()
+        assert lines[1].startswith("16x12x12: 2304 tokens in 36 blocks")
+
+    @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--grid", "2x3x4"], "--grid: what vmoba attends to depends on the video; give --pro"),
-            ([], "vmoba selects by what the tokens hold: give --prompt for a run to look into"),
+            (["--grid", "2x3x4", "--prompt", "x"], "--grid: a run has its own grid; leave out"),
+            ([], "vmoba selects by what the tokens hold: give --prompt for a run to look into, or"),
+            (["--grid", "2x3x4", "--step", "2"], "--step is of a run: give --prompt for a run to"),
+            (["--grid", "2x3x4", "--head", "1"], "--head is of a run: give --prompt for a run to"),
+            (["--grid", "2x3x4", "--steps", "1"], "--steps is of a run: give --prompt for a run"),
+            (["--grid", "2x3x4", "--layer", "-1"], "--layer counts from 0, and is -1"),
+            (["--grid", "2x3x4", "--seed", "-1"], "--seed must be 0 or more, and is -1"),
+            (["--grid", "2x3x4", "--query", "2,0,0"], "the query's frame is 2, but the grid 2x3x4"),
+            (["--grid", "2x3x4", "--height", "8"], "--height is a size of a --model; a --grid say"),
             (["--prompt", " "], "the prompt must be text, not ' '"),
             (["--prompt", "x", "--step", "0"], "--step counts denoising steps from 1, and is 0"),
             (["--prompt", "x", "--layer", "-1"], "--layer counts from 0, and is -1"),
@@ -652,4 +716,4 @@ class TestReferences:
     def test_no_references_in_a_run_that_is_drawn(self, mask):
         result = mask("--attn", "vmoba", "--prompt", "x", "--reference", "2x2")
         assert result.code == 2
-        assert "--reference: what vmoba attends to depends on the video" in result.err
+        assert "--reference: with a prompt, what vmoba attends to is drawn in a run" in result.err

@@ -206,3 +206,22 @@ def test_lists_hold_the_chosen_blocks(tokens: int, block: int, seed: int) -> Non
     )
     assert short.full_index.shape[-1] == max(1, most)
     assert torch.equal(short.dense(), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("tokens", "block"), [(330, 64), (65, 64), (7, 16), (129, 16), (200, 3)])
+def test_means_with_a_short_last_block_have_the_bits_of_whole_blocks(
+    dtype: torch.dtype, tokens: int, block: int
+) -> None:
+    torch.manual_seed(tokens)
+    blocks = cut(tokens, block)
+    x = torch.randn(2, tokens, 3, 40, dtype=dtype)
+    filled = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -tokens % block))
+    sums = filled.unflatten(1, (-1, blocks.members.shape[1])) if tokens > block else x[:, None]
+    exact = torch.promote_types(dtype, torch.float32)
+    want = sums.sum(2, dtype=exact) / blocks.sizes[:, None, None]
+    assert torch.equal(blocks.means(x), want)
+    counted = torch.rand(2, tokens) < 0.5
+    hidden = x.masked_fill(~counted[:, :, None, None], torch.nan)
+    alone = torch.stack([blocks.means(hidden[n : n + 1], counted[n : n + 1])[0] for n in (0, 1)])
+    assert torch.equal(blocks.means(hidden, counted), alone)

@@ -128,6 +128,12 @@ class AgentAttn(Method):
 
     type: ClassVar[str] = "agent"
     paper: ClassVar[str] = "arXiv 2312.08874"
+    same_in_every_step: ClassVar[frozenset[str]] = frozenset(
+        (
+            "k_scale2", "k_shortcut", "ratio", "agent_ratio", "stride", "late_stride",
+            "max_downsample", "merge_crossattn", "merge_mlp", "seed",
+        )
+    )  # fmt: skip
 
     last_dense_steps: int | float = field(
         default=0.6, metadata={"help": "steps at the end of a run without agents"}

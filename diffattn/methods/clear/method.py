@@ -98,6 +98,7 @@ class CLEARAttn(StaticMaskMethod):
     type: ClassVar[str] = "clear"
     paper: ClassVar[str] = "arXiv 2412.16112"
     by_place: ClassVar[bool] = True
+    same_in_every_step: ClassVar[frozenset[str]] = frozenset(("down_factor", "ntk_factor"))
 
     radius: int | None = field(
         default=None, metadata={"help": "tokens in the plane, those at this distance left out"}

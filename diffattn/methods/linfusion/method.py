@@ -104,6 +104,7 @@ class LinFusionAttn(Method):
 
     type: ClassVar[str] = "linfusion"
     paper: ClassVar[str] = "arXiv 2409.02097"
+    same_in_every_step: ClassVar[frozenset[str]] = frozenset(("mid_dim",))
 
     mid_dim: int | float | None = field(
         default=None,

@@ -27,7 +27,8 @@ from diffattn.masks.base import BLOCK
 from diffattn.methods.base import Method, Site, Work
 from diffattn.methods.selected_blocks import for_every_head
 from diffattn.methods.vmoba.chunks import Sides, recommended_chunk
-from diffattn.methods.vmoba.selection import SCOPES, Rule, select_blocks
+from diffattn.methods.vmoba.selection import Rule, select_blocks
+from diffattn.routing.pools import SCOPES
 from diffattn.selected.attention import SelectionMask, selected_attention
 from diffattn.selected.key_blocks import Chunk, JointPartition, KeyBlocks, Partition
 from diffattn.spans import Span, spans_of
@@ -136,6 +137,7 @@ class VMoBAAttn(Method):
     type: ClassVar[str] = "vmoba"
     paper: ClassVar[str] = "arXiv 2506.23858"
     traced_whole: ClassVar[bool] = True
+    same_in_every_step: ClassVar[frozenset[str]] = frozenset(("partitions", "preset"))
 
     preset: str = field(
         default="training-free", metadata={"help": "training-free or training: the paper's"}

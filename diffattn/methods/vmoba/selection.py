@@ -1,7 +1,10 @@
 """Selection of the key blocks for each query, by the content of queries and keys.
 
-A query's score of a block is the product of the query with the mean of the block's keys. The scores
-that are ranked together are a pool, from which `diffattn.routing.choosing` takes the best.
+VMoBA is one combination of the parts of `diffattn.routing`:
+    order: `Partition`, another one in each layer;
+    score: `mean_scores` of each query, or of the mean of a tile of queries;
+    rule: `best_in_pools`, by a number of blocks or a share of the similarity;
+    always: a query's own block, which counts, and all blocks that hold no video.
 """
 
 from __future__ import annotations
@@ -11,13 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from diffattn.blocks import pack_bits
-from diffattn.routing.choosing import choose, pairs_at_once
+from diffattn.kernels.autocast import autocast_off
+from diffattn.routing.choosing import pairs_at_once
+from diffattn.routing.pools import best_in_pools
+from diffattn.routing.scores import mean_scores
 from diffattn.selected.key_blocks import KeyBlocks
-
-# The pools of one sample: the blocks of a query, or all pairs of query and block of a head. Two
-# more are in the public code and not in the paper: all pairs of a block over all heads, and all
-# pairs of all heads.
-SCOPES = ("query", "head", "unpublished-block", "unpublished-all")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Rule:
     """The rule that selects blocks; a query always selects its own block.
 
     Attributes:
-        scope: the scores that are ranked together, one of `SCOPES`.
+        scope: the scores that are ranked together, one of `diffattn.routing.pools.SCOPES`.
         topk: blocks per query, the own block included, on average over the pool; limited to the
             number of blocks. None to select by `tau`.
         tau: share of a pool's similarity to keep, own blocks included; 1 keeps all blocks.
@@ -75,7 +76,7 @@ def select_blocks(
     query, key = query[:, video], key[:, video]
     deciders = blocks
     # In an autocast region the scores would be in half precision.
-    with torch.autocast(query.device.type, enabled=False):
+    with autocast_off(query.device.type):
         means = blocks.means(key, counted)
         if rule.centre_keys:
             means = means - _mean_block(means, blocks, counted)
@@ -85,14 +86,18 @@ def select_blocks(
             own = blocks.block_of[deciders.members[:, 0]]
         else:
             own = blocks.block_of
+        is_own = own[:, None] == torch.arange(blocks.video_blocks, device=own.device)
         for sample in range(batch):
             ranked = None
             if counted is not None:
                 ranked = _ranked(blocks, deciders, counted[sample], rule.tile)
             pairs = query.shape[1] * blocks.video_blocks
             for some in _head_parts(heads, pairs, rule.scope, query.device):
-                scores = _scores(query[sample, :, some], means[sample, :, some])
-                chosen = _choose(scores, own, ranked, rule)
+                one = slice(sample, sample + 1)
+                scores = mean_scores(query[one, :, some].to(means.dtype), means[one, :, some])[0]
+                chosen = best_in_pools(
+                    scores, is_own, scope=rule.scope, ranked=ranked, topk=rule.topk, tau=rule.tau
+                )
                 if rule.tile > 1:
                     chosen = chosen[:, deciders.block_of]
                 bits[sample, some, video] = _with_others(chosen, blocks)
@@ -124,54 +129,6 @@ def _head_parts(heads: int, pairs: int, scope: str, device: torch.device) -> lis
     if scope in ("query", "head"):
         step = min(heads, max(1, pairs_at_once(device) // pairs))
     return [slice(head, min(head + step, heads)) for head in range(0, heads, step)]
-
-
-def _scores(query: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-    """The scores, (heads, queries, blocks), in the dtype of the means, without a scale."""
-    return query.to(means.dtype).transpose(0, 1) @ means.permute(1, 2, 0)
-
-
-def _choose(
-    scores: torch.Tensor, own: torch.Tensor, ranked: torch.Tensor | None, rule: Rule
-) -> torch.Tensor:
-    """The chosen blocks for some heads of a sample, bool (heads, queries, blocks).
-
-    Args:
-        scores: (heads, queries, blocks).
-        own: int64 (queries,), the own block of each query.
-        ranked: bool (queries, blocks): the pairs that count; None if all count.
-        rule: the rule that selects blocks.
-    """
-    heads, queries, count = scores.shape
-    is_own = own[:, None] == torch.arange(count, device=own.device)
-
-    def pools(x: torch.Tensor) -> torch.Tensor:
-        x = x.expand(heads, queries, count)
-        if rule.scope == "query":
-            return x.reshape(heads * queries, count)
-        if rule.scope == "head":
-            return x.reshape(heads, queries * count)
-        if rule.scope == "unpublished-all":
-            return x.reshape(1, -1)
-        return x.permute(2, 0, 1).reshape(count, heads * queries)
-
-    budget: int | torch.Tensor | None = None
-    if rule.topk is not None:
-        budget = min(rule.topk, count)
-        if rule.scope != "query":
-            budget = budget * (queries if ranked is None else ranked.any(1).sum())
-        if rule.scope == "unpublished-all":
-            budget = budget * heads
-    chosen = choose(
-        pools(scores),
-        pools(is_own),
-        ranked=None if ranked is None else pools(ranked),
-        tau=rule.tau if rule.topk is None else None,
-        budget=budget,
-    )
-    if rule.scope == "unpublished-block":
-        return chosen.view(count, heads, queries).permute(1, 2, 0)
-    return chosen.view(heads, queries, count)
 
 
 def _with_others(chosen: torch.Tensor, blocks: KeyBlocks) -> torch.Tensor:

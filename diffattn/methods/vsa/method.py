@@ -6,13 +6,15 @@ Zhang et al., "VSA: Faster Video Diffusion with Trainable Sparse Attention", arX
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
 
-from diffattn._checks import FLAG, Allowed, check_fields, lists_to_tuples, number
+from diffattn._checks import FLAG, Allowed, check_fields, count, lists_to_tuples, number
 from diffattn.grid import TokenGrid
+from diffattn.kernels.autocast import autocast_off
 from diffattn.masks.base import AttentionMask
 from diffattn.methods.base import Compiled, Method, Site, SiteState, SiteWeights, Work
 from diffattn.methods.selected_blocks import for_every_head
@@ -20,7 +22,7 @@ from diffattn.methods.vsa.gate import VSAGate, gate_of_call, with_gate
 from diffattn.methods.vsa.tiling import BLOCK, Tiling, tiling_of
 from diffattn.operator import attention
 from diffattn.routing.lists import layout_of_blocks
-from diffattn.routing.rules import kept_blocks, top
+from diffattn.routing.rules import kept_blocks, neighbours, top
 from diffattn.routing.scores import mean_scores
 from diffattn.selected.attention import SelectionMask
 from diffattn.spans import Span, spans_of
@@ -30,6 +32,7 @@ _ALLOWED = {
     "keep": number(above=0, at_most=1),
     "tile": Allowed(f"one of {', '.join(map(str, TILES))}", lambda value: value in TILES),
     "coarse": FLAG,
+    "neighbours": count(0),
 }
 # The shares that the published models are trained with: FastH3's, and FastWan's.
 _KEEP = {"minimax-h3": 0.1}
@@ -62,6 +65,10 @@ class VSAAttn(Method):
         tile: frames, rows and columns of a tile: (4, 4, 4), (4, 4, 8) or (4, 8, 8).
         coarse: whether sites have a gate. Without, the method is plain attention to the best tiles,
             for models that were not trained with a gate.
+        neighbours: tiles before and after itself that a tile of the video attends to beside the
+            share, in the raster order of tiles: 0 for itself alone, as SGLang's cube attention
+            does, 1 as ComfyUI's VSA does. None for no such tiles, as the published models were
+            trained.
         references: with "visible" references the tiles of a reference select among themselves, and
             all other pairs with a reference attend. With "local" references every tile selects
             the share `keep` of the video's tiles, and of each reference's.
@@ -73,6 +80,11 @@ class VSAAttn(Method):
     type: ClassVar[str] = "vsa"
     paper: ClassVar[str] = "arXiv 2505.13389"
     traced_whole: ClassVar[bool] = True
+    same_in_every_step: ClassVar[frozenset[str]] = frozenset(("coarse",))
+    shared_between_steps: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "_tilings": ("tile", "references"),
+        "_always": ("tile", "references"),
+    }
 
     keep: float | None = field(default=None, metadata={"help": "share of the tiles to attend to"})
     tile: tuple[int, int, int] = field(
@@ -80,6 +92,9 @@ class VSAAttn(Method):
     )
     coarse: bool = field(
         default=False, metadata={"help": "add attention among tiles by a trained gate"}
+    )
+    neighbours: int | None = field(
+        default=None, metadata={"help": "tiles beside itself that a tile sees; 0 for itself alone"}
     )
     _tilings: dict[tuple[TokenGrid, torch.device], Tiling] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -316,23 +331,26 @@ class VSAAttn(Method):
         device = query_means.device
         holds_any = _holds_any(tiling, counted)
         # In an autocast region the scores would be in half precision.
-        with torch.autocast(device.type, enabled=False):
+        with autocast_off(device.type):
             factor = query_means.shape[-1] ** -0.5 if scale is None else scale
             scores = mean_scores(query_means, key_means, factor)
             chosen = self.choose(scores, tiling, holds_any)
         known = grid, device
         if known not in self._always:
             with torch.inference_mode(False):
-                self._always[known] = self._pairs_always(tiling).to(device)
+                self._always[known] = self._pairs_always(self.tiling(grid)).to(device)
         chosen |= self._always[known]
         return chosen if holds_any is None else chosen & holds_any[:, None, None]
 
     def _pairs_always(self, tiling: Tiling) -> torch.Tensor:
-        """The pairs of tiles that attend in any case: bool (tiles, tiles), on the CPU."""
-        owner = tiling.owner.cpu()
+        """The pairs of tiles that attend in any case: bool (tiles, tiles)."""
+        owner = tiling.owner
         pairs = (owner < 0)[:, None] | (owner < 0)
+        same = owner[:, None] == owner
         if self.references != "local":
-            pairs |= owner[:, None] != owner
+            pairs |= ~same
+        if self.neighbours is not None:
+            pairs |= same & neighbours(len(owner), len(owner), self.neighbours)
         return pairs
 
 

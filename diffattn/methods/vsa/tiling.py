@@ -154,8 +154,8 @@ def tiling_of(
     # The places that fill up tiles take tokens past the end, so that there is an inverse.
     at_place = at_place.masked_scatter(~filled, torch.arange(tokens, len(at_place)))
     token = torch.cat([*sequence, torch.arange(tokens, len(at_place))])[at_place]
-    tiles = KeyBlocks.of_lengths([-(-n // BLOCK) * BLOCK for n in lengths], device)
-    copies = tiles.members.cpu() < len(at_place)
+    filled_up = [-(-n // BLOCK) * BLOCK for n in lengths]
+    copies = KeyBlocks.of_lengths(filled_up).members < len(at_place)
     return Tiling(
         lengths=tuple(lengths),
         owner=torch.tensor(owner, device=device),
@@ -163,7 +163,7 @@ def tiling_of(
         token=token.to(device),
         place=token.argsort().to(device),
         filled=None if filled.all() else filled.to(device),
-        tiles=tiles,
+        tiles=KeyBlocks.of_lengths(filled_up, device),
         tile_of_block=tile_of_block.to(device),
         copy=None if copies.all() else copies.flatten().nonzero()[:, 0].to(device),
     )

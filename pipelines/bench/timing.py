@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+_CPU = torch.device("cpu")
 HEAD_START_MS = 1.0  # of the host over the device: launching a backward pass takes less
 
 Clock = Callable[[], float]
@@ -50,12 +51,22 @@ class DeviceTimer:
 
 
 class HostTimer:
-    """Times by the host's clock, for the CPU."""
+    """Times by the host's clock, for the CPU, and for devices without CUDA's events."""
+
+    def __init__(self, device: torch.device = _CPU) -> None:
+        self._device = device
 
     def milliseconds(self, call: Call) -> float:
+        synchronize(self._device)
         start = time.perf_counter()
         call()
+        synchronize(self._device)
         return 1000 * (time.perf_counter() - start)
+
+
+def timer_for(device: torch.device) -> Timer:
+    """The timer that measures best on a device."""
+    return DeviceTimer(device) if device.type == "cuda" else HostTimer(device)
 
 
 def host_microseconds(call: Call, device: torch.device, calls: int = 50) -> float:
@@ -82,6 +93,7 @@ def interleave(
     most: int,
     seconds: float,
     clock: Clock = time.monotonic,
+    times: dict[str, list[float]] | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Time all calls one after another, round after round.
 
@@ -91,11 +103,13 @@ def interleave(
         calls: what to time, by name.
         least, most: number of rounds.
         seconds: after these no round begins, once there are `least` rounds.
+        times: an empty dictionary for the times, which an interrupt then leaves to the caller.
 
     Returns:
         Milliseconds of every round, and the errors of calls that raised, which have no times.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times = {} if times is None else times
+    times.update((name, []) for name in calls)
     failed: dict[str, str] = {}
     start = clock()
     for number in range(most):

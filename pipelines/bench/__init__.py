@@ -1,0 +1,1 @@
+"""`diffattn bench`: times of methods beside dense attention, and the comparison of two runs."""

@@ -1,0 +1,1 @@
+"""`diffattn doctor`: checks of an installation, one module for each section of the report."""
