@@ -296,6 +296,18 @@ def check_finite(weights: Mapping[str, torch.Tensor], path: Path | str) -> None:
         )
 
 
+def method_file(path: Path, record: LoraRecord) -> Path | None:
+    """The file with the weights of a LoRA's method; None if there are none.
+
+    Args:
+        path: the LoRA's file, the folder of the file, or the folder of the training.
+        record: the result of `read_record`.
+    """
+    folder = path if path.is_dir() else path.parent
+    places = (folder, place_of(folder, record.denoiser))
+    return next((file for place in places if (file := place / METHOD_FILE).is_file()), None)
+
+
 def load_method_weights(pipe: DiffusionPipeline, path: Path, record: LoraRecord) -> int:
     """Load the method's own weights that were trained together with a LoRA.
 
@@ -310,8 +322,8 @@ def load_method_weights(pipe: DiffusionPipeline, path: Path, record: LoraRecord)
     Raises:
         LoraError: if the weights do not fit the attached method.
     """
-    file = _method_file(path, record)
-    if not file.is_file():
+    file = method_file(path, record)
+    if file is None:
         return 0
     model = getattr(pipe, record.denoiser)
     modules = _method_modules(model)
@@ -353,25 +365,13 @@ def start_from(pipe: DiffusionPipeline, folder: Path, denoiser: str) -> None:
         LoraError: if the folder has no such weights, or they do not fit the attached method.
     """
     record = read_record(folder)
-    if record is None or not _method_file(folder, record).is_file():
+    file = None if record is None else method_file(folder, record)
+    if record is None or file is None:
         raise LoraError(
             f"method_weights is {folder}, but must be the output folder of a finished training of a"
             f" method with weights of its own: it has no {METHOD_FILE} beside a {LORA_FILE}"
         )
-    place = _method_file(folder, record).parent
-    load_method_weights(pipe, place, replace(record, denoiser=denoiser))
-
-
-def _method_file(path: Path, record: LoraRecord) -> Path:
-    """The file of the method's own weights, whether or not it is there.
-
-    Args:
-        path: the LoRA's file, the folder of the file, or the folder of the training.
-        record: the result of `read_record`.
-    """
-    folder = path if path.is_dir() else path.parent
-    beside = folder / METHOD_FILE
-    return beside if beside.is_file() else place_of(folder, record.denoiser) / METHOD_FILE
+    load_method_weights(pipe, file.parent, replace(record, denoiser=denoiser))
 
 
 def _target_names(model: torch.nn.Module, targets: tuple[str, ...]) -> list[str]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from diffattn.lora.adapter import (
     LoraRecord,
     check_finite,
     load_method_weights,
+    method_file,
     place_of,
     read_record,
 )
@@ -40,7 +43,25 @@ _FACTOR = re.compile(r"(?P<part>\w+)\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight
 _HALVES = ((".lora_A.", ".lora_B."), (".lora_down.", ".lora_up."), (".lora.down.", ".lora.up."))
 
 
-def load_lora(pipe: Any, path: str | Path, *, everywhere: bool = False) -> LoraRecord | None:
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA to load.
+
+    Attributes:
+        path: the LoRA's file, the folder of the file, or the folder of the training.
+        scale: multiplies the LoRA's change.
+        denoiser: the pipeline's component to load a LoRA from elsewhere into; None for all. A LoRA
+            of `diffattn lora train` says it by itself.
+    """
+
+    path: str | Path
+    scale: float = 1.0
+    denoiser: str | None = None
+
+
+def load_lora(
+    pipe: Any, path: str | Path, *, scale: float = 1.0, everywhere: bool = False
+) -> LoraRecord | None:
     """Load a LoRA into a pipeline, with the method that it was trained under.
 
     If nothing is attached to the pipeline, the method is attached, with the parameters of the
@@ -49,11 +70,12 @@ def load_lora(pipe: Any, path: str | Path, *, everywhere: bool = False) -> LoraR
     A LoRA of `diffattn lora train` is on where the pipeline attends by the type of method that the
     LoRA was trained under. It is off in the steps that stay dense, under another method, and after
     `pipe.set_attn_processor(None)`: there the pipeline is the one without the LoRA, bit for bit. A
-    LoRA from elsewhere is on everywhere, and nothing is attached.
+    LoRA from elsewhere is on everywhere, and nothing is attached. LoRAs in the pipeline stay.
 
     Args:
         pipe: the pipeline.
         path: the LoRA's file, the folder of the file, or the folder of the training.
+        scale: multiplies the LoRA's change.
         everywhere: keep the LoRA on in every call.
 
     Returns:
@@ -63,19 +85,96 @@ def load_lora(pipe: Any, path: str | Path, *, everywhere: bool = False) -> LoraR
         LoraError: if there is no LoRA at `path`, the file is pickled or damaged, the LoRA does not
             fit the pipeline, or its method cannot be attached.
     """
-    source = Path(path).expanduser()
-    record = read_record(find_file(source))
-    load_factors(pipe, source, record, everywhere=everywhere)
-    if record is None:
-        return None
+    return load_loras(pipe, [Lora(path, scale)], everywhere=everywhere)[0]
+
+
+def load_loras(
+    pipe: Any, loras: Sequence[Lora], *, everywhere: bool = False
+) -> list[LoraRecord | None]:
+    """Load several LoRAs beside each other, such as one for each expert, see `load_lora`.
+
+    Args:
+        pipe: the pipeline.
+        loras: the LoRAs, each with a scale.
+        everywhere: keep the LoRAs on in every call.
+
+    Returns:
+        The record of each training, in order; None for a LoRA that diffattn did not train.
+
+    Raises:
+        LoraError: as `load_lora`; also if nothing is attached and the LoRAs were trained under
+            several methods, or two have weights of the method for one denoiser.
+    """
+    records = [read_record(find_file(_path(lora))) for lora in loras]
+    open_ = all(attached_to(model) is None for model in denoisers(pipe).values())
+    method = one_method(loras, records) if open_ else None
+    check_method_weights(loras, records)
+    for lora, record in zip(loras, records, strict=True):
+        load_factors(
+            pipe,
+            _path(lora),
+            record,
+            everywhere=everywhere,
+            scale=lora.scale,
+            denoiser=lora.denoiser,
+        )
     try:
-        if all(attached_to(model) is None for model in denoisers(pipe).values()):
-            set_attn_processor(pipe, from_dict(record.method))
+        if method is not None:
+            set_attn_processor(pipe, from_dict(method))
     except (ValueError, TypeError) as error:
         raise LoraError(error) from None
-    if _attends_by(getattr(pipe, record.denoiser), record.method["type"]):
-        load_method_weights(pipe, source, record)
-    return record
+    for lora, record in zip(loras, records, strict=True):
+        if record is None:
+            continue
+        if _attends_by(getattr(pipe, record.denoiser), record.method["type"]):
+            load_method_weights(pipe, _path(lora), record)
+    return records
+
+
+def one_method(
+    loras: Sequence[Lora], records: Sequence[LoraRecord | None]
+) -> Mapping[str, Any] | None:
+    """The method that all LoRAs of diffattn were trained under; None if there are none.
+
+    Raises:
+        LoraError: if the LoRAs were trained under several methods, or under several parameters.
+    """
+    trained = [(lora, record) for lora, record in zip(loras, records, strict=True) if record]
+    if not trained:
+        return None
+    first, leading = trained[0]
+    for lora, record in trained[1:]:
+        one, other = dict(leading.method), dict(record.method)
+        if one == other:
+            continue
+        if one["type"] != other["type"]:
+            apart = f"under {one['type']} and under {other['type']}"
+        else:
+            name = min(k for k in one | other if one.get(k) != other.get(k))
+            apart = f"with {name}={one.get(name)} and {name}={other.get(name)}"
+        raise LoraError(
+            f"LoRAs {first.path} and {lora.path} were trained {apart}, and a run has one method:"
+            f" choose it by --attn (in Python, attach it before); LoRAs of another method are off"
+        )
+    return leading.method
+
+
+def check_method_weights(loras: Sequence[Lora], records: Sequence[LoraRecord | None]) -> None:
+    """Raise LoraError if two LoRAs for one denoiser both have weights of their method."""
+    owners: dict[str, Lora] = {}
+    for lora, record in zip(loras, records, strict=True):
+        if record is None or method_file(_path(lora), record) is None:
+            continue
+        if record.denoiser in owners:
+            raise LoraError(
+                f"LoRAs {owners[record.denoiser].path} and {lora.path} both have weights of their"
+                f" method for the {record.denoiser}, which takes one: leave one of them out"
+            )
+        owners[record.denoiser] = lora
+
+
+def _path(lora: Lora) -> Path:
+    return Path(lora.path).expanduser()
 
 
 def find_file(path: Path) -> Path:
@@ -126,7 +225,13 @@ def _file_in(folder: Path) -> Path:
 
 
 def load_factors(
-    pipe: Any, path: Path, record: LoraRecord | None, *, everywhere: bool = False
+    pipe: Any,
+    path: Path,
+    record: LoraRecord | None,
+    *,
+    everywhere: bool = False,
+    scale: float = 1.0,
+    denoiser: str | None = None,
 ) -> None:
     """Load a LoRA into the denoiser of its record; without a record, into all denoisers.
 
@@ -137,6 +242,8 @@ def load_factors(
         path: the LoRA's file, or the folder of the file.
         record: the result of `read_record`.
         everywhere: keep the LoRA on in calls that it was not trained for, see `load_lora`.
+        scale: multiplies the LoRA's change.
+        denoiser: the only denoiser to load a LoRA without a record into.
 
     Raises:
         LoraError: if the file is refused, or the LoRA does not fit the model.
@@ -145,19 +252,30 @@ def load_factors(
     if not hasattr(pipe, "load_lora_weights"):
         raise LoraError(f"{type(pipe).__name__} takes no LoRA")
     models = denoisers(pipe)
+    if record is not None and denoiser not in (None, record.denoiser):
+        raise LoraError(
+            f"LoRA {path} was trained for the {record.denoiser}, not for the {denoiser}: give it to"
+            f" the other expert, or to none by name"
+        )
+    parts = list(models) if denoiser is None else [denoiser]
     factors, given = _read_factors(pipe, file, path, next(iter(models.values())))
-    for name in models if record is None else [record.denoiser]:
+    for name in parts if record is None else [record.denoiser]:
         if getattr(pipe, name, None) is None:
             raise LoraError(f"LoRA {path} is for the {name}, which {type(pipe).__name__} lacks")
         model = getattr(pipe, name)
         _check_fit(model, name, factors, path)
         adapter = _new_name(model, "lora" if record is None else record.method["type"])
+        before = _active(model)
         # Only pipelines with two experts know this argument.
         extra = {"load_into_transformer_2": True} if name == SECOND_EXPERT else {}
         try:
-            pipe.load_lora_weights(given, adapter_name=adapter, use_safetensors=True, **extra)
+            with warnings.catch_warnings():
+                # Several adapters are meant here.
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                pipe.load_lora_weights(given, adapter_name=adapter, use_safetensors=True, **extra)
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise LoraError(f"LoRA {path} does not fit the model: {error}") from None
+        _switch_on(model, adapter, scale, before)
         if record is None or everywhere:
             keep_everywhere(model, adapter)
         else:
@@ -288,6 +406,30 @@ def _check_fit(
                 f"LoRA {path} is damaged: the factors of {match['layer']} are of rank {shape[0]}"
                 f" and {other.shape[1]}, but must be of one rank"
             )
+
+
+def _active(model: torch.nn.Module) -> dict[str, list[str]]:
+    """The adapters that are on in each adapted layer, by the layer's name."""
+    layers: dict[str, Any] = dict(model.named_modules())
+    return {
+        name: list(layer.active_adapters)
+        for name, layer in layers.items()
+        if hasattr(layer, "lora_A")
+    }
+
+
+def _switch_on(
+    model: torch.nn.Module, adapter: str, scale: float, before: Mapping[str, list[str]]
+) -> None:
+    """Have a new adapter on beside those that were on before, which peft has switched off."""
+    layers: dict[str, Any] = dict(model.named_modules())
+    for name, layer in layers.items():
+        if not hasattr(layer, "lora_A"):
+            continue
+        new = adapter in layer.lora_A
+        layer.set_adapter([*before.get(name, ()), *([adapter] if new else ())])
+        if new:
+            layer.set_scale(adapter, scale)
 
 
 def _new_name(model: Any, kind: str) -> str:
