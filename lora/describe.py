@@ -15,6 +15,7 @@ from diffattn.lora.loading import find_file
 from diffattn.lora.lora_file import Contents, parse, read_tensors
 
 _LOG = "losses.jsonl"
+_HELD_OUT = "held-out.jsonl"
 _VALIDATION = Path("validation") / "validation.jsonl"
 _PROGRAMS = ("modelspec.implementation", "software", "ss_sd_scripts_commit_hash")
 _BASES = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
@@ -157,21 +158,28 @@ def _extras(contents: Contents) -> tuple[str, ...]:
 def figures_of(training: Path) -> dict[str, tuple[float, float]]:
     """The figures before and after that are in the folder of a training, by name.
 
-    The loss is the mean over the first and the last tenth of the steps. A file that is missing or
+    The loss is the mean over the first and the last tenth of the steps, and on held-out clips that
+    of the first and the last look. A file that is missing or
     damaged has no figures.
     """
     figures: dict[str, tuple[float, float]] = {}
-    losses = [entry["loss"] for entry in _lines(training / _LOG) if "loss" in entry]
+    losses = [entry["loss"] for entry in read_log(training / _LOG) if "loss" in entry]
     if len(losses) > 1:
         part = max(1, len(losses) // 10)
         figures["loss"] = (sum(losses[:part]) / part, sum(losses[-part:]) / part)
-    looks = [entry for entry in _lines(training / _VALIDATION) if entry.get("psnr_db") is not None]
+    held_out = [entry["loss"] for entry in read_log(training / _HELD_OUT) if "loss" in entry]
+    if len(held_out) > 1:
+        figures["loss on held-out clips"] = (held_out[0], held_out[-1])
+    looks = [
+        entry for entry in read_log(training / _VALIDATION) if entry.get("psnr_db") is not None
+    ]
     if looks and looks[-1].get("psnr_untrained_db") is not None:
         figures["PSNR to dense, dB"] = (looks[-1]["psnr_untrained_db"], looks[-1]["psnr_db"])
     return figures
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """The entries of a log of lines in JSON; none if the file is missing or damaged."""
     try:
         entries = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     except (OSError, ValueError):
