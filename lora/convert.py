@@ -75,7 +75,8 @@ def convert(
     file = find_file(path)
     record = read_record(file)
     file_of = _target(place, to, record)
-    contents = read_contents(file, _checked(family) or (record and record.family))
+    recorded = record.family if record is not None else None
+    contents = read_contents(file, _checked(family) or recorded)
     names = _names(contents, to)
     refuse_others(contents, denoiser_only=denoiser_only, warn=warn)
     own = file.parent / METHOD_FILE

@@ -234,14 +234,14 @@ def parse(
     found = family or _family(metadata, candidates, bare, certain=certain)
     layout = _layout(prefix, found, original=original, infix=infix)
     named: dict[str, Pair] = {}
-    unknown = []
+    unknown: list[str] = []
     for layer, pair in pairs.items():
-        parts = {layers[layer]: pair}
-        if flat or original:
-            parts = _in_parts(file, layers[layer], pair, found, flat=flat)
+        whole = {layers[layer]: pair}
+        is_original = flat or original
+        parts = _in_parts(file, layers[layer], pair, found, flat=flat) if is_original else whole
         if parts is None:
             unknown.append(layers[layer])
-        named |= parts or {layers[layer]: pair}
+        named |= parts or whole
     return Contents(
         path=file,
         layout=layout,
