@@ -61,6 +61,12 @@ CASES: dict[str, Method] = {
     "BlockTopKAttn with summaries": BlockTopKAttn(
         keep=0.23, remainder="summary", **SMALL, **ALWAYS
     ),
+    "SolAttn, blocks of 16 in raster order": SolAttn(
+        tau=0.78, neighbours=0, order="raster", block=16, **ALWAYS
+    ),
+    "BlockTopKAttn with summaries, blocks of 16 in raster order": BlockTopKAttn(
+        keep=0.18, order="raster", remainder="summary", block=16, **ALWAYS
+    ),
     "VMoBAAttn": VMoBAAttn(topk=(2, 9, 18), **ALWAYS),
     "GNAAttn": GNAAttn(window=(9, 8, 8), **ALWAYS),
 }

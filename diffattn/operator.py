@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from diffattn.blocks import FULL, BlockLayout, layout_from_states
+from diffattn.counting import watching
 from diffattn.flex_backend import flex_forward
 from diffattn.interception import through_modes
 from diffattn.kernels.autocast import autocast_off, cast_as_sdpa
@@ -158,14 +159,19 @@ def attention(
     _check_types(query, key, value, key_mask, order)
     query, key, value = cast_as_sdpa(query, key, value)
     check_inputs(query, key, value, key_mask)
+    count = watching()
     if mask is None and not return_lse:
         asked_backend(backend)  # an unknown backend is an error, though dense attention needs none
         if not is_forward_mode():
+            if count is not None:
+                count.add_layout(query, key, None)
             return _dense_attention(query, key, value, key_mask, scale)
         # Torch's fused attention has no tangents.
         mask = every_pair(query.shape[1], key.shape[1], query.device)
     chosen = BACKENDS[choose_backend(query.device, backend)]
     layout = layout_of(mask, query, key, order)
+    if count is not None:
+        count.add_layout(query, key, layout)
     key_mask = order.to_tiles(key_mask) if order is not None and key_mask is not None else key_mask
 
     def attend(

@@ -26,7 +26,7 @@ ROOMS = (
     ("_checks", "_compat", "_locks", "grid"),
     ("orders", "schedule", "spans", "curves"),
     ("blocks", "block_forms"),
-    ("masks",),
+    ("masks", "counting"),
     ("flex_backend", "interception"),
     ("operator",),
     ("selected", "models"),

@@ -21,6 +21,7 @@ from diffattn.attach.run_clock import RunClock
 from diffattn.attach.running_call import Call, running_call
 from diffattn.attach.some_queries import attend_some, attend_whole
 from diffattn.blocks import BlockLayout
+from diffattn.counting import watching
 from diffattn.grid import TokenGrid
 from diffattn.interception import modes_are_active
 from diffattn.methods.agent.merging import Merging
@@ -414,6 +415,8 @@ def backend_of(group: Group) -> _compat.BackendFunction:
         if not sparse and query.shape[1] == tokens and _is_reordered(group):
             _check_any_order(attn_mask, is_causal, key, group.family)
         group.count(sparse=sparse)
+        if (pairs := watching()) is not None:
+            pairs.add_call(query, key, sparse=sparse)
         masked = attn_mask is not None
         if not sparse and not (ordinary and over and over.exceeds(group.previous, masked)):
             return _compat.dispatch(

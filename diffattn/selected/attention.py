@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from diffattn.blocks import unpack_bits
+from diffattn.counting import watching
 from diffattn.interception import through_modes
 from diffattn.kernels.autocast import autocast_off, cast_as_sdpa
 from diffattn.kernels.checks import check_tensors
@@ -96,6 +97,8 @@ def _attend(
         return union_attention(
             query, key, value, blocks, bits, scale=scale, key_mask=key_mask, backend=name
         )
+    if (count := watching()) is not None:
+        count.add_selection(blocks.starts.diff(), bits)
     kernel = gather_cpu.selected_attention if name == "cpu" else _triton_gather()
     out, _ = kernel(query, key, value, blocks.starts, bits, scale=scale, key_mask=key_mask)
     return out

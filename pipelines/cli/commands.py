@@ -14,6 +14,8 @@ from ..errors import RunInterruptedError, UserError, one_line
 from . import options
 from .bench import EXAMPLES as BENCH_EXAMPLES
 from .bench import bench
+from .compare import EXAMPLES as COMPARE_EXAMPLES
+from .compare import compare
 from .doctor import EXAMPLES as DOCTOR_EXAMPLES
 from .doctor import doctor
 from .generate import EXAMPLES as GENERATE_EXAMPLES
@@ -25,6 +27,8 @@ from .options import examples
 from .plan import EXAMPLES as PLAN_EXAMPLES
 from .plan import plan
 from .say import say, warn
+from .study import EXAMPLES as STUDY_EXAMPLES
+from .study import study
 from .upscale import EXAMPLES as UPSCALE_EXAMPLES
 from .upscale import upscale
 
@@ -142,6 +146,8 @@ def models(as_json: options.AsJson = False) -> None:
 for _command, _examples in (
     (generate, GENERATE_EXAMPLES),
     (upscale, UPSCALE_EXAMPLES),
+    (compare, COMPARE_EXAMPLES),
+    (study, STUDY_EXAMPLES),
     (methods, examples("methods", "methods --json")),
     (models, examples("models", "models --json")),
     (plan, PLAN_EXAMPLES),

@@ -5,11 +5,21 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from diffattn import AgentAttn, LinFusionAttn, SVG2Attn, TokenGrid
+from diffattn import (
+    AgentAttn,
+    ByHeadAttn,
+    DenseAttn,
+    GNAAttn,
+    LinFusionAttn,
+    SLA2Attn,
+    SVG2Attn,
+    TokenGrid,
+)
 from diffattn.kernels.reference import reference_attention
 from diffattn.methods import Method
 from diffattn.methods.base import StaticMaskMethod
@@ -27,11 +37,15 @@ _GRID = TokenGrid(5, 8, 16, text_after=5)
 _SPARSE: dict[str, dict[str, Any]] = {
     "freeswim": {"radius": (2, 3)},
     "lvsa": {"window": 1, "period": 0},
+    "by-head": {"parts": ((GNAAttn(window=(3, 5, 5)), 1), (DenseAttn(), 1))},
 }
 _HEADS, _HEAD_DIM = 2, 32
 # All methods together. Kernels for a GPU have to be compiled first.
 _SECONDS = {"cpu": 5.0}
 _SECONDS_WITH_COMPILING = 90.0
+
+# The share of softmax in SLA2 before training.
+_ALPHA = 0.9
 
 Truth = torch.Tensor | None
 
@@ -117,6 +131,8 @@ def _truth(case: Case, shape: Shape, qkv: list[torch.Tensor]) -> Truth:
         return _linear(q, k, v, method.eps)
     if isinstance(method, AgentAttn):
         return _by_agents(method, grid, q, k, v)
+    if isinstance(method, ByHeadAttn):
+        return _by_head(case, shape, qkv)
     selection = selection_call(case, shape, qkv)
     if selection is None:
         return None
@@ -131,7 +147,41 @@ def _truth(case: Case, shape: Shape, qkv: list[torch.Tensor]) -> Truth:
     allowed = torch.stack([mask.dense() for mask in masks])[None]
     if isinstance(method, SelectedBlocksMethod) and method.remainder == "summary":
         return _with_summaries(exact, allowed, masks[0].block_of)
+    if isinstance(method, SLA2Attn):
+        return _with_linear_rest(exact, allowed, grid.video)
     return _under(exact, allowed)
+
+
+def _by_head(case: Case, shape: Shape, qkv: list[torch.Tensor]) -> Truth:
+    """Each part's definition on its own heads."""
+    assert isinstance(case.method, ByHeadAttn)
+    outputs, first = [], 0
+    for method, heads in case.method.parts:
+        of_part = [x[:, :, first : first + heads] for x in qkv]
+        part = _truth(replace(case, method=method), replace(shape, heads=heads), of_part)
+        if part is None:
+            return None
+        outputs.append(part)
+        first += heads
+    return torch.cat(outputs, 2)
+
+
+def _with_linear_rest(qkv: list[torch.Tensor], allowed: torch.Tensor, video: slice) -> torch.Tensor:
+    """SLA2 as it begins: 0.9 of softmax, and 0.1 of linear attention to the rest of the video.
+
+    Keys without the mean key of the video give video queries the same softmax where all keys of a
+    query are of the video, so the softmax takes the keys as they are.
+    """
+    by_softmax = _under(qkv, allowed)
+    q, k, v = (x[:, video] for x in qkv)
+    q, k = q.softmax(-1), (k - k.mean(1, keepdim=True)).softmax(-1)
+    weights = torch.einsum("bqhd,bkhd->bhqk", q, k) * ~allowed[:, :, video, video]
+    total = weights.sum(-1, keepdim=True)
+    linear = torch.einsum("bhqk,bkhd->bqhd", weights / total.clamp(min=1e-300), v)
+    share = torch.where(total > 0, _ALPHA, 1.0).transpose(1, 2)
+    out = by_softmax.clone()
+    out[:, video] = share * by_softmax[:, video] + (1 - share) * linear
+    return out
 
 
 def _under(qkv: list[torch.Tensor], allowed: torch.Tensor) -> torch.Tensor:

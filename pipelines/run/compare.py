@@ -13,6 +13,11 @@ _WINDOW = 11
 _SIGMA = 1.5
 _K1, _K2 = 0.01, 0.03
 _PEAK = 255.0
+# The weights of the scales of Wang et al. (2003), "Multiscale structural similarity for image
+# quality assessment", from the finest to the coarsest.
+_SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+# The window must fit into a picture that was halved four times.
+MS_SSIM_SIDE = _WINDOW * 2 ** (len(_SCALES) - 1)
 
 _NARROWEST_HALF = 256
 _BAR = 28
@@ -39,6 +44,20 @@ def ssim(reference: np.ndarray, other: np.ndarray) -> float:
     return float(np.mean([_frame_ssim(a, b) for a, b in pairs]))
 
 
+def ms_ssim(reference: np.ndarray, other: np.ndarray) -> float:
+    """The mean multi-scale structural similarity (Wang et al. 2003) of uint8 frames.
+
+    The terms of all channels of a frame are averaged at each scale. Negative terms count as 0.
+
+    Raises:
+        ValueError: if a side has fewer pixels than `MS_SSIM_SIDE`.
+    """
+    if min(reference.shape[1:3]) < MS_SSIM_SIDE:
+        raise ValueError(f"MS-SSIM needs {MS_SSIM_SIDE} pixels a side, not {reference.shape[1:3]}")
+    pairs = zip(reference, other, strict=True)
+    return float(np.mean([_frame_ms_ssim(a, b) for a, b in pairs]))
+
+
 def side_by_side(
     left: np.ndarray, right: np.ndarray, left_label: str, right_label: str
 ) -> np.ndarray:
@@ -63,9 +82,26 @@ def in_columns(clips: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
 
 
 def _frame_ssim(a: np.ndarray, b: np.ndarray) -> float:
+    luminance, structure = _ssim_terms(a.astype(np.float64), b.astype(np.float64))
+    return float(np.mean(luminance * structure))
+
+
+def _frame_ms_ssim(a: np.ndarray, b: np.ndarray) -> float:
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    product = 1.0
+    for scale, weight in enumerate(_SCALES):
+        luminance, structure = _ssim_terms(x, y)
+        is_last = scale == len(_SCALES) - 1
+        term = float(np.mean(luminance * structure if is_last else structure))
+        product *= max(term, 0.0) ** weight
+        x, y = _halved(x), _halved(y)
+    return product
+
+
+def _ssim_terms(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The terms of luminance, and of contrast and structure, at each place of two frames."""
     import cv2
 
-    x, y = a.astype(np.float64), b.astype(np.float64)
     margin = _WINDOW // 2
 
     def smooth(image: np.ndarray) -> np.ndarray:
@@ -79,7 +115,15 @@ def _frame_ssim(a: np.ndarray, b: np.ndarray) -> float:
     c1, c2 = (_K1 * _PEAK) ** 2, (_K2 * _PEAK) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
-    return float(np.mean(luminance * structure))
+    return luminance, structure
+
+
+def _halved(frame: np.ndarray) -> np.ndarray:
+    """The means of 2 x 2 pixels; an odd last row or column is left out."""
+    height, width = (side // 2 * 2 for side in frame.shape[:2])
+    even = frame[:height, :width]
+    rows = even[0::2] + even[1::2]
+    return (rows[:, 0::2] + rows[:, 1::2]) / 4
 
 
 def _enlarge(clip: np.ndarray, factor: int) -> np.ndarray:

@@ -37,6 +37,8 @@ from .vocabulary import warn_of_words
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from diffattn.methods import Method
+
     from .job import Job
 
 _WARM_UP = "timed after one untimed step of each"
@@ -49,6 +51,7 @@ class Rendering:
 
     Attributes:
         frames: (count, height, width, 3), uint8; one frame for a picture.
+        audio: float32 (channels, samples) of the video's sound; None where the pipeline makes none.
         total_seconds: of the whole pipeline call: text encoding, denoising, decoding; without
             loading and writing.
         loop_seconds: of the denoising loop alone.
@@ -59,6 +62,7 @@ class Rendering:
     total_seconds: float
     loop_seconds: float
     step_seconds: list[float]
+    audio: np.ndarray | None = None
 
     def timings(self) -> dict[str, Any]:
         """The times as the record holds them."""
@@ -155,7 +159,7 @@ def _make(
 ) -> None:
     """Make the files of one video; `describe` takes the line about the method."""
     request, method = run.request, run.method
-    with refusals(), _attached(loaded.pipe, run) as attachment:
+    with refusals(), attached(loaded.pipe, run) as attachment:
         attention = _describe(attachment, run, loaded.pipe, warn)
     describe(f"attention: {attention.pop('summary')}")
     if run.record is not None:
@@ -170,9 +174,9 @@ def _make(
             describe(line)
     dense = None
     if request.compare:
-        _warm_up(run, loaded)
+        warm_up(run, loaded)
         dense = render(request, loaded, "dense", run.sources)
-    with _attached(loaded.pipe, run):
+    with attached(loaded.pipe, run):
         sparse = render(request, loaded, method.type, run.sources)
     if rank():
         return  # The first process has the same frames and writes the files.
@@ -225,6 +229,8 @@ def render(
     loaded: LoadedModel,
     label: str,
     sources: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    shown: bool = True,
 ) -> Rendering:
     """Call the pipeline, and time the call.
 
@@ -233,24 +239,25 @@ def render(
         loaded: the model.
         label: names the run on the screen.
         sources: arguments of the call: the pictures and the video to start from.
+        shown: whether the screen shows the steps.
 
     Raises:
         UserError: if the pipeline refuses its arguments, runs out of memory or gives NaN.
     """
-    with watched(loaded.pipe, label) as times:
+    with watched(loaded.pipe, label, shown=shown) as times:
         start = clock()
         arguments = call_arguments(request, loaded) | dict(sources)
-        frames = _call(loaded.pipe, arguments, request.seed, times)
+        frames, audio = _call(loaded.pipe, arguments, request.seed, times)
         total = clock() - start
     if not np.isfinite(frames).all():
         raise UserError(gave_nan(loaded.dtype))
     pixels = (frames * 255).round().clip(0, 255).astype(np.uint8)
-    return Rendering(pixels, total, times.loop_seconds, times.step_seconds)
+    return Rendering(pixels, total, times.loop_seconds, times.step_seconds, audio)
 
 
 def _call(
     pipe: DiffusionPipeline, arguments: Mapping[str, Any], seed: int, times: LoopTimes
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray | None]:
     import torch
 
     # A generator on the CPU gives the same noise for every device.
@@ -275,25 +282,45 @@ def _call(
             f"{type(pipe).__name__} makes several layers, not one picture: call it from Python with"
             f" pipe.set_attn_processor(...)"
         )
-    return frames
+    return frames, _sound(getattr(out, "audio", None))
 
 
-def _warm_up(run: Run, loaded: LoadedModel) -> None:
+def _sound(audio: Any) -> np.ndarray | None:
+    """The sound of the first video that a call made, (channels, samples)."""
+    if audio is None:
+        return None
+    import torch
+
+    first = audio[0]
+    samples = first.detach().float().cpu().numpy() if isinstance(first, torch.Tensor) else first
+    return np.atleast_2d(np.asarray(samples, np.float32))
+
+
+def warm_up(run: Run, loaded: LoadedModel) -> None:
     """Run one untimed step of dense and of sparse attention, so that neither pays for being first.
 
     The first call at a size fills allocator and kernel caches, and compiles kernels on a GPU.
     """
     step = dataclasses.replace(run.request, steps=1)
     render(step, loaded, "warming up (dense)", run.sources)
-    # A schedule that keeps the first steps dense would leave the sparse kernels cold.
-    no_schedule: Any = _NO_SCHEDULE
-    sparse = dataclasses.replace(run.method, **no_schedule)
-    with _attached(loaded.pipe, dataclasses.replace(run, method=sparse)):
+    sparse = sparse_throughout(run)
+    with attached(loaded.pipe, dataclasses.replace(run, method=sparse)):
         render(step, loaded, f"warming up ({sparse.type})", run.sources)
 
 
+def sparse_throughout(run: Run) -> Method:
+    """The method of a run's last step, for runs of any length, with every step and layer sparse.
+
+    A schedule that keeps the first steps dense would leave the sparse kernels cold.
+    """
+    steps = run.request.steps
+    last = run.method.at_step(steps - 1, steps) if steps else run.method.at_step(0, 0)
+    no_schedule: Any = _NO_SCHEDULE
+    return dataclasses.replace(last, **no_schedule)
+
+
 @contextmanager
-def _attached(pipe: DiffusionPipeline, run: Run) -> Iterator[Any]:
+def attached(pipe: DiffusionPipeline, run: Run) -> Iterator[Any]:
     """Attach a run's method to the pipeline while the block runs; dense is the untouched model.
 
     Weights of the method that were trained with the run's LoRA are loaded too.

@@ -17,7 +17,7 @@ from .prompts import read_prompts
 from .request import BUNDLED_MODEL, TEXT, Request, check_option
 from .sidecar import read_settings
 from .sources import source_files
-from .trained_lora import loras_of, read_lora_record, with_path
+from .trained_lora import loras_of, read_lora_record, with_paths
 
 if TYPE_CHECKING:
     from diffattn.lora.adapter import LoraRecord
@@ -95,14 +95,11 @@ def plan_job(
     for name in ("model", "last_image", "input"):
         if name in given:
             check_option(name, given[name], TEXT)
-            settings[name] = _absolute(given[name])
+            settings[name] = absolute(given[name])
     if "lora" in given:
-        names = [given["lora"]] if isinstance(given["lora"], str) else list(given["lora"])
-        for name in names:
-            check_option("lora", name, TEXT)
-        settings["lora"] = tuple(with_path(name, _absolute) for name in names)
+        settings["lora"] = with_paths(given["lora"], absolute)
     if "image" in given:
-        settings["image"] = tuple(_absolute(name) for name in given["image"])
+        settings["image"] = tuple(absolute(name) for name in given["image"])
     record = _lora_record(settings, given, method)
     # A repeated run keeps the method of its record.
     trained = record if "lora" in given else None
@@ -220,7 +217,7 @@ def _prompts(
     return read.prompts
 
 
-def _absolute(path: str) -> str:
+def absolute(path: str) -> str:
     """Make the path of an existing file absolute, so that a record works from any folder."""
     found = path != BUNDLED_MODEL and Path(path).expanduser().exists()
     return str(Path(path).expanduser().resolve()) if found else path

@@ -66,8 +66,12 @@ def attention_settings(options: MethodOptions, recorded: object) -> dict[str, An
     return make_method(settings).to_dict()
 
 
-def read_arguments(arguments: Sequence[str]) -> dict[str, Any]:
-    """The parameters of a method that the user gave as "name=value" by --attn-arg.
+def read_arguments(arguments: Sequence[str], option: str = "--attn-arg") -> dict[str, Any]:
+    """The parameters of a method that the user gave as "name=value".
+
+    Args:
+        arguments: each "name=value".
+        option: the option that they came by, for messages.
 
     A value may be a schedule over the steps, such as "1x2,0.5,0.2" or "1.3..0.8".
 
@@ -79,11 +83,11 @@ def read_arguments(arguments: Sequence[str]) -> dict[str, Any]:
         key, equals, value = argument.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise UserError(f"--attn-arg takes name=value, not {argument!r}")
+            raise UserError(f"{option} takes name=value, not {argument!r}")
         if key == "type":
-            raise UserError("--attn-arg cannot change the method; use --attn")
+            raise UserError(f"{option} cannot change the method; use --attn")
         if key in parameters:
-            raise UserError(f"--attn-arg gives {key} twice, the second time as {argument!r}")
+            raise UserError(f"{option} gives {key} twice, the second time as {argument!r}")
         parameters[key] = _value(key, value.strip())
     return parameters
 

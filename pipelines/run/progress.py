@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -35,7 +35,7 @@ class LoopTimes:
 
 
 @contextmanager
-def watched(pipe: DiffusionPipeline, *labels: str) -> Iterator[LoopTimes]:
+def watched(pipe: DiffusionPipeline, *labels: str, shown: bool = True) -> Iterator[LoopTimes]:
     """Time the pipeline's denoising loops and show their progress.
 
     The pipeline's own progress bar is replaced while the block runs. In every pipeline the bar
@@ -44,10 +44,11 @@ def watched(pipe: DiffusionPipeline, *labels: str) -> Iterator[LoopTimes]:
     Args:
         pipe: the pipeline.
         labels: names of the loops in turn; the last name is also that of all further loops.
+        shown: whether progress is shown.
     """
     times = LoopTimes()
     names = iter(labels)
-    with _display() as show:
+    with _display() if shown else nullcontext(_say_nothing) as show:
 
         def progress_bar(iterable: Any = None, total: int | None = None) -> Any:
             if total is None:
@@ -124,6 +125,10 @@ def _display() -> Iterator[Callable[[str, int, int, float], None]]:
             progress.update(task, description=label, completed=done, total=total, step=step)
 
         yield show
+
+
+def _say_nothing(label: str, done: int, total: int, seconds: float) -> None:
+    """Show no progress."""
 
 
 def _print_lines(label: str, done: int, total: int, seconds: float) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from .request import TEXT, check_option
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -59,6 +60,18 @@ def _parsed(text: str) -> Lora:
             )
         return Lora(before, scale, denoiser)
     return Lora(path, denoiser=denoiser)
+
+
+def with_paths(given: object, change: Callable[[str], str]) -> tuple[str, ...]:
+    """The values of `--lora` with other paths.
+
+    Raises:
+        UserError: if a value is no text.
+    """
+    names = list(given) if isinstance(given, list | tuple) else [given]
+    for name in names:
+        check_option("lora", name, TEXT)
+    return tuple(with_path(str(name), change) for name in names)
 
 
 def with_path(text: str, change: Callable[[str], str]) -> str:

@@ -14,7 +14,7 @@ from gpu_run.around import METHODS, kernels_left_out, site_of
 from traffic import LiveBytes, NoWaiting, Traffic, WaitingError
 
 from diffattn import BlockTopKAttn, Reference, SolAttn, SVG2Attn, TokenGrid, VSAAttn
-from diffattn.methods import sol
+from diffattn.routing import keep
 
 RESULTS = Path(selection.__file__).with_name("selection.json")
 GRIDS = (
@@ -69,13 +69,13 @@ def test_a_call_that_waits_is_refused(wait: Any) -> None:
 
 
 def test_a_method_that_waits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    threshold = sol.row_threshold
+    threshold = keep.row_threshold
 
     def from_the_cpu(scores: torch.Tensor, *args: Any) -> torch.Tensor:
         ones = torch.ones(scores.shape[-1]).to(scores.device)
         return threshold(scores * ones, *args)
 
-    monkeypatch.setattr(sol, "row_threshold", from_the_cpu)
+    monkeypatch.setattr(keep, "row_threshold", from_the_cpu)
     with pytest.raises(WaitingError, match="has tensors on cpu and meta"):
         test_no_call_waits_for_the_device("sol", GRIDS[0], False)
 

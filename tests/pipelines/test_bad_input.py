@@ -119,7 +119,7 @@ class TestMethod:
             ("decay_factor=much", "decay_factor is 'much', but must be a number"),
             ("decay_factor=NaN", "decay_factor is nan, but must be a number"),
             ("decay_factor=", "decay_factor is '', but must be a number"),
-            ("decay_factor=[1]", "decay_factor is [1], but must be a number"),
+            ('decay_factor={"a": 1}', "decay_factor is {'a': 1}, but must be a number"),
             ("sink=2", "sink is 2, but must be true or false"),
             ("rule=radial", "rule is 'radial', but must be one of block, paper"),
             ("dense_steps=1.5", "dense_steps is 1.5, but a fraction"),

@@ -20,7 +20,8 @@ from diffattn.planning.published import PUBLISHED
 from .conftest import Result
 
 COMMANDS = [
-    ("generate",), ("upscale",), ("plan",), ("mask",), ("methods",), ("models",), ("lora", "train")
+    ("generate",), ("upscale",), ("plan",), ("mask",), ("methods",), ("models",), ("lora", "train"),
+    ("compare",), ("study",)
 ]  # fmt: skip
 WITH_METHODS = ["generate", "upscale", "plan", "mask", "lora train"]
 

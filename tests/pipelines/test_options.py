@@ -11,11 +11,13 @@ import typer
 from diffattn import plan
 from diffattn.lora.settings import TrainSettings
 from diffattn.pipelines.cli import app
+from diffattn.pipelines.cli.compare import _APART as _NOT_OF_A_COMPARED_REQUEST
 from diffattn.pipelines.cli.generate import _NOT_OF_A_REQUEST
 from diffattn.pipelines.cli.lora import _APART, _PLURALS
 from diffattn.pipelines.cli.mask import _NOT_OF_A_RUN, _OF_A_CALL
 from diffattn.pipelines.cli.plan import _NOT_OF_A_PLAN
 from diffattn.pipelines.cli.selection_picture import Call
+from diffattn.pipelines.cli.study import _APART as _NOT_OF_A_STUDIED_REQUEST
 from diffattn.pipelines.run import upscale_picture
 from diffattn.pipelines.run import upscale_video as upscale
 from diffattn.pipelines.run.request import Request
@@ -37,6 +39,8 @@ def fields_of(*classes: type) -> set[str]:
 
 def test_each_option_is_a_setting() -> None:
     assert options_of("generate") - {*_NOT_OF_A_REQUEST} <= fields_of(Request)
+    assert options_of("compare") - {*_NOT_OF_A_COMPARED_REQUEST} <= fields_of(Request)
+    assert options_of("study") - {*_NOT_OF_A_STUDIED_REQUEST} <= fields_of(Request)
     assert options_of("plan") - {*_NOT_OF_A_PLAN} <= {*inspect.signature(plan).parameters}
     of_run = options_of("mask") - {*_NOT_OF_A_RUN} - {*_OF_A_CALL}
     assert of_run <= fields_of(Request)

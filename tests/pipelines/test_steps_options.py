@@ -74,6 +74,13 @@ def test_a_run_with_a_list_and_its_record(generate, tmp_path, record) -> None:
     assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "out.mp4").read_bytes()
 
 
+def test_a_list_is_compared_with_dense(generate, tmp_path) -> None:
+    """The untimed step before the comparison is a run of another length."""
+    result = generate(PROMPT, "-o", "out.mp4", *TOP, "--arg", "keep=0.5,0.3", "--compare")
+    assert result.code == 0, result.err
+    assert (tmp_path / "out.mp4").is_file()
+
+
 def test_a_list_of_another_length_is_refused_before_the_model_loads(
     generate, tmp_path, monkeypatch
 ) -> None:

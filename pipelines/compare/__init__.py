@@ -1,0 +1,1 @@
+"""Methods against the dense model: measures, paired tests, a table and a page."""
