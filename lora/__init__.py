@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diffattn.lora.adapter import LoraRecord, load_method_weights, read_record
     from diffattn.lora.cache import CachedClips
     from diffattn.lora.encoding import prepare
-    from diffattn.lora.loading import load_lora
+    from diffattn.lora.loading import Lora, load_lora, load_loras
     from diffattn.lora.recipes import recipe_for
     from diffattn.lora.settings import TrainSettings
     from diffattn.lora.teacher import teach
@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 # These modules import peft, accelerate and diffusers, which takes seconds: they load when needed.
 _HOMES = {
     "CachedClips": "cache",
+    "Lora": "loading",
     "LoraRecord": "adapter",
     "StepReport": "trainer",
     "TrainSettings": "settings",
     "Trainer": "trainer",
     "load_lora": "loading",
+    "load_loras": "loading",
     "load_method_weights": "adapter",
     "prepare": "encoding",
     "read_record": "adapter",
@@ -43,12 +45,14 @@ _HOMES = {
 
 __all__ = [
     "CachedClips",
+    "Lora",
     "LoraError",
     "LoraRecord",
     "StepReport",
     "TrainSettings",
     "Trainer",
     "load_lora",
+    "load_loras",
     "load_method_weights",
     "prepare",
     "read_record",

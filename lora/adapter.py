@@ -17,7 +17,7 @@ import inspect
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,11 @@ class LoraRecord:
         steps: number of optimiser steps.
         latents: shape of a sample, (channels, latent frames, height, width).
         settings: the `to_dict()` of the training's settings.
+        family: the name of the model's family; None in files of earlier versions.
+        model: where the model was loaded from; None if unknown.
+        density: the part of the token pairs that the method keeps at the size of the training; None
+            for methods without a mask of their own, or if unknown.
+        clips: number of clips learnt from; None if unknown.
     """
 
     method: Mapping[str, Any]
@@ -67,6 +72,10 @@ class LoraRecord:
     steps: int
     latents: tuple[int, ...]
     settings: Mapping[str, Any]
+    family: str | None = None
+    model: str | None = None
+    density: float | None = None
+    clips: int | None = None
 
 
 def add_adapter(model: Any, settings: TrainSettings) -> dict[str, torch.nn.Parameter]:
@@ -240,13 +249,18 @@ def read_record(path: Path) -> LoraRecord | None:
             f"LoRA {path} has a damaged header: its entry {_HEADER!r} is {entry!r:.40}, but must be"
             f" an object; write the LoRA again"
         )
-    missing = [item.name for item in fields(LoraRecord) if item.name not in entry]
+    missing = [
+        item.name
+        for item in fields(LoraRecord)
+        if item.name not in entry and item.default is MISSING
+    ]
     if missing:
         raise LoraError(
             f"LoRA {path} was written by another version of diffattn: its header lacks"
             f" {missing[0]!r}"
         )
-    record = LoraRecord(**{item.name: entry[item.name] for item in fields(LoraRecord)})
+    known = {item.name: entry[item.name] for item in fields(LoraRecord) if item.name in entry}
+    record = LoraRecord(**known)
     method = record.method
     if not isinstance(method, dict) or not isinstance(method.get("type"), str):
         raise LoraError(
@@ -257,6 +271,11 @@ def read_record(path: Path) -> LoraRecord | None:
         raise LoraError(
             f"LoRA {path} has a damaged header: its denoiser is {record.denoiser!r:.40}, but must"
             f" be the name of a component; write the LoRA again"
+        )
+    if not isinstance(record.family, str | None):
+        raise LoraError(
+            f"LoRA {path} has a damaged header: its family is {record.family!r:.40}, but must be"
+            f" the name of a family; write the LoRA again"
         )
     return record
 
@@ -277,6 +296,18 @@ def check_finite(weights: Mapping[str, torch.Tensor], path: Path | str) -> None:
         )
 
 
+def method_file(path: Path, record: LoraRecord) -> Path | None:
+    """The file with the weights of a LoRA's method; None if there are none.
+
+    Args:
+        path: the LoRA's file, the folder of the file, or the folder of the training.
+        record: the result of `read_record`.
+    """
+    folder = path if path.is_dir() else path.parent
+    places = (folder, place_of(folder, record.denoiser))
+    return next((file for place in places if (file := place / METHOD_FILE).is_file()), None)
+
+
 def load_method_weights(pipe: DiffusionPipeline, path: Path, record: LoraRecord) -> int:
     """Load the method's own weights that were trained together with a LoRA.
 
@@ -291,8 +322,8 @@ def load_method_weights(pipe: DiffusionPipeline, path: Path, record: LoraRecord)
     Raises:
         LoraError: if the weights do not fit the attached method.
     """
-    file = _method_file(path, record)
-    if not file.is_file():
+    file = method_file(path, record)
+    if file is None:
         return 0
     model = getattr(pipe, record.denoiser)
     modules = _method_modules(model)
@@ -334,25 +365,13 @@ def start_from(pipe: DiffusionPipeline, folder: Path, denoiser: str) -> None:
         LoraError: if the folder has no such weights, or they do not fit the attached method.
     """
     record = read_record(folder)
-    if record is None or not _method_file(folder, record).is_file():
+    file = None if record is None else method_file(folder, record)
+    if record is None or file is None:
         raise LoraError(
             f"method_weights is {folder}, but must be the output folder of a finished training of a"
             f" method with weights of its own: it has no {METHOD_FILE} beside a {LORA_FILE}"
         )
-    place = _method_file(folder, record).parent
-    load_method_weights(pipe, place, replace(record, denoiser=denoiser))
-
-
-def _method_file(path: Path, record: LoraRecord) -> Path:
-    """The file of the method's own weights, whether or not it is there.
-
-    Args:
-        path: the LoRA's file, the folder of the file, or the folder of the training.
-        record: the result of `read_record`.
-    """
-    folder = path if path.is_dir() else path.parent
-    beside = folder / METHOD_FILE
-    return beside if beside.is_file() else place_of(folder, record.denoiser) / METHOD_FILE
+    load_method_weights(pipe, file.parent, replace(record, denoiser=denoiser))
 
 
 def _target_names(model: torch.nn.Module, targets: tuple[str, ...]) -> list[str]:

@@ -89,6 +89,12 @@ class TrainSettings:
             by a denoiser of this kind have the scale that they were made with.
         teacher_guidance: the scale that such a denoiser is told where it is compared with the dense
             model. None for the pipeline's default.
+        init_lora: file or folder of a LoRA of any program to start from, for the same layers; its
+            rank is the default.
+        ema: the part of a moving average of the weights that each step keeps; the average is
+            written beside the LoRA. None for no average.
+        held_out: number of clips that are not learnt from; the loss on them, with fixed noise, is
+            logged at the start and at each checkpoint. None for none.
         steps: number of optimiser steps.
         batch_size: samples of one process in one forward.
         accumulation: forwards per optimiser step.
@@ -128,6 +134,9 @@ class TrainSettings:
     attention_every: int | None = None
     guidance: float | None = None
     teacher_guidance: float | None = None
+    init_lora: str | None = None
+    ema: float | None = None
+    held_out: int | None = None
     steps: int = 1000
     batch_size: int = 1
     accumulation: int = 1
@@ -291,6 +300,9 @@ _ALLOWED: Mapping[str, Allowed] = {
     "attention_every": whole(1),
     "guidance": _WEIGHT,
     "teacher_guidance": _WEIGHT,
+    "init_lora": Allowed("a name", lambda it: isinstance(it, str) and it.strip() != ""),
+    "ema": number(above=0, below=1),
+    "held_out": whole(1),
     "steps": whole(1),
     "batch_size": whole(1, _LARGEST_BATCH),
     "accumulation": whole(1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,7 +26,10 @@ from diffattn.lora.adapter import (
     save_adapter,
     start_from,
 )
+from diffattn.lora.average import FOLDER as EMA_FOLDER
+from diffattn.lora.average import MovingAverage
 from diffattn.lora.cache import fingerprint
+from diffattn.lora.card import write_card
 from diffattn.lora.checkpoint import (
     Progress,
     checkpoints,
@@ -34,9 +38,13 @@ from diffattn.lora.checkpoint import (
     replace_files,
     save_checkpoint,
 )
+from diffattn.lora.describe import figures_of, read_log
 from diffattn.lora.draws import Clips, draw_batch, sample_numbers, seed_dropout
 from diffattn.lora.errors import LoraError
+from diffattn.lora.held_out import DRAWS, hold_out
+from diffattn.lora.initial import initialise, read_initial, with_its_rank
 from diffattn.lora.losses import Batch, Student
+from diffattn.lora.plot import plot_losses
 from diffattn.lora.recipes import Recipe, recipe_for
 from diffattn.lora.settings import TrainSettings
 from diffattn.methods import Method, from_dict
@@ -45,6 +53,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 LOG_FILE = "losses.jsonl"
+HELD_OUT_FILE = "held-out.jsonl"
+PLOT_FILE = "losses.png"
 SETTINGS_FILE = "settings.json"
 
 # Settings that may change when a run is resumed. A falling learning rate also depends on `steps`.
@@ -97,6 +107,7 @@ class Trainer:
         recipe: Recipe | None = None,
         accelerator: Accelerator | None = None,
         resume: bool = False,
+        density: float | None = None,
     ) -> None:
         """Attach the method, add the LoRA, and load the last checkpoint if there is one.
 
@@ -109,15 +120,18 @@ class Trainer:
             recipe: the recipe of the pipeline; the result of `recipe_for` when None.
             accelerator: the accelerator of the run; made from the settings when None.
             resume: whether to continue a run in `output`; otherwise such a run is an error.
+            density: the part of the token pairs that the method keeps, for the record.
 
         Raises:
             LoraError: if the pipeline cannot be trained with these settings, there are no clips,
                 `output` holds a run and `resume` is False, or the run in `output` has other
                 settings or data.
         """
-        self.pipe, self.settings, self.output = pipe, settings.completed(), output
+        self.pipe, self.output = pipe, output
         self.step = 0
-        self._clips, self._empty = clips, empty
+        # The step of the last look at held-out clips.
+        self._looked_at: int | None = None
+        self._empty, self._density = empty, density
         if getattr(pipe, "scheduler", None) is None:
             raise LoraError(
                 f"{type(pipe).__name__} has no scheduler, which says how noise is added: load it"
@@ -127,11 +141,15 @@ class Trainer:
             raise LoraError(f"{type(pipe).__name__} takes no LoRA in diffusers")
         if not len(clips):
             raise LoraError("there are no clips to learn from")
+        self._clips, self._held_out = hold_out(clips, settings.held_out or 0, settings.seed)
         check_output(output, resume)
         self.accelerator = accelerator or make_accelerator(settings, output)
         try:
             self.recipe = recipe or recipe_for(pipe, settings.denoiser)
             self.recipe.check_settings(settings)
+            initial = read_initial(settings, self.recipe.family)
+            settings = with_its_rank(settings, initial)
+            self.settings = settings.completed()
             self.model: Any = getattr(pipe, self.recipe.denoiser)
             # The fingerprint comes before the method adds weights, which may start at random.
             self._base = fingerprint(self.model)
@@ -141,6 +159,8 @@ class Trainer:
         if settings.method_weights is not None:
             start_from(pipe, Path(settings.method_weights), self.recipe.denoiser)
         self._trained = add_adapter(self.model, self.settings)
+        if initial is not None:
+            initialise(self.model, self._trained, initial)
         if settings.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         student = Student(self.model, self.recipe, pipe.scheduler, self.attachment, self.settings)
@@ -152,6 +172,7 @@ class Trainer:
         found = checkpoints(output)
         if found:
             self.step = load_checkpoint(self.accelerator, found[-1], self._identity())
+        self._average = self._start_average(found[-1] if found else None)
         if self.accelerator.is_main_process:
             self._write_settings()
 
@@ -176,14 +197,20 @@ class Trainer:
             LoraError: if the loss is not finite, or a file cannot be written.
         """
         last = self.settings.steps if until is None else min(until, self.settings.steps)
+        if self.step == 0:
+            self._look_at_held_out()
         while self.step < last:
             made = self._make_step()
+            if self._average is not None:
+                self._average.update(self._trained, self.step)
             if self.accelerator.is_main_process:
                 self._log(made)
                 report(made)
             stopped = self._any(stop()) and self.step < last
             if self.step % self.settings.checkpoint_every == 0 or self.step == last or stopped:
                 self.save_checkpoint()
+                self._look_at_held_out()
+                self._plot()
             if stopped:
                 self.accelerator.end_training()
                 return
@@ -212,9 +239,10 @@ class Trainer:
         weights = self._weights()
         place = place_of(self.output, self.recipe.denoiser)
         if self.accelerator.is_main_process:
-            replace_files(
-                place, lambda folder: save_adapter(self.pipe, self._record(), folder, weights)
-            )
+            replace_files(place, lambda folder: self._write(folder, place, weights))
+            if self._average is not None:
+                average, there = {**weights, **self._average.weights}, place / EMA_FOLDER
+                replace_files(there, lambda folder: self._write(folder, there, average))
         self.accelerator.wait_for_everyone()
         return place / LORA_FILE
 
@@ -275,6 +303,9 @@ class Trainer:
         batch = draw_batch(
             self._clips, self._empty, self.recipe, self.pipe.scheduler, self.settings, numbers
         )
+        return self._on_device(batch)
+
+    def _on_device(self, batch: Batch) -> Batch:
         device = self.accelerator.device
         return Batch(
             batch.latents.to(device),
@@ -299,6 +330,73 @@ class Trainer:
         if self.accelerator.is_main_process:
             place = place_of(folder, self.recipe.denoiser)
             save_adapter(self.pipe, self._record(), place, weights)
+            if self._average is not None:
+                self._average.save(folder)
+
+    def _write(self, folder: Path, place: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        """Write the LoRA and its card into a folder, which is then moved to a place."""
+        record = self._record()
+        save_adapter(self.pipe, record, folder, weights)
+        write_card(folder, place, record, figures_of(self.output))
+
+    def _start_average(self, checkpoint: Path | None) -> MovingAverage | None:
+        """The moving average of the weights, where the last checkpoint left it."""
+        if self.settings.ema is None:
+            return None
+        kind = self.accelerator.distributed_type.value
+        if kind in ("FSDP", "DEEPSPEED"):
+            raise LoraError(
+                f"ema needs the trained weights whole in each process, but {kind} spreads them over"
+                f" all: leave it out"
+            )
+        average = MovingAverage(self._trained, self.settings.ema)
+        if checkpoint is not None:
+            average.load(checkpoint)
+        return average
+
+    def _look_at_held_out(self) -> None:
+        """Log the loss on held-out clips, with the same noise at every look."""
+        if self._held_out is None or self._looked_at == self.step:
+            return
+        self._looked_at = self.step
+        settings = dataclasses.replace(self.settings, caption_dropout=0.0)
+        totals: dict[str, float] = {}
+        draws = max(DRAWS, len(self._held_out))
+        for number in range(draws):
+            batch = draw_batch(
+                self._held_out,
+                self._empty,
+                self.recipe,
+                self.pipe.scheduler,
+                settings,
+                [number],
+            )
+            with torch.no_grad():
+                losses = self._student(self._on_device(batch))
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0.0) + float(loss) / draws
+        if self.accelerator.is_main_process:
+            self._append(HELD_OUT_FILE, {"step": self.step, **totals})
+            if self.settings.trackers:
+                named = {f"held_out_{name}": value for name, value in totals.items()}
+                self.accelerator.log(named, step=self.step)
+
+    def _plot(self) -> None:
+        """Draw the losses so far; a picture that cannot be drawn does not end the training."""
+        if not self.accelerator.is_main_process:
+            return
+        losses, held_out = (
+            [
+                (entry["step"], entry["loss"])
+                for entry in read_log(self.output / name)
+                if {"step", "loss"} <= entry.keys()
+            ]
+            for name in (LOG_FILE, HELD_OUT_FILE)
+        )
+        temporary = self.output / f".{PLOT_FILE}"
+        with contextlib.suppress(OSError):
+            plot_losses(losses, held_out, temporary)
+            temporary.replace(self.output / PLOT_FILE)
 
     def _record(self) -> LoraRecord:
         return LoraRecord(
@@ -307,6 +405,10 @@ class Trainer:
             steps=self.step,
             latents=tuple(self._clips[0]["latents"].shape),
             settings=self.settings.to_dict(),
+            family=self.recipe.family,
+            model=_origin(self.pipe),
+            density=self._density,
+            clips=len(self._clips),
         )
 
     def _identity(self) -> dict[str, Any]:
@@ -327,24 +429,44 @@ class Trainer:
         log = self.output / LOG_FILE
         lines = log.read_text("utf-8").splitlines(keepends=True) if log.is_file() else []
         kept = lines[: self.step]
+        # A run that starts anew has looked at nothing.
+        looks = [
+            json.dumps(entry) + "\n"
+            for entry in read_log(self.output / HELD_OUT_FILE)
+            if 0 < self.step >= entry.get("step", 0)
+        ]
         text = json.dumps(self.settings.to_dict(), indent=1) + "\n"
 
         def write(folder: Path) -> None:
             (folder / SETTINGS_FILE).write_text(text, "utf-8")
             (folder / LOG_FILE).write_text("".join(kept), "utf-8")
+            if (self.output / HELD_OUT_FILE).is_file():
+                (folder / HELD_OUT_FILE).write_text("".join(looks), "utf-8")
 
         replace_files(self.output, write)
 
     def _log(self, made: StepReport) -> None:
         entry = {"step": made.step, **made.losses, "learning_rate": made.learning_rate}
-        try:
-            with (self.output / LOG_FILE).open("a", encoding="utf-8") as log:
-                log.write(json.dumps(entry) + "\n")
-        except OSError as error:
-            raise LoraError(f"cannot write to {self.output / LOG_FILE}: {error.strerror}") from None
+        self._append(LOG_FILE, entry)
         if self.settings.trackers:
             values = {name: value for name, value in entry.items() if name != "step"}
             self.accelerator.log(values, step=made.step)
+
+    def _append(self, name: str, entry: Mapping[str, Any]) -> None:
+        """Write a line of a log."""
+        try:
+            with (self.output / name).open("a", encoding="utf-8") as log:
+                log.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise LoraError(f"cannot write to {self.output / name}: {error.strerror}") from None
+
+
+def _origin(pipe: Any) -> str | None:
+    """Where a pipeline was loaded from: an id of the Hub, or a folder's name without its path."""
+    name = getattr(pipe, "name_or_path", None)
+    if not isinstance(name, str) or not name:
+        return None
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def check_output(output: Path, resume: bool) -> None:

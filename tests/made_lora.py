@@ -9,7 +9,7 @@ import diffattn
 from diffattn.lora.adapter import LoraRecord, add_adapter, save_adapter
 from diffattn.lora.settings import TrainSettings
 from diffattn.methods import from_dict
-from diffattn.models import denoisers
+from diffattn.models import denoisers, family_of
 
 # Methods without dense layers and steps: one that is a mask alone, one with weights of its own.
 NEARBY = {"type": "gna", "window": [3, 3, 3], "dense_layers": 0, "dense_steps": 0}
@@ -46,6 +46,7 @@ def make(
         steps=1,
         latents=(1,),
         settings=given.to_dict(),
+        family=family_of(model).name,
     )
     save_adapter(pipe, record, folder)
     return {

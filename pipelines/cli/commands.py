@@ -22,7 +22,7 @@ from .doctor import EXAMPLES as DOCTOR_EXAMPLES
 from .doctor import doctor
 from .generate import EXAMPLES as GENERATE_EXAMPLES
 from .generate import generate
-from .lora import app as lora_app
+from .lora_files import app as lora_app
 from .mask import EXAMPLES as MASK_EXAMPLES
 from .mask import mask
 from .options import examples

@@ -150,8 +150,11 @@ def compare(
         ),
     ] = None,
     lora: Annotated[
-        str | None,
-        typer.Option(help="LoRA file or folder for all cases, the dense model included."),
+        list[str] | None,
+        typer.Option(
+            metavar="[high=|low=]PATH[:SCALE]",
+            help="LoRA file or folder for all cases, the dense model included; may be repeated.",
+        ),
     ] = None,
     lora_everywhere: options.LoraEverywhere = None,
     no_memory_check: options.NoMemoryCheck = False,

@@ -131,8 +131,12 @@ def generate(
     ] = None,
     no_memory_check: options.NoMemoryCheck = False,
     lora: Annotated[
-        str | None,
-        typer.Option(help="LoRA file or folder; a LoRA of `lora train` brings its method."),
+        list[str] | None,
+        typer.Option(
+            metavar="[high=|low=]PATH[:SCALE]",
+            help="LoRA file or folder, of any program; may be repeated. A LoRA of `lora train` "
+            "brings its method. high and low are the experts of Wan 2.2.",
+        ),
     ] = None,
     lora_everywhere: options.LoraEverywhere = None,
     prompts_file: Annotated[

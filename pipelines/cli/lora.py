@@ -113,6 +113,28 @@ def train(
             help="Folder of encoded clips (default: clips in --output).", rich_help_panel=_DATA
         ),
     ] = None,
+    init_lora: Annotated[
+        str | None,
+        typer.Option(
+            help="LoRA file or folder, of any program, to start from (its rank is the default).",
+            rich_help_panel=_ADAPTER,
+        ),
+    ] = None,
+    ema: Annotated[
+        float | None,
+        typer.Option(
+            help="Also write a moving average of the weights, of which each step keeps this part, "
+            "such as 0.99.",
+            rich_help_panel=_SCHEDULE,
+        ),
+    ] = None,
+    held_out: Annotated[
+        int | None,
+        typer.Option(
+            help="Clips to keep out; the loss on them is logged at each checkpoint.",
+            rich_help_panel=_WATCH,
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Optimiser steps (default: 1000).", rich_help_panel=_SCHEDULE)
     ] = None,
@@ -243,6 +265,13 @@ def train(
         ),
     ] = None,
     validation_prompt: Annotated[list[str] | None, typer.Option(rich_help_panel=_WATCH)] = None,
+    validation_prompts_file: Annotated[
+        str | None,
+        typer.Option(
+            help="UTF-8 file with one prompt a line, beside or instead of --validation-prompt.",
+            rich_help_panel=_WATCH,
+        ),
+    ] = None,
     validation_steps: Annotated[
         int | None,
         typer.Option(

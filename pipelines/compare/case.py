@@ -39,7 +39,8 @@ class Case:
         attention: the method, as its `to_dict()` gives it.
         dtype: the type of the model where it is not that of the comparison.
         other_kernel: whether dense attention runs by another kernel than torch would choose.
-        lora: file or folder of a LoRA in the place of the comparison's own; None for that one.
+        lora: file or folder of a LoRA, or of several, in the place of the comparison's own; None
+            for that one.
         lora_everywhere: as `Request.lora_everywhere`.
         cache: a step cache, see `caches`; None for none.
         groups: the parts of a study that the case belongs to.
@@ -49,7 +50,7 @@ class Case:
     attention: Mapping[str, Any] = field(default_factory=lambda: dict(_PLAIN))
     dtype: str | None = None
     other_kernel: bool = False
-    lora: str | None = None
+    lora: str | tuple[str, ...] | None = None
     lora_everywhere: bool = False
     cache: str | None = None
     groups: tuple[str, ...] = ()
@@ -60,7 +61,7 @@ class Case:
         return self.name in FLOORS
 
     @property
-    def loads(self) -> tuple[str | None, str | None, bool]:
+    def loads(self) -> tuple[str | None, str | tuple[str, ...] | None, bool]:
         """What cases have in common that a loaded model serves: type, LoRA, where it is on."""
         return self.dtype, self.lora, self.lora_everywhere
 
@@ -202,13 +203,15 @@ def _case(name: str, value: Any, path: Path) -> Case:
     groups = value.get("groups", [])
     if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups):
         raise UserError(f"{where}: 'groups' must be a list of text, not {shortened(groups)}")
-    for entry in ("lora", "cache"):
-        if not isinstance(value.get(entry, ""), str):
+    lora = value.get("lora")
+    several = tuple(lora) if isinstance(lora, list) else () if lora is None else (lora,)
+    for entry, texts in (("lora", several), ("cache", (value.get("cache", ""),))):
+        if not all(isinstance(text, str) for text in texts):
             raise UserError(f"{where}: {entry!r} must be text, not {shortened(value[entry])}")
     return Case(
         name,
         _method(value["attention"], where),
-        lora=value.get("lora"),
+        lora=several if isinstance(lora, list) else lora,
         lora_everywhere=value.get("lora_everywhere") is True,
         cache=value.get("cache"),
         groups=tuple(groups),

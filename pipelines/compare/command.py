@@ -15,6 +15,7 @@ from ..run.processes import count as processes
 from ..run.prompts import read_prompts
 from ..run.request import TEXT, Request, check_option
 from ..run.sources import source_files
+from ..run.trained_lora import with_paths
 from .case import (
     Case,
     case_of_file,
@@ -182,10 +183,12 @@ def base_request(given: Mapping[str, Any], prompt: str) -> Request:
         UserError: for a setting that no model could use.
     """
     settings = dict(given)
-    for name in ("model", "lora", "last_image", "input"):
+    for name in ("model", "last_image", "input"):
         if name in given:
             check_option(name, given[name], TEXT)
             settings[name] = absolute(given[name])
+    if "lora" in given:
+        settings["lora"] = with_paths(given["lora"], absolute)
     if "image" in given:
         settings["image"] = tuple(absolute(name) for name in given["image"])
     base = Request.from_dict(settings | {"prompt": prompt, "attention": {"type": "dense"}})

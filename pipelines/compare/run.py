@@ -24,7 +24,7 @@ from ..run.refusals import refusals
 from ..run.request import BUNDLED_MODEL
 from ..run.sizing import Run, complete
 from ..run.sources import Sources, read_sources
-from ..run.trained_lora import read_lora_record
+from ..run.trained_lora import loras_of, read_lora_record
 from ..run.video import write_picture, write_video
 from ..run.vocabulary import warn_of_words
 from .caches import cached, check_cache
@@ -143,7 +143,8 @@ class _Phase:
         record = None if first.lora is None else read_lora_record(first.lora)
         sources = read_sources(first, self._say)
         loaded = load_model(first, record)
-        shown = "" if first.lora is None else f" with the LoRA {first.lora}"
+        names = " and ".join(str(lora.path) for lora in loras_of(first.lora))
+        shown = f" with the LoRA {names}" if names else ""
         self._say(f"{base.model}{shown}: {loaded.dtype} on {loaded.device}")
         for name in dict.fromkeys(case.name for _, case in self.left):
             self._check(self._comparison.case(name), loaded, sources)

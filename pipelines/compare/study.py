@@ -300,5 +300,5 @@ def _train(cases: Sequence[Case], say: _Say) -> None:
     from .study_loras import train
 
     for case in cases:
-        assert case.lora is not None
+        assert isinstance(case.lora, str)
         train(dict(case.attention), Path(case.lora), say)

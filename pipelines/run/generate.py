@@ -30,7 +30,7 @@ from .request import Request
 from .sidecar import write_record
 from .sizing import Run, call_arguments, complete
 from .sources import read_sources
-from .trained_lora import load_weights_of_method, where_on
+from .trained_lora import load_weights_of_method, where_all_are_on
 from .video import write_picture, write_video
 from .vocabulary import warn_of_words
 
@@ -164,8 +164,13 @@ def _make(
     describe(f"attention: {attention.pop('summary')}")
     if run.record is not None:
         dense_steps = attention.get("dense_steps", 0) + attention.get("last_dense_steps", 0)
-        line = where_on(method.type, run.record, dense_steps, everywhere=request.lora_everywhere)
-        if line is not None:
+        for line in where_all_are_on(
+            method.type,
+            request.lora,
+            run.record,
+            dense_steps,
+            everywhere=request.lora_everywhere,
+        ):
             describe(line)
     dense = None
     if request.compare:
@@ -329,7 +334,6 @@ def attached(pipe: DiffusionPipeline, run: Run) -> Iterator[Any]:
         attachment = diffattn.set_attn_processor(pipe, run.method)
     try:
         if run.record is not None:
-            assert run.request.lora is not None
             load_weights_of_method(pipe, run.method, run.request.lora, run.record)
         yield attachment
     finally:

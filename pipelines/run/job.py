@@ -17,7 +17,7 @@ from .prompts import read_prompts
 from .request import BUNDLED_MODEL, TEXT, Request, check_option
 from .sidecar import read_settings
 from .sources import source_files
-from .trained_lora import read_lora_record
+from .trained_lora import loras_of, read_lora_record, with_paths
 
 if TYPE_CHECKING:
     from diffattn.lora.adapter import LoraRecord
@@ -92,14 +92,15 @@ def plan_job(
         for change in changes:
             say(f"note: {change}: the frames may differ")
     settings |= given
-    for name in ("model", "lora", "last_image", "input"):
+    for name in ("model", "last_image", "input"):
         if name in given:
             check_option(name, given[name], TEXT)
             settings[name] = absolute(given[name])
+    if "lora" in given:
+        settings["lora"] = with_paths(given["lora"], absolute)
     if "image" in given:
         settings["image"] = tuple(absolute(name) for name in given["image"])
-    lora = settings.get("lora")
-    record = read_lora_record(lora) if isinstance(lora, str) and lora.strip() else None
+    record = _lora_record(settings, given, method)
     # A repeated run keeps the method of its record.
     trained = record if "lora" in given else None
     open_method = (method.name, method.config, settings.get("attention"), trained) == (None,) * 4
@@ -110,8 +111,7 @@ def plan_job(
     first = requests[0]
     _check_steps(first)
     check_processes(first)
-    if first.lora is not None:
-        inputs.append(Path(first.lora))
+    inputs += [Path(lora.path) for lora in loras_of(first.lora)]
     inputs += source_files(first)
     several = source.prompts_file is not None
     pictures = first.model != BUNDLED_MODEL and model_makes_pictures(first.model)
@@ -131,6 +131,20 @@ def _check_steps(request: Request) -> None:
         make_method(request.attention).at_step(0, request.steps)
     except ValueError as error:
         raise UserError(f"--steps {request.steps}: {error}") from None
+
+
+def _lora_record(
+    settings: Mapping[str, Any], given: Mapping[str, Any], method: MethodOptions
+) -> LoraRecord | None:
+    """The record of the LoRAs in settings, which may come from a file that anybody has edited."""
+    lora = settings.get("lora")
+    names = lora if isinstance(lora, list | tuple) else (lora,)
+    if not all(TEXT.holds(name) for name in names):
+        return None  # `Request` refuses them, by their name
+    # An option chooses the method, or a repeated run's record does; otherwise the LoRAs do.
+    agreeing = method.name is None and method.config is None
+    agreeing = agreeing and ("lora" in given or "attention" not in settings)
+    return read_lora_record(tuple(names), agreeing=agreeing)
 
 
 def check_output_name(output: str | None) -> None:

@@ -42,7 +42,8 @@ class Request:
         input: file of a video to change.
         strength: how much of `image` or `input` is changed, from 0 to 1.
         fps: frames a second of the file.
-        lora: file or folder of a LoRA.
+        lora: file or folder of a LoRA, or several, each with a scale or an expert, see
+            `trained_lora.loras_of`.
         lora_everywhere: whether the LoRA stays on in calls that it was not trained for.
         compare: whether the dense video or picture is rendered too.
     """
@@ -66,7 +67,7 @@ class Request:
     device: str | None = None
     offload: str = "none"
     context_parallel: str = "none"
-    lora: str | None = None
+    lora: str | tuple[str, ...] | None = None
     lora_everywhere: bool = False
     compare: bool = False
 
@@ -74,6 +75,10 @@ class Request:
         """Raise UserError, with the name of the option, for a setting that no model could use."""
         if isinstance(self.image, list):  # as JSON has it
             object.__setattr__(self, "image", tuple(self.image))
+        if isinstance(self.lora, list):
+            object.__setattr__(self, "lora", tuple(self.lora))
+        if isinstance(self.lora, tuple) and len(self.lora) < 2:
+            object.__setattr__(self, "lora", self.lora[0] if self.lora else None)
         for name in refused(self, _ALLOWED):
             check_option(name, getattr(self, name), _ALLOWED[name])
         if self.compare and self.attention["type"] == "dense":
@@ -170,7 +175,7 @@ _ALLOWED: Mapping[str, Allowed] = {
     "device": TEXT,
     "offload": choice(OFFLOADS),
     "context_parallel": choice(CONTEXT_PARALLEL),
-    "lora": TEXT,
+    "lora": Allowed("text", lambda value: TEXT.holds(value) or _are_names(value)),
     "lora_everywhere": FLAG,
     "compare": FLAG,
 }

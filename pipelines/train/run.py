@@ -34,6 +34,7 @@ from ..run.machine import quiet_libraries
 from ..run.memory import check_memory
 from ..run.method_settings import MethodOptions, attention_settings
 from ..run.processes import rank
+from ..run.prompts import read_prompts as lines_of
 from ..run.refusals import lacks, refusals
 from ..run.request import BUNDLED_MODEL, DTYPES, TEXT, Request, check_option, option
 from ..run.video import check_format
@@ -77,6 +78,7 @@ class TrainJob:
         teacher_steps: denoising steps of each such video.
         validate_every: optimiser steps between validation videos.
         validation_prompts: prompts of the validation videos.
+        validation_prompts_file: file with more of these, one a line.
         validation_steps: denoising steps of the validation videos.
         lora_everywhere: whether the LoRA stays on in the dense steps of validation videos.
         dtype: of the frozen model.
@@ -97,6 +99,7 @@ class TrainJob:
     teacher_steps: int | None = None
     validate_every: int | None = None
     validation_prompts: tuple[str, ...] = ()
+    validation_prompts_file: str | None = None
     validation_steps: int | None = None
     lora_everywhere: bool = False
     dtype: str | None = None
@@ -125,6 +128,10 @@ class TrainJob:
                     f"{option(name)} is about the videos that the dense model makes of --prompts,"
                     f" which is not given"
                 )
+        if self.validation_prompts_file is not None:
+            more = lines_of(Path(self.validation_prompts_file).expanduser()).prompts
+            object.__setattr__(self, "validation_prompts", (*self.validation_prompts, *more))
+            object.__setattr__(self, "validation_prompts_file", None)
         if bool(self.validation_prompts) != (self.validate_every is not None):
             raise UserError("--validate-every and --validation-prompt go together")
         for name in ("lora_everywhere", "validation_steps"):
@@ -151,7 +158,9 @@ def _are_texts(value: object) -> bool:
 
 
 _ALLOWED: Mapping[str, Allowed] = {
-    **dict.fromkeys(("model", "data", "captions", "prompts", "cache", "device"), TEXT),
+    **dict.fromkeys(
+        ("model", "data", "captions", "prompts", "cache", "device", "validation_prompts_file"), TEXT
+    ),
     **dict.fromkeys(("height", "width", "num_frames"), whole(1)),
     **dict.fromkeys(("teacher_steps", "validate_every", "validation_steps"), whole(1)),
     # The list of the videos is made at once.
@@ -312,6 +321,7 @@ def _run_alone(
     """Make the run in a folder that no other run writes into."""
     from diffattn.lora.adapter import SECOND_EXPERT, check_adapter, place_of
     from diffattn.lora.errors import LoraError
+    from diffattn.lora.initial import read_initial, with_its_rank
     from diffattn.lora.progress import shown
     from diffattn.lora.recipes import recipe_for
     from diffattn.lora.trainer import Trainer, make_accelerator
@@ -341,8 +351,9 @@ def _run_alone(
         settings = dataclasses.replace(settings, guidance=recipe.guidance)
     # Encoding may take hours: what can be refused is refused before.
     recipe.check_settings(settings)
+    settings = with_its_rank(settings, read_initial(settings, recipe.family))
     check_adapter(getattr(loaded.pipe, recipe.denoiser), settings)
-    _check_method(loaded.pipe, settings.attention, job)
+    density = _check_method(loaded.pipe, settings.attention, job)
     # The first process encodes the clips; the other processes find them in the folder.
     with accelerator.main_process_first(), _preparing(_clips_folder(job, output), say):
         clips = _prepare(job, loaded, recipe, output, accelerator.device, say, warn)
@@ -359,6 +370,7 @@ def _run_alone(
         recipe=recipe,
         accelerator=accelerator,
         resume=resume,
+        density=density,
     )
     validation = _validation(job, loaded, trainer, say)
     count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -506,8 +518,12 @@ def _complete(job: TrainJob, loaded: LoadedModel) -> TrainJob:
     return full
 
 
-def _check_method(pipe: Any, attention: Mapping[str, Any], job: TrainJob) -> None:
-    """Raise UserError if the method does not fit the model or the size of the clips."""
+def _check_method(pipe: Any, attention: Mapping[str, Any], job: TrainJob) -> float | None:
+    """The part of the token pairs that the method keeps, for a method with a mask of its own.
+
+    Raises:
+        UserError: if the method does not fit the model or the size of the clips.
+    """
     import torch
 
     import diffattn
@@ -520,7 +536,7 @@ def _check_method(pipe: Any, attention: Mapping[str, Any], job: TrainJob) -> Non
         attachment = diffattn.set_attn_processor(pipe, from_dict(attention))
         try:
             assert attachment is not None
-            attachment.describe(pipeline_grid(pipe, **size), 1)
+            return attachment.describe(pipeline_grid(pipe, **size), 1).density
         finally:
             diffattn.set_attn_processor(pipe, None)
 

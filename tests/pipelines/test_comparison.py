@@ -150,6 +150,20 @@ class TestRun:
         assert again.code == 0
         assert "of the token pairs for" not in again.out
 
+    def test_several_loras_with_scales(self, compare: Any, tmp_path: Path, tiny_lora: Path) -> None:
+        two = ["--lora", f"{tiny_lora}:0.5", "--lora", f"{tiny_lora}:0.5"]
+        cases = {"once": {"attention": "dense", "lora": str(tiny_lora)}}
+        cases["off"] = {"attention": "dense", "lora": [f"{tiny_lora}:0", f"{tiny_lora}:0"]}
+        (tmp_path / "cases.json").write_text(json.dumps(cases))
+        result = compare(PROMPTS[0], "--cases", "cases.json", *MEASURES, *two)
+        assert result.code == 0, result.err
+        assert f" with the LoRA {tiny_lora} and {tiny_lora}: " in result.out
+        rows = table(tmp_path / "out")
+        psnr = {row["case"]: float(row["psnr"]) for row in rows if row["psnr"]}
+        # The dense model has both, which make the one: equal but for rounding.
+        assert psnr.get("once", math.inf) > 60
+        assert psnr["off"] < 50
+
     def test_loras_of_all_cases_and_of_one(
         self, compare: Any, tmp_path: Path, tiny_lora: Path
     ) -> None:

@@ -21,7 +21,8 @@ from .conftest import Result
 
 COMMANDS = [
     ("generate",), ("upscale",), ("plan",), ("mask",), ("calibrate",), ("methods",), ("models",),
-    ("lora", "train"), ("compare",), ("study",),
+    ("lora", "train"), ("lora", "info"), ("lora", "convert"), ("lora", "merge"), ("lora", "join"),
+    ("compare",), ("study",),
 ]  # fmt: skip
 WITH_METHODS = ["generate", "upscale", "plan", "mask", "lora train"]
 

@@ -313,6 +313,37 @@ class TestTrain:
         logs = [(tmp_path / run / "losses.jsonl").read_text() for run in (OUT, "alone")]
         assert logs[0] == logs[1]
 
+    def test_validation_prompts_from_a_file(
+        self, train: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        (tmp_path / "watch.txt").write_text("a cow\n\na red ball\n")
+        validation = ["--validate-every", 2, "--validation-prompts-file", "watch.txt"]
+        validation += ["--validation-steps", 1, "--validation-prompt", "a horse"]
+        result = train("--prompts", "prompts.txt", *CELLS, *validation)
+        assert result.code == 0, result.err
+        videos = sorted(path.name for path in (tmp_path / OUT / "validation").rglob("*.mp4"))
+        assert videos == ["00-a-horse.mp4", "01-a-cow.mp4", "02-a-red-ball.mp4"]
+        assert "| PSNR to dense, dB | " in (tmp_path / OUT / "README.md").read_text()
+        missing = ["--validate-every", 2, "--validation-prompts-file", "none.txt"]
+        error = train("--prompts", "prompts.txt", "-o", "other", *missing).error
+        assert error == "cannot read prompt file none.txt: No such file or directory"
+
+    def test_what_is_left_beside_the_lora(
+        self, train: Callable[..., Result], generate: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        result = train("--prompts", "prompts.txt", *CELLS, "--ema", 0.9, "--held-out", 1)
+        assert result.code == 0, result.err
+        files = {path.name for path in (tmp_path / OUT).iterdir()}
+        assert {"README.md", "losses.png", "held-out.jsonl", "ema"} <= files
+        card = (tmp_path / OUT / "README.md").read_text()
+        assert "| density | " in card
+        assert "| loss on held-out clips | " in card
+        assert generate("a cat", "-o", "ema.png", "--lora", f"{OUT}/ema").code == 0
+        more = ["--init-lora", OUT, "-o", "more"]
+        result = train("--prompts", "prompts.txt", *CELLS, *more)
+        assert result.code == 0, result.err
+        assert f"| started from | {OUT} |" in (tmp_path / "more" / "README.md").read_text()
+
     def test_validation_leaves_it_off_in_dense_steps(
         self, train: Callable[..., Result], tmp_path: Path
     ) -> None:
