@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from diffattn._checks import Allowed, check_fields, choice, count, is_whole
+from diffattn._checks import Allowed, check_fields, choice, count, is_whole, lists_to_tuples
 from diffattn.curves import CURVES, along_curve
 from diffattn.grid import TokenGrid
 from diffattn.kernels.autocast import autocast_off
@@ -35,6 +35,10 @@ _ALLOWED = {
     ),
     "order": choice(ORDERS),
     "neighbours": count(0),
+    "frames": Allowed(
+        "integers, the indices of latent frames",
+        lambda value: isinstance(value, tuple) and all(map(is_whole, value)),
+    ),
     "remainder": choice(REMAINDERS),
 }
 REMAINDER_HELP = f"blocks that are not selected: {', '.join(REMAINDERS)}"
@@ -59,6 +63,8 @@ class SelectedBlocksMethod(Method):
             "tile" for boxes of `block` tokens, or a curve of `diffattn.curves`.
         neighbours: blocks before and after its own that a query block always sees; 0 for its own
             block alone.
+        frames: latent frames of the video whose blocks every query sees, such as (0,) for the first
+            and (0, -1) for the first and the last. References have no such frames.
         remainder: "drop" to leave out blocks that are not selected; "summary" to see each of them
             by its mean key and mean value (arXiv 2607.24027); "block-summary" for the same by the
             scores of a query block's mean, which cost next to nothing (comfy-kitchen).
@@ -69,7 +75,7 @@ class SelectedBlocksMethod(Method):
 
     traced_whole: ClassVar[bool] = True
     shared_between_steps: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "_seen": ("block", "neighbours", "references"),
+        "_seen": ("block", "order", "neighbours", "frames", "references"),
         "_places": ("block", "order", "references"),
         "_blocks": ("block",),
     }
@@ -78,6 +84,9 @@ class SelectedBlocksMethod(Method):
     order: str = field(default="morton", metadata={"help": f"one of {', '.join(ORDERS)}"})
     neighbours: int = field(
         default=0, metadata={"help": "blocks beside its own that a query block always sees"}
+    )
+    frames: tuple[int, ...] = field(
+        default=(), metadata={"help": "latent frames that every query sees, such as 0 or 0,-1"}
     )
     remainder: str = field(default="drop", metadata={"help": REMAINDER_HELP})
     _places: dict[tuple[TokenGrid, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(
@@ -92,6 +101,9 @@ class SelectedBlocksMethod(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        lists_to_tuples(self, "frames")
+        if is_whole(self.frames):
+            object.__setattr__(self, "frames", (self.frames,))
         check_fields(self, _ALLOWED)
 
     @abstractmethod
@@ -215,11 +227,32 @@ class SelectedBlocksMethod(Method):
             pairs |= (owner < 0)[:, None] | (owner < 0)
             if self.references != "local":
                 pairs |= owner[:, None] != owner
+            pairs |= self._of_frames(grid)
             candidates = (~pairs).sum(1)
             counts = tuple(candidates[candidates > 0].unique().tolist())
             with torch.inference_mode(False):
                 self._seen[known] = Always(pairs.to(device), candidates.to(device), counts)
         return self._seen[known]
+
+    def _of_frames(self, grid: TokenGrid) -> torch.Tensor:
+        """Whether each block holds a token of `frames`, bool (blocks,).
+
+        Raises:
+            ValueError: if the video has no such frame.
+        """
+        is_of_frames = torch.zeros(grid.frames, grid.height * grid.width, dtype=torch.bool)
+        for frame in self.frames:
+            if not -grid.frames <= frame < grid.frames:
+                raise ValueError(
+                    f"frames has {frame}, but the video has {grid.frames} latent frames: give"
+                    f" numbers from 0 to {grid.frames - 1}, or from -1 back to {-grid.frames}"
+                )
+            is_of_frames[frame] = True
+        of_token = torch.zeros(grid.tokens + -grid.tokens % self.block, dtype=torch.bool)
+        of_token[grid.video] = is_of_frames.flatten()
+        there, _ = self._permutation(grid, torch.device("cpu"))
+        of_token[: grid.tokens] = of_token[there]
+        return of_token.unflatten(0, (-1, self.block)).any(1)
 
     def _owners(self, grid: TokenGrid) -> torch.Tensor:
         """The number of the span that each block lies in, int64 (blocks,); -1 for no single one."""

@@ -8,7 +8,7 @@ together. Blocks that the tokens themselves make are `clusters`, which stand on 
 `cluster_errors` chooses among them.
 """
 
-from diffattn.routing.keep import AboveMean, Count, Mass, Share
+from diffattn.routing.keep import Above, AboveMean, Count, Mass, Share
 from diffattn.routing.lists import layout_of_blocks
 from diffattn.routing.pooled import Pooled
 from diffattn.routing.remainders import REMAINDERS, attention_of_blocks
@@ -17,6 +17,7 @@ from diffattn.routing.scores import mean_scores, part_scores
 
 __all__ = [
     "REMAINDERS",
+    "Above",
     "AboveMean",
     "Count",
     "Mass",

@@ -135,8 +135,32 @@ class AboveMean:
         return 1 - NormalDist().cdf(self.tau)
 
 
-Value: TypeAlias = Share | Count | Mass | AboveMean
-_VALUES: dict[str, type[Value]] = {value.name: value for value in (Share, Count, Mass, AboveMean)}
+@dataclass(frozen=True)
+class Above:
+    """The blocks whose score is above a constant, which was calibrated for a model.
+
+    Attributes:
+        score: the constant.
+    """
+
+    name: ClassVar[str] = "above"
+
+    score: float
+
+    def __post_init__(self) -> None:
+        check_fields(self, {"score": number()})
+
+    def __call__(self, scores: torch.Tensor, pooled: Pooled) -> torch.Tensor:
+        return _candidates(scores, pooled) & (scores > self.score)
+
+    def expected(self, always: Always) -> None:
+        return None
+
+
+Value: TypeAlias = Share | Count | Mass | AboveMean | Above
+_VALUES: dict[str, type[Value]] = {
+    value.name: value for value in (Share, Count, Mass, AboveMean, Above)
+}
 
 
 def as_json(value: Value) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import diffattn
 from diffattn import BlockTopKAttn, SolAttn, TokenGrid
 from diffattn.methods import METHODS, from_dict, register_method
 from diffattn.methods.base import Site
-from diffattn.routing import AboveMean, Count, Mass, Pooled, Share, mean_scores
+from diffattn.routing import Above, AboveMean, Count, Mass, Pooled, Share, mean_scores
 
 GRID = TokenGrid(3, 6, 9, text_before=5, text_after=20)
 
@@ -117,6 +117,18 @@ def test_a_score_of_minus_infinity_or_nan_rules_a_pair_out() -> None:
             assert torch.equal(kept.sum(-1), candidates.sum(1).clamp(max=3).expand(2, 2, -1))
 
 
+def test_a_constant_is_a_threshold() -> None:
+    q, k, _ = tokens()
+    above = BlockTopKAttn(block=16, score="mean", keep=Above(0.05))
+    by_hand = BlockTopKAttn(
+        block=16, score="mean", keep=lambda scores, pooled: pooled.candidates & (scores > 0.05)
+    )
+    chosen = above.selection(q, k, site())
+    assert torch.equal(chosen, by_hand.selection(q, k, site()))
+    assert 0 < chosen.float().mean() < 1
+    assert above.work(GRID, 0, 2, 8) is None
+
+
 def test_counts_and_masses_are_what_they_say() -> None:
     q, k, _ = tokens()
     method = BlockTopKAttn(block=16, score="mean", keep=Count(2))
@@ -185,7 +197,9 @@ def test_methods_with_functions_are_values() -> None:
     assert method.for_model("wan2.1").score is means_product
 
 
-@pytest.mark.parametrize("rule", [Share(0.3), Count(7), Mass(0.9, 2), AboveMean(-0.5, "diagonal")])
+@pytest.mark.parametrize(
+    "rule", [Share(0.3), Count(7), Mass(0.9, 2), AboveMean(-0.5, "diagonal"), Above(0.1)]
+)
 def test_rules_go_to_json_and_back(rule: Any) -> None:
     method = BlockTopKAttn(keep=rule, score="mean")
     entry = json.loads(json.dumps(method.to_dict()))
@@ -230,7 +244,7 @@ def test_plans_know_what_values_keep_and_refuse_what_they_cannot_know() -> None:
         ({"keep": Mass}, "keep is <class .*, but must be a number above 0 and at most 1, or a rul"),
         (
             {"keep": {"rule": "best"}},
-            "there is no rule 'best'; choose from above-mean, count",
+            "there is no rule 'best'; choose from above, above-mean",
         ),
         ({"keep": {"rule": "mas"}}, "there is no rule 'mas'; did you mean 'mass'?"),
         ({"keep": {"rule": "mass"}}, "the rule 'mass' needs a value 'share'"),

@@ -322,3 +322,57 @@ def test_the_plan_counts_what_remains_by_query_or_by_block() -> None:
 def test_bad_parameters_are_named(cls: Any, parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cls(**parameters)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("grid", "frames"),
+    [
+        (TokenGrid(5, 6, 7), (0,)),
+        (TokenGrid(9, 8, 8, text_before=5, text_after=3), (0, -1)),
+        (TokenGrid(4, 4, 9, 0, 40, references=(Reference(144, 1, 4, 10),)), (2, -4)),
+    ],
+)
+def test_frames_are_seen_by_every_query(
+    grid: TokenGrid, frames: tuple[int, ...], order: str
+) -> None:
+    q, k, v = torch.randn(3, 1, grid.tokens, 2, 8, generator=torch.Generator().manual_seed(0))
+    fixed: dict[str, Any] = {"block": 16, "order": order, "keep": 0.15}
+    method = BlockTopKAttn(frames=frames, **fixed)
+    of_frame = torch.zeros(grid.tokens, dtype=torch.bool)
+    area = grid.height * grid.width
+    for frame in frames:
+        first = grid.text_before + frame % grid.frames * area
+        of_frame[first : first + area] = True
+    chosen = method.selection(q, k, site(grid))
+    without = BlockTopKAttn(**fixed).selection(q, k, site(grid))
+    for head in range(2):
+        seen = method.selection_mask(chosen[0, head], grid).dense()
+        assert seen[:, of_frame].all()
+        # A block that holds no token of the frames is chosen as before, though among fewer.
+        assert not seen.all()
+        assert (
+            not BlockTopKAttn(**fixed)
+            .selection_mask(without[0, head], grid)
+            .dense()[:, of_frame]
+            .all()
+        )
+    torch.testing.assert_close(
+        method.attend(q, k, v, site(grid)).double(),
+        truth(method, q, k, v, grid),
+        atol=2e-6,
+        rtol=1e-5,
+    )
+
+
+def test_frames_that_are_none() -> None:
+    assert BlockTopKAttn(frames=0) == BlockTopKAttn(frames=(0,)) == BlockTopKAttn(frames=[0])  # type: ignore[arg-type]
+    q = torch.zeros(1, 24, 1, 8)
+    method = BlockTopKAttn(frames=(3,), block=16)
+    message = (
+        "frames has 3, but the video has 2 latent frames: give numbers from 0 to 1, or from -1"
+    )
+    with pytest.raises(ValueError, match=message):
+        method.attend(q, q, q, site(TokenGrid(2, 3, 4)))
+    with pytest.raises(ValueError, match="frames is 'first', but must be integers, the indices of"):
+        BlockTopKAttn(frames="first")  # type: ignore[arg-type]
