@@ -237,5 +237,6 @@ KNOBS: Mapping[str, Knob] = {
         }
     ),
     "sla": Knob(lambda x, grid, method: {"keep": max(0.001, round(x, 4))}),
+    "sla2": Knob(lambda x, grid, method: {"keep": max(0.001, round(x, 4))}),
     "vsa": Knob(lambda x, grid, method: {"keep": max(0.001, round(x, 4))}),
 }

@@ -40,6 +40,7 @@ _SMALL = {
     "block-topk": "block=32",
     "svg2": "block=32 query_cluster=25 key_cluster=25",
     "sla": "block_q=32 block_kv=32",
+    "sla2": "block_q=32 block_kv=32",
 }
 # Methods without a share of the pairs, with their own settings.
 _WITHOUT_PAIRS = ("agent", "linfusion")

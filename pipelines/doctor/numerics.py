@@ -16,6 +16,7 @@ from diffattn import (
     DenseAttn,
     GNAAttn,
     LinFusionAttn,
+    Policy,
     SLA2Attn,
     SVG2Attn,
     TokenGrid,
@@ -37,6 +38,7 @@ _GRID = TokenGrid(5, 8, 16, text_after=5)
 _SPARSE: dict[str, dict[str, Any]] = {
     "freeswim": {"radius": (2, 3)},
     "lvsa": {"window": 1, "period": 0},
+    "policy": {"rules": ({"method": {"type": "gna", "window": (3, 5, 5)}},)},
     "by-head": {"parts": ((GNAAttn(window=(3, 5, 5)), 1), (DenseAttn(), 1))},
 }
 _HEADS, _HEAD_DIM = 2, 32
@@ -133,6 +135,9 @@ def _truth(case: Case, shape: Shape, qkv: list[torch.Tensor]) -> Truth:
         return _by_agents(method, grid, q, k, v)
     if isinstance(method, ByHeadAttn):
         return _by_head(case, shape, qkv)
+    if isinstance(method, Policy):
+        of_layer = method.at_layer(case.layer, case.layers).at_step(0, 0)
+        return _truth(replace(case, method=of_layer.for_model("", grid.alone)), shape, qkv)
     selection = selection_call(case, shape, qkv)
     if selection is None:
         return None
