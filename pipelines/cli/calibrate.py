@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from ..run.request import DTYPES, OFFLOADS
 from . import options
 from .say import say, warn
 
@@ -97,29 +96,9 @@ def calibrate(
             rich_help_panel=options.SAMPLING,
         ),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(DTYPES),
-            help="Default: float32 on the CPU, else bfloat16.",
-            rich_help_panel=options.MACHINE,
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="cpu, cuda, cuda:1, .. (default: the accelerator, if any).",
-            rich_help_panel=options.MACHINE,
-        ),
-    ] = None,
-    offload: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(OFFLOADS),
-            help="What waits in main memory.",
-            rich_help_panel=options.MACHINE,
-        ),
-    ] = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    offload: options.Offload = None,
     no_memory_check: options.NoMemoryCheck = False,
 ) -> None:
     """Find the policy that is nearest to dense at a wanted work, by rendering with it.

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ..run.request import DTYPES, OFFLOADS
 from . import options
 from .say import say, warn
 
@@ -130,25 +129,9 @@ def compare(
     fps: Annotated[
         float | None, typer.Option(help="As in generate.", rich_help_panel=options.SIZE)
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(DTYPES),
-            help="Default: float32 on the CPU, else bfloat16.",
-            rich_help_panel=options.MACHINE,
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="As in generate.", rich_help_panel=options.MACHINE)
-    ] = None,
-    offload: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(OFFLOADS),
-            help="What waits in main memory.",
-            rich_help_panel=options.MACHINE,
-        ),
-    ] = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    offload: options.Offload = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..run.request import CONTEXT_PARALLEL, DTYPES, OFFLOADS
+from ..run.request import CONTEXT_PARALLEL
 from . import options
 from .say import say, warn
 
@@ -98,29 +98,9 @@ def generate(
             rich_help_panel=options.SIZE,
         ),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(DTYPES),
-            help="Default: float32 on the CPU, else bfloat16.",
-            rich_help_panel=options.MACHINE,
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="cpu, cuda, cuda:1, .. (default: the accelerator, if any).",
-            rich_help_panel=options.MACHINE,
-        ),
-    ] = None,
-    offload: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(OFFLOADS),
-            help="What waits in main memory.",
-            rich_help_panel=options.MACHINE,
-        ),
-    ] = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    offload: options.Offload = None,
     context_parallel: Annotated[
         str | None,
         typer.Option(

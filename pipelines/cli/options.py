@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..run.request import BUNDLED_MODEL
+from ..run.request import BUNDLED_MODEL, DTYPES, OFFLOADS
 
 _FROM_MODEL = "Default: the model's."
 
@@ -45,6 +45,26 @@ LoraEverywhere = Annotated[
     ),
 ]
 
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="|".join(DTYPES),
+        help="Default: float32 on the CPU, else bfloat16.",
+        rich_help_panel=MACHINE,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu, cuda, cuda:1, .. (default: the accelerator, if any).", rich_help_panel=MACHINE
+    ),
+]
+Offload = Annotated[
+    str | None,
+    typer.Option(
+        metavar="|".join(OFFLOADS), help="What waits in main memory.", rich_help_panel=MACHINE
+    ),
+]
 NoMemoryCheck = Annotated[
     bool,
     typer.Option(

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ..run.request import DTYPES, OFFLOADS
 from . import options
 from .say import say, warn
 
@@ -57,25 +56,9 @@ def study(
     num_frames: options.Frames = None,
     steps: options.Steps = None,
     guidance_scale: options.Guidance = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(DTYPES),
-            help="Default: float32 on the CPU, else bfloat16.",
-            rich_help_panel=options.MACHINE,
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="As in generate.", rich_help_panel=options.MACHINE)
-    ] = None,
-    offload: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(OFFLOADS),
-            help="What waits in main memory.",
-            rich_help_panel=options.MACHINE,
-        ),
-    ] = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    offload: options.Offload = None,
     no_memory_check: options.NoMemoryCheck = False,
 ) -> None:
     """Study all methods on one model: at equal shares of the pairs, with schedules, LoRA, caches.
