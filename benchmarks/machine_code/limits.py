@@ -94,8 +94,7 @@ SHARES = (
 # Least share of a gather kernel over the share of the block-sparse kernel.
 GATHER = 0.9
 _GATHER_LOOPS = {"forward": "whole", "queries": "whole", "keys": "all"}
-# Warp-specialized variants are not counted: the model is too kind to them, and they do not run
-# before they have been measured.
+# The Gluon variant is not counted: the model is too kind to specialized warps.
 _COUNTED = ("plain", "tma")
 
 
