@@ -68,8 +68,8 @@ def add_to_keys(
 ):  # fmt: skip
     """dK and dV with a tile of queries added, (BLOCK_N, BLOCK_D) each.
 
-    dK is not yet times the scale. The product that gives b_dp stands before the product into b_dv: the weights are then computed
-    beside the first, the gradient of the scores beside the second.
+    dK is not yet times the scale. The product that gives b_dp stands before the product into b_dv:
+    the weights are then computed beside the first, the gradient of the scores beside the second.
     """
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
     b_p = tl.exp2(b_s * scale - b_lse[None, :])
