@@ -2,12 +2,13 @@
 
     python benchmarks/model_step.py --output benchmarks/model_step.json
 
-needs a machine with a GPU, and diffusers. The weights are random and bfloat16. A denoising step with
-guidance is two such calls. Everything in the model counts: projections, feed-forward, norms, text,
-and all that a method does beside its kernels. Methods attend sparsely in every layer, with their own
-defaults. "dense" is the stock model with the attention that torch chooses, "dense-cudnn" with cuDNN's.
-The models are called one after another, round after round; the ratio is the median of the ratios of
-the rounds. Layers are alike, so that fewer of them give the same ratio, but for what is computed once.
+needs a machine with a GPU, and diffusers. The weights are random and bfloat16. A denoising step
+with guidance is two such calls. Everything in the model counts: projections, feed-forward, norms,
+text, and all that a method does beside its kernels. Methods attend sparsely in every layer, with
+their own defaults. "dense" is the stock model with the attention that torch chooses, "dense-cudnn"
+with cuDNN's. The models are called one after another, round after round; a ratio is the median of
+the ratios of the rounds. Layers are alike, so that fewer layers give the same ratio, but for masks,
+which all layers share.
 """
 
 from __future__ import annotations
