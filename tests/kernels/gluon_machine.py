@@ -6,7 +6,7 @@ the PTX manual has them. Copies and products are asynchronous: what they read an
 until somebody waits for them. An access to shared memory that no chain of barriers orders after
 the one before it is a `RaceError`, whatever the order was this time; partitions that all wait for
 each other are a `DeadlockError`. Layouts, registers and warps are not modelled: the compiler checks
-those.
+those. Of PTX the machine knows what the kernels have.
 """
 
 from __future__ import annotations
@@ -483,6 +483,54 @@ def _store(pointer: Pointer, value: Value, mask: Any = None) -> None:
     pointer.memory[place[meant]] = value.to(pointer.memory.dtype)[meant]
 
 
+def _prmt(low: torch.Tensor, high: torch.Tensor, selector: torch.Tensor) -> torch.Tensor:
+    """Four bytes of two words, or the signs of such bytes, as four digits select them."""
+    result = torch.zeros_like(selector)
+    for place in range(4):
+        digit = selector >> 4 * place & 15
+        byte = torch.where(digit & 4 > 0, high, low) >> 8 * (digit & 3) & 0xFF
+        byte = torch.where(digit & 8 > 0, torch.where(byte > 127, 0xFF, 0), byte)
+        result |= byte << 8 * place
+    return result
+
+
+def _lop3(
+    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, table: torch.Tensor
+) -> torch.Tensor:  # fmt: skip
+    """Bit by bit the entry of a table of eight bits that the bits of three words number."""
+    result = torch.zeros_like(a)
+    for bit in range(32):
+        entry = (a >> bit & 1) << 2 | (b >> bit & 1) << 1 | (c >> bit & 1)
+        result |= (table >> entry & 1) << bit
+    return result
+
+
+_PTX = {"prmt.b32": _prmt, "lop3.b32": _lop3}
+
+
+def _inline_asm(
+    asm: str, constraints: str, args: Sequence[Value], dtype: torch.dtype, is_pure: bool, pack: int
+) -> Value:
+    """What a block of PTX makes of each element: words of 32 bits, in straight lines."""
+    assert is_pure
+    assert pack == 1
+    assert constraints.split(",") == ["=r"] + ["r"] * len(args)
+    registers = {
+        f"${i}": x.as_subclass(torch.Tensor).view(torch.int32).long() & 0xFFFFFFFF
+        for i, x in enumerate(args, 1)
+    }
+    for statement in asm.strip("{}").split(";"):
+        operation, *operands = statement.replace(",", " ").split() or [".reg"]
+        if operation == ".reg":
+            continue
+        to, *sources = operands
+        words = [
+            registers[x] if x in registers else torch.tensor(int(x, 0)) for x in sources
+        ]  # fmt: skip
+        registers[to] = _PTX[operation](*torch.broadcast_tensors(*words))
+    return Value.of(registers["$0"].int().view(dtype))
+
+
 def _pair(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Value]:
     return lambda a, b: function(Value.of(a), Value.of(b)).as_subclass(Value)
 
@@ -507,6 +555,7 @@ _language = SimpleNamespace(
     max=lambda x, axis: x.amax(axis), min=lambda x, axis: x.amin(axis),
     sum=lambda x, axis: x.sum(axis),
     exp2=torch.exp2, log2=torch.log2,
+    inline_asm_elementwise=_inline_asm,
     allocate_shared_memory=_allocate,
     warp_specialize=lambda functions, warps, registers: _partition().machine.specialize(functions),
 )  # fmt: skip
