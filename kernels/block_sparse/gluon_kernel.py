@@ -85,6 +85,38 @@ def _hide(b_s, words, left, BLOCK_N: gl.constexpr, SCORES: gl.constexpr, AHEAD: 
 
 
 @gluon.jit
+def _pack(b_p, DTYPE: gl.constexpr, WEIGHTS: gl.constexpr, AHEAD: gl.constexpr):
+    """Weights (ROWS, BLOCK_N) as a loop carries them, in 16 bits: int32 (ROWS, BLOCK_N // 2).
+
+    ptxas swaps the halves of a register whose 16-bit values are carried one by one, and back again.
+    """
+    if AHEAD:
+        b_even, b_odd = gl.split(b_p.reshape([ROWS, b_p.shape[1] // 2, 2]))
+        if DTYPE == gl.bfloat16:  # noqa: SIM300
+            convert: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        else:
+            convert: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+        b_kept = gl.inline_asm_elementwise(
+            convert, "=r,r,r", [b_even, b_odd], gl.int32, True, 1
+        )  # fmt: skip
+    else:
+        b_kept = gl.convert_layout(b_p.to(DTYPE), WEIGHTS)
+    return b_kept
+
+
+@gluon.jit
+def _unpack(b_kept, DTYPE: gl.constexpr, WEIGHTS: gl.constexpr, AHEAD: gl.constexpr):
+    """The weights (ROWS, BLOCK_N), as a product takes them, of what `_pack` has made."""
+    b_p = b_kept
+    if AHEAD:
+        b_even = b_kept.to(gl.int16).to(DTYPE, bitcast=True)
+        b_odd = (b_kept >> 16).to(gl.int16).to(DTYPE, bitcast=True)
+        b_p = gl.join(b_even, b_odd).reshape([ROWS, b_kept.shape[1] * 2])
+        b_p = gl.convert_layout(b_p, WEIGHTS)
+    return b_p
+
+
+@gluon.jit
 def _entry(i, masks, lists, TILES_N: gl.constexpr):
     """The block of masked tile `i`, and the number of its bit mask."""
     p_partial, _, n_partial, _, i_rest = lists
@@ -145,11 +177,11 @@ def _produce(inputs, q_tiles, q_full, rings, place, lists, p_full,
 
 
 @gluon.jit
-def _attend(i, b_q, rings, sums, b_acc, b_p, b_max, b_sum, scale, words, left, p_words, listed,
+def _attend(i, b_q, rings, sums, b_acc, b_kept, b_max, b_sum, scale, words, left, p_words, listed,
             MASKED: gl.constexpr, AHEAD: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
             WORDS: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr,
             WEIGHTS: gl.constexpr):  # fmt: skip
-    """The weights of tile `i`, and the product of tile `i - 1`: its weights `b_p` by its values.
+    """The weights of tile `i`, and the product of tile `i - 1`: its weights `b_kept` by its values.
 
     A masked tile sees the keys of `words` and as far as `left`. Meanwhile the words at `p_words`
     are loaded: those of tile `i + 1` if AHEAD, else those of this tile, which replace `words`.
@@ -165,6 +197,7 @@ def _attend(i, b_q, rings, sums, b_acc, b_p, b_max, b_sum, scale, words, left, p
     # scores: (ROWS, BLOCK_N)
     scores = warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(s_v), (j // STAGES) & 1)
+    b_p = _unpack(b_kept, b_q.dtype, WEIGHTS, AHEAD)  # (ROWS, BLOCK_N)
     products = warpgroup_mma(b_p, b_v, b_acc, is_async=True)  # (ROWS, D)
     loaded = words
     if MASKED:
@@ -180,11 +213,11 @@ def _attend(i, b_q, rings, sums, b_acc, b_p, b_max, b_sum, scale, words, left, p
     # it, Triton drops the barrier.
     sums.store(b_sum)
     _barrier()
-    # b_acc: (ROWS, D), b_p: (ROWS, BLOCK_N)
     b_acc, b_p = warpgroup_mma_wait(0, deps=(products, b_p))
     mbarrier.arrive(v_empty.index(s_v))
     b_acc = b_acc * gl.convert_layout(b_old, gl.SliceLayout(1, WEIGHTS.parent))[:, None]
-    return b_acc, gl.convert_layout(b_new_p.to(b_p.dtype), WEIGHTS), b_max, b_sum, loaded
+    # Not before the wait: the registers of the weights before are read until then.
+    return b_acc, _pack(b_new_p, b_q.dtype, WEIGHTS, AHEAD), b_max, b_sum, loaded
 
 
 @gluon.jit
@@ -227,7 +260,7 @@ def _consume(outs, p_lse, q_tiles, q_full, rings, all_sums, place, lists, masks,
     mbarrier.arrive(k_empty.index(0))
     b_s = _hide(b_s, words, left, BLOCK_N, SCORES, AHEAD)
     b_p, b_max, b_sum, _ = _weights(b_s, b_max, b_sum, scale, True)
-    b_p = gl.convert_layout(b_p.to(b_q.dtype), WEIGHTS)
+    b_kept = _pack(b_p, b_q.dtype, WEIGHTS, AHEAD)
     first_masked = gl.maximum(n_unmasked, 1)
     if AHEAD:
         # Words are loaded a tile before they are needed, and their place two tiles before.
@@ -237,8 +270,8 @@ def _consume(outs, p_lse, q_tiles, q_full, rings, all_sums, place, lists, masks,
         words = _words(p_words, listed, BLOCK_N, WORDS, SCORES)
         i_next, i_mask = _entry(i + 1, masks, lists, TILES_N)
     for i in range(1, n_unmasked):
-        b_acc, b_p, b_max, b_sum, words = _attend(
-            i, b_q, rings, sums, b_acc, b_p, b_max, b_sum, scale, words, left, p_words, listed,
+        b_acc, b_kept, b_max, b_sum, words = _attend(
+            i, b_q, rings, sums, b_acc, b_kept, b_max, b_sum, scale, words, left, p_words, listed,
             False, AHEAD, BLOCK_N, D, WORDS, STAGES, SCORES, WEIGHTS,
         )  # fmt: skip
     for i in range(first_masked, n_tiles):
@@ -252,12 +285,13 @@ def _consume(outs, p_lse, q_tiles, q_full, rings, all_sums, place, lists, masks,
         if AHEAD:
             i_block = i_next
             i_next, i_mask = _entry(j + 2, masks, lists, TILES_N)
-        b_acc, b_p, b_max, b_sum, words = _attend(
-            i, b_q, rings, sums, b_acc, b_p, b_max, b_sum, scale, words, left, p_words, listed,
+        b_acc, b_kept, b_max, b_sum, words = _attend(
+            i, b_q, rings, sums, b_acc, b_kept, b_max, b_sum, scale, words, left, p_words, listed,
             True, AHEAD, BLOCK_N, D, WORDS, STAGES, SCORES, WEIGHTS,
         )  # fmt: skip
     j = n_tiles - 1
     mbarrier.wait(v_full.index(j % STAGES), (j // STAGES) & 1)
+    b_p = _unpack(b_kept, b_q.dtype, WEIGHTS, AHEAD)  # (ROWS, BLOCK_N)
     b_acc = warpgroup_mma(b_p, v_tiles.index(j % STAGES).reshape([BLOCK_N, D]), b_acc)  # (ROWS, D)
 
     b_norm = gl.where(b_sum == 0, 1.0, b_sum)  # 0 where a query has seen nothing

@@ -505,7 +505,22 @@ def _lop3(
     return result
 
 
-_PTX = {"prmt.b32": _prmt, "lop3.b32": _lop3}
+def _cvt(dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Rounds two words, float32 each, to 16 bits: the halves of a word."""
+
+    def round_to_16_bits(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        rounded = [x.int().view(torch.float32).to(dtype).view(torch.int16) for x in (high, low)]
+        return rounded[0].long() << 16 & 0xFFFF0000 | rounded[1].long() & 0xFFFF
+
+    return round_to_16_bits
+
+
+_PTX = {
+    "prmt.b32": _prmt,
+    "lop3.b32": _lop3,
+    "cvt.rn.bf16x2.f32": _cvt(torch.bfloat16),
+    "cvt.rn.f16x2.f32": _cvt(torch.float16),
+}
 
 
 def _inline_asm(
@@ -538,7 +553,8 @@ def _pair(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Value]:
 _language = SimpleNamespace(
     constexpr=lambda x: x,
     static_range=range,
-    int32=torch.int32, int64=torch.int64, float32=torch.float32,
+    int16=torch.int16, int32=torch.int32, int64=torch.int64,
+    float32=torch.float32, bfloat16=torch.bfloat16,
     NVMMADistributedLayout=real.NVMMADistributedLayout,
     DotOperandLayout=real.DotOperandLayout,
     SliceLayout=real.SliceLayout,
@@ -549,6 +565,7 @@ _language = SimpleNamespace(
     full=lambda shape, x, dtype, layout: Value.of(torch.full(shape, x, dtype=dtype)),
     zeros=lambda shape, dtype, layout: Value.of(torch.zeros(shape, dtype=dtype)),
     convert_layout=lambda x, layout: x,
+    split=lambda x: x.unbind(-1), join=lambda a, b: torch.stack([a, b], -1),
     load=_load, store=_store,
     where=lambda c, a, b: torch.where(Value.of(c), a, b),
     minimum=_pair(torch.minimum), maximum=_pair(torch.maximum),
