@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..common.primitives import LN_2, LOG2_E
+from ..common.primitives import FIRST_TILES, LN_2, LOG2_E
 
 # Triton renamed these three functions after 3.6.
 _fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -304,6 +304,19 @@ def _consume(outs, p_lse, q_tiles, q_full, rings, all_sums, place, lists, masks,
     tma.store_wait(0)
 
 
+@gluon.jit
+def _tile_of_program(tiles):
+    """The program's tile, and the pair of a sample and a head: as `primitives.tile_of_program`."""
+    i_program = gl.program_id(0)
+    pairs = gl.num_programs(0) // tiles
+    first = gl.minimum(tiles, FIRST_TILES)
+    i_late = i_program - first * pairs
+    late = gl.maximum(i_late, 0)
+    others = gl.maximum(tiles - first, 1)
+    i_tile = gl.where(i_late < 0, i_program // pairs, first + late % others)
+    return i_tile, gl.where(i_late < 0, i_program % pairs, late // others)
+
+
 @gluon.jit(
     do_not_specialize=[
         "s_layout_b", "s_layout_h", "tokens_q", "tokens_kv", "heads", "rows", "full_cap",
@@ -321,9 +334,7 @@ def forward_kernel(
     """One program per 128 queries; descriptors are of whole tensors, tiles (1, tokens, 1, D)."""
     TILES_M: gl.constexpr = BLOCK_Q // (GROUPS * ROWS)
     TILES_N: gl.constexpr = BLOCK_KV // BLOCK_N
-    i_program = gl.program_id(0)
-    i_bh = i_program // (rows * TILES_M)
-    i_tile = i_program % (rows * TILES_M)
+    i_tile, i_bh = _tile_of_program(rows * TILES_M)
     i_b = i_bh // heads
     i_h = i_bh % heads
     i_layout = i_b * s_layout_b + i_h * s_layout_h

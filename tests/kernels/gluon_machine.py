@@ -227,12 +227,14 @@ class Machine:
     """Runs one program.
 
     Args:
+        program, programs: its number, and how many there are.
         late: whether copies end as late as they can, or at once.
         order: chooses which of the partitions that can run goes on.
     """
 
-    def __init__(self, program: int, late: bool, order: random.Random) -> None:
+    def __init__(self, program: int, programs: int, late: bool, order: random.Random) -> None:
         self.program = program
+        self.programs = programs
         self.late = late
         self.order = order
         self.accesses = count()
@@ -561,6 +563,7 @@ _language = SimpleNamespace(
     BlockedLayout=real.BlockedLayout,
     SwizzledSharedLayout=real.SwizzledSharedLayout,
     program_id=lambda axis: Value.of(_partition().machine.program, torch.int32),
+    num_programs=lambda axis: Value.of(_partition().machine.programs, torch.int32),
     arange=lambda start, end, layout: Value.of(torch.arange(start, end, dtype=torch.int32)),
     full=lambda shape, x, dtype, layout: Value.of(torch.full(shape, x, dtype=dtype)),
     zeros=lambda shape, dtype, layout: Value.of(torch.zeros(shape, dtype=dtype)),
@@ -614,7 +617,9 @@ class Launcher:
         constants = {name: x for name, x in options.items() if name.isupper()}
         converted = [_argument(x) for x in args]
         for program in range(programs):
-            Machine(program, self.late, order).run(lambda: self.kernel(*converted, **constants))
+            Machine(program, programs, self.late, order).run(
+                lambda: self.kernel(*converted, **constants)
+            )
 
 
 def stand_in(

@@ -231,6 +231,11 @@ def test_strides_of_models(place: str) -> None:
         check(qkv, layout)
 
 
+def test_more_tiles_than_come_first(place: str) -> None:
+    """Some tiles of every head come before, and the others head by head."""
+    check(inputs(place, 2, 1200, 140, 2, 64), random_layout(1200, 140, 128, 128))
+
+
 def test_two_launches_give_the_same_bits(place: str) -> None:
     qkv = inputs(place, 1, 300, 700, 2, 64)
     layout = random_layout(300, 700, 128, 128)
