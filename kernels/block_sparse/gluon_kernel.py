@@ -62,9 +62,14 @@ def _hide(b_s, words, left, BLOCK_N: gl.constexpr, SCORES: gl.constexpr, AHEAD: 
     b_words = gl.full([ROWS, BLOCK_N], 0, gl.int32, SCORES)
     # The compiler knows for every register which word its column takes.
     for i in gl.static_range(BLOCK_N // 32):
-        n_seen = gl.minimum(gl.maximum(left - i * 32, 0), 32)
-        # Half of the shift at a time: a shift by 32 is undefined.
-        seen = ~(((-1) << (n_seen // 2)) << (n_seen - n_seen // 2))
+        n_seen = gl.maximum(left - i * 32, 0)
+        if AHEAD:  # PTX shifts by 32 where more is asked for
+            seen = ~gl.inline_asm_elementwise(
+                "shl.b32 $0, -1, $1;", "=r,r", [n_seen], gl.int32, True, 1
+            )  # fmt: skip
+        else:  # half of the shift at a time: a shift by 32 is undefined
+            n_seen = gl.minimum(n_seen, 32)
+            seen = ~(((-1) << (n_seen // 2)) << (n_seen - n_seen // 2))
         b_words = gl.where((o_n >= i * 32)[None, :], (words[i] & seen)[:, None], b_words)
     if AHEAD:
         # A thread has two columns of every eight. One shift for each of the two brings their bits

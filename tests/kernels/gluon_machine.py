@@ -517,7 +517,12 @@ def _cvt(dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor], torch.Ten
     return round_to_16_bits
 
 
+def _shl(x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    return x << by.clamp(max=32) & 0xFFFFFFFF
+
+
 _PTX = {
+    "shl.b32": _shl,
     "prmt.b32": _prmt,
     "lop3.b32": _lop3,
     "cvt.rn.bf16x2.f32": _cvt(torch.bfloat16),
@@ -533,8 +538,8 @@ def _inline_asm(
     assert pack == 1
     assert constraints.split(",") == ["=r"] + ["r"] * len(args)
     registers = {
-        f"${i}": x.as_subclass(torch.Tensor).view(torch.int32).long() & 0xFFFFFFFF
-        for i, x in enumerate(args, 1)
+        f"${i}": (x.view(torch.int32) if x.is_floating_point() else x).long() & 0xFFFFFFFF
+        for i, x in enumerate((x.as_subclass(torch.Tensor) for x in args), 1)
     }
     for statement in asm.strip("{}").split(";"):
         operation, *operands = statement.replace(",", " ").split() or [".reg"]
