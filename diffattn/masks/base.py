@@ -157,12 +157,12 @@ class AttentionMask(ABC):
         """
         block_q, block_kv = blocking.block_q, blocking.block_kv
         step = max(1, pairs_per_chunk(row.device) // (block_q * block_kv))
+        query = tokens_of_blocks(self.grid, row, block_q, blocking).split(step)
+        key = tokens_of_blocks(self.grid, column, block_kv, blocking).split(step)
         words = []
-        for r, c in zip(row.split(step), column.split(step), strict=True):
-            query = tokens_of_blocks(self.grid, r, block_q, blocking)
-            key = tokens_of_blocks(self.grid, c, block_kv, blocking)
-            seen = self.allowed(query[:, :, None], key[:, None, :])
-            words.append(pack_bits(seen.expand(len(r), block_q, block_kv)))
+        for q, k in zip(query, key, strict=True):
+            seen = self.allowed(q[:, :, None], k[:, None, :])
+            words.append(pack_bits(seen.expand(len(q), block_q, block_kv)))
         return torch.cat(words)
 
     def dense(self, device: torch.device | str = "cpu") -> torch.Tensor:
