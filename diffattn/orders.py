@@ -71,7 +71,8 @@ class TileOrder:
         parts_of_frames = frames > 1 and (rows, columns) != (grid.height, grid.width)
         if fits and (parts_of_rows or parts_of_frames):
             return False  # a tile leaves out tokens between its own: a quick answer
-        return torch.equal(self.positions(), torch.arange(self.grid.tokens))
+        place = self.positions()
+        return torch.equal(place, torch.arange(len(place), device=place.device))
 
     def to_tiles(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """Bring the tokens along `dim` from the model's order into this one; differentiable.

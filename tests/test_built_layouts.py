@@ -115,16 +115,14 @@ def by_definition(rule: Rule, grid: TokenGrid) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("pairs_at_once", [600, 1 << 22])
+def set_chunks(monkeypatch: pytest.MonkeyPatch, pairs: int) -> None:
+    for module in (diffattn.blocks, diffattn.masks.base, diffattn.masks.neighbourhood):
+        monkeypatch.setattr(module, "pairs_per_chunk", lambda device: pairs)
+
+
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 @pytest.mark.parametrize("name", EVERY_METHOD)
-def test_layouts_hold_the_tokens_of_the_definition(
-    name: str, grid: TokenGrid, pairs_at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A GPU takes more pairs at a time than a CPU; with few pairs masks lie in several chunks.
-    for module in (diffattn.blocks, diffattn.masks.base, diffattn.masks.neighbourhood):
-        monkeypatch.setattr(module, "pairs_per_chunk", lambda device: pairs_at_once)
-    monkeypatch.setattr(diffattn.blocks, "_PACKED_PAIRS_PER_CHUNK", 8 * pairs_at_once)
+def test_layouts_hold_the_tokens_of_the_definition(name: str, grid: TokenGrid) -> None:
     method = EVERY_METHOD[name]
     mask = method.mask(grid)
     want = mask.dense()
@@ -137,6 +135,31 @@ def test_layouts_hold_the_tokens_of_the_definition(
             assert torch.equal(layout.dense()[0, 0], want[token][:, token])
             masks = layout.bit_masks.flatten(1)
             assert len(masks.unique(dim=0)) == len(masks)
+
+
+@pytest.mark.parametrize("pairs", [600, 1 << 22])
+@pytest.mark.parametrize("name", EVERY_METHOD)
+def test_chunks_make_no_difference(name: str, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A GPU takes more pairs at a time than a CPU; of few pairs, masks lie in several chunks.
+    grid, method = GRIDS["text after"], EVERY_METHOD[name]
+    order = method.order(grid)
+    want = method.video_mask(grid).blocks(16, order=order)
+    set_chunks(monkeypatch, pairs)
+    monkeypatch.setattr(diffattn.blocks, "_PACKED_PAIRS_PER_CHUNK", 8 * pairs)
+    found = method.video_mask(grid).blocks(16, order=order)
+    assert all(map(torch.equal, found.tensors, want.tensors))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", EVERY_METHOD)
+def test_a_gpu_builds_what_a_cpu_builds(name: str) -> None:
+    for grid in GRIDS.values():
+        method = EVERY_METHOD[name]
+        for order in {None, method.order(grid)}:
+            for sizes in ((16, 16), (13, 40)):
+                want = method.mask(grid).blocks(*sizes, order=order)
+                found = method.mask(grid).blocks(*sizes, device="cuda", order=order).to("cpu")
+                assert all(map(torch.equal, found.tensors, want.tensors))
 
 
 class _Operations(TorchDispatchMode):
@@ -160,8 +183,7 @@ class _Operations(TorchDispatchMode):
 def test_building_takes_few_operations(
     name: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (diffattn.blocks, diffattn.masks.base, diffattn.masks.neighbourhood):
-        monkeypatch.setattr(module, "pairs_per_chunk", lambda device: 1 << 22)  # as on a GPU
+    set_chunks(monkeypatch, 1 << 22)  # as on a GPU
     grid = TokenGrid(17, 45, 80, text_after=256)
     method: Any = METHODS[name]().for_model("hunyuanvideo", grid)
     assert isinstance(method, StaticMaskMethod)
