@@ -21,6 +21,7 @@ from .launch import Problem
 from .walk import cached_rows
 
 if TYPE_CHECKING:
+    from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Gluon is experimental: names and meanings change. The kernel was compiled with these versions.
@@ -123,10 +124,17 @@ def _check_config(config: TileConfig, head_dim: int, block_kv: int) -> None:
 
 def _tiles(x: torch.Tensor, tokens: int) -> TensorDescriptor:
     """Descriptor of tiles (1, tokens, 1, head_dim) of `(batch, tokens, heads, head_dim)`."""
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    block = [1, tokens, 1, x.shape[-1]]
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(x, list(x.shape), tile_strides(x), block, layout)
+    head_dim = x.shape[-1]
+    layout = _shared_layout(tokens, head_dim, x.dtype)
+    return TensorDescriptor(x, list(x.shape), tile_strides(x), [1, tokens, 1, head_dim], layout)
+
+
+@cache  # Triton takes 10 us to choose a layout, and a launch needs four
+def _shared_layout(tokens: int, head_dim: int, dtype: torch.dtype) -> NVMMASharedLayout:
+    """How a tile (1, tokens, 1, head_dim) lies in shared memory."""
+    from triton.experimental.gluon import language as gl
+
+    of_elements = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([1, tokens, 1, head_dim], of_elements)

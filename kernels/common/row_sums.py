@@ -85,11 +85,11 @@ def row_sums(
         wide: whether 64 tokens of a head span more memory than 32-bit offsets reach.
     """
     batch, tokens, heads, head_dim = out.shape
-    padded = triton.cdiv(tokens, block_q) * block_q
+    padded = -(-tokens // block_q) * block_q
     delta, log2_lse = lse.new_empty((2, batch, heads, padded), dtype=torch.float32)
     grad = lse if grad_lse is None else grad_lse
     with on_device(out.device):
-        row_sums_kernel[(batch * heads * triton.cdiv(padded, _TILE),)](
+        row_sums_kernel[(batch * heads * -(-padded // _TILE),)](
             out, grad_out, lse, grad, delta, log2_lse,
             *out.stride(), *grad_out.stride(), *lse.stride(), *grad.stride(),
             tokens, padded, heads,

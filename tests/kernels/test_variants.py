@@ -42,6 +42,8 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(variants, "_compiled", set())
     monkeypatch.setattr(variants, "_broken", set())
     monkeypatch.setattr(variants, "_warned", set())
+    monkeypatch.setattr(variants, "_found", {})
+    is_hopper.cache_clear()
 
 
 @pytest.fixture
