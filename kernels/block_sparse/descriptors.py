@@ -39,7 +39,11 @@ def tile_strides(x: torch.Tensor) -> list[int]:
 
     No step is ever taken along a dimension of size 1: a valid stride replaces the tensor's own.
     """
+    batch, tokens, heads, _ = x.shape
+    s_b, s_t, s_h, _ = x.stride()
     return [
-        stride if size > 1 else _ALIGNMENT
-        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    ] + [1]
+        s_b if batch > 1 else _ALIGNMENT,
+        s_t if tokens > 1 else _ALIGNMENT,
+        s_h if heads > 1 else _ALIGNMENT,
+        1,
+    ]
