@@ -65,6 +65,11 @@ def check_inputs(
         )
 
 
+def scale_of(scale: float | None, q: torch.Tensor) -> float:
+    """The factor of the scores, a float whatever number is given; `head_dim ** -0.5` when None."""
+    return float(q.shape[-1] ** -0.5 if scale is None else scale)
+
+
 def check_layout(
     q: torch.Tensor, layout: Sequence[torch.Tensor], block_q: int, block_kv: int
 ) -> None:

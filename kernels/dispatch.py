@@ -6,7 +6,7 @@ So the function of an operator is called directly where nothing notices the oper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,9 +89,11 @@ def is_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _tensors(arguments: tuple[Any, ...]) -> Iterator[torch.Tensor]:
+def _tensors(arguments: tuple[Any, ...]) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
     for x in arguments:
         if isinstance(x, torch.Tensor):
-            yield x
+            found.append(x)
         elif isinstance(x, list):
-            yield from x
+            found += x
+    return found

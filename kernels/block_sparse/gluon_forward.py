@@ -15,6 +15,7 @@ import torch
 import triton
 
 from ..common.launch import is_hopper
+from ..common.launching import launch
 from ..common.tile_tables import TileConfig
 from .descriptors import tile_strides
 from .launch import Problem
@@ -83,13 +84,15 @@ def forward(
     n_rows = rows.order.shape[-1]
     group = _QUERIES // 2
     with problem.on_device():
-        programs = batch * heads * n_rows * (problem.block_q // _QUERIES)
-        _kernel_module().forward_kernel[(programs,)](
-            _tiles(q, group), _tiles(k, config.block_n), _tiles(v, config.block_n),
-            _tiles(out, group), lse, rows.order,
-            *problem.rows_layout(rows), *problem.layout_strides,
-            tokens_q, k.shape[1], heads, n_rows,
-            problem.layout[1].shape[-1], problem.layout[3].shape[-1], problem.scale,
+        launch(
+            _kernel_module().forward_kernel,
+            batch * heads * n_rows * (problem.block_q // _QUERIES),
+            (_tiles(q, group), _tiles(k, config.block_n), _tiles(v, config.block_n),
+             _tiles(out, group), lse, rows.order, *problem.rows_layout(rows)),
+            (*problem.layout_strides,
+             tokens_q, k.shape[1], heads, n_rows,
+             problem.layout[1].shape[-1], problem.layout[3].shape[-1]),
+            (problem.scale,),
             D=head_dim, BLOCK_Q=problem.block_q, BLOCK_KV=problem.block_kv, BLOCK_N=config.block_n,
             STAGES=config.num_stages,
             num_warps=config.num_warps, enable_fp_fusion=True,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .launch import on_device, padded_head_dim
+from .launching import launch
 from .primitives import LOG2_E, load_tile, tile_of_program, token_offsets
 
 # Queries per program, which only streams through memory.
@@ -89,10 +90,12 @@ def row_sums(
     delta, log2_lse = lse.new_empty((2, batch, heads, padded), dtype=torch.float32)
     grad = lse if grad_lse is None else grad_lse
     with on_device(out.device):
-        row_sums_kernel[(batch * heads * -(-padded // _TILE),)](
-            out, grad_out, lse, grad, delta, log2_lse,
-            *out.stride(), *grad_out.stride(), *lse.stride(), *grad.stride(),
-            tokens, padded, heads,
+        launch(
+            row_sums_kernel,
+            batch * heads * -(-padded // _TILE),
+            (out, grad_out, lse, grad, delta, log2_lse),
+            (*out.stride(), *grad_out.stride(), *lse.stride(), *grad.stride(),
+             tokens, padded, heads),
             D=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=_TILE,
             HAS_GRAD_LSE=grad_lse is not None, WIDE=wide, num_warps=8,
         )  # fmt: skip

@@ -80,7 +80,8 @@ def linear_attention(
         state, total = packed[..., :-1], packed[..., -1]
         dist.all_reduce(count, group=group)
     count = count.clamp(min=1).to(state.dtype)[:, None, None]
-    out, _ = _output(q, state / count[..., None], total / count, rotation, eps, chunk, backend)
+    state, mean = state / count[..., None], total / count
+    out, _ = _output(q, state, mean, rotation, float(eps), chunk, backend)
     return out
 
 

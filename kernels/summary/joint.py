@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..block_sparse import ops as blocks
+from ..checks import scale_of
 from ..dispatch import operator
 from ..operators import empty_outputs, six
 from ..transforms import first_order, save, transformable
@@ -55,11 +56,9 @@ def joint_attention(
     """
     blocks.check_call(q, k, v, layout, key_mask, block_q, block_kv)
     check(q, summary_k, summary_v, bias, hidden, block_q, "triton")
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
     out, lse = _attend(
         q, k, v, summary_k, summary_v, bias, hidden, list(layout), key_mask,
-        block_q, block_kv, scale,
+        block_q, block_kv, scale_of(scale, q),
     )  # fmt: skip
     return out, lse
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
+from ..checks import scale_of
 from ..dispatch import operator
 from ..operators import empty_outputs
 from ..transforms import first_order, save, transformable
@@ -54,9 +55,7 @@ def summary_attention(
         ValueError: if dtypes, devices or shapes do not fit together or are not supported.
     """
     check(q, k, v, bias, hidden, block_q, backend)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    out, lse = _attend(q, k, v, bias, hidden, block_q, scale, backend)
+    out, lse = _attend(q, k, v, bias, hidden, block_q, scale_of(scale, q), backend)
     return out, lse
 
 
