@@ -203,7 +203,7 @@ def around(shape: Shape, mask: Mask, setting: Setting) -> dict[str, object]:
     def permute() -> list[torch.Tensor]:
         return [*(x.index_select(1, order) for x in (q, k, v)), q.index_select(1, back)]
 
-    number = 2 if setting.dry else 20
+    number = 1 if setting.dry else 20
     with torch.no_grad():
         calls: dict[str, Call] = {"call": lambda: attend(q, k, v), "permute": permute}
         times, _ = interleave(calls, setting.timer, **setting.rounds(1.0))
