@@ -15,8 +15,8 @@ COMPILERS = 12
 # Forms of kernels that are compared with float64, each in a process of its own: a form that hangs
 # stops no other.
 SMOKE = (
-    "forward-plain", "forward-tma", "forward-gluon", "queries-plain", "queries-tma", "keys-plain",
-    "keys-tma", "gather", "linear", "summary", "public",
+    "forward-plain", "forward-tma", "forward-gluon", "forward-gluon-ahead", "queries-plain",
+    "queries-tma", "keys-plain", "keys-tma", "gather", "linear", "summary", "public",
 )  # fmt: skip
 
 # Tests that need a GPU, of the kernels; all other files are found by their marks.
