@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracles import random_layout
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffattn.kernels.checks import scale_of
 from diffattn.kernels.cpu import block_sparse
 from diffattn.kernels.dispatch import is_noticed, needs_gradients, operator
 
@@ -185,6 +187,20 @@ def test_subclasses_say_what_the_operator_does() -> None:
     q, k, v = tensors()
     assert attend(q.as_subclass(Scaled), k, v) == 7
     assert not is_noticed((torch.nn.Parameter(q), k, None, 3, [v]))
+
+
+@pytest.mark.parametrize("scale", [2, True, np.float32(0.5), torch.tensor(0.25)])
+def test_scales_of_any_type_are_floats_as_the_operator_makes_them(scale: Any) -> None:
+    """Triton compiles another kernel for an integer."""
+    qkv = tensors()
+    assert type(scale_of(scale, qkv[0])) is float
+    options = {"block_q": 32, "block_kv": 32}
+    given, floating = (
+        block_sparse.block_sparse_attention(*qkv, layout(), scale=x, **options)[0]
+        for x in (scale, float(scale))
+    )
+    torch.testing.assert_close(given, floating, rtol=0, atol=0)
+    assert scale_of(None, torch.empty(1, 1, 1, 16)) == 0.25
 
 
 def test_what_needs_gradients() -> None:
