@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from diffattn.grid import TokenGrid
+from diffattn.kernels.dispatch import needs_gradients
 from diffattn.kernels.transforms import is_transformed
 
 
@@ -210,7 +211,7 @@ def tiles_that_fit(grid: TokenGrid, block_size: int = 128) -> list[tuple[int, in
 
 def permuted(x: torch.Tensor, there: torch.Tensor, back: torch.Tensor, dim: int) -> torch.Tensor:
     """The entries of `x` along `dim` in the order `there`, whose inverse is `back`."""
-    if is_transformed():
+    if is_transformed() or not needs_gradients((x,)):
         return x.index_select(dim, there)
     moved: torch.Tensor = _Permuted.apply(x, there, back, dim)
     return moved

@@ -17,7 +17,10 @@ ABOUT = """How the figures are made:
 
 - All calls of a direction are timed one after another, round after round, so that ratios come from
   the same seconds; `ms` is the median of the rounds by CUDA events, ratios are medians of the
-  ratios of the rounds. A buffer larger than the L2 cache is written before every call.
+  ratios of the rounds. A buffer larger than the L2 cache is written before every call, as often as
+  the host needs to launch the call: `ms` is time of the device without gaps from launching. The
+  time of the host for a call is a figure of its own. Only where a call waits for the device, `ms`
+  contains both.
 - TFLOP/s are effective: 4 * heads * pairs * head_dim forward and 2.5 times that backward, where
   pairs are the token pairs that attend. Backward is the backward pass alone.
 - "block-aligned" masks have full blocks only: every block sees the nearest ones in space and time.
@@ -276,13 +279,19 @@ def _building(rows: list[Row]) -> list[list[str]]:
 def _calls(rows: list[Row]) -> list[list[str]]:
     found = latest(_of_kind(rows, "call"), "shape", "asked")
     return [
-        ["shape", "density", "host us of a call", "permute ms", "permute / attention"],
+        ["shape", "density", "host us of a call", "with gradients", "of a backward pass",
+         "permute ms", "permute / attention"],
         *(
-            [r["shape"], f"{r['asked']:g}", f"{r['host_us']:.0f}", f"{r['permute_ms']:.3f}",
-             _percent(r["permute_of_call"])]
+            [r["shape"], f"{r['asked']:g}", _microseconds(r, "host_us"),
+             _microseconds(r, "host_us_recorded"), _microseconds(r, "host_us_backward"),
+             f"{r['permute_ms']:.3f}", _percent(r["permute_of_call"])]
             for r in found
         ),
     ]  # fmt: skip
+
+
+def _microseconds(row: Row, key: str) -> str:
+    return f"{row[key]:.0f}" if key in row else "-"
 
 
 def _smoke(rows: list[Row]) -> list[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -82,7 +83,7 @@ class Problem:
             precision=float32_precision(),
         )
 
-    @property
+    @cached_property
     def block_d(self) -> int:
         """The head dimension, padded as matrix products take it."""
         return padded_head_dim(self.head_dim)

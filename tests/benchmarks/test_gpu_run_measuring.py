@@ -81,6 +81,9 @@ def test_the_cache_is_overwritten_before_a_call_and_outside_of_its_time(
         def record(self) -> None:
             self.at = time.perf_counter()
 
+        def query(self) -> bool:
+            return False
+
         def synchronize(self) -> None: ...
 
         def elapsed_time(self, end: Event) -> float:
@@ -98,6 +101,90 @@ def test_the_cache_is_overwritten_before_a_call_and_outside_of_its_time(
     start = time.perf_counter()
     timer._scratch.zero_()
     assert took < 1000 * (time.perf_counter() - start)
+
+
+class SimulatedGPU:
+    """A device that does what the host launches, one after another, by a clock of its own.
+
+    Attributes:
+        host: milliseconds at which the host is.
+        free: milliseconds at which the device has done all that was launched.
+        fills: how often the buffer has been written.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.free = 0.0
+        self.fills = 0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None: ...
+
+            def record(self) -> None:
+                self.at = max(gpu.host, gpu.free)
+
+            def query(self) -> bool:
+                return self.at <= gpu.host
+
+            def synchronize(self) -> None:
+                gpu.host = max(gpu.host, self.at)
+
+            def elapsed_time(self, end: Event) -> float:
+                return end.at - self.at
+
+        class Buffer:
+            def zero_(self) -> None:
+                gpu.fills += 1
+                gpu.launch(0.005, 0.1)
+
+        properties = types.SimpleNamespace(L2_cache_size=1 << 20)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch, "empty", lambda *size, **options: Buffer())
+
+    def launch(self, host_ms: float, device_ms: float) -> None:
+        self.host += host_ms
+        self.free = max(self.host, self.free) + device_ms
+
+    def wait(self) -> None:
+        self.host = max(self.host, self.free)
+
+
+@pytest.mark.parametrize("host_ms", [0.1, 0.9, 1.7, 6.0, 12.0])
+def test_times_are_those_of_the_device_however_slow_the_host_is(
+    host_ms: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = SimulatedGPU(monkeypatch)
+    timer = DeviceTimer(CPU)
+
+    def three_kernels() -> None:
+        for _ in range(3):
+            gpu.launch(host_ms / 3, 0.2)
+
+    assert timer.milliseconds(three_kernels) == pytest.approx(0.6)
+    # The second time no head start is tried in vain.
+    gpu.fills = 0
+    assert timer.milliseconds(three_kernels) == pytest.approx(0.6)
+    assert gpu.fills * 0.1 < max(1.1, 2.5 * host_ms)
+
+
+def test_a_call_that_waits_for_the_device_is_repeated_a_few_times_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = SimulatedGPU(monkeypatch)
+    timer = DeviceTimer(CPU)
+    calls: list[None] = []
+
+    def waits() -> None:
+        calls.append(None)
+        gpu.launch(0.01, 0.2)
+        gpu.wait()
+        gpu.launch(0.5, 0.2)
+
+    assert timer.milliseconds(waits) == pytest.approx(0.9)
+    assert len(calls) == 6  # after head starts of 1, 2, 4, 8, 16 and again 1 ms
+    assert timer.milliseconds(waits) == pytest.approx(0.9)
+    assert len(calls) == 7
 
 
 def test_rounds_are_interleaved_and_turn_around() -> None:
