@@ -15,6 +15,7 @@ import torch
 
 from diffattn.blocks import pack_bits
 from diffattn.kernels.autocast import autocast_off
+from diffattn.operator import DEFAULT_BACKENDS, asked_backend, check_triton
 from diffattn.routing.choosing import pairs_at_once
 from diffattn.routing.pools import best_in_pools
 from diffattn.routing.scores import mean_scores
@@ -66,42 +67,88 @@ def select_blocks(
         `c // 32` is set if the query selects block `c`.
     """
     batch, tokens, heads, _ = query.shape
-    words = -(-blocks.blocks // 32)
-    bits = torch.empty(batch, heads, tokens, words, dtype=torch.int32, device=query.device)
-    bits[:] = pack_bits(torch.ones(blocks.blocks, dtype=torch.bool, device=query.device))
-    if rule.tau == 1 or (rule.topk is not None and rule.topk >= blocks.video_blocks):
-        return bits
+    others = len(blocks.others_before) + len(blocks.others_after)
+    is_dense = rule.tau == 1 or (rule.topk is not None and rule.topk >= blocks.video_blocks)
+    if is_dense or others:
+        words = -(-blocks.blocks // 32)
+        bits = torch.empty(batch, heads, tokens, words, dtype=torch.int32, device=query.device)
+        bits[:] = pack_bits(torch.ones(blocks.blocks, dtype=torch.bool, device=query.device))
+        if is_dense:
+            return bits
     video = blocks.video
     counted = None if key_mask is None else key_mask[:, video]
-    query, key = query[:, video], key[:, video]
-    deciders = blocks
+    # A tangent of forward-mode differentiation ends here, too.
+    query, key = query.detach()[:, video], key.detach()[:, video]
     # In an autocast region the scores would be in half precision.
     with autocast_off(query.device.type):
-        means = blocks.means(key, counted)
-        if rule.centre_keys:
-            means = means - _mean_block(means, blocks, counted)
-        if rule.tile > 1:
-            deciders = blocks.cut(rule.tile)
-            query = deciders.means(query, counted)
-            own = blocks.block_of[deciders.members[:, 0]]
-        else:
-            own = blocks.block_of
-        is_own = own[:, None] == torch.arange(blocks.video_blocks, device=own.device)
-        for sample in range(batch):
-            ranked = None
-            if counted is not None:
-                ranked = _ranked(blocks, deciders, counted[sample], rule.tile)
-            pairs = query.shape[1] * blocks.video_blocks
-            for some in _head_parts(heads, pairs, rule.scope, query.device):
-                one = slice(sample, sample + 1)
-                scores = mean_scores(query[one, :, some].to(means.dtype), means[one, :, some])[0]
-                chosen = best_in_pools(
-                    scores, is_own, scope=rule.scope, ranked=ranked, topk=rule.topk, tau=rule.tau
-                )
-                if rule.tile > 1:
-                    chosen = chosen[:, deciders.block_of]
-                bits[sample, some, video] = _with_others(chosen, blocks)
+        of_video = _select_video(query, key, blocks, rule, counted)
+    if not others:
+        return of_video
+    bits[:, :, video] = of_video
     return bits
+
+
+def _select_video(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    blocks: KeyBlocks,
+    rule: Rule,
+    counted: torch.Tensor | None,
+) -> torch.Tensor:
+    """The bits of `select_blocks` for the video tokens."""
+    batch, tokens, heads, _ = query.shape
+    means = blocks.means(key, counted)
+    if rule.centre_keys:
+        means = means - _mean_block(means, blocks, counted)
+    deciders, deciding = blocks, counted
+    if rule.tile > 1:
+        deciders = blocks.cut(rule.tile)
+        query = deciders.means(query, counted)
+        own = blocks.block_of[deciders.members[:, 0]]
+        if counted is not None:
+            deciding = deciders.holds_any(counted)
+    else:
+        own = blocks.block_of
+    holds = None if counted is None else blocks.holds_any(counted)
+    if _takes_triton(query, blocks, rule):
+        from diffattn.kernels.gather.best_blocks import best_blocks
+
+        before, together = len(blocks.others_before), rule.scope == "head"
+        bits = best_blocks(
+            query, means, own, deciding, holds, before, blocks.blocks, together, rule.topk, rule.tau
+        )
+        return bits.index_select(2, deciders.block_of) if rule.tile > 1 else bits
+    bits = query.new_empty((batch, heads, tokens, -(-blocks.blocks // 32)), dtype=torch.int32)
+    is_own = own[:, None] == torch.arange(blocks.video_blocks, device=own.device)
+    for sample in range(batch):
+        ranked = None
+        if deciding is not None and holds is not None:
+            ranked = deciding[sample][:, None] & holds[sample]
+        pairs = query.shape[1] * blocks.video_blocks
+        for some in _head_parts(heads, pairs, rule.scope, query.device):
+            one = slice(sample, sample + 1)
+            scores = mean_scores(query[one, :, some].to(means.dtype), means[one, :, some])[0]
+            chosen = best_in_pools(
+                scores, is_own, scope=rule.scope, ranked=ranked, topk=rule.topk, tau=rule.tau
+            )
+            if rule.tile > 1:
+                chosen = chosen[:, deciders.block_of]
+            bits[sample, some] = _with_others(chosen, blocks)
+    return bits
+
+
+def _takes_triton(query: torch.Tensor, blocks: KeyBlocks, rule: Rule) -> bool:
+    """Whether a Triton kernel makes the selection: the same one, in a few passes over memory."""
+    if (asked_backend() or DEFAULT_BACKENDS.get(query.device.type)) != "triton":
+        return False
+    check_triton()
+    from diffattn.kernels.gather.best_blocks import DTYPES, MOST_BLOCKS
+
+    return (
+        (rule.scope == "head" or (rule.scope == "query" and rule.topk is not None))
+        and blocks.blocks <= MOST_BLOCKS
+        and query.dtype in DTYPES
+    )
 
 
 def _mean_block(
@@ -113,14 +160,6 @@ def _mean_block(
     # The mean of a block without counted tokens is 0.
     holding = blocks.holds_any(counted).sum(1).clamp(min=1)
     return means.sum(1, keepdim=True) / holding[:, None, None, None]
-
-
-def _ranked(
-    blocks: KeyBlocks, deciders: KeyBlocks, counted: torch.Tensor, tile: int
-) -> torch.Tensor:
-    """Whether query and block both have a counted token: bool (queries, blocks) of one sample."""
-    queries = counted if tile == 1 else deciders.holds_any(counted[None])[0]
-    return queries[:, None] & blocks.holds_any(counted[None])
 
 
 def _head_parts(heads: int, pairs: int, scope: str, device: torch.device) -> list[slice]:
