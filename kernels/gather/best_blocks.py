@@ -31,6 +31,9 @@ _PASSES = 8
 _LEVELS = tl.constexpr(8)
 # Queries and blocks of a program, in registers.
 _SCORES = 64 * 128
+_WARPS_OF_PASSES = 8
+# Rows of scores in memory begin at multiples of this.
+_ALIGNED = 16
 _STEP_D = 32  # channels of a product
 
 
@@ -55,6 +58,7 @@ def scores_of_tile(
     is 1 part, a float16 query 2, float32 is 3. Small products are added first.
     """
     b_s = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+    o_m = o_m.to(tl.int64)
     for start_d in tl.range(0, BLOCK_D, STEP_D):
         o_d = start_d + tl.arange(0, STEP_D)
         m_d = (o_d < D)[None, :]
@@ -148,7 +152,7 @@ def place_of_program(first_pair, tiles, heads, before, video_blocks, BLOCK_M, BL
     i_pair = i_program // tiles
     i_tile = i_program % tiles
     i_bh = first_pair + i_pair
-    o_m = i_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_m = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     o_p = tl.arange(0, BLOCK_P)
     o_c = o_p - before
     m_c = (o_c >= 0) & (o_c < video_blocks)
@@ -167,7 +171,7 @@ def best_of_queries_kernel(
     BLOCK_P: tl.constexpr, LOG2_P: tl.constexpr, Q_PARTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The best `topk` blocks of each query, its own counted, as bits."""
-    i_pair, i_b, i_h, i_tile, o_m, o_p, o_c, m_c = place_of_program(
+    i_pair, i_b, i_h, _, o_m, o_p, o_c, m_c = place_of_program(
         0, tiles, heads, before, video_blocks, BLOCK_M, BLOCK_P
     )
     m_m = o_m < tokens
@@ -198,17 +202,17 @@ def best_of_queries_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first_pair", "tokens", "tiles", "video_blocks"])
+@triton.jit(do_not_specialize=["first_pair", "tokens", "tiles", "video_blocks", "before"])
 def scores_kernel(
     p_q, p_mean, p_own, p_counted, p_holds, p_scores, p_extremes,
     s_qb, s_qt, s_qh, s_qd, s_mb, s_mc, s_mh, s_md,
-    first_pair, tokens, tiles, heads, video_blocks,
+    first_pair, tokens, tiles, heads, video_blocks, before, s_st,
     D: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr, Q_PARTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Scores, and each tile's lowest and negated highest ranked score."""
     i_pair, i_b, i_h, i_tile, o_m, o_p, o_c, m_c = place_of_program(
-        first_pair, tiles, heads, 0, video_blocks, BLOCK_M, BLOCK_P
+        first_pair, tiles, heads, before, video_blocks, BLOCK_M, BLOCK_P
     )
     m_m = o_m < tokens
     b_s = scores_of_tile(  # (BLOCK_M, BLOCK_P)
@@ -219,9 +223,9 @@ def scores_kernel(
     m_ranked, _ = pairs_that_count(
         p_own, p_counted, p_holds, i_b, o_m, m_m, o_c, m_c, tokens, video_blocks, MASKED
     )
-    p_scores += i_pair * tokens * video_blocks
+    p_scores += i_pair * tokens * s_st
     tl.store(
-        p_scores + o_m[:, None] * video_blocks + o_c[None, :], b_s, m_m[:, None] & m_c[None, :]
+        p_scores + o_m[:, None] * s_st + o_p[None, :], b_s, m_m[:, None] & (o_p < s_st)[None, :]
     )
     p_extremes += (i_pair * tiles + i_tile) * 2
     tl.store(p_extremes, tl.min(tl.min(tl.where(m_ranked, b_s, float("inf")), 1), 0))
@@ -229,14 +233,12 @@ def scores_kernel(
 
 
 @triton.jit
-def load_points(
-    p_scores, p_extremes, i_pair, o_m, m_m, o_c, m_c, m_ranked, tokens, video_blocks
-):
+def load_points(p_scores, p_extremes, s_st, i_pair, o_m, m_m, o_p, m_ranked, tokens):
     """The fixed-point numbers of a tile of a head's pool, 0 for pairs that do not count."""
-    p_scores += i_pair * tokens * video_blocks
+    p_scores += i_pair * tokens * s_st
     b_s = tl.load(  # (BLOCK_M, BLOCK_P)
-        p_scores + o_m[:, None] * video_blocks + o_c[None, :],
-        mask=m_m[:, None] & m_c[None, :],
+        p_scores + o_m[:, None] * s_st + o_p[None, :],
+        mask=m_m[:, None] & (o_p < s_st)[None, :],
         other=0.0,
     )
     low = tl.load(p_extremes + i_pair * 2)
@@ -273,25 +275,25 @@ def last_point(p_sums, p_goal, i_pair, i_b, passes, HAS_TAU: tl.constexpr):
     return last, tl.minimum(wanted, 2147483647).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["first_pair", "tokens", "tiles", "video_blocks", "i_pass"])
+@triton.jit(do_not_specialize=["first_pair", "tokens", "tiles", "video_blocks", "before", "i_pass"])
 def sums_kernel(
     p_scores, p_extremes, p_own, p_counted, p_holds, p_sums, p_goal,
-    first_pair, tokens, tiles, heads, video_blocks, i_pass,
+    first_pair, tokens, tiles, heads, video_blocks, before, s_st, i_pass,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, MASKED: tl.constexpr, HAS_TAU: tl.constexpr,
 ):  # fmt: skip
     """Sums of the weights of candidates that reach each threshold of a pass.
 
     A candidate weighs its number if a share of the similarity is to be reached, else 1.
     """
-    i_pair, i_b, i_h, i_tile, o_m, o_p, o_c, m_c = place_of_program(
-        first_pair, tiles, heads, 0, video_blocks, BLOCK_M, BLOCK_P
+    i_pair, i_b, _, _, o_m, o_p, o_c, m_c = place_of_program(
+        first_pair, tiles, heads, before, video_blocks, BLOCK_M, BLOCK_P
     )
     m_m = o_m < tokens
     m_ranked, m_own = pairs_that_count(
         p_own, p_counted, p_holds, i_b, o_m, m_m, o_c, m_c, tokens, video_blocks, MASKED
     )
     b_points = load_points(
-        p_scores, p_extremes, i_pair, o_m, m_m, o_c, m_c, m_ranked, tokens, video_blocks
+        p_scores, p_extremes, s_st, i_pair, o_m, m_m, o_p, m_ranked, tokens
     )  # (BLOCK_M, BLOCK_P)
     last, _ = last_point(p_sums, p_goal, i_pair, i_b, i_pass, HAS_TAU)
     b_weight = m_ranked.to(tl.uint32)
@@ -306,44 +308,17 @@ def sums_kernel(
         tl.atomic_add(p_sums + i_pass * _LEVELS + k, tl.sum(b_row.to(tl.int64), 0), sem="relaxed")
     if i_pass == 0:
         b_row = tl.sum(tl.where(m_ranked & m_own, b_weight, 0), 1)  # (BLOCK_M,)
-        tl.atomic_add(
-            p_sums + _LEVELS * _LEVELS, tl.sum(b_row.to(tl.int64), 0), sem="relaxed"
-        )
+        tl.atomic_add(p_sums + _LEVELS * _LEVELS, tl.sum(b_row.to(tl.int64), 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["first_pair", "tokens", "tiles", "video_blocks"])
+@triton.jit(do_not_specialize=["first_pair", "tokens", "tiles", "video_blocks", "before"])
 def ties_kernel(
     p_scores, p_extremes, p_own, p_counted, p_holds, p_sums, p_goal, p_ties,
-    first_pair, tokens, tiles, heads, video_blocks, passes,
+    first_pair, tokens, tiles, heads, video_blocks, before, s_st, passes,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, MASKED: tl.constexpr, HAS_TAU: tl.constexpr,
 ):  # fmt: skip
     """Count each tile's candidates on the last number to take."""
-    i_pair, i_b, i_h, i_tile, o_m, o_p, o_c, m_c = place_of_program(
-        first_pair, tiles, heads, 0, video_blocks, BLOCK_M, BLOCK_P
-    )
-    m_m = o_m < tokens
-    m_ranked, m_own = pairs_that_count(
-        p_own, p_counted, p_holds, i_b, o_m, m_m, o_c, m_c, tokens, video_blocks, MASKED
-    )
-    b_points = load_points(
-        p_scores, p_extremes, i_pair, o_m, m_m, o_c, m_c, m_ranked, tokens, video_blocks
-    )  # (BLOCK_M, BLOCK_P)
-    last, _ = last_point(p_sums, p_goal, i_pair, i_b, passes, HAS_TAU)
-    b_tied = tl.sum((m_ranked & ~m_own & (b_points == last)).to(tl.int32), 1)  # (BLOCK_M,)
-    tl.store(p_ties + i_pair * tiles + i_tile, tl.sum(b_tied, 0))
-
-
-@triton.jit(
-    do_not_specialize=["first_pair", "tokens", "tiles", "video_blocks", "before", "blocks"]
-)
-def best_of_heads_kernel(
-    p_scores, p_extremes, p_own, p_counted, p_holds, p_sums, p_goal, p_ties, p_bits,
-    first_pair, tokens, tiles, heads, video_blocks, before, blocks, words, passes,
-    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, LOG2_P: tl.constexpr, MASKED: tl.constexpr,
-    HAS_TAU: tl.constexpr,
-):  # fmt: skip
-    """The best pairs of a head's pool as bits; `p_ties` has running sums through the tiles."""
-    i_pair, i_b, i_h, i_tile, o_m, o_p, o_c, m_c = place_of_program(
+    i_pair, i_b, _, i_tile, o_m, o_p, o_c, m_c = place_of_program(
         first_pair, tiles, heads, before, video_blocks, BLOCK_M, BLOCK_P
     )
     m_m = o_m < tokens
@@ -351,7 +326,30 @@ def best_of_heads_kernel(
         p_own, p_counted, p_holds, i_b, o_m, m_m, o_c, m_c, tokens, video_blocks, MASKED
     )
     b_points = load_points(
-        p_scores, p_extremes, i_pair, o_m, m_m, o_c, m_c, m_ranked, tokens, video_blocks
+        p_scores, p_extremes, s_st, i_pair, o_m, m_m, o_p, m_ranked, tokens
+    )  # (BLOCK_M, BLOCK_P)
+    last, _ = last_point(p_sums, p_goal, i_pair, i_b, passes, HAS_TAU)
+    b_tied = tl.sum((m_ranked & ~m_own & (b_points == last)).to(tl.int32), 1)  # (BLOCK_M,)
+    tl.store(p_ties + i_pair * tiles + i_tile, tl.sum(b_tied, 0))
+
+
+@triton.jit(do_not_specialize=["first_pair", "tokens", "tiles", "video_blocks", "before", "blocks"])
+def best_of_heads_kernel(
+    p_scores, p_extremes, p_own, p_counted, p_holds, p_sums, p_goal, p_ties, p_bits,
+    first_pair, tokens, tiles, heads, video_blocks, before, s_st, blocks, words, passes,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, LOG2_P: tl.constexpr, MASKED: tl.constexpr,
+    HAS_TAU: tl.constexpr,
+):  # fmt: skip
+    """The best pairs of a head's pool as bits; `p_ties` has running sums through the tiles."""
+    i_pair, i_b, _, i_tile, o_m, o_p, o_c, m_c = place_of_program(
+        first_pair, tiles, heads, before, video_blocks, BLOCK_M, BLOCK_P
+    )
+    m_m = o_m < tokens
+    m_ranked, m_own = pairs_that_count(
+        p_own, p_counted, p_holds, i_b, o_m, m_m, o_c, m_c, tokens, video_blocks, MASKED
+    )
+    b_points = load_points(
+        p_scores, p_extremes, s_st, i_pair, o_m, m_m, o_p, m_ranked, tokens
     )  # (BLOCK_M, BLOCK_P)
     last, wanted = last_point(p_sums, p_goal, i_pair, i_b, passes, HAS_TAU)
     b_points = tl.where(m_ranked & ~m_own, b_points, -1)
@@ -452,11 +450,18 @@ def best_blocks(
             )  # fmt: skip
             return bits
         goal = _goal(query, video_blocks, counted, holds, topk, tau)
-        rule = {"MASKED": is_masked, "HAS_TAU": topk is None, **tiles}
-        for first_pair, pairs in turns(batch * heads, 4 * tokens * video_blocks):
+        rule = {
+            "MASKED": is_masked,
+            "HAS_TAU": topk is None,
+            "enable_fp_fusion": False,
+            "num_warps": _WARPS_OF_PASSES,
+            **tiles,
+        }
+        row = -(-blocks // _ALIGNED) * _ALIGNED
+        for first_pair, pairs in turns(batch * heads, 4 * tokens * row):
             grid = (pairs * sizes.tiles,)
-            place = (first_pair, tokens, sizes.tiles, heads, video_blocks)
-            scores = means.new_empty((pairs, tokens, video_blocks))
+            place = (first_pair, tokens, sizes.tiles, heads, video_blocks, before, row)
+            scores = means.new_empty((pairs, tokens, row))
             extremes = means.new_empty((pairs, sizes.tiles, 2))
             scores_kernel[grid](
                 query, means, own, *masks, scores, extremes, *strides, *place,
@@ -465,13 +470,12 @@ def best_blocks(
             sums = own.new_zeros((pairs, _LEVELS.value**2 + 1))
             pool = (scores, extremes.amin(1), own, *masks, sums, goal)
             for i_pass in range(_PASSES):
-                sums_kernel[grid](*pool, *place, i_pass, enable_fp_fusion=False, **rule)
+                sums_kernel[grid](*pool, *place, i_pass, **rule)
             ties = bits.new_empty((pairs, sizes.tiles))
-            ties_kernel[grid](*pool, ties, *place, _PASSES, enable_fp_fusion=False, **rule)
+            ties_kernel[grid](*pool, ties, *place, _PASSES, **rule)
             ties = ties.cumsum(1, dtype=torch.int32)
             best_of_heads_kernel[grid](
-                *pool, ties, bits, *place, before, blocks, words, _PASSES,
-                LOG2_P=sizes.log2_p, enable_fp_fusion=False, **rule,
+                *pool, ties, bits, *place, blocks, words, _PASSES, LOG2_P=sizes.log2_p, **rule
             )  # fmt: skip
     return bits
 

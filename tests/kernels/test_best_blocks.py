@@ -85,9 +85,7 @@ def test_equal_scores_are_taken_in_order(
 
 
 @rules
-def test_padding_and_other_blocks(
-    rule: tuple[bool, int | None, float | None], device: str
-) -> None:
+def test_padding_and_other_blocks(rule: tuple[bool, int | None, float | None], device: str) -> None:
     query, means = whole_numbers(2, 2, 70, 1, 16), whole_numbers(3, 2, 37, 1, 16)
     counted = torch.rand(2, 70, generator=torch.Generator().manual_seed(0)) < 0.7
     counted[:, 3:] |= torch.tensor([[True], [False]])
@@ -124,7 +122,7 @@ def test_equal_pools_and_numbers_that_are_none(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_scores_are_as_exact_as_float32(dtype: torch.dtype, device: str) -> None:
-    """The best blocks of float64 are selected wherever they lead by more than float32's rounding."""
+    """Blocks that lead by more than float32's rounding are selected."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 200, 1, 64, generator=generator).to(dtype)
     means = torch.randn(1, 48, 1, 64, generator=generator) * 1e-3
