@@ -216,6 +216,18 @@ def test_lists_are_the_selection_by_blocks(device: str) -> None:
             first = lists.first[pair, block].tolist()
             assert first == [int((expected < n).sum()) for n in (0, 32, 64, 96)]
             assert lists.query[pair, block, : first[-1]].tolist() == expected.tolist()
+            earlier = by_pair[pair, expected, :block].sum(1)
+            assert torch.equal(lists.earlier[pair, block, : first[-1]].cpu(), earlier.int())
+        assert torch.equal(lists.selected[pair].cpu(), by_pair[pair].sum(1).int())
+
+
+def test_query_tiles_cut_every_list(device: str) -> None:
+    count = torch.tensor([[0, 33, 16], [1, 0, 70]], dtype=torch.int32, device=device)
+    first = torch.stack([torch.zeros_like(count), count], -1)
+    query = torch.empty(2, 3, 70, device=device)
+    tiles = selecting.query_tiles(selecting.Lists(first, query, query, query), 16)
+    assert tiles.stop.tolist() == [0, 3, 4, 5, 5, 10]
+    assert tiles.list.tolist() == [1, 1, 1, 2, 3, 5, 5, 5, 5, 5, *[6] * 20]
 
 
 @given(data=st.data())
@@ -225,7 +237,7 @@ def test_key_tiles_cut_every_block(data: st.DataObject) -> None:
     counts = [data.draw(st.lists(st.integers(0, 9), min_size=len(lengths), max_size=len(lengths)))
               for _ in range(2)]  # fmt: skip
     first = torch.tensor(counts, dtype=torch.int32)[..., None].expand(-1, -1, 3)
-    lists = selecting.Lists(first, torch.empty(0))
+    lists = selecting.Lists(first, *torch.empty(3, 0))
     tiles = selecting.key_tiles(starts_of(lengths), sum(lengths), size, lists)
     found = [
         (block, start)
@@ -250,7 +262,7 @@ def test_plans_need_no_values() -> None:
     with FakeTensorMode() as mode:
         starts = mode.from_tensor(starts_of([10, 50, 20]))
         first = mode.from_tensor(torch.zeros(4, 3, 2, dtype=torch.int32))
-        tiles = selecting.key_tiles(starts, 80, 32, selecting.Lists(first, first))
+        tiles = selecting.key_tiles(starts, 80, 32, selecting.Lists(*[first] * 4))
         assert tiles.order.shape == (4, 5)
 
 
