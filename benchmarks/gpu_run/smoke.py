@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states, pack_bits
 from diffattn.kernels.common.tile_tables import Choice
@@ -26,9 +24,6 @@ from gpu_run.accuracy import Deviation, attend, each
 from gpu_run.adapter import NotTakenError
 from gpu_run.candidates import RANKED
 from gpu_run.setting import Setting
-
-# The block-sparse forms that need not give the same bits twice: they add by atomic operations.
-IN_ANY_ORDER = ("one_pass",)
 
 Results = dict[str, torch.Tensor]
 
@@ -81,7 +76,7 @@ DRY_CASES = tuple(
 
 def run(what: str, setting: Setting) -> None:
     """Check a kernel's form, "keys-tma", or "gather", "linear", "summary" or "public"."""
-    with _poisoned(in_any_order=_is_in_any_order(what)):
+    with _poisoned():
         for case in DRY_CASES if setting.dry else CASES:
             if not setting.journal.is_finished(str(case)):
                 setting.journal.add(
@@ -91,30 +86,9 @@ def run(what: str, setting: Setting) -> None:
                 setting.journal.finish(str(case))
 
 
-def _is_in_any_order(what: str) -> bool:
-    return what.partition("-")[2] in IN_ANY_ORDER
-
-
-class _Poison(TorchFunctionMode):
-    """Fills tensors that are made without values with NaN."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> object:
-        out = func(*args, **(kwargs or {}))
-        if func in (torch.Tensor.new_empty, torch.empty, torch.empty_like):
-            return out.fill_(torch.nan) if out.is_floating_point() else out
-        return out
-
-
 @contextmanager
-def _poisoned(*, in_any_order: bool) -> Iterator[None]:
+def _poisoned() -> Iterator[None]:
     """Make memory that nothing was written to NaN while the block runs."""
-    if in_any_order:
-        # A form that adds in any order does not run where torch is to be deterministic.
-        with _Poison():
-            yield
-        return
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -136,7 +110,7 @@ def _outcome(what: str, case: Case, setting: Setting) -> dict[str, object]:
     same = all(torch.equal(first[name], second[name]) for name in first)
     return {
         "taken": True,
-        "right": all(x.is_right for x in found.values()) and (same or _is_in_any_order(what)),
+        "right": all(x.is_right for x in found.values()) and same,
         "same_bits": same,
         "deviations": each(found),
     }
@@ -307,9 +281,8 @@ def of_queries(problem: Problem, choice: Choice) -> Results:
 
 
 def of_keys(problem: Problem, choice: Choice) -> Results:
-    dq, dk, dv = _gradients(problem).keys(choice)
-    found = {"dk": dk, "dv": dv}
-    return found if dq is None else {"dq": dq, **found}
+    dk, dv = _gradients(problem).keys(choice)
+    return {"dk": dk, "dv": dv}
 
 
 def _of_form(kernel: str, variant: str) -> Callable[[Problem], Results]:
