@@ -28,7 +28,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "forward": ("plain", "tma", "gluon"),
     "queries": ("plain", "tma"),
     "keys": ("plain", "tma"),
-    "gather_forward": ("plain",),
+    "gather_forward": ("plain", "gluon"),
     "gather_queries": ("plain",),
     "gather_keys": ("plain",),
 }

@@ -19,8 +19,8 @@ from ..common.launch import SMALLEST_SCALE
 from ..common.primitives import LN_2, LOG2_E, load_tile, store_tile, token_offsets
 from ..common.softmax import attend_tile
 from ..common.tile_tables import Choice
-from ..common.variants import first_that_compiles, takes_any
-from . import selecting
+from ..common.variants import first_that_compiles
+from . import gluon_forward, selecting
 from .launch import SelectionProblem
 from .selecting import query_tiles, selecting_queries
 
@@ -223,15 +223,21 @@ def forward(
         tiles = query_tiles(lists, best.tiles.block_m)
         part = q.new_empty((turn.pairs, count, blocks, head_dim))
         part_lse = lse.new_empty((turn.pairs, count, blocks))
-        forward_kernel[(min(_PROGRAMS, tiles.list.numel()),)](
-            queries, k, v, problem.key_mask, part, part_lse,
-            starts, lists.first, lists.query, lists.earlier, tiles.stop, tiles.list,
-            *queries.stride(), *k.stride(), *v.stride(), *problem.key_mask_strides,
-            turn.first_pair, count, heads, blocks, lists.first.shape[-1] - 1, tiles.stop.numel(),
-            scale or SMALLEST_SCALE,
-            REST_N=max(16, best.tiles.block_n // 2), NEGATIVE_SCALE=scale < 0,
-            **problem.constants(best.tiles),
-        )  # fmt: skip
+        if best.variant == "gluon":
+            gluon_forward.attend(
+                queries, k, v, starts, lists, tiles, part, part_lse,
+                first_pair=turn.first_pair, scale=scale, config=best.tiles,
+            )  # fmt: skip
+        else:
+            forward_kernel[(min(_PROGRAMS, tiles.list.numel()),)](
+                queries, k, v, problem.key_mask, part, part_lse,
+                starts, lists.first, lists.query, lists.earlier, tiles.stop, tiles.list,
+                *queries.stride(), *k.stride(), *v.stride(), *problem.key_mask_strides,
+                turn.first_pair, count, heads, blocks, lists.first.shape[-1] - 1,
+                tiles.stop.numel(), scale or SMALLEST_SCALE,
+                REST_N=max(16, best.tiles.block_n // 2), NEGATIVE_SCALE=scale < 0,
+                **problem.constants(best.tiles),
+            )  # fmt: skip
         programs = triton.cdiv(count, _JOINED)
         join_kernel[(turn.pairs * programs,)](
             part, part_lse, lists.selected, out, lse, *out.stride()[:3], *lse.stride()[:2],
@@ -239,4 +245,7 @@ def forward(
             D=head_dim, BLOCK_D=problem.block_d, BLOCK_M=_JOINED,
         )  # fmt: skip
 
-    return first_that_compiles("gather_forward", problem, takes_any, run, choice)
+    def takes(variant: str) -> bool:
+        return variant != "gluon" or gluon_forward.takes(problem, q, k, v, scale)
+
+    return first_that_compiles("gather_forward", problem, takes, run, choice)
