@@ -33,6 +33,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "gather_keys": ("plain",),
 }
 
+# Kernels that run "plain" unless a table or the environment names another variant: the others have
+# not been seen on a GPU.
+NAMED_ONLY = ("gather_forward",)
+
 _TABLE_KEYS = {"gpu", "triton", "torch", "revision", "date", "choices"}
 _TILES = {
     "block_m": (16, 32, 64, 128, 256),

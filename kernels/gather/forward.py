@@ -163,7 +163,7 @@ def join_kernel(
 
 
 @dataclass(frozen=True)
-class _Turn:
+class Turn:
     """Pairs and queries whose partial results are in memory at a time."""
 
     first_pair: int
@@ -171,15 +171,15 @@ class _Turn:
     queries: slice
 
 
-def _turns(problem: SelectionProblem) -> Iterator[_Turn]:
+def turns_of(problem: SelectionProblem) -> Iterator[Turn]:
     """Turns within the scratch memory: some heads, or else a head's queries chunk by chunk."""
     each = problem.blocks * (problem.head_dim * problem.dtype.itemsize + 12) + 4
     whole = each * problem.tokens_q
     for first_pair, pairs in selecting.turns(problem.batch * problem.heads, whole):
-        parts = max(1, -(-whole * pairs // selecting._SCRATCH_BYTES))
-        step = triton.cdiv(triton.cdiv(problem.tokens_q, parts), problem.chunk) * problem.chunk
+        fitting = selecting.scratch_bytes() // (each * pairs)
+        step = max(1, fitting // problem.chunk) * problem.chunk
         for start in range(0, problem.tokens_q, step):
-            yield _Turn(first_pair, pairs, slice(start, min(start + step, problem.tokens_q)))
+            yield Turn(first_pair, pairs, slice(start, min(start + step, problem.tokens_q)))
 
 
 def forward(
@@ -210,11 +210,11 @@ def forward(
         out = q.new_empty(q.shape)
         lse = q.new_empty((problem.batch, heads, tokens), dtype=torch.float32)
         with problem.on_device():
-            for turn in _turns(problem):
+            for turn in turns_of(problem):
                 attend(best, turn, out[:, turn.queries], lse[:, :, turn.queries])
         return out, lse
 
-    def attend(best: Choice, turn: _Turn, out: torch.Tensor, lse: torch.Tensor) -> None:
+    def attend(best: Choice, turn: Turn, out: torch.Tensor, lse: torch.Tensor) -> None:
         queries = q[:, turn.queries]
         count = queries.shape[1]
         lists = selecting_queries(

@@ -66,7 +66,7 @@ def _produce(keys, values, rings, tiles, p_list, p_starts, first_pair, heads, bl
 @gluon.jit
 def _weights(b_s, b_max, b_sum, scale, left, MASKED: gl.constexpr, BLOCK_N: gl.constexpr,
              SCORES: gl.constexpr):  # fmt: skip
-    """One step of the online softmax in powers of 2; keys from `left` on are hidden. `scale` > 0."""
+    """One step of the online softmax in powers of 2; keys from `left` on are hidden."""
     if MASKED:
         o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
         b_s = gl.where((o_n < left)[None, :], b_s, float("-inf"))
@@ -98,9 +98,7 @@ def _attend(i, b_q, rings, sums, b_acc, b_p, b_max, b_sum, scale, left,
     products = warpgroup_mma(b_p, b_v, b_acc, is_async=True)  # (ROWS, D)
     b_s = warpgroup_mma_wait(1, deps=(scores,))  # (ROWS, BLOCK_N)
     mbarrier.arrive(k_empty.index(s_k))
-    b_new_p, b_max, b_sum, b_old = _weights(
-        b_s, b_max, b_sum, scale, left, MASKED, BLOCK_N, SCORES
-    )
+    b_new_p, b_max, b_sum, b_old = _weights(b_s, b_max, b_sum, scale, left, MASKED, BLOCK_N, SCORES)
     # As in `block_sparse.gluon_kernel`: without a barrier here, ptxas moves the wait above the
     # whole softmax. Without a store before it, Triton drops the barrier.
     sums.store(b_sum)
@@ -191,9 +189,7 @@ def _consume(p_q, s_qb, s_qt, s_qh, p_part, p_part_lse, lists, q_tiles, rings, a
         b_norm = gl.where(b_sum == 0, 1.0, b_sum)  # 0 where a query has seen nothing
         b_out = b_acc / gl.convert_layout(b_norm, gl.SliceLayout(1, OUTS))[:, None]
         # Both (ROWS,).
-        o_m, m_m = _entries(
-            p_query, i_list, start, count, tokens_q, gl.SliceLayout(1, SCORES)
-        )
+        o_m, m_m = _entries(p_query, i_list, start, count, tokens_q, gl.SliceLayout(1, SCORES))
         b_earlier, _ = _entries(
             p_earlier, i_list, start, count, tokens_q, gl.SliceLayout(1, SCORES)
         )

@@ -39,6 +39,11 @@ class Lists:
     selected: torch.Tensor
 
 
+def scratch_bytes() -> int:
+    """Bytes of lists and of running sums or partial results at a time."""
+    return _SCRATCH_BYTES
+
+
 def turns(pairs: int, bytes_per_pair: int) -> Iterator[tuple[int, int]]:
     """First pair and number of pairs of each turn, about equally many in each."""
     count = -(-pairs // max(1, _SCRATCH_BYTES // bytes_per_pair))
@@ -107,7 +112,9 @@ def fill_kernel(
     # All (CHUNK, 32).
     b_place = b_first[None, :] + tl.cumsum(b_flag, 0) - b_flag
     b_earlier = b_before[:, None] + tl.cumsum(b_flag, 1) - b_flag
-    b_place += (i_pair * blocks + o_c.to(tl.int64))[None, :] * tokens
+    b_place += (o_c * tokens)[None, :]
+    p_query += i_pair * blocks * tokens
+    p_earlier += i_pair * blocks * tokens
     b_query = tl.broadcast_to(o_t[:, None], (CHUNK, 32))
     tl.store(p_query + b_place, b_query, mask=b_flag != 0)
     tl.store(p_earlier + b_place, b_earlier, mask=b_flag != 0)
@@ -136,7 +143,9 @@ def selecting_queries(
     grid = (pairs * chunks * words,)
     count_kernel[grid](bits, count, *numbers, CHUNK=chunk)
     first = count.cumsum(-1, dtype=torch.int32)
-    fill_kernel[grid](bits, first, query, earlier, selected, *numbers, CHUNK=chunk)
+    fill_kernel[grid](
+        bits, first, query, earlier, selected, *numbers, CHUNK=chunk, num_warps=8
+    )  # fmt: skip
     return Lists(first, query, earlier, selected)
 
 
