@@ -17,6 +17,7 @@ import triton.language as tl
 
 from ..autocast import without_autocast
 from ..common.launch import on_device, padded_head_dim
+from ..common.primitives import load_tile
 from .selecting import turns
 
 # The most blocks, text and other blocks included, that a query's scores may have registers for.
@@ -35,6 +36,42 @@ _WARPS_OF_PASSES = 8
 # Rows of scores in memory begin at multiples of this.
 _ALIGNED = 16
 _STEP_D = 32  # channels of a product
+_KEYS = 64  # keys that a mean takes at a time
+
+
+@triton.jit(do_not_specialize=["before"])
+def means_kernel(
+    p_k, p_starts, p_counted, p_means, p_holds, s_kb, s_kt, s_kh, s_kd, s_cb, s_ct,
+    heads, blocks, before,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The mean of a block's counted keys for a head, and whether there are such keys."""
+    i_program = tl.program_id(0)
+    i_block = i_program % blocks
+    i_h = (i_program // blocks % heads).to(tl.int64)
+    i_b = (i_program // blocks // heads).to(tl.int64)
+    first_n = tl.load(p_starts + before + i_block)
+    stop_n = tl.load(p_starts + before + i_block + 1)
+    p_k += i_b * s_kb + i_h * s_kh
+    b_sum = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    b_count = tl.zeros((BLOCK_N,), dtype=tl.int32)
+    for i in tl.range(0, tl.cdiv(stop_n - first_n, BLOCK_N)):
+        o_n = (first_n + i * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+        m_n = o_n < stop_n
+        if MASKED:
+            # b_counted: (BLOCK_N,)
+            b_counted = tl.load(p_counted + i_b * s_cb + o_n * s_ct, mask=m_n, other=0)
+            m_n = m_n & (b_counted != 0)
+        # A NaN in padding must not reach a sum.
+        b_k = load_tile(p_k, s_kt, s_kd, o_n, m_n, True, D, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+        b_sum += b_k.to(tl.float32)
+        b_count += m_n.to(tl.int32)
+    count = tl.sum(b_count, 0)
+    b_mean = tl.sum(b_sum, 0) / tl.maximum(count, 1).to(tl.float32)  # (BLOCK_D,)
+    o_d = tl.arange(0, BLOCK_D)
+    i_mean = (i_b * blocks + i_block) * heads + i_h
+    tl.store(p_means + i_mean * D + o_d, b_mean, mask=o_d < D)
+    tl.store(p_holds + i_b * blocks + i_block, count > 0)
 
 
 @triton.jit
@@ -380,6 +417,55 @@ class _Sizes:
     @property
     def log2_p(self) -> int:
         return self.block_p.bit_length() - 1
+
+
+@torch.library.custom_op("diffattn::block_means", mutates_args=())
+@without_autocast
+def block_means(
+    key: torch.Tensor,
+    starts: torch.Tensor,
+    counted: torch.Tensor | None,
+    before: int,
+    blocks: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean key of each block, in one pass over the keys and in a fixed order.
+
+    Args:
+        key: `(batch, tokens, heads, head_dim)`, any strides.
+        starts: int32, the first token of each block of the sequence, then the number of tokens.
+        counted: bool `(batch, tokens)`, false for keys that are left out; None if all count.
+        before: blocks to pass over at the start of the sequence.
+        blocks: the number of blocks from there on to take means of.
+
+    Returns:
+        means: float32 `(batch, blocks, heads, head_dim)`; 0 for a block without a counted key.
+        holds: bool `(batch, blocks)`, whether a block has counted keys.
+    """
+    batch, _, heads, head_dim = key.shape
+    means = key.new_empty((batch, blocks, heads, head_dim), dtype=torch.float32)
+    holds = key.new_empty((batch, blocks), dtype=torch.uint8)
+    mask = starts if counted is None else counted.view(torch.uint8)
+    with on_device(key.device):
+        means_kernel[(batch * blocks * heads,)](
+            key, starts, mask, means, holds, *key.stride(),
+            *((0, 0) if counted is None else mask.stride()), heads, blocks, before,
+            D=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_N=_KEYS,
+            MASKED=counted is not None,
+        )  # fmt: skip
+    return means, holds.view(torch.bool)
+
+
+@block_means.register_fake
+def _empty_means(
+    key: torch.Tensor,
+    starts: torch.Tensor,
+    counted: torch.Tensor | None,
+    before: int,
+    blocks: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, _, heads, head_dim = key.shape
+    means = key.new_empty((batch, blocks, heads, head_dim), dtype=torch.float32)
+    return means, key.new_empty((batch, blocks), dtype=torch.bool)
 
 
 @torch.library.custom_op("diffattn::best_blocks", mutates_args=())

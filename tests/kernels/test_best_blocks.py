@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from diffattn.blocks import unpack_bits
-from diffattn.kernels.gather.best_blocks import MOST_BLOCKS, best_blocks
+from diffattn.kernels.gather.best_blocks import MOST_BLOCKS, best_blocks, block_means
+from diffattn.methods.vmoba.selection import Rule, select_blocks
 from diffattn.routing.pools import best_in_pools
+from diffattn.selected.key_blocks import KeyBlocks
 
 # Rules as (together, topk, tau).
 RULES = [(False, 3, None), (True, 3, None), (True, None, 0.25), (True, None, 0.9)]
@@ -163,3 +165,70 @@ def test_limits_are_named(device: str) -> None:
         best_blocks(query, means, own, None, None, 0, 300, False, 2, None)
     with pytest.raises(ValueError, match="tau needs together=True"):
         best_blocks(query, means[:, :9], own, None, None, 0, 9, False, None, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_means_of_blocks(dtype: torch.dtype, is_masked: bool, device: str) -> None:
+    key = whole_numbers(6, 2, 220, 3, 24).to(dtype)
+    lengths = [5, 1, 130, 64, 13, 7]
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    counted = None
+    if is_masked:
+        counted = torch.rand(2, 220, generator=torch.Generator().manual_seed(0)) < 0.6
+        counted[1, 136:200] = False
+        key[1, 136] = torch.nan
+    means, holds = block_means(
+        *(x if x is None else x.to(device) for x in (key, starts, counted)), 1, 4
+    )
+    for sample in range(2):
+        for i in range(4):
+            some = slice(int(starts[i + 1]), int(starts[i + 2]))
+            keys = key[sample, some].double()
+            keys = keys if counted is None else keys[counted[sample, some]]
+            assert holds[sample, i].item() == (len(keys) > 0)
+            want = keys.mean(0) if len(keys) else torch.zeros(3, 24).double()
+            torch.testing.assert_close(means[sample, i].cpu().double(), want, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("tile", [1, 4])
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("text", [(0, 0), (3, 5)])
+@rules
+def test_the_method_selects_the_same_blocks_in_triton_and_in_torch(
+    rule: tuple[bool, int | None, float | None],
+    text: tuple[int, int],
+    is_masked: bool,
+    tile: int,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    together, topk, tau = rule
+    scope = "head" if together else "query"
+    method_rule = Rule(scope, topk=topk, tau=tau, centre_keys=is_masked, tile=tile)
+    # Means over powers of two are exact, also the mean of all blocks.
+    blocks = KeyBlocks.of_lengths([8, 4, 4, 16], device, text_before=text[0], text_after=text[1])
+    tokens = 32 + sum(text)
+    query, key = whole_numbers(7, 2, tokens, 2, 16), whole_numbers(8, 2, tokens, 2, 16)
+    key_mask = torch.ones(2, tokens, dtype=torch.bool)
+    key_mask[1, text[0] : text[0] + 12] = not is_masked  # two whole blocks
+    args = (query.to(device), key.to(device), blocks, method_rule)
+    mask = key_mask.to(device) if is_masked else None
+    found = {}
+    for backend in ("triton", "reference"):
+        monkeypatch.setenv("DIFFATTN_BACKEND", backend)
+        found[backend] = select_blocks(*args, key_mask=mask)
+    assert torch.equal(found["triton"], found["reference"])
+
+
+def test_selection_ends_tangents(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFATTN_BACKEND", "triton")
+    blocks = KeyBlocks.of_lengths([8, 8, 8], device)
+    query, key = (whole_numbers(i, 1, 24, 1, 16).to(device) for i in (9, 10))
+    rule = Rule("query", topk=2)
+
+    def bits(query: torch.Tensor) -> torch.Tensor:
+        return query.sum() + select_blocks(query, key, blocks, rule).sum()
+
+    _, tangent = torch.func.jvp(bits, (query,), (torch.ones_like(query),))
+    assert tangent.item() == query.numel()
