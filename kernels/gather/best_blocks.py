@@ -247,8 +247,8 @@ def scores_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr, Q_PARTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Scores, and each tile's lowest and negated highest ranked score."""
-    i_pair, i_b, i_h, i_tile, o_m, o_p, o_c, m_c = place_of_program(
+    """Scores, and each query's lowest and negated highest ranked score."""
+    i_pair, i_b, i_h, _, o_m, o_p, o_c, m_c = place_of_program(
         first_pair, tiles, heads, before, video_blocks, BLOCK_M, BLOCK_P
     )
     m_m = o_m < tokens
@@ -264,9 +264,9 @@ def scores_kernel(
     tl.store(
         p_scores + o_m[:, None] * s_st + o_p[None, :], b_s, m_m[:, None] & (o_p < s_st)[None, :]
     )
-    p_extremes += (i_pair * tiles + i_tile) * 2
-    tl.store(p_extremes, tl.min(tl.min(tl.where(m_ranked, b_s, float("inf")), 1), 0))
-    tl.store(p_extremes + 1, tl.min(tl.min(tl.where(m_ranked, -b_s, float("inf")), 1), 0))
+    p_extremes += (i_pair * tokens + o_m) * 2
+    tl.store(p_extremes, tl.min(tl.where(m_ranked, b_s, float("inf")), 1), mask=m_m)
+    tl.store(p_extremes + 1, tl.min(tl.where(m_ranked, -b_s, float("inf")), 1), mask=m_m)
 
 
 @triton.jit
@@ -548,7 +548,7 @@ def best_blocks(
             grid = (pairs * sizes.tiles,)
             place = (first_pair, tokens, sizes.tiles, heads, video_blocks, before, row)
             scores = means.new_empty((pairs, tokens, row))
-            extremes = means.new_empty((pairs, sizes.tiles, 2))
+            extremes = means.new_empty((pairs, tokens, 2))
             scores_kernel[grid](
                 query, means, own, *masks, scores, extremes, *strides, *place,
                 MASKED=is_masked, **tiles, **products,
