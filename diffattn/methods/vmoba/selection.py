@@ -102,9 +102,14 @@ def _select_by_triton(
     means, holds = block_means(key, blocks.starts, key_mask, before, blocks.video_blocks)
     if rule.centre_keys:
         means = means - _mean_block(means, None if counted is None else holds)
-    queries, own, deciding = _deciders(query[:, video], blocks, rule, counted)
+    query, own, deciding = query[:, video], blocks.block_of, counted
+    if rule.tile > 1:
+        tiles = blocks.cut(rule.tile)
+        query, tile_holds = block_means(query, tiles.starts, counted, 0, len(tiles.lengths))
+        own = own[tiles.members[:, 0]]
+        deciding = None if counted is None else tile_holds
     bits = best_blocks(
-        queries, means, own, deciding, None if counted is None else holds, before, blocks.blocks,
+        query, means, own, deciding, None if counted is None else holds, before, blocks.blocks,
         rule.scope == "head", rule.topk, rule.tau,
     )  # fmt: skip
     return bits.index_select(2, blocks.cut(rule.tile).block_of) if rule.tile > 1 else bits
