@@ -219,13 +219,14 @@ def _picked(x: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
     On a GPU each thread moves one element: of two bytes, that is a fraction of the memory's rate.
     Compiled code has kernels of its own.
     """
+    size = x.element_size()
     is_whole = (
         not torch.compiler.is_compiling()
         and dim % x.ndim < x.ndim - 1
-        and x.element_size() < _WORD
-        and x.is_contiguous()
-        and x.shape[-1] * x.element_size() % _WORD == 0
-        and x.storage_offset() * x.element_size() % _WORD == 0
+        and size < _WORD
+        and x.stride(-1) == 1
+        # A dimension of one element may have any stride.
+        and all(n * size % _WORD == 0 for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1]))
     )
     if not is_whole:
         return x.index_select(dim, index)

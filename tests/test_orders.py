@@ -482,3 +482,10 @@ def test_a_permutation_moves_every_element_and_its_gradient(
         moved = permuted(leaf, there, there.argsort(), dim)
         (gradient,) = torch.autograd.grad(moved, leaf, moved.detach())
         assert torch.equal(gradient, x)
+
+
+def test_a_dimension_of_one_element_has_any_stride() -> None:
+    x = torch.arange(16.0).as_strided((1, 2, 8), (3, 8, 1))
+    assert torch.equal(permuted(x, torch.tensor([1, 0]), torch.tensor([1, 0]), 1), x.flip(1))
+    one = torch.ones(1).as_strided((1, 1, 1), (2, 2, 2))
+    assert torch.equal(permuted(one, torch.tensor([0]), torch.tensor([0]), 1), one)
