@@ -18,6 +18,8 @@ from diffattn.grid import TokenGrid
 from diffattn.kernels.dispatch import needs_gradients
 from diffattn.kernels.transforms import is_transformed
 
+_WORD = 8  # bytes of an int64
+
 
 @dataclass(frozen=True)
 class TileOrder:
@@ -225,11 +227,31 @@ class _Permuted(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, there: torch.Tensor, back: torch.Tensor, dim: int
     ) -> torch.Tensor:
         ctx.permutation = back, there, dim
-        return x.index_select(dim, there)
+        return _picked(x, there, dim)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         return _Permuted.apply(grads[0], *ctx.permutation), None, None, None
+
+
+def _picked(x: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
+    """`x.index_select(dim, index)`, eight bytes at a time where the last dimension allows that.
+
+    On a GPU each thread moves one element: of two bytes, that is a fraction of the memory's rate.
+    Compiled code has kernels of its own.
+    """
+    size = x.element_size()
+    is_whole = (
+        not torch.compiler.is_compiling()
+        and dim % x.ndim < x.ndim - 1
+        and size < _WORD
+        and x.stride(-1) == 1
+        # A dimension of one element may have any stride.
+        and all(n * size % _WORD == 0 for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1]))
+    )
+    if not is_whole:
+        return x.index_select(dim, index)
+    return x.view(torch.int64).index_select(dim, index).view(x.dtype)
 
 
 def _fitted(tile: Sequence[int], sizes: Sequence[int]) -> list[int]:

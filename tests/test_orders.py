@@ -20,7 +20,7 @@ from diffattn.masks.base import Blocking, BlockMapMask, TextMask
 from diffattn.masks.neighbourhood import AxisWindow, NeighbourhoodMask
 from diffattn.methods import DenseAttn, Site
 from diffattn.operator import attention, attention_gradients
-from diffattn.orders import TileOrder, tile_for
+from diffattn.orders import TileOrder, permuted, tile_for
 
 GRIDS = [
     TokenGrid(5, 7, 11),
@@ -393,7 +393,7 @@ class TestAttention:
         order = TileOrder(grid, (1, 4, 4))
         moved = options | {"key_mask": order.to_tiles(key_mask) if masked else None}
 
-        def permuted(*qkv: torch.Tensor) -> torch.Tensor:
+        def in_another_order(*qkv: torch.Tensor) -> torch.Tensor:
             out = traced_attention(
                 *(order.to_tiles(x) for x in qkv), grid, serial, order=order, **moved
             )
@@ -403,7 +403,7 @@ class TestAttention:
         for function in (
             lambda *qkv: stock.IN_TILES.attend(*qkv, site, **options),
             lambda *qkv: traced_attention(*qkv, grid, serial, **options),
-            permuted,
+            in_another_order,
         ):
             leaves = [x.detach().clone().requires_grad_() for x in qkv]
             out = function(*leaves)
@@ -476,3 +476,29 @@ def test_a_methods_order_is_kept_with_its_permutation() -> None:
     assert method.order(grid) is method.order(grid)
     assert method.order_on(grid) is not method.order_on(grid)
     assert stock.NEARBY.order(grid) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("channels", "first"), [(8, 0), (8, 3), (3, 0)])
+@pytest.mark.parametrize("dim", [0, 1, -2, 2])
+def test_a_permutation_moves_every_element_and_its_gradient(
+    dtype: torch.dtype, channels: int, first: int, dim: int
+) -> None:
+    """In words of eight bytes where rows have whole words that begin at one."""
+    numbers = torch.randint(-100, 100, (first + 4 * 5 * channels,)).to(dtype)
+    x = numbers[first:].view(4, 5, channels)
+    there = torch.randperm(x.shape[dim])
+    want = x.movedim(dim, 0)[there].movedim(0, dim)
+    assert torch.equal(permuted(x, there, there.argsort(), dim), want)
+    if dtype.is_floating_point:
+        leaf = x.detach().requires_grad_()
+        moved = permuted(leaf, there, there.argsort(), dim)
+        (gradient,) = torch.autograd.grad(moved, leaf, moved.detach())
+        assert torch.equal(gradient, x)
+
+
+def test_a_dimension_of_one_element_has_any_stride() -> None:
+    x = torch.arange(16.0).as_strided((1, 2, 8), (3, 8, 1))
+    assert torch.equal(permuted(x, torch.tensor([1, 0]), torch.tensor([1, 0]), 1), x.flip(1))
+    one = torch.ones(1).as_strided((1, 1, 1), (2, 2, 2))
+    assert torch.equal(permuted(one, torch.tensor([0]), torch.tensor([0]), 1), one)

@@ -1,19 +1,14 @@
-"""Selected blocks tile by tile: what the gather computes, and when it is chosen."""
-
-from typing import Any
-from weakref import WeakKeyDictionary
+"""Selected blocks tile by tile: what the gather computes."""
 
 import pytest
 import torch
-from triton_device import triton_device
 
-from diffattn import TokenGrid
 from diffattn.blocks import pack_bits
 from diffattn.kernels.reference import reference_attention
 from diffattn.selected import tiles as unions
-from diffattn.selected.attention import dense_mask, selected_attention
-from diffattn.selected.key_blocks import KeyBlocks, Partition
-from diffattn.selected.tiles import prefers_union, selected_pairs, union_attention, union_pairs
+from diffattn.selected.attention import dense_mask
+from diffattn.selected.key_blocks import KeyBlocks
+from diffattn.selected.tiles import selected_pairs, union_attention, union_pairs
 
 
 def call(
@@ -86,64 +81,3 @@ def test_pairs_are_counted() -> None:
     ragged = KeyBlocks.of_lengths([64])
     everything = pack_bits(torch.ones(1, 1, 64, 1, dtype=torch.bool))
     assert union_pairs(ragged, everything).item() == pytest.approx(4), "half of the tile is filled"
-
-
-class Arrival:
-    """An event that has come when it is told to."""
-
-    here = True
-
-    def __init__(self, device: Any) -> None:
-        self.recorded = False
-
-    def record(self) -> None:
-        self.recorded = True
-
-    def query(self) -> bool:
-        assert self.recorded
-        return Arrival.here
-
-
-def test_the_union_is_chosen_where_neighbours_select_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "Event", Arrival)
-    monkeypatch.setattr(unions, "_measured", WeakKeyDictionary())
-    monkeypatch.setattr(unions, "_chosen", WeakKeyDictionary())
-    blocks = KeyBlocks.of_lengths([128] * 4)
-    alike = pack_bits(torch.eye(4).bool().repeat_interleave(128, 0)[None, None])
-    mixed = pack_bits(torch.eye(4).bool().repeat(128, 1)[None, None])
-    assert not prefers_union(blocks, alike), "nothing is known yet"
-    Arrival.here = False
-    assert not prefers_union(blocks, alike), "the measurement has not come"
-    Arrival.here = True
-    assert prefers_union(blocks, mixed), "by the call before"
-    assert not prefers_union(blocks, mixed)
-    other = Partition(TokenGrid(4, 8, 16), (1, 8, 16)).key_blocks(torch.device("cpu"))
-    assert not prefers_union(other, alike), "other blocks are measured apart"
-
-
-def test_the_choice_changes_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = triton_device(monkeypatch)
-    blocks = KeyBlocks.of_lengths([17, 16], device)
-    qkv, bits = call(blocks, 33, batch=1, heads=1)
-    qkv, bits = [x.detach().to(device) for x in qkv], bits.to(device)
-    used = []
-    plain = unions.union_attention
-
-    def spied(*args: Any, **options: Any) -> torch.Tensor:
-        used.append("union")
-        return plain(*args, **options)
-
-    monkeypatch.setattr("diffattn.selected.attention.union_attention", spied)
-    outs = []
-    for choice in (False, True):
-        monkeypatch.setattr("diffattn.selected.attention.prefers_union", lambda *_, c=choice: c)
-        outs.append(selected_attention(*qkv, blocks, bits, backend="triton"))
-    assert used == ["union"]
-    want, _ = reference_attention(*qkv, dense_mask(blocks, bits))
-    for out in outs:
-        torch.testing.assert_close(out.double(), want, atol=2e-6, rtol=1e-5)
-    # Training gathers: its backward has no use for the union.
-    leaves = [x.requires_grad_() for x in qkv]
-    selected_attention(*leaves, blocks, bits, backend="triton").sum().backward()
-    assert used == ["union"]
-    assert leaves[1].grad.any()

@@ -145,11 +145,16 @@ class Gather:
     bits: torch.Tensor
 
     def forward(self, choice: Choice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output and log-sum-exp."""
-        return gather_forward(
-            self.q, self.k, self.v, self.starts, self.bits, None,
-            scale=self.q.shape[-1] ** -0.5, choice=choice,
-        )  # fmt: skip
+        """Output and log-sum-exp.
+
+        Raises:
+            NotTakenError: if the choice does not take the call.
+        """
+        with _refusals():
+            return gather_forward(
+                self.q, self.k, self.v, self.starts, self.bits, None,
+                scale=self.q.shape[-1] ** -0.5, choice=choice,
+            )  # fmt: skip
 
     def gradients(
         self, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, kernel: str, choice: Choice

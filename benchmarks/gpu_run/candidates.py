@@ -101,11 +101,11 @@ RANKED: dict[tuple[str, int], tuple[Choice, ...]] = {
         "plain 64x64 w4 s2",
     ),
     ("gather_forward", 128): _choices(
-        "plain 128x64 w8 s2 ahead",
-        "plain 128x64 w8 s3 ahead",
-        "plain 128x128 w8 s2 ahead",
+        "gluon 128x128 w4 s2",
+        "gluon 128x64 w4 s3",
         "plain 128x64 w8 s3",
-        "plain 64x64 w4 s2 ahead",
+        "plain 64x64 w4 s2",
+        "plain 128x128 w8 s2",
     ),
     ("gather_queries", 128): _choices(
         "plain 128x64 w8 s2",

@@ -18,7 +18,7 @@ from diffattn.kernels.transforms import is_forward_mode
 from diffattn.masks.base import AttentionMask
 from diffattn.operator import check_triton, choose_backend
 from diffattn.selected.key_blocks import KeyBlocks
-from diffattn.selected.tiles import prefers_union, union_attention
+from diffattn.selected.tiles import union_attention
 
 # The backends of `attention` that also compute this operator.
 _NAMES = ("triton", "cpu", "reference")
@@ -38,10 +38,8 @@ def selected_attention(
     """Softmax attention of every query over the blocks it has selected; differentiable.
 
     A query that sees no key gives 0. Autocast and function modes act as on `diffattn.attention`.
-    The CPU kernel and the Triton kernel gather the queries of each block. On Triton, tiles of
-    neighbouring queries are computed instead (`union_attention`) in two cases: for forward-mode
-    derivatives, and in calls without gradients where earlier calls over the same blocks have shown
-    that neighbours select alike.
+    The CPU kernel and the Triton kernel gather the queries of each block. For forward-mode
+    derivatives on Triton, tiles of neighbouring queries are computed instead (`union_attention`).
 
     Args:
         query, key, value: (batch, tokens, heads, head_dim), in the order of the blocks.
@@ -91,9 +89,8 @@ def _attend(
         mask = dense_mask(blocks, bits)
         out, _ = reference_attention(query, key, value, mask, scale=scale, key_mask=key_mask)
         return out.to(query.dtype)
-    is_trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     # The kernel that gathers has no tangents; the kernel of the union has.
-    if name == "triton" and (is_forward_mode() or (not is_trained and prefers_union(blocks, bits))):
+    if name == "triton" and is_forward_mode():
         return union_attention(
             query, key, value, blocks, bits, scale=scale, key_mask=key_mask, backend=name
         )

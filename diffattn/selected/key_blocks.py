@@ -242,12 +242,15 @@ class Partition(InBlocks):
 
     grid: TokenGrid
     chunk: Chunk
+    _counted: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
     _on: dict[torch.device, tuple[KeyBlocks, torch.Tensor, torch.Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     def lengths(self) -> list[int]:
-        return torch.bincount(self._block_of_place()).tolist()
+        if not self._counted:
+            self._counted.extend(torch.bincount(self._block_of_place()).tolist())
+        return self._counted.copy()
 
     @property
     def _keeps_order(self) -> bool:
@@ -263,7 +266,7 @@ class Partition(InBlocks):
                 token = torch.arange(grid.tokens)
                 there = torch.cat([token[: grid.video.start], video, token[grid.video.stop :]])
                 blocks = KeyBlocks.of_lengths(
-                    torch.bincount(block).tolist(),
+                    self.lengths(),
                     device,
                     text_before=grid.text_before,
                     text_after=grid.text_after,

@@ -1,15 +1,11 @@
 """Selected blocks on the block-sparse kernels: each tile of queries computes a union of blocks.
 
 The union of a tile holds the blocks that any of its queries has selected. Bit masks hide from each
-query the blocks that it has not selected. Where neighbouring queries select alike, little work is
-wasted, and tiles run at the rate of dense attention. Blocks are filled up to whole tiles, so that
-no tile lies in two blocks.
+query the blocks that it has not selected. Blocks are filled up to whole tiles, so that no tile lies
+in two blocks. The kernels that gather have no forward-mode derivative; these have.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -21,9 +17,6 @@ from diffattn.selected.key_blocks import KeyBlocks
 _WORDS = BLOCK // 32
 # Bytes of bit masks that are made at a time; heads take turns where all heads would need more.
 _MASK_BYTES = 1 << 28
-# The union is taken where it computes at most this many times the selected pairs. The factor comes
-# from a model of the gather's memory traffic, not from a measurement.
-_MOST_PAIRS = 1.5
 
 
 def union_attention(
@@ -70,45 +63,6 @@ def selected_pairs(blocks: KeyBlocks, bits: torch.Tensor) -> torch.Tensor:
     shares = unpack_bits(bits, blocks.blocks).float().mean((0, 1, 2))
     lengths = blocks.starts.diff()
     return (shares * lengths).sum() / lengths.sum()
-
-
-@dataclass(frozen=True)
-class _Measurement:
-    """`union_pairs` and `selected_pairs` of a call, on their way from the device.
-
-    Attributes:
-        numbers: float `(2,)` on the CPU, the two numbers.
-        arrived: the event after which `numbers` may be read.
-    """
-
-    numbers: torch.Tensor
-    arrived: torch.Event
-
-
-_measured: WeakKeyDictionary[KeyBlocks, _Measurement] = WeakKeyDictionary()
-_chosen: WeakKeyDictionary[KeyBlocks, bool] = WeakKeyDictionary()
-
-
-def prefers_union(blocks: KeyBlocks, bits: torch.Tensor) -> bool:
-    """Whether the union of blocks was less work in earlier calls over the same blocks.
-
-    Each call measures on the device, and a later call reads the result without waiting. Before the
-    first result the answer is False.
-    """
-    if bits.is_cuda and torch.cuda.is_current_stream_capturing():
-        return _chosen.get(blocks, False)
-    last = _measured.get(blocks)
-    if last is not None and not last.arrived.query():
-        return _chosen.get(blocks, False)
-    if last is not None:
-        union, selected = last.numbers.tolist()
-        _chosen[blocks] = union <= _MOST_PAIRS * selected
-    numbers = torch.stack([union_pairs(blocks, bits), selected_pairs(blocks, bits)])
-    numbers = numbers.to("cpu", non_blocking=True)
-    arrived = torch.Event(bits.device)
-    arrived.record()
-    _measured[blocks] = _Measurement(numbers, arrived)
-    return _chosen.get(blocks, False)
 
 
 def _filled(x: torch.Tensor, token: torch.Tensor) -> torch.Tensor:

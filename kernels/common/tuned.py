@@ -28,10 +28,14 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "forward": ("plain", "tma", "gluon"),
     "queries": ("plain", "tma"),
     "keys": ("plain", "tma"),
-    "gather_forward": ("plain",),
+    "gather_forward": ("plain", "gluon"),
     "gather_queries": ("plain",),
     "gather_keys": ("plain",),
 }
+
+# Kernels that run "plain" unless a table or the environment names another variant: the others have
+# not been seen on a GPU.
+NAMED_ONLY = ("gather_forward",)
 
 _TABLE_KEYS = {"gpu", "triton", "torch", "revision", "date", "choices"}
 _TILES = {

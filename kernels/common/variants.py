@@ -169,7 +169,8 @@ def choices(kernel: str, call: Call) -> list[Choice]:
         elif measured is not None and asked is None:
             best = measured.variant
         else:  # the environment names no variant, or one of another kernel only
-            best = forms[-1] if asked or is_hopper(call.device) else forms[0]
+            is_first = kernel not in tuned.NAMED_ONLY and (asked or is_hopper(call.device))
+            best = forms[-1] if is_first else forms[0]
         found = []
         for variant in reversed(forms[: forms.index(best) + 1]):
             known = measured.tiles if measured and measured.variant == variant else None

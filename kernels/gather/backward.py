@@ -11,9 +11,25 @@ from ..common.row_sums import row_sums
 from ..common.softmax import add_to_keys, add_to_queries
 from ..common.tile_tables import Choice
 from ..common.variants import first_that_compiles, takes_any
-from .forward import group_of_program
 from .launch import SelectionProblem
 from .selecting import key_tiles, selecting_queries
+
+
+@triton.jit
+def group_of_program(first_pair, heads, chunks, chunks_per_group):
+    """Pair within the turn, sample, head, first chunk of the group, first chunk after the group."""
+    groups = tl.cdiv(chunks, chunks_per_group)
+    i_program = tl.program_id(0)
+    i_pair = i_program // groups
+    i_chunk = (i_program % groups) * chunks_per_group
+    i_bh = first_pair + i_pair
+    return (
+        i_pair.to(tl.int64),
+        (i_bh // heads).to(tl.int64),
+        (i_bh % heads).to(tl.int64),
+        i_chunk,
+        tl.minimum(i_chunk + chunks_per_group, chunks),
+    )
 
 
 @triton.jit(do_not_specialize=["first_pair", "tokens_q", "blocks", "chunks", "chunks_per_group"])
@@ -27,7 +43,7 @@ def queries_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a group of queries, which are packed as in the forward kernel."""
+    """dQ of a group of queries: those that selected a key block are packed into tiles."""
     i_pair, i_b, i_h, i_chunk, i_next_chunk = group_of_program(
         first_pair, heads, chunks, chunks_per_group
     )

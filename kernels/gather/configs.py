@@ -32,7 +32,7 @@ _AMPERE: dict[str, Table] = {
 
 _HOPPER: dict[str, Table] = {
     "forward": {
-        64: both(128, 128, 8, 2, ahead=True),
+        64: both(128, 128, 8, 2),
         128: both(128, 64, 8, 3),
         256: both(64, 32, 4, 2),
     },
@@ -77,6 +77,9 @@ _FLOAT32: dict[str, Table] = {
     "queries": {64: both(32, 32, 8, 2), 128: both(32, 16, 8, 2), 256: both(16, 32, 8, 2)},
     "keys": {64: both(32, 32, 8, 2), 128: both(16, 32, 16, 2), 256: both(16, 16, 16, 1)},
 }
+
+# The Gluon form has one shape of programs, see `gluon_kernel`.
+GLUON_TILES = TileConfig(block_m=128, block_n=128, num_warps=4, num_stages=2)
 
 _TABLES = Tables(_AMPERE, _HOPPER, _BLACKWELL, _OTHER, _FLOAT32)
 

@@ -12,7 +12,7 @@ import triton
 from ..common.launch import float32_precision, on_device, padded_head_dim
 from ..common.tile_tables import TileConfig
 from . import selecting
-from .configs import tile_config
+from .configs import GLUON_TILES, tile_config
 
 # The largest offset from the first token of a head that 32 bits hold.
 _MAX_OFFSET = 2**31 - 1
@@ -108,6 +108,8 @@ class SelectionProblem:
 
     def tiles(self, kernel: str, variant: str, measured: TileConfig | None) -> TileConfig:
         """The measured tiles if there are any, else the shipped tiles."""
+        if variant == "gluon":
+            return measured or GLUON_TILES
         return measured or tile_config(kernel, self.block_d, self.dtype, masked=self.masked)
 
     def on_device(self) -> AbstractContextManager[object]:

@@ -29,10 +29,11 @@ def selected_attention(
     """Attention of every query to the key blocks it has selected; differentiable.
 
     Only selected blocks are computed, padded to tiles: a key block to a multiple of 16 to 128 keys,
-    and likewise the queries that selected the block, of a group of at most 2048 neighbours. In
-    addition to the results, the forward pass takes up to 1 GiB of memory for lists and sums, and so
-    does the backward pass. If a single head needs more, more is taken: 4 bytes per query for each
-    of `blocks` and `head_dim`.
+    and the queries that selected the block to a multiple of 16 to 128. In the backward pass the
+    queries are padded in groups of at most 2048 neighbours. In addition to the results, the forward
+    pass takes up to 1 GiB of memory for lists and partial results; queries take turns where all of
+    them would need more. The backward pass takes up to 1 GiB for lists and sums. If a single head
+    needs more, more is taken: 4 bytes per query for each of twice `blocks` and `head_dim`.
 
     Args:
         q, k, v: `(batch, tokens, heads, head_dim)` of one dtype, any strides; the key length may

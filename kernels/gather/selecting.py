@@ -29,10 +29,19 @@ class Lists:
             block; the last entry counts all queries that selected it.
         query: int32 `(pairs, blocks, tokens)`, the queries that selected a block, ascending; places
             beyond their number are undefined.
+        earlier: int32 like `query`, how many earlier blocks the query has selected.
+        selected: int32 `(pairs, tokens)`, how many blocks a query has selected.
     """
 
     first: torch.Tensor
     query: torch.Tensor
+    earlier: torch.Tensor
+    selected: torch.Tensor
+
+
+def scratch_bytes() -> int:
+    """Bytes of lists and of running sums or partial results at a time."""
+    return _SCRATCH_BYTES
 
 
 def turns(pairs: int, bytes_per_pair: int) -> Iterator[tuple[int, int]]:
@@ -45,51 +54,73 @@ def turns(pairs: int, bytes_per_pair: int) -> Iterator[tuple[int, int]]:
 
 def list_bytes(blocks: int, tokens: int) -> int:
     """Bytes that the lists of a pair have room for."""
-    return blocks * (tokens + triton.cdiv(tokens, CHUNK) + 1) * 4
+    return (blocks * (2 * tokens + triton.cdiv(tokens, CHUNK) + 1) + tokens) * 4
 
 
 @triton.jit
 def load_flags(
-    p_bits, s_bb, s_bh, s_bt, s_bw, first_pair, tokens, heads, blocks, chunks, CHUNK: tl.constexpr
+    p_bits, s_bb, s_bh, s_bt, s_bw, first_pair, tokens, heads, chunks, words, CHUNK: tl.constexpr
 ):
-    """1 for queries of the program's chunk that selected its block, else 0; list, chunk, tokens."""
+    """1 where a query of the program's chunk selected a block of its word, else 0; pair, places."""
     i_program = tl.program_id(0)
-    i_chunk = i_program % chunks
-    i_list = i_program // chunks
-    i_block = i_list % blocks
-    i_pair = first_pair + i_list // blocks
-    p_bits += (i_pair // heads).to(tl.int64) * s_bb + (i_pair % heads).to(tl.int64) * s_bh
-    p_bits += (i_block // 32).to(tl.int64) * s_bw
+    i_word = i_program % words
+    i_chunk = i_program // words % chunks
+    i_pair = i_program // words // chunks
+    i_bh = first_pair + i_pair
+    p_bits += (i_bh // heads).to(tl.int64) * s_bb + (i_bh % heads).to(tl.int64) * s_bh
     o_t = i_chunk * CHUNK + tl.arange(0, CHUNK)
-    b_word = tl.load(p_bits + o_t.to(tl.int64) * s_bt, mask=o_t < tokens, other=0)  # (CHUNK,)
-    return (b_word >> (i_block % 32)) & 1, i_list.to(tl.int64), i_chunk, o_t
+    p_word = p_bits + o_t.to(tl.int64) * s_bt
+    b_word = tl.load(p_word + i_word.to(tl.int64) * s_bw, mask=o_t < tokens, other=0)  # (CHUNK,)
+    b_flag = (b_word[:, None] >> tl.arange(0, 32)[None, :]) & 1  # (CHUNK, 32)
+    return b_flag, p_word, i_pair.to(tl.int64), i_chunk, i_word, o_t
 
 
 @triton.jit(do_not_specialize=["first_pair", "tokens", "blocks", "chunks"])
 def count_kernel(
-    p_bits, p_count, s_bb, s_bh, s_bt, s_bw, first_pair, tokens, heads, blocks, chunks,
+    p_bits, p_count, s_bb, s_bh, s_bt, s_bw, first_pair, tokens, heads, blocks, chunks, words,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Count the queries of a chunk that selected a block."""
-    b_flag, i_list, i_chunk, _ = load_flags(
-        p_bits, s_bb, s_bh, s_bt, s_bw, first_pair, tokens, heads, blocks, chunks, CHUNK
+    """Count the queries of a chunk that selected each of 32 blocks."""
+    b_flag, _, i_pair, i_chunk, i_word, _ = load_flags(
+        p_bits, s_bb, s_bh, s_bt, s_bw, first_pair, tokens, heads, chunks, words, CHUNK
     )
+    o_c = i_word * 32 + tl.arange(0, 32)
     # Stored one place on: the running sum at a chunk then counts the queries before the chunk.
-    tl.store(p_count + i_list * (chunks + 1) + i_chunk + 1, tl.sum(b_flag, 0))
+    p_count += i_pair * blocks * (chunks + 1) + i_chunk + 1
+    tl.store(p_count + o_c * (chunks + 1), tl.sum(b_flag, 0), mask=o_c < blocks)
 
 
 @triton.jit(do_not_specialize=["first_pair", "tokens", "blocks", "chunks"])
 def fill_kernel(
-    p_bits, p_first, p_query, s_bb, s_bh, s_bt, s_bw, first_pair, tokens, heads, blocks, chunks,
-    CHUNK: tl.constexpr,
+    p_bits, p_first, p_query, p_earlier, p_selected, s_bb, s_bh, s_bt, s_bw,
+    first_pair, tokens, heads, blocks, chunks, words, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Write the queries of a chunk that selected a block to the block's list."""
-    b_flag, i_list, i_chunk, o_t = load_flags(
-        p_bits, s_bb, s_bh, s_bt, s_bw, first_pair, tokens, heads, blocks, chunks, CHUNK
+    """Write the queries of a chunk that selected a block to the lists of 32 blocks."""
+    b_flag, p_word, i_pair, i_chunk, i_word, o_t = load_flags(
+        p_bits, s_bb, s_bh, s_bt, s_bw, first_pair, tokens, heads, chunks, words, CHUNK
     )
-    # b_place: (CHUNK,)
-    b_place = tl.load(p_first + i_list * (chunks + 1) + i_chunk) + tl.cumsum(b_flag, 0) - b_flag
-    tl.store(p_query + i_list * tokens + b_place, o_t, mask=b_flag != 0)
+    o_c = i_word * 32 + tl.arange(0, 32)
+    b_flag = tl.where((o_c < blocks)[None, :], b_flag, 0)  # bits past the last block
+    b_before = tl.zeros((CHUNK,), dtype=tl.int32)
+    for _ in tl.range(0, i_word):
+        b_word = tl.load(p_word, mask=o_t < tokens, other=0)  # (CHUNK,)
+        p_word += s_bw
+        b_before += tl.sum((b_word[:, None] >> tl.arange(0, 32)[None, :]) & 1, 1)
+    # b_first: (32,)
+    p_first += i_pair * blocks * (chunks + 1) + i_chunk
+    b_first = tl.load(p_first + o_c * (chunks + 1), mask=o_c < blocks, other=0)
+    # All (CHUNK, 32).
+    b_place = b_first[None, :] + tl.cumsum(b_flag, 0) - b_flag
+    b_earlier = b_before[:, None] + tl.cumsum(b_flag, 1) - b_flag
+    b_place += (o_c * tokens)[None, :]
+    p_query += i_pair * blocks * tokens
+    p_earlier += i_pair * blocks * tokens
+    b_query = tl.broadcast_to(o_t[:, None], (CHUNK, 32))
+    tl.store(p_query + b_place, b_query, mask=b_flag != 0)
+    tl.store(p_earlier + b_place, b_earlier, mask=b_flag != 0)
+    if i_word == words - 1:
+        b_selected = b_before + tl.sum(b_flag, 1)  # (CHUNK,)
+        tl.store(p_selected + i_pair * tokens + o_t, b_selected, mask=o_t < tokens)
 
 
 def selecting_queries(
@@ -103,16 +134,44 @@ def selecting_queries(
         first_pair, pairs: the first pair and the number of pairs.
         chunk: queries per chunk, a power of 2.
     """
-    _, heads, tokens, _ = bits.shape
+    _, heads, tokens, words = bits.shape
     chunks = triton.cdiv(tokens, chunk)
     count = bits.new_zeros((pairs, blocks, chunks + 1))
-    query = bits.new_empty((pairs, blocks, tokens))
-    numbers = (*bits.stride(), first_pair, tokens, heads, blocks, chunks)
-    grid = (pairs * blocks * chunks,)
+    query, earlier = (bits.new_empty((pairs, blocks, tokens)) for _ in range(2))
+    selected = bits.new_empty((pairs, tokens))
+    numbers = (*bits.stride(), first_pair, tokens, heads, blocks, chunks, words)
+    grid = (pairs * chunks * words,)
     count_kernel[grid](bits, count, *numbers, CHUNK=chunk)
     first = count.cumsum(-1, dtype=torch.int32)
-    fill_kernel[grid](bits, first, query, *numbers, CHUNK=chunk)
-    return Lists(first, query)
+    fill_kernel[grid](
+        bits, first, query, earlier, selected, *numbers, CHUNK=chunk, num_warps=8
+    )  # fmt: skip
+    return Lists(first, query, earlier, selected)
+
+
+@dataclass(frozen=True)
+class QueryTiles:
+    """Lists cut into tiles of queries, one list after another.
+
+    Attributes:
+        stop: int32 `(lists,)`, the first tile after each list.
+        list: int32, the list of each tile; the number of lists for surplus tiles.
+    """
+
+    stop: torch.Tensor
+    list: torch.Tensor
+
+
+def query_tiles(lists: Lists, tile: int) -> QueryTiles:
+    """Cut the lists into tiles of at most `tile` queries.
+
+    The number of tiles depends on values; there are as many as an upper bound from shapes.
+    """
+    _, _, tokens = lists.query.shape
+    count = lists.first[:, :, -1].flatten()
+    stop = ((count + (tile - 1)) // tile).cumsum(0, dtype=torch.int32)
+    number = torch.arange(len(count) * triton.cdiv(tokens, tile), device=count.device)
+    return QueryTiles(stop, torch.searchsorted(stop, number.int(), right=True, out_int32=True))
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,6 @@ OPERATORS = {
     "triton": [torch.float32, *LOW],
     "triton-ahead": [torch.float32],
     "gather": [torch.float32, *LOW],
-    "gather-ahead": [torch.float32],
     "gather_cpu-flash": [torch.float64, torch.float32, *LOW],
     "gather_cpu-matmul": [torch.float64, torch.float32, *LOW],
 }

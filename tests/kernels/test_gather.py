@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 from oracles import assert_matches_eager, inputs
 from selections import packed, random_selection, starts_of, token_mask
 
-from diffattn.kernels.common.tile_tables import TileConfig
-from diffattn.kernels.gather import launch, selected_attention, selecting
+from diffattn.kernels.common.launch import is_hopper
+from diffattn.kernels.common.tile_tables import Choice, TileConfig
+from diffattn.kernels.gather import forward, launch, selected_attention, selecting
+from diffattn.kernels.gather.configs import GLUON_TILES
 from diffattn.kernels.gather.launch import SelectionProblem
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -39,10 +42,11 @@ def check(
     return out, lse
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "ahead"])
-def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, chunks and groups of queries, as for long sequences."""
-    tile = TileConfig(block_m=16, block_n=16, num_warps=4, num_stages=2, ahead=request.param)
+    tile = TileConfig(block_m=16, block_n=16, num_warps=4, num_stages=2)
+    monkeypatch.setattr(forward, "_PROGRAMS", 3)
     monkeypatch.setattr(launch, "tile_config", lambda *_, **__: tile)
     monkeypatch.setattr(launch, "_MOST_QUERIES", 32)
     monkeypatch.setattr(launch, "_MANY_PROGRAMS", 0)
@@ -203,6 +207,26 @@ def test_turns_cover_all_heads_within_the_scratch_memory(pairs: int, each: int) 
     assert len(turns) == -(-pairs // at_once)
 
 
+@pytest.mark.parametrize("scratch", [2**30, 2**20, 1])
+def test_turns_of_the_forward_cover_all_queries(
+    scratch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selecting, "_SCRATCH_BYTES", scratch)
+    q = torch.empty(2, 1000, 3, 16, device="meta", dtype=torch.float16)
+    problem = SelectionProblem.of(q, q, q, starts_of([500, 500]), None)
+    turns = list(forward.turns_of(problem))
+    assert [
+        (pair, query)
+        for turn in turns
+        for pair in range(turn.first_pair, turn.first_pair + turn.pairs)
+        for query in range(turn.queries.start, turn.queries.stop)
+    ] == [(pair, query) for pair in range(6) for query in range(1000)]
+    each = 2 * (16 * 2 + 12) + 4
+    for turn in turns:
+        queries = turn.queries.stop - turn.queries.start
+        assert turn.pairs * queries * each <= scratch or (turn.pairs == 1 and queries <= 256)
+
+
 def test_lists_are_the_selection_by_blocks(device: str) -> None:
     selected = random_selection(2, 3, 70, 34)
     lists = selecting.selecting_queries(
@@ -216,6 +240,18 @@ def test_lists_are_the_selection_by_blocks(device: str) -> None:
             first = lists.first[pair, block].tolist()
             assert first == [int((expected < n).sum()) for n in (0, 32, 64, 96)]
             assert lists.query[pair, block, : first[-1]].tolist() == expected.tolist()
+            earlier = by_pair[pair, expected, :block].sum(1)
+            assert torch.equal(lists.earlier[pair, block, : first[-1]].cpu(), earlier.int())
+        assert torch.equal(lists.selected[pair].cpu(), by_pair[pair].sum(1).int())
+
+
+def test_query_tiles_cut_every_list(device: str) -> None:
+    count = torch.tensor([[0, 33, 16], [1, 0, 70]], dtype=torch.int32, device=device)
+    first = torch.stack([torch.zeros_like(count), count], -1)
+    query = torch.empty(2, 3, 70, device=device)
+    tiles = selecting.query_tiles(selecting.Lists(first, query, query, query), 16)
+    assert tiles.stop.tolist() == [0, 3, 4, 5, 5, 10]
+    assert tiles.list.tolist() == [1, 1, 1, 2, 3, 5, 5, 5, 5, 5, *[6] * 20]
 
 
 @given(data=st.data())
@@ -225,7 +261,7 @@ def test_key_tiles_cut_every_block(data: st.DataObject) -> None:
     counts = [data.draw(st.lists(st.integers(0, 9), min_size=len(lengths), max_size=len(lengths)))
               for _ in range(2)]  # fmt: skip
     first = torch.tensor(counts, dtype=torch.int32)[..., None].expand(-1, -1, 3)
-    lists = selecting.Lists(first, torch.empty(0))
+    lists = selecting.Lists(first, *torch.empty(3, 0))
     tiles = selecting.key_tiles(starts_of(lengths), sum(lengths), size, lists)
     found = [
         (block, start)
@@ -250,7 +286,7 @@ def test_plans_need_no_values() -> None:
     with FakeTensorMode() as mode:
         starts = mode.from_tensor(starts_of([10, 50, 20]))
         first = mode.from_tensor(torch.zeros(4, 3, 2, dtype=torch.int32))
-        tiles = selecting.key_tiles(starts, 80, 32, selecting.Lists(first, first))
+        tiles = selecting.key_tiles(starts, 80, 32, selecting.Lists(*[first] * 4))
         assert tiles.order.shape == (4, 5)
 
 
@@ -270,6 +306,27 @@ def test_shipped_tiles(head_dim: int, dtype: torch.dtype, masked: bool, device: 
     selected[:, :, :7] = True
     key_mask = torch.rand(1, tokens, device=device) < 0.9 if masked else None
     check(qkv, GPU_LENGTHS, selected, key_mask=key_mask)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("keys", [64, 128])
+def test_the_gluon_form(keys: int, head_dim: int, dtype: torch.dtype, device: str) -> None:
+    if not is_hopper(torch.device(device)):
+        pytest.skip("the Gluon form is for Hopper GPUs")
+    lengths = [*GPU_LENGTHS, 0, 385]
+    tokens = sum(lengths)
+    q, k, v = inputs(device, 1, tokens, tokens, 3, head_dim, dtype)
+    selected = random_selection(1, 3, tokens, len(lengths), share=0.3)
+    selected[:, :, 5:9] = False
+    bits, starts = packed(selected).to(device), starts_of(lengths).to(device)
+    choice = Choice("gluon", replace(GLUON_TILES, block_n=keys))
+    out, lse = forward.forward(
+        q.detach(), k.detach(), v.detach(), starts, bits, None, scale=0.1, choice=choice
+    )
+    mask = token_mask(selected, lengths).to(device)
+    assert_matches_eager(out, lse, q, k, v, mask, scale=0.1)
 
 
 @pytest.mark.gpu

@@ -29,6 +29,7 @@ from diffattn.kernels.block_sparse.launch import Problem
 from diffattn.kernels.common import tuned, variants
 from diffattn.kernels.common.launch import is_hopper
 from diffattn.kernels.common.tile_tables import Choice, TileConfig
+from diffattn.kernels.gather.launch import SelectionProblem
 
 Results = tuple[torch.Tensor, torch.Tensor]
 OPTIONS = {"block_q": 128, "block_kv": 64, "scale": 0.3}
@@ -416,3 +417,27 @@ def test_gluon_is_left_alone_where_triton_lacks_it(
     monkeypatch.setattr(gluon_forward, "available", lambda: False)
     forward_pass.forward(*call(device, head_dim=64), **OPTIONS)
     assert ran == [("forward", "tma")]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_form_that_no_gpu_has_run_must_be_named(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuned, "tuned_choice", lambda *_: None)
+    assert tuned.NAMED_ONLY == ("gather_forward",)
+    q = torch.zeros(1, 40, 1, 128, device=device, dtype=torch.float16)
+    starts = torch.tensor([0, 40], dtype=torch.int32, device=device)
+    problem = SelectionProblem.of(q, q, q, starts, None)
+
+    def names() -> list[str]:
+        return [choice.variant for choice in variants.choices("gather_forward", problem)]
+
+    assert names() == ["plain"]
+    monkeypatch.setenv(variants.VARIANT_VARIABLE, "tma")
+    assert names() == ["plain"], "another kernel's"
+    monkeypatch.setenv(variants.VARIANT_VARIABLE, "gluon")
+    assert names() == ["gluon", "plain"]
+    measured = Choice("gluon", TileConfig(128, 64, 4, 3))
+    monkeypatch.delenv(variants.VARIANT_VARIABLE)
+    monkeypatch.setattr(tuned, "tuned_choice", lambda *_: measured)
+    assert variants.choices("gather_forward", problem)[0] == measured

@@ -15,6 +15,7 @@ import torch
 
 from diffattn.blocks import pack_bits
 from diffattn.kernels.autocast import autocast_off
+from diffattn.operator import DEFAULT_BACKENDS, asked_backend, check_triton
 from diffattn.routing.choosing import pairs_at_once
 from diffattn.routing.pools import best_in_pools
 from diffattn.routing.scores import mean_scores
@@ -66,61 +67,120 @@ def select_blocks(
         `c // 32` is set if the query selects block `c`.
     """
     batch, tokens, heads, _ = query.shape
-    words = -(-blocks.blocks // 32)
-    bits = torch.empty(batch, heads, tokens, words, dtype=torch.int32, device=query.device)
-    bits[:] = pack_bits(torch.ones(blocks.blocks, dtype=torch.bool, device=query.device))
-    if rule.tau == 1 or (rule.topk is not None and rule.topk >= blocks.video_blocks):
-        return bits
+    others = len(blocks.others_before) + len(blocks.others_after)
+    is_dense = rule.tau == 1 or (rule.topk is not None and rule.topk >= blocks.video_blocks)
+    if is_dense or others:
+        words = -(-blocks.blocks // 32)
+        bits = torch.empty(batch, heads, tokens, words, dtype=torch.int32, device=query.device)
+        bits[:] = pack_bits(torch.ones(blocks.blocks, dtype=torch.bool, device=query.device))
+        if is_dense:
+            return bits
     video = blocks.video
-    counted = None if key_mask is None else key_mask[:, video]
-    query, key = query[:, video], key[:, video]
-    deciders = blocks
-    # In an autocast region the scores would be in half precision.
+    # In an autocast region the scores would be in half precision. A tangent of forward-mode
+    # differentiation ends here.
     with autocast_off(query.device.type):
-        means = blocks.means(key, counted)
-        if rule.centre_keys:
-            means = means - _mean_block(means, blocks, counted)
-        if rule.tile > 1:
-            deciders = blocks.cut(rule.tile)
-            query = deciders.means(query, counted)
-            own = blocks.block_of[deciders.members[:, 0]]
-        else:
-            own = blocks.block_of
-        is_own = own[:, None] == torch.arange(blocks.video_blocks, device=own.device)
-        for sample in range(batch):
-            ranked = None
-            if counted is not None:
-                ranked = _ranked(blocks, deciders, counted[sample], rule.tile)
-            pairs = query.shape[1] * blocks.video_blocks
-            for some in _head_parts(heads, pairs, rule.scope, query.device):
-                one = slice(sample, sample + 1)
-                scores = mean_scores(query[one, :, some].to(means.dtype), means[one, :, some])[0]
-                chosen = best_in_pools(
-                    scores, is_own, scope=rule.scope, ranked=ranked, topk=rule.topk, tau=rule.tau
-                )
-                if rule.tile > 1:
-                    chosen = chosen[:, deciders.block_of]
-                bits[sample, some, video] = _with_others(chosen, blocks)
+        select = _select_by_triton if _takes_triton(query, blocks, rule) else _select_by_torch
+        of_video = select(query.detach(), key.detach(), blocks, rule, key_mask)
+    if not others:
+        return of_video
+    bits[:, :, video] = of_video
     return bits
 
 
-def _mean_block(
-    means: torch.Tensor, blocks: KeyBlocks, counted: torch.Tensor | None
+def _select_by_triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    blocks: KeyBlocks,
+    rule: Rule,
+    key_mask: torch.Tensor | None,
 ) -> torch.Tensor:
+    """The bits of `select_blocks` for the video tokens, in a few passes over memory."""
+    from diffattn.kernels.gather.best_blocks import best_blocks, block_means
+
+    before, video = len(blocks.others_before), blocks.video
+    counted = None if key_mask is None else key_mask[:, video]
+    means, holds = block_means(key, blocks.starts, key_mask, before, blocks.video_blocks)
+    if rule.centre_keys:
+        means = means - _mean_block(means, None if counted is None else holds)
+    query, own, deciding = query[:, video], blocks.block_of, counted
+    if rule.tile > 1:
+        tiles = blocks.cut(rule.tile)
+        query, tile_holds = block_means(query, tiles.starts, counted, 0, len(tiles.lengths))
+        own = own[tiles.members[:, 0]]
+        deciding = None if counted is None else tile_holds
+    bits = best_blocks(
+        query, means, own, deciding, None if counted is None else holds, before, blocks.blocks,
+        rule.scope == "head", rule.topk, rule.tau,
+    )  # fmt: skip
+    return bits.index_select(2, blocks.cut(rule.tile).block_of) if rule.tile > 1 else bits
+
+
+def _select_by_torch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    blocks: KeyBlocks,
+    rule: Rule,
+    key_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """The bits of `select_blocks` for the video tokens."""
+    batch, _, heads, _ = query.shape
+    counted = None if key_mask is None else key_mask[:, blocks.video]
+    means = blocks.means(key[:, blocks.video], counted)
+    holds = None if counted is None else blocks.holds_any(counted)
+    if rule.centre_keys:
+        means = means - _mean_block(means, holds)
+    queries, own, deciding = _deciders(query[:, blocks.video], blocks, rule, counted)
+    shape = (batch, heads, len(blocks.block_of), -(-blocks.blocks // 32))
+    bits = query.new_empty(shape, dtype=torch.int32)
+    is_own = own[:, None] == torch.arange(blocks.video_blocks, device=own.device)
+    for sample in range(batch):
+        ranked = None
+        if deciding is not None and holds is not None:
+            ranked = deciding[sample][:, None] & holds[sample]
+        pairs = queries.shape[1] * blocks.video_blocks
+        for some in _head_parts(heads, pairs, rule.scope, query.device):
+            one = slice(sample, sample + 1)
+            scores = mean_scores(queries[one, :, some].to(means.dtype), means[one, :, some])[0]
+            chosen = best_in_pools(
+                scores, is_own, scope=rule.scope, ranked=ranked, topk=rule.topk, tau=rule.tau
+            )
+            if rule.tile > 1:
+                chosen = chosen[:, blocks.cut(rule.tile).block_of]
+            bits[sample, some] = _with_others(chosen, blocks)
+    return bits
+
+
+def _deciders(
+    query: torch.Tensor, blocks: KeyBlocks, rule: Rule, counted: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Queries, or means of tiles of queries, with the block of each and whether it counts."""
+    if rule.tile == 1:
+        return query, blocks.block_of, counted
+    tiles = blocks.cut(rule.tile)
+    own = blocks.block_of[tiles.members[:, 0]]
+    return tiles.means(query, counted), own, None if counted is None else tiles.holds_any(counted)
+
+
+def _takes_triton(query: torch.Tensor, blocks: KeyBlocks, rule: Rule) -> bool:
+    """Whether a Triton kernel makes the selection."""
+    if (asked_backend() or DEFAULT_BACKENDS.get(query.device.type)) != "triton":
+        return False
+    check_triton()
+    from diffattn.kernels.gather.best_blocks import DTYPES, MOST_BLOCKS
+
+    return (
+        (rule.scope == "head" or (rule.scope == "query" and rule.topk is not None))
+        and blocks.blocks <= MOST_BLOCKS
+        and query.dtype in DTYPES
+    )
+
+
+def _mean_block(means: torch.Tensor, holds: torch.Tensor | None) -> torch.Tensor:
     """The mean over the blocks with a counted token, (batch, 1, heads, head_dim)."""
-    if counted is None:
+    if holds is None:
         return means.mean(1, keepdim=True)
     # The mean of a block without counted tokens is 0.
-    holding = blocks.holds_any(counted).sum(1).clamp(min=1)
-    return means.sum(1, keepdim=True) / holding[:, None, None, None]
-
-
-def _ranked(
-    blocks: KeyBlocks, deciders: KeyBlocks, counted: torch.Tensor, tile: int
-) -> torch.Tensor:
-    """Whether query and block both have a counted token: bool (queries, blocks) of one sample."""
-    queries = counted if tile == 1 else deciders.holds_any(counted[None])[0]
-    return queries[:, None] & blocks.holds_any(counted[None])
+    return means.sum(1, keepdim=True) / holds.sum(1).clamp(min=1)[:, None, None, None]
 
 
 def _head_parts(heads: int, pairs: int, scope: str, device: torch.device) -> list[slice]:
