@@ -153,7 +153,7 @@ def test_heads_take_turns_where_memory_is_short(
     method = SVG2Attn(**(SMALL | way))
     want = method.attend(*x, site(grid))
     monkeypatch.setattr("diffattn.methods.svg2._BYTES_AT_ONCE", 1)
-    monkeypatch.setattr("diffattn.routing.clusters._DISTANCES_AT_ONCE", 64)
+    monkeypatch.setattr("diffattn.kernels.clusters.torch_passes._DISTANCES_AT_ONCE", 64)
     torch.testing.assert_close(method.attend(*x, site(grid)), want)
 
 
