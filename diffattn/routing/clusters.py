@@ -24,6 +24,10 @@ class Clusters:
     sizes: torch.Tensor
     centroids: torch.Tensor
 
+    def of_heads(self, some: slice) -> Clusters:
+        """The clusters of some heads."""
+        return Clusters(self.labels[:, some], self.sizes[:, some], self.centroids[:, some])
+
 
 def first_tokens(tokens: int, clusters: int, device: torch.device) -> torch.Tensor:
     """The tokens that k-means starts from, evenly spread over the sequence: int64 (clusters,)."""

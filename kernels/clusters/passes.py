@@ -15,6 +15,8 @@ from .torch_passes import TorchPasses
 
 # The largest coordinate of a head has this many bits.
 _POINT_BITS = 30
+# Types of devices that Triton compiles for.
+_OF_TRITON = ("cuda", "xpu")
 # Coordinates smaller than 2 to this power count as 0; a factor beyond would overflow float32.
 _LEAST_EXPONENT = -90
 
@@ -61,7 +63,10 @@ def passes(x: torch.Tensor, counted: torch.Tensor | None) -> Passes:
     """
     if x.dtype == torch.float64:
         x = x.float()
-    return TorchPasses.of(x, counted) if x.device.type == "cpu" else _of_gpu()(x, counted)
+    if x.device.type in _OF_TRITON:
+        made: Passes = _of_gpu()(x, counted)
+        return made
+    return TorchPasses(x, counted)
 
 
 def fixed_point(largest: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-# Distances at a time: 16 MB all but stay in the cache of a CPU.
-_DISTANCES_AT_ONCE = 1 << 22
+# Numbers at a time: 16 MB all but stay in the cache of a CPU.
+_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -15,44 +16,54 @@ class TorchPasses:
     """The passes over tokens on any device; see `Passes`.
 
     Attributes:
-        points: float32 (batch, heads, tokens, head_dim), 0 for tokens that do not count.
-        weights: int64 (batch, heads, tokens), 1 for tokens that count, else 0.
+        x: (batch, tokens, heads, head_dim), of any strides.
+        counted: bool (batch, tokens), False for tokens that do not count; None if all count.
     """
 
-    points: torch.Tensor
-    weights: torch.Tensor
-
-    @classmethod
-    def of(cls, x: torch.Tensor, counted: torch.Tensor | None) -> TorchPasses:
-        """The passes over `x` (batch, tokens, heads, head_dim)."""
-        points = x.transpose(1, 2).float().nan_to_num(0, 0, 0)
-        weights = torch.ones(x.shape[0], 1, x.shape[1], dtype=torch.int64, device=x.device)
-        if counted is not None:
-            weights = counted[:, None].long()
-            points = points * weights[..., None]
-        return cls(points, weights.expand(points.shape[:3]))
+    x: torch.Tensor
+    counted: torch.Tensor | None
 
     def largest(self) -> torch.Tensor:
-        return self.points.abs().amax((2, 3))
+        parts = [part.abs().amax((2, 3)) for _, part in self._parts(self.x.shape[3])]
+        return torch.stack(parts).amax(0)
 
     def nearest(self, centroids: torch.Tensor) -> torch.Tensor:
-        batch, heads, clusters, _ = centroids.shape
         centroids = centroids.float()
         # Half of the squared distance, but for the part that is the same for all centroids.
         half = centroids.square().sum(-1)[:, :, None] / 2
-        step = max(1, _DISTANCES_AT_ONCE // (batch * heads * clusters))
-        parts = self.points.split(step, 2)
-        return torch.cat([(part @ centroids.mT).sub_(half).argmax(-1) for part in parts], 2)
+        parts = self._parts(centroids.shape[2])
+        return torch.cat([(part @ centroids.mT).sub_(half).argmax(-1) for _, part in parts], 2)
 
     def sums(
         self, labels: torch.Tensor, clusters: int, factor: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        batch, heads, _, head_dim = self.points.shape
-        fixed = (self.points * factor[..., None, None]).round_().long().flatten(0, 2)
+        batch, _, heads, head_dim = self.x.shape
         first = torch.arange(batch * heads, device=labels.device).view(batch, heads, 1) * clusters
-        slot = (labels + first).flatten()
-        sums = fixed.new_zeros(batch * heads * clusters, head_dim).index_add_(0, slot, fixed)
-        sizes = sums.new_zeros(batch * heads * clusters)
-        sizes.index_add_(0, slot, self.weights.flatten())
+        slot = labels + first
+        sums = labels.new_zeros(batch * heads * clusters, head_dim)
+        for some, part in self._parts(head_dim):
+            fixed = (part * factor[..., None, None]).round_().long()
+            sums.index_add_(0, slot[:, :, some].flatten(), fixed.flatten(0, 2))
+        weights = torch.ones_like(labels)
+        if self.counted is not None:
+            weights = weights * self.counted[:, None]
+        sizes = labels.new_zeros(batch * heads * clusters)
+        sizes.index_add_(0, slot.flatten(), weights.flatten())
         shape = batch, heads, clusters
         return sums.view(*shape, head_dim), sizes.view(shape)
+
+    def _parts(self, numbers: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some tokens at a time, for each of which so many numbers are made.
+
+        Yields:
+            The tokens, and their coordinates, float32 (batch, heads, tokens, head_dim), 0 for
+            tokens that do not count.
+        """
+        batch, tokens, heads, _ = self.x.shape
+        step = max(1, _AT_ONCE // (batch * heads * numbers))
+        for first in range(0, tokens, step):
+            some = slice(first, first + step)
+            part = self.x[:, some].transpose(1, 2).float().nan_to_num(0, 0, 0)
+            if self.counted is not None:
+                part = part * self.counted[:, None, some, None]
+            yield some, part

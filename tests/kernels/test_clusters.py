@@ -16,7 +16,7 @@ SIZES = [(1, 130, 2, 16, 65), (2, 33, 3, 24, 7), (1, 128, 1, 64, 64), (1, 1, 1, 
 
 def passes_of(backend: str, x: torch.Tensor, counted: torch.Tensor | None = None) -> Passes:
     if backend == "torch":
-        return TorchPasses.of(x, counted)
+        return TorchPasses(x, counted)
     from diffattn.kernels.clusters.triton_passes import TritonPasses
 
     return TritonPasses(x, counted)
