@@ -12,6 +12,7 @@ import torch
 from diffattn._checks import check_fields, choice, count, number
 from diffattn.grid import TokenGrid
 from diffattn.kernels.autocast import autocast_off
+from diffattn.kernels.clusters import spans_at_most
 from diffattn.methods.base import Method, Site, Work
 from diffattn.methods.selected_blocks import for_every_head
 from diffattn.operator import attention
@@ -42,6 +43,7 @@ _SPREAD_OF_LOG_WEIGHTS = 2.0
 # Bytes of lists in memory at a time; heads take turns where all would need more.
 _BYTES_AT_ONCE = 1 << 30
 _BYTES_PER_PAIR_OF_TILES = 32
+_SUMS_OF_SPANS = 6
 
 
 @dataclass(frozen=True)
@@ -451,6 +453,7 @@ class SVG2Attn(Method):
         columns = tiles_reserved(tokens, keys + 1, self.block)
         per_sample = rows * columns * _BYTES_PER_PAIR_OF_TILES
         if self.route == "error":
-            # Scores of the means of query clusters, their exponentials and squares.
-            per_sample += 3 * queries * columns * self.block * 4
+            # Sums over spans of keys for each query cluster, and what is made of them.
+            spans = columns * spans_at_most(self.block, query.device)
+            per_sample += _SUMS_OF_SPANS * queries * spans * 4
         return query.shape[0] * per_sample

@@ -11,12 +11,11 @@ from typing import Any, Protocol
 
 import torch
 
+from .devices import OF_TRITON
 from .torch_passes import TorchPasses
 
 # The largest coordinate of a head has this many bits.
 _POINT_BITS = 30
-# Types of devices that Triton compiles for.
-_OF_TRITON = ("cuda", "xpu")
 # Coordinates smaller than 2 to this power count as 0; a factor beyond would overflow float32.
 _LEAST_EXPONENT = -90
 
@@ -63,7 +62,7 @@ def passes(x: torch.Tensor, counted: torch.Tensor | None) -> Passes:
     """
     if x.dtype == torch.float64:
         x = x.float()
-    if x.device.type in _OF_TRITON:
+    if x.device.type in OF_TRITON:
         made: Passes = _of_gpu()(x, counted)
         return made
     return TorchPasses(x, counted)

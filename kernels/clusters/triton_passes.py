@@ -208,7 +208,7 @@ class TritonPasses:
     def nearest(self, centroids: torch.Tensor) -> torch.Tensor:
         batch, tokens, heads, head_dim = self.x.shape
         clusters = centroids.shape[2]
-        parts, scale, half = _split(centroids, self.x.dtype)
+        parts, scale, half = split(centroids, self.x.dtype)
         labels = torch.empty(batch, heads, tokens, dtype=torch.int64, device=self.x.device)
         table = _FLOAT32 if self.x.dtype == torch.float32 else _TILES
         tiles, _ = row_of(table, padded_head_dim(head_dim))
@@ -256,7 +256,7 @@ class TritonPasses:
         }
 
 
-def _split(centroids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def split(centroids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Centroids as sums of numbers of a dtype: what `split_kernel` writes, as its arguments.
 
     Args:

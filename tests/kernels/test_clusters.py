@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffattn.kernels.clusters import Passes, fixed_point
+from diffattn.kernels.clusters import Passes, fixed_point, span_sums
 from diffattn.kernels.clusters.torch_passes import TorchPasses
 from diffattn.routing.clusters import k_means
 
@@ -134,3 +134,44 @@ def test_all_passes_make_the_same_clusters(
     assert torch.equal(one.labels, other.labels)
     assert torch.equal(one.sizes, other.sizes)
     assert torch.equal(one.centroids, other.centroids)
+
+
+# Tiles of a power of 2 and others; one that is more than a span.
+@pytest.mark.parametrize("tile", [16, 48, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_sums_over_spans(tile: int, dtype: torch.dtype, backend: str, device: str) -> None:
+    batch, tiles, heads, head_dim, count, clusters = 2, 3, 2, 24, 70, 3
+    rows = torch.randn(batch, heads, count, head_dim, device=device)
+    key, value = torch.randn(2, batch, tiles * tile, heads, head_dim, device=device).to(dtype)
+    mean = torch.randn(batch, heads, clusters, head_dim, device=device)
+    cluster = torch.randint(0, clusters + 1, (batch, heads, tiles), device=device)
+    held = torch.randint(1, tile + 1, (batch, heads, tiles), device=device)
+    held[cluster == clusters] = 0
+    held[0, 0, 1] = min(tile, 20)
+    if backend == "torch":
+        got = span_sums(rows, key, value, mean, cluster, held, 0.4)
+    else:
+        from diffattn.kernels.clusters.triton_errors import span_sums as in_triton
+
+        got = in_triton(rows, key, value, mean, cluster, held, 0.4)
+    length = tiles * tile // got.highest.shape[3]
+    k, v = (x.double().transpose(1, 2) for x in (key, value))
+    place = torch.arange(tiles * tile, device=device)
+    there = place % tile < held.repeat_interleave(tile, 2)
+    scores = (rows.double() @ k.mT * 0.4).masked_fill(~there[:, :, None], -torch.inf)
+    spans = scores.unflatten(3, (-1, length))
+    top = spans.amax(-1)
+    torch.testing.assert_close(got.highest.double(), top, atol=1e-5, rtol=1e-5)
+    own = torch.cat([mean, mean[:, :, :1]], 2).double().gather(
+        2, cluster.repeat_interleave(tile, 2)[..., None].expand(-1, -1, -1, head_dim)
+    )  # fmt: skip
+    square, product = (x.sum(-1).unflatten(2, (-1, length)) for x in (v * v, v * own))
+    weights = (spans - top.masked_fill(top == -torch.inf, 0)[..., None]).exp()
+    held_any = (top > -torch.inf).expand_as(top)
+    for found, want in (
+        (got.squares, (weights.square() * square[:, :, None]).sum(-1)),
+        (got.products, (weights * product[:, :, None]).sum(-1)),
+    ):
+        torch.testing.assert_close(found.double()[held_any], want[held_any], atol=2e-4, rtol=1e-5)
+        if backend == "triton":
+            assert (found[~held_any] == 0).all()

@@ -107,7 +107,7 @@ def test_every_configuration_compiles_well(arch: int, family: str, table: dict[s
     ("family", "kernels"),
     [
         ("block_sparse", {"forward", "queries", "keys", "row_sums"}),
-        ("clusters", {"largest", "nearest", "split", "sums"}),
+        ("clusters", {"largest", "nearest", "span_sums", "split", "sums"}),
         ("tangent", {"tangent"}),
         ("gather", {"forward", "queries", "keys", "row_sums", "count", "fill"}),
         ("linear", {"collect", "apply", "pull_back", "denominator"}),
