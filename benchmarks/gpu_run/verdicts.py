@@ -18,7 +18,8 @@ STATIC_METHODS = 4
 LONG = 16_384  # tokens
 QUARTER = 0.27  # a density of about a quarter: blocks do not divide every grid
 WAN_720P = 75_600  # tokens
-SELECTING = 13  # methods that select, with VMoBA once for each kind of its blocks
+# Methods that select, with VMoBA once for each kind of its blocks, and SVG2 twice for later steps.
+SELECTING = 15
 # Of these, at three sizes, those whose density is a quarter or less for any data.
 QUARTERS = 3 * 7
 

@@ -15,7 +15,7 @@ from .triton_passes import split
 _MAX_OFFSET = 2**31 - 1
 # Rows, the most keys of a span, warps, stages. Chosen by the machine code for sm_80 to sm_100.
 _TILES: Table = {64: both(64, 64, 4, 2), 128: both(64, 64, 4, 2), 256: both(32, 16, 2, 2)}
-_FLOAT32: Table = {64: both(32, 32, 4, 2), 128: both(32, 32, 4, 1), 256: both(16, 16, 4, 1)}
+_FLOAT32: Table = {64: both(32, 32, 4, 1), 128: both(32, 32, 4, 1), 256: both(16, 16, 4, 1)}
 
 
 @triton.jit(do_not_specialize=["rows", "spans", "clusters", "s_part"])
