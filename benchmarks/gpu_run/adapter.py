@@ -15,6 +15,7 @@ from diffattn.kernels.block_sparse.configs import fitted, tile_config
 from diffattn.kernels.block_sparse.forward_pass import forward
 from diffattn.kernels.common.row_sums import RowSums, row_sums
 from diffattn.kernels.common.tile_tables import Choice
+from diffattn.kernels.common.tuned import VARIANTS
 from diffattn.kernels.gather.backward import backward as gather_backward
 from diffattn.kernels.gather.configs import tile_config as gather_tile_config
 from diffattn.kernels.gather.forward import forward as gather_forward
@@ -92,8 +93,8 @@ class Gradients:
                 *self._arguments, **self.call.options, choice=self.call.fitted("queries", choice)
             )
 
-    def keys(self, choice: Choice) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """dQ (None unless the form computes it on the way), dK and dV.
+    def keys(self, choice: Choice) -> tuple[torch.Tensor, torch.Tensor]:
+        """dK and dV.
 
         Raises:
             NotTakenError: if the choice does not take the call.
@@ -125,7 +126,7 @@ def shipped(kernel: str, head_dim: int) -> Choice:
     if kernel.startswith("gather_"):
         return Choice("plain", gather_tile_config(kernel, head_dim, torch.bfloat16, masked=False))
     is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-    variant = "tma" if is_hopper else "plain"
+    variant = VARIANTS[kernel][-1] if is_hopper else "plain"
     return Choice(variant, tile_config(kernel, variant, head_dim, torch.bfloat16, masked=False))
 
 

@@ -14,7 +14,7 @@ MOST = 8
 
 # Forms that could hang, or whose compiler support is young. They run in processes of their own, and
 # are timed after everything else.
-RISKY = ("tma_ws", "gluon", "one_pass")
+RISKY = ("gluon",)
 
 AHEAD = "ahead"  # the product for a tile's scores runs one tile early
 
@@ -55,7 +55,6 @@ RANKED: dict[tuple[str, int], tuple[Choice, ...]] = {
         "gluon 128x128 w4 s2",
         "tma 128x64 w8 s2 p64 ahead",
         "plain 64x64 w4 s2 p64 ahead",
-        "tma_ws 128x128 w4 s2",
         "tma 64x64 w4 s2 p64 ahead",
     ),
     ("forward", 64): _choices(
@@ -65,7 +64,6 @@ RANKED: dict[tuple[str, int], tuple[Choice, ...]] = {
         "plain 128x128 w8 s2 p64 ahead",
         "gluon 128x128 w4 s3",
         "tma 128x64 w4 s3 p64 ahead",
-        "tma_ws 128x128 w4 s3",
         "plain 128x64 w8 s3 p64 ahead",
     ),
     ("queries", 128): _choices(
@@ -87,9 +85,7 @@ RANKED: dict[tuple[str, int], tuple[Choice, ...]] = {
     ("keys", 128): _choices(
         "tma 64x128 w8 s2 p32",
         "tma 64x64 w4 s2 p32",
-        "one_pass 32x128 w8 s2 p32",
         "tma 64x64 w4 s2 p64",
-        "one_pass 64x128 w8 s2 p32",
         "tma 64x128 w8 s2 p64",
         "tma 32x64 w4 s2 p32",
         "plain 32x128 w8 s2",
@@ -98,8 +94,6 @@ RANKED: dict[tuple[str, int], tuple[Choice, ...]] = {
         "tma 64x64 w4 s2 p64",
         "tma 64x64 w4 s3 p64",
         "tma 64x128 w8 s2 p64",
-        "one_pass 64x64 w4 s2 p64",
-        "one_pass 64x64 w4 s2 p32",
         "tma 64x128 w8 s3 p32",
         "tma 32x64 w4 s2 p32",
         "plain 64x64 w4 s2",

@@ -15,9 +15,8 @@ COMPILERS = 12
 # Forms of kernels that are compared with float64, each in a process of its own: a form that hangs
 # stops no other.
 SMOKE = (
-    "forward-plain", "forward-tma", "forward-tma_ws", "forward-gluon", "queries-plain",
-    "queries-tma", "keys-plain", "keys-tma", "keys-one_pass", "gather", "linear", "summary",
-    "public",
+    "forward-plain", "forward-tma", "forward-gluon", "queries-plain", "queries-tma", "keys-plain",
+    "keys-tma", "clusters", "gather", "linear", "summary", "public",
 )  # fmt: skip
 
 # Tests that need a GPU, of the kernels; all other files are found by their marks.
@@ -111,7 +110,7 @@ def pytest_command() -> list[str]:
 
 # Left out of a dry run: stages that differ only in shape or form from a stage in the dry run.
 NOT_DRY = (
-    "smoke:*-tma", "smoke:*-tma_ws", "smoke:*-one_pass", "tune:*-64", "rates:wan-14b-720p",
+    "smoke:*-tma", "tune:*-64", "rates:wan-14b-720p",
     "rates:hunyuan-720p", "tests:marked",
 )  # fmt: skip
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from statistics import fmean
 from typing import Any
 
 from gpu_run.journal import Row, latest
-
-# A form of one kernel that does the work of another kernel, too.
-DOES_ALSO = {("keys", "one_pass"): "queries"}
 
 
 def tuned_table(rows: list[Row]) -> str | None:
@@ -49,28 +47,17 @@ def fastest(rows: list[Row]) -> list[dict[str, Any]]:
         if "ms" in row:
             name = json.dumps([row["variant"], row["tiles"]], sort_keys=True)
             timed[key][name][row["place"]] = row
-    found: dict[tuple[str, int], dict[str, Row]] = {}
-    # A kernel whose work another kernel can do comes before that kernel.
-    for key in sorted(timed, key=lambda key: any(key[0] == of for of, _ in DOES_ALSO)):
-        whole = [by for by in timed[key].values() if by.keys() == places[key]]
-        spared = found.get((DOES_ALSO.get((key[0], "one_pass"), ""), key[1]), {})
+    found = []
+    for key, choices in timed.items():
+        whole = [by for by in choices.values() if by.keys() == places[key]]
         if whole:
-            found[key] = min(whole, key=lambda by: _cost(by, spared))
-    return [_entry(by, timed[key]) for key, by in found.items()]
+            found.append(_entry(min(whole, key=_cost), choices))
+    return found
 
 
-def _cost(by_place: dict[str, Row], spared: dict[str, Row]) -> float:
-    """Geometric mean of the times over the shipped choice's, without the work spared elsewhere."""
-    logarithms = []
-    for place, row in by_place.items():
-        ms = row["ms"]
-        if (row["kernel"], row["variant"]) in DOES_ALSO:
-            if place not in spared:
-                return math.inf  # whether it pays is not known
-            ms -= spared[place]["ms"]
-        shipped = row["ms"] / row["of_shipped"] if row["of_shipped"] else 1.0
-        logarithms.append(math.log(max(ms, 1e-6) / shipped))
-    return sum(logarithms) / len(logarithms)
+def _cost(by_place: dict[str, Row]) -> float:
+    """Logarithm of the geometric mean of the times over the shipped choice's."""
+    return fmean(math.log(row["of_shipped"] or row["ms"]) for row in by_place.values())
 
 
 def _entry(by_place: dict[str, Row], others: dict[str, dict[str, Row]]) -> dict[str, Any]:

@@ -154,7 +154,9 @@ def _place(
     def check(choice: Choice) -> dict[str, Deviation]:
         def of(grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             some = adapter.Gradients.of(call, grad, out, lse)
-            return some.keys(choice) if kernel == "keys" else (some.queries(choice), None, None)
+            if kernel == "keys":
+                return (None, *some.keys(choice))
+            return some.queries(choice), None, None
 
         return check_gradients(of, qkv, rule)
 

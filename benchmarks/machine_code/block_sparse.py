@@ -10,11 +10,10 @@ from unittest import mock
 import torch
 
 from diffattn.blocks import FULL, PARTIAL, BlockLayout, layout_from_states
-from diffattn.kernels.block_sparse import gluon_forward, queries_gradient, warp_specialized
+from diffattn.kernels.block_sparse import gluon_forward, queries_gradient
 from diffattn.kernels.block_sparse.backward import key_gradients, query_gradients
 from diffattn.kernels.block_sparse.configs import fitted, tile_config
 from diffattn.kernels.block_sparse.forward_pass import forward
-from diffattn.kernels.block_sparse.keys_gradient import one_pass_takes
 from diffattn.kernels.block_sparse.launch import Problem
 from diffattn.kernels.common.launch import padded_head_dim
 from diffattn.kernels.common.row_sums import RowSums, row_sums
@@ -24,11 +23,10 @@ from diffattn.kernels.common.variants import KERNELS
 from .launches import HEADS, Constants, Launch, Tile, Work
 
 _BLOCKS_PER_SIDE = 2
-# Matrix products per tile of scores; one more where dQ is computed with dK and dV.
+# Matrix products per tile of scores.
 PRODUCTS = {"forward": 2, "queries": 3, "keys": 4}
 _GLUON_QUERIES = 128  # per tile; its kernel has no such constant
-# Variants in which two groups of four warps multiply and others copy.
-_SPECIALIZED = ("tma_ws", "gluon")
+_GLUON_GROUPS = 2  # of four warps that multiply, while others copy
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ _CONSTANTS = (
     Case(128, torch.bfloat16, partial=False, ragged=False),
     Case(32, torch.bfloat16, 16, 256),
 )
-# Layouts of full blocks only, which "tma_ws" takes; the last one has blocks that are not square.
+# Layouts of full blocks only; the last one has blocks that are not square.
 _FULL_ONLY = (
     *(Case(head_dim, torch.bfloat16, partial=False) for head_dim in (64, 128, 256)),
     Case(128, torch.bfloat16, 256, 64, partial=False),
@@ -107,7 +105,6 @@ def shipped(arch: int) -> Iterator[Launch]:
             yield launch(_PADDED, kernel, "tma")
         for case in _FULL_ONLY:
             yield launch(case, "forward", "tma")
-            yield launch(case, "forward", "tma_ws")
 
 
 def launch(
@@ -134,12 +131,10 @@ def launch(
             return gradients(q, k, v, q, sums, layout, key_mask, **options)
 
     def work(function: str, constants: Constants) -> Work:
-        products = PRODUCTS[kernel] + bool(constants.get("ONE_PASS"))
         has_masks = constants.get("HAS_PARTIAL", variant == "gluon")
         names = ("full", "partial") if has_masks else ("full",)
-        return attention_work(
-            kernel, products, names, constants, 2 if variant in _SPECIALIZED else 1
-        )
+        groups = _GLUON_GROUPS if variant == "gluon" else 1
+        return attention_work(kernel, PRODUCTS[kernel], names, constants, groups)
 
     return Launch("block_sparse", variant, str(case), run, work)
 
@@ -189,14 +184,12 @@ def _takes(case: Case, kernel: str, variant: str) -> bool:
     call, options = call_of(case), options_of(case)
     q, k, v, *_ = call
     problem = Problem.of(*call, **options)
-    if variant == "tma_ws":
-        return warp_specialized.takes(problem, q, k, v)
     if variant == "gluon":
         with _as_on_hopper():
             return gluon_forward.takes(problem, q, k, v)
     if kernel == "queries":
         return queries_gradient.tma_takes(problem, k, v)
-    return problem.tma_takes(q, k, v) and (variant != "one_pass" or one_pass_takes(problem))
+    return problem.tma_takes(q, k, v)
 
 
 def _as_on_hopper() -> Any:

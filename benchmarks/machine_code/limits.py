@@ -91,11 +91,11 @@ SHARES = (
     ("keys", 128, "full", 0.66),
     ("keys", 64, "full", 0.66),
 )
-# Least share of a gather kernel over the share of the block-sparse kernel.
-GATHER = 0.9
+# Least share of a gather kernel over the share of the block-sparse kernel. On an H200 the fastest
+# tiles of both are not those of the largest share.
+GATHER = 0.75
 _GATHER_LOOPS = {"forward": "whole", "queries": "whole", "keys": "all"}
-# Warp-specialized variants are not counted: the model is too kind to them, and they do not run
-# before they have been measured.
+# The Gluon variant is not counted: the model is too kind to specialized warps.
 _COUNTED = ("plain", "tma")
 
 

@@ -8,7 +8,7 @@ from ..checks import LayoutTensors
 from ..common.row_sums import RowSums, row_sums
 from ..common.tile_tables import Choice
 from ..common.variants import first_that_compiles
-from .keys_gradient import keys_gradient, one_pass_takes
+from .keys_gradient import keys_gradient
 from .launch import Problem
 from .queries_gradient import queries_gradient, tma_takes
 
@@ -28,10 +28,7 @@ def backward(
     block_kv: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of q, k and v.
-
-    Every call gives the same bits, unless one pass computes dQ together with dK and dV. Under
-    `torch.use_deterministic_algorithms` that pass is never taken.
+    """The gradients of q, k and v; every call gives the same bits.
 
     Args:
         grad_out: gradient of the output, `(batch, tokens_q, heads, head_dim)`.
@@ -44,10 +41,8 @@ def backward(
     """
     problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv, scale, more=(out, grad_out))
     sums = row_sums(out, grad_out, lse, grad_lse, block_q=block_q, wide=problem.wide)
-    dq, dk, dv = _key_gradients(problem, q, k, v, grad_out, sums, None)
-    if dq is None:
-        dq = _query_gradients(problem, q, k, v, grad_out, sums, None)
-    return dq, dk, dv
+    dk, dv = _key_gradients(problem, q, k, v, grad_out, sums, None)
+    return _query_gradients(problem, q, k, v, grad_out, sums, None), dk, dv
 
 
 def query_gradients(
@@ -110,19 +105,13 @@ def key_gradients(
     block_kv: int,
     scale: float,
     choice: Choice | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """The gradients of k and v, and the gradient of q where the same pass computes it.
-
-    Arguments are as those of `backward`.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of k and v, like k and v; arguments as those of `backward`.
 
     Args:
         sums: the row sums of the output and its gradient.
         choice: the only variant and tiles to run; by default the best variant that takes the call
             and compiles.
-
-    Returns:
-        dq: like q from the "one_pass" variant, else None.
-        dk, dv: like k and v.
 
     Raises:
         ValueError: if the choice does not take the call.
@@ -139,16 +128,12 @@ def _key_gradients(
     grad_out: torch.Tensor,
     sums: RowSums,
     choice: Choice | None,
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     def takes(variant: str) -> bool:
-        if variant == "one_pass" and not one_pass_takes(problem):
-            return False
         return variant == "plain" or problem.tma_takes(q, grad_out)
 
-    def run(best: Choice) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        return keys_gradient(
-            problem, q, k, v, grad_out, sums, best.tiles,
-            tma=best.variant != "plain", one_pass=best.variant == "one_pass",
-        )  # fmt: skip
+    def run(best: Choice) -> tuple[torch.Tensor, torch.Tensor]:
+        tma = best.variant == "tma"
+        return keys_gradient(problem, q, k, v, grad_out, sums, best.tiles, tma=tma)
 
     return first_that_compiles("keys", problem, takes, run, choice)

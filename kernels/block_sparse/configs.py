@@ -1,9 +1,11 @@
 """Tile sizes of the kernels, chosen by the machine code that the compiler makes.
 
 Larger tiles read keys and values less often, and matrix units want tiles of 64 or more rows and
-columns. Registers (accumulators are float32) and shared memory limit the tiles. The tables come
-from the machine code of each architecture (`benchmarks/machine_code`), not from timing. A table
-that has been measured on a GPU takes precedence: see `common/tuned.py`.
+columns. Registers (accumulators are float32) and shared memory limit the tiles. The tiles for
+Hopper at head_dim 64 and 128, fetched by the copy engine or in Gluon, are the fastest on an H200
+(`docs/benchmarks`). All others come from the machine code of each architecture
+(`benchmarks/machine_code`), not from timing. A table that has been measured on a GPU takes
+precedence: see `common/tuned.py`.
 """
 
 from __future__ import annotations
@@ -56,28 +58,23 @@ _HOPPER: dict[str, Table] = {
 # Hopper by TMA, which takes no registers for addresses.
 _HOPPER_TMA: dict[str, Table] = {
     "forward": {
-        64: both(128, 128, 8, 2, 64, ahead=True),
-        128: plain_masked((128, 128, 8, 2, 64), (128, 64, 8, 3, 64), ahead=True),
+        64: both(128, 64, 4, 3, 64, ahead=True),
+        128: both(128, 64, 8, 3, 64, ahead=True),
         256: plain_masked((128, 64, 8, 2, 32), (128, 32, 8, 2, 32)),
     },
     "queries": {
-        64: both(128, 128, 8, 2, 64, ahead=True),
-        128: both(128, 128, 8, 2, 64),
+        64: both(64, 128, 4, 2, 64),
+        128: both(128, 64, 8, 3, 64),
         256: both(64, 32, 4, 2, 32),
     },
     "keys": {
-        64: both(64, 64, 4, 2, 64),
-        128: both(64, 128, 8, 2, 32),
+        64: both(64, 64, 4, 3, 64),
+        128: both(64, 64, 4, 2, 32),
         256: both(32, 32, 4, 2, 32),
     },
 }
 
-# Variants that run only where a measured table or the environment names them.
-_WARP_SPECIALIZED: Table = {
-    64: both(128, 128, 4, 3), 128: both(128, 128, 4, 2), 256: both(128, 32, 4, 2),
-}  # fmt: skip
 _GLUON: Table = {64: both(128, 128, 4, 3), 128: both(128, 128, 4, 2)}
-_ONE_PASS: Table = {64: both(64, 64, 4, 2, 64), 128: both(64, 128, 8, 2, 32)}
 
 # tcgen05: accumulators are in tensor memory.
 _BLACKWELL: dict[str, Table] = {
@@ -130,15 +127,10 @@ def tile_config(
         block_d: the padded head dimension.
         masked: whether there is a key mask or padding in the head dimension.
     """
-    tables = {
-        "tma": _HOPPER_TMA[kernel],
-        "tma_ws": _WARP_SPECIALIZED,
-        "gluon": _GLUON,
-        "one_pass": _ONE_PASS,
-    }
     if variant == "plain":
         return _TABLES.find(kernel, block_d, dtype, masked=masked)
-    return row_of(tables[variant], block_d)[masked]
+    table = _GLUON if variant == "gluon" else _HOPPER_TMA[kernel]
+    return row_of(table, block_d)[masked]
 
 
 def fitted(kernel: str, config: TileConfig, block_q: int, block_kv: int) -> TileConfig:

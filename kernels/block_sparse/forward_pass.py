@@ -7,7 +7,7 @@ import torch
 from ..checks import LayoutTensors
 from ..common.tile_tables import Choice
 from ..common.variants import first_that_compiles
-from . import gluon_forward, warp_specialized
+from . import gluon_forward
 from .forward import forward as forward_by_tiles
 from .launch import Problem
 
@@ -36,15 +36,11 @@ def forward(
     problem = Problem.of(q, k, v, layout, key_mask, block_q, block_kv, scale)
 
     def takes(variant: str) -> bool:
-        if variant == "tma_ws":
-            return warp_specialized.takes(problem, q, k, v)
         if variant == "gluon":
             return gluon_forward.takes(problem, q, k, v)
         return variant == "plain" or problem.tma_takes(k, v)
 
     def run(best: Choice) -> tuple[torch.Tensor, torch.Tensor]:
-        if best.variant == "tma_ws":
-            return warp_specialized.forward(problem, q, k, v, best.tiles)
         if best.variant == "gluon":
             return gluon_forward.forward(problem, q, k, v, best.tiles)
         return forward_by_tiles(problem, q, k, v, best.tiles, tma=best.variant == "tma")

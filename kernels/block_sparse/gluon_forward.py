@@ -1,7 +1,7 @@
 """The forward pass in Gluon, Triton's lower language, for Hopper GPUs: softmax beside products.
 
-By its machine code this variant is the fastest; it also demands the most of a call and of the
-compiler. It runs only where a table of measured tiles or the environment names it.
+The variant is the fastest on a Hopper GPU (docs/benchmarks); it also demands the most of a call and
+of the compiler.
 """
 
 from __future__ import annotations

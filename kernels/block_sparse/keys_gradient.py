@@ -18,20 +18,8 @@ from ..common.row_sums import RowSums
 from ..common.softmax import add_to_keys
 from ..common.tile_tables import TileConfig
 from .block_lists import load_bits
-from .descriptors import tile_descriptor
 from .launch import Problem
 from .walk import cached_transpose
-
-
-@triton.jit
-def add_to_their_queries(
-    x_dq, i_b, i_h, start_m, b_ds, b_k, scale, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add a tile's share of dQ to dQ in memory, in no fixed order."""
-    b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision=PRECISION) * scale  # (BLOCK_M, BLOCK_D)
-    place = [i_b.to(tl.int32), start_m, i_h.to(tl.int32), 0]
-    x_dq.atomic_add(place, b_dq.reshape(1, BLOCK_M, 1, BLOCK_D))
 
 
 @triton.jit(
@@ -40,7 +28,7 @@ def add_to_their_queries(
     ]
 )  # fmt: skip
 def keys_kernel(
-    p_k, p_v, x_q, x_grad_out, x_q_partial, x_grad_partial, x_dq, x_dq_partial,
+    p_k, p_v, x_q, x_grad_out, x_q_partial, x_grad_partial,
     p_key_mask, p_delta, p_log2_lse, p_dk, p_dv,
     p_order, p_full_start, p_full_row, p_partial_start, p_partial_row, p_partial_mask,
     p_bit_masks,
@@ -49,14 +37,10 @@ def keys_kernel(
     tokens_q, tokens_padded, tokens_kv, heads, columns, full_entries, partial_entries, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTIAL_M: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_PARTIAL: tl.constexpr, ONE_PASS: tl.constexpr,
-    WIDE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_PARTIAL: tl.constexpr, WIDE: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of a tile of keys.
-
-    With ONE_PASS the kernel adds to dQ as well, and saves the two products that a pass for dQ would
-    repeat.
-    """
+    """dK and dV of a tile of keys."""
     TILES_M: tl.constexpr = BLOCK_Q // BLOCK_M
     TILES_N: tl.constexpr = BLOCK_KV // BLOCK_N
     WORDS: tl.constexpr = (BLOCK_KV + 31) // 32
@@ -95,7 +79,6 @@ def keys_kernel(
     # A key's gradients come from its own scores only: hidden keys, and NaN in them, need no mask
     # until the end. Queries past the end have weights of exp2(0 - inf) = 0. Row sums are loaded one
     # step early: otherwise the compiler copies them to shared memory first, four bytes at a time.
-    # In one pass with dQ, ptxas has no registers for early loads, and serializes the products.
     i_list = i_layout * (columns + 1) + i_column
     i_entry = tl.load(p_full_start + i_list)
     i_stop = tl.load(p_full_start + i_list + 1)
@@ -105,12 +88,8 @@ def keys_kernel(
     i_next = tl.minimum(i_entry + 1 // TILES_M, i_stop - 1)
     i_row = tl.load(p_full_row + i_next, mask=i_entry < i_stop, other=0)
     for i in tl.range(0, (i_stop - i_entry) * TILES_M):
-        if ONE_PASS:
-            b_lse = tl.load(p_log2_lse + start_m + o_m)  # (BLOCK_M,)
-            b_delta = tl.load(p_delta + start_m + o_m)  # (BLOCK_M,)
-        else:
-            b_lse = b_lse_next
-            b_delta = b_delta_next
+        b_lse = b_lse_next
+        b_delta = b_delta_next
         m_m = start_m + o_m < tokens_q
         b_q = read_tokens(
             x_q, i_b, i_h, start_m, s_qt, s_qd, m_m, True, D, BLOCK_M, BLOCK_D, WIDE, TMA
@@ -120,16 +99,11 @@ def keys_kernel(
         )  # (BLOCK_M, BLOCK_D)
         next_m = i_row * BLOCK_Q + ((i + 1) % TILES_M) * BLOCK_M
         i_row = tl.load(p_full_row + tl.minimum(i_entry + (i + 2) // TILES_M, i_stop - 1))
-        if not ONE_PASS:
-            b_lse_next = tl.load(p_log2_lse + next_m + o_m)  # (BLOCK_M,)
-            b_delta_next = tl.load(p_delta + next_m + o_m)  # (BLOCK_M,)
-        b_dk, b_dv, b_ds = add_to_keys(
+        b_lse_next = tl.load(p_log2_lse + next_m + o_m)  # (BLOCK_M,)
+        b_delta_next = tl.load(p_delta + next_m + o_m)  # (BLOCK_M,)
+        b_dk, b_dv = add_to_keys(
             b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dk, b_dv, to_base_2, True, False, PRECISION
         )
-        if ONE_PASS:
-            add_to_their_queries(
-                x_dq, i_b, i_h, start_m, b_ds, b_k, scale, BLOCK_M, BLOCK_D, PRECISION
-            )
         start_m = next_m
 
     if HAS_PARTIAL:
@@ -185,13 +159,9 @@ def keys_kernel(
             )  # (PARTIAL_M, BLOCK_D)
             b_lse = tl.load(p_log2_lse + start_m + o_m)  # (PARTIAL_M,)
             b_delta = tl.load(p_delta + start_m + o_m)  # (PARTIAL_M,)
-            b_dk, b_dv, b_ds = add_to_keys(
+            b_dk, b_dv = add_to_keys(
                 b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dk, b_dv, to_base_2, m_s, True, PRECISION
             )
-            if ONE_PASS:
-                add_to_their_queries(
-                    x_dq_partial, i_b, i_h, start_m, b_ds, b_k, scale, PARTIAL_M, BLOCK_D, PRECISION
-                )
 
     b_dk *= scale
     if HAS_KEY_MASK:
@@ -200,22 +170,6 @@ def keys_kernel(
     first = (i_b * tokens_kv + start_n) * heads * D + i_h * D
     store_tile(p_dk + first, heads * D, o_n, m_n, b_dk, D, BLOCK_D)
     store_tile(p_dv + first, heads * D, o_n, m_n, b_dv, D, BLOCK_D)
-
-
-def one_pass_takes(problem: Problem) -> bool:
-    """Whether the pass over keys can add to dQ as well.
-
-    False under `torch.use_deterministic_algorithms`, because the additions come in no fixed order.
-    False with a key mask, which would have to hide keys from dQ as well. The copy engine adds rows
-    of a multiple of 16 bytes, so the head_dim must be a multiple of 4. A head_dim beyond 128, or
-    beyond 64 in blocks of fewer than 128 keys, leaves too few registers.
-    """
-    return (
-        not problem.has_key_mask
-        and problem.head_dim % 4 == 0
-        and problem.head_dim <= (64 if problem.block_kv < 128 else 128)
-        and not torch.are_deterministic_algorithms_enabled()
-    )
 
 
 def keys_gradient(
@@ -228,17 +182,13 @@ def keys_gradient(
     config: TileConfig,
     *,
     tma: bool,
-    one_pass: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of k and v, the same bits at every call.
 
     Args:
         tma: whether the copy engine fetches tiles; only for tensors that `problem.tma_takes`.
-        one_pass: whether to compute the gradient of q as well, by additions in no fixed order: its
-            bits may differ from call to call. Only with `tma`, for calls that `one_pass_takes`.
 
     Returns:
-        dq: like q with `one_pass`, else None.
         dk, dv: like k and v.
     """
     batch, tokens_q, heads, _ = q.shape
@@ -250,21 +200,15 @@ def keys_gradient(
     sources = problem.sources(
         (q, config.block_m), (grad_out, config.block_m), (q, part), (grad_out, part), tma=tma
     )
-    total = q.new_zeros(q.shape, dtype=torch.float32) if one_pass else None
-    totals = [
-        q if total is None else tile_descriptor(total, tokens, problem.block_d)
-        for tokens in (config.block_m, part)
-    ]
     with problem.on_device():
         keys_kernel[(batch * heads * n_columns * (problem.block_kv // config.block_n),)](
-            k, v, *sources, *totals, problem.key_mask, sums.delta, sums.log2_lse, dk, dv,
+            k, v, *sources, problem.key_mask, sums.delta, sums.log2_lse, dk, dv,
             columns.order, columns.full_start, columns.full_row,
             columns.partial_start, columns.partial_row, columns.partial_mask, problem.lists[-1],
             *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *problem.key_mask_strides,
             *problem.layout_strides,
             tokens_q, sums.tokens, tokens_kv, heads, n_columns,
             columns.full_row.shape[-1], columns.partial_row.shape[-1], problem.scale,
-            PARTIAL_M=part, HAS_PARTIAL=problem.has_partial, ONE_PASS=one_pass,
-            TMA=tma, **problem.constants(config),
+            PARTIAL_M=part, HAS_PARTIAL=problem.has_partial, TMA=tma, **problem.constants(config),
         )  # fmt: skip
-    return None if total is None else total.to(q.dtype), dk, dv
+    return dk, dv

@@ -66,11 +66,10 @@ def add_to_keys(
     b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dk, b_dv, scale, m_s,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV with a tile of queries added, and the gradient of the tile's scores.
+    """dK and dV with a tile of queries added, (BLOCK_N, BLOCK_D) each.
 
-    They are (BLOCK_N, BLOCK_D) twice and (BLOCK_N, BLOCK_M); dK is not yet times the scale. The
-    product that gives b_dp stands before the product into b_dv: the weights are then computed
-    beside the first, the gradient of the scores beside the second.
+    dK is not yet times the scale. The product that gives b_dp stands before the product into b_dv:
+    the weights are then computed beside the first, the gradient of the scores beside the second.
     """
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
     b_p = tl.exp2(b_s * scale - b_lse[None, :])
@@ -80,4 +79,4 @@ def add_to_keys(
     # b_dv: (BLOCK_N, BLOCK_D)
     b_dv = tl.dot(b_p.to(b_grad.dtype), b_grad, b_dv, input_precision=PRECISION)
     b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
-    return tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION), b_dv, b_ds
+    return tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION), b_dv

@@ -25,9 +25,9 @@ FOLDER = Path(__file__).parent / "tables"
 
 # Every kernel that may have an entry, with its variants.
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "forward": ("plain", "tma", "tma_ws", "gluon"),
+    "forward": ("plain", "tma", "gluon"),
     "queries": ("plain", "tma"),
-    "keys": ("plain", "tma", "one_pass"),
+    "keys": ("plain", "tma"),
     "gather_forward": ("plain",),
     "gather_queries": ("plain",),
     "gather_keys": ("plain",),

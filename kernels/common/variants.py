@@ -22,12 +22,9 @@ from .tile_tables import Choice, TileConfig
 VARIANT_VARIABLE = "DIFFATTN_TRITON_VARIANT"
 
 # The variants that kernels have, the most general first:
-# plain     reads by pointers: runs on whatever Triton compiles for, and takes every call;
-# tma       fetches tiles through the copy engine of Hopper GPUs (and newer, if asked for);
-# tma_ws    lets the compiler assign warps to fetching; for full blocks only;
-# gluon     has warps of its own for fetching, and computes weights beside products;
-# one_pass  adds to dQ where it computes dK and dV, in no fixed order.
-# The last three run only if the environment, or a table measured on the GPU, names them.
+# plain  reads by pointers: runs on whatever Triton compiles for, and takes every call;
+# tma    fetches tiles through the copy engine of Hopper GPUs (and newer, if asked for);
+# gluon  has warps of its own for fetching, and computes weights beside products; Hopper only.
 KERNELS = tuned.VARIANTS
 VARIANTS = tuple(dict.fromkeys(name for names in KERNELS.values() for name in names))
 
@@ -77,8 +74,9 @@ def first_that_compiles(
     """The result of the best variant that takes a call and compiles; all give the same result.
 
     The best variant is the choice of the GPU's measured table, if there is one; else, on a Hopper
-    GPU, the variant that fetches by the copy engine; else the plain variant. The environment
-    variable DIFFATTN_TRITON_VARIANT names a variant to try first, on any GPU.
+    GPU, the kernel's last variant; else the plain variant. The environment variable
+    DIFFATTN_TRITON_VARIANT names a variant to try first, on any GPU. Where the best variant does
+    not take a call, the variants before it are tried.
 
     Args:
         kernel: a name in `KERNELS`.
@@ -170,12 +168,11 @@ def choices(kernel: str, call: Call) -> list[Choice]:
         elif measured is not None and asked is None:
             best = measured.variant
         else:  # the environment names no variant, or one of another kernel only
-            best = "tma" if "tma" in forms and (asked or is_hopper(call.device)) else "plain"
+            best = forms[-1] if asked or is_hopper(call.device) else forms[0]
         found = []
-        for variant in dict.fromkeys((best, "tma", "plain")):
-            if variant in forms and (best != "plain" or variant == "plain"):
-                known = measured.tiles if measured and measured.variant == variant else None
-                found.append(Choice(variant, call.tiles(kernel, variant, known)))
+        for variant in reversed(forms[: forms.index(best) + 1]):
+            known = measured.tiles if measured and measured.variant == variant else None
+            found.append(Choice(variant, call.tiles(kernel, variant, known)))
         return found
 
 

@@ -175,7 +175,7 @@ def keys_kernel(
         b_q = load_tile(p_q, s_qt, s_qd, o_t, True, False, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
         # b_grad: (BLOCK_M, BLOCK_D)
         b_grad = load_tile(p_grad_out, s_gt, s_gd, o_t, True, False, D, BLOCK_D)
-        b_dk, b_dv, _ = add_to_keys(
+        b_dk, b_dv = add_to_keys(
             b_q, b_grad, b_k, b_v, b_lse, b_delta, b_dk, b_dv, scale * LOG2_E, True,
             False, PRECISION,
         )  # fmt: skip

@@ -98,27 +98,12 @@ def test_without_the_shipped_choice_times_themselves_are_compared() -> None:
     assert chosen(rows) == {"forward": ("tma", 64)}
 
 
-@pytest.mark.parametrize(("one_pass_ms", "expected"), [(9.0, "one_pass"), (11.0, "tma")])
-def test_one_pass_is_spared_what_it_does_for_the_queries(one_pass_ms: float, expected: str) -> None:
-    both = Choice("one_pass", TileConfig(64, 128, 8, 2))
-    keys = [
-        tune_row("keys", "dense", A, 6.0, 6.0),
-        tune_row("keys", "dense", both, one_pass_ms, 6.0),
-    ]
-    queries = [tune_row("queries", "dense", A, 4.0, 4.0)]
-    assert chosen(keys + queries)["keys"][0] == expected
-    assert chosen(queries + keys)["keys"][0] == expected
-    # What is not known to pay is not chosen.
-    assert chosen(keys)["keys"][0] == "tma"
-
-
 def test_the_table_is_one_that_the_package_reads(tmp_path: Path) -> None:
     assert table.tuned_table([RUN, FACTS]) is None
     rows = [
         tune_row(kernel, "dense", one, 1.0 + number, 2.0, head_dim=head_dim)
         for (kernel, head_dim), choices in RANKED.items()
         for number, one in enumerate(choices)
-        if one.variant != "one_pass"
     ]
     text = table.tuned_table([RUN, FACTS, *rows])
     assert text is not None
@@ -135,8 +120,6 @@ def test_every_candidate_is_one_that_the_package_reads(tmp_path: Path) -> None:
     for (kernel, head_dim), choices in RANKED.items():
         for one in choices:
             rows = [tune_row(kernel, "dense", one, 1.0, 2.0, head_dim=head_dim)]
-            if one.variant == "one_pass":
-                rows.append(tune_row("queries", "dense", A, 0.5, 2.0, head_dim=head_dim))
             path.write_text(table.tuned_table([RUN, FACTS, *rows]) or "")
             assert read_table(path).choices[kernel, head_dim] == one
 

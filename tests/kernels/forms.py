@@ -23,15 +23,10 @@ class Forms:
 
 
 def forms(variant: str, **tiles: Any) -> Forms:
-    """The same variant and tiles for all kernels, as far as the backward ones have the variant."""
+    """The same variant and tiles for all kernels."""
     config = TileConfig(**{"block_m": 64, "block_n": 32, "num_warps": 4, "num_stages": 2, **tiles})
-    forward_variant = "tma" if variant == "one_pass" else variant
-    queries_variant = "plain" if variant == "plain" else "tma"
-    return Forms(
-        Choice(forward_variant, config),
-        Choice(queries_variant, config),
-        Choice(variant if variant in ("plain", "one_pass") else "tma", config),
-    )
+    choice = Choice(variant, config)
+    return Forms(choice, choice, choice)
 
 
 def attend_by(
@@ -63,8 +58,6 @@ class _Attention(torch.autograd.Function):
         layout, key_mask, forms, options = ctx.rest
         sums = row_sums(out, grad_out, lse, grad_lse, block_q=options["block_q"], wide=False)
         call = (q, k, v, grad_out, sums, layout, key_mask)
-        dq, dk, dv = key_gradients(*call, **options, choice=forms.keys)
-        assert (dq is not None) == (forms.keys.variant == "one_pass")
-        if dq is None:
-            dq = query_gradients(*call, **options, choice=forms.queries)
+        dk, dv = key_gradients(*call, **options, choice=forms.keys)
+        dq = query_gradients(*call, **options, choice=forms.queries)
         return dq, dk, dv, None, None, None, None

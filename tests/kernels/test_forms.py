@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-import triton
 from forms import Forms, attend_by, forms
 from oracles import assert_matches_eager, random_layout, stack_layouts
-from triton.runtime import _allocation
 
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states
-from diffattn.kernels.block_sparse import warp_specialized
 from diffattn.kernels.block_sparse.backward import key_gradients, query_gradients
 from diffattn.kernels.block_sparse.configs import fitted
 from diffattn.kernels.block_sparse.forward_pass import forward
-from diffattn.kernels.block_sparse.keys_gradient import one_pass_takes
 from diffattn.kernels.block_sparse.launch import Problem
 from diffattn.kernels.common.row_sums import row_sums
 from diffattn.kernels.common.tile_tables import Choice, TileConfig
@@ -27,9 +21,7 @@ FORMS = {
     "plain-ahead": forms("plain", ahead=True, partial=64),
     "tma": forms("tma", block_m=32, block_n=64),
     "tma-ahead": forms("tma", ahead=True, partial=64),
-    "one-pass": forms("one_pass", block_m=32, block_n=64, partial=64),
 }
-WARP_SPECIALIZED = forms("tma_ws", block_m=128, block_n=64)
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
@@ -147,8 +139,6 @@ def test_full_blocks_in_any_order(form: Forms, device: str) -> None:
 
 @every_form
 def test_key_mask_over_nan(form: Forms, device: str) -> None:
-    if form is FORMS["one-pass"]:
-        pytest.skip("dQ in one pass takes no key mask")
     qkv = inputs(device, 2, 70, 135, 1, 24)
     key_mask = torch.rand(2, 135, device=device) < 0.7
     layout = random_layout(70, 135, 64, 64).to(device)
@@ -227,55 +217,6 @@ def test_a_gradient_that_is_one_number_everywhere(form: Forms, device: str) -> N
             key_gradients(*call, **options, choice=form.keys)
 
 
-def test_one_pass_is_for_calls_without_a_key_mask_that_may_differ(device: str) -> None:
-    q = torch.zeros(1, 70, 1, 16, dtype=torch.float16, device=device)
-    layout = random_layout(70, 70, 64, 64).to(device).tensors
-    key_mask = torch.ones(1, 70, dtype=torch.bool, device=device)
-    assert one_pass_takes(Problem.of(q, q, q, layout, None, 64, 64, 0.3))
-    assert not one_pass_takes(Problem.of(q, q, q, layout, key_mask, 64, 64, 0.3))
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert not one_pass_takes(Problem.of(q, q, q, layout, None, 64, 64, 0.3))
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.parametrize(
-    ("batch", "tokens_q", "tokens_kv", "block_kv", "head_dim", "dtype"),
-    [
-        pytest.param(1, 131, 197, 64, 16, torch.bfloat16, id="prime"),
-        pytest.param(3, 129, 129, 128, 24, torch.float16, id="one-over"),
-        pytest.param(1, 1, 130, 64, 64, torch.bfloat16, id="one-query"),
-        pytest.param(1, 129, 1, 128, 40, torch.float16, id="text-of-length-1"),
-        pytest.param(1, 128, 300, 256, 136, torch.bfloat16, id="several-tiles-per-block"),
-    ],
-)
-def test_full_blocks_by_specialized_warps(
-    batch: int, tokens_q: int, tokens_kv: int, block_kv: int, head_dim: int,
-    dtype: torch.dtype, device: str,
-) -> None:  # fmt: skip
-    qkv = [x.detach() for x in inputs(device, batch, tokens_q, tokens_kv, 2, head_dim, dtype)]
-    layout = random_layout(tokens_q, tokens_kv, 128, block_kv, partial=False).to(device)
-    out, lse = forward(
-        *qkv, layout.tensors, None, block_q=128, block_kv=block_kv, scale=0.3,
-        choice=WARP_SPECIALIZED.forward,
-    )  # fmt: skip
-    assert_matches_eager(out, lse, *qkv, layout.dense(), scale=0.3)
-
-
-def test_specialized_warps_with_rows_that_see_nothing(device: str) -> None:
-    states = torch.tensor([[EMPTY, EMPTY], [EMPTY, FULL], [FULL, EMPTY]], dtype=torch.uint8)
-    layout = layout_from_states(
-        states, None, tokens_q=260, tokens_kv=70, block_q=128, block_kv=64
-    ).to(device)
-    qkv = [x.detach() for x in inputs(device, 1, 260, 70, 2, 16)]
-    out, lse = forward(
-        *qkv, layout.tensors, None, block_q=128, block_kv=64, scale=0.3,
-        choice=WARP_SPECIALIZED.forward,
-    )  # fmt: skip
-    assert_matches_eager(out, lse, *qkv, layout.dense(), scale=0.3)
-
-
 def takes(*tensors: torch.Tensor, block_q: int = 128, block_kv: int = 64) -> bool:
     q = tensors[0]
     layout = random_layout(130, 130, block_q, block_kv).tensors
@@ -310,48 +251,12 @@ def test_tma_takes_no_strides_that_the_copy_engine_cannot(device: str) -> None:
     assert takes(near)
 
 
-@pytest.mark.parametrize("variant", ["plain", "tma", "one_pass"])
+@pytest.mark.parametrize("variant", ["plain", "tma"])
 def test_strides_that_mean_nothing(variant: str, device: str) -> None:
     """A dimension of size 1 may have any stride, 0 and odd ones too."""
     memory = torch.randn(130 * 16 + 8, device=device).half()
     qkv = [memory.as_strided((1, 130, 1, 16), (1, 16, 0, 1)).requires_grad_() for _ in range(3)]
     check(forms(variant), qkv, random_layout(130, 130, 64, 64))
-
-
-def test_specialized_warps_take_full_blocks_only(device: str) -> None:
-    qkv = inputs(device, 1, 130, 130, 2, 24)
-    full = random_layout(130, 130, 128, 64, partial=False).to(device)
-    partial = random_layout(130, 130, 128, 64).to(device)
-    key_mask = torch.ones(1, 130, dtype=torch.bool, device=device)
-
-    def takes_it(
-        tensors: list[torch.Tensor] = qkv, layout: BlockLayout = full, mask: Any = None,
-        block_q: int = 128, scale: float = 0.3,
-    ) -> bool:  # fmt: skip
-        problem = Problem.of(*tensors, layout.tensors, mask, block_q, 64, scale)
-        return warp_specialized.takes(problem, *tensors)
-
-    assert takes_it()
-    assert not takes_it(layout=partial)
-    assert not takes_it(mask=key_mask)
-    assert not takes_it(block_q=64)
-    assert not takes_it(scale=-0.3)
-    assert not takes_it([x[..., :20] for x in qkv]), "heads of the output are not aligned"
-
-
-def test_somebody_elses_allocator_stays_theirs() -> None:
-    def theirs(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-        raise AssertionError("not ours to use")
-
-    before = _allocation._allocator.get()
-    triton.set_allocator(theirs)
-    try:
-        during: list[Any] = []
-        warp_specialized._with_scratch(lambda: during.append(_allocation._allocator.get()))
-        assert during == [warp_specialized._allocate]
-        assert _allocation._allocator.get() is theirs
-    finally:
-        triton.set_allocator(before)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ FORWARD: dict[str, Any] = {
     "block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3, "partial": 64, "ahead": True,
     "shape": "wan-1.3b-480p", "ms": {"block-aligned 1": 13.0}, "shipped_ms": {},
 }  # fmt: skip
-KEYS = FORWARD | {"kernel": "keys", "variant": "one_pass", "partial": None}
+KEYS = FORWARD | {"kernel": "keys", "variant": "plain", "partial": None}
 TABLE: dict[str, Any] = {
     "gpu": GPU, "triton": triton.__version__, "torch": "2.11.0", "revision": "abc",
     "date": "2026-12-01", "choices": [FORWARD, KEYS],
@@ -59,7 +59,7 @@ def changed(**entry: object) -> dict[str, Any]:
 def test_a_named_table_counts(named: Write) -> None:
     named(TABLE)
     assert tuned_choice("forward", 128) == FASTEST
-    assert tuned_choice("keys", 128) == Choice("one_pass", TileConfig(128, 64, 8, 3, ahead=True))
+    assert tuned_choice("keys", 128) == Choice("plain", TileConfig(128, 64, 8, 3, ahead=True))
     assert tuned_choice("forward", 64) is None
     assert tuned_choice("queries", 128) is None
 
@@ -118,7 +118,7 @@ def test_a_named_table_that_is_not_there(tmp_path: Path, monkeypatch: pytest.Mon
         (TABLE | {"choices": [1]}, "choice 0 must be an object; got 1"),
         (TABLE | {"choices": [{}]}, "choice 0 lacks 'ahead', 'block_m', 'block_n', 'head_dim'"),
         (changed(kernel="sideways"), "choice 0: kernel is 'sideways'; may be 'forward', 'queries'"),
-        (changed(variant="one_pass"), "variant is 'one_pass'; may be 'plain', 'tma', 'tma_ws', 'g"),
+        (changed(variant="one_pass"), "variant is 'one_pass'; may be 'plain', 'tma', 'gluon'"),
         (changed(head_dim=80), "head_dim is 80; may be 16, 32, 64, 128, 256"),
         (changed(block_m=48), "block_m is 48; may be 16, 32, 64, 128, 256"),
         (changed(block_n="64"), "block_n is '64'; may be 16"),

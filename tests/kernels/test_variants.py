@@ -24,7 +24,6 @@ from diffattn.kernels.block_sparse import (
     block_sparse_attention,
     forward_pass,
     gluon_forward,
-    warp_specialized,
 )
 from diffattn.kernels.block_sparse.launch import Problem
 from diffattn.kernels.common import tuned, variants
@@ -84,19 +83,17 @@ class Ran(list[tuple[str, str]]):
 def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
     log = Ran()
 
-    def spy(module: Any, attribute: str, kernel: str, variant: str | None = None) -> None:
+    def spy(module: Any, attribute: str, kernel: str) -> None:
         run = getattr(module, attribute)
 
         def recording(problem: Problem, *args: Any, **options: Any) -> Results:
             form = "tma" if options.get("tma") else "plain"
-            form = "one_pass" if options.get("one_pass") else form
-            log.run(kernel, variant or form, problem)
+            log.run(kernel, form, problem)
             return run(problem, *args, **options)
 
         monkeypatch.setattr(module, attribute, recording)
 
     spy(forward_pass, "forward_by_tiles", "forward")
-    spy(warp_specialized, "forward", "forward", "tma_ws")
     spy(backward, "queries_gradient", "queries")
     spy(backward, "keys_gradient", "keys")
     return log
@@ -125,8 +122,12 @@ def test_amd_gpus_are_not_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.usefixtures("hopper")
-def test_nothing_that_was_never_measured_is_tried_unasked(kernel: str, device: str) -> None:
-    assert tried(kernel, call(device)) == ["tma", "plain"]
+def test_hopper_gpus_take_the_fastest_variant_first(kernel: str, device: str) -> None:
+    assert tried(kernel, call(device)) == [
+        *(["gluon"] if kernel == "forward" else []),
+        "tma",
+        "plain",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -157,9 +158,7 @@ def test_other_gpus_take_the_plain_variant(device: str, monkeypatch: pytest.Monk
     [
         ("plain", ["plain"], ["plain"], ["plain"]),
         ("tma", ["tma", "plain"], ["tma", "plain"], ["tma", "plain"]),
-        ("tma_ws", ["tma_ws", "tma", "plain"], ["tma", "plain"], ["tma", "plain"]),
         ("gluon", ["gluon", "tma", "plain"], ["tma", "plain"], ["tma", "plain"]),
-        ("one_pass", ["tma", "plain"], ["tma", "plain"], ["one_pass", "tma", "plain"]),
     ],
 )
 @pytest.mark.parametrize("on_hopper", [False, True])
@@ -181,7 +180,7 @@ def test_unknown_variant(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError,
         match=(
             r"^DIFFATTN_TRITON_VARIANT is 'cuda';"
-            r" choose from plain, tma, tma_ws, gluon, one_pass$"
+            r" choose from plain, tma, gluon$"
         ),
     ):
         forward_pass.forward(*call(device), **OPTIONS)
@@ -192,8 +191,6 @@ def test_unknown_variant(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("plain", ["plain", "plain", "plain"]),
         ("tma", ["tma", "tma", "tma"]),
-        ("tma_ws", ["tma_ws", "tma", "tma"]),
-        ("one_pass", ["tma", "one_pass"]),
     ],
 )
 def test_the_operator_runs_the_variant(
@@ -207,27 +204,12 @@ def test_the_operator_runs_the_variant(
     assert [variant for _, variant in ran] == expected
 
 
-def test_under_deterministic_algorithms_nothing_is_added_in_any_order(
-    device: str, ran: Ran, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DIFFATTN_TRITON_VARIANT", "one_pass")
-    layout = random_layout(140, 140, 128, 64, partial=False).to(device)
-    qkv = [torch.randn(1, 140, 1, 16).to(device).half().requires_grad_() for _ in range(3)]
-    torch.use_deterministic_algorithms(True)
-    try:
-        out, _ = block_sparse_attention(*qkv, layout.tensors, **OPTIONS)
-        torch.autograd.grad((out * torch.randn_like(out)).sum(), qkv)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert ran == [("forward", "tma"), ("keys", "tma"), ("queries", "tma")]
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_what_was_measured_on_a_gpu_is_taken_first(
     kernel: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiles = TileConfig(64, 256, 4, 3)
-    form = {"forward": "gluon", "queries": "plain", "keys": "one_pass"}[kernel]
+    form = {"forward": "tma", "queries": "plain", "keys": "plain"}[kernel]
     measured = {(kernel, 64): Choice(form, tiles)}
     monkeypatch.setattr(tuned, "tuned_choice", lambda *key: measured.get(key))
     monkeypatch.setattr(variants, "is_hopper", lambda device: True)
@@ -240,9 +222,10 @@ def test_what_was_measured_on_a_gpu_is_taken_first(
     assert found.variant == form
     assert found.tiles.block_n == 64, "fitted to the block"
     assert found.tiles.num_stages == 3
-    assert first(head_dim=128).variant == "tma", "not measured"
-    assert first(head_dim=48).variant == "tma", "padded"
-    assert first(head_dim=64, dtype=torch.float32).variant == "tma", "measured for 16 bits"
+    unmeasured = variants.KERNELS[kernel][-1]
+    assert first(head_dim=128).variant == unmeasured, "not measured"
+    assert first(head_dim=48).variant == unmeasured, "padded"
+    assert first(head_dim=64, dtype=torch.float32).variant == unmeasured, "measured for 16 bits"
 
 
 def test_a_measured_table_reaches_the_kernel(
@@ -251,7 +234,7 @@ def test_a_measured_table_reaches_the_kernel(
     if device != "cpu":
         pytest.skip("the table is of the interpreter")
     entry = {
-        "kernel": "forward", "head_dim": 16, "variant": "tma_ws", "block_m": 128, "block_n": 32,
+        "kernel": "forward", "head_dim": 16, "variant": "tma", "block_m": 128, "block_n": 32,
         "num_warps": 4, "num_stages": 2, "partial": None, "ahead": False,
     }  # fmt: skip
     table = {
@@ -262,7 +245,7 @@ def test_a_measured_table_reaches_the_kernel(
     path.write_text(json.dumps(table))
     monkeypatch.setenv("DIFFATTN_TUNED_TABLE", str(path))
     forward_pass.forward(*call(device), **OPTIONS)
-    assert ran == [("forward", "tma_ws")]
+    assert ran == [("forward", "tma")]
 
 
 def wrong_program() -> None:
@@ -305,11 +288,11 @@ def close(found: Results, expected: Results) -> None:
 
 
 @pytest.fixture
-def asks_for_tma_ws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DIFFATTN_TRITON_VARIANT", "tma_ws")
+def asks_for_tma(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFATTN_TRITON_VARIANT", "tma")
 
 
-@pytest.mark.usefixtures("asks_for_tma_ws")
+@pytest.mark.usefixtures("asks_for_tma")
 def test_what_does_not_compile_is_replaced_with_one_warning(
     failure: tuple[Callable[[], None], str], device: str, ran: Ran
 ) -> None:
@@ -317,10 +300,10 @@ def test_what_does_not_compile_is_replaced_with_one_warning(
     arguments = call(device)
     expected = forward_pass.forward(*arguments, **OPTIONS)
     ran.clear()
-    ran.failures["tma_ws"] = fail
-    with pytest.warns(UserWarning, match=f"^the 'tma_ws' variant .* does not compile .* {said}"):
+    ran.failures["tma"] = fail
+    with pytest.warns(UserWarning, match=f"^the 'tma' variant .* does not compile .* {said}"):
         found = forward_pass.forward(*arguments, **OPTIONS)
-    assert ran == [("forward", "tma")]
+    assert ran == [("forward", "plain")]
     close(found, expected)
 
     with warnings.catch_warnings():
@@ -329,21 +312,10 @@ def test_what_does_not_compile_is_replaced_with_one_warning(
         forward_pass.forward(*call(device, head_dim=24), **OPTIONS)
         forward_pass.forward(*call(device, head_dim=24), **OPTIONS)
     assert ran.attempts == [16, 24], "tried once for each kind of kernel"
-    assert ran == [("forward", "tma")] * 4
+    assert ran == [("forward", "plain")] * 4
 
 
-@pytest.mark.usefixtures("asks_for_tma_ws")
-def test_the_plain_variant_is_left_when_none_compiles(device: str, ran: Ran) -> None:
-    ran.failures |= {"tma_ws": fail_to_parse, "tma": fail_to_parse}
-    with pytest.warns(UserWarning, match="does not compile") as caught:
-        forward_pass.forward(*call(device), **OPTIONS)
-    messages = [str(w.message) for w in caught if w.category is UserWarning]
-    assert [message.split("'")[1] for message in messages] == ["tma_ws", "tma"]
-    assert "DIFFATTN_TRITON_VARIANT=plain" in messages[0]
-    assert ran == [("forward", "plain")]
-
-
-@pytest.mark.usefixtures("asks_for_tma_ws")
+@pytest.mark.usefixtures("asks_for_tma")
 def test_what_the_compiler_dumps_is_not_shown(
     device: str, ran: Ran, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -351,26 +323,26 @@ def test_what_the_compiler_dumps_is_not_shown(
         os.write(2, b"#loc = hundreds of lines of MLIR")
         fail_to_parse()
 
-    ran.failures["tma_ws"] = fail
+    ran.failures["tma"] = fail
     with pytest.warns(UserWarning, match="does not compile"):
         forward_pass.forward(*call(device), **OPTIONS)
     assert "MLIR" not in capfd.readouterr().err
 
 
-@pytest.mark.usefixtures("asks_for_tma_ws")
+@pytest.mark.usefixtures("asks_for_tma")
 def test_what_is_said_while_a_kernel_compiles_is_shown(
     device: str, ran: Ran, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = warp_specialized.forward
+    run = forward_pass.forward_by_tiles
 
     def chatty(*args: Any, **options: Any) -> Results:
         os.write(2, b"something of interest")
         return run(*args, **options)
 
-    monkeypatch.setattr(warp_specialized, "forward", chatty)
+    monkeypatch.setattr(forward_pass, "forward_by_tiles", chatty)
     forward_pass.forward(*call(device), **OPTIONS)
     assert "something of interest" in capfd.readouterr().err
-    assert ran == [("forward", "tma_ws")]
+    assert ran == [("forward", "tma")]
 
 
 @pytest.mark.parametrize(
@@ -384,12 +356,12 @@ def test_what_is_said_while_a_kernel_compiles_is_shown(
     ids=lambda error: type(error).__name__,
 )
 @pytest.mark.filterwarnings("error::UserWarning")
-@pytest.mark.usefixtures("asks_for_tma_ws")
+@pytest.mark.usefixtures("asks_for_tma")
 def test_other_errors_are_not_swallowed(error: BaseException, device: str, ran: Ran) -> None:
     def fail() -> None:
         raise error
 
-    ran.failures["tma_ws"] = fail
+    ran.failures["tma"] = fail
     for _ in range(2):
         with pytest.raises(type(error)) as raised:
             forward_pass.forward(*call(device), **OPTIONS)
