@@ -22,7 +22,14 @@ SMOKE = (
 # Tests that need a GPU, of the kernels; all other files are found by their marks.
 KERNEL_TESTS = tuple(
     f"tests/kernels/{name}.py"
-    for name in ("test_forms", "test_triton", "test_gather", "test_linear_triton", "test_summary")
+    for name in (
+        "test_forms",
+        "test_triton",
+        "test_clusters",
+        "test_gather",
+        "test_linear_triton",
+        "test_summary",
+    )
 )
 
 

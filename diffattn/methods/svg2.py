@@ -51,11 +51,13 @@ class Pool:
     """Tokens that are clustered together.
 
     Attributes:
-        places: int64 (tokens,), their places in the sequence.
+        places: their places in the sequence: a slice, or int64 (tokens,) where others lie between.
+        tokens: their number.
         queries, keys: the numbers of their clusters among all clusters.
     """
 
-    places: torch.Tensor
+    places: slice | torch.Tensor
+    tokens: int
     queries: range
     keys: range
 
@@ -313,7 +315,7 @@ class SVG2Attn(Method):
             fill_q += queries * (self.query_block - 1) / 2 / tokens
             fill_k += keys * (self.block - 1) / 2 / tokens
             for pool in pools:
-                n, rows, columns = len(pool.places), len(pool.queries), len(pool.keys)
+                n, rows, columns = pool.tokens, len(pool.queries), len(pool.keys)
                 sparse += n**2
                 selection += iterations * 2 * n * (rows + columns) * channels
                 selection += 2 * rows * columns * channels
@@ -409,14 +411,14 @@ class SVG2Attn(Method):
     def _clusters(
         self,
         x: torch.Tensor,
-        places: torch.Tensor,
+        places: slice | torch.Tensor,
         clusters: int,
         counted: torch.Tensor | None,
         start: torch.Tensor | None,
     ) -> Clusters:
-        x = x.detach().index_select(1, places)
+        x = x.detach()[:, places]
         if counted is not None:
-            counted = counted.index_select(1, places)
+            counted = counted[:, places]
         if start is not None:
             return k_means(x, start, self.warm_iterations, counted)
         start = x.index_select(1, first_tokens(x.shape[1], clusters, x.device)).transpose(1, 2)
@@ -426,19 +428,20 @@ class SVG2Attn(Method):
         known = grid, device
         if known not in self._pools:
             with torch.inference_mode(False):
-                parts = [
-                    torch.arange(span.grid.video.start, span.grid.video.stop)
-                    for span in self.spans(grid)
-                ]
-                if self.references == "local":
-                    parts = [torch.cat(parts)]
+                parts: list[tuple[slice | torch.Tensor, int]]
+                videos = [span.grid.video for span in self.spans(grid)]
+                parts = [(video, video.stop - video.start) for video in videos]
+                if self.references == "local" and len(parts) > 1:
+                    places = torch.cat([torch.arange(x.start, x.stop) for x in videos])
+                    parts = [(places.to(device), len(places))]
                 pools, queries, keys = [], 0, 0
-                for places in parts:
-                    rows = max(1, round(len(places) / self.query_cluster))
-                    columns = max(1, round(len(places) / self.key_cluster))
+                for where, tokens in parts:
+                    rows = max(1, round(tokens / self.query_cluster))
+                    columns = max(1, round(tokens / self.key_cluster))
                     pools.append(
                         Pool(
-                            places.to(device),
+                            where,
+                            tokens,
                             range(queries, queries + rows),
                             range(keys, keys + columns),
                         )
