@@ -18,8 +18,8 @@ STATIC_METHODS = 4
 LONG = 16_384  # tokens
 QUARTER = 0.27  # a density of about a quarter: blocks do not divide every grid
 WAN_720P = 75_600  # tokens
-# Methods that select, with VMoBA once for each kind of its blocks, and SVG2 twice for later steps.
-SELECTING = 15
+# Methods that select: VMoBA once for each kind of its blocks, SVG2 in a later step too.
+SELECTING = 17
 # Of these, at three sizes, those whose density is a quarter or less for any data.
 QUARTERS = 3 * 7
 

@@ -60,7 +60,7 @@ class FilledClusters:
         runs = (sizes + tile - 1) // tile
         ends = runs.cumsum(-1)
         # Tokens that are left out come last in the sort.
-        order = labels.argsort(dim=-1, stable=True)
+        order = labels.int().argsort(dim=-1, stable=True)  # half as many digits to sort by
         label = labels.gather(-1, order)
         shift = pad((ends - runs) * tile - (sizes.cumsum(-1) - sizes), (0, 1))
         to = torch.arange(tokens, device=device) + shift.gather(-1, label)
