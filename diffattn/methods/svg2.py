@@ -72,11 +72,14 @@ class ClusterPairs:
         query_labels: int64 (batch, heads, tokens), the cluster of each query.
         key_labels: the same for keys; the number of key clusters for padding.
         chosen: bool (batch, heads, query clusters, key clusters).
+        centroids: for each pool the centroids of its queries and of its keys, float32 (batch,
+            heads, clusters, head_dim).
     """
 
     query_labels: torch.Tensor
     key_labels: torch.Tensor
     chosen: torch.Tensor
+    centroids: tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,13 @@ class _Clustered:
     of_pools: list[tuple[Clusters, Clusters]]
 
     @property
-    def centroids(self) -> list[torch.Tensor]:
-        """For each pool those of its queries and of its keys."""
-        return [part.centroids for both in self.of_pools for part in both]
+    def centroids(self) -> tuple[torch.Tensor, ...]:
+        """As of `ClusterPairs`."""
+        return tuple(part.centroids for both in self.of_pools for part in both)
+
+    def pairs(self, chosen: torch.Tensor) -> ClusterPairs:
+        """The clusters, and the pairs that are computed of them."""
+        return ClusterPairs(self.query_labels, self.key_labels, chosen, self.centroids)
 
     def of_heads(self, some: slice) -> _Clustered:
         """The clusters of some heads."""
@@ -112,8 +119,7 @@ class _Kept:
 
     Attributes:
         grid: the tokens of the call.
-        centroids: for each pool the centroids of its queries and of its keys, (batch, heads,
-            clusters, head_dim), in the dtype of the queries.
+        centroids: as of `ClusterPairs`, in the dtype of the queries.
     """
 
     grid: TokenGrid
@@ -293,7 +299,7 @@ class SVG2Attn(Method):
         pools = self._pools_of(site.grid, query.device)
         clustered = self._clustered(query, key, pools, key_mask, None)
         chosen, _, _ = self._chosen(key, value, pools, clustered, scale)
-        return ClusterPairs(clustered.query_labels, clustered.key_labels, chosen)
+        return clustered.pairs(chosen)
 
     def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work:
         """The cost of a call that goes on from clusters of an earlier step, if `warm_iterations`.
