@@ -23,7 +23,7 @@ from diffattn.pipelines.bench.timing import describe
 from gpu_run import adapter
 from gpu_run.accuracy import Deviation, attend, each
 from gpu_run.adapter import NotTakenError
-from gpu_run.candidates import RANKED
+from gpu_run.candidates import AHEAD, RANKED
 from gpu_run.setting import Setting
 
 Results = dict[str, torch.Tensor]
@@ -69,6 +69,7 @@ CASES = (
     Case(256, 2, 80, torch.float16, partial=True, key_mask=True),
     Case(300, 2, 128, torch.float16, batch=2, partial=True, key_mask=True),
     Case(4322, 4, 64, torch.bfloat16, partial=True),
+    Case(520, 4, 128, torch.bfloat16, block=64, partial=True),
 )
 # The same in less time for Triton's interpreter.
 DRY_CASES = tuple(
@@ -122,7 +123,7 @@ def _outcome(what: str, case: Case, setting: Setting) -> dict[str, object]:
 def check(what: str, case: Case, setting: Setting) -> tuple[Results, Results, dict[str, Deviation]]:
     """Results of two calls, and how far the results of the first call are off."""
     problem = Problem.of(case, setting)
-    results = RESULTS.get(what) or _of_form(*what.split("-"))
+    results = RESULTS.get(what) or _of_form(what)
     first, second = results(problem), results(problem)
     eager, truth = (problem.expected(what, dtype) for dtype in (case.dtype, torch.float64))
     found = {name: Deviation.of(got, eager[name], truth[name]) for name, got in first.items()}
@@ -321,13 +322,23 @@ def of_keys(problem: Problem, choice: Choice) -> Results:
     return {"dk": dk, "dv": dv}
 
 
-def _of_form(kernel: str, variant: str) -> Callable[[Problem], Results]:
+def form_of(kernel: str, choice: Choice) -> str:
+    """The name of a choice's form among the stages: "keys-tma", or "forward-gluon-ahead"."""
+    from gpu_run.stages import SMOKE
+
+    form = f"{kernel}-{choice.variant}"
+    ahead = f"{form}-{AHEAD}"
+    return ahead if choice.tiles.ahead and ahead in SMOKE else form
+
+
+def _of_form(form: str) -> Callable[[Problem], Results]:
     """A function that runs the most promising tiles of a kernel's form."""
+    kernel = form.split("-")[0]
     of_kernel = {"forward": of_forward, "queries": of_queries, "keys": of_keys}[kernel]
 
     def results(problem: Problem) -> Results:
         head_dim = 64 if problem.case.head_dim <= 64 else 128
-        found = (choice for choice in RANKED[kernel, head_dim] if choice.variant == variant)
+        found = (x for x in RANKED[kernel, head_dim] if form_of(kernel, x) == form)
         return of_kernel(problem, next(found))
 
     return results
@@ -453,7 +464,7 @@ def launches(setting: Setting) -> Iterator[tuple[str, Callable[[], object]]]:
     from gpu_run.stages import SMOKE
 
     for what in SMOKE:
-        results = RESULTS.get(what) or _of_form(*what.split("-"))
+        results = RESULTS.get(what) or _of_form(what)
         for case in DRY_CASES if setting.dry else CASES:
             yield (
                 f"{what} {case}",

@@ -14,7 +14,7 @@ ALIGNED, EXACT, OURS, FLEX = "block-aligned", "token-exact", "diffattn", "flex"
 # The shapes that a whole run measures, by head_dim.
 RATED = {128: ("wan-1.3b-480p", "wan-14b-720p", "hunyuan-720p"), 64: ("cogvideox-5b",)}
 SPARSE = 3  # densities below 1
-STATIC_METHODS = 4
+STATIC_METHODS = 6
 LONG = 16_384  # tokens
 QUARTER = 0.27  # a density of about a quarter: blocks do not divide every grid
 WAN_720P = 75_600  # tokens

@@ -69,7 +69,8 @@ def forward(
 
     Args:
         config: tiles of 128 queries and 64 or 128 keys, the same in full and in partial blocks; 4
-            warps for each group of 64 queries; 2 or more stages, as many as shared memory holds.
+            warps for each group of 64 queries; 2 or more stages, as many as shared memory holds;
+            ahead or not.
 
     Raises:
         ValueError: if the tiles are not what the kernel takes.
@@ -90,7 +91,7 @@ def forward(
             tokens_q, k.shape[1], heads, n_rows,
             problem.layout[1].shape[-1], problem.layout[3].shape[-1], problem.scale,
             D=head_dim, BLOCK_Q=problem.block_q, BLOCK_KV=problem.block_kv, BLOCK_N=config.block_n,
-            STAGES=config.num_stages,
+            STAGES=config.num_stages, AHEAD=config.ahead,
             num_warps=config.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
@@ -103,7 +104,7 @@ def _kernel_module() -> ModuleType:
 
 def _check_config(config: TileConfig, head_dim: int, block_kv: int) -> None:
     block_n, stages = config.block_n, config.num_stages
-    if config != TileConfig(_QUERIES, block_n, 4, stages) or stages < 2:
+    if config != TileConfig(_QUERIES, block_n, 4, stages, ahead=config.ahead) or stages < 2:
         raise ValueError(
             f"tiles of the Gluon kernel have {_QUERIES} queries, 4 warps, 2 or more stages and"
             f" no size of their own in partial blocks, got {config}"

@@ -602,6 +602,21 @@ def test_every_form_has_a_smoke_stage_and_tiles_to_try() -> None:
                 assert any(one.variant == variant for one in RANKED[kernel, head_dim])
 
 
+def test_choices_wait_for_the_smoke_stage_of_their_form() -> None:
+    tiles = TileConfig(128, 128, 4, 2)
+    ahead = replace(tiles, ahead=True)
+    assert smoke.form_of("forward", Choice("gluon", tiles)) == "forward-gluon"
+    assert smoke.form_of("forward", Choice("gluon", ahead)) == "forward-gluon-ahead"
+    assert smoke.form_of("queries", Choice("tma", ahead)) == "queries-tma"
+    forms = {
+        smoke.form_of(kernel, one)
+        for (kernel, _), choices in RANKED.items()
+        if kernel not in tune.GATHER
+        for one in choices
+    }
+    assert forms == {what for what in SMOKE if "-" in what}
+
+
 # ---------------------------------------------------------------- methods that select
 
 

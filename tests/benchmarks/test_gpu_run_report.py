@@ -175,7 +175,7 @@ def good_rows() -> list[Row]:
                     rate("wan-1.3b-480p", 128, direction, mask, asked, 100 * asked * factor)
                     | {"stage": "flex:wan-1.3b-480p", "candidate": candidate}
                 )
-    for method in ("radial", "gna", "clear", "freeswim"):
+    for method in ("radial", "gna", "clear", "freeswim", "attention-tile", "lvsa"):
         rows.append(
             {"kind": "building", "stage": "building:hunyuan-720p", "sources": "abc",
              "shape": "hunyuan-720p", "method": method, "tokens": 1000, "first_ms": 200.0,
