@@ -27,7 +27,10 @@ ABOUT = """How the figures are made:
   "token-exact" ones are 3-D windows over single tokens in tile order. The density of both is the
   share of the blocks of 128 x 128 that are visited; "attended" is the share of the token pairs.
 - "around" is everything that a selecting method does outside of its kernels, timed as a call whose
-  kernels are left out: tokens put in order and back, pooling, scores, the rule, lists.
+  kernels are left out: tokens put in order and back, pooling, scores, the rule, lists. A method
+  that remembers is a call of the first sparse step of a run, and of a later step where it says so.
+  Its density is the share of the pairs of tokens that tiles cover: SVG2 fills clusters up to whole
+  tiles, so that the share may be above 1.
 - Errors are against float64: |got - truth| / |truth|, and the largest one over what eager
   attention in the same dtype allows (3 times its own, and 2 units of rounding)."""
 

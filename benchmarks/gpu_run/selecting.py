@@ -2,25 +2,31 @@
 
 Queries and keys are smooth fields over the grid with noise on the queries. The more neighbours
 select the same blocks, the less work there is; random queries would have no blocks in common. All
-methods of a size are timed one after another, beside dense attention.
+methods of a size are timed one after another, beside dense attention. A method that remembers is
+timed without memory, as in the first sparse step of a run, and as in a later step.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 
-from diffattn import Method, TokenGrid
+from diffattn import Method, SVG2Attn, TokenGrid
+from diffattn.methods.memory import CallMemory
 from diffattn.pipelines.bench.inputs import smooth_fields
 from diffattn.pipelines.bench.timing import Call, Spread, describe, interleave, median_ratio
-from gpu_run.around import METHODS, kernels_left_out, site_of
+from gpu_run.around import METHODS as PUBLISHED
+from gpu_run.around import kernels_left_out, site_of
 from gpu_run.rates import dense, heads_first
 from gpu_run.setting import Setting
 
 GRIDS = (TokenGrid(11, 30, 52), TokenGrid(21, 30, 52), TokenGrid(21, 45, 80))
 DRY_GRIDS = (TokenGrid(4, 12, 16),)
 HEADS, HEAD_DIM = 12, 128
+# SVG2 with smaller tiles fills its clusters up less, and takes another kernel on Hopper GPUs.
+METHODS: dict[str, Method] = PUBLISHED | {"svg2, tiles of 64": SVG2Attn(query_block=64)}
 SECONDS = 5.0  # of the rounds at a size
 # The layers whose blocks are of different kinds, for the methods where layers take turns.
 KINDS = {"vmoba": (0, 1, 2)}
@@ -43,19 +49,22 @@ def _measure(grid: TokenGrid, qkv: list[torch.Tensor], setting: Setting) -> None
     facts = {}
     for name, kind in METHODS.items():
         method = kind.for_model("wan", grid)
-        for layer in KINDS.get(name, (LAYER,)):
-            case = f"{name} {layer}"
+        cases = [(name, layer, None) for layer in KINDS.get(name, (LAYER,))]
+        if method.remembers:
+            cases.append((f"{name}, later step", LAYER, CallMemory({}, 0, False)))
+        for title, layer, memory in cases:
+            case = f"{title} {layer}"
             facts[case] = {
-                "tokens": grid.tokens, "method": name, "partition": _partition(method, layer)
+                "tokens": grid.tokens, "method": title, "partition": _partition(method, layer)
             }  # fmt: skip
             try:
-                site = site_of(method, grid, qkv[0], layer)
+                site = replace(site_of(method, grid, qkv[0], layer), memory=memory)
                 total = partial(method.attend, *qkv, site)
                 with torch.no_grad():
                     total()
                     total()  # a method may choose its kernel by what the first calls selected
                     densities: list[torch.Tensor] = []
-                    with kernels_left_out(densities):
+                    with kernels_left_out(densities, grid.tokens):
                         total()
             except Exception as error:
                 setting.journal.add("selecting", **facts[case], failed=describe(error))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states, pack_bits
+from diffattn.kernels.clusters import fixed_point
 from diffattn.kernels.common.tile_tables import Choice
 from diffattn.kernels.gather import selected_attention
 from diffattn.kernels.linear import linear_attention
@@ -26,6 +27,8 @@ from gpu_run.candidates import AHEAD, RANKED
 from gpu_run.setting import Setting
 
 Results = dict[str, torch.Tensor]
+
+SCALE = 0.1  # of the scores of centroids
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ DRY_CASES = tuple(
 
 
 def run(what: str, setting: Setting) -> None:
-    """Check a kernel's form, "keys-tma", or "gather", "linear", "summary" or "public"."""
+    """Check a kernel's form, "keys-tma", or a name in `RESULTS`."""
     with _poisoned():
         for case in DRY_CASES if setting.dry else CASES:
             if not setting.journal.is_finished(str(case)):
@@ -189,8 +192,22 @@ class Problem:
         seen = ~hidden.repeat_interleave(case.block, 2)[:, :, : case.tokens]
         return bias.to(device), pack_bits(hidden).to(device), seen.to(device)
 
+    def clusters(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Centroids that no 16-bit number is, labels of the tokens, and whether a token counts."""
+        case, device = self.case, self.q.device
+        generator = torch.Generator("cpu").manual_seed(case.tokens)
+        size = case.batch, case.heads, 1 + min(100, case.tokens // 9), case.head_dim
+        centroids = torch.randn(size, generator=generator).to(device)
+        labels = torch.arange(case.tokens, device=device) * 7 % size[2]
+        counts = torch.ones(case.batch, case.tokens, dtype=torch.bool, device=device)
+        if self.key_mask is not None:
+            counts = self.key_mask
+        return centroids, labels.expand(*size[:2], -1).contiguous(), counts
+
     def expected(self, what: str, dtype: torch.dtype) -> Results:
         """The results by definition, computed in a dtype."""
+        if what == "clusters":
+            return _eager_clusters(self, dtype)
         leaves = self.leaves(dtype)
         if what == "linear":
             out = _eager_linear(*leaves, self.key_mask)
@@ -252,6 +269,25 @@ def _bits(chosen: torch.Tensor) -> torch.Tensor:
         words.append((part.long() << place).sum(-1))
     unsigned = torch.stack(words, -1)
     return torch.where(unsigned < 2**31, unsigned, unsigned - 2**32).int()
+
+
+def _eager_clusters(problem: Problem, dtype: torch.dtype) -> Results:
+    """The results of `of_clusters` by their definitions."""
+    centroids, labels, counts = problem.clusters()
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (problem.q, problem.k, problem.v))
+    counts = counts[:, None, :, None].to(dtype)
+    centroids = centroids.to(dtype)
+    apart = ((q * counts)[:, :, :, None] - centroids[:, :, None]).norm(dim=-1)
+    shares = torch.nn.functional.one_hot(labels, centroids.shape[2]).to(dtype) * counts
+    sums = shares.mT @ (q * counts)
+    scores = centroids @ k.mT * SCALE
+    weights = (scores - scores.amax(-1, keepdim=True)).exp() * counts.mT
+    squares = weights.square() @ v.square().sum(-1)[..., None]
+    return {
+        "distance": apart.amin(-1),
+        "mean": sums / shares.sum(2).clamp(min=1)[..., None],
+        "squares": squares[..., 0],
+    }
 
 
 def _eager_linear(
@@ -363,7 +399,41 @@ def of_public(problem: Problem) -> Results:
     return _trained(problem, run)
 
 
+def of_clusters(problem: Problem) -> Results:
+    """Distances from the centroids of k-means' labels, means of clusters, sums over keys."""
+    from diffattn.kernels.clusters.triton_errors import span_sums
+    from diffattn.kernels.clusters.triton_passes import TritonPasses
+
+    centroids, labels, counts = problem.clusters()
+    passes = TritonPasses(problem.q, problem.key_mask)
+    # Where kernels are compiled only, there are no labels.
+    nearest = passes.nearest(centroids).clamp(0, centroids.shape[2] - 1)
+    points = (problem.q * counts[..., None, None]).transpose(1, 2).double()
+    own = centroids.double().gather(2, nearest[..., None].expand(points.shape))
+    factor = fixed_point(passes.largest())
+    sums, sizes = passes.sums(labels, centroids.shape[2], factor)
+    means = sums.double() / sizes.clamp(min=1)[..., None] / factor[..., None, None]
+    # All keys are one cluster. Tiles hold the keys that count, of which the first tiles are full.
+    case, tile = problem.case, 64
+    order = counts.long().argsort(dim=1, descending=True, stable=True)[..., None, None]
+    k, v = (x.gather(1, order.expand(x.shape)) for x in (problem.k, problem.v))
+    k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % tile)) for x in (k, v))
+    starts = torch.arange(0, k.shape[1], tile, device=k.device)
+    held = (counts.sum(1)[:, None] - starts).clamp(0, tile)[:, None].expand(-1, case.heads, -1)
+    spans = span_sums(
+        centroids, k, v, centroids[:, :, :1], torch.zeros_like(held).contiguous(), held, SCALE
+    )
+    scores = centroids.double() @ problem.k.transpose(1, 2).double().mT * SCALE
+    weights = (spans.highest.double() - scores.amax(-1, keepdim=True)).exp()
+    return {
+        "distance": (points - own).norm(dim=-1).float(),
+        "mean": means.float(),
+        "squares": (weights.square() * spans.squares).sum(-1).float(),
+    }
+
+
 RESULTS: dict[str, Callable[[Problem], Results]] = {
+    "clusters": of_clusters,
     "gather": of_gather,
     "linear": of_linear,
     "summary": of_summary,

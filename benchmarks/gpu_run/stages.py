@@ -16,13 +16,20 @@ COMPILERS = 12
 # stops no other.
 SMOKE = (
     "forward-plain", "forward-tma", "forward-gluon", "forward-gluon-ahead", "queries-plain",
-    "queries-tma", "keys-plain", "keys-tma", "gather", "linear", "summary", "public",
+    "queries-tma", "keys-plain", "keys-tma", "clusters", "gather", "linear", "summary", "public",
 )  # fmt: skip
 
 # Tests that need a GPU, of the kernels; all other files are found by their marks.
 KERNEL_TESTS = tuple(
     f"tests/kernels/{name}.py"
-    for name in ("test_forms", "test_triton", "test_gather", "test_linear_triton", "test_summary")
+    for name in (
+        "test_forms",
+        "test_triton",
+        "test_clusters",
+        "test_gather",
+        "test_linear_triton",
+        "test_summary",
+    )
 )
 
 

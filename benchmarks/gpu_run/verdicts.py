@@ -18,7 +18,8 @@ STATIC_METHODS = 6
 LONG = 16_384  # tokens
 QUARTER = 0.27  # a density of about a quarter: blocks do not divide every grid
 WAN_720P = 75_600  # tokens
-SELECTING = 13  # methods that select, with VMoBA once for each kind of its blocks
+# Methods that select: VMoBA once for each kind of its blocks, SVG2 in a later step too.
+SELECTING = 17
 # Of these, at three sizes, those whose density is a quarter or less for any data.
 QUARTERS = 3 * 7
 

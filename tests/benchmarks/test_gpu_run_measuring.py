@@ -27,7 +27,7 @@ from gpu_run.stages import KERNEL_TESTS, SMOKE, dry_stages, real_stages
 from gpu_run.worker import MODULES
 from triton_device import triton_device
 
-from diffattn import SLAAttn, SolAttn, TokenGrid, VMoBAAttn, attention
+from diffattn import SLAAttn, SolAttn, SVG2Attn, TokenGrid, VMoBAAttn, attention
 from diffattn.kernels.common import tuned, variants
 from diffattn.kernels.common.tile_tables import Choice, TileConfig
 from diffattn.kernels.reference import reference_attention
@@ -39,6 +39,7 @@ from diffattn.pipelines.bench.timing import (
     interleave,
     median_ratio,
 )
+from diffattn.routing import clusters
 
 CPU = torch.device("cpu")
 SHAPE = Shape("ragged", TokenGrid(3, 9, 11, text_before=5), heads=3, head_dim=16)  # 302 tokens
@@ -418,7 +419,7 @@ def test_a_broken_context_ends_the_process(checked: Any) -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("what", ["forward-plain", "queries-plain", "keys-plain"])
+@pytest.mark.parametrize("what", ["forward-plain", "queries-plain", "keys-plain", "clusters"])
 def test_kernels_pass_in_the_interpreter(
     what: str, setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -728,3 +729,24 @@ def test_rows_of_selecting_methods(setting: Setting, monkeypatch: pytest.MonkeyP
     assert found[1]["density"] == pytest.approx(2 / 8)
     assert found[4]["density"] == pytest.approx(1 / 12)
     assert setting.journal.is_finished("768")
+
+
+def test_methods_that_remember_are_timed_in_a_later_step_too(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterations: list[int] = []
+
+    def k_means(x: Any, start: Any, count: int, counted: Any) -> Any:
+        iterations.append(count)
+        return clusters.k_means(x, start, count, counted)
+
+    method = SVG2Attn(iterations=3, warm_iterations=1, query_cluster=80, key_cluster=40)
+    monkeypatch.setattr(selecting, "METHODS", {"svg2": method})
+    monkeypatch.setattr("diffattn.methods.svg2.k_means", k_means)
+    selecting.run("", setting)
+    found = rows(setting, "selecting")
+    assert [row["method"] for row in found] == ["svg2", "svg2, later step"]
+    assert all(row["speed_up"] > 0 for row in found)
+    # Three calls of each before the times, each of queries and of keys: of those with a memory
+    # only the first starts anew.
+    assert iterations[:12] == [3, 3] * 4 + [1, 1] * 2

@@ -183,7 +183,7 @@ def good_rows() -> list[Row]:
              "partial_blocks": 7, "bit_masks": 3}
         )  # fmt: skip
     for tokens in (17_160, 32_760, 75_600):
-        for number in range(13):
+        for number in range(17):
             rows.append(
                 {"kind": "selecting", "stage": "selecting", "sources": "abc", "tokens": tokens,
                  "method": f"method {number}", "partition": "2d", "density": 0.25,

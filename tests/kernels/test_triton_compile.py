@@ -89,7 +89,9 @@ def checked() -> dict[str, tuple[int, str]]:
     }
 
 
-@pytest.mark.parametrize("family", ["block_sparse", "tangent", "gather", "linear", "summary"])
+@pytest.mark.parametrize(
+    "family", ["block_sparse", "clusters", "tangent", "gather", "linear", "summary"]
+)
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_every_configuration_compiles_well(arch: int, family: str, table: dict[str, Any]) -> None:
     """No duplicated or serialized products, no spills in hot loops, no lack of shared memory."""
@@ -101,6 +103,7 @@ def test_every_configuration_compiles_well(arch: int, family: str, table: dict[s
     ("family", "kernels"),
     [
         ("block_sparse", {"forward", "queries", "keys", "row_sums"}),
+        ("clusters", {"largest", "nearest", "span_sums", "split", "sums"}),
         ("tangent", {"tangent"}),
         ("gather", {"forward", "queries", "keys", "row_sums", "count", "fill"}),
         ("linear", {"collect", "apply", "pull_back", "denominator"}),
