@@ -43,7 +43,7 @@ _ALLOWED = {
 }
 REMAINDER_HELP = f"blocks that are not selected: {', '.join(REMAINDERS)}"
 # Bytes of scores and lists in memory at a time; heads take turns where all heads would need more.
-_BYTES_AT_ONCE = 1 << 29
+_BYTES_AT_ONCE = 1 << 30
 _BYTES_PER_PAIR = 24
 
 
@@ -132,28 +132,38 @@ class SelectedBlocksMethod(Method):
         if self.is_dense:
             return attention(query, key, value, scale=scale, key_mask=key_mask)
         there, back = self._permutation(grid, query.device)
-        query, key, value = (permuted(x, there, back, 1) for x in (query, key, value))
+        blocks = self._key_blocks(tokens, query.device)
         counted = None if key_mask is None else key_mask.index_select(1, there)
+        query, query_means = blocks.moved(query, there, back, counted)
+        key, key_means = blocks.moved(key, there, back, counted)
+        value_means = None
+        if self.remainder == "drop":
+            value = permuted(value, there, back, 1)
+        else:
+            value, value_means = blocks.moved(value, there, back, counted)
         always = self._always(grid, query.device)
         pairs = query.shape[0] * always.pairs.numel() * _BYTES_PER_PAIR
         step = max(1, _BYTES_AT_ONCE // pairs)
         outs = []
         for first in range(0, query.shape[2], step):
-            q, k, v = (x[:, :, first : first + step] for x in (query, key, value))
-            chosen = self._chosen(q, k, counted, always, scale)
+            some = slice(first, first + step)
+            q, k, v = (x[:, :, some] for x in (query, key, value))
+            of_q, of_k = query_means[:, :, some], key_means[:, :, some]
+            chosen = self._chosen(q, k, of_q, of_k, counted, always, scale)
             outs.append(
                 attention_of_blocks(
                     q,
                     k,
                     v,
-                    self._key_blocks(tokens, query.device),
+                    blocks,
                     chosen,
                     remainder=self.remainder,
                     scale=scale,
                     key_mask=counted,
+                    means=None if value_means is None else (of_q, of_k, value_means[:, :, some]),
                 )
             )
-        return permuted(torch.cat(outs, 2), back, there, 1)
+        return permuted(outs[0] if len(outs) == 1 else torch.cat(outs, 2), back, there, 1)
 
     def selection(
         self,
@@ -171,9 +181,12 @@ class SelectedBlocksMethod(Method):
         """
         key = for_every_head(key, query)
         there, back = self._permutation(site.grid, query.device)
-        query, key = (permuted(x, there, back, 1) for x in (query, key))
+        blocks = self._key_blocks(query.shape[1], query.device)
         counted = None if key_mask is None else key_mask.index_select(1, there)
-        return self._chosen(query, key, counted, self._always(site.grid, query.device), scale)
+        query, query_means = blocks.moved(query, there, back, counted)
+        key, key_means = blocks.moved(key, there, back, counted)
+        always = self._always(site.grid, query.device)
+        return self._chosen(query, key, query_means, key_means, counted, always, scale)
 
     def selection_mask(self, chosen: torch.Tensor, grid: TokenGrid) -> AttentionMask:
         """The selection of one head as a mask.
@@ -192,6 +205,8 @@ class SelectedBlocksMethod(Method):
         self,
         query: torch.Tensor,
         key: torch.Tensor,
+        query_means: torch.Tensor,
+        key_means: torch.Tensor,
         counted: torch.Tensor | None,
         always: Always,
         scale: float | None,
@@ -205,8 +220,8 @@ class SelectedBlocksMethod(Method):
                 query,
                 key,
                 blocks,
-                blocks.means(query, counted),
-                blocks.means(key, counted),
+                query_means,
+                key_means,
                 counted,
                 there,
                 always,

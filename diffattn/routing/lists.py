@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffattn.blocks import BlockLayout
+from diffattn.selected.by_kernels import selection_kernels
 
 
 def layout_of_blocks(
@@ -66,6 +67,10 @@ def index_list(chosen: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Ten
     """
     columns = chosen.shape[-1]
     cap = max(1, min(most, columns))
+    kernels = selection_kernels(chosen)
+    if kernels is not None and columns <= kernels.MOST_COLUMNS:
+        count, index = kernels.listed(chosen, cap)
+        return count, index
     slot = chosen.cumsum(-1).sub_(1)
     # Columns that are not chosen go to a place past the end, which is cut off.
     slot.masked_fill_(~chosen, cap)
