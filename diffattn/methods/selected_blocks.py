@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -134,13 +135,14 @@ class SelectedBlocksMethod(Method):
         there, back = self._permutation(grid, query.device)
         blocks = self._key_blocks(tokens, query.device)
         counted = None if key_mask is None else key_mask.index_select(1, there)
-        query, query_means = blocks.moved(query, there, back, counted)
-        key, key_means = blocks.moved(key, there, back, counted)
+        move = partial(permuted, there=there, back=back, dim=1)
+        query, query_means = blocks.moved(query, there, move, counted)
+        key, key_means = blocks.moved(key, there, move, counted)
         value_means = None
         if self.remainder == "drop":
-            value = permuted(value, there, back, 1)
+            value = move(value)
         else:
-            value, value_means = blocks.moved(value, there, back, counted)
+            value, value_means = blocks.moved(value, there, move, counted)
         always = self._always(grid, query.device)
         pairs = query.shape[0] * always.pairs.numel() * _BYTES_PER_PAIR
         step = max(1, _BYTES_AT_ONCE // pairs)
@@ -183,8 +185,9 @@ class SelectedBlocksMethod(Method):
         there, back = self._permutation(site.grid, query.device)
         blocks = self._key_blocks(query.shape[1], query.device)
         counted = None if key_mask is None else key_mask.index_select(1, there)
-        query, query_means = blocks.moved(query, there, back, counted)
-        key, key_means = blocks.moved(key, there, back, counted)
+        move = partial(permuted, there=there, back=back, dim=1)
+        query, query_means = blocks.moved(query, there, move, counted)
+        key, key_means = blocks.moved(key, there, move, counted)
         always = self._always(site.grid, query.device)
         return self._chosen(query, key, query_means, key_means, counted, always, scale)
 

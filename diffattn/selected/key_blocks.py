@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
@@ -153,23 +153,24 @@ class KeyBlocks:
         self,
         x: torch.Tensor,
         there: torch.Tensor,
-        back: torch.Tensor,
+        move: Callable[[torch.Tensor], torch.Tensor],
         counted: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens in another order, and the means of their blocks; differentiable.
+        """Tokens in the places of the blocks, and the means of the blocks; differentiable.
 
         Args:
-            x: `(batch, video tokens, heads, head_dim)`.
-            there: int64 `(video tokens,)`, the place in `x` of each token of the order.
-            back: int64 `(video tokens,)`, the inverse of `there`.
-            counted: bool `(batch, video tokens)`, in the order; False for tokens that are left out.
+            x: `(batch, tokens, heads, head_dim)`.
+            there: int64 `(video tokens,)`, the token at each place, or a number past the last token
+                for a place of zeros.
+            move: moves `x` so in torch's operators, where no kernel takes `x`.
+            counted: bool `(batch, video tokens)`, False for places that are left out.
 
         Returns:
-            The tokens in the shape of `x`; and what `means` gives for them.
+            `(batch, video tokens, heads, head_dim)`; and what `means` gives for them.
         """
         kernels = selection_kernels(x) if self._longest <= _LONGEST_POOLED else None
         if kernels is None:
-            x = permuted(x, there, back, 1)
+            x = move(x)
             return x, self.means(x, counted)
         moved, means = kernels.pooled(
             x, self._video_starts, self._longest, token=there, counted=counted

@@ -20,7 +20,13 @@ SMALLEST_SPREAD = tl.constexpr(1e-5)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
-@triton.jit(do_not_specialize=["columns", "most"])
+_NUMBERS = [
+    "s_sb", "s_sh", "s_sr", "s_cb", "s_ch", "s_cr", "heads", "rows", "columns", "most",
+]  # fmt: skip
+
+
+# Sizes differ from call to call: a kernel for each would be compiled too often.
+@triton.jit(do_not_specialize=_NUMBERS)
 def best_kernel(
     p_scores, p_candidates, p_counts, p_best, s_sb, s_sh, s_sr, s_sc, s_cb, s_ch, s_cr, s_cc,
     heads, rows, columns, most,

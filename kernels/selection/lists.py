@@ -10,7 +10,7 @@ from ..common.launch import on_device
 from .rows import warps_for
 
 
-@triton.jit(do_not_specialize=["columns", "cap"])
+@triton.jit(do_not_specialize=["s_b", "s_h", "s_r", "heads", "rows", "columns", "cap"])
 def list_kernel(
     p_chosen, p_count, p_index, s_b, s_h, s_r, s_c, heads, rows, columns, cap,
     BLOCK_C: tl.constexpr,

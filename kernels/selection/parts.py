@@ -17,7 +17,7 @@ def _tile(dtype: torch.dtype, block_d: int) -> tuple[int, int, int]:
     return 64, 64, 8 if block_d > 128 else 4
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "scale"])
+@triton.jit(do_not_specialize=["rows", "columns", "heads", "scale"])
 def parts_kernel(
     p_q, p_k, p_has_q, p_has_k, p_out, rows, columns, heads, scale,
     PARTS_Q: tl.constexpr, PARTS_K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,

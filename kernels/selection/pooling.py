@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_TOKENS = 64  # of a block that a program reads at a time
 
 
-@triton.jit(do_not_specialize=["tokens", "places"])
+@triton.jit(do_not_specialize=["tokens", "places", "heads", "blocks", "s_cb"])
 def pooling_kernel(
     p_x, p_token, p_counted, p_starts, p_moved, p_means, s_xb, s_xt, s_xh, s_xd, s_cb, s_ct,
     tokens, places, heads, blocks,

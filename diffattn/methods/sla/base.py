@@ -116,6 +116,10 @@ class SparseLinearMethod(Method):
             scale: factor of the scores; 1 / sqrt(head_dim) when None.
         """
 
+    def _floats_per_channel(self, query: torch.Tensor) -> int:
+        """Floats in memory at a time for each channel of a token of a head."""
+        return 8
+
     @abstractmethod
     def _states(self, rows: int, columns: int) -> int:
         """Sums of products of keys and values in memory, for a number of blocks."""
@@ -274,7 +278,9 @@ class SparseLinearMethod(Method):
     def _heads_at_once(self, query: torch.Tensor) -> int:
         batch, tokens, heads, head_dim = query.shape
         rows, columns = -(-tokens // self.block_q), -(-tokens // self.block_kv)
-        numbers = 8 * tokens * head_dim + self._states(rows, columns) * head_dim * (head_dim + 1)
+        numbers = self._floats_per_channel(query) * tokens * head_dim + self._states(
+            rows, columns
+        ) * head_dim * (head_dim + 1)
         per_head = batch * (rows * columns * _BYTES_PER_PAIR + 4 * numbers)
         return min(heads, max(1, _BYTES_AT_ONCE // per_head))
 
