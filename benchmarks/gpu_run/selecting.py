@@ -7,11 +7,13 @@ methods of a size are timed one after another, beside dense attention.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 
 from diffattn import Method, TokenGrid
+from diffattn.methods.sla.linear import linear_over_all
 from diffattn.pipelines.bench.inputs import smooth_fields
 from diffattn.pipelines.bench.timing import Call, Spread, describe, interleave, median_ratio
 from gpu_run.around import METHODS, kernels_left_out, site_of
@@ -22,6 +24,7 @@ GRIDS = (TokenGrid(11, 30, 52), TokenGrid(21, 30, 52), TokenGrid(21, 45, 80))
 DRY_GRIDS = (TokenGrid(4, 12, 16),)
 HEADS, HEAD_DIM = 12, 128
 SECONDS = 5.0  # of the rounds at a size
+COMPILED = ("sol", "block-topk, parts", "block-topk, mean", "block-topk, mean, 128", "vsa", "sla")
 # The layers whose blocks are of different kinds, for the methods where layers take turns.
 KINDS = {"vmoba": (0, 1, 2)}
 LAYER = 2
@@ -81,6 +84,25 @@ def _measure(grid: TokenGrid, qkv: list[torch.Tensor], setting: Setting) -> None
             around_share=median_ratio(times[around_name], times[total_name]),
             speed_up=median_ratio(times["dense"], times[total_name]),
         )  # fmt: skip
+
+
+def launches(setting: Setting) -> Iterator[tuple[str, Callable[[], object]]]:
+    """A call of every method whose kernels select blocks, to be compiled."""
+    for grid in DRY_GRIDS if setting.dry else GRIDS:
+        for name in COMPILED:
+            yield f"selecting {name} {grid.tokens}", partial(_select, name, grid, setting)
+
+
+def _select(name: str, grid: TokenGrid, setting: Setting) -> None:
+    heads = 1 if setting.dry else HEADS
+    size = (1, grid.tokens, heads, HEAD_DIM)
+    q = torch.zeros(size, device=setting.device, dtype=setting.dtype)
+    method = METHODS[name].for_model("wan", grid)
+    with torch.no_grad():
+        with kernels_left_out():
+            method.attend(q, q, q, site_of(method, grid, q))
+        if name == "sla":
+            linear_over_all(q, q, q, features="softmax", eps=1e-5)
 
 
 def _partition(method: Method, layer: int) -> str:

@@ -19,6 +19,7 @@ from diffattn.methods.base import Method, Site, Work
 from diffattn.operator import attention
 from diffattn.orders import TileOrder, permuted, tile_for
 from diffattn.routing.keep import Value
+from diffattn.routing.lists import bytes_of_pair
 from diffattn.routing.pooled import Always, Pooled
 from diffattn.routing.remainders import REMAINDERS, attention_of_blocks
 from diffattn.routing.rules import neighbours
@@ -44,8 +45,7 @@ _ALLOWED = {
 }
 REMAINDER_HELP = f"blocks that are not selected: {', '.join(REMAINDERS)}"
 # Bytes of scores and lists in memory at a time; heads take turns where all heads would need more.
-_BYTES_AT_ONCE = 1 << 30
-_BYTES_PER_PAIR = 24
+_BYTES_AT_ONCE = 1 << 29
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,12 +128,26 @@ class SelectedBlocksMethod(Method):
         scale: float | None = None,
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        grid, tokens = site.grid, query.shape[1]
         key, value = (for_every_head(x, query) for x in (key, value))
         if self.is_dense:
             return attention(query, key, value, scale=scale, key_mask=key_mask)
+        there, back = self._permutation(site.grid, query.device)
+        # The tokens in the method's order are given up before the heads are joined.
+        out = joined(self._by_heads(query, key, value, site.grid, scale, key_mask))
+        return permuted(out, back, there, 1)
+
+    def _by_heads(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        grid: TokenGrid,
+        scale: float | None,
+        key_mask: torch.Tensor | None,
+    ) -> list[torch.Tensor]:
+        """The outputs of some heads at a time, in the method's order, of tokens in the model's."""
         there, back = self._permutation(grid, query.device)
-        blocks = self._key_blocks(tokens, query.device)
+        blocks = self._key_blocks(query.shape[1], query.device)
         counted = None if key_mask is None else key_mask.index_select(1, there)
         move = partial(permuted, there=there, back=back, dim=1)
         query, query_means = blocks.moved(query, there, move, counted)
@@ -144,7 +158,7 @@ class SelectedBlocksMethod(Method):
         else:
             value, value_means = blocks.moved(value, there, move, counted)
         always = self._always(grid, query.device)
-        pairs = query.shape[0] * always.pairs.numel() * _BYTES_PER_PAIR
+        pairs = query.shape[0] * always.pairs.numel() * bytes_of_pair(query)
         step = max(1, _BYTES_AT_ONCE // pairs)
         outs = []
         for first in range(0, query.shape[2], step):
@@ -165,7 +179,7 @@ class SelectedBlocksMethod(Method):
                     means=None if value_means is None else (of_q, of_k, value_means[:, :, some]),
                 )
             )
-        return permuted(outs[0] if len(outs) == 1 else torch.cat(outs, 2), back, there, 1)
+        return outs
 
     def selection(
         self,
@@ -348,6 +362,11 @@ class SelectedBlocksMethod(Method):
         blocks = -(-grid.tokens // self.block)
         seen_by = {"drop": 0, "summary": grid.tokens, "block-summary": blocks}[self.remainder]
         return (4 * seen_by * blocks + grid.tokens) * channels if seen_by else 0
+
+
+def joined(outs: list[torch.Tensor]) -> torch.Tensor:
+    """The outputs of some heads each, (batch, tokens, heads, head_dim), as one."""
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
 
 def for_every_head(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

@@ -54,6 +54,15 @@ def layout_of_blocks(
     )
 
 
+def bytes_of_pair(x: torch.Tensor) -> int:
+    """Bytes that scores, choices and lists take in memory at a time, for each pair of blocks.
+
+    Args:
+        x: tokens of the call.
+    """
+    return 24 if selection_kernels(x) is None else 12
+
+
 def index_list(chosen: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The chosen columns of each row, made without waiting for the device.
 

@@ -17,11 +17,11 @@ from diffattn.grid import TokenGrid
 from diffattn.kernels.autocast import autocast_off
 from diffattn.masks.base import AttentionMask
 from diffattn.methods.base import Compiled, Method, Site, SiteState, SiteWeights, Work
-from diffattn.methods.selected_blocks import for_every_head
+from diffattn.methods.selected_blocks import for_every_head, joined
 from diffattn.methods.vsa.gate import VSAGate, gate_of_call, with_gate
 from diffattn.methods.vsa.tiling import BLOCK, Tiling, tiling_of
 from diffattn.operator import attention
-from diffattn.routing.lists import layout_of_blocks
+from diffattn.routing.lists import bytes_of_pair, layout_of_blocks
 from diffattn.routing.rules import kept_blocks, neighbours, top
 from diffattn.routing.scores import mean_scores
 from diffattn.selected.attention import SelectionMask
@@ -39,8 +39,7 @@ _KEEP = {"minimax-h3": 0.1}
 _KEEP_ELSEWHERE = 0.2
 _DENSE_STEPS = 0.2
 # Bytes of scores and lists in memory at a time; heads take turns where all heads would need more.
-_BYTES_AT_ONCE = 1 << 30
-_BYTES_PER_PAIR = 24
+_BYTES_AT_ONCE = 1 << 29
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,7 +306,7 @@ class VSAAttn(Method):
     ) -> torch.Tensor:
         """Attention to the selected tiles, of tokens at their places."""
         batch, places, heads, _ = query.shape
-        pairs = batch * len(tiling.tile_of_block) ** 2 * _BYTES_PER_PAIR
+        pairs = batch * len(tiling.tile_of_block) ** 2 * bytes_of_pair(query)
         step = max(1, _BYTES_AT_ONCE // pairs)
         outs = []
         for first in range(0, heads, step):
@@ -325,7 +324,7 @@ class VSAAttn(Method):
                     query[some], key[some], value[some], layout, scale=scale, key_mask=counted
                 )
             )
-        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+        return joined(outs)
 
     @torch.no_grad()
     def _chosen(
