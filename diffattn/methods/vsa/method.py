@@ -194,7 +194,8 @@ class VSAAttn(Method):
         key, of_key = tiling.pooled(key, counted)
         value = tiling.placed(value)
         means = of_query, of_key
-        out = self._fine(query, key, value, means, tiling, grid, scale, counted, holds_any)
+        padded = None if key_mask is None else counted
+        out = self._fine(query, key, value, means, tiling, grid, scale, padded, holds_any)
         if gate is not None:
             # Means are rounded as the tokens are, as in the public code.
             of_value = tiling.tiles.means(value, counted)
@@ -304,7 +305,12 @@ class VSAAttn(Method):
         counted: torch.Tensor | None,
         holds_any: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention to the selected tiles, of tokens at their places."""
+        """Attention to the selected tiles, of tokens at their places.
+
+        Args:
+            counted: bool (batch, places), False for padding and for empty places. None without
+                padding: the layout then hides empty places, which costs whole tiles nothing.
+        """
         batch, places, heads, _ = query.shape
         pairs = batch * len(tiling.tile_of_block) ** 2 * bytes_of_pair(query)
         step = max(1, _BYTES_AT_ONCE // pairs)
@@ -318,6 +324,7 @@ class VSAAttn(Method):
                 tokens_kv=places,
                 block_q=BLOCK,
                 block_kv=BLOCK,
+                held=tiling.held if counted is None else None,
             )
             outs.append(
                 attention(

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from diffattn.orders import permuted
+from diffattn.routing.lists import Held
 from diffattn.selected.by_kernels import selection_kernels
 from diffattn.selected.key_blocks import KeyBlocks, Partition
 from diffattn.spans import Span, division_of
@@ -38,6 +39,7 @@ class Tiling:
         filled: bool (places,), False for places that fill up a tile; None if every tile is full.
         tiles: the tiles as blocks of places.
         tile_of_block: int64 (blocks,), the tile of each block of `BLOCK` places.
+        held: the keys of each block of `BLOCK` places; None if every tile is full.
         copy: int64 (places,), the copy that `spread` takes for each place; None for all copies.
     """
 
@@ -49,6 +51,7 @@ class Tiling:
     filled: torch.Tensor | None
     tiles: KeyBlocks
     tile_of_block: torch.Tensor
+    held: Held | None
     copy: torch.Tensor | None
 
     @property
@@ -182,6 +185,7 @@ def tiling_of(
         token=token.to(device),
         place=token.argsort().to(device),
         filled=None if filled.all() else filled.to(device),
+        held=None if filled.all() else Held.of(filled, BLOCK).to(device),
         tiles=KeyBlocks.of_lengths(filled_up, device),
         tile_of_block=tile_of_block.to(device),
         copy=None if copies.all() else copies.flatten().nonzero()[:, 0].to(device),
