@@ -6,15 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.launch import float32_precision, on_device, padded_head_dim
+from ..common.launch import float32_precision, is_hopper, on_device, padded_head_dim
 from ..common.primitives import LN_2, LOG2_E
 
 
-def _tile(dtype: torch.dtype, block_d: int) -> tuple[int, int, int]:
-    """Query blocks and key blocks of a program, and its warps: as many as registers allow."""
+def _tile(x: torch.Tensor, dtype: torch.dtype, block_d: int) -> tuple[int, int, int]:
+    """Query blocks and key blocks of a program, and its warps: as few as have enough registers."""
     if dtype == torch.float32:  # products in full keep both operands in registers
         return 32, 32, 4
-    return 64, 64, 8 if block_d > 128 else 4
+    # Hopper's products read their operands from shared memory.
+    return 64, 64, 4 if block_d <= 128 and is_hopper(x.device) else 8
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "heads", "scale"])
@@ -85,7 +86,7 @@ def scores_of_parts(
     batch, rows, parts_q, heads, dim = of_query.shape
     columns, parts_k = of_key.shape[1:3]
     out = torch.empty(batch, heads, rows, columns, dtype=torch.float32, device=of_query.device)
-    block_r, block_c, warps = _tile(dtype, padded_head_dim(dim))
+    block_r, block_c, warps = _tile(of_query, dtype, padded_head_dim(dim))
     grid = (triton.cdiv(columns, block_c), triton.cdiv(rows, block_r), batch * heads)
     with on_device(of_query.device):
         parts_kernel[grid](
