@@ -29,7 +29,7 @@ from diffattn import (
 )
 from diffattn.blocks import BlockLayout
 from diffattn.methods import Site
-from diffattn.methods.sla.linear import linear_over_blocks
+from diffattn.methods.sla.linear import linear_over_all, linear_over_blocks
 from diffattn.operator import add_keys, attention
 from diffattn.selected.attention import selected_attention
 from diffattn.selected.key_blocks import KeyBlocks
@@ -94,7 +94,10 @@ def kernels_left_out(
 @functools.lru_cache(maxsize=1)
 def _places(modules: int) -> list[tuple[ModuleType, str, object]]:
     """Where modules of the package have kernels: module, name, kernel."""
-    kernels = (attention, summarised_attention, selected_attention, add_keys, linear_over_blocks)
+    kernels = (
+        attention, summarised_attention, selected_attention, add_keys, linear_over_all,
+        linear_over_blocks,
+    )  # fmt: skip
     return [
         (module, name, value)
         for path, module in list(sys.modules.items())

@@ -8,6 +8,7 @@ timed without memory, as in the first sparse step of a run, and as in a later st
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -15,6 +16,7 @@ import torch
 
 from diffattn import Method, SVG2Attn, TokenGrid
 from diffattn.methods.memory import CallMemory
+from diffattn.methods.sla.linear import linear_over_all
 from diffattn.pipelines.bench.inputs import smooth_fields
 from diffattn.pipelines.bench.timing import Call, Spread, describe, interleave, median_ratio
 from gpu_run.around import METHODS as PUBLISHED
@@ -28,6 +30,7 @@ HEADS, HEAD_DIM = 12, 128
 # SVG2 with smaller tiles fills its clusters up less, and takes another kernel on Hopper GPUs.
 METHODS: dict[str, Method] = PUBLISHED | {"svg2, tiles of 64": SVG2Attn(query_block=64)}
 SECONDS = 5.0  # of the rounds at a size
+COMPILED = ("sol", "block-topk, parts", "block-topk, mean", "block-topk, mean, 128", "vsa", "sla")
 # The layers whose blocks are of different kinds, for the methods where layers take turns.
 KINDS = {"vmoba": (0, 1, 2)}
 LAYER = 2
@@ -90,6 +93,25 @@ def _measure(grid: TokenGrid, qkv: list[torch.Tensor], setting: Setting) -> None
             around_share=median_ratio(times[around_name], times[total_name]),
             speed_up=median_ratio(times["dense"], times[total_name]),
         )  # fmt: skip
+
+
+def launches(setting: Setting) -> Iterator[tuple[str, Callable[[], object]]]:
+    """A call of every method whose kernels select blocks, to be compiled."""
+    for grid in DRY_GRIDS if setting.dry else GRIDS:
+        for name in COMPILED:
+            yield f"selecting {name} {grid.tokens}", partial(_select, name, grid, setting)
+
+
+def _select(name: str, grid: TokenGrid, setting: Setting) -> None:
+    heads = 1 if setting.dry else HEADS
+    size = (1, grid.tokens, heads, HEAD_DIM)
+    q = torch.zeros(size, device=setting.device, dtype=setting.dtype)
+    method = METHODS[name].for_model("wan", grid)
+    with torch.no_grad():
+        with kernels_left_out():
+            method.attend(q, q, q, site_of(method, grid, q))
+        if name == "sla":
+            linear_over_all(q, q, q, features="softmax", eps=1e-5)
 
 
 def _partition(method: Method, layer: int) -> str:

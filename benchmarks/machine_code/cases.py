@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import block_sparse, clusters, gather, linear, summary, tangent
+from . import block_sparse, clusters, gather, linear, selection, summary, tangent
 from .launches import Launch
 
 FAMILIES = {
@@ -12,6 +12,7 @@ FAMILIES = {
     "clusters": clusters.shipped,
     "gather": gather.shipped,
     "linear": linear.shipped,
+    "selection": selection.shipped,
     "summary": summary.shipped,
     "tangent": tangent.shipped,
 }

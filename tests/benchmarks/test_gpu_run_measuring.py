@@ -640,6 +640,7 @@ def test_kernels_that_do_not_compile_are_listed_and_the_others_compiled(
     ]
     monkeypatch.setattr(compiling.tune, "launches", lambda setting: iter(fake))
     monkeypatch.setattr(compiling.smoke, "launches", lambda setting: iter(()))
+    monkeypatch.setattr(compiling.selecting, "launches", lambda setting: iter(()))
     compiling.run("0/1", setting)
     (row,) = rows(setting, "compile")
     assert launched == [1, 2]
@@ -656,6 +657,7 @@ def test_compilers_share_the_launches(setting: Setting, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(compiling.tune, "launches", launches)
     monkeypatch.setattr(compiling.smoke, "launches", lambda setting: iter(()))
+    monkeypatch.setattr(compiling.selecting, "launches", lambda setting: iter(()))
     for number in range(3):
         compiling.run(f"{number}/3", replace(setting, dry=False))
     assert sorted(launched) == list(range(7))
