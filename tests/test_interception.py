@@ -70,7 +70,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "freeswim": {},
     "sol": {"block": 16},
     "block-topk": {"block": 16, "remainder": "summary"},
-    "svg2": {"remainder": "summary"},
+    "svg2": {"remainder": "summary", "query_cluster": 20, "key_cluster": 8, "block": 16},
     "vsa": {"tile": (4, 4, 4)},
     "attention-tile": {},
     "lvsa": {},

@@ -11,6 +11,7 @@ import torch
 
 from diffattn._checks import check_fields, choice, count, number
 from diffattn.grid import TokenGrid
+from diffattn.interception import through_modes
 from diffattn.kernels.autocast import autocast_off
 from diffattn.kernels.clusters import spans_at_most
 from diffattn.methods.base import Method, Site, Work
@@ -246,6 +247,22 @@ class SVG2Attn(Method):
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         key, value = (for_every_head(x, query) for x in (key, value))
+
+        # Here, and not where clusters attend: there queries and keys are not in the same order.
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return self._attend(q, k, v, site, scale, key_mask)
+
+        return through_modes(attend, query, key, value)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        site: Site,
+        scale: float | None,
+        key_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
         if self.top_p == 1:
             return attention(query, key, value, scale=scale, key_mask=key_mask)
         if key_mask is not None:
