@@ -102,7 +102,8 @@ def best_of_rows(
     """
     batch, heads, rows, columns = scores.shape
     best = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    of_candidates, strides = scores, (0, 0, 0, 0)
+    of_candidates = scores
+    strides: tuple[int, ...] = (0, 0, 0, 0)
     if candidates is not None:
         of_candidates = candidates.expand(scores.shape)
         strides = of_candidates.stride()

@@ -87,24 +87,24 @@ class TestPooled:
 
 
 class TestBestOfRows:
-    @pytest.mark.parametrize("columns", [1, 2, 31, 130, 600])
-    @pytest.mark.parametrize("count", [0, 1, 7, 700])
+    @pytest.mark.parametrize("columns", [1, 31, 600])
+    @pytest.mark.parametrize("count", [0, 7, 700])
     def test_the_entries_that_choose_chooses(self, count: int, columns: int, device: str) -> None:
-        scores = torch.randn(2, 2, 5, columns, device=device)
-        candidates = torch.rand(2, 1, 5, columns, device=device) < 0.7
+        scores = torch.randn(2, 2, 3, columns, device=device)
+        candidates = torch.rand(2, 1, 3, columns, device=device) < 0.7
         got = best_of_rows(scores, count, candidates)
         assert torch.equal(got, chosen(scores, count, candidates))
         assert torch.equal(best_of_rows(scores, count), chosen(scores, count, None))
 
     @pytest.mark.parametrize("levels", [1, 2, 5])
     def test_of_equal_scores_the_first(self, levels: int, device: str) -> None:
-        scores = torch.randint(levels, (1, 3, 8, 77), device=device).float()
+        scores = torch.randint(levels, (1, 2, 4, 77), device=device).float()
         for count in (1, 20, 76):
             assert torch.equal(best_of_rows(scores, count), chosen(scores, count, None))
 
     def test_scores_that_round_to_equal_numbers(self, device: str) -> None:
         """Halves too: 24 bits between the lowest and the highest score."""
-        points = torch.randint(0, 8, (1, 1, 20, 200), device=device).double() / 2
+        points = torch.randint(0, 8, (1, 1, 6, 200), device=device).double() / 2
         points[..., 0], points[..., 1] = 0, (1 << 24) - 1
         scores = points.float()
         for count in (3, 50, 120):
@@ -113,7 +113,7 @@ class TestBestOfRows:
     @pytest.mark.parametrize("offset", [0.0, 1e3, -1e6])
     @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
     def test_scores_of_any_size(self, scale: float, offset: float, device: str) -> None:
-        scores = (torch.randn(1, 2, 6, 90, device=device) + offset) * scale
+        scores = (torch.randn(1, 1, 4, 90, device=device) + offset) * scale
         assert torch.equal(best_of_rows(scores, 13), chosen(scores, 13, None))
 
     def test_rows_with_numbers_of_their_own(self, device: str) -> None:
@@ -146,8 +146,8 @@ class TestBestOfRows:
         assert torch.equal(got, chosen(scores, 4, None))
 
     def test_strides_of_a_view(self, device: str) -> None:
-        scores = torch.randn(40, 6, 2, 3, device=device).permute(3, 2, 1, 0)
-        candidates = (torch.rand(40, 6, device=device) < 0.5).t()[None, None]
+        scores = torch.randn(40, 3, 2, 2, device=device).permute(3, 2, 1, 0)
+        candidates = (torch.rand(40, 3, device=device) < 0.5).t()[None, None]
         assert torch.equal(best_of_rows(scores, 9, candidates), chosen(scores, 9, candidates))
 
 
