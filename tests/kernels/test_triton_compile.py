@@ -102,7 +102,7 @@ def test_every_configuration_compiles_well(arch: int, family: str, table: dict[s
     [
         ("block_sparse", {"forward", "queries", "keys", "row_sums"}),
         ("tangent", {"tangent"}),
-        ("gather", {"forward", "queries", "keys", "row_sums", "count", "fill"}),
+        ("gather", {"forward", "join", "queries", "keys", "row_sums", "count", "fill"}),
         ("linear", {"collect", "apply", "pull_back", "denominator"}),
         ("summary", {"forward", "queries", "keys", "row_sums"}),
     ],
