@@ -22,6 +22,7 @@ from diffattn.blocks import (
     layout_from_states,
     unpack_bits,
 )
+from diffattn.distinct import distinct_rows
 
 # The first rows of `TokenRule.bits`; the layout's own bit masks follow.
 _NOTHING, _EVERYTHING, _FIRST_BIT_MASK = 0, 1, 2
@@ -428,7 +429,7 @@ def _wide_lists(visited: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _stack(layouts: list[BlockLayout], batch: int, heads: int) -> BlockLayout:
     """One layout of `batch` samples and `heads` heads, from a layout per head, sample by sample."""
     table = torch.cat([layout.bit_masks for layout in layouts])
-    bit_masks, place = torch.unique(table.flatten(1), dim=0, return_inverse=True)
+    one_of_each, place = distinct_rows(table.flatten(1))
     parts, first = [], 0
     for layout in layouts:
         masks = layout.bit_masks.shape[0]
@@ -448,7 +449,7 @@ def _stack(layouts: list[BlockLayout], batch: int, heads: int) -> BlockLayout:
         partial_count=together([layout.partial_count for layout in layouts]),
         partial_index=together([layout.partial_index for layout in layouts]),
         partial_mask=together(parts),
-        bit_masks=bit_masks.view(-1, *table.shape[1:]),
+        bit_masks=table[one_of_each],
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from diffattn.distinct import distinct, distinct_rows
 from diffattn.kernels.checks import LAYOUT_NAMES, LayoutTensors
 
 if TYPE_CHECKING:
@@ -174,10 +175,17 @@ BlockBits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # masks; None if not known
 BlockSignatures = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
 
-# Token masks are computed for this many token pairs at a time: few enough for a processor's cache.
-PAIRS_PER_CHUNK = 1 << 20
 # Packed masks of this many token pairs are compared at a time.
 _PACKED_PAIRS_PER_CHUNK = 1 << 26
+
+
+def pairs_per_chunk(device: torch.device) -> int:
+    """The number of token pairs whose masks are computed at a time.
+
+    Few enough for the cache of a CPU. Elsewhere a launch takes as long as the work on a million
+    pairs, and 32 MiB hold an int64 for each of these pairs.
+    """
+    return 1 << 20 if device.type == "cpu" else 1 << 22
 
 
 def layout_from_states(
@@ -227,7 +235,7 @@ def layout_from_states(
         tokens_kv,
         block_q,
         block_kv,
-        _PACKED_PAIRS_PER_CHUNK if packed else PAIRS_PER_CHUNK,
+        _PACKED_PAIRS_PER_CHUNK if packed else pairs_per_chunk(states.device),
     )
     states[row, column] = states[row[one_of_each], column[one_of_each]][like]
     mask_of_block = mask_of_block[like]
@@ -275,9 +283,7 @@ def _representatives(
     _, like = kind.unique(return_inverse=True)
     # A short block at the end holds fewer tokens than a block of equal signature elsewhere.
     end = (row == states.shape[0] - 1) * 1 + (column == states.shape[1] - 1) * 2
-    _, like = (like * 4 + end).unique(return_inverse=True)
-    first = torch.full((int(like.max()) + 1,), row.numel(), device=row.device)
-    return first.scatter_reduce(0, like, every, "amin"), like
+    return distinct(like * 4 + end)
 
 
 def _packing(bits: BlockBits, block_q: int, block_kv: int) -> BlockBits:
@@ -306,7 +312,7 @@ def _distinct_masks(
     device = states.device
     words_per_row = -(-block_kv // WORD_BITS)
     mask_of_block = torch.zeros(row.numel(), dtype=torch.int32, device=device)
-    chunks = [torch.zeros(0, block_q * words_per_row, dtype=torch.int32, device=device)]
+    tables = [torch.zeros(0, block_q * words_per_row, dtype=torch.int32, device=device)]
     found = 0
     in_block_q = torch.arange(block_q, device=device)
     in_block_kv = torch.arange(block_kv, device=device)
@@ -318,16 +324,18 @@ def _distinct_masks(
         key_exists = pack_bits(c[:, None] * block_kv + in_block_kv < tokens_kv)
         exists = key_exists[:, None, :].where(query_exists[:, :, None], 0)
         allowed = words(r, c) & exists
-        empty = ~allowed.flatten(1).any(1)
-        full = (allowed == exists).flatten(1).all(1)
-        states[r[empty], c[empty]] = EMPTY
-        states[r[full], c[full]] = FULL
-        rest = ~(empty | full)
-        distinct, which = torch.unique(allowed[rest].flatten(1), dim=0, return_inverse=True)
-        mask_of_block[start : start + len(r)][rest] = (found + which).to(torch.int32)
-        chunks.append(distinct)
-        found += len(distinct)
-    table, place = torch.unique(torch.cat(chunks), dim=0, return_inverse=True)
-    if found:
-        mask_of_block = place[mask_of_block.long()].to(torch.int32)
+        is_partial = allowed.flatten(1).any(1)
+        state = torch.where(is_partial, PARTIAL, EMPTY)
+        is_full = (allowed == exists).flatten(1).all(1)
+        states[r, c] = state.where(~is_full, FULL).to(torch.uint8)
+        rest = (is_partial & ~is_full).nonzero().flatten()
+        masks = allowed[rest].flatten(1)
+        first, which = distinct_rows(masks)
+        mask_of_block[start + rest] = (found + which).to(torch.int32)
+        tables.append(masks[first])
+        found += len(first)
+    table = torch.cat(tables)
+    if found and len(tables) > 2:  # masks may be in several chunks
+        first, place = distinct_rows(table)
+        table, mask_of_block = table[first], place[mask_of_block.long()].to(torch.int32)
     return table.view(-1, block_q, words_per_row), mask_of_block

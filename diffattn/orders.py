@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from diffattn.grid import TokenGrid
+from diffattn.kernels.dispatch import needs_gradients
 from diffattn.kernels.transforms import is_transformed
 
 _WORD = 8  # bytes of an int64
@@ -64,6 +65,18 @@ class TileOrder:
         """int64 `(tokens,)`: the position in the model's sequence of each token of this order."""
         return self._permutation(torch.device(device))[0]
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether this order is the order of the sequence."""
+        (frames, rows, columns), grid = self.tile, self.grid
+        fits = frames <= grid.frames and rows <= grid.height and columns <= grid.width
+        parts_of_rows = rows > 1 and columns < grid.width
+        parts_of_frames = frames > 1 and (rows, columns) != (grid.height, grid.width)
+        if fits and (parts_of_rows or parts_of_frames):
+            return False  # a tile leaves out tokens between its own: a quick answer
+        place = self.positions()
+        return torch.equal(place, torch.arange(len(place), device=place.device))
+
     def to_tiles(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """Bring the tokens along `dim` from the model's order into this one; differentiable.
 
@@ -99,11 +112,13 @@ class TileOrder:
         if device not in self._permutations:
             # Training after a run in inference mode must be able to use these tensors.
             with torch.inference_mode(False):
-                order = self._sequence().to(device)
-                self._permutations[device] = order, order.argsort()
+                order = self._sequence(device)
+                inverse = torch.empty_like(order)
+                inverse[order] = torch.arange(len(order), device=device)
+                self._permutations[device] = order, inverse
         return self._permutations[device]
 
-    def _sequence(self) -> torch.Tensor:
+    def _sequence(self, device: torch.device) -> torch.Tensor:
         grid = self.grid
         sizes = (grid.frames, grid.height, grid.width)
         whole = [size // side * side for size, side in zip(sizes, self.tile, strict=True)]
@@ -113,25 +128,31 @@ class TileOrder:
             box = [range(end) for end in (*whole[:axis], 0, *sizes[axis + 1 :])]
             box[axis] = range(whole[axis], sizes[axis])
             boxes.append(box)
-        video = torch.cat([self._tiled(box) for box in boxes])
+        video = torch.cat([self._tiled(box, device) for box in boxes if all(map(len, box))])
         video = video.roll(-grid.text_before % math.prod(self.tile)) + grid.text_before
-        token = torch.arange(grid.tokens)
+        token = torch.arange(grid.tokens, device=device)
         token[grid.video] = video
         for order in self.beside:
-            token[order.grid.video] = order._sequence()[order.grid.video]
+            token[order.grid.video] = order._sequence(device)[order.grid.video]
         return token
 
-    def _tiled(self, box: Sequence[range]) -> torch.Tensor:
+    def _tiled(self, box: Sequence[range], device: torch.device) -> torch.Tensor:
         """The video tokens of a box, tile by tile and in raster order within a tile."""
         sides = _fitted(self.tile, [len(axis) for axis in box])
-        places = torch.cartesian_prod(*(torch.arange(len(axis)) for axis in box)).view(-1, 3)
-        key = torch.zeros(len(places), dtype=torch.int64)
-        for axis, side in enumerate(sides):
-            key = key * -(-len(box[axis]) // side) + places[:, axis] // side
-        for axis, side in enumerate(sides):
-            key = key * side + places[:, axis] % side
-        frame, row, column = (places + torch.tensor([axis.start for axis in box])).unbind(1)
-        return ((frame * self.grid.height + row) * self.grid.width + column)[key.argsort()]
+        tiles = [-(-len(axis) // side) for axis, side in zip(box, sides, strict=True)]
+        # A token's place among the tiles, and its place in the video, are sums over the axes.
+        place = token = torch.zeros(1, 1, 1, dtype=torch.int64, device=device)
+        of_grid = (self.grid.frame_tokens, self.grid.width, 1)
+        for axis, (along, side) in enumerate(zip(box, sides, strict=True)):
+            in_tile = math.prod(sides[axis + 1 :])
+            of_tiles = math.prod(sides) * math.prod(tiles[axis + 1 :])
+            at = torch.arange(len(along), device=device).view(-1, *(1,) * (2 - axis))
+            place = place + at // side * of_tiles + at % side * in_tile
+            token = token + (at + along.start) * of_grid[axis]
+        out = torch.full((math.prod(sides) * math.prod(tiles),), -1, device=device)
+        out[place.flatten()] = token.flatten()
+        # Tiles at the ends may be short.
+        return out if len(out) == token.numel() else out[out >= 0]
 
 
 def joined_order(grid: TokenGrid, orders: Sequence[TileOrder | None]) -> TileOrder | None:
@@ -192,7 +213,7 @@ def tiles_that_fit(grid: TokenGrid, block_size: int = 128) -> list[tuple[int, in
 
 def permuted(x: torch.Tensor, there: torch.Tensor, back: torch.Tensor, dim: int) -> torch.Tensor:
     """The entries of `x` along `dim` in the order `there`, whose inverse is `back`."""
-    if is_transformed():
+    if is_transformed() or not needs_gradients((x,)):
         return x.index_select(dim, there)
     moved: torch.Tensor = _Permuted.apply(x, there, back, dim)
     return moved

@@ -65,6 +65,11 @@ def check_inputs(
         )
 
 
+def scale_of(scale: float | None, q: torch.Tensor) -> float:
+    """The factor of the scores, a float whatever number is given; `head_dim ** -0.5` when None."""
+    return float(q.shape[-1] ** -0.5 if scale is None else scale)
+
+
 def check_layout(
     q: torch.Tensor, layout: Sequence[torch.Tensor], block_q: int, block_kv: int
 ) -> None:
@@ -81,14 +86,13 @@ def check_layout(
     full_count, full_index, partial_count, partial_index, partial_mask, bit_masks = layout
     if block_q < 1 or block_kv < 1:
         raise ValueError(f"blocks need at least one token; got {block_q} x {block_kv}")
+    device = q.device
     for name, x in zip(LAYOUT_NAMES, layout, strict=True):
-        if x.dtype != torch.int32 or x.device != q.device:
-            raise ValueError(
-                f"{name} must be torch.int32 on {q.device}; got {x.dtype} on {x.device}"
-            )
+        if x.dtype != torch.int32 or x.device != device:
+            raise ValueError(f"{name} must be torch.int32 on {device}; got {x.dtype} on {x.device}")
     batch, tokens_q, heads, _ = q.shape
     rows, words = -(-tokens_q // block_q), -(-block_kv // 32)
-    shape = tuple(full_count.shape)
+    shape, lists = tuple(full_count.shape), tuple(partial_index.shape)
     if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] not in (1, heads):
         raise ValueError(
             f"full_count must be (1 or {batch}, 1 or {heads}, rows) for {batch} samples and"
@@ -99,14 +103,12 @@ def check_layout(
             f"the layout has {shape[2]} rows, but {tokens_q} query tokens in blocks of {block_q}"
             f" make {rows}"
         )
-    for name, x, expected in (
-        ("full_index", full_index, (*shape, -1)),
-        ("partial_count", partial_count, shape),
-        ("partial_index", partial_index, (*shape, -1)),
-        ("partial_mask", partial_mask, tuple(partial_index.shape)),
-        ("bit_masks", bit_masks, (-1, block_q, words)),
+    for name, x, fits, expected in (
+        ("full_index", full_index, full_index.shape[:-1] == shape, (*shape, -1)),
+        ("partial_count", partial_count, partial_count.shape == shape, shape),
+        ("partial_index", partial_index, partial_index.shape[:-1] == shape, (*shape, -1)),
+        ("partial_mask", partial_mask, partial_mask.shape == lists, lists),
+        ("bit_masks", bit_masks, bit_masks.shape[1:] == (block_q, words), (-1, block_q, words)),
     ):
-        if x.ndim != len(expected) or any(
-            e not in (-1, n) for n, e in zip(x.shape, expected, strict=True)
-        ):
+        if not fits:
             raise ValueError(f"{name} must have shape {expected} (-1: any); got {tuple(x.shape)}")

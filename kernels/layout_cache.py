@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .checks import LayoutTensors
 
@@ -16,7 +17,7 @@ Derived = TypeVar("Derived")
 
 @dataclass(frozen=True)
 class _Entry(Generic[Derived]):
-    tensors: tuple[WeakIdRef, ...]
+    tensors: tuple[weakref.ref[torch.Tensor], ...]
     versions: tuple[int, ...]
     sizes: tuple[int, ...]
     derived: Derived
@@ -47,7 +48,7 @@ class LayoutCache(Generic[Derived]):
         ):
             return entry.derived
         derived = derive()
-        refs = tuple(WeakIdRef(t) for t in layout)
+        refs = tuple(map(weakref.ref, layout))
         self._entries[layout[1]] = _Entry(refs, versions, sizes, derived)
         return derived
 

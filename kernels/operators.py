@@ -6,15 +6,13 @@ selected blocks.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.library import CustomOpDef
 
-from .autocast import without_autocast
 from .checks import LayoutTensors
+from .dispatch import Operator, operator
 from .transforms import first_order, materialized, save, transformable
 
 Results = tuple[torch.Tensor, torch.Tensor]
@@ -53,10 +51,8 @@ def over_layout(
         gradients: `(grad_out, grad_lse | None, q, k, v, out, lse, layout, key_mask, block_q,
             block_kv, scale)`, outside of autograd.
     """
-    define = functools.partial(torch.library.custom_op, mutates_args=(), device_types=device_types)
 
-    @define(f"diffattn::{name}")
-    @without_autocast
+    @operator(name, device_types=device_types)
     def forward_op(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: list[torch.Tensor],
         key_mask: torch.Tensor | None, block_q: int, block_kv: int, scale: float,
@@ -65,8 +61,7 @@ def over_layout(
             q, k, v, six(layout), key_mask, block_q=block_q, block_kv=block_kv, scale=scale
         )
 
-    @define(f"diffattn::{name}_backward")
-    @without_autocast
+    @operator(f"{name}_backward", device_types=device_types)
     def backward_op(
         grad_out: torch.Tensor, grad_lse: torch.Tensor | None,
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
@@ -78,8 +73,7 @@ def over_layout(
             block_q=block_q, block_kv=block_kv, scale=scale,
         )  # fmt: skip
 
-    @define(f"diffattn::{name}_tangent")
-    @without_autocast
+    @operator(f"{name}_tangent", device_types=device_types)
     def tangent_op(
         q_tangent: torch.Tensor, k_tangent: torch.Tensor, v_tangent: torch.Tensor,
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
@@ -113,18 +107,15 @@ def over_selection(
     Returns:
         `(q, k, v, [starts, bits], key_mask, scale) -> (out, lse)`, differentiable in q, k and v.
     """
-    define = functools.partial(torch.library.custom_op, mutates_args=(), device_types=device_types)
 
-    @define(f"diffattn::{name}")
-    @without_autocast
+    @operator(name, device_types=device_types)
     def forward_op(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selection: list[torch.Tensor],
         key_mask: torch.Tensor | None, scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         return forward(q, k, v, *selection, key_mask, scale=scale)
 
-    @define(f"diffattn::{name}_backward")
-    @without_autocast
+    @operator(f"{name}_backward", device_types=device_types)
     def backward_op(
         grad_out: torch.Tensor, grad_lse: torch.Tensor | None,
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
@@ -135,8 +126,7 @@ def over_selection(
     if isinstance(tangent, str):
         return _differentiable(forward_op, backward_op, tangent)
 
-    @define(f"diffattn::{name}_tangent")
-    @without_autocast
+    @operator(f"{name}_tangent", device_types=device_types)
     def tangent_op(
         q_tangent: torch.Tensor, k_tangent: torch.Tensor, v_tangent: torch.Tensor,
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
@@ -155,7 +145,7 @@ def six(layout: list[torch.Tensor]) -> LayoutTensors:
 
 
 def _differentiable(
-    forward_op: CustomOpDef, backward_op: CustomOpDef, tangent_op: CustomOpDef | str
+    forward_op: Operator, backward_op: Operator, tangent_op: Operator | str
 ) -> Callable[..., Results]:
     """Make an attention operator differentiable in q, k and v, in reverse and in forward mode.
 
@@ -220,9 +210,8 @@ def _differentiable(
     def empty_results(q: torch.Tensor, *rest: Any) -> Results:
         return empty_outputs(q)
 
-    forward_op.register_fake(empty_results)
-    forward_op.register_autograd(gradients, setup_context=setup_context)
-    backward_op.register_fake(empty_gradients)
+    forward_op.registered.register_fake(empty_results)
+    backward_op.registered.register_fake(empty_gradients)
     if not isinstance(tangent_op, str):
-        tangent_op.register_fake(empty_tangents)
+        tangent_op.registered.register_fake(empty_tangents)
     return transformable(forward_op, setup_context, gradients, tangents)

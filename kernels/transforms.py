@@ -11,18 +11,14 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from torch.autograd import forward_ad
+
+from .dispatch import Operator, is_forward_mode, is_noticed, needs_gradients
 
 SECOND_ORDER = (
     "attention has first derivatives only, and a second one is asked for: a derivative of its"
     " gradient or of its tangent. Detach the tangent from the loss, call backward() outside of"
     " torch.func.jvp and dual_level, or pass backend='reference', which has second derivatives"
 )
-
-
-def is_forward_mode() -> bool:
-    """Whether tensors may have tangents: within `torch.func.jvp` or `dual_level`."""
-    return forward_ad._current_level >= 0
 
 
 def is_transformed() -> bool:
@@ -44,19 +40,36 @@ def save(ctx: Any, *tensors: torch.Tensor | None) -> None:
 
 
 def transformable(
-    operator: Callable[..., Any],
+    operator: Operator,
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     gradients: Callable[..., Any],
     tangents: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """A function to call in place of an operator: it has tangents and obeys torch.func.
+    """Register an operator's gradients; a function to call in place of the operator.
+
+    The function has tangents as well, and obeys torch.func.
 
     Args:
-        setup_context, gradients: the functions passed to `register_autograd` of the operator.
-            `setup_context` keeps tensors by `save`.
+        setup_context, gradients: the functions that `register_autograd` takes. `setup_context`
+            keeps tensors by `save`.
         tangents: `(ctx, *tangents of the arguments) -> tangents of the results`; None for an
             argument that has no tangent.
     """
+
+    operator.registered.register_autograd(gradients, setup_context=setup_context)
+
+    def of_arguments(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        # A list of tensors is one argument of a function, and several to the operator.
+        return tuple(None if isinstance(x, list) else x for x in gradients(ctx, *grads))
+
+    class Unnoticed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = operator.compute(*arguments)
+            setup_context(ctx, arguments, output)
+            return output
+
+        backward = staticmethod(of_arguments)
 
     class Transformable(torch.autograd.Function):
         @staticmethod
@@ -67,10 +80,7 @@ def transformable(
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             setup_context(ctx, inputs, output)
 
-        @staticmethod
-        def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-            # A list of tensors is one argument here, and several to the operator.
-            return tuple(None if isinstance(x, list) else x for x in gradients(ctx, *grads))
+        backward = staticmethod(of_arguments)
 
         @staticmethod
         def jvp(ctx: Any, *of_arguments: torch.Tensor | None) -> Any:
@@ -81,7 +91,13 @@ def transformable(
             return _one_by_one(call, info.batch_size, in_dims, arguments)
 
     def call(*arguments: Any) -> Any:
-        return _apply(Transformable, *arguments) if is_transformed() else operator(*arguments)
+        if is_transformed():
+            return _apply(Transformable, *arguments)
+        if is_noticed(arguments):
+            return operator.registered(*arguments)
+        if needs_gradients(arguments):
+            return Unnoticed.apply(*arguments)
+        return operator.compute(*arguments)
 
     return call
 

@@ -9,7 +9,9 @@ import torch
 from diffattn.methods.svg2 import ClusterPairs
 
 # Clusters for grids of some hundred tokens.
-SMALL: dict[str, Any] = {"query_cluster": 20, "key_cluster": 8, "block": 16, "top_p": 0.5}
+SMALL: dict[str, Any] = {
+    "query_cluster": 20, "key_cluster": 8, "query_block": 16, "block": 16, "top_p": 0.5,
+}  # fmt: skip
 
 
 def seen_pairs(pairs: ClusterPairs) -> torch.Tensor:

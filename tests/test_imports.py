@@ -23,7 +23,7 @@ MAY_IMPORT = {
 }
 # Rooms of diffattn/ from the ground up: a room imports from those before it, and from itself.
 ROOMS = (
-    ("_checks", "_compat", "_locks", "grid"),
+    ("_checks", "_compat", "_locks", "distinct", "grid"),
     ("orders", "schedule", "spans", "curves"),
     ("blocks", "block_forms"),
     ("masks", "counting"),

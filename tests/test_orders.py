@@ -200,6 +200,19 @@ class TestPermutation:
         order.to_tiles(x)[:, order.positions().argsort()].sum().backward()
         assert x.grad is not None
 
+    @given(
+        sizes=st.tuples(*[st.integers(1, 6)] * 3),
+        tile=st.tuples(*[st.sampled_from([1, 2, 3, 6, 8])] * 3),
+        before=st.sampled_from([0, 1, 6, 48]),
+    )
+    @settings(deadline=None)
+    def test_an_order_knows_whether_it_is_the_sequences(
+        self, sizes: tuple[int, int, int], tile: tuple[int, int, int], before: int
+    ) -> None:
+        grid = TokenGrid(*sizes, text_before=before)
+        order = TileOrder(grid, tile)
+        assert order.is_in_place == torch.equal(order.positions(), torch.arange(grid.tokens))
+
     def test_equal_orders_are_equal(self) -> None:
         grid = GRIDS[0]
         assert TileOrder(grid, (2, 2, 4)) == TileOrder(TokenGrid(5, 7, 11), (2, 2, 4))

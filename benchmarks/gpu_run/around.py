@@ -29,7 +29,7 @@ from diffattn import (
 )
 from diffattn.blocks import BlockLayout
 from diffattn.methods import Site
-from diffattn.methods.sla.linear import linear_over_blocks
+from diffattn.methods.sla.linear import linear_over_all, linear_over_blocks
 from diffattn.operator import add_keys, attention
 from diffattn.selected.attention import selected_attention
 from diffattn.selected.key_blocks import KeyBlocks
@@ -69,13 +69,17 @@ def site_of(method: Method, grid: TokenGrid, like: torch.Tensor, layer: int = LA
 
 
 @contextmanager
-def kernels_left_out(densities: list[torch.Tensor] | None = None) -> Iterator[None]:
+def kernels_left_out(
+    densities: list[torch.Tensor] | None = None, tokens: int | None = None
+) -> Iterator[None]:
     """Let every attention of the package give anything while the block runs.
 
     Args:
-        densities: takes the share of the pairs that each attention would compute.
+        densities: takes the pairs that each attention would compute, as a share of all pairs.
+        tokens: of the call, whose pairs are all pairs. Methods that fill blocks up compute more
+            places than tokens. By default the places that a layout has.
     """
-    stand_in = partial(_anything, densities)
+    stand_in = partial(_anything, densities, tokens)
     places = _places(len(sys.modules))
     for module, name, _ in places:
         setattr(module, name, stand_in)
@@ -90,7 +94,10 @@ def kernels_left_out(densities: list[torch.Tensor] | None = None) -> Iterator[No
 @functools.lru_cache(maxsize=1)
 def _places(modules: int) -> list[tuple[ModuleType, str, object]]:
     """Where modules of the package have kernels: module, name, kernel."""
-    kernels = (attention, summarised_attention, selected_attention, add_keys, linear_over_blocks)
+    kernels = (
+        attention, summarised_attention, selected_attention, add_keys, linear_over_all,
+        linear_over_blocks,
+    )  # fmt: skip
     return [
         (module, name, value)
         for path, module in list(sys.modules.items())
@@ -102,6 +109,7 @@ def _places(modules: int) -> list[tuple[ModuleType, str, object]]:
 
 def _anything(
     densities: list[torch.Tensor] | None,
+    tokens: int | None,
     query: torch.Tensor,
     *args: Any,
     return_lse: bool = False,
@@ -114,6 +122,8 @@ def _anything(
         for x in args:
             if isinstance(x, BlockLayout):
                 visited = (x.full_count + x.partial_count).float().mean()
-                densities.append(visited / -(-x.tokens_kv // x.block_kv))
+                share = visited / -(-x.tokens_kv // x.block_kv)
+                filled = 1 if tokens is None else x.tokens_q * x.tokens_kv / tokens**2
+                densities.append(share * filled)
     out = torch.empty_like(query)
     return (out, out[..., 0].transpose(1, 2).float()) if return_lse else out

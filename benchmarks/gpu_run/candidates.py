@@ -16,7 +16,7 @@ MOST = 8
 # are timed after everything else.
 RISKY = ("gluon",)
 
-AHEAD = "ahead"  # the product for a tile's scores runs one tile early
+AHEAD = "ahead"  # see TileConfig
 
 
 def _choices(*rows: str) -> tuple[Choice, ...]:
@@ -53,6 +53,7 @@ RANKED: dict[tuple[str, int], tuple[Choice, ...]] = {
         "tma 128x128 w8 s2 p64 ahead",
         "plain 128x64 w8 s3 p64 ahead",
         "gluon 128x128 w4 s2",
+        "gluon 128x128 w4 s2 ahead",
         "tma 128x64 w8 s2 p64 ahead",
         "plain 64x64 w4 s2 p64 ahead",
         "tma 64x64 w4 s2 p64 ahead",
@@ -63,6 +64,7 @@ RANKED: dict[tuple[str, int], tuple[Choice, ...]] = {
         "tma 128x64 w4 s2 p64 ahead",
         "plain 128x128 w8 s2 p64 ahead",
         "gluon 128x128 w4 s3",
+        "gluon 128x128 w4 s3 ahead",
         "tma 128x64 w4 s3 p64 ahead",
         "plain 128x64 w8 s3 p64 ahead",
     ),

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from diffattn.pipelines.bench.timing import describe
-from gpu_run import smoke, tune
+from gpu_run import selecting, smoke, tune
 from gpu_run.adapter import NotTakenError
 from gpu_run.candidates import RISKY
 from gpu_run.setting import Setting
@@ -34,7 +34,7 @@ def run(what: str, setting: Setting) -> None:
     number, of = map(int, what.split("/"))
     if setting.dry:
         triton.runtime.driver.set_active(CompileOnlyDriver(DRY_ARCH))
-    every = [*tune.launches(setting), *smoke.launches(setting)]
+    every = [*tune.launches(setting), *smoke.launches(setting), *selecting.launches(setting)]
     # A compiler that crashes ends its process: launches that might make it crash come last.
     mine = sorted(every[number::of], key=lambda launch: any(form in launch[0] for form in RISKY))
     if setting.dry:

@@ -95,7 +95,8 @@ def run_stages(stages: Iterable[Stage], run: Run) -> None:
         for number, group in enumerate(groups):
             due = [stage for stage in group if _is_due(stage, earlier, run)]
             if due:
-                coming = _alone(groups[number + 1 :], earlier, run)
+                is_alone = any(stage.alone for stage in due)
+                coming = None if is_alone else _next(groups[number + 1 :], earlier, run)
                 _run_together(due, coming, waiting, run)
                 run.after_stage()
     finally:
@@ -116,7 +117,7 @@ def _is_due(stage: Stage, earlier: list[Row], run: Run) -> bool:
     return False
 
 
-def _alone(groups: list[list[Stage]], earlier: list[Row], run: Run) -> Stage | None:
+def _next(groups: list[list[Stage]], earlier: list[Row], run: Run) -> Stage | None:
     """The stage that comes next, if it can wait for its turn and none runs beside it."""
     for group in groups:
         todo = [stage for stage in group if not is_settled(stage, earlier, run.sources)]

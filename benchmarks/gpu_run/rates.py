@@ -190,8 +190,12 @@ def _ready(
 
 
 def around(shape: Shape, mask: Mask, setting: Setting) -> dict[str, object]:
-    """Time of the host for a call, and time to put tokens into tile order and the output back."""
-    q, k, v, _ = setting.inputs(shape)
+    """Time of the host for a call, and time to put tokens into tile order and the output back.
+
+    The host's time is that of a call without gradients, of one that autograd records, and of the
+    backward pass.
+    """
+    q, k, v, grad = setting.inputs(shape)
     order = tile_order(shape.grid, setting.device)
     back = order.argsort()
     attend = ours(mask).attend
@@ -199,14 +203,23 @@ def around(shape: Shape, mask: Mask, setting: Setting) -> dict[str, object]:
     def permute() -> list[torch.Tensor]:
         return [*(x.index_select(1, order) for x in (q, k, v)), q.index_select(1, back)]
 
+    number = 1 if setting.dry else 20
     with torch.no_grad():
         calls: dict[str, Call] = {"call": lambda: attend(q, k, v), "permute": permute}
         times, _ = interleave(calls, setting.timer, **setting.rounds(1.0))
-        host = host_microseconds(calls["call"], setting.device, 2 if setting.dry else 20)
+        host = host_microseconds(calls["call"], setting.device, number)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    recorded = host_microseconds(lambda: attend(*leaves), setting.device, number)
+    out = attend(*leaves)
+    backward = host_microseconds(
+        lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True), setting.device, number
+    )
     return {
         "shape": shape.name,
         "asked": mask.asked,
         "host_us": host,
+        "host_us_recorded": recorded,
+        "host_us_backward": backward,
         "permute_ms": Spread.of(times["permute"]).median,
         "permute_of_call": median_ratio(times["permute"], times["call"]),
     }

@@ -17,14 +17,20 @@ ABOUT = """How the figures are made:
 
 - All calls of a direction are timed one after another, round after round, so that ratios come from
   the same seconds; `ms` is the median of the rounds by CUDA events, ratios are medians of the
-  ratios of the rounds. A buffer larger than the L2 cache is written before every call.
+  ratios of the rounds. A buffer larger than the L2 cache is written before every call, as often as
+  the host needs to launch the call: `ms` is time of the device without gaps from launching. The
+  time of the host for a call is a figure of its own. Only where a call waits for the device, `ms`
+  contains both.
 - TFLOP/s are effective: 4 * heads * pairs * head_dim forward and 2.5 times that backward, where
   pairs are the token pairs that attend. Backward is the backward pass alone.
 - "block-aligned" masks have full blocks only: every block sees the nearest ones in space and time.
   "token-exact" ones are 3-D windows over single tokens in tile order. The density of both is the
   share of the blocks of 128 x 128 that are visited; "attended" is the share of the token pairs.
 - "around" is everything that a selecting method does outside of its kernels, timed as a call whose
-  kernels are left out: tokens put in order and back, pooling, scores, the rule, lists.
+  kernels are left out: tokens put in order and back, pooling, scores, the rule, lists. A method
+  that remembers is a call of the first sparse step of a run, and of a later step where it says so.
+  Its density is the share of the pairs of tokens that tiles cover: SVG2 fills clusters up to whole
+  tiles, so that the share may be above 1.
 - Errors are against float64: |got - truth| / |truth|, and the largest one over what eager
   attention in the same dtype allows (3 times its own, and 2 units of rounding)."""
 
@@ -276,13 +282,19 @@ def _building(rows: list[Row]) -> list[list[str]]:
 def _calls(rows: list[Row]) -> list[list[str]]:
     found = latest(_of_kind(rows, "call"), "shape", "asked")
     return [
-        ["shape", "density", "host us of a call", "permute ms", "permute / attention"],
+        ["shape", "density", "host us of a call", "with gradients", "of a backward pass",
+         "permute ms", "permute / attention"],
         *(
-            [r["shape"], f"{r['asked']:g}", f"{r['host_us']:.0f}", f"{r['permute_ms']:.3f}",
-             _percent(r["permute_of_call"])]
+            [r["shape"], f"{r['asked']:g}", _microseconds(r, "host_us"),
+             _microseconds(r, "host_us_recorded"), _microseconds(r, "host_us_backward"),
+             f"{r['permute_ms']:.3f}", _percent(r["permute_of_call"])]
             for r in found
         ),
     ]  # fmt: skip
+
+
+def _microseconds(row: Row, key: str) -> str:
+    return f"{row[key]:.0f}" if key in row else "-"
 
 
 def _smoke(rows: list[Row]) -> list[list[str]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from diffattn.blocks import EMPTY, FULL, PARTIAL, BlockLayout, layout_from_states, pack_bits
+from diffattn.kernels.clusters import fixed_point
 from diffattn.kernels.common.tile_tables import Choice
 from diffattn.kernels.gather import selected_attention
 from diffattn.kernels.linear import linear_attention
@@ -22,10 +23,12 @@ from diffattn.pipelines.bench.timing import describe
 from gpu_run import adapter
 from gpu_run.accuracy import Deviation, attend, each
 from gpu_run.adapter import NotTakenError
-from gpu_run.candidates import RANKED
+from gpu_run.candidates import AHEAD, RANKED
 from gpu_run.setting import Setting
 
 Results = dict[str, torch.Tensor]
+
+SCALE = 0.1  # of the scores of centroids
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ CASES = (
     Case(256, 2, 80, torch.float16, partial=True, key_mask=True),
     Case(300, 2, 128, torch.float16, batch=2, partial=True, key_mask=True),
     Case(4322, 4, 64, torch.bfloat16, partial=True),
+    Case(520, 4, 128, torch.bfloat16, block=64, partial=True),
 )
 # The same in less time for Triton's interpreter.
 DRY_CASES = tuple(
@@ -75,7 +79,7 @@ DRY_CASES = tuple(
 
 
 def run(what: str, setting: Setting) -> None:
-    """Check a kernel's form, "keys-tma", or "gather", "linear", "summary" or "public"."""
+    """Check a kernel's form, "keys-tma", or a name in `RESULTS`."""
     with _poisoned():
         for case in DRY_CASES if setting.dry else CASES:
             if not setting.journal.is_finished(str(case)):
@@ -119,7 +123,7 @@ def _outcome(what: str, case: Case, setting: Setting) -> dict[str, object]:
 def check(what: str, case: Case, setting: Setting) -> tuple[Results, Results, dict[str, Deviation]]:
     """Results of two calls, and how far the results of the first call are off."""
     problem = Problem.of(case, setting)
-    results = RESULTS.get(what) or _of_form(*what.split("-"))
+    results = RESULTS.get(what) or _of_form(what)
     first, second = results(problem), results(problem)
     eager, truth = (problem.expected(what, dtype) for dtype in (case.dtype, torch.float64))
     found = {name: Deviation.of(got, eager[name], truth[name]) for name, got in first.items()}
@@ -188,8 +192,22 @@ class Problem:
         seen = ~hidden.repeat_interleave(case.block, 2)[:, :, : case.tokens]
         return bias.to(device), pack_bits(hidden).to(device), seen.to(device)
 
+    def clusters(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Centroids that no 16-bit number is, labels of the tokens, and whether a token counts."""
+        case, device = self.case, self.q.device
+        generator = torch.Generator("cpu").manual_seed(case.tokens)
+        size = case.batch, case.heads, 1 + min(100, case.tokens // 9), case.head_dim
+        centroids = torch.randn(size, generator=generator).to(device)
+        labels = torch.arange(case.tokens, device=device) * 7 % size[2]
+        counts = torch.ones(case.batch, case.tokens, dtype=torch.bool, device=device)
+        if self.key_mask is not None:
+            counts = self.key_mask
+        return centroids, labels.expand(*size[:2], -1).contiguous(), counts
+
     def expected(self, what: str, dtype: torch.dtype) -> Results:
         """The results by definition, computed in a dtype."""
+        if what == "clusters":
+            return _eager_clusters(self, dtype)
         leaves = self.leaves(dtype)
         if what == "linear":
             out = _eager_linear(*leaves, self.key_mask)
@@ -253,6 +271,25 @@ def _bits(chosen: torch.Tensor) -> torch.Tensor:
     return torch.where(unsigned < 2**31, unsigned, unsigned - 2**32).int()
 
 
+def _eager_clusters(problem: Problem, dtype: torch.dtype) -> Results:
+    """The results of `of_clusters` by their definitions."""
+    centroids, labels, counts = problem.clusters()
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (problem.q, problem.k, problem.v))
+    counts = counts[:, None, :, None].to(dtype)
+    centroids = centroids.to(dtype)
+    apart = ((q * counts)[:, :, :, None] - centroids[:, :, None]).norm(dim=-1)
+    shares = torch.nn.functional.one_hot(labels, centroids.shape[2]).to(dtype) * counts
+    sums = shares.mT @ (q * counts)
+    scores = centroids @ k.mT * SCALE
+    weights = (scores - scores.amax(-1, keepdim=True)).exp() * counts.mT
+    squares = weights.square() @ v.square().sum(-1)[..., None]
+    return {
+        "distance": apart.amin(-1),
+        "mean": sums / shares.sum(2).clamp(min=1)[..., None],
+        "squares": squares[..., 0],
+    }
+
+
 def _eager_linear(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None
 ) -> torch.Tensor:
@@ -285,13 +322,23 @@ def of_keys(problem: Problem, choice: Choice) -> Results:
     return {"dk": dk, "dv": dv}
 
 
-def _of_form(kernel: str, variant: str) -> Callable[[Problem], Results]:
+def form_of(kernel: str, choice: Choice) -> str:
+    """The name of a choice's form among the stages: "keys-tma", or "forward-gluon-ahead"."""
+    from gpu_run.stages import SMOKE
+
+    form = f"{kernel}-{choice.variant}"
+    ahead = f"{form}-{AHEAD}"
+    return ahead if choice.tiles.ahead and ahead in SMOKE else form
+
+
+def _of_form(form: str) -> Callable[[Problem], Results]:
     """A function that runs the most promising tiles of a kernel's form."""
+    kernel = form.split("-")[0]
     of_kernel = {"forward": of_forward, "queries": of_queries, "keys": of_keys}[kernel]
 
     def results(problem: Problem) -> Results:
         head_dim = 64 if problem.case.head_dim <= 64 else 128
-        found = (choice for choice in RANKED[kernel, head_dim] if choice.variant == variant)
+        found = (x for x in RANKED[kernel, head_dim] if form_of(kernel, x) == form)
         return of_kernel(problem, next(found))
 
     return results
@@ -352,7 +399,41 @@ def of_public(problem: Problem) -> Results:
     return _trained(problem, run)
 
 
+def of_clusters(problem: Problem) -> Results:
+    """Distances from the centroids of k-means' labels, means of clusters, sums over keys."""
+    from diffattn.kernels.clusters.triton_errors import span_sums
+    from diffattn.kernels.clusters.triton_passes import TritonPasses
+
+    centroids, labels, counts = problem.clusters()
+    passes = TritonPasses(problem.q, problem.key_mask)
+    # Where kernels are compiled only, there are no labels.
+    nearest = passes.nearest(centroids).clamp(0, centroids.shape[2] - 1)
+    points = (problem.q * counts[..., None, None]).transpose(1, 2).double()
+    own = centroids.double().gather(2, nearest[..., None].expand(points.shape))
+    factor = fixed_point(passes.largest())
+    sums, sizes = passes.sums(labels, centroids.shape[2], factor)
+    means = sums.double() / sizes.clamp(min=1)[..., None] / factor[..., None, None]
+    # All keys are one cluster. Tiles hold the keys that count, of which the first tiles are full.
+    case, tile = problem.case, 64
+    order = counts.long().argsort(dim=1, descending=True, stable=True)[..., None, None]
+    k, v = (x.gather(1, order.expand(x.shape)) for x in (problem.k, problem.v))
+    k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % tile)) for x in (k, v))
+    starts = torch.arange(0, k.shape[1], tile, device=k.device)
+    held = (counts.sum(1)[:, None] - starts).clamp(0, tile)[:, None].expand(-1, case.heads, -1)
+    spans = span_sums(
+        centroids, k, v, centroids[:, :, :1], torch.zeros_like(held).contiguous(), held, SCALE
+    )
+    scores = centroids.double() @ problem.k.transpose(1, 2).double().mT * SCALE
+    weights = (spans.highest.double() - scores.amax(-1, keepdim=True)).exp()
+    return {
+        "distance": (points - own).norm(dim=-1).float(),
+        "mean": means.float(),
+        "squares": (weights.square() * spans.squares).sum(-1).float(),
+    }
+
+
 RESULTS: dict[str, Callable[[Problem], Results]] = {
+    "clusters": of_clusters,
     "gather": of_gather,
     "linear": of_linear,
     "summary": of_summary,
@@ -383,7 +464,7 @@ def launches(setting: Setting) -> Iterator[tuple[str, Callable[[], object]]]:
     from gpu_run.stages import SMOKE
 
     for what in SMOKE:
-        results = RESULTS.get(what) or _of_form(*what.split("-"))
+        results = RESULTS.get(what) or _of_form(what)
         for case in DRY_CASES if setting.dry else CASES:
             yield (
                 f"{what} {case}",

@@ -15,14 +15,21 @@ COMPILERS = 12
 # Forms of kernels that are compared with float64, each in a process of its own: a form that hangs
 # stops no other.
 SMOKE = (
-    "forward-plain", "forward-tma", "forward-gluon", "queries-plain", "queries-tma", "keys-plain",
-    "keys-tma", "gather", "linear", "summary", "public",
+    "forward-plain", "forward-tma", "forward-gluon", "forward-gluon-ahead", "queries-plain",
+    "queries-tma", "keys-plain", "keys-tma", "clusters", "gather", "linear", "summary", "public",
 )  # fmt: skip
 
 # Tests that need a GPU, of the kernels; all other files are found by their marks.
 KERNEL_TESTS = tuple(
     f"tests/kernels/{name}.py"
-    for name in ("test_forms", "test_triton", "test_gather", "test_linear_triton", "test_summary")
+    for name in (
+        "test_forms",
+        "test_triton",
+        "test_clusters",
+        "test_gather",
+        "test_linear_triton",
+        "test_summary",
+    )
 )
 
 
@@ -38,6 +45,8 @@ class Stage:
         waits: whether its process, once it is ready, waits for a line of JSON with additions to its
             environment. Such a process can be made while another stage runs.
         beside: stages that follow each other with the same text here run side by side.
+        alone: whether no other process is made while the stage runs, because the stage times work
+            of the host.
         outlives_edits: whether its rows still count once the kernels' source text has changed.
     """
 
@@ -47,6 +56,7 @@ class Stage:
     command: tuple[str, ...]
     waits: bool = False
     beside: str = ""
+    alone: bool = False
     outlives_edits: bool = False
 
 
@@ -77,7 +87,7 @@ def real_stages(root: Path) -> Iterator[Stage]:
     for kernel in ("forward", "queries", "keys"):
         yield _worker(f"tune:{kernel}-64", 40, 20, outlives_edits=True)
     yield _worker("rates:cogvideox-5b", 60, 25)
-    yield _worker("building:hunyuan-720p", 30, 15)
+    yield _worker("building:hunyuan-720p", 30, 15, alone=True)
     yield _worker("rates:hunyuan-720p", 90, 45)
     yield _worker("methods", 60, 25)
     yield from test_stages(root)

@@ -109,7 +109,7 @@ def _checked(
 ) -> dict[str, object]:
     """Whether a choice may be timed, and why not."""
     rows = [row for row in setting.journal.rows() if row["sources"] == setting.journal.sources]
-    stage = "gather" if kernel in GATHER else f"{kernel}-{choice.variant}"
+    stage = "gather" if kernel in GATHER else smoke.form_of(kernel, choice)
     if not smoke.passed(rows, stage, head_dim):
         return {"error": f"the stage smoke:{stage} has not passed"}
     try:

@@ -14,11 +14,12 @@ ALIGNED, EXACT, OURS, FLEX = "block-aligned", "token-exact", "diffattn", "flex"
 # The shapes that a whole run measures, by head_dim.
 RATED = {128: ("wan-1.3b-480p", "wan-14b-720p", "hunyuan-720p"), 64: ("cogvideox-5b",)}
 SPARSE = 3  # densities below 1
-STATIC_METHODS = 4
+STATIC_METHODS = 6
 LONG = 16_384  # tokens
 QUARTER = 0.27  # a density of about a quarter: blocks do not divide every grid
 WAN_720P = 75_600  # tokens
-SELECTING = 13  # methods that select, with VMoBA once for each kind of its blocks
+# Methods that select: VMoBA once for each kind of its blocks, SVG2 in a later step too.
+SELECTING = 17
 # Of these, at three sizes, those whose density is a quarter or less for any data.
 QUARTERS = 3 * 7
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import block_sparse, gather, linear, summary, tangent
+from . import block_sparse, clusters, gather, linear, selection, summary, tangent
 from .launches import Launch
 
 FAMILIES = {
     "block_sparse": block_sparse.shipped,
+    "clusters": clusters.shipped,
     "gather": gather.shipped,
     "linear": linear.shipped,
+    "selection": selection.shipped,
     "summary": summary.shipped,
     "tangent": tangent.shipped,
 }

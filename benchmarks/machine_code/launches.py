@@ -50,7 +50,8 @@ class Launch:
     """One call that starts kernels.
 
     Attributes:
-        family: "block_sparse", "gather", "linear", "summary" or "tangent".
+        family: "block_sparse", "clusters", "gather", "linear", "selection", "summary" or
+            "tangent".
         variant: of the kernel; "plain" if there is only one.
         case: the arguments, for the table.
         run: the call.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -12,6 +13,7 @@ from diffattn.kernels.linear.triton_passes import apply, collect, denominator_gr
 from .launches import HEADS, Constants, Launch, Tile, Work
 
 _TOKENS = 600
+SLA_FEATURES = ("softmax", "relu")  # beside those of LinFusion
 _WITH_PRODUCTS = ("collect_kernel", "apply_kernel", "pull_back_kernel")
 
 
@@ -60,6 +62,9 @@ def launches(case: Case) -> Iterator[Launch]:
         "dq": lambda: pull_back(x, x, state, mean, rotation, None, factor, factor),
         "d_state": lambda: collect(x, x, rotation, None, factor, factor),
     }
+    for name in SLA_FEATURES:
+        passes[f"{name} state"] = partial(collect, x, x, None, key_mask, features=name)
+        passes[f"{name} output"] = partial(apply, x, state, mean, 1e-4, None, None, features=name)
     for name, run in passes.items():
         yield Launch("linear", name, str(case), run, _work)
 

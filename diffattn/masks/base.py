@@ -12,11 +12,11 @@ from diffattn._checks import is_whole
 from diffattn.blocks import (
     EMPTY,
     FULL,
-    PAIRS_PER_CHUNK,
     PARTIAL,
     BlockLayout,
     layout_from_states,
     pack_bits,
+    pairs_per_chunk,
 )
 from diffattn.grid import TokenGrid
 from diffattn.orders import TileOrder
@@ -156,13 +156,13 @@ class AttentionMask(ABC):
             of the sequence mean nothing.
         """
         block_q, block_kv = blocking.block_q, blocking.block_kv
-        step = max(1, PAIRS_PER_CHUNK // (block_q * block_kv))
+        step = max(1, pairs_per_chunk(row.device) // (block_q * block_kv))
+        query = tokens_of_blocks(self.grid, row, block_q, blocking).split(step)
+        key = tokens_of_blocks(self.grid, column, block_kv, blocking).split(step)
         words = []
-        for r, c in zip(row.split(step), column.split(step), strict=True):
-            query = tokens_of_blocks(self.grid, r, block_q, blocking)
-            key = tokens_of_blocks(self.grid, c, block_kv, blocking)
-            seen = self.allowed(query[:, :, None], key[:, None, :])
-            words.append(pack_bits(seen.expand(len(r), block_q, block_kv)))
+        for q, k in zip(query, key, strict=True):
+            seen = self.allowed(q[:, :, None], k[:, None, :])
+            words.append(pack_bits(seen.expand(len(q), block_q, block_kv)))
         return torch.cat(words)
 
     def dense(self, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -292,17 +292,23 @@ class BlockMapMask(AttentionMask):
     """A rule that holds for whole blocks of tokens, counted from the start of the sequence.
 
     Attributes:
-        block_map: bool `(blocks, blocks)`, rows are query blocks.
+        block_map: bool `(blocks, blocks)`, rows are query blocks; or a function that computes this
+            map on a device, for a map of some work.
         block_size: tokens per block; the last block may be short.
 
     Raises:
         ValueError: if the map does not have one entry per pair of blocks.
     """
 
-    block_map: torch.Tensor
+    block_map: torch.Tensor | Callable[[torch.device], torch.Tensor]
     block_size: int
+    _computed: dict[torch.device, torch.Tensor] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
+        if not isinstance(self.block_map, torch.Tensor):
+            return
         n = -(-self.grid.tokens // self.block_size)
         if tuple(self.block_map.shape) != (n, n):
             raise ValueError(
@@ -311,13 +317,14 @@ class BlockMapMask(AttentionMask):
             )
 
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        block_map = self.block_map.to(query.device)
+        block_map = self._on(query.device)
         return block_map[query // self.block_size, key // self.block_size]
 
     def block_states(self, blocking: Blocking) -> torch.Tensor:
         if blocking.order is not None:
             return super().block_states(blocking)
-        visited, missing = self.block_map.to(blocking.device), (~self.block_map).to(blocking.device)
+        visited = self._on(blocking.device)
+        missing = ~visited
         for dim, size in enumerate((blocking.block_q, blocking.block_kv)):
             visited = _overlapped(visited, self.block_size, size, self.grid.tokens, dim=dim)
             missing = _overlapped(missing, self.block_size, size, self.grid.tokens, dim=dim)
@@ -332,7 +339,15 @@ class BlockMapMask(AttentionMask):
         sizes = blocking.block_q, blocking.block_kv
         if blocking.order is not None or sizes != (self.block_size, self.block_size):
             return None
-        return self.block_map.to(row.device)[row, column].long()
+        return self._on(row.device)[row, column].long()
+
+    def _on(self, device: torch.device) -> torch.Tensor:
+        """`block_map` on a device."""
+        if isinstance(self.block_map, torch.Tensor):
+            return self.block_map.to(device)
+        if device not in self._computed:
+            self._computed[device] = self.block_map(device)
+        return self._computed[device]
 
 
 @dataclass(frozen=True, eq=False)
@@ -361,13 +376,16 @@ class _Combination(AttentionMask):
     def block_signatures(
         self, row: torch.Tensor, column: torch.Tensor, blocking: Blocking
     ) -> torch.Tensor | None:
-        out = torch.zeros_like(row)
+        out = None
         for part in self.parts:
             signature = part.block_signatures(row, column, blocking)
             if signature is None:
                 return None
             _, kind = signature.unique(return_inverse=True)
-            _, out = (out * row.numel() + kind).unique(return_inverse=True)
+            if out is None:
+                out = kind
+            else:
+                _, out = (out * row.numel() + kind).unique(return_inverse=True)
         return out
 
     def block_bits(

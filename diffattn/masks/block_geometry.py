@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from diffattn.distinct import distinct_rows
 from diffattn.grid import TokenGrid
 from diffattn.orders import TileOrder
 
@@ -83,7 +84,7 @@ def outlines_of(
     last = place.where(~is_text, -1).amax(1)
     inside = (place - first[:, None]).where(~is_text, -1)
     numbered = (inside[..., 0] * sizes[1] + inside[..., 1]) * sizes[2] + inside[..., 2]
-    _, shape = numbered.unique(dim=0, return_inverse=True)
+    _, shape = distinct_rows(numbered)
     nowhere = is_text.all(1)
     return Outlines(shape, first.where(~nowhere, 0), (last + 1).where(~nowhere, 1))
 

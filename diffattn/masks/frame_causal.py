@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from diffattn.blocks import EMPTY, FULL
+from diffattn.distinct import distinct_rows
 from diffattn.masks.base import AttentionMask, Blocking
 
 # Blocks of frames, for tokens outside of the video: as a query after all others, as a key before.
@@ -55,8 +56,8 @@ class FrameCausalMask(AttentionMask):
         key = self._in_blocks(blocking, blocking.block_kv, _BEFORE)
         whole = key.amax(1)[column] <= query.amin(1)[row]
         apart = key[column, 0] - query[row, 0]
-        _, steps_q = (query - query[:, :1]).unique(dim=0, return_inverse=True)
-        _, steps_k = (key - key[:, :1]).unique(dim=0, return_inverse=True)
+        _, steps_q = distinct_rows(query - query[:, :1])
+        _, steps_k = distinct_rows(key - key[:, :1])
         kind = torch.stack([apart, steps_q[row], steps_k[column]], dim=1)
-        _, kind = kind.masked_fill(whole[:, None], 0).unique(dim=0, return_inverse=True)
+        _, kind = distinct_rows(kind.masked_fill(whole[:, None], 0))
         return kind.masked_fill(whole, -1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from diffattn.blocks import EMPTY, FULL, PARTIAL
+from diffattn.distinct import distinct_rows
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import AttentionMask, Blocking, tokens_of_blocks
 
@@ -80,7 +81,7 @@ class FramePairsMask(AttentionMask):
             for frame_kv in key.frames[column].unbind(1):
                 pairs = pairs * 2 + seen[frame_q, frame_kv]
         kinds = torch.stack([pairs, query.shape[row], key.shape[column]], 1)
-        return kinds.unique(dim=0, return_inverse=True)[1]
+        return distinct_rows(kinds)[1]
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class _Runs:
         run = changes.cumsum(1)
         most = int(run.max()) + 1
         frames = frame[:, -1:].repeat(1, most).scatter(1, run, frame)
-        return cls(changes.unique(dim=0, return_inverse=True)[1], frames, most)
+        return cls(distinct_rows(changes)[1], frames, most)
 
 
 def _frames_of(grid: TokenGrid, token: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from diffattn.blocks import EMPTY, FULL, PAIRS_PER_CHUNK, PARTIAL, pack_bits
+from diffattn.blocks import EMPTY, FULL, PARTIAL, pack_bits, pairs_per_chunk
+from diffattn.distinct import distinct_rows
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import BLOCK, AttentionMask, Blocking, as_words, tokens_of_blocks
 from diffattn.masks.block_geometry import boxes_of, outlines_of
@@ -122,7 +123,7 @@ class AxisWindow:
         sees = exists & (first < end)
         from_start = (first * self.dilation + of_class - key[:, :1]).where(sees, -1)
         described = torch.cat([from_start, (end - first).where(sees, 0)], 1)
-        return described.unique(dim=0, return_inverse=True)[1]
+        return distinct_rows(described)[1]
 
     def is_block_sparse(self, q_tile: int, kv_tile: int, *, but_for_ends: bool = False) -> bool:
         """Whether each pair of tiles attends everywhere or nowhere. The last tile may be short.
@@ -224,10 +225,9 @@ class NeighbourhoodMask(AttentionMask):
     ) -> torch.Tensor:
         # Three things determine a block's mask: the shape of its queries, the shape of its keys,
         # and the mask of each axis between the ranges of its queries and its keys.
-        query, key = (
-            outlines_of(self.grid, size, row.device, blocking.order)
-            for size in (blocking.block_q, blocking.block_kv)
-        )
+        query = key = outlines_of(self.grid, blocking.block_q, row.device, blocking.order)
+        if blocking.block_kv != blocking.block_q:
+            key = outlines_of(self.grid, blocking.block_kv, row.device, blocking.order)
         kinds = [query.shape[row], key.shape[column]]
         for i, axis in enumerate(self.axes):
             ranges_q, which_q = _ranges(query.first[:, i], query.end[:, i])
@@ -248,13 +248,14 @@ class NeighbourhoodMask(AttentionMask):
             as_words(is_query[0])[is_query[1]][:, :, None]
             & pack_bits(is_key[0])[is_key[1]][:, None]
         )
+        step = max(1, pairs_per_chunk(row.device) // (blocking.block_q * blocking.block_kv))
         for axis, at_query, at_key in zip(self.axes, query, key, strict=True):
             if axis.window == axis.size and not axis.is_causal:
                 continue
             (queries, which_query), (keys, which_key) = at_query, at_key
             pair, which = (which_query * len(keys) + which_key).unique(return_inverse=True)
             words = []
-            for some in pair.split(max(1, PAIRS_PER_CHUNK // (queries.shape[1] * keys.shape[1]))):
+            for some in pair.split(step):
                 q, k = queries[some // len(keys)], keys[some % len(keys)]
                 words.append(pack_bits(axis.allowed(q[:, :, None], k[:, None])))
             out &= torch.cat(words)[which]
@@ -274,8 +275,9 @@ class NeighbourhoodMask(AttentionMask):
         is_text = self.grid.is_text(token)
         out = []
         for place in ((~is_text).long(), *self.grid.coordinates(token)):
-            rows, row_of = place.masked_fill(is_text, 0).unique(dim=0, return_inverse=True)
-            out.append((rows, row_of[which]))
+            place = place.masked_fill(is_text, 0)
+            first, row_of = distinct_rows(place)
+            out.append((place[first], row_of[which]))
         return out
 
 

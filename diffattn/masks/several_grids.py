@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from diffattn.blocks import EMPTY, FULL, PARTIAL, pack_bits
+from diffattn.distinct import distinct_rows
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import AttentionMask, Blocking
 
@@ -145,4 +146,4 @@ class SeveralGridsMask(AttentionMask):
 
     def _kinds(self, blocking: Blocking, size: int) -> torch.Tensor:
         """int64 `(blocks,)`: blocks of one number hold tokens of the same grids in their places."""
-        return self._owners(blocking, size).unique(dim=0, return_inverse=True)[1]
+        return distinct_rows(self._owners(blocking, size))[1]

@@ -7,7 +7,7 @@ of Light", arXiv 2504.16922. The parameters have the names of NATTEN, the paper'
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Self, TypeAlias
 
@@ -211,20 +211,19 @@ class GNAAttn(StaticMaskMethod):
         block_size = self.block_size_on(grid)
         if grid.video_tokens <= block_size or sum(size > 1 for size in sizes) < 2:
             return None
-        axes = self.axes(grid)
-        visited: dict[tuple[int, int], tuple[int, int]] = {}
+        tiles = tiles_that_fit(grid, block_size)
+        visited = [
+            _pairs_in_tiles(axis, {tile[i] for tile in tiles})
+            for i, axis in enumerate(self.axes(grid))
+        ]
 
         def cost(tile: Tile) -> float:
-            for axis, side in enumerate(tile):
-                if (axis, side) not in visited:
-                    visited[axis, side] = _pairs_in_tiles(axes[axis], side)
-            some, full = zip(*(visited[axis, side] for axis, side in enumerate(tile)), strict=True)
+            some, full = zip(*(v[side] for v, side in zip(visited, tile, strict=True)), strict=True)
             masked = math.prod(some) - math.prod(full)
             return math.prod(some) + _COST_OF_MASKING * masked
 
-        order = TileOrder(grid, min(tiles_that_fit(grid, block_size), key=cost))
-        in_place = torch.equal(order.positions(), torch.arange(grid.tokens))
-        return None if in_place else order
+        order = TileOrder(grid, min(tiles, key=cost))
+        return None if order.is_in_place else order
 
 
 def is_block_sparse(
@@ -322,11 +321,33 @@ def _nearest_along(
     return None
 
 
-def _pairs_in_tiles(axis: AxisWindow, side: int) -> tuple[int, int]:
+def _pairs_in_tiles(axis: AxisWindow, sides: Iterable[int]) -> dict[int, tuple[int, int]]:
     """The numbers of token pairs along an axis in visited pairs of tiles and in full pairs.
 
     A short tile at the end does not count as full, as its tokens are tiled in another shape.
+
+    Args:
+        sides: sides of tiles, which become the keys.
     """
+    if axis.dilation > 1:
+        return {side: _pairs_by_table(axis, side) for side in sides}
+    # Both ends of the window never move back from one query to the next, and the windows of
+    # neighbouring queries leave no key out between them. Python is faster on the few queries.
+    first, end = (bound.tolist() for bound in axis.bounds(torch.arange(axis.size)))
+    out = {}
+    for side in sides:
+        some = full = 0
+        for start in range(0, axis.size, side):
+            last = min(start + side, axis.size) - 1
+            seen = min(axis.size, -(-end[last] // side) * side) - first[start] // side * side
+            some += (last + 1 - start) * seen
+            if last + 1 - start == side:
+                full += side * side * max(0, end[start] // side - -(-first[last] // side))
+        out[side] = some, full
+    return out
+
+
+def _pairs_by_table(axis: AxisWindow, side: int) -> tuple[int, int]:
     tiles = axis.tiles(side)
     size = tiles[:, 1] - tiles[:, 0]
     attend, all_pairs = axis.pairs(tiles, tiles), size[:, None] * size

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from diffattn.methods.base import Method, Site, Work
 from diffattn.operator import attention
 from diffattn.orders import TileOrder, permuted, tile_for
 from diffattn.routing.keep import Value
+from diffattn.routing.lists import bytes_of_pair
 from diffattn.routing.pooled import Always, Pooled
 from diffattn.routing.remainders import REMAINDERS, attention_of_blocks
 from diffattn.routing.rules import neighbours
@@ -44,7 +46,6 @@ _ALLOWED = {
 REMAINDER_HELP = f"blocks that are not selected: {', '.join(REMAINDERS)}"
 # Bytes of scores and lists in memory at a time; heads take turns where all heads would need more.
 _BYTES_AT_ONCE = 1 << 29
-_BYTES_PER_PAIR = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,33 +128,58 @@ class SelectedBlocksMethod(Method):
         scale: float | None = None,
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        grid, tokens = site.grid, query.shape[1]
         key, value = (for_every_head(x, query) for x in (key, value))
         if self.is_dense:
             return attention(query, key, value, scale=scale, key_mask=key_mask)
+        there, back = self._permutation(site.grid, query.device)
+        # The tokens in the method's order are given up before the heads are joined.
+        out = joined(self._by_heads(query, key, value, site.grid, scale, key_mask))
+        return permuted(out, back, there, 1)
+
+    def _by_heads(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        grid: TokenGrid,
+        scale: float | None,
+        key_mask: torch.Tensor | None,
+    ) -> list[torch.Tensor]:
+        """The outputs of some heads at a time, in the method's order, of tokens in the model's."""
         there, back = self._permutation(grid, query.device)
-        query, key, value = (permuted(x, there, back, 1) for x in (query, key, value))
+        blocks = self._key_blocks(query.shape[1], query.device)
         counted = None if key_mask is None else key_mask.index_select(1, there)
+        move = partial(permuted, there=there, back=back, dim=1)
+        query, query_means = blocks.moved(query, there, move, counted)
+        key, key_means = blocks.moved(key, there, move, counted)
+        value_means = None
+        if self.remainder == "drop":
+            value = move(value)
+        else:
+            value, value_means = blocks.moved(value, there, move, counted)
         always = self._always(grid, query.device)
-        pairs = query.shape[0] * always.pairs.numel() * _BYTES_PER_PAIR
+        pairs = query.shape[0] * always.pairs.numel() * bytes_of_pair(query)
         step = max(1, _BYTES_AT_ONCE // pairs)
         outs = []
         for first in range(0, query.shape[2], step):
-            q, k, v = (x[:, :, first : first + step] for x in (query, key, value))
-            chosen = self._chosen(q, k, counted, always, scale)
+            some = slice(first, first + step)
+            q, k, v = (x[:, :, some] for x in (query, key, value))
+            of_q, of_k = query_means[:, :, some], key_means[:, :, some]
+            chosen = self._chosen(q, k, of_q, of_k, counted, always, scale)
             outs.append(
                 attention_of_blocks(
                     q,
                     k,
                     v,
-                    self._key_blocks(tokens, query.device),
+                    blocks,
                     chosen,
                     remainder=self.remainder,
                     scale=scale,
                     key_mask=counted,
+                    means=None if value_means is None else (of_q, of_k, value_means[:, :, some]),
                 )
             )
-        return permuted(torch.cat(outs, 2), back, there, 1)
+        return outs
 
     def selection(
         self,
@@ -171,9 +197,13 @@ class SelectedBlocksMethod(Method):
         """
         key = for_every_head(key, query)
         there, back = self._permutation(site.grid, query.device)
-        query, key = (permuted(x, there, back, 1) for x in (query, key))
+        blocks = self._key_blocks(query.shape[1], query.device)
         counted = None if key_mask is None else key_mask.index_select(1, there)
-        return self._chosen(query, key, counted, self._always(site.grid, query.device), scale)
+        move = partial(permuted, there=there, back=back, dim=1)
+        query, query_means = blocks.moved(query, there, move, counted)
+        key, key_means = blocks.moved(key, there, move, counted)
+        always = self._always(site.grid, query.device)
+        return self._chosen(query, key, query_means, key_means, counted, always, scale)
 
     def selection_mask(self, chosen: torch.Tensor, grid: TokenGrid) -> AttentionMask:
         """The selection of one head as a mask.
@@ -192,6 +222,8 @@ class SelectedBlocksMethod(Method):
         self,
         query: torch.Tensor,
         key: torch.Tensor,
+        query_means: torch.Tensor,
+        key_means: torch.Tensor,
         counted: torch.Tensor | None,
         always: Always,
         scale: float | None,
@@ -205,8 +237,8 @@ class SelectedBlocksMethod(Method):
                 query,
                 key,
                 blocks,
-                blocks.means(query, counted),
-                blocks.means(key, counted),
+                query_means,
+                key_means,
                 counted,
                 there,
                 always,
@@ -330,6 +362,11 @@ class SelectedBlocksMethod(Method):
         blocks = -(-grid.tokens // self.block)
         seen_by = {"drop": 0, "summary": grid.tokens, "block-summary": blocks}[self.remainder]
         return (4 * seen_by * blocks + grid.tokens) * channels if seen_by else 0
+
+
+def joined(outs: list[torch.Tensor]) -> torch.Tensor:
+    """The outputs of some heads each, (batch, tokens, heads, head_dim), as one."""
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
 
 def for_every_head(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from diffattn._checks import check_fields, choice, count, number
 from diffattn.grid import TokenGrid
 from diffattn.kernels.autocast import autocast_off
+from diffattn.kernels.clusters import spans_at_most
 from diffattn.methods.base import Method, Site, Work
 from diffattn.methods.selected_blocks import for_every_head
 from diffattn.operator import attention
@@ -29,6 +30,7 @@ _ALLOWED = {
     "min_ratio": number(at_least=0, at_most=1),
     "iterations": count(1),
     "warm_iterations": count(0),
+    "query_block": count(16),
     "block": count(16),
     "remainder": choice(("drop", "summary")),
     "route": choice(ROUTES),
@@ -38,10 +40,10 @@ _DENSE_LAYERS = 1
 # The logarithms of softmax weights spread by about this: a share of 0.9 of the mass then takes 24 %
 # of the pairs, between the 22 and the 29 % that were published for HunyuanVideo and Wan 2.1.
 _SPREAD_OF_LOG_WEIGHTS = 2.0
-# Bytes of distances and lists in memory at a time; heads take turns where all would need more.
+# Bytes of lists in memory at a time; heads take turns where all would need more.
 _BYTES_AT_ONCE = 1 << 30
 _BYTES_PER_PAIR_OF_TILES = 32
-_BYTES_PER_COORDINATE = 24
+_SUMS_OF_SPANS = 6
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,13 @@ class Pool:
     """Tokens that are clustered together.
 
     Attributes:
-        places: int64 (tokens,), their places in the sequence.
+        places: their places in the sequence: a slice, or int64 (tokens,) where others lie between.
+        tokens: their number.
         queries, keys: the numbers of their clusters among all clusters.
     """
 
-    places: torch.Tensor
+    places: slice | torch.Tensor
+    tokens: int
     queries: range
     keys: range
 
@@ -79,12 +83,43 @@ class ClusterPairs:
 
 
 @dataclass(frozen=True)
+class _Clustered:
+    """The clusters of a call.
+
+    Attributes:
+        query_labels, key_labels: as of `ClusterPairs`.
+        of_pools: for each pool the clusters of its queries and of its keys.
+    """
+
+    query_labels: torch.Tensor
+    key_labels: torch.Tensor
+    of_pools: list[tuple[Clusters, Clusters]]
+
+    @property
+    def centroids(self) -> tuple[torch.Tensor, ...]:
+        """As of `ClusterPairs`."""
+        return tuple(part.centroids for both in self.of_pools for part in both)
+
+    def pairs(self, chosen: torch.Tensor) -> ClusterPairs:
+        """The clusters, and the pairs that are computed of them."""
+        return ClusterPairs(self.query_labels, self.key_labels, chosen, self.centroids)
+
+    def of_heads(self, some: slice) -> _Clustered:
+        """The clusters of some heads."""
+        return _Clustered(
+            self.query_labels[:, some],
+            self.key_labels[:, some],
+            [(q.of_heads(some), k.of_heads(some)) for q, k in self.of_pools],
+        )
+
+
+@dataclass(frozen=True)
 class _Kept:
     """The clusters of a call, for the next step to go on from.
 
     Attributes:
         grid: the tokens of the call.
-        centroids: as of `ClusterPairs`, of all heads, in the dtype of the queries.
+        centroids: as of `ClusterPairs`, in the dtype of the queries.
     """
 
     grid: TokenGrid
@@ -127,7 +162,9 @@ class SVG2Attn(Method):
             them by its mean key and mean value.
         route: "mass" to choose the clusters of the largest weight, or "error" to spend the token
             pairs of "mass" where the means of clusters err most per pair.
-        block: places per tile of the kernel, a multiple of 16; clusters are filled up to tiles.
+        query_block, block: places per tile of queries, and per tile of keys, multiples of 16;
+            clusters are filled up to tiles. Tiles of 128 queries take the fastest kernel of Hopper
+            GPUs.
 
     Raises:
         ValueError: for a parameter out of range, and for `route="error"` without "summary".
@@ -163,7 +200,10 @@ class SVG2Attn(Method):
         default="drop", metadata={"help": "clusters that are not chosen: drop or summary"}
     )
     route: str = field(default="mass", metadata={"help": "choose clusters by mass or error"})
-    block: int = field(default=64, metadata={"help": "places per tile, a multiple of 16"})
+    query_block: int = field(
+        default=128, metadata={"help": "places per tile of queries, a multiple of 16"}
+    )
+    block: int = field(default=64, metadata={"help": "places per tile of keys, a multiple of 16"})
     _pools: dict[tuple[TokenGrid, torch.device], tuple[Pool, ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -171,11 +211,13 @@ class SVG2Attn(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self, _ALLOWED)
-        if self.block % 16:
-            raise ValueError(
-                f"block is {self.block}, but must be a multiple of 16: try"
-                f" {self.block // 16 * 16} or {self.block // 16 * 16 + 16}"
-            )
+        for name in ("query_block", "block"):
+            places = getattr(self, name)
+            if places % 16:
+                raise ValueError(
+                    f"{name} is {places}, but must be a multiple of 16: try"
+                    f" {places // 16 * 16} or {places // 16 * 16 + 16}"
+                )
         if self.route == "error" and self.remainder == "drop":
             raise ValueError(
                 "route is 'error', the error of means in the place of clusters, but remainder is"
@@ -209,32 +251,21 @@ class SVG2Attn(Method):
         if key_mask is not None:
             key, value = (x.masked_fill(~key_mask[..., None, None], 0) for x in (key, value))
         pools = self._pools_of(site.grid, query.device)
-        starts = self._starts(query, site, pools)
+        clustered = self._clustered(query, key, pools, key_mask, self._starts(query, site, pools))
         step = max(1, _BYTES_AT_ONCE // self._bytes_per_head(query, pools))
-        outs, made = [], []
+        outs = []
         for first in range(0, query.shape[2], step):
             some = slice(first, first + step)
             q, k, v = (x[:, :, some] for x in (query, key, value))
-            of_heads = None if starts is None else [x[:, some] for x in starts.centroids]
-            pairs, queries, keys = self._chosen(q, k, v, pools, scale, key_mask, of_heads)
-            made.append(pairs.centroids)
+            chosen, queries, keys = self._chosen(k, v, pools, clustered.of_heads(some), scale)
             out = attention_of_clusters(
-                q,
-                k,
-                v,
-                queries,
-                keys,
-                pairs.chosen,
-                summarise=self.remainder == "summary",
-                scale=scale,
+                q, k, v, queries, keys, chosen, summarise=self.remainder == "summary", scale=scale
             )
             outs.append(out)
         if self.warm_iterations and site.memory is not None:
-            centroids = tuple(
-                torch.cat(parts, 1).to(query.dtype) for parts in zip(*made, strict=True)
-            )
+            centroids = tuple(x.to(query.dtype) for x in clustered.centroids)
             site.memory.keep(_Kept(site.grid, centroids))
-        return torch.cat(outs, 2)
+        return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
 
     def _starts(self, query: torch.Tensor, site: Site, pools: tuple[Pool, ...]) -> _Kept | None:
         """The clusters of an earlier step to go on from; None to start anew."""
@@ -266,7 +297,9 @@ class SVG2Attn(Method):
         if key_mask is not None:
             key, value = (x.masked_fill(~key_mask[..., None, None], 0) for x in (key, value))
         pools = self._pools_of(site.grid, query.device)
-        return self._chosen(query, key, value, pools, scale, key_mask, None)[0]
+        clustered = self._clustered(query, key, pools, key_mask, None)
+        chosen, _, _ = self._chosen(key, value, pools, clustered, scale)
+        return clustered.pairs(chosen)
 
     def work(self, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work:
         """The cost of a call that goes on from clusters of an earlier step, if `warm_iterations`.
@@ -285,10 +318,10 @@ class SVG2Attn(Method):
         fill_q = fill_k = 1.0
         if self.top_p < 1:
             queries, keys = pools[-1].queries.stop, pools[-1].keys.stop
-            fill_q += queries * (self.block - 1) / 2 / tokens
+            fill_q += queries * (self.query_block - 1) / 2 / tokens
             fill_k += keys * (self.block - 1) / 2 / tokens
             for pool in pools:
-                n, rows, columns = len(pool.places), len(pool.queries), len(pool.keys)
+                n, rows, columns = pool.tokens, len(pool.queries), len(pool.keys)
                 sparse += n**2
                 selection += iterations * 2 * n * (rows + columns) * channels
                 selection += 2 * rows * columns * channels
@@ -305,17 +338,15 @@ class SVG2Attn(Method):
         )
 
     @torch.no_grad()
-    def _chosen(
+    def _clustered(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
-        value: torch.Tensor,
         pools: tuple[Pool, ...],
-        scale: float | None,
         key_mask: torch.Tensor | None,
-        starts: list[torch.Tensor] | None,
-    ) -> tuple[ClusterPairs, FilledClusters, FilledClusters]:
-        batch, tokens, heads, head_dim = query.shape
+        starts: _Kept | None,
+    ) -> _Clustered:
+        batch, tokens, heads, _ = query.shape
         others_q, others_k = pools[-1].queries.stop, pools[-1].keys.stop
         query_labels = torch.full((batch, heads, tokens), others_q, device=query.device)
         key_labels = torch.full((batch, heads, tokens), others_k, device=query.device)
@@ -323,7 +354,9 @@ class SVG2Attn(Method):
         # In an autocast region products would be in half precision.
         with autocast_off(query.device.type):
             for number, pool in enumerate(pools):
-                start_q, start_k = (None, None) if starts is None else starts[2 * number :][:2]
+                start_q, start_k = (None, None)
+                if starts is not None:
+                    start_q, start_k = starts.centroids[2 * number :][:2]
                 of_q = self._clusters(query, pool.places, len(pool.queries), None, start_q)
                 of_k = self._clusters(key, pool.places, len(pool.keys), key_mask, start_k)
                 query_labels[:, :, pool.places] = of_q.labels + pool.queries.start
@@ -331,22 +364,35 @@ class SVG2Attn(Method):
                 clusters.append((of_q, of_k))
             if key_mask is not None:
                 key_labels = key_labels.masked_fill(~key_mask[:, None], others_k + 1)
-            queries = FilledClusters.of_labels(query_labels, others_q + 1, self.block)
-            keys = FilledClusters.of_labels(key_labels, others_k + 1, self.block)
-            chosen = torch.ones(
-                batch, heads, others_q + 1, others_k + 1, dtype=torch.bool, device=query.device
-            )
-            factor = head_dim**-0.5 if scale is None else scale
+        return _Clustered(query_labels, key_labels, clusters)
+
+    @torch.no_grad()
+    def _chosen(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pools: tuple[Pool, ...],
+        clustered: _Clustered,
+        scale: float | None,
+    ) -> tuple[torch.Tensor, FilledClusters, FilledClusters]:
+        """The pairs of clusters that are computed, and the filled clusters."""
+        batch, _, heads, head_dim = key.shape
+        counts = pools[-1].queries.stop + 1, pools[-1].keys.stop + 1
+        queries = FilledClusters.of_labels(clustered.query_labels, counts[0], self.query_block)
+        keys = FilledClusters.of_labels(clustered.key_labels, counts[1], self.block)
+        chosen = torch.ones(batch, heads, *counts, dtype=torch.bool, device=key.device)
+        factor = head_dim**-0.5 if scale is None else scale
+        # In an autocast region products would be in half precision.
+        with autocast_off(key.device.type):
             errors = None
             if self.route == "error":
-                centroids = torch.cat([of_q.centroids for of_q, _ in clusters], 2)
+                centroids = torch.cat([of_q.centroids for of_q, _ in clustered.of_pools], 2)
                 errors = log_errors(centroids, keys.filled(key), keys.filled(value), keys, factor)
-            for pool, (of_q, of_k) in zip(pools, clusters, strict=True):
+            for pool, (of_q, of_k) in zip(pools, clustered.of_pools, strict=True):
                 rows, columns = (slice(of.start, of.stop) for of in (pool.queries, pool.keys))
                 own = None if errors is None else errors[:, :, rows, columns]
                 chosen[:, :, rows, columns] = self.choose(of_q, of_k, factor, own)
-        of_pools = tuple(part.centroids for both in clusters for part in both)
-        return ClusterPairs(query_labels, key_labels, chosen, of_pools), queries, keys
+        return chosen, queries, keys
 
     def choose(
         self, queries: Clusters, keys: Clusters, scale: float, errors: torch.Tensor | None
@@ -371,14 +417,14 @@ class SVG2Attn(Method):
     def _clusters(
         self,
         x: torch.Tensor,
-        places: torch.Tensor,
+        places: slice | torch.Tensor,
         clusters: int,
         counted: torch.Tensor | None,
         start: torch.Tensor | None,
     ) -> Clusters:
-        x = x.detach().index_select(1, places)
+        x = x.detach()[:, places]
         if counted is not None:
-            counted = counted.index_select(1, places)
+            counted = counted[:, places]
         if start is not None:
             return k_means(x, start, self.warm_iterations, counted)
         start = x.index_select(1, first_tokens(x.shape[1], clusters, x.device)).transpose(1, 2)
@@ -388,19 +434,20 @@ class SVG2Attn(Method):
         known = grid, device
         if known not in self._pools:
             with torch.inference_mode(False):
-                parts = [
-                    torch.arange(span.grid.video.start, span.grid.video.stop)
-                    for span in self.spans(grid)
-                ]
-                if self.references == "local":
-                    parts = [torch.cat(parts)]
+                parts: list[tuple[slice | torch.Tensor, int]]
+                videos = [span.grid.video for span in self.spans(grid)]
+                parts = [(video, video.stop - video.start) for video in videos]
+                if self.references == "local" and len(parts) > 1:
+                    places = torch.cat([torch.arange(x.start, x.stop) for x in videos])
+                    parts = [(places.to(device), len(places))]
                 pools, queries, keys = [], 0, 0
-                for places in parts:
-                    rows = max(1, round(len(places) / self.query_cluster))
-                    columns = max(1, round(len(places) / self.key_cluster))
+                for where, tokens in parts:
+                    rows = max(1, round(tokens / self.query_cluster))
+                    columns = max(1, round(tokens / self.key_cluster))
                     pools.append(
                         Pool(
-                            places.to(device),
+                            where,
+                            tokens,
                             range(queries, queries + rows),
                             range(keys, keys + columns),
                         )
@@ -411,11 +458,11 @@ class SVG2Attn(Method):
 
     def _bytes_per_head(self, query: torch.Tensor, pools: tuple[Pool, ...]) -> int:
         tokens, queries, keys = query.shape[1], pools[-1].queries.stop, pools[-1].keys.stop
-        rows = tiles_reserved(tokens, queries + 1, self.block)
+        rows = tiles_reserved(tokens, queries + 1, self.query_block)
         columns = tiles_reserved(tokens, keys + 1, self.block)
         per_sample = rows * columns * _BYTES_PER_PAIR_OF_TILES
-        per_sample += tokens * query.shape[3] * _BYTES_PER_COORDINATE
         if self.route == "error":
-            # Scores of the means of query clusters, their exponentials and squares.
-            per_sample += 3 * queries * columns * self.block * 4
+            # Sums over spans of keys for each query cluster, and what is made of them.
+            spans = columns * spans_at_most(self.block, query.device)
+            per_sample += _SUMS_OF_SPANS * queries * spans * 4
         return query.shape[0] * per_sample

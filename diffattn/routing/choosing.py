@@ -7,6 +7,8 @@ scores the first is the best.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 
 _LEVEL_BITS = 12
@@ -43,7 +45,8 @@ def choose(
         tau: the share to reach of the sum of similarities. The similarity of an entry goes from 0
             for the pool's lowest score to 1 for the highest. A pool of equal scores has no
             similarity, and nothing to reach.
-        budget: the number of entries to reach if `tau` is None, the same in all pools.
+        budget: the number of entries to reach if `tau` is None, the same in all pools; or
+            int (pools,), their number for each pool.
 
     Returns:
         bool (pools, entries).
@@ -58,7 +61,7 @@ def choose(
                     own[part],
                     ranked=None if ranked is None else ranked[part],
                     tau=tau,
-                    budget=budget,
+                    budget=budget[part] if _is_of_pools(budget) else budget,
                 )
                 for part in parts
             ]
@@ -75,6 +78,10 @@ def choose(
         weight = (points * candidate).to(torch.int64)
     best = _by_sorting if scores.shape[1] <= _LONGEST_SORTED else _by_counting
     return own | best(points, candidate, weight, need)
+
+
+def _is_of_pools(budget: int | torch.Tensor | None) -> TypeGuard[torch.Tensor]:
+    return isinstance(budget, torch.Tensor) and budget.ndim == 1
 
 
 def pairs_at_once(device: torch.device) -> int:

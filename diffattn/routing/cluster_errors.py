@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from diffattn.kernels.clusters import span_sums
 from diffattn.routing.filled import FilledClusters
 
 # Errors are differences of sums. Below this share of the sums a difference is rounding.
@@ -36,18 +37,17 @@ def log_errors(
         float32 (batch, heads, query clusters, key clusters), the logarithms. A cluster of one key
         or none has no error, and a logarithm far below all others.
     """
-    k, v = (x.float().transpose(1, 2) for x in (key, value))
-    mean_k, mean_v = (keys.means(x.float()).transpose(1, 2) for x in (key, value))
-    scores = (centroids @ k.mT * scale).masked_fill(~keys.there[:, :, None], -torch.inf)
-    scores = scores.unflatten(3, (-1, keys.tile))  # (batch, heads, rows, tiles, places)
-    highest = _highest(scores.amax(-1), keys)
-    weights = (scores - keys.of_clusters(highest)[..., None]).exp()
+    mean_k, mean_v = (keys.means(x).float().transpose(1, 2) for x in (key, value))
+    spans = span_sums(centroids, key, value, mean_v, keys.cluster, keys.held, scale)
+    # Each (batch, heads, rows, tiles, spans of a tile).
+    tiles = keys.held.shape[2]
+    top, squares, products = (
+        x.unflatten(3, (tiles, -1)) for x in (spans.highest, spans.squares, spans.products)
+    )
+    highest = _highest(top.amax(-1), keys)
+    weights = (top - keys.of_clusters(highest)[..., None]).exp()
     # The score of the mean key is a mean of scores, and no higher than the highest.
     of_mean = (centroids @ mean_k.mT * scale - highest).exp()
-    own_mean = keys.of_clusters(mean_v.mT).mT.repeat_interleave(keys.tile, 2)
-    squares, products = (
-        x.sum(-1).unflatten(2, (-1, keys.tile))[:, :, None] for x in (v.square(), v * own_mean)
-    )
     own = keys.sums((weights.square() * squares).sum(-1))
     mean = (keys.sizes * mean_v.square().sum(-1))[:, :, None] * of_mean.square()
     error = own - 2 * of_mean * keys.sums((weights * products).sum(-1)) + mean

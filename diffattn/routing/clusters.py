@@ -6,12 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Distances at a time: 16 MB stay in the cache of a GPU and, all but, of a CPU.
-_DISTANCES_AT_ONCE = 1 << 22
-# Sums are taken in fixed-point numbers: the largest coordinate of a head has this many bits.
-_POINT_BITS = 30
-# Coordinates smaller than 2 to this power count as 0; a factor beyond would overflow float32.
-_LEAST_EXPONENT = -90
+from diffattn.kernels.clusters import fixed_point, passes
 
 
 @dataclass(frozen=True)
@@ -28,6 +23,10 @@ class Clusters:
     labels: torch.Tensor
     sizes: torch.Tensor
     centroids: torch.Tensor
+
+    def of_heads(self, some: slice) -> Clusters:
+        """The clusters of some heads."""
+        return Clusters(self.labels[:, some], self.sizes[:, some], self.centroids[:, some])
 
 
 def first_tokens(tokens: int, clusters: int, device: torch.device) -> torch.Tensor:
@@ -50,39 +49,17 @@ def k_means(
 
     Args:
         x: (batch, tokens, heads, head_dim).
-        centroids: (batch, heads, clusters, head_dim), to start from.
+        centroids: (batch, heads, clusters, head_dim), to start from. In the dtype of `x` they take
+            a third of the products that they take in float32 on a GPU.
         iterations: at least 1.
         counted: bool (batch, tokens): False for tokens that no centroid depends on.
     """
-    points = x.transpose(1, 2).float().nan_to_num(0, 0, 0)  # (batch, heads, tokens, head_dim)
-    batch, heads, tokens, _ = points.shape
-    clusters = centroids.shape[2]
-    weights = torch.ones(batch, 1, tokens, dtype=torch.int64, device=x.device)
-    if counted is not None:
-        weights = counted[:, None].long()
-        points = points * weights[..., None]
-    exponent = points.abs().amax((2, 3), keepdim=True).frexp().exponent.clamp(min=_LEAST_EXPONENT)
-    factor = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), _POINT_BITS - exponent)
-    fixed = (points * factor).round_().long().flatten(0, 2)
-    start = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * clusters
-    centroids = centroids.float()
-    weights = weights.expand(batch, heads, tokens).flatten()
+    tokens = passes(x, counted)
+    factor = fixed_point(tokens.largest())
+    finite = centroids.nan_to_num(0, 0, 0)
     for _ in range(iterations):
-        labels = _nearest(points, centroids)
-        slot = (labels + start).flatten()
-        sums = fixed.new_zeros(batch * heads * clusters, fixed.shape[1]).index_add_(0, slot, fixed)
-        sizes = fixed.new_zeros(batch * heads * clusters).index_add_(0, slot, weights)
-        sizes = sizes.view(batch, heads, clusters)
-        means = sums.view(centroids.shape).double() / sizes.clamp(min=1)[..., None]
-        centroids = torch.where(sizes[..., None] > 0, (means / factor).float(), centroids)
-    return Clusters(labels, sizes, centroids)
-
-
-def _nearest(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """The nearest centroid of each point, int64 (batch, heads, tokens)."""
-    batch, heads, clusters, _ = centroids.shape
-    # Half of the squared distance, but for the part that is the same for all centroids.
-    half = centroids.square().sum(-1)[:, :, None] / 2
-    step = max(1, _DISTANCES_AT_ONCE // (batch * heads * clusters))
-    parts = points.split(step, 2)
-    return torch.cat([(part @ centroids.mT).sub_(half).argmax(-1) for part in parts], 2)
+        labels = tokens.nearest(finite)
+        sums, sizes = tokens.sums(labels, finite.shape[2], factor)
+        means = sums.double() / sizes.clamp(min=1)[..., None] / factor[..., None, None]
+        finite = torch.where(sizes[..., None] > 0, means.float(), finite.float())
+    return Clusters(labels, sizes, finite)

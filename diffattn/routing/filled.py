@@ -60,7 +60,7 @@ class FilledClusters:
         runs = (sizes + tile - 1) // tile
         ends = runs.cumsum(-1)
         # Tokens that are left out come last in the sort.
-        order = labels.argsort(dim=-1, stable=True)
+        order = labels.int().argsort(dim=-1, stable=True)  # half as many digits to sort by
         label = labels.gather(-1, order)
         shift = pad((ends - runs) * tile - (sizes.cumsum(-1) - sizes), (0, 1))
         to = torch.arange(tokens, device=device) + shift.gather(-1, label)
@@ -93,9 +93,10 @@ class FilledClusters:
         Returns:
             (batch, clusters, heads, head_dim), in at least float32.
         """
-        tiled = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (-1, self.tile))
+        tiled = x.unflatten(1, (-1, self.tile))
         there = self.there.unflatten(2, (-1, self.tile)).permute(0, 2, 3, 1)
-        of_tiles = (tiled * there[..., None]).sum(2)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        of_tiles = tiled.masked_fill(~there[..., None], 0).sum(2, dtype=wide)
         sums = self.sums(of_tiles.permute(0, 2, 3, 1))  # (batch, heads, head_dim, clusters)
         return (sums / self.sizes.clamp(min=1)[:, :, None]).permute(0, 3, 1, 2)
 

@@ -34,13 +34,7 @@ class Share:
         check_fields(self, {"share": number(above=0, at_most=1)})
 
     def __call__(self, scores: torch.Tensor, pooled: Pooled) -> torch.Tensor:
-        always = pooled.always
-        chosen = torch.zeros_like(scores, dtype=torch.bool)
-        # Rows of one span have as many candidates, up to neighbours that they see anyway.
-        for number_of in always.counts:
-            best = _best(scores, kept_blocks(self.share, number_of), pooled)
-            chosen |= best & (always.candidates == number_of)[:, None]
-        return chosen
+        return _best(scores, pooled.always.kept(self.share), pooled)
 
     def expected(self, always: Always) -> float:
         """The share of the candidates that the rule keeps: whole blocks, rounded up in each row."""
@@ -254,7 +248,5 @@ def _candidates(scores: torch.Tensor, pooled: Pooled) -> torch.Tensor:
     return pooled.candidates & (scores > -torch.inf)
 
 
-def _best(scores: torch.Tensor, number_of: int, pooled: Pooled) -> torch.Tensor:
-    # A score of -inf among the ranked ones would leave no order among the others.
-    finite = scores.nan_to_num(0, neginf=0)
-    return top(finite, number_of, _candidates(scores, pooled))
+def _best(scores: torch.Tensor, count: int | torch.Tensor, pooled: Pooled) -> torch.Tensor:
+    return top(scores, count, pooled.candidates, ruled_out=True)

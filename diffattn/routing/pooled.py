@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
+from diffattn.routing.rules import kept_blocks
 from diffattn.selected.key_blocks import KeyBlocks
 
 
@@ -22,6 +24,25 @@ class Always:
     pairs: torch.Tensor
     candidates: torch.Tensor
     counts: tuple[int, ...]
+    _kept: dict[float, torch.Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @cached_property
+    def others(self) -> torch.Tensor:
+        """The other pairs of blocks, bool (blocks, blocks)."""
+        with torch.inference_mode(False):
+            return ~self.pairs
+
+    def kept(self, share: float) -> torch.Tensor:
+        """The number of blocks that a share of each row's candidates is: int32 (blocks,)."""
+        if share not in self._kept:
+            with torch.inference_mode(False):
+                kept = torch.zeros_like(self.candidates, dtype=torch.int32)
+                for number in self.counts:
+                    kept.masked_fill_(self.candidates == number, kept_blocks(share, number))
+                self._kept[share] = kept
+        return self._kept[share]
 
 
 @dataclass(frozen=True)
@@ -62,5 +83,5 @@ class Pooled:
 
         All others are seen in any case, or have no key that counts.
         """
-        candidates = ~self.always.pairs[None, None]
+        candidates = self.always.others[None, None]
         return candidates if self.holds_any is None else candidates & self.holds_any[:, None, None]

@@ -23,6 +23,7 @@ def attention_of_blocks(
     remainder: str = "drop",
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
+    means: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Attention of query blocks to the key blocks that they have chosen; differentiable.
 
@@ -37,6 +38,7 @@ def attention_of_blocks(
         scale: factor of the scores; 1 / sqrt(head_dim) when None.
         key_mask: bool (batch, tokens): False for padding, which is seen by no query and counts in
             no mean.
+        means: the means of the blocks of query, key and value, if the caller has them.
 
     Returns:
         (batch, tokens, heads, head_dim).
@@ -53,14 +55,19 @@ def attention_of_blocks(
     )
     if remainder == "drop":
         return attention(query, key, value, layout, scale=scale, key_mask=key_mask)
-    summary = Summary.of_blocks(key, value, blocks, chosen, key_mask=key_mask)
+    if means is None:
+        of_queries = blocks.means(query, key_mask) if remainder == "block-summary" else None
+        summary = Summary.of_blocks(key, value, blocks, chosen, key_mask=key_mask)
+    else:
+        of_queries = means[0] if remainder == "block-summary" else None
+        summary = Summary.of_blocks(key, value, blocks, chosen, key_mask=key_mask, means=means[1:])
     out = summarised_attention(
         query,
         key,
         value,
         layout,
         summary,
-        query_means=blocks.means(query, key_mask) if remainder == "block-summary" else None,
+        query_means=of_queries,
         scale=scale,
         key_mask=key_mask,
     )

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from diffattn.routing.choosing import choose
+from diffattn.selected.by_kernels import selection_kernels
 
 # Shares such as 1 - 0.8 are not exact in binary: a count that is whole but for this is whole.
 _ROUNDING = 1e-6
@@ -31,21 +32,44 @@ def kept_blocks(share: float, candidates: int) -> int:
 
 
 @torch.no_grad()
-def top(scores: torch.Tensor, count: int, candidates: torch.Tensor | None = None) -> torch.Tensor:
-    """The `count` best candidates of each row; of equal scores the first.
+def top(
+    scores: torch.Tensor,
+    count: int | torch.Tensor,
+    candidates: torch.Tensor | None = None,
+    *,
+    ruled_out: bool = False,
+) -> torch.Tensor:
+    """The best candidates of each row; of equal scores the first.
 
     Args:
         scores: (batch, heads, rows, columns).
-        count: blocks to keep in a row; a row with fewer candidates keeps all of them.
+        count: blocks to keep in a row, or int32 (rows,), their number for each row. A row with
+            fewer candidates keeps all of them.
         candidates: bool, broadcastable to `scores`; None if every block is a candidate.
+        ruled_out: whether scores of -inf and NaN rule blocks out.
 
     Returns:
         bool, in the shape of `scores`.
     """
+    kernels = selection_kernels(scores)
+    if (
+        kernels is not None
+        and scores.dtype == torch.float32
+        and scores.shape[-1] <= kernels.MOST_COLUMNS
+    ):
+        best: torch.Tensor = kernels.best_of_rows(scores, count, candidates, ruled_out=ruled_out)
+        return best
+    if ruled_out:
+        there = scores > -torch.inf
+        candidates = there if candidates is None else candidates & there
+        # A score of -inf among the ranked ones would leave no order among the others.
+        scores = scores.nan_to_num(0, neginf=0)
     pools = scores.flatten(0, 2)
     ranked = None
     if candidates is not None:
         ranked = candidates.expand(scores.shape).flatten(0, 2)
+    if isinstance(count, torch.Tensor):
+        count = count.expand(scores.shape[:3]).flatten()
     none = torch.zeros_like(pools, dtype=torch.bool)
     return choose(pools, none, ranked=ranked, budget=count).view(scores.shape)
 
@@ -95,22 +119,24 @@ def row_threshold(
         (batch, heads, rows, 1).
     """
     if counted is None:
-        # Made on the device: a copy from the CPU would wait for all work before.
-        counted = torch.ones(
-            scores.shape[0], scores.shape[-1], dtype=torch.bool, device=scores.device
-        )
-    counts = counted.to(scores.dtype)
-    total = counts.sum(-1).clamp(min=1)
-    shares = counts / total[:, None]
-    seen = scores.masked_fill(~counted[:, None, None], 0)
-    mean = (seen * shares[:, None, None]).sum(-1, keepdim=True)
-    if variance == "exact":
-        square = (seen - mean).square() * shares[:, None, None]
-        spread = square.sum(-1, keepdim=True)
+        mean = scores.mean(-1, keepdim=True)
+        if variance == "exact":
+            spread = scores.var(-1, correction=0, keepdim=True)
+        else:
+            of_channel = key_means.var(1, correction=0)  # (batch, heads, head_dim)
     else:
-        weight = shares[:, :, None, None]
-        centre = (key_means * weight).sum(1, keepdim=True)
-        of_channel = ((key_means - centre).square() * weight).sum(1)  # (batch, heads, head_dim)
+        counts = counted.to(scores.dtype)
+        shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+        seen = scores.masked_fill(~counted[:, None, None], 0)
+        mean = (seen * shares[:, None, None]).sum(-1, keepdim=True)
+        if variance == "exact":
+            square = (seen - mean).square() * shares[:, None, None]
+            spread = square.sum(-1, keepdim=True)
+        else:
+            weight = shares[:, :, None, None]
+            centre = (key_means * weight).sum(1, keepdim=True)
+            of_channel = ((key_means - centre).square() * weight).sum(1)
+    if variance == "diagonal":
         squares = query_means.transpose(1, 2).square()
         spread = squares @ of_channel[..., None] * scale**2
     return mean + tau * (spread.clamp(min=0) + _LEAST_VARIANCE).sqrt()

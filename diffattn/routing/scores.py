@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from diffattn.selected.by_kernels import selection_kernels
 from diffattn.selected.key_blocks import KeyBlocks
 
 # Scores of parts that are in memory at a time.
@@ -28,7 +29,7 @@ def mean_scores(
         (batch, heads, query blocks, key blocks), without a gradient.
     """
     scores = query_means.transpose(1, 2) @ key_means.permute(0, 2, 3, 1)
-    return scores if scale == 1 else scores * scale
+    return scores if scale == 1 else scores.mul_(scale)
 
 
 @torch.no_grad()
@@ -64,6 +65,12 @@ def part_scores(
     """
     of_query, has_query = _parts(query, query_blocks, part_q, counted_queries)
     of_key, has_key = _parts(key, key_blocks, part_kv, counted_keys)
+    kernels = selection_kernels(of_query)
+    if kernels is not None:
+        scores: torch.Tensor = kernels.scores_of_parts(
+            of_query, of_key, has_query, has_key, scale, query.dtype
+        )
+        return scores
     batch, rows, parts, heads, _ = of_query.shape
     columns = of_key.shape[1]
     keys = of_key.flatten(1, 2).permute(0, 2, 3, 1)  # (batch, heads, head_dim, columns * parts)
@@ -84,6 +91,16 @@ def _parts(
     x: torch.Tensor, blocks: KeyBlocks, size: int, counted: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Means of parts, (batch, blocks, parts, heads, head_dim), and whether each part exists."""
+    if (kernels := selection_kernels(x)) is not None:
+        starts, exists = blocks.parts(size)
+        shape = len(blocks.lengths), exists.shape[2]
+        _, means = kernels.pooled(x, starts, size, counted=counted)
+        if counted is None:
+            exists = exists.expand(x.shape[0], -1, -1)
+        else:
+            _, shares = kernels.pooled(counted[:, :, None, None].float(), starts, size)
+            exists = (shares[:, :, 0, 0] > 0).unflatten(1, shape)
+        return means.unflatten(1, shape), exists
     cut = blocks.cut(size)
     means = cut.means(x, counted)
     exists = torch.ones(x.shape[0], len(cut.lengths), dtype=torch.bool, device=x.device)

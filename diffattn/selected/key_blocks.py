@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
 
 from diffattn.grid import TokenGrid
 from diffattn.orders import permuted
+from diffattn.selected.by_kernels import selection_kernels
 
 Chunk: TypeAlias = tuple[int, ...]
+
+# A program of the kernel that pools reads a whole block: longer blocks would keep a GPU waiting.
+_LONGEST_POOLED = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +44,7 @@ class KeyBlocks:
     lengths: tuple[int, ...]
     _tiles: dict[int, KeyBlocks] = field(default_factory=dict, repr=False)
     _padded: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
+    _slots: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_lengths(
@@ -130,6 +136,10 @@ class KeyBlocks:
         Returns:
             `(batch, video blocks, heads, head_dim)`; 0 for a block without a counted token.
         """
+        kernels = selection_kernels(x) if self._longest <= _LONGEST_POOLED else None
+        if kernels is not None:
+            _, means = kernels.pooled(x, self._video_starts, self._longest, counted=counted)
+            return means
         dtype = torch.promote_types(x.dtype, torch.float32)
         if counted is None:
             tokens = self.sizes[None]
@@ -138,6 +148,70 @@ class KeyBlocks:
             x = x.masked_fill(~counted[:, :, None, None], 0)
             tokens = self._sums(counted[:, :, None, None], torch.int64)[:, :, 0, 0]
         return self._sums(x, dtype) / tokens.clamp(min=1)[:, :, None, None]
+
+    def moved(
+        self,
+        x: torch.Tensor,
+        there: torch.Tensor,
+        move: Callable[[torch.Tensor], torch.Tensor],
+        counted: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens in the places of the blocks, and the means of the blocks; differentiable.
+
+        Args:
+            x: `(batch, tokens, heads, head_dim)`.
+            there: int64 `(video tokens,)`, the token at each place, or a number past the last token
+                for a place of zeros.
+            move: moves `x` so in torch's operators, where no kernel takes `x`.
+            counted: bool `(batch, video tokens)`, False for places that are left out.
+
+        Returns:
+            `(batch, video tokens, heads, head_dim)`; and what `means` gives for them.
+        """
+        kernels = selection_kernels(x) if self._longest <= _LONGEST_POOLED else None
+        if kernels is None:
+            x = move(x)
+            return x, self.means(x, counted)
+        moved, means = kernels.pooled(
+            x, self._video_starts, self._longest, token=there, counted=counted
+        )
+        return moved, means
+
+    def parts(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every video block cut into equally many parts of `size` tokens; the last may be empty.
+
+        Returns:
+            int32 `(video blocks * parts + 1,)`, the first video token of each part, and the end;
+            bool `(1, video blocks, parts)`, whether a part has tokens.
+        """
+        if size not in self._slots:
+            with torch.inference_mode(False):
+                length = torch.tensor(self.lengths)
+                end = length.cumsum(0)[:, None]
+                place = torch.arange(0, self._longest, size)
+                start = torch.minimum(end - length[:, None] + place, end)
+                starts = torch.cat([start.flatten(), end[-1]]).to(torch.int32)
+                exists = place < length[:, None]
+                device = self.sizes.device
+                self._slots[size] = starts.to(device), exists[None].to(device)
+        return self._slots[size]
+
+    @cached_property
+    def logarithms(self) -> torch.Tensor:
+        """float32 `(1, 1, video blocks)`: the logarithm of each block's number of tokens."""
+        with torch.inference_mode(False):
+            return self.sizes.float().log()[None, None]
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(self.lengths)
+
+    @cached_property
+    def _video_starts(self) -> torch.Tensor:
+        """int32 `(video blocks + 1,)`: the first video token of each block, and the end."""
+        first = len(self.others_before)
+        starts = self.starts[first : first + self.video_blocks + 1]
+        return starts - starts[0] if first else starts.contiguous()
 
     def holds_any(self, counted: torch.Tensor) -> torch.Tensor:
         """Whether any token of a block counts: bool `(batch, video blocks)`.

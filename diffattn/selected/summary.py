@@ -51,6 +51,7 @@ class Summary:
         hidden: torch.Tensor,
         *,
         key_mask: torch.Tensor | None = None,
+        means: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Summary:
         """The mean key and value of each block; differentiable in key and value.
 
@@ -59,17 +60,16 @@ class Summary:
             blocks: the blocks, without text of their own.
             hidden: bool (batch | 1, heads | 1, query blocks, blocks), as `chosen` pairs are.
             key_mask: bool (batch, tokens): False for keys that count in no mean.
+            means: the means of key and value, if the caller has them.
         """
         if key_mask is None:
-            counts = blocks.sizes.float()[None]
+            bias = blocks.logarithms
         else:
             counts = blocks.means(key_mask[:, :, None, None].float())[:, :, 0, 0] * blocks.sizes
-        return cls(
-            blocks.means(key, key_mask),
-            blocks.means(value, key_mask),
-            counts.round().log()[:, None],
-            pack_bits(hidden),
-        )
+            bias = counts.round().log()[:, None]
+        if means is None:
+            means = blocks.means(key, key_mask), blocks.means(value, key_mask)
+        return cls(*means, bias, pack_bits(hidden))
 
 
 def summarised_attention(

@@ -15,15 +15,13 @@ def describable(x: torch.Tensor) -> bool:
 
     The dtype, the strides and the address decide; the device is not waited for.
     """
-    return (
-        x.dtype in _DTYPES
-        and x.stride(-1) == 1
-        and x.data_ptr() % _ALIGNMENT == 0
-        and all(
-            size == 1 or (0 < step < _MAX_STRIDE and step % _ALIGNMENT == 0)
-            for size, step in zip(x.shape[:-1], _byte_strides(x), strict=True)
-        )
-    )
+    if x.dtype not in _DTYPES or x.stride(-1) != 1 or x.data_ptr() % _ALIGNMENT:
+        return False
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        step = stride * x.itemsize
+        if size > 1 and (not 0 < step < _MAX_STRIDE or step % _ALIGNMENT):
+            return False
+    return True
 
 
 def tile_descriptor(x: torch.Tensor, tokens: int, block_d: int) -> TensorDescriptor:
@@ -41,11 +39,11 @@ def tile_strides(x: torch.Tensor) -> list[int]:
 
     No step is ever taken along a dimension of size 1: a valid stride replaces the tensor's own.
     """
+    batch, tokens, heads, _ = x.shape
+    s_b, s_t, s_h, _ = x.stride()
     return [
-        stride if size > 1 else _ALIGNMENT
-        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    ] + [1]
-
-
-def _byte_strides(x: torch.Tensor) -> list[int]:
-    return [stride * x.element_size() for stride in x.stride()[:-1]]
+        s_b if batch > 1 else _ALIGNMENT,
+        s_t if tokens > 1 else _ALIGNMENT,
+        s_h if heads > 1 else _ALIGNMENT,
+        1,
+    ]

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.launching import launch
 from ..common.primitives import (
     LN_2,
     LOG2_E,
@@ -236,12 +237,15 @@ def forward(
         (k, config.block_n), (v, config.block_n), (k, part), (v, part), tma=tma
     )
     with problem.on_device():
-        forward_kernel[(batch * heads * n_rows * (problem.block_q // config.block_m),)](
-            q, *sources, problem.key_mask, out, lse, rows.order, *problem.rows_layout(rows),
-            *q.stride(), *k.stride(), *v.stride(), *problem.key_mask_strides,
-            *problem.layout_strides,
-            tokens_q, tokens_kv, heads, n_rows,
-            problem.layout[1].shape[-1], problem.layout[3].shape[-1], problem.scale_not_0,
+        launch(
+            forward_kernel,
+            batch * heads * n_rows * (problem.block_q // config.block_m),
+            (q, *sources, problem.key_mask, out, lse, rows.order, *problem.rows_layout(rows)),
+            (*q.stride(), *k.stride(), *v.stride(), *problem.key_mask_strides,
+             *problem.layout_strides,
+             tokens_q, tokens_kv, heads, n_rows,
+             problem.layout[1].shape[-1], problem.layout[3].shape[-1]),
+            (problem.scale_not_0,),
             PARTIAL_N=part, HAS_PARTIAL=problem.rows_have_masks(tokens_kv),
             NEGATIVE_SCALE=problem.scale < 0, AHEAD=config.ahead,
             TMA=tma, **problem.constants(config),

@@ -15,12 +15,14 @@ import torch
 import triton
 
 from ..common.launch import is_hopper
+from ..common.launching import launch
 from ..common.tile_tables import TileConfig
 from .descriptors import tile_strides
 from .launch import Problem
 from .walk import cached_rows
 
 if TYPE_CHECKING:
+    from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Gluon is experimental: names and meanings change. The kernel was compiled with these versions.
@@ -69,7 +71,8 @@ def forward(
 
     Args:
         config: tiles of 128 queries and 64 or 128 keys, the same in full and in partial blocks; 4
-            warps for each group of 64 queries; 2 or more stages, as many as shared memory holds.
+            warps for each group of 64 queries; 2 or more stages, as many as shared memory holds;
+            ahead or not.
 
     Raises:
         ValueError: if the tiles are not what the kernel takes.
@@ -82,15 +85,17 @@ def forward(
     n_rows = rows.order.shape[-1]
     group = _QUERIES // 2
     with problem.on_device():
-        programs = batch * heads * n_rows * (problem.block_q // _QUERIES)
-        _kernel_module().forward_kernel[(programs,)](
-            _tiles(q, group), _tiles(k, config.block_n), _tiles(v, config.block_n),
-            _tiles(out, group), lse, rows.order,
-            *problem.rows_layout(rows), *problem.layout_strides,
-            tokens_q, k.shape[1], heads, n_rows,
-            problem.layout[1].shape[-1], problem.layout[3].shape[-1], problem.scale,
+        launch(
+            _kernel_module().forward_kernel,
+            batch * heads * n_rows * (problem.block_q // _QUERIES),
+            (_tiles(q, group), _tiles(k, config.block_n), _tiles(v, config.block_n),
+             _tiles(out, group), lse, rows.order, *problem.rows_layout(rows)),
+            (*problem.layout_strides,
+             tokens_q, k.shape[1], heads, n_rows,
+             problem.layout[1].shape[-1], problem.layout[3].shape[-1]),
+            (problem.scale,),
             D=head_dim, BLOCK_Q=problem.block_q, BLOCK_KV=problem.block_kv, BLOCK_N=config.block_n,
-            STAGES=config.num_stages,
+            STAGES=config.num_stages, AHEAD=config.ahead,
             num_warps=config.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
@@ -103,7 +108,7 @@ def _kernel_module() -> ModuleType:
 
 def _check_config(config: TileConfig, head_dim: int, block_kv: int) -> None:
     block_n, stages = config.block_n, config.num_stages
-    if config != TileConfig(_QUERIES, block_n, 4, stages) or stages < 2:
+    if config != TileConfig(_QUERIES, block_n, 4, stages, ahead=config.ahead) or stages < 2:
         raise ValueError(
             f"tiles of the Gluon kernel have {_QUERIES} queries, 4 warps, 2 or more stages and"
             f" no size of their own in partial blocks, got {config}"
@@ -123,10 +128,17 @@ def _check_config(config: TileConfig, head_dim: int, block_kv: int) -> None:
 
 def _tiles(x: torch.Tensor, tokens: int) -> TensorDescriptor:
     """Descriptor of tiles (1, tokens, 1, head_dim) of `(batch, tokens, heads, head_dim)`."""
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    block = [1, tokens, 1, x.shape[-1]]
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(x, list(x.shape), tile_strides(x), block, layout)
+    head_dim = x.shape[-1]
+    layout = _shared_layout(tokens, head_dim, x.dtype)
+    return TensorDescriptor(x, list(x.shape), tile_strides(x), [1, tokens, 1, head_dim], layout)
+
+
+@cache  # Triton takes 10 us to choose a layout, and a launch needs four
+def _shared_layout(tokens: int, head_dim: int, dtype: torch.dtype) -> NVMMASharedLayout:
+    """How a tile (1, tokens, 1, head_dim) lies in shared memory."""
+    from triton.experimental.gluon import language as gl
+
+    of_elements = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([1, tokens, 1, head_dim], of_elements)

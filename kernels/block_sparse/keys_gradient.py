@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.launching import launch
 from ..common.primitives import (
     LOG2_E,
     load_tile,
@@ -201,14 +202,17 @@ def keys_gradient(
         (q, config.block_m), (grad_out, config.block_m), (q, part), (grad_out, part), tma=tma
     )
     with problem.on_device():
-        keys_kernel[(batch * heads * n_columns * (problem.block_kv // config.block_n),)](
-            k, v, *sources, problem.key_mask, sums.delta, sums.log2_lse, dk, dv,
-            columns.order, columns.full_start, columns.full_row,
-            columns.partial_start, columns.partial_row, columns.partial_mask, problem.lists[-1],
-            *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *problem.key_mask_strides,
-            *problem.layout_strides,
-            tokens_q, sums.tokens, tokens_kv, heads, n_columns,
-            columns.full_row.shape[-1], columns.partial_row.shape[-1], problem.scale,
+        launch(
+            keys_kernel,
+            batch * heads * n_columns * (problem.block_kv // config.block_n),
+            (k, v, *sources, problem.key_mask, sums.delta, sums.log2_lse, dk, dv,
+             columns.order, columns.full_start, columns.full_row,
+             columns.partial_start, columns.partial_row, columns.partial_mask, problem.lists[-1]),
+            (*q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *problem.key_mask_strides,
+             *problem.layout_strides,
+             tokens_q, sums.tokens, tokens_kv, heads, n_columns,
+             columns.full_row.shape[-1], columns.partial_row.shape[-1]),
+            (problem.scale,),
             PARTIAL_M=part, HAS_PARTIAL=problem.has_partial, TMA=tma, **problem.constants(config),
         )  # fmt: skip
     return dk, dv

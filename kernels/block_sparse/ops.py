@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import triton
 
-from ..checks import check_inputs, check_layout
+from ..checks import check_inputs, check_layout, scale_of
 from ..operators import over_layout
 from .backward import backward
 from .forward import forward_kernel
@@ -54,9 +54,7 @@ def block_sparse_attention(
         ValueError: if dtypes, devices or shapes do not fit together or are not supported.
     """
     check_call(q, k, v, layout, key_mask, block_q, block_kv)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    return _attend(q, k, v, list(layout), key_mask, block_q, block_kv, scale)
+    return _attend(q, k, v, list(layout), key_mask, block_q, block_kv, scale_of(scale, q))
 
 
 def block_sparse_attention_gradients(
@@ -87,8 +85,7 @@ def block_sparse_attention_gradients(
     """
     check_call(q, k, v, layout, key_mask, block_q, block_kv)
     _check_results(q, grad_out, out, lse)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    scale = scale_of(scale, q)
     return _gradients(
         grad_out, None, q, k, v, out, lse, list(layout), key_mask, block_q, block_kv, scale
     )

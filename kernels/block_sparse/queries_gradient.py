@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.launching import launch
 from ..common.primitives import (
     LOG2_E,
     load_tile,
@@ -225,13 +226,16 @@ def queries_gradient(
         (k, config.block_n), (v, config.block_n), (k, part), (v, part), tma=tma
     )
     with problem.on_device():
-        queries_kernel[(batch * heads * n_rows * (problem.block_q // config.block_m),)](
-            q, grad_out, *sources, problem.key_mask, sums.delta, sums.log2_lse, dq,
-            rows.order, *problem.rows_layout(rows),
-            *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *problem.key_mask_strides,
-            *problem.layout_strides,
-            tokens_q, sums.tokens, tokens_kv, heads, n_rows,
-            problem.layout[1].shape[-1], problem.layout[3].shape[-1], problem.scale,
+        launch(
+            queries_kernel,
+            batch * heads * n_rows * (problem.block_q // config.block_m),
+            (q, grad_out, *sources, problem.key_mask, sums.delta, sums.log2_lse, dq,
+             rows.order, *problem.rows_layout(rows)),
+            (*q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *problem.key_mask_strides,
+             *problem.layout_strides,
+             tokens_q, sums.tokens, tokens_kv, heads, n_rows,
+             problem.layout[1].shape[-1], problem.layout[3].shape[-1]),
+            (problem.scale,),
             PARTIAL_N=part, HAS_PARTIAL=problem.rows_have_masks(tokens_kv), AHEAD=config.ahead,
             TMA=tma, **problem.constants(config),
         )  # fmt: skip

@@ -10,6 +10,8 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# Tiles of every head that come before the other tiles of all heads.
+FIRST_TILES = tl.constexpr(8)
 
 
 @triton.jit
@@ -70,13 +72,24 @@ def token_offsets(BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def tile_of_program(tiles, heads, s_layout_b, s_layout_h):
-    """Numbers of the program's tile, sample, head, layout; tiles of a head follow one another."""
+    """Numbers of the program's tile, sample, head, layout.
+
+    Tiles of a head follow one another, and find the head's keys in the L2 cache. Only the first few
+    tiles of all heads come before: where tiles are numbered by their work, those are the longest
+    (rows of text see everything), and a long tile of the last head must not begin at the end.
+    """
     i_program = tl.program_id(0)
-    i_bh = i_program // tiles
+    pairs = tl.num_programs(0) // tiles  # of a sample and a head
+    first = tl.minimum(tiles, FIRST_TILES)
+    i_late = i_program - first * pairs
+    late = tl.maximum(i_late, 0)
+    others = tl.maximum(tiles - first, 1)
+    i_tile = tl.where(i_late < 0, i_program // pairs, first + late % others)
+    i_bh = tl.where(i_late < 0, i_program % pairs, late // others)
     i_b = i_bh // heads
     i_h = i_bh % heads
     return (
-        i_program % tiles,
+        i_tile,
         i_b.to(tl.int64),
         i_h.to(tl.int64),
         i_b * s_layout_b + i_h * s_layout_h,

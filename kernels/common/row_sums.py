@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .launch import on_device, padded_head_dim
+from .launching import launch
 from .primitives import LOG2_E, load_tile, tile_of_program, token_offsets
 
 # Queries per program, which only streams through memory.
@@ -85,14 +86,16 @@ def row_sums(
         wide: whether 64 tokens of a head span more memory than 32-bit offsets reach.
     """
     batch, tokens, heads, head_dim = out.shape
-    padded = triton.cdiv(tokens, block_q) * block_q
+    padded = -(-tokens // block_q) * block_q
     delta, log2_lse = lse.new_empty((2, batch, heads, padded), dtype=torch.float32)
     grad = lse if grad_lse is None else grad_lse
     with on_device(out.device):
-        row_sums_kernel[(batch * heads * triton.cdiv(padded, _TILE),)](
-            out, grad_out, lse, grad, delta, log2_lse,
-            *out.stride(), *grad_out.stride(), *lse.stride(), *grad.stride(),
-            tokens, padded, heads,
+        launch(
+            row_sums_kernel,
+            batch * heads * -(-padded // _TILE),
+            (out, grad_out, lse, grad, delta, log2_lse),
+            (*out.stride(), *grad_out.stride(), *lse.stride(), *grad.stride(),
+             tokens, padded, heads),
             D=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=_TILE,
             HAS_GRAD_LSE=grad_lse is not None, WIDE=wide, num_warps=8,
         )  # fmt: skip

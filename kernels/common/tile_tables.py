@@ -19,7 +19,8 @@ class TileConfig:
             "forward" and "queries", queries for "keys". Smaller than in full blocks where masks
             leave too few registers; None for as in full blocks.
         ahead: whether the product for a tile's scores runs one tile early ("forward" and
-            "queries").
+            "queries"). In the Gluon kernel, where all such products do: whether a mask's bits are
+            read one tile early, and unpacked byte by byte.
     """
 
     block_m: int

@@ -63,6 +63,9 @@ _compiled: set[tuple[object, ...]] = set()
 _broken: set[tuple[object, ...]] = set()
 _warned: set[str] = set()
 
+# What `choices` found, by call and environment: the tables are long.
+_found: dict[tuple[object, ...], list[Choice]] = {}
+
 
 def first_that_compiles(
     kernel: str,
@@ -94,16 +97,14 @@ def first_that_compiles(
                 f"the {choice.variant!r} variant of {kernel!r} does not take this call"
             )
         return run(choice)
-    *demanding, plain = choices(kernel, call)
+    kind = (kernel, call.device, call.dtype, call.head_dim, *call.compiled_for)
+    asked = (os.environ.get(VARIANT_VARIABLE), os.environ.get(tuned.TABLE_VARIABLE))
+    found = _found.get((kind, asked))
+    if found is None:
+        found = _found[kind, asked] = choices(kernel, call)
+    *demanding, plain = found
     for best in demanding:
-        compiled_for = (
-            kernel,
-            best.variant,
-            call.device,
-            call.dtype,
-            call.head_dim,
-            *call.compiled_for,
-        )
+        compiled_for = (best.variant, *kind)
         if compiled_for in _broken or not takes(best.variant):
             continue
         try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checks import LayoutTensors, check_inputs, check_layout
+from ..checks import LayoutTensors, check_inputs, check_layout, scale_of
 from ..operators import empty_outputs, over_layout
 from .row_attention import RowAttention, RowBias, pick_row_attention, unit_stride
 from .row_plan import Group, RowPlan, Tile, cached_row_plan, rows_share
@@ -58,9 +58,7 @@ def block_sparse_attention(
     check_inputs(q, k, v, key_mask, dtypes=DTYPES)
     _check_device(q=q, k=k, v=v, key_mask=key_mask)
     check_layout(q, layout, block_q, block_kv)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    return _attend(q, k, v, list(layout), key_mask, block_q, block_kv, scale)
+    return _attend(q, k, v, list(layout), key_mask, block_q, block_kv, scale_of(scale, q))
 
 
 def block_sparse_attention_gradients(
@@ -86,8 +84,7 @@ def block_sparse_attention_gradients(
     Returns:
         dq, dk, dv: like q, k and v.
     """
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    scale = scale_of(scale, q)
     return _gradients(
         grad_out, None, q, k, v, out, lse, list(layout), key_mask, block_q, block_kv, scale
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checks import check_inputs
+from ..checks import check_inputs, scale_of
 from ..operators import empty_outputs, over_selection
 from .block_sparse import DTYPES
 from .row_attention import FlashRows, MatmulRows, RowAttention, pick_row_attention
@@ -57,9 +57,7 @@ def selected_attention(
     """
     check_inputs(q, k, v, key_mask, dtypes=DTYPES)
     _check_selection(q, k, v, starts, bits)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    return _attend(q, k, v, [starts, bits], key_mask, scale)
+    return _attend(q, k, v, [starts, bits], key_mask, scale_of(scale, q))
 
 
 def _forward(

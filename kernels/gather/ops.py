@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from ..checks import check_inputs
+from ..checks import check_inputs, scale_of
 from ..operators import over_selection
 from .backward import backward
 from .forward import forward, forward_kernel
@@ -58,9 +58,7 @@ def selected_attention(
     check_inputs(q, k, v, key_mask, dtypes=DTYPES)
     _check_selection(q, starts, bits)
     _check_supported(q, k, v, key_mask)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    return _attend(q, k, v, [starts, bits], key_mask, scale)
+    return _attend(q, k, v, [starts, bits], key_mask, scale_of(scale, q))
 
 
 _attend = over_selection(

@@ -21,8 +21,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from ..autocast import cast_as_sdpa, without_autocast
+from ..autocast import cast_as_sdpa
 from ..checks import check_inputs, check_tensors
+from ..dispatch import operator
 from ..transforms import first_order, materialized, save, transformable
 from .torch_passes import TorchPasses, wide
 
@@ -79,7 +80,8 @@ def linear_attention(
         state, total = packed[..., :-1], packed[..., -1]
         dist.all_reduce(count, group=group)
     count = count.clamp(min=1).to(state.dtype)[:, None, None]
-    out, _ = _output(q, state / count[..., None], total / count, rotation, eps, chunk, backend)
+    state, mean = state / count[..., None], total / count
+    out, _ = _output(q, state, mean, rotation, float(eps), chunk, backend)
     return out
 
 
@@ -112,8 +114,7 @@ class _SumOverProcesses(torch.autograd.Function):
         return _SumOverProcesses.apply(of_arguments[0], ctx.group)
 
 
-@torch.library.custom_op("diffattn::linear_state", mutates_args=())
-@without_autocast
+@operator("linear_state")
 def _state_op(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -126,7 +127,7 @@ def _state_op(
     return _passes(backend, chunk).collect(k, v, rotation, key_mask)
 
 
-@_state_op.register_fake
+@_state_op.registered.register_fake
 def _(k: torch.Tensor, *rest: torch.Tensor | int | str | None) -> tuple[torch.Tensor, torch.Tensor]:
     batch, _, heads, dim = k.shape
     dtype = wide(k.dtype)
@@ -135,8 +136,7 @@ def _(k: torch.Tensor, *rest: torch.Tensor | int | str | None) -> tuple[torch.Te
     )
 
 
-@torch.library.custom_op("diffattn::linear_state_backward", mutates_args=())
-@without_autocast
+@operator("linear_state_backward")
 def _state_backward_op(
     d_state: torch.Tensor,
     d_total: torch.Tensor,
@@ -154,7 +154,7 @@ def _state_backward_op(
     return dk, dv
 
 
-@_state_backward_op.register_fake
+@_state_backward_op.registered.register_fake
 def _(
     d_state: torch.Tensor,
     d_total: torch.Tensor,
@@ -165,8 +165,7 @@ def _(
     return k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-@torch.library.custom_op("diffattn::linear_output", mutates_args=())
-@without_autocast
+@operator("linear_output")
 def _output_op(
     q: torch.Tensor,
     state: torch.Tensor,
@@ -183,15 +182,14 @@ def _output_op(
     return out, inverse
 
 
-@_output_op.register_fake
+@_output_op.registered.register_fake
 def _(
     q: torch.Tensor, *rest: torch.Tensor | int | float | str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide(q.dtype))
 
 
-@torch.library.custom_op("diffattn::linear_output_backward", mutates_args=())
-@without_autocast
+@operator("linear_output_backward")
 def _output_backward_op(
     grad_out: torch.Tensor,
     out: torch.Tensor,
@@ -211,7 +209,7 @@ def _output_backward_op(
     return dq, d_state, d_mean
 
 
-@_output_backward_op.register_fake
+@_output_backward_op.registered.register_fake
 def _(
     grad_out: torch.Tensor,
     out: torch.Tensor,
@@ -270,8 +268,6 @@ def _output_tangents(ctx: Any, *of_arguments: torch.Tensor | None) -> tuple[torc
     return found
 
 
-_state_op.register_autograd(_state_autograd, setup_context=_setup_state)
-_output_op.register_autograd(_output_autograd, setup_context=_setup_output)
 _state = transformable(_state_op, _setup_state, _state_autograd, _state_tangents)
 _output = transformable(_output_op, _setup_output, _output_autograd, _output_tangents)
 

@@ -27,9 +27,16 @@ _SHORTEST_SPAN = 256
 
 
 @triton.jit
-def features(b_x):
-    """elu(x) + 1, of float32."""
-    return tl.where(b_x > 0, b_x + 1.0, tl.exp(tl.minimum(b_x, 0.0)))
+def features(b_x, FEATURES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """elu(x) + 1, relu(x) or the softmax over the channels, of float32 (BLOCK_T, BLOCK_D)."""
+    if FEATURES == "elu":
+        return tl.where(b_x > 0, b_x + 1.0, tl.exp(tl.minimum(b_x, 0.0)))
+    if FEATURES == "relu":
+        return tl.maximum(b_x, 0.0)
+    if D != BLOCK_D:
+        b_x = tl.where((tl.arange(0, BLOCK_D) < D)[None, :], b_x, -float("inf"))
+    b_power = tl.exp(b_x - tl.max(b_x, 1)[:, None])
+    return b_power / tl.sum(b_power, 1)[:, None]
 
 
 @triton.jit
@@ -75,7 +82,7 @@ def collect_kernel(
     s_xb, s_xt, s_xh, s_xd, s_yb, s_yt, s_yh, s_yd, s_mb, s_mt, tokens, heads, span,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     HAS_ROTATION: tl.constexpr, HAS_MASK: tl.constexpr, HAS_FACTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_E columns of the state of a span of tokens."""
     i_split = tl.program_id(0)
@@ -104,7 +111,9 @@ def collect_kernel(
         if HAS_ROTATION:
             b_cos, b_sin = load_angles(p_rotation, start, tokens, m_t, D, BLOCK_T, BLOCK_D)
             b_x = turn(b_x, b_cos, -b_sin, BLOCK_T, BLOCK_D)
-        b_features = tl.where(m_t[:, None], features(b_x), 0.0)  # (BLOCK_T, BLOCK_D)
+        b_features = tl.where(
+            m_t[:, None], features(b_x, FEATURES, D, BLOCK_D), 0.0
+        )  # (BLOCK_T, BLOCK_D)
         p_tile = p_y + start * s_yt + o_t[:, None] * s_yt + o_e[None, :] * s_yd
         # b_y: (BLOCK_T, BLOCK_E)
         b_y = tl.load(p_tile, mask=m_t[:, None] & (o_e < D)[None, :], other=0.0).to(tl.float32)
@@ -131,7 +140,7 @@ def apply_kernel(
     s_xb, s_xt, s_xh, s_xd, s_mb, s_mt, tokens, heads, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     HAS_ROTATION: tl.constexpr, HAS_MASK: tl.constexpr, HAS_MEAN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_E columns of the output: features of a tile times a state, divided if HAS_MEAN."""
     start = tl.program_id(0).to(tl.int64) * BLOCK_T
@@ -153,7 +162,9 @@ def apply_kernel(
     if HAS_ROTATION:
         b_cos, b_sin = load_angles(p_rotation, start, tokens, m_t, D, BLOCK_T, BLOCK_D)
         b_x = turn(b_x, b_cos, -b_sin, BLOCK_T, BLOCK_D)
-    b_features = tl.where(m_t[:, None], features(b_x), 0.0)  # (BLOCK_T, BLOCK_D)
+    b_features = tl.where(
+        m_t[:, None], features(b_x, FEATURES, D, BLOCK_D), 0.0
+    )  # (BLOCK_T, BLOCK_D)
     first = i_b * tokens + start
     if HAS_MEAN:
         b_mean = tl.load(p_mean + i_bh * D + o_d, mask=o_d < D, other=0.0)  # (BLOCK_D,)
@@ -335,8 +346,13 @@ def collect(
     mask: torch.Tensor | None,
     y_factor: torch.Tensor | None = None,
     x_factor: torch.Tensor | None = None,
+    *,
+    features: str = "elu",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `TorchPasses.collect`; the factors come both or not at all."""
+    """See `TorchPasses.collect`; the factors come both or not at all.
+
+    Features of SLA are "softmax", over the channels, and "relu", too.
+    """
     batch, tokens, heads, dim = x.shape
     tile = tile_of("collect", x)
     columns = triton.cdiv(dim, tile.block_e)
@@ -355,7 +371,7 @@ def collect(
             D=dim, BLOCK_D=padded_head_dim(dim), BLOCK_T=tile.block_t, BLOCK_E=tile.block_e,
             HAS_ROTATION=rotation is not None, HAS_MASK=mask is not None,
             HAS_FACTORS=y_factor is not None,
-            PRECISION=_precision(x.dtype), **_options(tile),
+            PRECISION=_precision(x.dtype), FEATURES=features, **_options(tile),
         )  # fmt: skip
     return state.sum(0), total.sum(0)
 
@@ -367,8 +383,10 @@ def apply(
     eps: float,
     rotation: torch.Tensor | None,
     mask: torch.Tensor | None,
+    *,
+    features: str = "elu",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See `TorchPasses.apply`; the state and the mean are contiguous."""
+    """See `TorchPasses.apply`; the state and the mean are contiguous. Features as of `collect`."""
     batch, tokens, heads, dim = x.shape
     tile = tile_of("apply", x)
     out = x.new_empty(x.shape)
@@ -381,7 +399,7 @@ def apply(
             D=dim, BLOCK_D=padded_head_dim(dim), BLOCK_T=tile.block_t, BLOCK_E=tile.block_e,
             HAS_ROTATION=rotation is not None, HAS_MASK=mask is not None,
             HAS_MEAN=mean is not None,
-            PRECISION=_precision(x.dtype), **_options(tile),
+            PRECISION=_precision(x.dtype), FEATURES=features, **_options(tile),
         )  # fmt: skip
     return out, inverse
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from ..autocast import without_autocast
 from ..block_sparse import ops as blocks
+from ..checks import scale_of
+from ..dispatch import operator
 from ..operators import empty_outputs, six
 from ..transforms import first_order, save, transformable
 from . import triton_passes as summaries
@@ -55,17 +56,14 @@ def joint_attention(
     """
     blocks.check_call(q, k, v, layout, key_mask, block_q, block_kv)
     check(q, summary_k, summary_v, bias, hidden, block_q, "triton")
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
     out, lse = _attend(
         q, k, v, summary_k, summary_v, bias, hidden, list(layout), key_mask,
-        block_q, block_kv, scale,
+        block_q, block_kv, scale_of(scale, q),
     )  # fmt: skip
     return out, lse
 
 
-@torch.library.custom_op("diffattn::joint_triton", mutates_args=())
-@without_autocast
+@operator("joint_triton")
 def _forward_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     summary_k: torch.Tensor, summary_v: torch.Tensor, bias: torch.Tensor, hidden: torch.Tensor,
@@ -81,13 +79,12 @@ def _forward_op(
     return out, lse
 
 
-@_forward_op.register_fake
+@_forward_op.registered.register_fake
 def _(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return empty_outputs(q)
 
 
-@torch.library.custom_op("diffattn::joint_triton_backward", mutates_args=())
-@without_autocast
+@operator("joint_triton_backward")
 def _backward_op(
     grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -108,7 +105,7 @@ def _backward_op(
     return dq.add_(more_dq), dk, dv, *of_summary
 
 
-@_backward_op.register_fake
+@_backward_op.registered.register_fake
 def _(
     grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
     *inputs: Any,
@@ -135,5 +132,4 @@ def _gradients(
     return (*grads, None, [None] * len(layout), *[None] * 4)
 
 
-_forward_op.register_autograd(_gradients, setup_context=_setup)
 _attend = transformable(_forward_op, _setup, _gradients, no_tangents)

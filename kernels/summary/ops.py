@@ -12,7 +12,8 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
-from ..autocast import without_autocast
+from ..checks import scale_of
+from ..dispatch import operator
 from ..operators import empty_outputs
 from ..transforms import first_order, save, transformable
 from .torch_passes import Gradients, TorchPasses
@@ -54,14 +55,11 @@ def summary_attention(
         ValueError: if dtypes, devices or shapes do not fit together or are not supported.
     """
     check(q, k, v, bias, hidden, block_q, backend)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    out, lse = _attend(q, k, v, bias, hidden, block_q, scale, backend)
+    out, lse = _attend(q, k, v, bias, hidden, block_q, scale_of(scale, q), backend)
     return out, lse
 
 
-@torch.library.custom_op("diffattn::summary", mutates_args=())
-@without_autocast
+@operator("summary")
 def _forward_op(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -75,15 +73,14 @@ def _forward_op(
     return _passes(backend).forward(q, k, v, bias, hidden, block_q, scale)
 
 
-@_forward_op.register_fake
+@_forward_op.registered.register_fake
 def _(
     q: torch.Tensor, *rest: torch.Tensor | int | float | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return empty_outputs(q)
 
 
-@torch.library.custom_op("diffattn::summary_backward", mutates_args=())
-@without_autocast
+@operator("summary_backward")
 def _backward_op(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
@@ -104,7 +101,7 @@ def _backward_op(
     return dq, *as_inputs(dk, dv, dbias, k, v, bias)
 
 
-@_backward_op.register_fake
+@_backward_op.registered.register_fake
 def _(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
@@ -162,7 +159,6 @@ def no_tangents(ctx: Any, *of_arguments: torch.Tensor | None) -> NoReturn:
     )
 
 
-_forward_op.register_autograd(_gradients, setup_context=_setup)
 _attend = transformable(_forward_op, _setup, _gradients, no_tangents)
 
 

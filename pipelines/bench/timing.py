@@ -8,11 +8,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
 _CPU = torch.device("cpu")
-HEAD_START_MS = 1.0  # of the host over the device: launching a backward pass takes less
+
+# By how much the host is ahead of the device when a call begins: at first, and at most.
+HEAD_START_MS = 1.0
+LONGEST_HEAD_START_MS = 16.0
 
 Clock = Callable[[], float]
 Call = Callable[[], object]
@@ -23,31 +27,48 @@ class Timer(Protocol):
 
 
 class DeviceTimer:
-    """Times by CUDA events.
+    """Times of the device alone, by CUDA events.
 
     Before every call a buffer several times as large as the L2 cache is written. No input is then
-    left in the cache. The host launches the call before the device comes to it, so that the time
-    has no gaps from launching.
+    left in the cache, and the device is busy until the host has launched the call. Where the device
+    came to the call too early, its time has gaps: the call is repeated with a longer head start,
+    which is kept for this call. A call that waits for the device is never launched in time: its
+    time contains the host's.
     """
 
     def __init__(self, device: torch.device) -> None:
         size = max(256 << 20, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
         self._scratch = torch.empty(size, dtype=torch.uint8, device=device)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        fill_ms = min(self._elapsed(self._scratch.zero_) for _ in range(5))
-        self._fills = max(1, math.ceil(HEAD_START_MS / fill_ms))
+        self._fill_ms = min(self._timed(self._scratch.zero_)[0] for _ in range(5))
+        self._head_starts: WeakKeyDictionary[Call, float] = WeakKeyDictionary()
+        self._waiting: WeakSet[Call] = WeakSet()
 
     def milliseconds(self, call: Call) -> float:
-        for _ in range(self._fills):
-            self._scratch.zero_()
-        return self._elapsed(call)
+        ms, in_time = self._behind_fills(call)
+        while not in_time and call not in self._waiting:
+            longer = 2 * self._head_starts.get(call, HEAD_START_MS)
+            if longer > LONGEST_HEAD_START_MS:
+                self._waiting.add(call)
+                longer = HEAD_START_MS
+            self._head_starts[call] = longer
+            ms, in_time = self._behind_fills(call)
+        return ms
 
-    def _elapsed(self, call: Call) -> float:
+    def _behind_fills(self, call: Call) -> tuple[float, bool]:
+        head_start = self._head_starts.get(call, HEAD_START_MS)
+        for _ in range(max(1, math.ceil(head_start / self._fill_ms))):
+            self._scratch.zero_()
+        return self._timed(call)
+
+    def _timed(self, call: Call) -> tuple[float, bool]:
+        """Milliseconds of a call; whether the host had launched all of it before it began."""
         self._start.record()
         call()
         self._end.record()
+        in_time = not self._start.query()
         self._end.synchronize()
-        return self._start.elapsed_time(self._end)
+        return self._start.elapsed_time(self._end), in_time
 
 
 class HostTimer:

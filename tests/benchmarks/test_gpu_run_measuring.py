@@ -27,7 +27,7 @@ from gpu_run.stages import KERNEL_TESTS, SMOKE, dry_stages, real_stages
 from gpu_run.worker import MODULES
 from triton_device import triton_device
 
-from diffattn import SLAAttn, SolAttn, TokenGrid, VMoBAAttn, attention
+from diffattn import SLAAttn, SolAttn, SVG2Attn, TokenGrid, VMoBAAttn, attention
 from diffattn.kernels.common import tuned, variants
 from diffattn.kernels.common.tile_tables import Choice, TileConfig
 from diffattn.kernels.reference import reference_attention
@@ -39,6 +39,7 @@ from diffattn.pipelines.bench.timing import (
     interleave,
     median_ratio,
 )
+from diffattn.routing import clusters
 
 CPU = torch.device("cpu")
 SHAPE = Shape("ragged", TokenGrid(3, 9, 11, text_before=5), heads=3, head_dim=16)  # 302 tokens
@@ -81,6 +82,9 @@ def test_the_cache_is_overwritten_before_a_call_and_outside_of_its_time(
         def record(self) -> None:
             self.at = time.perf_counter()
 
+        def query(self) -> bool:
+            return False
+
         def synchronize(self) -> None: ...
 
         def elapsed_time(self, end: Event) -> float:
@@ -98,6 +102,90 @@ def test_the_cache_is_overwritten_before_a_call_and_outside_of_its_time(
     start = time.perf_counter()
     timer._scratch.zero_()
     assert took < 1000 * (time.perf_counter() - start)
+
+
+class SimulatedGPU:
+    """A device that does what the host launches, one after another, by a clock of its own.
+
+    Attributes:
+        host: milliseconds at which the host is.
+        free: milliseconds at which the device has done all that was launched.
+        fills: how often the buffer has been written.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.free = 0.0
+        self.fills = 0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None: ...
+
+            def record(self) -> None:
+                self.at = max(gpu.host, gpu.free)
+
+            def query(self) -> bool:
+                return self.at <= gpu.host
+
+            def synchronize(self) -> None:
+                gpu.host = max(gpu.host, self.at)
+
+            def elapsed_time(self, end: Event) -> float:
+                return end.at - self.at
+
+        class Buffer:
+            def zero_(self) -> None:
+                gpu.fills += 1
+                gpu.launch(0.005, 0.1)
+
+        properties = types.SimpleNamespace(L2_cache_size=1 << 20)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch, "empty", lambda *size, **options: Buffer())
+
+    def launch(self, host_ms: float, device_ms: float) -> None:
+        self.host += host_ms
+        self.free = max(self.host, self.free) + device_ms
+
+    def wait(self) -> None:
+        self.host = max(self.host, self.free)
+
+
+@pytest.mark.parametrize("host_ms", [0.1, 0.9, 1.7, 6.0, 12.0])
+def test_times_are_those_of_the_device_however_slow_the_host_is(
+    host_ms: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = SimulatedGPU(monkeypatch)
+    timer = DeviceTimer(CPU)
+
+    def three_kernels() -> None:
+        for _ in range(3):
+            gpu.launch(host_ms / 3, 0.2)
+
+    assert timer.milliseconds(three_kernels) == pytest.approx(0.6)
+    # The second time no head start is tried in vain.
+    gpu.fills = 0
+    assert timer.milliseconds(three_kernels) == pytest.approx(0.6)
+    assert gpu.fills * 0.1 < max(1.1, 2.5 * host_ms)
+
+
+def test_a_call_that_waits_for_the_device_is_repeated_a_few_times_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = SimulatedGPU(monkeypatch)
+    timer = DeviceTimer(CPU)
+    calls: list[None] = []
+
+    def waits() -> None:
+        calls.append(None)
+        gpu.launch(0.01, 0.2)
+        gpu.wait()
+        gpu.launch(0.5, 0.2)
+
+    assert timer.milliseconds(waits) == pytest.approx(0.9)
+    assert len(calls) == 6  # after head starts of 1, 2, 4, 8, 16 and again 1 ms
+    assert timer.milliseconds(waits) == pytest.approx(0.9)
+    assert len(calls) == 7
 
 
 def test_rounds_are_interleaved_and_turn_around() -> None:
@@ -331,7 +419,7 @@ def test_a_broken_context_ends_the_process(checked: Any) -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("what", ["forward-plain", "queries-plain", "keys-plain"])
+@pytest.mark.parametrize("what", ["forward-plain", "queries-plain", "keys-plain", "clusters"])
 def test_kernels_pass_in_the_interpreter(
     what: str, setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -552,6 +640,7 @@ def test_kernels_that_do_not_compile_are_listed_and_the_others_compiled(
     ]
     monkeypatch.setattr(compiling.tune, "launches", lambda setting: iter(fake))
     monkeypatch.setattr(compiling.smoke, "launches", lambda setting: iter(()))
+    monkeypatch.setattr(compiling.selecting, "launches", lambda setting: iter(()))
     compiling.run("0/1", setting)
     (row,) = rows(setting, "compile")
     assert launched == [1, 2]
@@ -568,6 +657,7 @@ def test_compilers_share_the_launches(setting: Setting, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(compiling.tune, "launches", launches)
     monkeypatch.setattr(compiling.smoke, "launches", lambda setting: iter(()))
+    monkeypatch.setattr(compiling.selecting, "launches", lambda setting: iter(()))
     for number in range(3):
         compiling.run(f"{number}/3", replace(setting, dry=False))
     assert sorted(launched) == list(range(7))
@@ -601,6 +691,21 @@ def test_every_form_has_a_smoke_stage_and_tiles_to_try() -> None:
                 assert any(one.variant == variant for one in RANKED[kernel, head_dim])
 
 
+def test_choices_wait_for_the_smoke_stage_of_their_form() -> None:
+    tiles = TileConfig(128, 128, 4, 2)
+    ahead = replace(tiles, ahead=True)
+    assert smoke.form_of("forward", Choice("gluon", tiles)) == "forward-gluon"
+    assert smoke.form_of("forward", Choice("gluon", ahead)) == "forward-gluon-ahead"
+    assert smoke.form_of("queries", Choice("tma", ahead)) == "queries-tma"
+    forms = {
+        smoke.form_of(kernel, one)
+        for (kernel, _), choices in RANKED.items()
+        if kernel not in tune.GATHER
+        for one in choices
+    }
+    assert forms == {what for what in SMOKE if "-" in what}
+
+
 # ---------------------------------------------------------------- methods that select
 
 
@@ -626,3 +731,24 @@ def test_rows_of_selecting_methods(setting: Setting, monkeypatch: pytest.MonkeyP
     assert found[1]["density"] == pytest.approx(2 / 8)
     assert found[4]["density"] == pytest.approx(1 / 12)
     assert setting.journal.is_finished("768")
+
+
+def test_methods_that_remember_are_timed_in_a_later_step_too(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterations: list[int] = []
+
+    def k_means(x: Any, start: Any, count: int, counted: Any) -> Any:
+        iterations.append(count)
+        return clusters.k_means(x, start, count, counted)
+
+    method = SVG2Attn(iterations=3, warm_iterations=1, query_cluster=80, key_cluster=40)
+    monkeypatch.setattr(selecting, "METHODS", {"svg2": method})
+    monkeypatch.setattr("diffattn.methods.svg2.k_means", k_means)
+    selecting.run("", setting)
+    found = rows(setting, "selecting")
+    assert [row["method"] for row in found] == ["svg2", "svg2, later step"]
+    assert all(row["speed_up"] > 0 for row in found)
+    # Three calls of each before the times, each of queries and of keys: of those with a memory
+    # only the first starts anew.
+    assert iterations[:12] == [3, 3] * 4 + [1, 1] * 2

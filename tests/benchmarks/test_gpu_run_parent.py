@@ -234,6 +234,14 @@ def test_the_next_stage_is_made_meanwhile_and_waits_for_its_turn(run: Run, pids:
     assert notes[2:] == ["done", "turn"]
 
 
+def test_no_other_stage_is_made_while_a_stage_is_alone(run: Run, pids: Path) -> None:
+    first = "import time; time.sleep(1);" + NOTE.format("done ") + ROW
+    second = NOTE.format("ready ") + TURN + NOTE.format("turn ") + ROW
+    run_stages([stage("first", first, alone=True), stage("second", second, waits=True)], run)
+    assert outcomes(run) == {"first": 0, "second": 0}
+    assert pids.read_text().split() == ["done", "ready", "turn"]
+
+
 def test_a_stage_that_waits_has_its_limit_from_its_turn_on_and_hears_what_is_new(
     run: Run, pids: Path
 ) -> None:

@@ -175,7 +175,7 @@ def good_rows() -> list[Row]:
                     rate("wan-1.3b-480p", 128, direction, mask, asked, 100 * asked * factor)
                     | {"stage": "flex:wan-1.3b-480p", "candidate": candidate}
                 )
-    for method in ("radial", "gna", "clear", "freeswim"):
+    for method in ("radial", "gna", "clear", "freeswim", "attention-tile", "lvsa"):
         rows.append(
             {"kind": "building", "stage": "building:hunyuan-720p", "sources": "abc",
              "shape": "hunyuan-720p", "method": method, "tokens": 1000, "first_ms": 200.0,
@@ -183,7 +183,7 @@ def good_rows() -> list[Row]:
              "partial_blocks": 7, "bit_masks": 3}
         )  # fmt: skip
     for tokens in (17_160, 32_760, 75_600):
-        for number in range(13):
+        for number in range(17):
             rows.append(
                 {"kind": "selecting", "stage": "selecting", "sources": "abc", "tokens": tokens,
                  "method": f"method {number}", "partition": "2d", "density": 0.25,
@@ -315,7 +315,8 @@ def test_the_page_has_a_line_for_every_figure(tmp_path: Path) -> None:
          "direction": "backward", "tokens": 1000, "ms": 2.0, "dense_ms": 20.0, "tflops": 400.0,
          "of_dense": 0.1},
         {"kind": "call", "stage": "rates:wan", "sources": "abc", "shape": "wan", "asked": 0.1,
-         "host_us": 80.0, "permute_ms": 0.3, "permute_of_call": 0.2},
+         "host_us": 80.0, "host_us_recorded": 90.0, "host_us_backward": 140.0,
+         "permute_ms": 0.3, "permute_of_call": 0.2},
         {"kind": "smoke", "stage": "smoke:forward-gluon", "sources": "abc", "what": "forward-gluon",
          "case": "b", "head_dim": 80, "taken": False, "why": "a key | mask"},
         row_of_test("failed", "test_a.py::test_c") | {"error": "Traceback\nAssertionError: no"},
@@ -354,7 +355,7 @@ def test_the_page_has_a_line_for_every_figure(tmp_path: Path) -> None:
         "| gna | 1.20 | 0.90 | 1.50 | 4000 |",
         "| wan | forward | 1.000 | 13.000 | 13.0 |",
         "| hunyuan-720p | radial | 200 | 50 | 1.0 | 1 | 0.100 | 7 | 3 |",
-        "| wan | 0.1 | 80 | 0.300 | 20% |",
+        "| wan | 0.1 | 80 | 90 | 140 | 0.300 | 20% |",
         "| keys-tma | a | dk 1.0e-03 | 0.30 | yes | right |",
         "| forward-gluon | b | - | - | - | not taken: a key \\| mask |",
         "| test_a.py::test_c | failed | AssertionError: no |",

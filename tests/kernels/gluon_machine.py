@@ -6,7 +6,7 @@ the PTX manual has them. Copies and products are asynchronous: what they read an
 until somebody waits for them. An access to shared memory that no chain of barriers orders after
 the one before it is a `RaceError`, whatever the order was this time; partitions that all wait for
 each other are a `DeadlockError`. Layouts, registers and warps are not modelled: the compiler checks
-those.
+those. Of PTX the machine knows what the kernels have.
 """
 
 from __future__ import annotations
@@ -227,12 +227,14 @@ class Machine:
     """Runs one program.
 
     Args:
+        program, programs: its number, and how many there are.
         late: whether copies end as late as they can, or at once.
         order: chooses which of the partitions that can run goes on.
     """
 
-    def __init__(self, program: int, late: bool, order: random.Random) -> None:
+    def __init__(self, program: int, programs: int, late: bool, order: random.Random) -> None:
         self.program = program
+        self.programs = programs
         self.late = late
         self.order = order
         self.accesses = count()
@@ -483,6 +485,74 @@ def _store(pointer: Pointer, value: Value, mask: Any = None) -> None:
     pointer.memory[place[meant]] = value.to(pointer.memory.dtype)[meant]
 
 
+def _prmt(low: torch.Tensor, high: torch.Tensor, selector: torch.Tensor) -> torch.Tensor:
+    """Four bytes of two words, or the signs of such bytes, as four digits select them."""
+    result = torch.zeros_like(selector)
+    for place in range(4):
+        digit = selector >> 4 * place & 15
+        byte = torch.where(digit & 4 > 0, high, low) >> 8 * (digit & 3) & 0xFF
+        byte = torch.where(digit & 8 > 0, torch.where(byte > 127, 0xFF, 0), byte)
+        result |= byte << 8 * place
+    return result
+
+
+def _lop3(
+    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, table: torch.Tensor
+) -> torch.Tensor:  # fmt: skip
+    """Bit by bit the entry of a table of eight bits that the bits of three words number."""
+    result = torch.zeros_like(a)
+    for bit in range(32):
+        entry = (a >> bit & 1) << 2 | (b >> bit & 1) << 1 | (c >> bit & 1)
+        result |= (table >> entry & 1) << bit
+    return result
+
+
+def _cvt(dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Rounds two words, float32 each, to 16 bits: the halves of a word."""
+
+    def round_to_16_bits(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        rounded = [x.int().view(torch.float32).to(dtype).view(torch.int16) for x in (high, low)]
+        return rounded[0].long() << 16 & 0xFFFF0000 | rounded[1].long() & 0xFFFF
+
+    return round_to_16_bits
+
+
+def _shl(x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    return x << by.clamp(max=32) & 0xFFFFFFFF
+
+
+_PTX = {
+    "shl.b32": _shl,
+    "prmt.b32": _prmt,
+    "lop3.b32": _lop3,
+    "cvt.rn.bf16x2.f32": _cvt(torch.bfloat16),
+    "cvt.rn.f16x2.f32": _cvt(torch.float16),
+}
+
+
+def _inline_asm(
+    asm: str, constraints: str, args: Sequence[Value], dtype: torch.dtype, is_pure: bool, pack: int
+) -> Value:
+    """What a block of PTX makes of each element: words of 32 bits, in straight lines."""
+    assert is_pure
+    assert pack == 1
+    assert constraints.split(",") == ["=r"] + ["r"] * len(args)
+    registers = {
+        f"${i}": (x.view(torch.int32) if x.is_floating_point() else x).long() & 0xFFFFFFFF
+        for i, x in enumerate((x.as_subclass(torch.Tensor) for x in args), 1)
+    }
+    for statement in asm.strip("{}").split(";"):
+        operation, *operands = statement.replace(",", " ").split() or [".reg"]
+        if operation == ".reg":
+            continue
+        to, *sources = operands
+        words = [
+            registers[x] if x in registers else torch.tensor(int(x, 0)) for x in sources
+        ]  # fmt: skip
+        registers[to] = _PTX[operation](*torch.broadcast_tensors(*words))
+    return Value.of(registers["$0"].int().view(dtype))
+
+
 def _pair(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Value]:
     return lambda a, b: function(Value.of(a), Value.of(b)).as_subclass(Value)
 
@@ -490,23 +560,27 @@ def _pair(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Value]:
 _language = SimpleNamespace(
     constexpr=lambda x: x,
     static_range=range,
-    int32=torch.int32, int64=torch.int64, float32=torch.float32,
+    int16=torch.int16, int32=torch.int32, int64=torch.int64,
+    float32=torch.float32, bfloat16=torch.bfloat16,
     NVMMADistributedLayout=real.NVMMADistributedLayout,
     DotOperandLayout=real.DotOperandLayout,
     SliceLayout=real.SliceLayout,
     BlockedLayout=real.BlockedLayout,
     SwizzledSharedLayout=real.SwizzledSharedLayout,
     program_id=lambda axis: Value.of(_partition().machine.program, torch.int32),
+    num_programs=lambda axis: Value.of(_partition().machine.programs, torch.int32),
     arange=lambda start, end, layout: Value.of(torch.arange(start, end, dtype=torch.int32)),
     full=lambda shape, x, dtype, layout: Value.of(torch.full(shape, x, dtype=dtype)),
     zeros=lambda shape, dtype, layout: Value.of(torch.zeros(shape, dtype=dtype)),
     convert_layout=lambda x, layout: x,
+    split=lambda x: x.unbind(-1), join=lambda a, b: torch.stack([a, b], -1),
     load=_load, store=_store,
     where=lambda c, a, b: torch.where(Value.of(c), a, b),
     minimum=_pair(torch.minimum), maximum=_pair(torch.maximum),
     max=lambda x, axis: x.amax(axis), min=lambda x, axis: x.amin(axis),
     sum=lambda x, axis: x.sum(axis),
     exp2=torch.exp2, log2=torch.log2,
+    inline_asm_elementwise=_inline_asm,
     allocate_shared_memory=_allocate,
     warp_specialize=lambda functions, warps, registers: _partition().machine.specialize(functions),
 )  # fmt: skip
@@ -548,7 +622,9 @@ class Launcher:
         constants = {name: x for name, x in options.items() if name.isupper()}
         converted = [_argument(x) for x in args]
         for program in range(programs):
-            Machine(program, self.late, order).run(lambda: self.kernel(*converted, **constants))
+            Machine(program, programs, self.late, order).run(
+                lambda: self.kernel(*converted, **constants)
+            )
 
 
 def stand_in(

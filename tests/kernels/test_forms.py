@@ -277,6 +277,15 @@ def test_tiles_are_fitted_to_blocks(
     assert (config.block_m, config.block_n, config.num_warps, config.partial) == expected
 
 
+def test_short_tiles_of_gluon_have_more_stages(device: str) -> None:
+    q = torch.zeros(1, 256, 1, 128, device=device)
+    for block_kv, expected in ((128, (128, 2)), (64, (64, 4)), (256, (128, 2))):
+        layout = random_layout(256, 256, 128, block_kv).to(device).tensors
+        problem = Problem.of(q, q, q, layout, None, 128, block_kv, 0.3)
+        tiles = problem.tiles("forward", "gluon", TileConfig(128, 128, 4, 2))
+        assert (tiles.block_n, tiles.num_stages) == expected
+
+
 def test_a_choice_that_does_not_take_the_call_is_an_error(device: str) -> None:
     qkv = [x.detach().float() for x in inputs(device, 1, 70, 70, 1, 16)]
     layout = random_layout(70, 70, 64, 64).to(device)

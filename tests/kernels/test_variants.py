@@ -42,6 +42,8 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(variants, "_compiled", set())
     monkeypatch.setattr(variants, "_broken", set())
     monkeypatch.setattr(variants, "_warned", set())
+    monkeypatch.setattr(variants, "_found", {})
+    is_hopper.cache_clear()
 
 
 @pytest.fixture
@@ -173,6 +175,24 @@ def test_the_environment_decides(
     assert [tried(kernel, arguments) for kernel in ("forward", "queries", "keys")] == [
         forward, queries, keys,
     ]  # fmt: skip
+
+
+def test_choices_are_found_once_for_a_kind_of_call_in_an_environment(
+    device: str, ran: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+    choices = variants.choices
+
+    def counted(kernel: str, of: Problem) -> list[Choice]:
+        found.append(of.head_dim)
+        return choices(kernel, of)
+
+    monkeypatch.setattr(variants, "choices", counted)
+    for head_dim, asked in ((16, "tma"), (16, "tma"), (32, "tma"), (16, "plain"), (16, "tma")):
+        monkeypatch.setenv("DIFFATTN_TRITON_VARIANT", asked)
+        forward_pass.forward(*call(device, head_dim=head_dim), **OPTIONS)
+    assert found == [16, 32, 16]
+    assert ran == [("forward", form) for form in ("tma", "tma", "tma", "plain", "tma")]
 
 
 def test_unknown_variant(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

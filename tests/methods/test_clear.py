@@ -22,8 +22,10 @@ from diffattn.blocks import PARTIAL
 from diffattn.kernels.reference import reference_attention
 from diffattn.masks.base import Blocking
 from diffattn.methods import Site, from_dict
+from diffattn.methods.clear.disk import best_tile
 from diffattn.models import family_of
 from diffattn.operator import add_keys, every_pair
+from diffattn.orders import tiles_that_fit
 
 GOLDENS = golden_files.GOLDENS / "clear"
 
@@ -103,6 +105,29 @@ def test_tiles_visit_as_few_blocks_as_the_analysis_says(
     in_tiles = method.layout(grid, torch.device("cpu"), method.order(grid))
     assert method.mask(grid).blocks(128).density == pytest.approx(raster, rel=2e-3)
     assert in_tiles.density == pytest.approx(tiles, rel=2e-3)
+
+
+@pytest.mark.parametrize("limits", [[9, 4, 1, 0, 0], [2, 0, 0, 0, 0], [30, 30, 5, 1, 1]])
+@pytest.mark.parametrize("sizes", [(5, 7, 9), (2, 11, 6), (1, 13, 13)])
+def test_the_best_tile_visits_the_fewest_pairs(
+    sizes: tuple[int, int, int], limits: list[int]
+) -> None:
+    grid = TokenGrid(*sizes)
+    limit = torch.tensor(limits, dtype=torch.int32)
+    place = torch.cartesian_prod(*map(torch.arange, sizes))
+    frames, rows, columns = (place[:, None] - place).abs().unbind(2)
+    seen = rows**2 + columns**2 < limit[frames]
+
+    def visited(tile: tuple[int, int, int]) -> int:
+        tiles = place // torch.tensor(tile)
+        number = (tiles[:, 0] * sizes[1] + tiles[:, 1]) * sizes[2] + tiles[:, 2]
+        holds = number == number.unique()[:, None]  # (tiles, tokens)
+        touched = holds.double() @ seen.double() @ holds.double().T > 0
+        count = holds.sum(1)
+        return int((touched * count[:, None] * count).sum())
+
+    best = best_tile(grid, limit, 8)
+    assert visited(best) == min(map(visited, tiles_that_fit(grid, 8)))
 
 
 def test_flops_of_the_paper() -> None:

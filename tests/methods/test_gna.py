@@ -27,7 +27,7 @@ from diffattn.masks.base import Blocking
 from diffattn.masks.block_geometry import boxes_of
 from diffattn.masks.neighbourhood import AxisWindow, NeighbourhoodMask
 from diffattn.methods import Site, from_dict
-from diffattn.methods.gna import is_block_sparse, nearest_block_sparse
+from diffattn.methods.gna import _pairs_in_tiles, is_block_sparse, nearest_block_sparse
 from diffattn.orders import TileOrder
 
 GOLDENS = golden_files.GOLDENS / "gna"
@@ -651,6 +651,35 @@ class TestBlocks:
         # Blocks of two whole rows are in raster order already.
         rows = GNAAttn(window=("full", 16, "full"), stride=(1, 2, 1))
         assert rows.order(TokenGrid(1, 32, 64)) is None
+
+    @given(
+        size=st.integers(1, 24),
+        window=st.integers(1, 24),
+        stride=st.integers(1, 24),
+        dilation=st.sampled_from([1, 1, 2, 3]),
+        causal=st.booleans(),
+        side=st.sampled_from([1, 2, 3, 4, 8, 32]),
+    )
+    @settings(deadline=None)
+    def test_pairs_in_tiles_are_those_of_the_definition(
+        self, size: int, window: int, stride: int, dilation: int, causal: bool, side: int
+    ) -> None:
+        window = max(1, min(window, size // dilation))
+        dilation = min(dilation, size)
+        stride = min(stride, window)
+        seen = torch.tensor(
+            [
+                [attends(x, k, size, window, stride, dilation, causal) for k in range(size)]
+                for x in range(size)
+            ]
+        )
+        some = full = 0
+        for rows in seen.split(side):
+            for pairs in rows.split(side, 1):
+                some += pairs.numel() * bool(pairs.any())
+                full += pairs.numel() * bool(pairs.all()) * (pairs.numel() == side * side)
+        axis = AxisWindow(size, window, stride, dilation, causal)
+        assert _pairs_in_tiles(axis, [side]) == {side: (some, full)}
 
     @pytest.mark.parametrize(("tokens", "block"), [(12, 16), (1200, 32), (4096, 64), (16384, 128)])
     def test_small_grids_have_small_blocks(self, tokens: int, block: int) -> None:

@@ -33,12 +33,12 @@ def site(grid: TokenGrid) -> Site:
     return Site("wan", 5, 10, grid)
 
 
-@pytest.mark.parametrize("block", [16, 32, 64])
+@pytest.mark.parametrize(("query_block", "block"), [(16, 16), (64, 32), (32, 64)])
 @each_way
-def test_equals_the_definition(way: dict[str, Any], block: int) -> None:
+def test_equals_the_definition(way: dict[str, Any], query_block: int, block: int) -> None:
     torch.manual_seed(0)
     grid = TokenGrid(3, 5, 7, text_before=5, text_after=9)
-    method = SVG2Attn(**(SMALL | way | {"block": block}))
+    method = SVG2Attn(**(SMALL | way | {"query_block": query_block, "block": block}))
     leaves = [x.requires_grad_() for x in torch.randn(3, 2, grid.tokens, 2, 8)]
     pairs = method.selection(*leaves, site(grid))
     assert 0.2 < seen_pairs(pairs).float().mean() < 0.9
@@ -153,7 +153,7 @@ def test_heads_take_turns_where_memory_is_short(
     method = SVG2Attn(**(SMALL | way))
     want = method.attend(*x, site(grid))
     monkeypatch.setattr("diffattn.methods.svg2._BYTES_AT_ONCE", 1)
-    monkeypatch.setattr("diffattn.routing.clusters._DISTANCES_AT_ONCE", 64)
+    monkeypatch.setattr("diffattn.kernels.clusters.torch_passes._AT_ONCE", 64)
     torch.testing.assert_close(method.attend(*x, site(grid)), want)
 
 
@@ -271,6 +271,8 @@ def test_compiled_whole(way: dict[str, Any]) -> None:
     ("parameters", "message"),
     [
         ({"block": 24}, "block is 24, but must be a multiple of 16: try 16 or 32"),
+        ({"query_block": 100}, "query_block is 100, but must be a multiple of 16: try 96 or 112"),
+        ({"query_block": 8}, "query_block is 8, but must be an integer of at least 16"),
         ({"query_cluster": 0}, "query_cluster is 0, but must be an integer of at least 1"),
         ({"key_cluster": 7.5}, "key_cluster is 7.5, but must be an integer of at least 1"),
         ({"top_p": 0}, "top_p is 0, but must be a number above 0 and at most 1"),

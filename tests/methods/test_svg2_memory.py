@@ -72,7 +72,9 @@ def test_a_later_step_starts_from_the_clusters_before(remainder: str, references
     # Two steps later: a step cache has left one out.
     out = method.attend(*later, site(memory, 5, grid))
     pools = method._pools_of(grid, torch.device("cpu"))
-    pairs = method._chosen(*later, pools, None, None, list(cold.centroids))[0]
+    kept = svg2._Kept(grid, cold.centroids)
+    clustered = method._clustered(later[0], later[1], pools, None, kept)
+    pairs = clustered.pairs(method._chosen(later[1], later[2], pools, clustered, None)[0])
     for number, pool in enumerate(pools):
         for x, start, labels, offset in (
             (later[0], cold.centroids[2 * number], pairs.query_labels, pool.queries.start),

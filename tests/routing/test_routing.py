@@ -23,6 +23,7 @@ from diffattn.routing import (
     row_threshold,
     top,
 )
+from diffattn.routing.lists import Held
 from diffattn.selected.key_blocks import KeyBlocks
 
 
@@ -206,6 +207,67 @@ def test_lists_hold_the_chosen_blocks(tokens: int, block: int, seed: int) -> Non
     )
     assert short.full_index.shape[-1] == max(1, most)
     assert torch.equal(short.dense(), want)
+
+
+@pytest.mark.parametrize("lengths", [[16, 3, 16, 16, 1], [5], [16, 16]])
+def test_lists_hide_the_places_that_hold_no_key(lengths: list[int]) -> None:
+    torch.manual_seed(len(lengths))
+    blocks, places = len(lengths), 16 * len(lengths)
+    filled = (torch.arange(16) < torch.tensor(lengths)[:, None]).flatten()
+    chosen = torch.rand(2, 3, blocks, blocks) < 0.6
+    chosen[0, 0, 0], chosen[0, 0, -1] = False, True
+    layout = layout_of_blocks(
+        chosen,
+        tokens_q=places,
+        tokens_kv=places,
+        block_q=16,
+        block_kv=16,
+        held=Held.of(filled, 16),
+    )
+    want = chosen.repeat_interleave(16, 2).repeat_interleave(16, 3) & filled
+    assert torch.equal(layout.dense(), want)
+
+
+@pytest.mark.parametrize("columns", [9, 5000])
+def test_rows_keep_numbers_of_their_own(columns: int) -> None:
+    """In rows that are sorted and in rows that are counted, more than are chosen from at a time."""
+    torch.manual_seed(columns)
+    scores = torch.randn(2, 3, 12, columns)
+    counts = torch.arange(12, dtype=torch.int32)
+    kept = top(scores, counts)
+    for row in range(12):
+        assert torch.equal(kept[:, :, row], top(scores, row)[:, :, row])
+
+
+def test_scores_may_rule_blocks_out() -> None:
+    scores = torch.randn(1, 2, 3, 10)
+    scores[0, 0, 0, 4:], scores[0, 0, 1, 2], scores[0, 1, 0] = -torch.inf, torch.nan, torch.nan
+    scores[0, 1, 1, 7] = torch.inf
+    candidates = torch.arange(10) != 9
+    kept = top(scores, 5, candidates, ruled_out=True)
+    assert torch.equal(kept[0, 0, 0], torch.arange(10) < 4)
+    assert kept[0, 0, 1].sum() == 5
+    assert not kept[0, 0, 1, 2]
+    assert not kept[0, 1, 0].any()
+    assert kept[0, 1, 1, 7]
+    assert not kept[..., 9].any()
+
+
+@pytest.mark.parametrize(("lengths", "size"), [([64, 64, 20], 16), ([7, 30, 1], 8), ([5], 9)])
+def test_blocks_have_equally_many_parts_of_which_some_are_empty(
+    lengths: list[int], size: int
+) -> None:
+    starts, exists = KeyBlocks.of_lengths(lengths).parts(size)
+    number = -(-max(lengths) // size)
+    assert exists.shape == (1, len(lengths), number)
+    found = [list(range(starts[n], starts[n + 1])) for n in range(len(lengths) * number)]
+    want, first = [], 0
+    for length in lengths:
+        of_block = list(range(first, first + length))
+        want += [of_block[n * size : (n + 1) * size] for n in range(number)]
+        first += length
+    assert found == want
+    assert exists.flatten().tolist() == [bool(part) for part in want]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from diffattn.blocks import EMPTY, FULL
+from diffattn.distinct import distinct_rows
 from diffattn.grid import TokenGrid
 from diffattn.masks.base import AttentionMask, Blocking
 from diffattn.masks.block_geometry import Boxes, any_in_block, boxes_of, outlines_of
 from diffattn.orders import tiles_that_fit
+
+_T = TypeVar("_T")
 
 # Sums of three squared distances below this are exact in float32, in any order.
 _EXACT_IN_FLOAT32 = 1 << 22
@@ -90,10 +95,7 @@ class DiskMask(AttentionMask):
     def block_states(self, blocking: Blocking) -> torch.Tensor:
         states = super().block_states(blocking)
         device, sizes = blocking.device, (blocking.block_q, blocking.block_kv)
-        query, key = (
-            boxes_of(grid, size, device, blocking.order)
-            for grid, size in zip((self.grid, self._key_grid), sizes, strict=True)
-        )
+        query, key = self._of_both(boxes_of, blocking)
         limits = self.limits.to(device)
         in_time = _gaps(query, key, 0) if self.distances is None else self._frame_gaps(query, key)
         near, far = zip(in_time, *(_gaps(query, key, axis) for axis in (1, 2)), strict=True)
@@ -117,13 +119,7 @@ class DiskMask(AttentionMask):
     ) -> torch.Tensor:
         # The shift between the blocks decides, and their tokens in the first frame. Out of reach,
         # the first frame alone decides.
-        outlines = [
-            outlines_of(grid, size, row.device, blocking.order)
-            for grid, size in (
-                (self.grid, blocking.block_q),
-                (self._key_grid, blocking.block_kv),
-            )
-        ]
+        outlines = self._of_both(outlines_of, blocking)
         (query, query_end), (key, key_end) = (
             (x.first[index], x.end[index]) for x, index in zip(outlines, (row, column), strict=True)
         )
@@ -153,6 +149,13 @@ class DiskMask(AttentionMask):
     def _key_grid(self) -> TokenGrid:
         return self.keys or self.grid
 
+    def _of_both(self, of: Callable[..., _T], blocking: Blocking) -> tuple[_T, _T]:
+        """`boxes_of` or `outlines_of` of the queries and of the keys."""
+        query = of(self.grid, blocking.block_q, blocking.device, blocking.order)
+        if (self._key_grid, blocking.block_kv) == (self.grid, blocking.block_q):
+            return query, query
+        return query, of(self._key_grid, blocking.block_kv, blocking.device, blocking.order)
+
     def _limits_between(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """The limits between frames of queries and frames of keys, which broadcast together."""
         limits = self.limits.to(query.device)
@@ -169,8 +172,9 @@ class DiskMask(AttentionMask):
             for boxes in (query, key):
                 # Boxes have few distinct ranges of frames.
                 frames = torch.stack([boxes.first[:, 0], boxes.end[:, 0]], 1)
-                ranges, which = frames.unique(dim=0, return_inverse=True)
-                rows = [of_range(table[first:end], 0) for first, end in ranges.tolist()]
+                one_of_each, which = distinct_rows(frames)
+                ranges = frames[one_of_each].tolist()
+                rows = [of_range(table[first:end], 0) for first, end in ranges]
                 table = torch.stack(rows)[which].T
             out.append(table)
         return out[0], out[1]
@@ -226,15 +230,19 @@ def best_tile(grid: TokenGrid, limits: torch.Tensor, block_size: int) -> tuple[i
     Returns:
         Latent frames, rows and columns of the tile.
     """
-    sizes = (grid.frames, grid.height, grid.width)
+    tiles = tiles_that_fit(grid, block_size)
+    by_gap = [
+        {side: _pairs_by_gap(size, side) for side in {tile[axis] for tile in tiles}}
+        for axis, size in enumerate((grid.frames, grid.height, grid.width))
+    ]
 
     def visited(tile: tuple[int, int, int]) -> int:
-        (frames, f), (rows, r), (columns, c) = map(_pairs_by_gap, sizes, tile)
+        (frames, f), (rows, r), (columns, c) = map(dict.__getitem__, by_gap, tile)
         apart = rows.square()[:, None] + columns.square()
         near = apart < limits[frames][:, None, None]
-        return int(torch.einsum("frc,f,r,c->", near.double(), f, r, c))
+        return int(near.double() @ c @ r @ f)
 
-    return min(tiles_that_fit(grid, block_size), key=visited)
+    return min(tiles, key=visited)
 
 
 def _gaps(query: Boxes, key: Boxes, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -257,10 +265,11 @@ def _pairs_by_gap(size: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         int64 (gaps,) and float64 (gaps,).
     """
-    low = torch.arange(0, size, side)
-    high = (low + side).clamp(max=size) - 1
-    tokens = (high - low + 1).double()
-    before, after = low[:, None] - high, low - high[:, None]
-    gaps, which = torch.maximum(before, after).clamp(min=0).flatten().unique(return_inverse=True)
-    pairs = torch.zeros(len(gaps), dtype=torch.float64)
-    return gaps, pairs.index_add(0, which, (tokens[:, None] * tokens).flatten())
+    tiles = -(-size // side)
+    last = size - (tiles - 1) * side
+    # Tiles that are k apart have a gap of k - 1 tiles; one of them may be the last, which is short.
+    apart = torch.arange(tiles)
+    gaps = ((apart - 1) * side + 1).clamp(min=0)
+    pairs = 2 * ((tiles - 1 - apart) * side * side + side * last)
+    pairs[0] = (tiles - 1) * side * side + last * last
+    return gaps, pairs.double()

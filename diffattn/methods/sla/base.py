@@ -17,9 +17,9 @@ from diffattn.interception import through_modes
 from diffattn.kernels.autocast import cast_as_sdpa
 from diffattn.masks.base import BLOCK, AttentionMask
 from diffattn.methods.base import Compiled, Method, Site
-from diffattn.methods.selected_blocks import for_every_head
+from diffattn.methods.selected_blocks import for_every_head, joined
 from diffattn.operator import add_keys, attention, every_pair
-from diffattn.routing.lists import layout_of_blocks
+from diffattn.routing.lists import bytes_of_pair, layout_of_blocks
 from diffattn.selected.attention import SelectionMask
 from diffattn.selected.key_blocks import KeyBlocks
 from diffattn.spans import Division, Span, division_of, spans_of
@@ -30,7 +30,6 @@ _BLOCK = Allowed("16, 32, 64, 128 or 256", lambda value: is_whole(value) and val
 _ALLOWED = {"keep": number(above=0, at_most=1), "block_q": _BLOCK, "block_kv": _BLOCK}
 # Bytes of scores, lists and states in memory at a time; heads take turns where all would need more.
 _BYTES_AT_ONCE = 1 << 30
-_BYTES_PER_PAIR = 24
 
 
 @dataclass(frozen=True)
@@ -115,6 +114,10 @@ class SparseLinearMethod(Method):
             weights: the weights of the site.
             scale: factor of the scores; 1 / sqrt(head_dim) when None.
         """
+
+    def _floats_per_channel(self, query: torch.Tensor) -> int:
+        """Floats in memory at a time for each channel of a token of a head."""
+        return 8
 
     @abstractmethod
     def _states(self, rows: int, columns: int) -> int:
@@ -226,7 +229,7 @@ class SparseLinearMethod(Method):
             some = slice(first, first + step)
             q, k, v = (x[:, :, some] for x in (query, key, value))
             outs.append(self._attend_by_heads(q, k, v, others, counted, some, weights, scale))
-        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+        return joined(outs)
 
     def _softmax_branch(
         self,
@@ -274,8 +277,10 @@ class SparseLinearMethod(Method):
     def _heads_at_once(self, query: torch.Tensor) -> int:
         batch, tokens, heads, head_dim = query.shape
         rows, columns = -(-tokens // self.block_q), -(-tokens // self.block_kv)
-        numbers = 8 * tokens * head_dim + self._states(rows, columns) * head_dim * (head_dim + 1)
-        per_head = batch * (rows * columns * _BYTES_PER_PAIR + 4 * numbers)
+        numbers = self._floats_per_channel(query) * tokens * head_dim + self._states(
+            rows, columns
+        ) * head_dim * (head_dim + 1)
+        per_head = batch * (rows * columns * bytes_of_pair(query) + 4 * numbers)
         return min(heads, max(1, _BYTES_AT_ONCE // per_head))
 
     def _division(self, grid: TokenGrid) -> Division:

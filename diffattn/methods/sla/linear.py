@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from diffattn.kernels.autocast import without_autocast
+from diffattn.selected.by_kernels import selection_kernels
 
 # Features of queries and keys; none is negative.
 FEATURES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -20,6 +21,51 @@ FEATURES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "elu": lambda x: F.elu(x) + 1,
     "relu": F.relu,
 }
+
+
+@without_autocast
+def linear_over_all(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    features: str,
+    eps: float,
+    counted: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Linear attention over all tokens; differentiable in query, key and value.
+
+    Args:
+        query, key, value, features, counted: arguments of `linear_over_blocks`.
+        eps: added to the denominator, a sum over keys; above 0.
+
+    Returns:
+        (batch, tokens, heads, head_dim): in the dtype of `query` where `takes_kernels`, else in
+        float32 at least.
+    """
+    if takes_kernels(query, key, value):
+        from diffattn.kernels.linear import triton_passes as passes
+
+        state, total = passes.collect(key, value, None, counted, features=features)
+        out: torch.Tensor = passes.apply(query, state, total, eps, None, None, features=features)[0]
+        return out
+    every = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device)
+    return linear_over_blocks(
+        query,
+        key,
+        value,
+        every.expand(query.shape[0], query.shape[2], -1, -1),
+        block_q=query.shape[1],
+        block_kv=query.shape[1],
+        features=features,
+        eps=eps,
+        counted=counted,
+    )
+
+
+def takes_kernels(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels of linear attention take the tensors: on a GPU, without gradients."""
+    return all(selection_kernels(x) is not None for x in tensors) and tensors[0].shape[-1] <= 256
 
 
 @without_autocast

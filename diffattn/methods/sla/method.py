@@ -16,7 +16,12 @@ from diffattn.grid import TokenGrid
 from diffattn.kernels.autocast import autocast_off
 from diffattn.methods.base import Work
 from diffattn.methods.sla.base import Others, SparseLinearMethod
-from diffattn.methods.sla.linear import FEATURES, linear_over_blocks
+from diffattn.methods.sla.linear import (
+    FEATURES,
+    linear_over_all,
+    linear_over_blocks,
+    takes_kernels,
+)
 from diffattn.methods.sla.weights import SLAWeights
 from diffattn.routing.rules import top
 from diffattn.routing.scores import mean_scores
@@ -118,7 +123,8 @@ class SLAAttn(SparseLinearMethod):
     def critical(
         self, query: torch.Tensor, key: torch.Tensor, counted: torch.Tensor | None, weights: Any
     ) -> torch.Tensor:
-        return self._ranked(query, key, counted)[0]
+        scores, candidates = self._scores(query, key, counted)
+        return top(scores, self._critical(scores.shape[-1]), candidates)
 
     def _attend_by_heads(
         self,
@@ -131,63 +137,56 @@ class SLAAttn(SparseLinearMethod):
         weights: Any,
         scale: float | None,
     ) -> torch.Tensor:
-        critical, marginal = self._ranked(query, key, counted)
+        scores, candidates = self._scores(query, key, counted)
+        critical = top(scores, self._critical(scores.shape[-1]), candidates)
         out = self._softmax_branch(query, key, value, critical, counted, others, heads, scale)
-        linear = self._linear_branch(query, key, value, marginal, counted)
+        if self.linear == "all":
+            linear = linear_over_all(
+                query, key, value, features=self.features, eps=_EPS, counted=counted
+            )
+        else:
+            linear = linear_over_blocks(
+                query,
+                key,
+                value,
+                self._marginal(scores, critical, candidates),
+                block_q=self.block_q,
+                block_kv=self.block_kv,
+                features=self.features,
+                counted=counted,
+            )
         added = weights.project(linear, out.dtype)
         return (out.to(linear.dtype) + added).to(out.dtype)
 
     def _states(self, rows: int, columns: int) -> int:
         return rows + columns if self.linear == "rest" else 1
 
-    def _linear_branch(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        marginal: torch.Tensor,
-        counted: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The output of linear attention before the trained layer, in float32 at least."""
-        block_q, block_kv, eps = self.block_q, self.block_kv, 0.0
-        if self.linear == "all":
-            # All tokens are one block.
-            block_q = block_kv = query.shape[1]
-            marginal, eps = torch.ones_like(marginal[:, :, :1, :1]), _EPS
-        out: torch.Tensor = linear_over_blocks(
-            query,
-            key,
-            value,
-            marginal,
-            block_q=block_q,
-            block_kv=block_kv,
-            features=self.features,
-            eps=eps,
-            counted=counted,
-        )
-        return out
+    def _floats_per_channel(self, query: torch.Tensor) -> int:
+        is_lean = self.linear == "all" and takes_kernels(query)
+        return 2 if is_lean else super()._floats_per_channel(query)
 
     @torch.no_grad()
-    def _ranked(
+    def _scores(
         self, query: torch.Tensor, key: torch.Tensor, counted: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The critical and the marginal blocks: bool (batch, heads, query blocks, key blocks)."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The scores of the pairs of blocks, and which pairs count; None if all do."""
         tokens, device = query.shape[1], query.device
         tiles, blocks = (self._cut(tokens, b, device) for b in (self.block_q, self.block_kv))
         # In an autocast region the scores would be in half precision.
         with autocast_off(device.type):
+            of_keys = blocks.means(key, counted)
             # A vector taken off all keys changes no ranking, but leaves less to round.
-            centre = self._cut(tokens, tokens, device).means(key, counted)
-            of_keys = blocks.means(key, counted) - centre
+            of_keys = of_keys - of_keys.mean(1, keepdim=True)
             scores = mean_scores(tiles.means(query, counted), of_keys, 1.0)
-            candidates = torch.ones_like(scores, dtype=torch.bool)
-            if counted is not None:
-                there = blocks.means(counted[:, :, None, None].float())[:, :, 0, 0] > 0
-                candidates &= there[:, None, None]
-            columns = scores.shape[-1]
-            critical = top(scores, self._critical(columns), candidates)
-            marginal = candidates & ~critical
-            negligible = int(self.drop * columns)
-            if negligible:
-                marginal &= ~top(-scores, negligible, marginal)
-        return critical, marginal
+        if counted is None:
+            return scores, None
+        return scores, blocks.holds_any(counted)[:, None, None]
+
+    @torch.no_grad()
+    def _marginal(
+        self, scores: torch.Tensor, critical: torch.Tensor, candidates: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The blocks of linear attention, bool in the shape of the scores."""
+        marginal = ~critical if candidates is None else candidates & ~critical
+        negligible = int(self.drop * scores.shape[-1])
+        return marginal & ~top(-scores, negligible, marginal) if negligible else marginal

@@ -20,6 +20,7 @@ from diffattn.methods.sla.linear import linear_over_blocks
 from diffattn.methods.sla.soft import soft_attention, soft_top
 from diffattn.methods.sla.weights import SLA2Weights
 from diffattn.routing.rules import top
+from diffattn.selected.key_blocks import KeyBlocks
 
 _ALLOWED = {
     "selecting": choice(("hard", "soft")),
@@ -36,11 +37,13 @@ class _Routed:
         scores: (batch, heads, query blocks, key blocks).
         candidates: bool (batch, 1, 1, key blocks), whether any token of a block counts.
         alpha: (heads of the site, query blocks), the share of softmax attention.
+        centre: (batch, 1, heads, head_dim), the mean key.
     """
 
     scores: torch.Tensor
     candidates: torch.Tensor
     alpha: torch.Tensor
+    centre: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +172,7 @@ class SLA2Attn(SparseLinearMethod):
             rest = routed.candidates & ~best
         tokens = query.shape[1]
         with autocast_off(query.device.type):
-            centre = self._cut(tokens, tokens, query.device).means(key, counted)
+            centre = routed.centre
             of_linear = linear_over_blocks(
                 query,
                 key.to(centre.dtype) - centre,
@@ -191,8 +194,9 @@ class SLA2Attn(SparseLinearMethod):
         tiles, blocks = (self._cut(tokens, b, device) for b in (self.block_q, self.block_kv))
         # In an autocast region the scores would be in half precision.
         with autocast_off(device.type):
-            centre = self._cut(tokens, tokens, device).means(key, counted)
-            of_keys = blocks.means(key, counted) - centre
+            of_keys = blocks.means(key, counted)
+            centre = _centre(of_keys, blocks, counted)
+            of_keys = of_keys - centre
             of_queries = tiles.means(query, counted)
             of_queries, of_keys, alpha = weights(of_queries, of_keys)
             scores = of_queries.transpose(1, 2) @ of_keys.permute(0, 2, 3, 1)
@@ -200,7 +204,7 @@ class SLA2Attn(SparseLinearMethod):
             candidates = torch.ones_like(scores[:1, :1, :1], dtype=torch.bool)
         else:
             candidates = blocks.holds_any(counted)[:, None, None]
-        return _Routed(scores, candidates, alpha)
+        return _Routed(scores, candidates, alpha, centre)
 
     def _hard(self, routed: _Routed) -> torch.Tensor:
         return top(routed.scores, self._critical(routed.scores.shape[-1]), routed.candidates)
@@ -261,3 +265,13 @@ class SLA2Attn(SparseLinearMethod):
 
     def _states(self, rows: int, columns: int) -> int:
         return rows + columns
+
+
+def _centre(of_keys: torch.Tensor, blocks: KeyBlocks, counted: torch.Tensor | None) -> torch.Tensor:
+    """The mean key, (batch, 1, heads, head_dim), from the means of blocks."""
+    sizes = blocks.sizes[None].to(of_keys.dtype)
+    if counted is not None:
+        # The shares of the blocks' tokens that count.
+        sizes = sizes * blocks.means(counted[:, :, None, None].to(of_keys.dtype))[:, :, 0, 0]
+    weights = sizes / sizes.sum(1, keepdim=True).clamp(min=1)
+    return (of_keys * weights[:, :, None, None]).sum(1, keepdim=True)

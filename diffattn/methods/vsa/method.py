@@ -17,11 +17,11 @@ from diffattn.grid import TokenGrid
 from diffattn.kernels.autocast import autocast_off
 from diffattn.masks.base import AttentionMask
 from diffattn.methods.base import Compiled, Method, Site, SiteState, SiteWeights, Work
-from diffattn.methods.selected_blocks import for_every_head
+from diffattn.methods.selected_blocks import for_every_head, joined
 from diffattn.methods.vsa.gate import VSAGate, gate_of_call, with_gate
 from diffattn.methods.vsa.tiling import BLOCK, Tiling, tiling_of
 from diffattn.operator import attention
-from diffattn.routing.lists import layout_of_blocks
+from diffattn.routing.lists import bytes_of_pair, layout_of_blocks
 from diffattn.routing.rules import kept_blocks, neighbours, top
 from diffattn.routing.scores import mean_scores
 from diffattn.selected.attention import SelectionMask
@@ -40,7 +40,6 @@ _KEEP_ELSEWHERE = 0.2
 _DENSE_STEPS = 0.2
 # Bytes of scores and lists in memory at a time; heads take turns where all heads would need more.
 _BYTES_AT_ONCE = 1 << 29
-_BYTES_PER_PAIR = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,14 +189,18 @@ class VSAAttn(Method):
             return attention(query, key, value, scale=scale, key_mask=key_mask)
         tiling = self.tiling(grid, query.device)
         counted = tiling.counted(key_mask, query.shape[0])
-        query, key, value = (tiling.placed(x) for x in (query, key, value))
-        means = [tiling.tiles.means(x, counted) for x in (query, key)]
-        out = self._fine(query, key, value, means, tiling, grid, scale, counted)
+        holds_any = _holds_any(tiling, key_mask, counted)
+        query, of_query = tiling.pooled(query, counted)
+        key, of_key = tiling.pooled(key, counted)
+        value = tiling.placed(value)
+        means = of_query, of_key
+        padded = None if key_mask is None else counted
+        out = self._fine(query, key, value, means, tiling, grid, scale, padded, holds_any)
         if gate is not None:
-            means.append(tiling.tiles.means(value, counted))
             # Means are rounded as the tokens are, as in the public code.
-            q, k, v = (x.to(query.dtype) for x in means)
-            coarse = attention(q, k, v, scale=scale, key_mask=_holds_any(tiling, counted))
+            of_value = tiling.tiles.means(value, counted)
+            q, k, v = (x.to(query.dtype) for x in (of_query, of_key, of_value))
+            coarse = attention(q, k, v, scale=scale, key_mask=holds_any)
             out = out + tiling.placed(gate).to(out.dtype) * tiling.spread(coarse)
         return tiling.unplaced(out)
 
@@ -218,8 +221,9 @@ class VSAAttn(Method):
         key = for_every_head(key, query)
         tiling = self.tiling(site.grid, query.device)
         counted = tiling.counted(key_mask, query.shape[0])
-        means = [tiling.tiles.means(tiling.placed(x), counted) for x in (query, key)]
-        return self._chosen(means[0], means[1], tiling, site.grid, scale, counted)
+        of_q, of_k = (tiling.pooled(x, counted)[1] for x in (query, key))
+        holds_any = _holds_any(tiling, key_mask, counted)
+        return self._chosen(of_q, of_k, tiling, site.grid, scale, holds_any)
 
     def selection_mask(self, chosen: torch.Tensor, grid: TokenGrid) -> AttentionMask:
         """The selection of one head as a mask.
@@ -244,12 +248,17 @@ class VSAAttn(Method):
         Returns:
             bool, in the shape of `scores`.
         """
-        chosen = torch.zeros_like(scores, dtype=torch.bool)
+        chosen = None
         for span, tiles in enumerate(tiling.span_tiles):
-            candidates = tiling.owner == span
+            candidates = None
+            if tiles < len(tiling.lengths):
+                candidates = (tiling.owner == span)[None, None, None]
             if holds_any is not None:
-                candidates = (candidates & holds_any)[:, None, None]
-            chosen |= top(scores, kept_blocks(self._keep, tiles), candidates)
+                there = holds_any[:, None, None]
+                candidates = there if candidates is None else candidates & there
+            best = top(scores, kept_blocks(self._keep, tiles), candidates)
+            chosen = best if chosen is None else chosen | best
+        assert chosen is not None  # the video is a span
         return chosen
 
     @property
@@ -289,33 +298,40 @@ class VSAAttn(Method):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        means: list[torch.Tensor],
+        means: tuple[torch.Tensor, torch.Tensor],
         tiling: Tiling,
         grid: TokenGrid,
         scale: float | None,
         counted: torch.Tensor | None,
+        holds_any: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention to the selected tiles, of tokens at their places."""
+        """Attention to the selected tiles, of tokens at their places.
+
+        Args:
+            counted: bool (batch, places), False for padding and for empty places. None without
+                padding: the layout then hides empty places, which costs whole tiles nothing.
+        """
         batch, places, heads, _ = query.shape
-        pairs = batch * len(tiling.tile_of_block) ** 2 * _BYTES_PER_PAIR
+        pairs = batch * len(tiling.tile_of_block) ** 2 * bytes_of_pair(query)
         step = max(1, _BYTES_AT_ONCE // pairs)
         outs = []
         for first in range(0, heads, step):
             some = (slice(None), slice(None), slice(first, first + step))
-            chosen = self._chosen(means[0][some], means[1][some], tiling, grid, scale, counted)
+            chosen = self._chosen(means[0][some], means[1][some], tiling, grid, scale, holds_any)
             layout = layout_of_blocks(
                 tiling.of_blocks(chosen),
                 tokens_q=places,
                 tokens_kv=places,
                 block_q=BLOCK,
                 block_kv=BLOCK,
+                held=tiling.held if counted is None else None,
             )
             outs.append(
                 attention(
                     query[some], key[some], value[some], layout, scale=scale, key_mask=counted
                 )
             )
-        return torch.cat(outs, 2)
+        return joined(outs)
 
     @torch.no_grad()
     def _chosen(
@@ -325,11 +341,10 @@ class VSAAttn(Method):
         tiling: Tiling,
         grid: TokenGrid,
         scale: float | None,
-        counted: torch.Tensor | None,
+        holds_any: torch.Tensor | None,
     ) -> torch.Tensor:
         """The pairs of tiles that are computed, bool (batch, heads, tiles, tiles)."""
         device = query_means.device
-        holds_any = _holds_any(tiling, counted)
         # In an autocast region the scores would be in half precision.
         with autocast_off(device.type):
             factor = query_means.shape[-1] ** -0.5 if scale is None else scale
@@ -354,8 +369,10 @@ class VSAAttn(Method):
         return pairs
 
 
-def _holds_any(tiling: Tiling, counted: torch.Tensor | None) -> torch.Tensor | None:
-    """Whether any key of a tile counts: bool (batch, tiles); None if every place counts."""
-    if counted is None:
+def _holds_any(
+    tiling: Tiling, key_mask: torch.Tensor | None, counted: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Whether any key of a tile counts: bool (batch, tiles); None without padding."""
+    if key_mask is None or counted is None:
         return None
     return tiling.tiles.holds_any(counted)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from diffattn.orders import permuted
+from diffattn.routing.lists import Held
+from diffattn.selected.by_kernels import selection_kernels
 from diffattn.selected.key_blocks import KeyBlocks, Partition
 from diffattn.spans import Span, division_of
 
@@ -37,6 +39,7 @@ class Tiling:
         filled: bool (places,), False for places that fill up a tile; None if every tile is full.
         tiles: the tiles as blocks of places.
         tile_of_block: int64 (blocks,), the tile of each block of `BLOCK` places.
+        held: the keys of each block of `BLOCK` places; None if every tile is full.
         copy: int64 (places,), the copy that `spread` takes for each place; None for all copies.
     """
 
@@ -48,6 +51,7 @@ class Tiling:
     filled: torch.Tensor | None
     tiles: KeyBlocks
     tile_of_block: torch.Tensor
+    held: Held | None
     copy: torch.Tensor | None
 
     @property
@@ -65,12 +69,30 @@ class Tiling:
         Differentiable.
         """
         missing = self.places - self.tokens
+        if missing and x.ndim == 4 and selection_kernels(x) is not None:
+            return self.tiles.moved(x, self.token, self.placed)[0]
         if missing:
             x = F.pad(x, (*(0,) * (2 * (x.ndim - 2)), 0, missing))
         return permuted(x, self.token, self.place, 1)
 
+    def pooled(
+        self, x: torch.Tensor, counted: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `placed` gives, and the means of the tiles; differentiable.
+
+        Args:
+            x: (batch, tokens, heads, head_dim).
+            counted: bool (batch, places), False for places that count in no mean.
+
+        Returns:
+            (batch, places, heads, head_dim); (batch, tiles, heads, head_dim), in float32 at least.
+        """
+        return self.tiles.moved(x, self.token, self.placed, counted)
+
     def unplaced(self, x: torch.Tensor) -> torch.Tensor:
         """Inverse of `placed`."""
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return x.index_select(1, self.place[: self.tokens])
         return permuted(x, self.place, self.token, 1)[:, : self.tokens]
 
     def counted(self, key_mask: torch.Tensor | None, batch: int) -> torch.Tensor | None:
@@ -163,6 +185,7 @@ def tiling_of(
         token=token.to(device),
         place=token.argsort().to(device),
         filled=None if filled.all() else filled.to(device),
+        held=None if filled.all() else Held.of(filled, BLOCK).to(device),
         tiles=KeyBlocks.of_lengths(filled_up, device),
         tile_of_block=tile_of_block.to(device),
         copy=None if copies.all() else copies.flatten().nonzero()[:, 0].to(device),
