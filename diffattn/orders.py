@@ -213,8 +213,10 @@ def tiles_that_fit(grid: TokenGrid, block_size: int = 128) -> list[tuple[int, in
 
 def permuted(x: torch.Tensor, there: torch.Tensor, back: torch.Tensor, dim: int) -> torch.Tensor:
     """The entries of `x` along `dim` in the order `there`, whose inverse is `back`."""
-    if is_transformed() or not needs_gradients((x,)):
+    if is_transformed():
         return x.index_select(dim, there)
+    if not needs_gradients((x,)):
+        return _picked(x, there, dim)
     moved: torch.Tensor = _Permuted.apply(x, there, back, dim)
     return moved
 

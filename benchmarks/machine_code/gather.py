@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,4 +98,10 @@ def _work(function: str, constants: Constants) -> Work | None:
         names = ("rest",)
     else:
         names = ("whole", "rest")
-    return attention_work(kernel, PRODUCTS[kernel], names, constants)
+    work = attention_work(kernel, PRODUCTS[kernel], names, constants)
+    if "REST_N" not in constants:
+        return work
+    of_rest = attention_work(
+        kernel, PRODUCTS[kernel], ("rest",), {**constants, "BLOCK_N": constants["REST_N"]}
+    )
+    return replace(work, tiles=(*work.tiles[:-1], *of_rest.tiles))

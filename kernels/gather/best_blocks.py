@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..autocast import without_autocast
 from ..common.launch import on_device, padded_head_dim
 from ..common.primitives import load_tile
+from ..dispatch import operator
 from .selecting import turns
 
 # The most blocks, text and other blocks included, that a query's scores may have registers for.
@@ -419,8 +419,7 @@ class _Sizes:
         return self.block_p.bit_length() - 1
 
 
-@torch.library.custom_op("diffattn::block_means", mutates_args=())
-@without_autocast
+@operator("block_means")
 def block_means(
     key: torch.Tensor,
     starts: torch.Tensor,
@@ -455,7 +454,7 @@ def block_means(
     return means, holds.view(torch.bool)
 
 
-@block_means.register_fake
+@block_means.registered.register_fake
 def _empty_means(
     key: torch.Tensor,
     starts: torch.Tensor,
@@ -468,8 +467,7 @@ def _empty_means(
     return means, key.new_empty((batch, blocks), dtype=torch.bool)
 
 
-@torch.library.custom_op("diffattn::best_blocks", mutates_args=())
-@without_autocast
+@operator("best_blocks")
 def best_blocks(
     query: torch.Tensor,
     means: torch.Tensor,
@@ -566,7 +564,7 @@ def best_blocks(
     return bits
 
 
-@best_blocks.register_fake
+@best_blocks.registered.register_fake
 def _empty_bits(
     query: torch.Tensor,
     means: torch.Tensor,

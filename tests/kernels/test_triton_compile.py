@@ -106,7 +106,7 @@ def test_every_configuration_compiles_well(arch: int, family: str, table: dict[s
         ("block_sparse", {"forward", "queries", "keys", "row_sums"}),
         ("clusters", {"largest", "nearest", "span_sums", "split", "sums"}),
         ("tangent", {"tangent"}),
-        ("gather", {"forward", "queries", "keys", "row_sums", "count", "fill"}),
+        ("gather", {"forward", "join", "queries", "keys", "row_sums", "count", "fill"}),
         ("linear", {"collect", "apply", "pull_back", "denominator"}),
         ("selection", {"pooling", "parts", "best", "list"}),
         ("summary", {"forward", "queries", "keys", "row_sums"}),
@@ -136,7 +136,7 @@ def test_every_variant_for_hopper_is_in_the_table(table: dict[str, Any]) -> None
 
 def test_every_kernel_with_products_has_its_loops_in_the_table(table: dict[str, Any]) -> None:
     """In 16 bits with the products that its tiles need; float32 is multiplied without them."""
-    without = {"row_sums", "count", "fill", "denominator", "pooling", "best", "list"}
+    without = {"row_sums", "count", "fill", "join", "denominator", "pooling", "best", "list"}
     for row in table["kernels"]:
         if "float32" not in row["case"]:
             assert bool(row["loops"]) == (row["kernel"] not in without), row
