@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunInterruptedError, UserError
+from ..knobs import KNOBS
 from ..run.method_settings import make_method
 from ..run.prompts import read_prompts
 from ..run.request import BUNDLED_MODEL, Request
@@ -18,7 +19,7 @@ from .caches import lacking
 from .case import Case, case_of_words, check_cases, chosen
 from .command import base_request, finish, folder_of, make_comparison
 from .comparison import Folder
-from .densities import KNOBS, at_densities
+from .densities import at_densities
 from .measures import choose_measures
 from .papers import papers_beside
 from .sample_table import write_whole

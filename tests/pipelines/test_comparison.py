@@ -379,7 +379,7 @@ class TestBadInput:
             ),
             (
                 [PROMPTS[0], "--attn", "linfusion", "--density", 0.5],
-                "--density: linfusion chooses no share of the token pairs by a parameter; compare"
+                "--density: no parameter of linfusion sets its share of the token pairs; compare"
                 " it by --cases or --attn-config, which --density leaves alone",
             ),
             ([PROMPTS[0], *GNA, "--height", 33], None),
