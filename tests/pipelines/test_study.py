@@ -12,9 +12,9 @@ from diffattn.methods import METHODS, from_dict
 from diffattn.pipelines.compare import study
 from diffattn.pipelines.compare.case import check_cases
 from diffattn.pipelines.compare.comparison import Folder
-from diffattn.pipelines.compare.densities import KNOBS
 from diffattn.pipelines.compare.papers import FIGURES, papers_beside
 from diffattn.pipelines.compare.sample_table import Row
+from diffattn.pipelines.knobs import KNOBS
 from diffattn.pipelines.run.request import BUNDLED_MODEL, Request
 from diffattn.samples.moving_shapes.captions import split_scenes
 
