@@ -132,9 +132,9 @@ def _document(
         '<div class="bar" id="groups"></div>',
         "<h2>Table</h2>",
         "<p>Means over the samples, with their standard deviations; “equal” is a frame for frame"
-        " equal result. The shaded rows are floors: the dense model in another precision, and by"
-        " another kernel. A difference below a floor says nothing. A click on a title sorts; the"
-        " boxes choose the videos below.</p>",
+        f" equal result. The shaded rows are floors: the dense model in another precision, and by"
+        f" another kernel{_flex_words(comparison)}. A difference below a floor says nothing. A"
+        f" click on a title sorts; the boxes choose the videos below.</p>",
         '<div class="scroll"><table id="table"></table></div>',
         *(f'<p class="soft">{html.escape(note)}</p>' for note in notes),
         "<h2>Quality over cost</h2>",
@@ -171,6 +171,15 @@ def _document(
         f"<script>{(own / 'page.js').read_text('utf-8')}</script></body></html>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _flex_words(comparison: Comparison) -> str:
+    if not any(case.flex_of for case in comparison.cases):
+        return ""
+    return (
+        "; and methods whose mask torch's FlexAttention computes, compared not with the dense model"
+        " but with the same method by the kernels of this package"
+    )
 
 
 def _papers(papers: Sequence[Mapping[str, str]]) -> Iterator[str]:

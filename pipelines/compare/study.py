@@ -16,7 +16,7 @@ from ..run.prompts import read_prompts
 from ..run.request import BUNDLED_MODEL, Request
 from ..run.trained_lora import read_lora_record
 from .caches import lacking
-from .case import Case, case_of_words, check_cases, chosen
+from .case import FLOORS, Case, case_of_words, check_cases, chosen, flex_floor
 from .command import base_request, finish, folder_of, make_comparison
 from .comparison import Folder
 from .densities import at_densities
@@ -52,6 +52,8 @@ _WARM_UPS = (0.1, 0.25, 0.4)
 _WARMED_UP = ("radial", "gna", "vmoba")
 _TRAINED = ("radial", "gna", "vmoba")
 _SWEPT_AT = 0.25
+# Computed by torch's FlexAttention, too.
+_BY_FLEX = f"gna at {_SWEPT_AT:g}"
 # The constant share, and ramps of the same mean over a run.
 _CONSTANT = 0.3
 _RAMPS = {"falling": (0.5, 0.1), "rising": (0.1, 0.5)}
@@ -108,8 +110,8 @@ def study(
     title = f"The study of diffattn on {model}"
     measures = choose_measures([])
     comparison = make_comparison(base, cases, prompts, range(asked.seeds), measures, title)
-    floors = [case for case in comparison.cases if case.is_floor]
-    now = [*floors, *(case for case in chosen(comparison.cases, asked.only) if not case.is_floor)]
+    floors = [case for case in comparison.cases if case.name in FLOORS]
+    now = [*floors, *(case for case in chosen(comparison.cases, asked.only) if case not in floors)]
     for case in [case for case in now if case.cache is not None]:
         reason = lacking(case.cache)
         if reason is not None:
@@ -166,6 +168,10 @@ def study_cases(
     ramps, skipped = _ramps(bundled)
     trained, not_trained = _loras(methods, folder, bundled, lora)
     cases += [*ramps, *trained, *_caches(methods)]
+    cases += [
+        dataclasses.replace(flex_floor(case), groups=(METHODS,))
+        for case in methods if case.name == _BY_FLEX
+    ]  # fmt: skip
     return cases, skipped | not_trained
 
 

@@ -71,6 +71,9 @@ class TestCases:
         ramps = [case for case in cases if study.RAMPS in case.groups]
         assert len(ramps) + len(skipped) == 3
         assert {group for case in cases for group in case.groups} == {*study.GROUPS}
+        floor = by_name["floor: FlexAttention, gna at 0.25"]
+        assert (floor.flex_of, floor.groups) == ("gna at 0.25", ("methods",))
+        assert floor.attention == by_name["gna at 0.25"].attention
 
     def test_a_model_of_the_user(self, tmp_path: Path) -> None:
         base = Request("a", model="some/model", attention={"type": "dense"})
