@@ -29,6 +29,7 @@ from ..run.sources import Sources, read_sources
 from ..run.trained_lora import loras_of, read_lora_record
 from ..run.video import write_picture, write_video
 from ..run.vocabulary import warn_of_words
+from . import vbench
 from .caches import cached, check_cache
 from .case import DENSE, Case
 from .clip import Clip
@@ -84,6 +85,7 @@ def compare(
                 phase = _Phase(comparison, folder, table, cases, say, warn)
                 if phase.left:
                     phase.run(device, memory_check)
+            vbench.score(folder, table, say)
         except KeyboardInterrupt:
             kept = [folder.samples] if table.rows else []
             raise RunInterruptedError(kept, _GO_ON if table.rows else "") from None
