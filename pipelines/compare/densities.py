@@ -1,7 +1,7 @@
 """Methods at wanted shares of the token pairs: a parameter of each is searched for.
 
-The share is measured: of a mask by counting the pairs, of a method that selects by content by
-running the model. Shares are those of sparse calls; a schedule keeps further calls dense.
+The share is that of a plan, or measured by running the model where the content decides about it.
+Shares are those of sparse calls; a schedule keeps further calls dense.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from diffattn._checks import number
 from diffattn.counting import counted_pairs
+from diffattn.planning.plans import model_shape, plan
 
 from ..errors import UserError
 from ..knobs import Knob, Settings, check_knob
@@ -27,7 +28,7 @@ from .case import Case
 
 _NO_SCHEDULE: Settings = {"dense_layers": 0, "dense_steps": 0, "last_dense_steps": 0}
 _SHARE = number(above=0, at_most=1)
-# Halvings of the search; each costs a run for methods that select by content.
+# Halvings of the search; each costs a run where the content decides about the share.
 _HALVINGS = 12
 _HALVINGS_BY_RUNS = 8
 # Of the runs of the search; the table has the shares of whole runs.
@@ -102,6 +103,8 @@ class Search:
         self._base, self._say = base, say
         self._sources = read_sources(base, say)
         self._loaded: LoadedModel = load_model(base)
+        with refusals():
+            self._shape = model_shape(self._loaded.pipe)
 
     def find(self, case: Case, density: float) -> Settings:
         """The settings of a case's method whose share of the pairs is nearest to `density`."""
@@ -140,14 +143,14 @@ class Search:
 
     def _share(self, run: Run, knob: Knob) -> float:
         assert run.request.steps is not None
-        with attached(self._loaded.pipe, run) as attachment:
-            share = attachment.describe(run.grid, run.request.steps).density
-            if share is not None:
-                return float(share)
-            steps = min(_STEPS, run.request.steps) if knob.by_content else 1
-            request = dataclasses.replace(run.request, steps=steps)
-            with counted_pairs() as pairs:
-                render(request, self._loaded, "", run.sources, shown=False)
+        if not knob.by_content:
+            with refusals():
+                share = plan(self._shape, run.method, grid=run.grid, steps=1).density
+            assert share is not None
+            return share
+        request = dataclasses.replace(run.request, steps=min(_STEPS, run.request.steps))
+        with attached(self._loaded.pipe, run), counted_pairs() as pairs:
+            render(request, self._loaded, "", run.sources, shown=False)
         assert pairs.density is not None
         return pairs.density
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from diffattn.schedule import Ramp, ramp
 
 from ..errors import RunInterruptedError, UserError
 from ..knobs import KNOBS
@@ -49,11 +51,9 @@ _WITHOUT_PAIRS = ("agent", "linfusion")
 _OF_SWEPT = (METHODS, WARM_UP, LORA, CACHE)
 # Dense first steps, as shares of a run, beside none.
 _WARM_UPS = (0.1, 0.25, 0.4)
-_WARMED_UP = ("radial", "gna", "vmoba")
-_TRAINED = ("radial", "gna", "vmoba")
+# With dense steps, with a LoRA, with a cache, and by FlexAttention, at one share.
+_SWEPT = ("radial", "gna", "vmoba")
 _SWEPT_AT = 0.25
-# Computed by torch's FlexAttention, too.
-_BY_FLEX = f"gna at {_SWEPT_AT:g}"
 # The constant share, and ramps of the same mean over a run.
 _CONSTANT = 0.3
 _RAMPS = {"falling": (0.5, 0.1), "rising": (0.1, 0.5)}
@@ -154,25 +154,29 @@ def study_cases(
         for name, one in zip(KNOBS, words, strict=True)
     ]
     known = _Found(folder, base)
-    methods = at_densities(named, len(named), DENSITIES, base, known.methods, say, known.keep)
-    methods = [case for number, case in enumerate(methods) if not _repeats(case, methods[:number])]
-    swept = [f"{name} at {_SWEPT_AT:g}" for name in _WARMED_UP]
+    found = at_densities(named, len(named), DENSITIES, base, known.methods, say, known.keep)
+    # The nearest to two shares may be one and the same: the first has the name.
+    methods: list[Case] = []
+    own: dict[str, Case] = {}
+    for case in found:
+        same = next((one for one in methods if one.attention == case.attention), None)
+        own[case.name] = case if same is None else same
+        if same is None:
+            methods.append(case)
+    swept = {name: own[f"{name} at {_SWEPT_AT:g}"] for name in _SWEPT}
+    in_sweeps = [case.name for case in swept.values()]
     cases = [
-        dataclasses.replace(case, groups=_OF_SWEPT) if case.name in swept else case
+        dataclasses.replace(case, groups=_OF_SWEPT) if case.name in in_sweeps else case
         for case in methods
     ]
     cases += [_plain(name) for name in _WITHOUT_PAIRS]
     cases.append(Case("radial, as published", make_method({"type": "radial"}).to_dict(),
                       groups=(METHODS, WARM_UP)))  # fmt: skip
-    cases += _warm_ups([case for case in methods if case.name in swept])
-    ramps, skipped = _ramps(bundled)
-    trained, not_trained = _loras(methods, folder, bundled, lora)
-    cases += [*ramps, *trained, *_caches(methods)]
-    cases += [
-        dataclasses.replace(flex_floor(case), groups=(METHODS,))
-        for case in methods if case.name == _BY_FLEX
-    ]  # fmt: skip
-    return cases, skipped | not_trained
+    cases += _warm_ups(swept.values())
+    trained, skipped = _loras(swept, folder, bundled, lora)
+    cases += [*_ramps(bundled), *trained, *_caches(swept["vmoba"])]
+    cases.append(dataclasses.replace(flex_floor(swept["gna"]), groups=(METHODS,)))
+    return cases, skipped
 
 
 class _Found:
@@ -193,7 +197,8 @@ class _Found:
             return
         # Of another model or size, the search is made again.
         if isinstance(found, dict) and found.get("settings") == self._settings:
-            self.methods = dict(found["methods"])
+            methods = found.get("methods")
+            self.methods = methods if isinstance(methods, dict) else {}
 
     def keep(self, name: str, settings: Settings) -> None:
         """Write down what was found for a case."""
@@ -203,16 +208,11 @@ class _Found:
         write_whole(self._path, json.dumps(found, indent=1) + "\n")
 
 
-def _repeats(case: Case, earlier: Sequence[Case]) -> bool:
-    """Whether a case has the settings of an earlier one: the nearest to two shares may be one."""
-    return any(one.attention == case.attention for one in earlier)
-
-
 def _plain(name: str) -> Case:
     return Case(name, make_method({"type": name, **_ALWAYS}).to_dict(), groups=(METHODS,))
 
 
-def _warm_ups(cases: Sequence[Case]) -> list[Case]:
+def _warm_ups(cases: Iterable[Case]) -> list[Case]:
     """Each case with dense first steps, and with dense last steps."""
     found = []
     for case in cases:
@@ -224,36 +224,30 @@ def _warm_ups(cases: Sequence[Case]) -> list[Case]:
     return found
 
 
-def _ramps(bundled: bool) -> tuple[list[Case], dict[str, str]]:
+def _ramps(bundled: bool) -> list[Case]:
     """A constant share of the blocks, and shares that change with the steps at equal work."""
     plain = {"type": "block-topk", "order": "raster", **_ALWAYS} | (
         {"block": 32} if bundled else {}
     )
-    steady = make_method({**plain, "keep": _CONSTANT}).to_dict()
-    cases = [Case(f"block-topk, {_CONSTANT:.0%} in each step", steady, groups=(RAMPS,))]
-    skipped = {}
+    kept: dict[str, float | Ramp] = {f"{_CONSTANT:.0%} in each step": _CONSTANT}
     for word, (first, last) in _RAMPS.items():
-        name = f"block-topk, {word} from {first:.0%} to {last:.0%}"
-        try:
-            settings = make_method({**plain, "keep": {"ramp": [first, last]}}).to_dict()
-        except UserError:
-            skipped[name] = "this version has no parameters that change with the steps"
-            continue
-        settings = json.loads(json.dumps(settings))
-        cases.append(Case(name, settings, groups=(RAMPS,)))
-    return cases, skipped
+        kept[f"{word} from {first:.0%} to {last:.0%}"] = ramp(first, last)
+    return [
+        Case(f"block-topk, {words}", make_method({**plain, "keep": keep}).to_dict(),
+             groups=(RAMPS,))
+        for words, keep in kept.items()
+    ]  # fmt: skip
 
 
 def _loras(
-    methods: Sequence[Case], folder: Folder, bundled: bool, lora: str | None
+    swept: Mapping[str, Case], folder: Folder, bundled: bool, lora: str | None
 ) -> tuple[list[Case], dict[str, str]]:
-    """Methods with the LoRA that was trained under them; without a LoRA they are in `methods`."""
+    """Methods with the LoRA that was trained under them; without a LoRA they are in `swept`."""
     if bundled:
         return [
-            Case(f"{case.attention['type']} + LoRA", case.attention, groups=(LORA,),
-                 lora=str(folder.path / "loras" / case.attention["type"]))
-            for name in _TRAINED
-            for case in methods if case.name == f"{name} at {_SWEPT_AT:g}"
+            Case(f"{name} + LoRA", case.attention, groups=(LORA,),
+                 lora=str(folder.path / "loras" / name))
+            for name, case in swept.items()
         ], {}  # fmt: skip
     if lora is None:
         return [], {"LoRA": "give the LoRA of `diffattn lora train` by --lora"}
@@ -268,9 +262,8 @@ def _loras(
     ], {}
 
 
-def _caches(methods: Sequence[Case]) -> list[Case]:
+def _caches(sparse: Case) -> list[Case]:
     """Step caches on dense attention, and on a sparse method."""
-    sparse = next(case for case in methods if case.name == f"vmoba at {_SWEPT_AT:g}")
     found = []
     for cache in ("first-block", f"cache-dit:{_THRESHOLD}"):
         name = cache.partition(":")[0]

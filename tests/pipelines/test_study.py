@@ -68,12 +68,48 @@ class TestCases:
         assert lora.attention == by_name["gna at 0.25"].attention
         assert lora.lora == str(tmp_path / "loras/gna")
         assert {case.cache for case in cases if case.cache} == {"first-block", "cache-dit:0.2"}
+        assert skipped == {}
         ramps = [case for case in cases if study.RAMPS in case.groups]
-        assert len(ramps) + len(skipped) == 3
+        kept = [from_dict(dict(case.attention)) for case in ramps]
+        work = [[one.at_step(step, 20).keep for step in range(20)] for one in kept]  # type: ignore[attr-defined]
+        assert [of_run[0] for of_run in work] == [0.3, 0.5, 0.1]
+        assert [sum(of_run) / 20 for of_run in work] == pytest.approx([0.3] * 3)
         assert {group for case in cases for group in case.groups} == {*study.GROUPS}
         floor = by_name["floor: FlexAttention, gna at 0.25"]
         assert (floor.flex_of, floor.groups) == ("gna at 0.25", ("methods",))
         assert floor.attention == by_name["gna at 0.25"].attention
+
+    def test_shares_that_one_setting_is_nearest_to(self, tmp_path: Path) -> None:
+        """On small grids parameters have few values."""
+        base = Request("a", attention={"type": "dense"})
+        found = study._Found(Folder(tmp_path), base)
+        for name in KNOBS:
+            for density in study.DENSITIES:
+                settings = {"type": name, "dense_layers": 0, "dense_steps": 0}
+                found.keep(f"{name} at {density:.4g}", from_dict(settings).to_dict())
+        cases, _ = study.study_cases(base, Folder(tmp_path), None, print)
+        check_cases(cases)
+        names = [case.name for case in cases]
+        assert "gna at 0.5" in names
+        assert "gna at 0.25" not in names
+        assert "gna at 0.5, first 25% dense" in names
+        floor = next(case for case in cases if case.flex_of)
+        assert floor.flex_of == "gna at 0.5"
+        cached = next(case for case in cases if case.name == "vmoba at 0.5 + first-block")
+        assert cached.attention == next(c for c in cases if c.name == "vmoba at 0.5").attention
+
+    @pytest.mark.parametrize("content", ["{", "[]", '{"settings": 3}', '{"methods": {}}'])
+    def test_a_damaged_file_of_parameters_is_made_anew(self, tmp_path: Path, content: str) -> None:
+        base = Request("a", attention={"type": "dense"})
+        (tmp_path / "densities.json").write_text(content)
+        assert study._Found(Folder(tmp_path), base).methods == {}
+        known_densities(tmp_path, base)
+        settings = json.loads((tmp_path / "densities.json").read_text())["settings"]
+        for methods in (3, None):
+            (tmp_path / "densities.json").write_text(
+                json.dumps({"settings": settings, "methods": methods})
+            )
+            assert study._Found(Folder(tmp_path), base).methods == {}
 
     def test_a_model_of_the_user(self, tmp_path: Path) -> None:
         base = Request("a", model="some/model", attention={"type": "dense"})

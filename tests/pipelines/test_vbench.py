@@ -210,8 +210,8 @@ class TestNotThere:
         monkeypatch.setenv("PATH", os.defpath)
         assert compare(*SCORED).error == (
             "--measure vbench_imaging_quality: there is no command vbench, or not of a Python:"
-            " install it in an environment of its own (pipx install vbench), or name the Python of that"
-            " environment by DIFFATTN_VBENCH"
+            " install it in an environment of its own (pipx install vbench), or name the Python of"
+            " that environment by DIFFATTN_VBENCH"
         )
         assert not (tmp_path / "out").exists()
 
