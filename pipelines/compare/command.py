@@ -27,7 +27,7 @@ from .case import (
     flex_floors,
 )
 from .comparison import Comparison, Folder, read_record
-from .densities import at_densities
+from .densities import Found, at_densities
 from .measures import choose_measures
 from .page import MOST_MEDIA
 from .results import write_results
@@ -98,7 +98,8 @@ def compare_methods(
     ]
     check_cases(cases)
     if asked.densities:
-        known = recorded_methods(folder)
+        known = Found(folder, base)
+        known.methods |= recorded_methods(folder)
         cases = at_densities(cases, len(asked.methods), asked.densities, base, known, say)
         check_cases(cases)
     cases += flex_floors(cases, asked.flex)

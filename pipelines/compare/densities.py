@@ -7,14 +7,15 @@ Shares are those of sparse calls; a schedule keeps further calls dense.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffattn._checks import number
 from diffattn.counting import counted_pairs
 from diffattn.planning.plans import model_shape, plan
 
-from ..errors import UserError
+from ..errors import RunInterruptedError, UserError
 from ..knobs import Knob, Settings, check_knob
 from ..run.generate import attached, render
 from ..run.loading import LoadedModel, load_model
@@ -25,6 +26,8 @@ from ..run.request import Request, check_option
 from ..run.sizing import Run, complete
 from ..run.sources import read_sources
 from .case import Case
+from .comparison import Folder
+from .sample_table import write_whole
 
 _NO_SCHEDULE: Settings = {"dense_layers": 0, "dense_steps": 0, "last_dense_steps": 0}
 _SHARE = number(above=0, at_most=1)
@@ -44,9 +47,8 @@ def at_densities(
     count: int,
     densities: Sequence[float],
     base: Request,
-    known: Mapping[str, Mapping[str, Any]],
+    known: Found,
     say: Callable[[str], None],
-    keep: Callable[[str, Settings], None] = lambda name, settings: None,
 ) -> list[Case]:
     """Put each of the first cases in the place of itself at every density; keep the others.
 
@@ -55,13 +57,13 @@ def at_densities(
         count: how many of them are to be changed.
         densities: the wanted shares of the pairs.
         base: what all requests have in common, with a prompt to measure with.
-        known: settings by names that an earlier run has found; these are not searched again.
+        known: keeps what was found; settings that an earlier run has found are not searched again.
         say: takes lines for the user.
-        keep: takes the name of each case and the settings that were found.
 
     Raises:
         UserError: for a share out of range or given twice, and a method whose share no parameter
             sets.
+        RunInterruptedError: on Ctrl-C.
     """
     for density in densities:
         check_option("density", density, _SHARE)
@@ -74,15 +76,48 @@ def at_densities(
     for case in cases[:count]:
         for density in sorted(densities, reverse=True):
             name = f"{case.name} at {density:.4g}"
-            if name in known:
-                found.append(dataclasses.replace(case, name=name, attention=known[name]))
-                continue
-            if search is None:
-                search = Search(base, say)
-            settings = search.find(case, density)
-            keep(name, settings)
-            found.append(dataclasses.replace(case, name=name, attention=settings))
+            if name not in known.methods:
+                try:
+                    search = search or Search(base, say)
+                    known.keep(name, search.find(case, density))
+                except KeyboardInterrupt:
+                    raise known.interrupted() from None
+            found.append(dataclasses.replace(case, name=name, attention=known.methods[name]))
     return [*found, *cases[count:]]
+
+
+class Found:
+    """The parameters that searches have found so far, in a file of a comparison's folder.
+
+    Attributes:
+        methods: the settings by case.
+    """
+
+    def __init__(self, folder: Folder, base: Request) -> None:
+        """Read the file, if it is there and of the same model and size."""
+        self._path = folder.path / "densities.json"
+        settings = base.to_dict() | {"prompt": "", "seed": 0}
+        self._settings = json.loads(json.dumps(settings))
+        self.methods: dict[str, Any] = {}
+        try:
+            found = json.loads(self._path.read_text("utf-8"))
+        except (OSError, ValueError):
+            return
+        if isinstance(found, dict) and found.get("settings") == self._settings:
+            methods = found.get("methods")
+            self.methods = methods if isinstance(methods, dict) else {}
+
+    def keep(self, name: str, settings: Settings) -> None:
+        """Write down what was found for a case."""
+        self.methods[name] = json.loads(json.dumps(settings))
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        found = {"settings": self._settings, "methods": self.methods}
+        write_whole(self._path, json.dumps(found, indent=1) + "\n")
+
+    def interrupted(self) -> RunInterruptedError:
+        """What a search that is stopped raises."""
+        kept = [self._path] if self._path.exists() else []
+        return RunInterruptedError(kept, "the same command goes on from there" if kept else "")
 
 
 def _knob(case: Case) -> Knob:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,9 @@ from .caches import lacking
 from .case import FLOORS, Case, case_of_words, check_cases, chosen, flex_floor
 from .command import base_request, finish, folder_of, make_comparison
 from .comparison import Folder
-from .densities import at_densities
+from .densities import Found, at_densities
 from .measures import choose_measures
 from .papers import papers_beside
-from .sample_table import write_whole
 from .study_prompts import PROMPTS
 
 _Say = Callable[[str], None]
@@ -153,8 +151,7 @@ def study_cases(
         dataclasses.replace(case_of_words(" ".join(one.split())), name=name, groups=(METHODS,))
         for name, one in zip(KNOBS, words, strict=True)
     ]
-    known = _Found(folder, base)
-    found = at_densities(named, len(named), DENSITIES, base, known.methods, say, known.keep)
+    found = at_densities(named, len(named), DENSITIES, base, Found(folder, base), say)
     # The nearest to two shares may be one and the same: the first has the name.
     methods: list[Case] = []
     own: dict[str, Case] = {}
@@ -177,35 +174,6 @@ def study_cases(
     cases += [*_ramps(bundled), *trained, *_caches(swept["vmoba"])]
     cases.append(dataclasses.replace(flex_floor(swept["gna"]), groups=(METHODS,)))
     return cases, skipped
-
-
-class _Found:
-    """The parameters that the search has found so far, in a file of the folder.
-
-    Attributes:
-        methods: the settings by case.
-    """
-
-    def __init__(self, folder: Folder, base: Request) -> None:
-        self._path = folder.path / "densities.json"
-        settings = base.to_dict() | {"prompt": "", "seed": 0}
-        self._settings = json.loads(json.dumps(settings))
-        self.methods: dict[str, Any] = {}
-        try:
-            found = json.loads(self._path.read_text("utf-8"))
-        except (OSError, ValueError):
-            return
-        # Of another model or size, the search is made again.
-        if isinstance(found, dict) and found.get("settings") == self._settings:
-            methods = found.get("methods")
-            self.methods = methods if isinstance(methods, dict) else {}
-
-    def keep(self, name: str, settings: Settings) -> None:
-        """Write down what was found for a case."""
-        self.methods[name] = json.loads(json.dumps(settings))
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        found = {"settings": self._settings, "methods": self.methods}
-        write_whole(self._path, json.dumps(found, indent=1) + "\n")
 
 
 def _plain(name: str) -> Case:

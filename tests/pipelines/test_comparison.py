@@ -150,6 +150,41 @@ class TestRun:
         assert again.code == 0
         assert "of the token pairs for" not in again.out
 
+    def test_an_interrupted_search_goes_on(
+        self, compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Shares that the content decides about are measured by runs."""
+        from diffattn.pipelines.compare import densities
+
+        render, left = densities.render, [3]
+
+        def interrupted(*arguments: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return render(*arguments, **options)
+
+        monkeypatch.setattr(densities, "render", interrupted)
+        options = [
+            PROMPTS[0],
+            "--attn",
+            "gna dense_steps=0",
+            "--attn",
+            "sol block=16 dense_steps=0",
+        ]
+        options += ["--density", 0.5, "--only", "dense", *MEASURES]
+        options += ["--height", 128, "--width", 128, "--num-frames", 21]
+        result = compare(*options)
+        assert result.code == 130
+        assert "kept out/densities.json; the same command goes on from there" in result.err
+        result = compare(*options)
+        assert result.code == 0, result.err
+        assert "sol block=16 dense_steps=0: " in result.out
+        assert "gna dense_steps=0: " not in result.out
+        again = compare(*options)
+        assert again.code == 0
+        assert "of the token pairs for" not in again.out
+
     def test_several_loras_with_scales(self, compare: Any, tmp_path: Path, tiny_lora: Path) -> None:
         two = ["--lora", f"{tiny_lora}:0.5", "--lora", f"{tiny_lora}:0.5"]
         cases = {"once": {"attention": "dense", "lora": str(tiny_lora)}}

@@ -12,6 +12,7 @@ from diffattn.methods import METHODS, from_dict
 from diffattn.pipelines.compare import study
 from diffattn.pipelines.compare.case import check_cases
 from diffattn.pipelines.compare.comparison import Folder
+from diffattn.pipelines.compare.densities import Found
 from diffattn.pipelines.compare.papers import FIGURES, papers_beside
 from diffattn.pipelines.compare.sample_table import Row
 from diffattn.pipelines.knobs import KNOBS
@@ -30,7 +31,7 @@ QUARTER = {
 
 def known_densities(folder: Path, base: Request) -> None:
     """Put parameters into the folder, as a search that has ended leaves them."""
-    found = study._Found(Folder(folder), base)
+    found = Found(Folder(folder), base)
     for name in KNOBS:
         for density in study.DENSITIES:
             more = QUARTER.get(name, {}) if density == 0.25 else {}
@@ -82,7 +83,7 @@ class TestCases:
     def test_shares_that_one_setting_is_nearest_to(self, tmp_path: Path) -> None:
         """On small grids parameters have few values."""
         base = Request("a", attention={"type": "dense"})
-        found = study._Found(Folder(tmp_path), base)
+        found = Found(Folder(tmp_path), base)
         for name in KNOBS:
             for density in study.DENSITIES:
                 settings = {"type": name, "dense_layers": 0, "dense_steps": 0}
@@ -102,14 +103,14 @@ class TestCases:
     def test_a_damaged_file_of_parameters_is_made_anew(self, tmp_path: Path, content: str) -> None:
         base = Request("a", attention={"type": "dense"})
         (tmp_path / "densities.json").write_text(content)
-        assert study._Found(Folder(tmp_path), base).methods == {}
+        assert Found(Folder(tmp_path), base).methods == {}
         known_densities(tmp_path, base)
         settings = json.loads((tmp_path / "densities.json").read_text())["settings"]
         for methods in (3, None):
             (tmp_path / "densities.json").write_text(
                 json.dumps({"settings": settings, "methods": methods})
             )
-            assert study._Found(Folder(tmp_path), base).methods == {}
+            assert Found(Folder(tmp_path), base).methods == {}
 
     def test_a_model_of_the_user(self, tmp_path: Path) -> None:
         base = Request("a", model="some/model", attention={"type": "dense"})
@@ -120,9 +121,9 @@ class TestCases:
     def test_parameters_of_another_model_are_not_taken(self, tmp_path: Path) -> None:
         base = Request("a", attention={"type": "dense"})
         known_densities(tmp_path, base)
-        assert study._Found(Folder(tmp_path), base).methods
+        assert Found(Folder(tmp_path), base).methods
         other = Request("a", attention={"type": "dense"}, steps=3)
-        assert not study._Found(Folder(tmp_path), other).methods
+        assert not Found(Folder(tmp_path), other).methods
 
 
 class TestPrompts:
