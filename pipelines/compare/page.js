@@ -27,8 +27,9 @@ function draw(tag, options = {}, text = null) {
 }
 const number = (x) => (x === "inf" ? Infinity : x);
 const column = (name) => data.columns.find((one) => one.name === name);
-const cases = () => data.cases.filter((one) => !state.group || one.kind !== "case"
-  || one.groups.includes(state.group));
+// The dense model and its floors are of every group.
+const cases = () => data.cases.filter((one) => !state.group || one.groups.includes(state.group)
+  || (one.kind !== "case" && !one.groups.length));
 const methods = () => cases().filter((one) => one.kind === "case");
 const mean = (one, name) => (one.cells[name] ? number(one.cells[name].mean) : null);
 function colourOf(one) {
@@ -321,6 +322,10 @@ function tests() {
   byId("between").replaceChildren(head(), make("tbody", {}, ...rows(data.between)));
 }
 
+function showFirst() {
+  // All videos of the group, if they fit on a screen.
+  state.shown = new Set(cases().slice(0, 12).map((one) => one.name));
+}
 function begin() {
   const groups = [...new Set(data.cases.flatMap((one) => one.groups))];
   if (groups.length > 1) {
@@ -328,6 +333,7 @@ function begin() {
       text: group || "all", "aria-pressed": String(group === state.group), "data-group": group,
       onclick: (event) => {
         state.group = group;
+        showFirst();
         for (const button of event.target.parentElement.children) {
           button.setAttribute("aria-pressed", String(button === event.target));
         }
@@ -343,8 +349,7 @@ function begin() {
   byId("sample").replaceChildren(...data.samples.filter((one) => data.media[one.number])
     .map((one) => make("option", { value: one.number, text: `${one.prompt} (seed ${one.seed})` })));
   byId("scrub").max = data.frames - 1;
-  // All, if they fit on a screen; of a study, those that show a difference first.
-  data.cases.slice(0, 12).forEach((one) => state.shown.add(one.name));
+  showFirst();
   byId("quality").addEventListener("change", plots);
   byId("tested").addEventListener("change", tests);
   byId("sample").addEventListener("change", media);

@@ -39,11 +39,15 @@ def moving(shift: int) -> np.ndarray:
     return frames
 
 
-def made(folder: Path, picture: bool = False) -> tuple[Comparison, Folder, list[Row]]:
+def made(
+    folder: Path, picture: bool = False, flex: bool = False
+) -> tuple[Comparison, Folder, list[Row]]:
     base = Request("any", model="a-model", steps=4)
     attention = {"type": "gna"}
     groups = {"low": "one", "middle": "one", "dominated": "two", "high": "two"}
     cases = [Case(name, attention, groups=(groups[name],)) for name in CASES]
+    if flex:
+        cases.append(Case("floor: FlexAttention, low", attention, groups=("one",), flex_of="low"))
     measures = tuple(measure.name for measure in MEASURES)
     comparison = Comparison(
         base, (*dense_and_floors("float32"), *cases), PROMPTS, (0, 1), measures, "A & B"
@@ -244,10 +248,26 @@ class TestInABrowser:
         assert names(opened) == ["dense", "floor: precision", "floor: kernel", "dominated", "high"]
         assert opened.locator("#floors tbody tr").count() == 4
         assert opened.locator("#media video").count() == 5
+        opened.uncheck("tr[data-case=high] input")
         opened.click("button[data-group='']")
+        # A group shows its own videos, whichever were shown before.
+        assert opened.locator("#media video").count() == 3 + len(CASES)
         row = opened.locator("#floors tbody tr").first.inner_text().split("\t")
         assert row[:4] == ["low", "floor: precision", "0 / 4 of 4", "-25.00"]
         assert float(row[4]) == pytest.approx(0.125)
+
+    def test_a_floor_of_one_case(self, browser: Any, tmp_path: Path) -> None:
+        floor = "floor: FlexAttention, low"
+        for shown in _watched(browser, written(tmp_path, flex=True)):
+            assert shown.locator(f"tr.floor[data-case='{floor}']").count() == 1
+            assert "whose mask torch's FlexAttention computes" in shown.inner_text("body")
+            tests = shown.locator("#floors tbody tr").all_inner_texts()
+            assert [row.split("\t")[0] for row in tests if floor in row] == ["low"]
+            assert floor not in shown.inner_text("#between")
+            shown.click("button[data-group=two]")
+            assert floor not in names(shown)
+            shown.click("button[data-group=one]")
+            assert names(shown)[-1] == floor
 
     def test_texts_of_users_are_text(self, opened: Any) -> None:
         assert opened.title() == "A & B"
