@@ -2,7 +2,7 @@
 // The page of a comparison. All data stands in the page itself; nothing is fetched.
 const data = JSON.parse(document.getElementById("data").textContent);
 const COLOURS = ["#1a5fb4", "#c64600", "#26a269", "#a51d8c", "#986a44", "#0f8b8d", "#e01b24",
-  "#613583", "#7a8a00", "#3d6b8e", "#b5577a", "#5e5c64", "#2e7d32", "#8d6e00", "#455a9f"];
+  "#613583", "#7a8a00", "#ff7800", "#000000", "#3d6b8e", "#b5577a", "#5e5c64", "#2e7d32", "#8d6e00", "#455a9f"];
 const state = { sort: null, down: false, group: "", marked: null, shown: new Set(), timer: 0 };
 
 const byId = (id) => document.getElementById(id);
@@ -368,9 +368,14 @@ function refresh() {
   plots();
   tests();
   media();
-  const images = cases().filter((one) => one.mask).map((one) => make("figure", {},
-    make("img", { src: one.mask, alt: `blocks of ${one.name}` }),
-    make("figcaption", { text: one.name })));
+  const names = new Map();
+  for (const one of cases().filter((found) => found.mask !== null)) {
+    names.set(one.mask, [...(names.get(one.mask) || []), one.name]);
+  }
+  const images = [...names].map(([mask, of]) => make("figure", {},
+    make("img", { src: data.masks[mask], alt: `blocks of ${of.join(" and of ")}` }),
+    make("figcaption", { text: of.length > 2 ? `${of[0]}, and ${of.length - 1} more` : of.join(", "),
+      title: of.join("\n") })));
   byId("masks").replaceChildren(...images);
 }
 begin();

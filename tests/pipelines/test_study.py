@@ -212,7 +212,8 @@ def test_papers_stand_beside_what_was_measured() -> None:
         return Row(case, "a", 0, seconds, seconds, 1.0, 1.0, "f", {"psnr": psnr})
 
     rows = [row("dense", "", 4.0), row("gna at 0.5", 20.0, 2.0), row("gna at 0.125", 12.5, 1.0)]
-    found = papers_beside(rows)
+    cached = Row("gna at 0.5 + first-block", "a", 0, 0.1, 0.1, 1.0, 1.0, "f", {"psnr": 3.0})
+    found = papers_beside([*rows, cached])
     assert len(found) == len(FIGURES)
     half = next(one for one in found if "30x40x40" in one["setting"])
     assert half["here"] == "gna at 0.5: 20.0 dB, 2.00x"
