@@ -181,8 +181,8 @@ def cases(policy: Policy, loaded: LoadedModel, request: Request) -> Iterator[Cas
     for settings, warm_up in product(METHODS, WARM_UPS):
         if warm_up >= own:
             continue
-        method = maker.settled(from_dict(settings))
-        made = maker.policy(Candidate(settings_of(method), warm_up), from_above=True)
+        candidate = Candidate(settings_of(from_dict(settings)), warm_up)
+        made = maker.policy(candidate, from_above=True)
         words = ", ".join(f"{k}={v}" for k, v in settings.items() if k not in ("type", "block"))
         name = f"{settings['type']}{f' ({words})' if words else ''}, {warm_up:.0%} dense first"
         if made is None:

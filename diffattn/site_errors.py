@@ -12,7 +12,6 @@ from diffattn.attach.attachment import set_attn_processor
 from diffattn.grid import TokenGrid
 from diffattn.methods.agent.agents import dense_attention
 from diffattn.methods.base import Method, Site, SiteWeights
-from diffattn.methods.by_head import needs_the_model
 from diffattn.methods.dense import DenseAttn
 
 # By layer, step, candidate and head.
@@ -44,7 +43,7 @@ def site_errors(
         ValueError: for a candidate with weights of its own or a change of the model.
     """
     for method in candidates:
-        if needs_the_model(method):
+        if method.changes_the_model:
             raise ValueError(
                 f"{method.type} cannot be measured beside dense attention: it has weights of its"
                 f" own or changes the model"

@@ -160,6 +160,8 @@ class Work:
 #   outside: as code that is not compiled. The graph breaks before and after the call.
 Compiled = Literal["operator", "traced", "row", "outside"]
 
+# What methods with weights, or with changes of the model, define.
+_BESIDE_ATTENDING = ("site_weights", "layer_weights", "site_processor", "adaptation")
 _ALLOWED = {"dense_layers": count(0), "references": choice(POLICIES)}
 
 
@@ -511,6 +513,12 @@ class Method(ABC):
             A clause for a warning; None if the paper keeps the quality without training.
         """
         return None
+
+    @property
+    def changes_the_model(self) -> bool:
+        """Whether the method has weights of its own or changes the model, beside attending."""
+        own = type(self)
+        return any(getattr(own, name) is not getattr(Method, name) for name in _BESIDE_ATTENDING)
 
     @property
     def heads_apart(self) -> bool:

@@ -19,8 +19,6 @@ from diffattn.spans import Span
 
 Part = tuple[Method, int]
 
-# What methods with weights, or with changes of the model, define.
-_NEEDS_THE_MODEL = ("site_weights", "layer_weights", "site_processor", "adaptation")
 # Layers take turns among fewer variants than this.
 _MOST_KINDS = 1000
 
@@ -191,12 +189,6 @@ class ByHeadAttn(Method):
         return super().to_dict() | {"parts": parts}
 
 
-def needs_the_model(method: Method) -> bool:
-    """Whether a method has weights of its own or changes the model, beside attending."""
-    own = type(method)
-    return any(getattr(own, name) is not getattr(Method, name) for name in _NEEDS_THE_MODEL)
-
-
 def work_of(method: Method, grid: TokenGrid, layer: int, heads: int, head_dim: int) -> Work | None:
     """The cost of a sparse call of any method, as `Method.work`; a mask's by its visited blocks."""
     if method.is_dense:
@@ -240,7 +232,7 @@ def _part(value: Any) -> Part:
             f"the number of heads of {method.type} is {heads!r}, but must be an integer of at"
             f" least 1"
         )
-    if needs_the_model(method):
+    if method.changes_the_model:
         raise ValueError(
             f"{method.type} cannot attend for some heads alone: it has weights of its own or"
             f" changes the model"

@@ -11,16 +11,22 @@ from diffattn.methods import ByHeadAttn, DenseAttn, Policy, from_dict
 from diffattn.methods.by_head import work_of
 from diffattn.methods.policy import Phase, Rule
 
-from .knobs import LEAST, turned
+from ..errors import UserError
+from ..knobs import KNOBS, Knob, check_knob, knob_of
 
 if TYPE_CHECKING:
     from diffattn import TokenGrid
     from diffattn.methods import Method
+    from diffattn.methods.base import Work
     from diffattn.planning.published import ModelShape
 
 # A ramp is so many phases of equal length.
 _PHASES = 4
 _HALVINGS = 16
+# Of the search for a parameter, and how near a share comes to the wanted one, as a share of it.
+_TURNS = 12
+_NEAR_SHARE = 0.002
+_LEAST_SHARE = 1e-4
 # A candidate may do so much more or less than the wanted work, as shares of it: parameters that are
 # whole numbers come no nearer on small grids.
 _MORE, _LESS = 0.005, 0.1
@@ -37,12 +43,48 @@ def settings_of(method: Method) -> Settings:
     return tuple(method.to_dict().items())
 
 
+def check_method(method: Method) -> None:
+    """Refuse a method that a policy cannot hold at a wanted, known work.
+
+    Args:
+        method: as the user gave it.
+
+    Raises:
+        UserError: if no parameter sets its share of the pairs, if the share is known only after a
+            run, if a parameter differs from step to step, or if the method cannot be in a policy.
+    """
+    option = f"--attn {method.type}"
+    knob = check_knob(method, option, f"calibrate can take {', '.join(_can_be_taken())}")
+    if knob.by_content:
+        raise UserError(
+            f"{option}: the share of the token pairs that it computes depends on what the tokens"
+            f" hold, but calibrate compares methods at equal work, which it must know before a run;"
+            f" `diffattn compare --density` measures the share"
+        )
+    if method.differs_by_step:
+        raise UserError(
+            f"{option}: a parameter differs from step to step, but calibrate sets the steps itself:"
+            f" give one value"
+        )
+    if method.changes_the_model:
+        raise UserError(
+            f"{option}: it has weights of its own or changes the model, and cannot be in a policy"
+        )
+
+
+def _can_be_taken() -> list[str]:
+    """The names of the methods that `check_method` passes."""
+    plain = (from_dict({"type": name}) for name, knob in KNOBS.items() if not knob.by_content)
+    return [method.type for method in plain if not method.changes_the_model]
+
+
 @dataclass(frozen=True)
 class Candidate:
     """What a policy is made of, beside the wanted work.
 
     Attributes:
-        method: the method's `to_dict()`, as pairs; its share of the pairs is set by the work.
+        method: the method's `to_dict()`, as pairs, without the values that a model recommends; its
+            share of the pairs is set by the work.
         warm_up: fraction of the run at its start that stays dense.
         ramp: the share of the first sparse steps is 1 + `ramp` times the mean, that of the last
             steps 1 - `ramp` times.
@@ -101,7 +143,8 @@ class Maker:
     grid: TokenGrid
     steps: int
     wanted: float
-    _work: dict[tuple[Method, int], float] = field(default_factory=dict)
+    _work: dict[tuple[Method, int], Work] = field(default_factory=dict)
+    _turned: dict[tuple[Method, float], tuple[Method, float]] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
@@ -120,7 +163,7 @@ class Maker:
         least, most = (_MORE, _LESS) if from_above else (_LESS, _MORE)
         least, most = self.wanted * (1 - least), self.wanted * (1 + most)
         # Up to where even the sparsest layer and phase are dense.
-        low, high = LEAST, 1 / candidate.least_factor
+        low, high = _LEAST_SHARE, 1 / candidate.least_factor
         best: tuple[Policy, float] | None = None
         for _ in range(_HALVINGS):
             share = (low + high) / 2
@@ -145,7 +188,7 @@ class Maker:
 
     def _at(self, candidate: Candidate, share: float) -> Policy:
         """The policy of a candidate whose layers and steps have a mean share."""
-        base = self.settled(from_dict(dict(candidate.method)))
+        base = from_dict(dict(candidate.method))
         phases = _PHASES if candidate.ramp else 1
         rules: dict[tuple[Phase, ...], list[int]] = {}
         for layer in range(self.layers):
@@ -166,11 +209,35 @@ class Maker:
 
     def _by_head(self, base: Method, shares: list[float]) -> Method:
         """The method of a layer whose heads have these shares; one share is that of all heads."""
-        methods = [
-            DenseAttn() if share >= 1 else turned(base, share, self.grid) for share in shares
-        ]
+        methods = [DenseAttn() if share >= 1 else self._with_share(base, share) for share in shares]
         runs = [(method, len(list(equal))) for method, equal in groupby(methods)]
         return methods[0] if len(runs) == 1 else ByHeadAttn(parts=tuple(runs), **_NO_ENDS)
+
+    def _with_share(self, base: Method, share: float) -> Method:
+        """The method whose share of the pairs is nearest to `share`, as a plan counts it."""
+        knob = knob_of(base)
+        assert knob is not None
+        low, high = 0.0, 1.0
+        best: tuple[float, Method] | None = None
+        for _ in range(_TURNS):
+            place = (low + high) / 2
+            method, found = self._at_place(base, knob, place)
+            distance = abs(found - share)
+            if best is None or distance < best[0]:
+                best = distance, method
+            if distance <= _NEAR_SHARE * share:
+                break
+            low, high = (low, place) if found > share else (place, high)
+        assert best is not None
+        return best[1]
+
+    def _at_place(self, base: Method, knob: Knob, place: float) -> tuple[Method, float]:
+        """A method at a place of its knob, settled, and its share of the pairs."""
+        if (base, place) not in self._turned:
+            method = self.settled(knob.turn(base, place, self.grid))
+            shares = [self._density(method, layer) for layer in self.shape.block_of_site]
+            self._turned[base, place] = method, sum(shares) / len(shares)
+        return self._turned[base, place]
 
     def settled(self, method: Method) -> Method:
         """A method with the recommended values, without dense layers and steps of its own."""
@@ -189,11 +256,20 @@ class Maker:
         """The FLOPs of a call, relative to a dense call."""
         if method.is_dense:
             return 1.0
+        channels = self.shape.heads * self.shape.head_dim
+        return self._work_of(method, layer).flops / (4 * self.grid.tokens**2 * channels)
+
+    def _density(self, method: Method, layer: int) -> float:
+        """The share of the token pairs that a call computes."""
+        density = 1.0 if method.is_dense else self._work_of(method, layer).density
+        assert density is not None
+        return density
+
+    def _work_of(self, method: Method, layer: int) -> Work:
         known = method, method.layer_kind(layer)
         if known not in self._work:
-            heads, head_dim = self.shape.heads, self.shape.head_dim
-            work = work_of(method, self.grid, layer, heads, head_dim)
+            work = work_of(method, self.grid, layer, self.shape.heads, self.shape.head_dim)
             if work is None:
                 raise ValueError(f"the work of {method.type} is not known before it runs")
-            self._work[known] = work.flops / (4 * self.grid.tokens**2 * heads * head_dim)
+            self._work[known] = work
         return self._work[known]

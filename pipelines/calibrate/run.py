@@ -25,14 +25,12 @@ from ..run.request import BUNDLED_MODEL, Request
 from ..run.sidecar import versions
 from ..run.sizing import Run, complete
 from ..run.vocabulary import warn_of_words
+from .candidates import Candidate, Maker, Settings, check_method, settings_of
 from .journal import Journal, key
-from .knobs import check_knob
 from .search import WARM_UPS, leader, search
 
 if TYPE_CHECKING:
     from diffattn import Policy
-
-    from .candidates import Candidate, Maker, Settings
 
 # The methods that compete where the user names none.
 METHODS: tuple[dict[str, Any], ...] = (
@@ -102,7 +100,7 @@ def calibrate(
     if not 0 < wanted < 1:
         raise UserError(f"--work must be a share above 0 and below 1, not {wanted:g}")
     for method in methods:
-        check_knob(make_method(method))
+        check_method(make_method(method))
     if memory_check:
         check_memory(base)
     settings = {
@@ -143,8 +141,6 @@ class _Calibration:
     ) -> None:
         from diffattn.planning.plans import model_shape
 
-        from .candidates import Maker, settings_of
-
         self._journal, self._loaded, self._budget, self._say = journal, loaded, budget, say
         self._wanted = wanted
         self._start = monotonic()
@@ -163,8 +159,9 @@ class _Calibration:
         self._maker: Maker = Maker(shape, _grid(shape, run), run.request.steps, wanted)
         self._names: dict[Settings, str] = {}
         for given in methods:
+            method = make_method(given)
             with refusals():
-                method = self._maker.settled(make_method(given))
+                self._maker.settled(method)
             self._names.setdefault(settings_of(method), _name(given))
         self._tried: dict[Candidate, tuple[Policy, float]] = {}
         self._alike: dict[Any, Candidate] = {}
@@ -184,8 +181,6 @@ class _Calibration:
 
     def _first(self) -> list[Candidate]:
         """The candidates with constant, equal shares, at every warm-up."""
-        from .candidates import Candidate
-
         all_first = [
             Candidate(method, warm_up)
             for method in self._names

@@ -29,6 +29,7 @@ _APART = (
     "prompts_file",
     "seed",
     "measure",
+    "flex",
     "only",
     "no_memory_check",
 )
@@ -85,6 +86,15 @@ def compare(
         typer.Option(
             help="Have each --attn compute this share of the token pairs in its sparse calls; may "
             "be repeated.",
+            rich_help_panel=_COMPARED,
+        ),
+    ] = None,
+    flex: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CASE",
+            help="Compute the mask of this case by torch's FlexAttention, too, and show how far "
+            "the two kernels' results are apart; may be repeated.",
             rich_help_panel=_COMPARED,
         ),
     ] = None,
@@ -157,6 +167,7 @@ def compare(
         cases=cases,
         densities=tuple(density or ()),
         measures=tuple(measure or ()),
+        flex=tuple(flex or ()),
         only=tuple(only or ()),
     )
     compare_methods(

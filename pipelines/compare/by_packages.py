@@ -6,34 +6,25 @@ import contextlib
 import functools
 import importlib.util
 import io
-import json
-import tempfile
-from collections.abc import Callable
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import one_line
-from ..run.video import write_video
 from .clip import Clip, NotMeasuredError
 
 # Packages that the extra "compare" installs.
 IN_EXTRA = ("flip-evaluator",)
-# Dimensions of VBench that need no prompt suite of its own (mode "custom_input").
-VBENCH = (
-    "subject_consistency",
-    "background_consistency",
-    "motion_smoothness",
-    "dynamic_degree",
-    "aesthetic_quality",
-    "imaging_quality",
-)
-
 _MODULES = {"flip-evaluator": "flip_evaluator"}
 # FLIP takes a tenth of a second a frame: of long videos so many frames are compared.
 FLIP_FRAMES = 16
 _LPIPS_FRAMES_AT_ONCE = 8
+# The weights below LPIPS' own, as torchvision names them.
+ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
+# Smaller frames leave nothing of a side in AlexNet's last layers.
+LPIPS_SIDE = 31
 
 
 @functools.cache
@@ -60,7 +51,7 @@ def lpips(dense: Clip, other: Clip) -> float:
     """The mean LPIPS distance (Zhang et al. 2018, AlexNet) of the frames."""
     import torch
 
-    model = _lpips_model()
+    model = lpips_network()
     values = []
     for first in range(0, len(dense.frames), _LPIPS_FRAMES_AT_ONCE):
         pair = [
@@ -77,42 +68,45 @@ def lpips(dense: Clip, other: Clip) -> float:
 
 
 @functools.cache
-def _lpips_model() -> Any:
-    import lpips
+def lpips_network() -> Any:
+    """The network of LPIPS with its weights.
 
+    The package brings the weights of its own layers. Those of AlexNet below are torchvision's,
+    which are looked for among the files of `torch.hub`, and downloaded if they are not there.
+
+    Raises:
+        NotMeasuredError: if the package cannot be imported, or if weights cannot be had.
+    """
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        # torchvision is made for one release of torch, and fails in many ways beside another.
+        import lpips
+    except Exception as error:
+        raise NotMeasuredError(
+            f"the package lpips cannot be imported ({one_line(error)}): it needs a torchvision made"
+            f" for this torch, {_torch_version()}"
+        ) from None
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision warns of arguments that lpips gives
             return lpips.LPIPS(net="alex", verbose=False).eval()
     except Exception as error:  # a download fails in many ways
-        raise NotMeasuredError(f"LPIPS cannot load its network ({one_line(error)})") from None
+        raise NotMeasuredError(_without_weights(error)) from None
 
 
-def vbench(dimension: str) -> Callable[[Clip, Clip], float]:
-    """The function that scores a clip in one dimension of VBench (Huang et al. 2024)."""
+def _without_weights(error: Exception) -> str:
+    """Why LPIPS has no weights, and what to do."""
+    from torch.hub import get_dir
 
-    def score(dense: Clip, other: Clip) -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            return _vbench(Path(folder), dimension, other)
+    path = Path(get_dir(), "checkpoints", ALEXNET.rpartition("/")[2])
+    if path.exists():
+        return f"LPIPS cannot read AlexNet's weights {path} ({one_line(error)}): remove the file"
+    return (
+        f"LPIPS lacks AlexNet's weights ({one_line(error)}): download {ALEXNET} and put the file"
+        f" at {path}"
+    )
 
-    return score
 
-
-def _vbench(folder: Path, dimension: str, clip: Clip) -> float:
+def _torch_version() -> str:
     import torch
-    import vbench
 
-    video = folder / "clip.mp4"
-    write_video(video, clip.frames, clip.fps or 16.0)
-    info = Path(vbench.__file__).with_name("VBench_full_info.json")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            bench = vbench.VBench(device, str(info), str(folder))
-            bench.evaluate(
-                videos_path=str(video), name="clip", dimension_list=[dimension],
-                mode="custom_input",
-            )  # fmt: skip
-        found = json.loads((folder / "clip_eval_results.json").read_text("utf-8"))
-        return float(found[dimension][0])
-    except Exception as error:  # VBench downloads networks, and fails in many ways
-        raise NotMeasuredError(f"VBench cannot score {dimension} ({one_line(error)})") from None
+    return torch.__version__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..run.request import Request
 DENSE = "dense"
 PRECISION_FLOOR = "floor: precision"
 KERNEL_FLOOR = "floor: kernel"
+FLEX_FLOOR = "floor: FlexAttention"
 FLOORS = (PRECISION_FLOOR, KERNEL_FLOOR)
 RESERVED = (DENSE, *FLOORS)
 
@@ -39,6 +40,8 @@ class Case:
         attention: the method, as its `to_dict()` gives it.
         dtype: the type of the model where it is not that of the comparison.
         other_kernel: whether dense attention runs by another kernel than torch would choose.
+        flex_of: the case of the same method, where torch's FlexAttention computes this one: it is
+            compared with that case, not with the dense model.
         lora: file or folder of a LoRA, or of several, in the place of the comparison's own; None
             for that one.
         lora_everywhere: as `Request.lora_everywhere`.
@@ -50,6 +53,7 @@ class Case:
     attention: Mapping[str, Any] = field(default_factory=lambda: dict(_PLAIN))
     dtype: str | None = None
     other_kernel: bool = False
+    flex_of: str | None = None
     lora: str | tuple[str, ...] | None = None
     lora_everywhere: bool = False
     cache: str | None = None
@@ -57,8 +61,8 @@ class Case:
 
     @property
     def is_floor(self) -> bool:
-        """Whether the case is the dense model computed in another way."""
-        return self.name in FLOORS
+        """Whether the case is the dense model, or another case, computed in another way."""
+        return self.name in FLOORS or self.flex_of is not None
 
     @property
     def loads(self) -> tuple[str | None, str | tuple[str, ...] | None, bool]:
@@ -83,6 +87,7 @@ class Case:
             "attention": json.loads(json.dumps(dict(self.attention))),
             "dtype": self.dtype,
             "other_kernel": self.other_kernel,
+            "flex_of": self.flex_of,
             "lora": self.lora,
             "lora_everywhere": self.lora_everywhere,
             "cache": self.cache,
@@ -102,6 +107,48 @@ def dense_and_floors(dtype: str) -> tuple[Case, Case, Case]:
         Case(PRECISION_FLOOR, dtype=_OTHER_DTYPE[dtype]),
         Case(KERNEL_FLOOR, other_kernel=True),
     )
+
+
+def flex_floor(case: Case) -> Case:
+    """The same case by torch's FlexAttention, which computes the same mask by another kernel.
+
+    Raises:
+        UserError: if the method does more than attend under a mask, or is computed by
+            FlexAttention in any case.
+    """
+    from diffattn.methods.base import attends_by_mask_throughout
+    from diffattn.operator import asked_backend
+
+    method = make_method(case.attention)
+    if not attends_by_mask_throughout(method):
+        raise UserError(
+            f"--flex {case.name!r}: FlexAttention computes methods that are a mask and nothing"
+            f" else, such as gna and radial, not {method.type} with these parameters"
+        )
+    if asked_backend() == "flex":
+        raise UserError(
+            f"--flex {case.name!r}: DIFFATTN_BACKEND is 'flex', so that the case itself is computed"
+            f" by FlexAttention: unset the variable"
+        )
+    return replace(case, name=f"{FLEX_FLOOR}, {case.name}", flex_of=case.name)
+
+
+def flex_floors(cases: Sequence[Case], names: Iterable[str]) -> list[Case]:
+    """The cases of these names, by FlexAttention.
+
+    Raises:
+        UserError: for a name that is none or comes twice, and as `flex_floor`.
+    """
+    by_name = {case.name: case for case in cases}
+    found: list[Case] = []
+    for name in names:
+        if name not in by_name:
+            hint = did_you_mean(name, by_name)
+            raise UserError(f"--flex {name!r} is no case of this run{hint}")
+        found.append(flex_floor(by_name[name]))
+        if found.count(found[-1]) > 1:
+            raise UserError(f"--flex {name!r} is given twice")
+    return found
 
 
 def case_of_words(words: str) -> Case:

@@ -24,9 +24,10 @@ from .case import (
     check_cases,
     chosen,
     dense_and_floors,
+    flex_floors,
 )
 from .comparison import Comparison, Folder, read_record
-from .densities import at_densities
+from .densities import Found, at_densities
 from .measures import choose_measures
 from .page import MOST_MEDIA
 from .results import write_results
@@ -47,6 +48,7 @@ class Asked:
         cases: the file of --cases.
         densities: shares of the token pairs for each of `methods`.
         measures: names of --measure; none for all.
+        flex: names of the cases that FlexAttention computes, too.
         only: names of the cases to make now; none for all.
     """
 
@@ -58,6 +60,7 @@ class Asked:
     cases: Path | None
     densities: tuple[float, ...]
     measures: tuple[str, ...]
+    flex: tuple[str, ...]
     only: tuple[str, ...]
 
 
@@ -95,9 +98,12 @@ def compare_methods(
     ]
     check_cases(cases)
     if asked.densities:
-        known = recorded_methods(folder)
+        known = Found(folder, base)
+        known.methods |= recorded_methods(folder)
         cases = at_densities(cases, len(asked.methods), asked.densities, base, known, say)
         check_cases(cases)
+    cases += flex_floors(cases, asked.flex)
+    check_cases(cases)
     measures = choose_measures(asked.measures)
     comparison = make_comparison(base, cases, prompts, seeds, measures)
     now = chosen(comparison.cases, asked.only)

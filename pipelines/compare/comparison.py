@@ -15,7 +15,7 @@ from ..errors import UserError, shortened
 from ..run.outputs import check_writable, slug
 from ..run.request import Request
 from ..run.sidecar import versions
-from .case import Case
+from .case import DENSE, Case
 from .sample_table import SampleTable, write_whole
 
 _MARK = "diffattn_comparison"
@@ -48,7 +48,8 @@ class Comparison:
 
     Attributes:
         base: what the requests of all cases and samples have in common.
-        cases: the dense model first, the floors next, and then what is compared.
+        cases: the dense model first, its floors next, then what is compared, and at last what of it
+            FlexAttention computes, too.
         prompts, seeds: each prompt is made with each seed.
         measures: names of the measures to take.
         title: of the page.
@@ -68,6 +69,14 @@ class Comparison:
 
     def case(self, name: str) -> Case:
         return next(case for case in self.cases if case.name == name)
+
+    def reference(self, case: Case) -> Case:
+        """What a case is compared with: the dense model, or the case that it is a floor of."""
+        return self.case(case.flex_of or DENSE)
+
+    def is_reference(self, case: Case) -> bool:
+        """Whether other cases are compared with a case, so that its exact frames are kept."""
+        return case.name == DENSE or any(other.flex_of == case.name for other in self.cases)
 
     def stem(self, case: Case) -> str:
         """The beginning of the names of a case's files."""
@@ -121,6 +130,10 @@ class Folder:
     def dense_frames(self, sample: Sample) -> Path:
         """The exact frames of the dense model, which the other cases are compared with."""
         return self.path / "dense" / f"{sample.number:03d}.npz"
+
+    def frames(self, stem: str, sample: Sample) -> Path:
+        """The exact frames of a case that has a floor of its own."""
+        return self.path / "dense" / f"{stem}-{sample.number:03d}.npz"
 
     def mask(self, stem: str) -> Path:
         """The picture of the blocks that the case whose files begin with `stem` computed."""

@@ -1,38 +1,37 @@
 """Methods at wanted shares of the token pairs: a parameter of each is searched for.
 
-The share is measured: of a mask by counting the pairs, of a method that selects by content by
-running the model. Shares are those of sparse calls; a schedule keeps further calls dense.
+The share is that of a plan, or measured by running the model where the content decides about it.
+Shares are those of sparse calls; a schedule keeps further calls dense.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from diffattn._checks import number
 from diffattn.counting import counted_pairs
+from diffattn.planning.plans import model_shape, plan
 
-from ..errors import UserError
+from ..errors import RunInterruptedError, UserError
+from ..knobs import Knob, Settings, check_knob
 from ..run.generate import attached, render
 from ..run.loading import LoadedModel, load_model
 from ..run.machine import quiet_libraries
 from ..run.method_settings import make_method
+from ..run.refusals import refusals
 from ..run.request import Request, check_option
 from ..run.sizing import Run, complete
 from ..run.sources import read_sources
 from .case import Case
-
-if TYPE_CHECKING:
-    from diffattn import TokenGrid
-    from diffattn.methods import Method
-
-Settings = dict[str, Any]
+from .comparison import Folder
+from .sample_table import write_whole
 
 _NO_SCHEDULE: Settings = {"dense_layers": 0, "dense_steps": 0, "last_dense_steps": 0}
 _SHARE = number(above=0, at_most=1)
-# Halvings of the search; each costs a run for methods that select by content.
+# Halvings of the search; each costs a run where the content decides about the share.
 _HALVINGS = 12
 _HALVINGS_BY_RUNS = 8
 # Of the runs of the search; the table has the shares of whole runs.
@@ -43,28 +42,13 @@ _NEAR = 0.01
 _FAR = 0.1
 
 
-@dataclass(frozen=True)
-class Knob:
-    """The parameters of a method that set its share of the pairs.
-
-    Attributes:
-        turned: takes a number from 0, the fewest pairs, to 1, the most, the grid and the method,
-            and gives the parameters.
-        by_steps: whether the share differs from step to step: it is measured over short runs then.
-    """
-
-    turned: Callable[[float, TokenGrid, Any], Settings]
-    by_steps: bool = False
-
-
 def at_densities(
     cases: Sequence[Case],
     count: int,
     densities: Sequence[float],
     base: Request,
-    known: Mapping[str, Mapping[str, Any]],
+    known: Found,
     say: Callable[[str], None],
-    keep: Callable[[str, Settings], None] = lambda name, settings: None,
 ) -> list[Case]:
     """Put each of the first cases in the place of itself at every density; keep the others.
 
@@ -73,37 +57,72 @@ def at_densities(
         count: how many of them are to be changed.
         densities: the wanted shares of the pairs.
         base: what all requests have in common, with a prompt to measure with.
-        known: settings by names that an earlier run has found; these are not searched again.
+        known: keeps what was found; settings that an earlier run has found are not searched again.
         say: takes lines for the user.
-        keep: takes the name of each case and the settings that were found.
 
     Raises:
-        UserError: for a share out of range or given twice, and a method without a knob.
+        UserError: for a share out of range or given twice, and a method whose share no parameter
+            sets.
+        RunInterruptedError: on Ctrl-C.
     """
     for density in densities:
         check_option("density", density, _SHARE)
         if list(densities).count(density) > 1:
             raise UserError(f"--density {density:g} is given twice")
     for case in cases[:count]:
-        if case.attention["type"] not in KNOBS:
-            raise UserError(
-                f"--density: {case.attention['type']} chooses no share of the token pairs by a"
-                f" parameter; compare it by --cases or --attn-config, which --density leaves alone"
-            )
+        _knob(case)
     found: list[Case] = []
     search: Search | None = None
     for case in cases[:count]:
         for density in sorted(densities, reverse=True):
             name = f"{case.name} at {density:.4g}"
-            if name in known:
-                found.append(dataclasses.replace(case, name=name, attention=known[name]))
-                continue
-            if search is None:
-                search = Search(base, say)
-            settings = search.find(case, density)
-            keep(name, settings)
-            found.append(dataclasses.replace(case, name=name, attention=settings))
+            if name not in known.methods:
+                try:
+                    search = search or Search(base, say)
+                    known.keep(name, search.find(case, density))
+                except KeyboardInterrupt:
+                    raise known.interrupted() from None
+            found.append(dataclasses.replace(case, name=name, attention=known.methods[name]))
     return [*found, *cases[count:]]
+
+
+class Found:
+    """The parameters that searches have found so far, in a file of a comparison's folder.
+
+    Attributes:
+        methods: the settings by case.
+    """
+
+    def __init__(self, folder: Folder, base: Request) -> None:
+        """Read the file, if it is there and of the same model and size."""
+        self._path = folder.path / "densities.json"
+        settings = base.to_dict() | {"prompt": "", "seed": 0}
+        self._settings = json.loads(json.dumps(settings))
+        self.methods: dict[str, Any] = {}
+        try:
+            found = json.loads(self._path.read_text("utf-8"))
+        except (OSError, ValueError):
+            return
+        if isinstance(found, dict) and found.get("settings") == self._settings:
+            methods = found.get("methods")
+            self.methods = methods if isinstance(methods, dict) else {}
+
+    def keep(self, name: str, settings: Settings) -> None:
+        """Write down what was found for a case."""
+        self.methods[name] = json.loads(json.dumps(settings))
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        found = {"settings": self._settings, "methods": self.methods}
+        write_whole(self._path, json.dumps(found, indent=1) + "\n")
+
+    def interrupted(self) -> RunInterruptedError:
+        """What a search that is stopped raises."""
+        kept = [self._path] if self._path.exists() else []
+        return RunInterruptedError(kept, "the same command goes on from there" if kept else "")
+
+
+def _knob(case: Case) -> Knob:
+    advice = "compare it by --cases or --attn-config, which --density leaves alone"
+    return check_knob(make_method(case.attention), "--density", advice)
 
 
 class Search:
@@ -119,14 +138,16 @@ class Search:
         self._base, self._say = base, say
         self._sources = read_sources(base, say)
         self._loaded: LoadedModel = load_model(base)
+        with refusals():
+            self._shape = model_shape(self._loaded.pipe)
 
     def find(self, case: Case, density: float) -> Settings:
         """The settings of a case's method whose share of the pairs is nearest to `density`."""
-        knob = KNOBS[case.attention["type"]]
+        knob = _knob(case)
         low, high = 0.0, 1.0
         best: tuple[float, float, Settings] | None = None
         tried: dict[str, float] = {}
-        halvings = _HALVINGS_BY_RUNS if knob.by_steps else _HALVINGS
+        halvings = _HALVINGS_BY_RUNS if knob.by_content else _HALVINGS
         for _ in range(halvings):
             middle = (low + high) / 2
             settings, share = self._measured(case, knob, middle, tried)
@@ -147,8 +168,8 @@ class Search:
         """The settings at a place of the knob, and the share of the pairs."""
         request = dataclasses.replace(self._base, attention=dict(case.attention))
         run = complete(request, self._loaded, self._sources, pictures=True)
-        turned = knob.turned(at, run.grid, run.method)
-        settings = make_method({**case.attention, **turned}).to_dict()
+        with refusals():
+            settings = knob.turn(make_method(case.attention), at, run.grid).to_dict()
         key = repr(settings)
         if key not in tried:
             method = make_method({**settings, **_schedule(settings)})
@@ -157,86 +178,17 @@ class Search:
 
     def _share(self, run: Run, knob: Knob) -> float:
         assert run.request.steps is not None
-        with attached(self._loaded.pipe, run) as attachment:
-            share = attachment.describe(run.grid, run.request.steps).density
-            if share is not None:
-                return float(share)
-            steps = min(_STEPS, run.request.steps) if knob.by_steps else 1
-            request = dataclasses.replace(run.request, steps=steps)
-            with counted_pairs() as pairs:
-                render(request, self._loaded, "", run.sources, shown=False)
+        if not knob.by_content:
+            with refusals():
+                share = plan(self._shape, run.method, grid=run.grid, steps=1).density
+            assert share is not None
+            return share
+        request = dataclasses.replace(run.request, steps=min(_STEPS, run.request.steps))
+        with attached(self._loaded.pipe, run), counted_pairs() as pairs:
+            render(request, self._loaded, "", run.sources, shown=False)
         assert pairs.density is not None
         return pairs.density
 
 
 def _schedule(settings: Settings) -> Settings:
     return {name: value for name, value in _NO_SCHEDULE.items() if name in settings}
-
-
-def _whole(share: float, most: int, least: int = 1, up_from: float = 0.5) -> int:
-    """A whole number from `least` to `most`; fractions are rounded up from `up_from` on.
-
-    Axes that are rounded differently grow one after another, which makes finer steps.
-    """
-    return least + int(share * (most - least) + 1 - up_from)
-
-
-def _radial(x: float, grid: TokenGrid, method: Method) -> Settings:
-    # The sparser half leaves out the first frame and half of the neighbouring frames' bands, and
-    # more and more of the distant frames.
-    if x < 0.5:
-        threshold = 1 + round((1 - 2 * x) * grid.frame_tokens)
-        decay = round(2 * x, 4)
-        narrow = {"sink": False, "first_distance_width": "half"}
-        return {**narrow, "decay_factor": decay, "split_threshold": threshold}
-    return {"decay_factor": round(16 * (x - 0.5), 4)}
-
-
-def _gna(x: float, grid: TokenGrid, method: Method) -> Settings:
-    side = x ** (1 / 3)
-    axes = ((grid.frames, 0.75), (grid.height, 0.5), (grid.width, 0.25))
-    return {"window": tuple(_whole(side, n, up_from=up_from) for n, up_from in axes)}
-
-
-def _clear(x: float, grid: TokenGrid, method: Method) -> Settings:
-    side = x ** (1 / 3)
-    diagonal = round((grid.height**2 + grid.width**2) ** 0.5)
-    radii = {"radius": _whole(side, diagonal), "frame_radius": _whole(side, grid.frames)}
-    return radii | ({"first_frame": False} if x < 0.5 else {})
-
-
-def _freeswim(x: float, grid: TokenGrid, method: Method) -> Settings:
-    side = x**0.5
-    return {"native": (_whole(side, grid.height), _whole(side, grid.width, up_from=0.25))}
-
-
-def _vmoba(x: float, grid: TokenGrid, method: Any) -> Settings:
-    topk = {}
-    settled = dataclasses.replace(method, preset="training-free")
-    for layer in range(len(settled.partitions)):
-        blocks = len(settled.partition(grid, layer).lengths())
-        topk[settled.partitions[settled.layer_kind(layer)]] = _whole(x, blocks)
-    return {"topk": tuple(topk.get(kind, 1) for kind in ("1d", "2d", "3d"))}
-
-
-KNOBS: Mapping[str, Knob] = {
-    "radial": Knob(_radial),
-    "gna": Knob(_gna),
-    "clear": Knob(_clear),
-    "freeswim": Knob(_freeswim),
-    "vmoba": Knob(_vmoba),
-    "sol": Knob(lambda x, grid, method: {"tau": round(4 - 8 * x, 4)}, by_steps=True),
-    "block-topk": Knob(lambda x, grid, method: {"keep": max(0.001, round(x, 4))}),
-    "svg2": Knob(lambda x, grid, method: {"top_p": max(0.01, round(x, 4)), "min_ratio": 0.0}, True),
-    "attention-tile": Knob(lambda x, grid, method: {"global_frames": _whole(x, grid.frames)}),
-    "lvsa": Knob(
-        lambda x, grid, method: {
-            "window": _whole(x, grid.frames, 0),
-            "first_frames": 0,
-            "period": 0,
-        }
-    ),
-    "sla": Knob(lambda x, grid, method: {"keep": max(0.001, round(x, 4))}),
-    "sla2": Knob(lambda x, grid, method: {"keep": max(0.001, round(x, 4))}),
-    "vsa": Knob(lambda x, grid, method: {"keep": max(0.001, round(x, 4))}),
-}

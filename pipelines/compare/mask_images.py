@@ -11,7 +11,7 @@ from diffattn.draw import ALL, NONE, block_image, mask_image, png
 from diffattn.grid import TokenGrid
 from diffattn.methods.base import Method, StaticMaskMethod
 
-_SIZE = 384
+_SIZE = 256
 
 
 def write_mask(path: Path, pairs: PairCount, method: Method, grid: TokenGrid) -> None:
@@ -44,4 +44,16 @@ def _image(pairs: PairCount, method: Method, grid: TokenGrid) -> np.ndarray | No
         image = np.rint(np.array(NONE) * (1 - depth) + np.array(ALL) * depth).astype(np.uint8)
         factor = max(1, _SIZE // len(image))
         return image.repeat(factor, 0).repeat(factor, 1)
-    return None if pairs.layout is None else block_image(pairs.layout, _SIZE)
+    return None if pairs.layout is None else _filled(block_image(pairs.layout, _SIZE))
+
+
+def _filled(image: np.ndarray) -> np.ndarray:
+    """The part of a picture of blocks that holds queries.
+
+    Clusters are filled up to tiles, of which there are as many as any clusters might need. Rows
+    after the last tile see nothing, and their keys are seen by nobody.
+    """
+    rows, columns = ((image != np.array(NONE)).any((axis, 2)) for axis in (1, 0))
+    if not rows.any() or rows[-1]:
+        return image
+    return image[: rows.nonzero()[0][-1] + 1, : columns.nonzero()[0][-1] + 1]

@@ -13,13 +13,15 @@ from diffattn._checks import did_you_mean
 
 from ..errors import UserError
 from ..run.compare import MS_SSIM_SIDE, ms_ssim, psnr, ssim
-from . import by_ffmpeg, by_packages
+from . import by_ffmpeg, by_packages, vbench
 from .checking import right_share, whole_right
 from .clip import Clip, NotMeasuredError
 
 # A step between frames that changes less than this shows nothing that moves, in levels of 255.
 FROZEN = 0.25
 
+# In the table until the end of the run.
+LATER = "not scored yet"
 # Why measures could not be had in this process, by what they come from.
 _failed: dict[str, str] = {}
 
@@ -39,6 +41,9 @@ class Measure:
         value: takes the dense clip and another.
         lacking: the reason why no clip like this has a number; None if it has.
         package: the package that the measure needs; None for none.
+        prepare: loads what all clips need, and raises `NotMeasuredError` where it cannot be had.
+        later: whether all videos of a run get their numbers together at its end; `value` is not
+            called then.
         digits: after the point, in tables.
     """
 
@@ -50,6 +55,8 @@ class Measure:
     lacking: Callable[[Clip], str | None] = lambda clip: None
     package: str | None = None
     digits: int = 3
+    prepare: Callable[[], object] = lambda: None
+    later: bool = False
 
     def of(self, dense: Clip, other: Clip) -> float | str:
         """The number of a clip, or the reason why there is none."""
@@ -58,6 +65,8 @@ class Measure:
         reason = self.lacking(other) or _failed.get(self._source)
         if reason is not None:
             return reason
+        if self.later:
+            return LATER
         try:
             return self.value(dense, other)
         except NotMeasuredError as error:
@@ -112,6 +121,10 @@ def _one_frame(clip: Clip) -> str | None:
     return "a picture" if len(clip.frames) < 2 else None
 
 
+def _at_the_end(dense: Clip, other: Clip) -> float:
+    raise AssertionError("scored with all videos together")
+
+
 def _silent(clip: Clip) -> str | None:
     return "no sound" if clip.audio is None else None
 
@@ -139,19 +152,30 @@ MEASURES: tuple[Measure, ...] = (
     Measure("flip", "FLIP", "low", True, by_packages.flip, package="flip-evaluator", digits=4),
     Measure("vmaf", "VMAF", "high", True, by_ffmpeg.vmaf, by_ffmpeg.too_small, digits=2),
     Measure("xpsnr", "XPSNR, dB", "high", True, by_ffmpeg.xpsnr, by_ffmpeg.too_small, digits=2),
-    Measure("lpips", "LPIPS", "low", True, by_packages.lpips, package="lpips", digits=4),
+    Measure(
+        "lpips",
+        "LPIPS",
+        "low",
+        True,
+        by_packages.lpips,
+        lambda clip: _smaller(clip, by_packages.LPIPS_SIDE, "LPIPS"),
+        "lpips",
+        4,
+        by_packages.lpips_network,
+    ),
     *(
         Measure(
             f"vbench_{name}",
             f"VBench {name.replace('_', ' ')}",
             "high",
             False,
-            by_packages.vbench(name),
-            _one_frame,
-            "vbench",
-            4,
+            _at_the_end,
+            lambda clip: _one_frame(clip) or vbench.lacking(),
+            digits=4,
+            prepare=vbench.prepare,
+            later=True,
         )
-        for name in by_packages.VBENCH
+        for name in vbench.DIMENSIONS
     ),
     Measure(
         "motion", "motion, levels", "near", False, lambda a, b: motion(b), _one_frame, digits=2
@@ -174,8 +198,8 @@ def choose_measures(names: Sequence[str]) -> list[str]:
     """The names of the measures to take: those that the user names, or all.
 
     Raises:
-        UserError: for an unknown name, a name given twice, or a measure whose package the user
-            lacks.
+        UserError: for an unknown name, a name given twice, or a measure that the user names and
+            that cannot be had.
     """
     for name in names:
         if name not in BY_NAME:
@@ -186,6 +210,10 @@ def choose_measures(names: Sequence[str]) -> list[str]:
         if package is not None and not by_packages.installed(package):
             how = INSTALL if package in by_packages.IN_EXTRA else f"pip install {package}"
             raise UserError(f"--measure {name} needs the package {package}: {how}")
+        try:
+            BY_NAME[name].prepare()
+        except NotMeasuredError as error:
+            raise UserError(f"--measure {name}: {error}") from None
     repeated = sorted({name for name in names if list(names).count(name) > 1})
     if repeated:
         raise UserError(f"--measure {repeated[0]} is given twice")

@@ -2,7 +2,7 @@
 // The page of a comparison. All data stands in the page itself; nothing is fetched.
 const data = JSON.parse(document.getElementById("data").textContent);
 const COLOURS = ["#1a5fb4", "#c64600", "#26a269", "#a51d8c", "#986a44", "#0f8b8d", "#e01b24",
-  "#613583", "#7a8a00", "#3d6b8e", "#b5577a", "#5e5c64", "#2e7d32", "#8d6e00", "#455a9f"];
+  "#613583", "#7a8a00", "#ff7800", "#000000", "#3d6b8e", "#b5577a", "#5e5c64", "#2e7d32", "#8d6e00", "#455a9f"];
 const state = { sort: null, down: false, group: "", marked: null, shown: new Set(), timer: 0 };
 
 const byId = (id) => document.getElementById(id);
@@ -27,8 +27,9 @@ function draw(tag, options = {}, text = null) {
 }
 const number = (x) => (x === "inf" ? Infinity : x);
 const column = (name) => data.columns.find((one) => one.name === name);
-const cases = () => data.cases.filter((one) => !state.group || one.kind !== "case"
-  || one.groups.includes(state.group));
+// The dense model and its floors are of every group.
+const cases = () => data.cases.filter((one) => !state.group || one.groups.includes(state.group)
+  || (one.kind !== "case" && !one.groups.length));
 const methods = () => cases().filter((one) => one.kind === "case");
 const mean = (one, name) => (one.cells[name] ? number(one.cells[name].mean) : null);
 function colourOf(one) {
@@ -321,6 +322,10 @@ function tests() {
   byId("between").replaceChildren(head(), make("tbody", {}, ...rows(data.between)));
 }
 
+function showFirst() {
+  // All videos of the group, if they fit on a screen.
+  state.shown = new Set(cases().slice(0, 12).map((one) => one.name));
+}
 function begin() {
   const groups = [...new Set(data.cases.flatMap((one) => one.groups))];
   if (groups.length > 1) {
@@ -328,6 +333,7 @@ function begin() {
       text: group || "all", "aria-pressed": String(group === state.group), "data-group": group,
       onclick: (event) => {
         state.group = group;
+        showFirst();
         for (const button of event.target.parentElement.children) {
           button.setAttribute("aria-pressed", String(button === event.target));
         }
@@ -343,8 +349,7 @@ function begin() {
   byId("sample").replaceChildren(...data.samples.filter((one) => data.media[one.number])
     .map((one) => make("option", { value: one.number, text: `${one.prompt} (seed ${one.seed})` })));
   byId("scrub").max = data.frames - 1;
-  // All, if they fit on a screen; of a study, those that show a difference first.
-  data.cases.slice(0, 12).forEach((one) => state.shown.add(one.name));
+  showFirst();
   byId("quality").addEventListener("change", plots);
   byId("tested").addEventListener("change", tests);
   byId("sample").addEventListener("change", media);
@@ -363,9 +368,14 @@ function refresh() {
   plots();
   tests();
   media();
-  const images = cases().filter((one) => one.mask).map((one) => make("figure", {},
-    make("img", { src: one.mask, alt: `blocks of ${one.name}` }),
-    make("figcaption", { text: one.name })));
+  const names = new Map();
+  for (const one of cases().filter((found) => found.mask !== null)) {
+    names.set(one.mask, [...(names.get(one.mask) || []), one.name]);
+  }
+  const images = [...names].map(([mask, of]) => make("figure", {},
+    make("img", { src: data.masks[mask], alt: `blocks of ${of.join(" and of ")}` }),
+    make("figcaption", { text: of.length > 2 ? `${of[0]}, and ${of.length - 1} more` : of.join(", "),
+      title: of.join("\n") })));
   byId("masks").replaceChildren(...images);
 }
 begin();

@@ -61,7 +61,14 @@ def page(
     found = lines(comparison.cases, rows, comparison.measures)
     without = missing(found, comparison.measures)
     kept = [column for column in columns(comparison.measures) if column.name not in without]
-    media, shown = _media(comparison, folder, rows, most_media)
+    masks = {
+        line.case.name: uri
+        for line in found
+        if (uri := _uri(folder.mask(comparison.stem(line.case)))) is not None
+    }
+    # Schedules and LoRAs change no mask: each is in the page once.
+    different = list(dict.fromkeys(masks.values()))
+    media, shown = _media(comparison, folder, rows, most_media - sum(map(len, different)))
     size = _size(folder, comparison.samples)
     data = {
         "columns": [_column(column) for column in kept],
@@ -75,7 +82,7 @@ def page(
                 "cells": {
                     name: _finite(dataclasses.asdict(cell)) for name, cell in line.cells.items()
                 },
-                "mask": _uri(folder.mask(comparison.stem(line.case))),
+                "mask": different.index(masks[line.case.name]) if line.case.name in masks else None,
             }
             for line in found
         ],
@@ -85,6 +92,7 @@ def page(
         "between": [_test(one) for one in between(comparison.cases, rows, comparison.measures)],
         "samples": [dataclasses.asdict(sample) for sample in comparison.samples],
         "media": media,
+        "masks": different,
         **size,
     }
     return _document(comparison, record, data, without, shown, papers)
@@ -105,7 +113,8 @@ def _document(
     total = len(comparison.samples)
     about = (
         f"{settings.get('model')}, {settings.get('steps') or 'as many as usual'} steps,"
-        f" {len(comparison.prompts)} prompts x {len(comparison.seeds)} seeds, on"
+        f" {_number(len(comparison.prompts), 'prompt')} x"
+        f" {_number(len(comparison.seeds), 'seed')}, on"
         f" {device.get('name', device.get('type', ''))}; diffattn {versions.get('diffattn')}, torch"
         f" {versions.get('torch')}, diffusers {versions.get('diffusers')}"
     )
@@ -132,9 +141,9 @@ def _document(
         '<div class="bar" id="groups"></div>',
         "<h2>Table</h2>",
         "<p>Means over the samples, with their standard deviations; “equal” is a frame for frame"
-        " equal result. The shaded rows are floors: the dense model in another precision, and by"
-        " another kernel. A difference below a floor says nothing. A click on a title sorts; the"
-        " boxes choose the videos below.</p>",
+        f" equal result. The shaded rows are floors: the dense model in another precision, and by"
+        f" another kernel{_flex_words(comparison)}. A difference below a floor says nothing. A"
+        f" click on a title sorts; the boxes choose the videos below.</p>",
         '<div class="scroll"><table id="table"></table></div>',
         *(f'<p class="soft">{html.escape(note)}</p>' for note in notes),
         "<h2>Quality over cost</h2>",
@@ -171,6 +180,19 @@ def _document(
         f"<script>{(own / 'page.js').read_text('utf-8')}</script></body></html>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def _flex_words(comparison: Comparison) -> str:
+    if not any(case.flex_of for case in comparison.cases):
+        return ""
+    return (
+        "; and methods whose mask torch's FlexAttention computes, compared not with the dense model"
+        " but with the same method by the kernels of this package"
+    )
 
 
 def _papers(papers: Sequence[Mapping[str, str]]) -> Iterator[str]:

@@ -64,7 +64,11 @@ def papers_beside(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 def _measured(case: str, rows: Sequence[Row]) -> str:
     dense = median([row.seconds for row in rows if row.case == "dense"] or [0.0])
-    names = dict.fromkeys(row.case for row in rows if row.case.startswith(case))
+    # What is combined with the method stands in names after a plus.
+    plain = "+" not in case
+    names = dict.fromkeys(
+        row.case for row in rows if row.case.startswith(case) and not (plain and " + " in row.case)
+    )
     parts = []
     for name in names:
         own = [row for row in rows if row.case == name]

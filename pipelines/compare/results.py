@@ -9,6 +9,9 @@ from .page import MOST_MEDIA, page
 from .sample_table import Row, write_whole
 from .table import against_floors, as_markdown, lines
 
+# Tests of all measures that a terminal shows.
+_MOST_TESTS = 100
+
 
 def write_results(
     comparison: Comparison,
@@ -30,6 +33,10 @@ def write_results(
     tests = against_floors(comparison.cases, rows, comparison.measures)
     text = as_markdown(found, tests, comparison.measures)
     write_whole(folder.summary, text)
+    if len(tests) > _MOST_TESTS:
+        # On a screen the tests of many cases would hide the table.
+        text = as_markdown(found, (), comparison.measures)
+        text += f"\n{len(tests)} paired tests against the floors: {folder.summary}, {folder.page}\n"
     yield from text.splitlines()
     record = read_record(folder.settings)
     write_whole(folder.page, page(comparison, folder, rows, record, papers, most_media))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -14,8 +15,9 @@ from zipfile import BadZipFile
 import numpy as np
 
 from diffattn.counting import PairCount, counted_pairs
+from diffattn.operator import BACKEND_VARIABLE
 
-from ..errors import RunInterruptedError, UserError
+from ..errors import RunInterruptedError, UserError, one_line
 from ..run.generate import Rendering, attached, render, sparse_throughout
 from ..run.loading import LoadedModel, choose_device, load_model
 from ..run.machine import describe_device, quiet_libraries
@@ -27,6 +29,7 @@ from ..run.sources import Sources, read_sources
 from ..run.trained_lora import loras_of, read_lora_record
 from ..run.video import write_picture, write_video
 from ..run.vocabulary import warn_of_words
+from . import vbench
 from .caches import cached, check_cache
 from .case import DENSE, Case
 from .clip import Clip
@@ -53,7 +56,7 @@ def compare(
     Args:
         comparison: the settings.
         folder: the folder, new or of an earlier run of the same settings.
-        only: the cases to make now; the dense model is made in any case.
+        only: the cases to make now; what they are compared with is made in any case.
         say: takes lines for the user.
         warn: takes one-line warnings.
         memory_check: whether to refuse what the device has too little memory for.
@@ -73,12 +76,16 @@ def compare(
     for case in only:
         check_cache(case.name, case.cache)
     device = describe_device(str(choose_device(comparison.base.device)))
+    wanted = {case.name for case in only}
+    wanted |= {comparison.reference(case).name for case in only}
+    now = [case for case in comparison.cases if case.name in wanted or case.name == DENSE]
     with folder.opened(comparison, device, warn) as table:
         try:
-            for cases in _by_model([comparison.cases[0], *only]):
+            for cases in _by_model(now):
                 phase = _Phase(comparison, folder, table, cases, say, warn)
                 if phase.left:
                     phase.run(device, memory_check)
+            vbench.score(folder, table, say)
         except KeyboardInterrupt:
             kept = [folder.samples] if table.rows else []
             raise RunInterruptedError(kept, _GO_ON if table.rows else "") from None
@@ -118,13 +125,23 @@ class _Phase:
             (sample, case)
             for sample in comparison.samples
             for case in cases
-            if not table.has(case.name, sample.key) or self._lacks_frames(case, sample)
+            if not table.has(case.name, sample.key) or self._lacks_frames(case, sample, cases)
         ]
         self._warm: set[str] = set()
         self._left_out: set[str] = set()
 
-    def _lacks_frames(self, case: Case, sample: Sample) -> bool:
-        return case.name == DENSE and not self._folder.dense_frames(sample).exists()
+    def _lacks_frames(self, case: Case, sample: Sample, cases: Sequence[Case]) -> bool:
+        """Whether cases that have no row yet are to be compared with frames that are not there."""
+        needed = case.name == DENSE or any(
+            one.flex_of == case.name and not self._table.has(one.name, sample.key) for one in cases
+        )
+        return needed and not self._frames(case, sample).exists()
+
+    def _frames(self, case: Case, sample: Sample) -> Path:
+        """The file of the exact frames of a case that others are compared with."""
+        if case.name == DENSE:
+            return self._folder.dense_frames(sample)
+        return self._folder.frames(self._comparison.stem(case), sample)
 
     def run(self, device: Mapping[str, Any], memory_check: bool) -> None:
         """Load the model, and make the samples.
@@ -191,7 +208,11 @@ class _Phase:
         """Render a sample, write its files and its row; return words about it."""
         run = self._settled(sample, case, loaded, sources)
         assert run.request.steps is not None
-        kernel = _other_kernel(loaded.device) if case.other_kernel else nullcontext()
+        kernel: AbstractContextManager[None] = nullcontext()
+        if case.other_kernel:
+            kernel = _other_kernel(loaded.device)
+        elif case.flex_of is not None:
+            kernel = _by_flex()
         try:
             with kernel, cached(loaded.pipe, case.cache, run.request.steps):
                 self._warm_up(run, case, loaded)
@@ -207,11 +228,11 @@ class _Phase:
         video = self._write(sample, case, run, made)
         if self._table.has(case.name, sample.key):
             return "its frames were made again"
-        if attachment is not None:
+        if attachment is not None and not case.is_floor:
             method = attachment.describe(run.grid, run.request.steps).method
             write_mask(self._folder.mask(self._comparison.stem(case)), pairs, method, run.grid)
         clip = self._clip(run, made)
-        dense = clip if case.name == DENSE else self._dense(sample, clip)
+        reference = clip if case.name == DENSE else self._reference(sample, case, clip)
         row = Row(
             case=case.name,
             prompt=sample.prompt,
@@ -221,7 +242,7 @@ class _Phase:
             memory_gib=peak.gib,
             density=_density(pairs, run, case, attachment),
             file=str(video.relative_to(self._folder.path)),
-            measures=take(self._comparison.measures, dense, clip, case.name == DENSE),
+            measures=take(self._comparison.measures, reference, clip, case.name == DENSE),
         )
         self._table.add(row)
         ratio = row.number("psnr")
@@ -241,7 +262,7 @@ class _Phase:
         self._warm.add(case.name)
 
     def _write(self, sample: Sample, case: Case, run: Run, made: Rendering) -> Path:
-        """Write the video, and the exact frames of the dense model."""
+        """Write the video, and the exact frames where others are compared with them."""
         fps = run.request.fps
         path = self._folder.video(self._comparison.stem(case), sample, picture=fps is None)
         part = path.with_name(f".part-{path.name}")
@@ -252,8 +273,8 @@ class _Phase:
         else:
             write_video(part, made.frames, fps)
         part.replace(path)
-        if case.name == DENSE:
-            exact = self._folder.dense_frames(sample)
+        if self._comparison.is_reference(case):
+            exact = self._frames(case, sample)
             part = exact.with_name(f".part-{exact.name}")
             more = {"audio": made.audio, "fps": fps}
             given: dict[str, Any] = {name: x for name, x in more.items() if x is not None}
@@ -265,9 +286,9 @@ class _Phase:
         bundled = self._comparison.base.model == BUNDLED_MODEL
         return Clip(made.frames, run.request.fps, run.request.prompt, bundled, made.audio)
 
-    def _dense(self, sample: Sample, like: Clip) -> Clip:
-        """The dense model's clip of a sample."""
-        path = self._folder.dense_frames(sample)
+    def _reference(self, sample: Sample, case: Case, like: Clip) -> Clip:
+        """The clip that a case is compared with."""
+        path = self._frames(self._comparison.reference(case), sample)
         try:
             with np.load(path) as found:
                 frames, audio = found["frames"], found.get("audio")
@@ -310,6 +331,28 @@ def _other_kernel(device: str) -> Iterator[None]:
     on_cpu = torch.device(device).type == "cpu"
     with sdpa_kernel(SDPBackend.MATH if on_cpu else SDPBackend.EFFICIENT_ATTENTION):
         yield
+
+
+@contextmanager
+def _by_flex() -> Iterator[None]:
+    """Have torch's compiled FlexAttention compute the masks of methods.
+
+    Raises:
+        UserError: if FlexAttention cannot be compiled, or refuses a mask or a size.
+    """
+    before = os.environ.get(BACKEND_VARIABLE)
+    os.environ[BACKEND_VARIABLE] = "flex"
+    try:
+        yield
+    except UserError:
+        raise
+    except RuntimeError as error:  # torch's compilers raise errors of many types, all of this one
+        raise UserError(f"torch's FlexAttention does not work here ({one_line(error)})") from None
+    finally:
+        if before is None:
+            del os.environ[BACKEND_VARIABLE]
+        else:
+            os.environ[BACKEND_VARIABLE] = before
 
 
 def _words(seconds: float) -> str:

@@ -9,8 +9,8 @@ import csv
 import io
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import UserError, shortened
@@ -91,15 +91,40 @@ class SampleTable:
         Raises:
             UserError: if the file cannot be written.
         """
-        rows = [*self.rows, row]
+        cells = self._write([*self.rows, row])
+        # The row as a later run will read it: both make the same table.
+        self.rows.append(self._read_back(len(self.rows), cells[-1]))
+
+    def put(self, measure: str, values: Mapping[tuple[str, tuple[str, int]], Value]) -> None:
+        """Put values of a measure into rows, in the file too.
+
+        Args:
+            measure: the name.
+            values: by case and sample.
+
+        Raises:
+            UserError: if the file cannot be written.
+        """
+        rows = []
+        for row in self.rows:
+            own = values.get((row.case, row.sample))
+            changed = {} if own is None else {measure: own}
+            rows.append(replace(row, measures=row.measures | changed))
+        cells = self._write(rows)
+        self.rows = [self._read_back(index, one) for index, one in enumerate(cells)]
+
+    def _write(self, rows: Sequence[Row]) -> list[list[str]]:
+        """Write the file; returns the cells of its rows."""
+        cells = [_cells(row, self.measures) for row in rows]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows(_cells(one, self.measures) for one in rows)
+        writer.writerows([self.columns, *cells])
         write_whole(self.path, text.getvalue())
-        # The row as a later run will read it: both make the same table.
-        cells = dict(zip(self.columns, _cells(row, self.measures), strict=True))
-        self.rows.append(_row(self.path, len(rows) + 1, cells, len(cells), ""))
+        return cells
+
+    def _read_back(self, index: int, cells: list[str]) -> Row:
+        by_column = dict(zip(self.columns, cells, strict=True))
+        return _row(self.path, index + 2, by_column, len(cells), "")
 
 
 def write_whole(path: Path, text: str) -> None:

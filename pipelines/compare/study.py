@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffattn.schedule import Ramp, ramp
+
 from ..errors import RunInterruptedError, UserError
+from ..knobs import KNOBS
 from ..run.method_settings import make_method
 from ..run.prompts import read_prompts
 from ..run.request import BUNDLED_MODEL, Request
 from ..run.trained_lora import read_lora_record
 from .caches import lacking
-from .case import Case, case_of_words, check_cases, chosen
+from .case import FLOORS, Case, case_of_words, check_cases, chosen, flex_floor
 from .command import base_request, finish, folder_of, make_comparison
 from .comparison import Folder
-from .densities import KNOBS, at_densities
+from .densities import Found, at_densities
 from .measures import choose_measures
 from .papers import papers_beside
-from .sample_table import write_whole
 from .study_prompts import PROMPTS
 
 _Say = Callable[[str], None]
@@ -48,8 +49,8 @@ _WITHOUT_PAIRS = ("agent", "linfusion")
 _OF_SWEPT = (METHODS, WARM_UP, LORA, CACHE)
 # Dense first steps, as shares of a run, beside none.
 _WARM_UPS = (0.1, 0.25, 0.4)
-_WARMED_UP = ("radial", "gna", "vmoba")
-_TRAINED = ("radial", "gna", "vmoba")
+# With dense steps, with a LoRA, with a cache, and by FlexAttention, at one share.
+_SWEPT = ("radial", "gna", "vmoba")
 _SWEPT_AT = 0.25
 # The constant share, and ramps of the same mean over a run.
 _CONSTANT = 0.3
@@ -107,8 +108,8 @@ def study(
     title = f"The study of diffattn on {model}"
     measures = choose_measures([])
     comparison = make_comparison(base, cases, prompts, range(asked.seeds), measures, title)
-    floors = [case for case in comparison.cases if case.is_floor]
-    now = [*floors, *(case for case in chosen(comparison.cases, asked.only) if not case.is_floor)]
+    floors = [case for case in comparison.cases if case.name in FLOORS]
+    now = [*floors, *(case for case in chosen(comparison.cases, asked.only) if case not in floors)]
     for case in [case for case in now if case.cache is not None]:
         reason = lacking(case.cache)
         if reason is not None:
@@ -150,62 +151,36 @@ def study_cases(
         dataclasses.replace(case_of_words(" ".join(one.split())), name=name, groups=(METHODS,))
         for name, one in zip(KNOBS, words, strict=True)
     ]
-    known = _Found(folder, base)
-    methods = at_densities(named, len(named), DENSITIES, base, known.methods, say, known.keep)
-    methods = [case for number, case in enumerate(methods) if not _repeats(case, methods[:number])]
-    swept = [f"{name} at {_SWEPT_AT:g}" for name in _WARMED_UP]
+    found = at_densities(named, len(named), DENSITIES, base, Found(folder, base), say)
+    # The nearest to two shares may be one and the same: the first has the name.
+    methods: list[Case] = []
+    own: dict[str, Case] = {}
+    for case in found:
+        same = next((one for one in methods if one.attention == case.attention), None)
+        own[case.name] = case if same is None else same
+        if same is None:
+            methods.append(case)
+    swept = {name: own[f"{name} at {_SWEPT_AT:g}"] for name in _SWEPT}
+    in_sweeps = [case.name for case in swept.values()]
     cases = [
-        dataclasses.replace(case, groups=_OF_SWEPT) if case.name in swept else case
+        dataclasses.replace(case, groups=_OF_SWEPT) if case.name in in_sweeps else case
         for case in methods
     ]
     cases += [_plain(name) for name in _WITHOUT_PAIRS]
     cases.append(Case("radial, as published", make_method({"type": "radial"}).to_dict(),
                       groups=(METHODS, WARM_UP)))  # fmt: skip
-    cases += _warm_ups([case for case in methods if case.name in swept])
-    ramps, skipped = _ramps(bundled)
-    trained, not_trained = _loras(methods, folder, bundled, lora)
-    cases += [*ramps, *trained, *_caches(methods)]
-    return cases, skipped | not_trained
-
-
-class _Found:
-    """The parameters that the search has found so far, in a file of the folder.
-
-    Attributes:
-        methods: the settings by case.
-    """
-
-    def __init__(self, folder: Folder, base: Request) -> None:
-        self._path = folder.path / "densities.json"
-        settings = base.to_dict() | {"prompt": "", "seed": 0}
-        self._settings = json.loads(json.dumps(settings))
-        self.methods: dict[str, Any] = {}
-        try:
-            found = json.loads(self._path.read_text("utf-8"))
-        except (OSError, ValueError):
-            return
-        # Of another model or size, the search is made again.
-        if isinstance(found, dict) and found.get("settings") == self._settings:
-            self.methods = dict(found["methods"])
-
-    def keep(self, name: str, settings: Settings) -> None:
-        """Write down what was found for a case."""
-        self.methods[name] = json.loads(json.dumps(settings))
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        found = {"settings": self._settings, "methods": self.methods}
-        write_whole(self._path, json.dumps(found, indent=1) + "\n")
-
-
-def _repeats(case: Case, earlier: Sequence[Case]) -> bool:
-    """Whether a case has the settings of an earlier one: the nearest to two shares may be one."""
-    return any(one.attention == case.attention for one in earlier)
+    cases += _warm_ups(swept.values())
+    trained, skipped = _loras(swept, folder, bundled, lora)
+    cases += [*_ramps(bundled), *trained, *_caches(swept["vmoba"])]
+    cases.append(dataclasses.replace(flex_floor(swept["gna"]), groups=(METHODS,)))
+    return cases, skipped
 
 
 def _plain(name: str) -> Case:
     return Case(name, make_method({"type": name, **_ALWAYS}).to_dict(), groups=(METHODS,))
 
 
-def _warm_ups(cases: Sequence[Case]) -> list[Case]:
+def _warm_ups(cases: Iterable[Case]) -> list[Case]:
     """Each case with dense first steps, and with dense last steps."""
     found = []
     for case in cases:
@@ -217,36 +192,30 @@ def _warm_ups(cases: Sequence[Case]) -> list[Case]:
     return found
 
 
-def _ramps(bundled: bool) -> tuple[list[Case], dict[str, str]]:
+def _ramps(bundled: bool) -> list[Case]:
     """A constant share of the blocks, and shares that change with the steps at equal work."""
     plain = {"type": "block-topk", "order": "raster", **_ALWAYS} | (
         {"block": 32} if bundled else {}
     )
-    steady = make_method({**plain, "keep": _CONSTANT}).to_dict()
-    cases = [Case(f"block-topk, {_CONSTANT:.0%} in each step", steady, groups=(RAMPS,))]
-    skipped = {}
+    kept: dict[str, float | Ramp] = {f"{_CONSTANT:.0%} in each step": _CONSTANT}
     for word, (first, last) in _RAMPS.items():
-        name = f"block-topk, {word} from {first:.0%} to {last:.0%}"
-        try:
-            settings = make_method({**plain, "keep": {"ramp": [first, last]}}).to_dict()
-        except UserError:
-            skipped[name] = "this version has no parameters that change with the steps"
-            continue
-        settings = json.loads(json.dumps(settings))
-        cases.append(Case(name, settings, groups=(RAMPS,)))
-    return cases, skipped
+        kept[f"{word} from {first:.0%} to {last:.0%}"] = ramp(first, last)
+    return [
+        Case(f"block-topk, {words}", make_method({**plain, "keep": keep}).to_dict(),
+             groups=(RAMPS,))
+        for words, keep in kept.items()
+    ]  # fmt: skip
 
 
 def _loras(
-    methods: Sequence[Case], folder: Folder, bundled: bool, lora: str | None
+    swept: Mapping[str, Case], folder: Folder, bundled: bool, lora: str | None
 ) -> tuple[list[Case], dict[str, str]]:
-    """Methods with the LoRA that was trained under them; without a LoRA they are in `methods`."""
+    """Methods with the LoRA that was trained under them; without a LoRA they are in `swept`."""
     if bundled:
         return [
-            Case(f"{case.attention['type']} + LoRA", case.attention, groups=(LORA,),
-                 lora=str(folder.path / "loras" / case.attention["type"]))
-            for name in _TRAINED
-            for case in methods if case.name == f"{name} at {_SWEPT_AT:g}"
+            Case(f"{name} + LoRA", case.attention, groups=(LORA,),
+                 lora=str(folder.path / "loras" / name))
+            for name, case in swept.items()
         ], {}  # fmt: skip
     if lora is None:
         return [], {"LoRA": "give the LoRA of `diffattn lora train` by --lora"}
@@ -261,9 +230,8 @@ def _loras(
     ], {}
 
 
-def _caches(methods: Sequence[Case]) -> list[Case]:
+def _caches(sparse: Case) -> list[Case]:
     """Step caches on dense attention, and on a sparse method."""
-    sparse = next(case for case in methods if case.name == f"vmoba at {_SWEPT_AT:g}")
     found = []
     for cache in ("first-block", f"cache-dit:{_THRESHOLD}"):
         name = cache.partition(":")[0]

@@ -115,14 +115,24 @@ def lines(cases: Sequence[Case], rows: Sequence[Row], measures: Sequence[str]) -
 def against_floors(
     cases: Sequence[Case], rows: Sequence[Row], measures: Sequence[str]
 ) -> list[Compared]:
-    """Each case against each floor, in each measure that compares with the dense model."""
-    names = [case.name for case in cases if case.name not in (DENSE, *FLOORS)]
+    """Each case against each floor, in each measure that compares with the dense model.
+
+    A floor of FlexAttention is that of its own case alone.
+    """
+    names = [case.name for case in _compared(cases)]
+    own = [(case.flex_of, case.name) for case in cases if case.flex_of is not None]
     found: list[Compared] = []
     for measure in measures:
         if BY_NAME[measure].against_dense:
             for floor in FLOORS:
                 found += _corrected([(name, floor) for name in names], rows, measure)
+            found += _corrected(own, rows, measure)
     return found
+
+
+def _compared(cases: Sequence[Case]) -> list[Case]:
+    """The cases that are neither the dense model nor floors."""
+    return [case for case in cases if case.name != DENSE and not case.is_floor]
 
 
 def between(cases: Sequence[Case], rows: Sequence[Row], measures: Sequence[str]) -> list[Compared]:
@@ -130,7 +140,7 @@ def between(cases: Sequence[Case], rows: Sequence[Row], measures: Sequence[str])
 
     Cases of a study are paired with those that share a group with them.
     """
-    own = [case for case in cases if case.name not in (DENSE, *FLOORS)]
+    own = _compared(cases)
     pairs = [
         (a.name, b.name)
         for a, b in itertools.combinations(own, 2)

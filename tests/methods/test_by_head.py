@@ -20,6 +20,7 @@ from diffattn import (
     SLAAttn,
     TokenGrid,
     VMoBAAttn,
+    VSAAttn,
 )
 from diffattn.methods import Site, from_dict
 
@@ -36,10 +37,17 @@ def tokens(heads: int = 6, kv_heads: int | None = None) -> tuple[torch.Tensor, .
     return tuple(torch.randn(2, GRID.tokens, n, 16, generator=generator) for n in counts)
 
 
+# These have weights in a model only with pooled keys, or with a gate.
+WITHOUT_WEIGHTS: tuple[tuple[Method, int], ...] = (
+    (CLEARAttn(radius=3, frame_radius=2), 4),
+    (VSAAttn(keep=0.3), 2),
+)
+
+
 def oracle(method: Method, qkv: list[torch.Tensor]) -> torch.Tensor:
     """Attention in float64 under the mask of a method, head by head."""
     query, key, value = (x.double().transpose(1, 2) for x in qkv)
-    if isinstance(method, BlockTopKAttn):
+    if isinstance(method, BlockTopKAttn | VSAAttn):
         chosen = method.selection(*qkv[:2], SITE)
         mask = torch.stack([
             torch.stack([method.selection_mask(head, GRID).dense() for head in sample])
@@ -51,14 +59,17 @@ def oracle(method: Method, qkv: list[torch.Tensor]) -> torch.Tensor:
     return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value).transpose(1, 2)
 
 
+@pytest.mark.parametrize("parts", [PARTS, WITHOUT_WEIGHTS], ids=["plain", "without weights"])
 @pytest.mark.parametrize("kv_heads", [6, 2])
-def test_each_head_attends_by_its_method(kv_heads: int) -> None:
+def test_each_head_attends_by_its_method(
+    kv_heads: int, parts: tuple[tuple[Method, int], ...]
+) -> None:
     query, key, value = tokens(6, kv_heads)
     query.requires_grad_()
-    out = ByHeadAttn(parts=PARTS).attend(query, key, value, SITE)
+    out = ByHeadAttn(parts=parts).attend(query, key, value, SITE)
     wide = [x.repeat_interleave(6 // kv_heads, 2) for x in (key, value)]
     first, want = 0, []
-    for method, heads in PARTS:
+    for method, heads in parts:
         qkv = [x[:, :, first : first + heads] for x in (query, *wide)]
         want.append(oracle(method, qkv))
         first += heads
@@ -143,7 +154,8 @@ def test_other_numbers_of_heads_are_refused() -> None:
         ([("gna", 2)], "the method of a part is 'gna', but must be a method of diffattn"),
         ([(WINDOW, 0)], "the number of heads of gna is 0, but must be an integer of at least 1"),
         ([(SLAAttn(), 2)], "sla cannot attend for some heads alone: it has weights of its own or"),
-        ([(CLEARAttn(), 2)], "clear cannot attend for some heads alone"),
+        ([(VSAAttn(coarse=True), 2)], "vsa cannot attend for some heads alone"),
+        ([(CLEARAttn(down_factor=8), 2)], "clear cannot attend for some heads alone"),
         (
             [(VMoBAAttn(select="threshold", scope="unpublished-all"), 2)],
             "vmoba with these parameters looks at all heads together",

@@ -29,7 +29,7 @@ SHAPE = ModelShape(
 )
 NOW: dict[str, Any] = {"dense_layers": 0, "dense_steps": 0}
 TOP = settings_of(BlockTopKAttn(block=16, **NOW))
-WINDOW = settings_of(GNAAttn(window=(3, 3, 3), **NOW).for_model("wan2.1", GRID))
+WINDOW = settings_of(GNAAttn(**NOW))
 SIZE = ["--height", 96, "--width", 96, "--num-frames", 17, "--steps", 3]
 
 
@@ -271,12 +271,12 @@ class TestBadInput:
             ([3], '--attn-config methods.json must give methods as objects with a "type", not 3'),
             (
                 [{"type": "agent"}],
-                "--attn agent: calibrate sets methods to a share of the token pairs, and can do so"
-                " with block-topk, vmoba, gna",
+                "--attn agent: no parameter of agent sets its share of the token pairs; calibrate"
+                " can take radial, gna, clear, ",
             ),
             (
                 [{"type": "block-topk", "keep": [1, 0.5]}],
-                "--attn block-topk: a parameter differs from step to step, but calibrate sets the",
+                "--attn block-topk: keep of block-topk differs from step to step, but sets the sh",
             ),
             ([{"type": "gna"}, {"type": "gna"}], "the method {'type': 'gna'} is given twice"),
         ],

@@ -150,6 +150,41 @@ class TestRun:
         assert again.code == 0
         assert "of the token pairs for" not in again.out
 
+    def test_an_interrupted_search_goes_on(
+        self, compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Shares that the content decides about are measured by runs."""
+        from diffattn.pipelines.compare import densities
+
+        render, left = densities.render, [3]
+
+        def interrupted(*arguments: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return render(*arguments, **options)
+
+        monkeypatch.setattr(densities, "render", interrupted)
+        options = [
+            PROMPTS[0],
+            "--attn",
+            "gna dense_steps=0",
+            "--attn",
+            "sol block=16 dense_steps=0",
+        ]
+        options += ["--density", 0.5, "--only", "dense", *MEASURES]
+        options += ["--height", 128, "--width", 128, "--num-frames", 21]
+        result = compare(*options)
+        assert result.code == 130
+        assert "kept out/densities.json; the same command goes on from there" in result.err
+        result = compare(*options)
+        assert result.code == 0, result.err
+        assert "sol block=16 dense_steps=0: " in result.out
+        assert "gna dense_steps=0: " not in result.out
+        again = compare(*options)
+        assert again.code == 0
+        assert "of the token pairs for" not in again.out
+
     def test_several_loras_with_scales(self, compare: Any, tmp_path: Path, tiny_lora: Path) -> None:
         two = ["--lora", f"{tiny_lora}:0.5", "--lora", f"{tiny_lora}:0.5"]
         cases = {"once": {"attention": "dense", "lora": str(tiny_lora)}}
@@ -225,6 +260,130 @@ class TestRun:
         assert (found.shape, found.dtype) == ((2, 7), np.float32)
         assert generating._sound([np.zeros(7)]).shape == (1, 7)
         assert generating._sound(None) is None
+
+
+class TestFlexAttention:
+    """The floor of a mask: another kernel computes it."""
+
+    FLOOR = f"floor: FlexAttention, {GNA[1]}"
+
+    def test_it_is_compared_with_its_own_case(
+        self, compare: Any, diffattn: Any, tiny_wan: Path, tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        result = compare(PROMPTS[0], *GNA, *MEASURES, "--flex", GNA[1])
+        assert result.code == 0, result.err
+        rows = {row["case"]: row for row in table(tmp_path / "out")}
+        assert len(rows) == 5
+        # The kernels round differently, far less than the method differs from dense attention.
+        assert float(rows[self.FLOOR]["psnr"]) > float(rows[GNA[1]]["psnr"])
+        assert rows[self.FLOOR]["density"] == rows[GNA[1]]["density"]
+        assert rows[self.FLOOR]["motion"] != rows["dense"]["motion"]
+        assert "DIFFATTN_BACKEND" not in os.environ
+        page = (tmp_path / "out/index.html").read_text("utf-8")
+        assert "whose mask torch's FlexAttention computes" in page
+        # Against frames that two runs of `generate` write without loss.
+        run = ["generate", PROMPTS[0], "--model", tiny_wan, *SIZE, "--attn", "gna"]
+        run += ["--attn-arg", "window=1,3,3", "--attn-arg", "dense_steps=0"]
+        assert diffattn(*run, "-o", "own.png").code == 0
+        monkeypatch.setenv("DIFFATTN_BACKEND", "flex")
+        assert diffattn(*run, "-o", "flex.png").code == 0
+        own, flex = (
+            np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / n).iterdir())])
+            for n in ("own", "flex")
+        )
+        error = ((own.astype(float) - flex.astype(float)) ** 2).mean()
+        want = math.inf if error == 0 else 10 * math.log10(255**2 / error)
+        assert float(rows[self.FLOOR]["psnr"]) == pytest.approx(want, abs=1e-4)
+
+    @pytest.fixture
+    def backends(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+        """The backend that is asked for in each render; none is compiled."""
+        used: list[tuple[str, str | None]] = []
+        render = comparing.render
+
+        def seen(request: Any, loaded: Any, label: str, *args: Any, **rest: Any) -> Any:
+            used.append((label, os.environ.get("DIFFATTN_BACKEND")))
+            with monkeypatch.context() as own:
+                own.delenv("DIFFATTN_BACKEND", raising=False)
+                return render(request, loaded, label, *args, **rest)
+
+        monkeypatch.setattr(comparing, "render", seen)
+        return used
+
+    def test_only_its_own_case_is_rendered_by_it(self, compare: Any, backends: Any) -> None:
+        radial = ["--attn", "radial"]
+        assert compare(PROMPTS[0], *GNA, *radial, *MEASURES, "--flex", GNA[1]).code == 0
+        assert {label for label, backend in backends if backend == "flex"} == {self.FLOOR}
+        assert {label for label, backend in backends if backend is None} == {
+            "dense", "floor: precision", "floor: kernel", GNA[1], "radial"
+        }  # fmt: skip
+
+    @pytest.mark.usefixtures("backends")
+    def test_made_alone_or_later_it_has_its_own_case(self, compare: Any, tmp_path: Path) -> None:
+        options = [PROMPTS[0], *GNA, *MEASURES, "--flex", GNA[1]]
+        assert compare(*options, "--only", self.FLOOR).code == 0
+        assert [row["case"] for row in table(tmp_path / "out")] == ["dense", GNA[1], self.FLOOR]
+        (exact,) = (tmp_path / "out/dense").glob("*gna*.npz")
+        exact.unlink()
+        # Nothing is to be compared with these frames any more.
+        assert "made again" not in compare(*options).out
+        lines = (tmp_path / "out/samples.csv").read_text().splitlines(keepends=True)
+        rest = [line for line in lines if self.FLOOR not in line]
+        (tmp_path / "out/samples.csv").write_text("".join(rest))
+        result = compare(*options)
+        assert f"{GNA[1]}, sample 1: its frames were made again" in result.out
+        assert len(table(tmp_path / "out")) == 5
+
+    def test_where_it_cannot_be_compiled_the_floor_is_left_out(
+        self, compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(
+            "diffattn.flex_backend._compiled_flex", lambda: _raise(RuntimeError("no compiler"))
+        )
+        result = compare(*PROMPTS, *GNA, *MEASURES, "--flex", GNA[1])
+        assert result.code == 0, result.err
+        assert (
+            f"left out: case {self.FLOOR!r}, sample 1: torch's FlexAttention does not work here"
+            f" (no compiler)"
+        ) in result.err
+        assert result.err.count("no compiler") == 1
+        assert len(table(tmp_path / "out")) == 2 * 4
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--flex", "gnaa"], "--flex 'gnaa' is no case of this run; did you mean 'gna'?"),
+            (["--flex", "gna", "--flex", "gna"], "--flex 'gna' is given twice"),
+            (
+                ["--attn", "vmoba", "--flex", "vmoba"],
+                "--flex 'vmoba': FlexAttention computes methods that are a mask and nothing else,"
+                " such as gna and radial, not vmoba with these parameters",
+            ),
+            (
+                ["--attn", "clear down_factor=8", "--flex", "clear down_factor=8"],
+                "--flex 'clear down_factor=8': FlexAttention computes methods that are a mask and"
+                " nothing else, such as gna and radial, not clear with these parameters",
+            ),
+        ],
+    )
+    def test_cases_that_it_does_not_compute(
+        self, compare: Any, tmp_path: Path, options: list[str], message: str
+    ) -> None:
+        assert compare(PROMPTS[0], "--attn", "gna", *options).error == message
+        assert not (tmp_path / "out").exists()
+
+    def test_where_it_computes_everything(
+        self, compare: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("DIFFATTN_BACKEND", "flex")
+        assert compare(PROMPTS[0], "--attn", "gna", "--flex", "gna").error == (
+            "--flex 'gna': DIFFATTN_BACKEND is 'flex', so that the case itself is computed by"
+            " FlexAttention: unset the variable"
+        )
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 class TestResuming:
@@ -379,7 +538,7 @@ class TestBadInput:
             ),
             (
                 [PROMPTS[0], "--attn", "linfusion", "--density", 0.5],
-                "--density: linfusion chooses no share of the token pairs by a parameter; compare"
+                "--density: no parameter of linfusion sets its share of the token pairs; compare"
                 " it by --cases or --attn-config, which --density leaves alone",
             ),
             ([PROMPTS[0], *GNA, "--height", 33], None),
@@ -545,6 +704,19 @@ class TestTable:
         assert near.t_holm is not None
         assert far.t_holm < near.t_holm
         assert near_kernel.t_holm is None
+
+    def test_a_floor_of_flex_attention_is_that_of_its_case(self) -> None:
+        floor = Case("floor: FlexAttention, far", flex_of="far")
+        rows = [
+            dataclasses.replace(row, case=floor.name) for row in self.ROWS if row.case == "near"
+        ]
+        cases, rows = (*self.CASES, floor), [*self.ROWS, *rows]
+        tests = against_floors(cases, rows, ["psnr"])
+        assert [one.first for one in tests if one.second == floor.name] == ["far"]
+        assert floor.name not in {one.first for one in tests}
+        assert [(one.first, one.second) for one in between(cases, rows, ["psnr"])] == [
+            ("near", "far")
+        ]
 
     def test_methods_are_tested_against_each_other(self) -> None:
         (one,) = between(self.CASES, self.ROWS, ["psnr"])

@@ -1,9 +1,11 @@
 """The page of `diffattn compare` in a real browser: sorting, plots, videos in step, no requests."""
 
 import importlib.util
+import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffattn.draw import NONE, png
+from diffattn.pipelines.compare import mask_images, results
 from diffattn.pipelines.compare.case import Case, dense_and_floors
 from diffattn.pipelines.compare.comparison import Comparison, Folder
 from diffattn.pipelines.compare.measures import MEASURES
 from diffattn.pipelines.compare.page import page
+from diffattn.pipelines.compare.results import write_results
 from diffattn.pipelines.compare.sample_table import Row
 from diffattn.pipelines.run.request import Request
 from diffattn.pipelines.run.video import write_picture, write_video
@@ -39,11 +44,15 @@ def moving(shift: int) -> np.ndarray:
     return frames
 
 
-def made(folder: Path, picture: bool = False) -> tuple[Comparison, Folder, list[Row]]:
+def made(
+    folder: Path, picture: bool = False, flex: bool = False
+) -> tuple[Comparison, Folder, list[Row]]:
     base = Request("any", model="a-model", steps=4)
     attention = {"type": "gna"}
     groups = {"low": "one", "middle": "one", "dominated": "two", "high": "two"}
     cases = [Case(name, attention, groups=(groups[name],)) for name in CASES]
+    if flex:
+        cases.append(Case("floor: FlexAttention, low", attention, groups=("one",), flex_of="low"))
     measures = tuple(measure.name for measure in MEASURES)
     comparison = Comparison(
         base, (*dense_and_floors("float32"), *cases), PROMPTS, (0, 1), measures, "A & B"
@@ -244,10 +253,26 @@ class TestInABrowser:
         assert names(opened) == ["dense", "floor: precision", "floor: kernel", "dominated", "high"]
         assert opened.locator("#floors tbody tr").count() == 4
         assert opened.locator("#media video").count() == 5
+        opened.uncheck("tr[data-case=high] input")
         opened.click("button[data-group='']")
+        # A group shows its own videos, whichever were shown before.
+        assert opened.locator("#media video").count() == 3 + len(CASES)
         row = opened.locator("#floors tbody tr").first.inner_text().split("\t")
         assert row[:4] == ["low", "floor: precision", "0 / 4 of 4", "-25.00"]
         assert float(row[4]) == pytest.approx(0.125)
+
+    def test_a_floor_of_one_case(self, browser: Any, tmp_path: Path) -> None:
+        floor = "floor: FlexAttention, low"
+        for shown in _watched(browser, written(tmp_path, flex=True)):
+            assert shown.locator(f"tr.floor[data-case='{floor}']").count() == 1
+            assert "whose mask torch's FlexAttention computes" in shown.inner_text("body")
+            tests = shown.locator("#floors tbody tr").all_inner_texts()
+            assert [row.split("\t")[0] for row in tests if floor in row] == ["low"]
+            assert floor not in shown.inner_text("#between")
+            shown.click("button[data-group=two]")
+            assert floor not in names(shown)
+            shown.click("button[data-group=one]")
+            assert names(shown)[-1] == floor
 
     def test_texts_of_users_are_text(self, opened: Any) -> None:
         assert opened.title() == "A & B"
@@ -277,6 +302,72 @@ def test_a_page_of_a_run_that_has_just_begun(tmp_path: Path) -> None:
     comparison, folder, rows = made(tmp_path)
     for some in ([], rows[:1]):
         assert "A &amp; B" in page(comparison, folder, some, {})
+
+
+def test_a_mask_of_several_cases_is_in_the_page_once(browser: Any, tmp_path: Path) -> None:
+    comparison, folder, rows = made(tmp_path)
+    pictures = {"low": 30, "middle": 30, "dominated": 30, "high": 90}
+    for case in comparison.cases:
+        if case.name in pictures:
+            grey = np.full((8, 8, 3), pictures[case.name], np.uint8)
+            folder.mask(comparison.stem(case)).write_bytes(png(grey))
+    text = page(comparison, folder, rows, {})
+    folder.page.write_text(text, "utf-8")
+    assert text.count("data:image/png") == 2
+    for shown in _watched(browser, folder.page):
+        captions = shown.locator("#masks figcaption")
+        assert captions.all_inner_texts() == ["low, and 2 more", "high"]
+        assert captions.first.get_attribute("title") == "low\nmiddle\ndominated"
+        shown.click("button[data-group=two]")
+        assert captions.all_inner_texts() == ["dominated", "high"]
+
+
+def test_numbers_of_one_are_said_as_one(tmp_path: Path) -> None:
+    comparison, folder, rows = made(tmp_path)
+    assert "2 prompts x 2 seeds, on" in page(comparison, folder, rows, {})
+    one = replace(comparison, prompts=PROMPTS[:1], seeds=(0,))
+    assert "1 prompt x 1 seed, on" in page(one, folder, rows, {})
+
+
+def test_many_tests_are_left_to_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    comparison, folder, rows = made(tmp_path)
+    folder.settings.write_text(
+        json.dumps({"diffattn_comparison": 1, **comparison.to_dict(), "versions": {}})
+    )
+    said = "\n".join(write_results(comparison, folder, rows))
+    assert "PSNR against the floors" in said
+    monkeypatch.setattr(results, "_MOST_TESTS", 10)
+    said = "\n".join(write_results(comparison, folder, rows))
+    assert "PSNR against the floors" not in said
+    assert "| high | 4 |" in said
+    assert f"16 paired tests against the floors: {folder.summary}, {folder.page}" in said
+    assert "PSNR against the floors" in folder.summary.read_text("utf-8")
+
+
+def test_a_picture_of_clusters_ends_with_the_last_cluster() -> None:
+    import torch
+
+    from diffattn import TokenGrid
+    from diffattn.counting import counted_pairs
+    from diffattn.methods import Site, from_dict
+
+    grid = TokenGrid(4, 6, 6)
+    settings = {"type": "svg2", "block": 16, "query_cluster": 24, "key_cluster": 12, "top_p": 0.5}
+    method = from_dict(settings)
+    qkv = torch.randn(3, 1, grid.tokens, 1, 8, generator=torch.Generator().manual_seed(0))
+    with counted_pairs() as pairs:
+        method.attend(*qkv, Site("wan", 0, 1, grid))
+    layout = pairs.layout
+    assert layout is not None
+    used = int((layout.full_count + layout.partial_count)[0, 0].count_nonzero())
+    assert used < layout.rows
+    image = mask_images._image(pairs, method, grid)
+    assert image is not None
+    assert (image != np.array(NONE)).any((1, 2))[-1]
+    per_row = 256 // max(layout.rows, layout.columns)
+    assert image.shape[0] == used * per_row
+    whole = np.full((6, 4, 3), NONE, np.uint8)
+    assert mask_images._filled(whole) is whole
 
 
 def test_no_address_stands_in_the_page(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ import math
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
+from urllib.error import URLError
 
 import cv2
 import numpy as np
@@ -155,29 +157,129 @@ def test_lpips_gets_frames_between_minus_one_and_one(monkeypatch: pytest.MonkeyP
 
     module = types.SimpleNamespace(LPIPS=lambda net, verbose: Network(), __spec__=object())
     monkeypatch.setitem(sys.modules, "lpips", module)  # type: ignore[arg-type]
-    by_packages._lpips_model.cache_clear()
+    by_packages.lpips_network.cache_clear()
     dense, other = (clip(np.full((9, 4, 4, 3), level, np.uint8)) for level in (0, 255))
     assert by_packages.lpips(dense, other) == pytest.approx(2.0)
     assert [tuple(x.shape) for x in seen] == [(8, 3, 4, 4), (1, 3, 4, 4)]
-    by_packages._lpips_model.cache_clear()
+    by_packages.lpips_network.cache_clear()
 
 
-def test_a_network_that_cannot_be_loaded_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = []
+class _Package(types.ModuleType):
+    """A stand-in for lpips, whose network takes AlexNet's weights as the package does."""
 
-    def load(net: str, verbose: bool) -> None:
-        tried.append(net)
-        raise OSError("no route to host")
+    def __init__(self, tried: list[str]) -> None:
+        super().__init__("lpips")
+        self.tried = tried
 
-    module = types.SimpleNamespace(LPIPS=load, __spec__=object())
-    monkeypatch.setitem(sys.modules, "lpips", module)  # type: ignore[arg-type]
+    def LPIPS(self, net: str, verbose: bool) -> torch.nn.Module:
+        self.tried.append(net)
+        return torch.nn.ParameterDict(
+            torch.hub.load_state_dict_from_url(by_packages.ALEXNET, progress=False)
+        )
+
+
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> _Package:
+    """lpips beside a folder of torch.hub without files, and no network."""
+
+    def no_route(*arguments: object, **options: object) -> None:
+        raise URLError("no route to host")
+
+    found = _Package([])
+    monkeypatch.setitem(sys.modules, "lpips", found)
     monkeypatch.setattr(by_packages, "installed", lambda package: True)
     monkeypatch.setattr(measures, "_failed", {})
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_route)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    by_packages.lpips_network.cache_clear()
+    return found
+
+
+def test_weights_of_lpips_that_are_missing(package: _Package, tmp_path: Path) -> None:
     frames = clip(smooth(2, 32, 32))
+    want = (
+        "LPIPS lacks AlexNet's weights (<urlopen error no route to host>): download"
+        " https://download.pytorch.org/models/alexnet-owt-7be5be79.pth and put the file at"
+        f" {tmp_path}/hub/checkpoints/alexnet-owt-7be5be79.pth"
+    )
     for _ in range(2):
-        reason = BY_NAME["lpips"].of(frames, frames)
-        assert reason == "LPIPS cannot load its network (no route to host)"
-    assert tried == ["alex"]
+        assert BY_NAME["lpips"].of(frames, frames) == want
+    # Each attempt to download may take long.
+    assert package.tried == ["alex"]
+    # Who asks for the measure is told before anything is rendered.
+    with pytest.raises(UserError) as error:
+        choose_measures(["psnr", "lpips"])
+    assert str(error.value) == f"--measure lpips: {want}"
+
+
+def test_weights_of_lpips_that_are_damaged(package: _Package, tmp_path: Path) -> None:
+    path = tmp_path / "hub/checkpoints/alexnet-owt-7be5be79.pth"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half a file")
+    frames = clip(smooth(2, 32, 32))
+    reason = BY_NAME["lpips"].of(frames, frames)
+    assert isinstance(reason, str)
+    assert reason.startswith(f"LPIPS cannot read AlexNet's weights {path} (")
+    assert reason.endswith("): remove the file")
+
+
+def test_an_lpips_that_cannot_be_imported(
+    package: _Package, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "lpips.py").write_text("raise RuntimeError('torchvision::nms does not exist')")
+    monkeypatch.delitem(sys.modules, "lpips")
+    monkeypatch.syspath_prepend(tmp_path)
+    frames = clip(smooth(2, 32, 32))
+    assert BY_NAME["lpips"].of(frames, frames) == (
+        "the package lpips cannot be imported (torchvision::nms does not exist): it needs a"
+        f" torchvision made for this torch, {torch.__version__}"
+    )
+
+
+def test_lpips_needs_frames_that_alexnet_can_take() -> None:
+    small = clip(smooth(2, 30, 64))
+    assert BY_NAME["lpips"].lacking(small) == "too small: LPIPS needs 31 pixels a side"
+    assert BY_NAME["lpips"].lacking(clip(smooth(2, 31, 31))) is None
+
+
+def test_the_package_lpips_with_weights_made_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The real package, where it is installed, against the same written out with torch alone."""
+    pytest.importorskip("lpips", exc_type=ImportError)
+    from torchvision.models import AlexNet_Weights, alexnet
+
+    assert AlexNet_Weights.IMAGENET1K_V1.url == by_packages.ALEXNET
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.setattr(measures, "_failed", {})
+    by_packages.lpips_network.cache_clear()
+    torch.manual_seed(0)
+    trunk = alexnet(weights=None)
+    path = tmp_path / "checkpoints" / by_packages.ALEXNET.rpartition("/")[2]
+    path.parent.mkdir()
+    torch.save(trunk.state_dict(), path)
+
+    dense, side = clip(smooth(9, 31, 40)), by_packages.LPIPS_SIDE
+    assert dense.frames.shape[1] == side
+    other = clip(noisy(dense.frames, 40))
+    found = BY_NAME["lpips"].of(dense, other)
+    heads = by_packages.lpips_network().state_dict()
+    shift, scale = (heads[f"scaling_layer.{name}"] for name in ("shift", "scale"))
+    total = torch.zeros(len(dense.frames), dtype=torch.float64)
+    a, b = (
+        (torch.from_numpy(x.frames).permute(0, 3, 1, 2).float() / 127.5 - 1 - shift) / scale
+        for x in (dense, other)
+    )
+    for index, layer in enumerate(trunk.features[:12]):
+        a, b = layer(a), layer(b)
+        if index in (1, 4, 7, 9, 11):
+            unit = [x / x.square().sum(1, keepdim=True).sqrt() for x in (a, b)]
+            weight = heads[f"lin{(1, 4, 7, 9, 11).index(index)}.model.1.weight"]
+            squares = torch.nn.functional.conv2d((unit[0] - unit[1]).nan_to_num() ** 2, weight)
+            total += squares.mean((1, 2, 3)).double()
+    assert found == pytest.approx(float(total.detach().mean()), rel=1e-4)
+    assert BY_NAME["lpips"].of(dense, dense) == 0
+    by_packages.lpips_network.cache_clear()
 
 
 def test_an_ffmpeg_without_the_filters(

@@ -12,9 +12,10 @@ from diffattn.methods import METHODS, from_dict
 from diffattn.pipelines.compare import study
 from diffattn.pipelines.compare.case import check_cases
 from diffattn.pipelines.compare.comparison import Folder
-from diffattn.pipelines.compare.densities import KNOBS
+from diffattn.pipelines.compare.densities import Found
 from diffattn.pipelines.compare.papers import FIGURES, papers_beside
 from diffattn.pipelines.compare.sample_table import Row
+from diffattn.pipelines.knobs import KNOBS
 from diffattn.pipelines.run.request import BUNDLED_MODEL, Request
 from diffattn.samples.moving_shapes.captions import split_scenes
 
@@ -30,7 +31,7 @@ QUARTER = {
 
 def known_densities(folder: Path, base: Request) -> None:
     """Put parameters into the folder, as a search that has ended leaves them."""
-    found = study._Found(Folder(folder), base)
+    found = Found(Folder(folder), base)
     for name in KNOBS:
         for density in study.DENSITIES:
             more = QUARTER.get(name, {}) if density == 0.25 else {}
@@ -68,9 +69,48 @@ class TestCases:
         assert lora.attention == by_name["gna at 0.25"].attention
         assert lora.lora == str(tmp_path / "loras/gna")
         assert {case.cache for case in cases if case.cache} == {"first-block", "cache-dit:0.2"}
+        assert skipped == {}
         ramps = [case for case in cases if study.RAMPS in case.groups]
-        assert len(ramps) + len(skipped) == 3
+        kept = [from_dict(dict(case.attention)) for case in ramps]
+        work = [[one.at_step(step, 20).keep for step in range(20)] for one in kept]  # type: ignore[attr-defined]
+        assert [of_run[0] for of_run in work] == [0.3, 0.5, 0.1]
+        assert [sum(of_run) / 20 for of_run in work] == pytest.approx([0.3] * 3)
         assert {group for case in cases for group in case.groups} == {*study.GROUPS}
+        floor = by_name["floor: FlexAttention, gna at 0.25"]
+        assert (floor.flex_of, floor.groups) == ("gna at 0.25", ("methods",))
+        assert floor.attention == by_name["gna at 0.25"].attention
+
+    def test_shares_that_one_setting_is_nearest_to(self, tmp_path: Path) -> None:
+        """On small grids parameters have few values."""
+        base = Request("a", attention={"type": "dense"})
+        found = Found(Folder(tmp_path), base)
+        for name in KNOBS:
+            for density in study.DENSITIES:
+                settings = {"type": name, "dense_layers": 0, "dense_steps": 0}
+                found.keep(f"{name} at {density:.4g}", from_dict(settings).to_dict())
+        cases, _ = study.study_cases(base, Folder(tmp_path), None, print)
+        check_cases(cases)
+        names = [case.name for case in cases]
+        assert "gna at 0.5" in names
+        assert "gna at 0.25" not in names
+        assert "gna at 0.5, first 25% dense" in names
+        floor = next(case for case in cases if case.flex_of)
+        assert floor.flex_of == "gna at 0.5"
+        cached = next(case for case in cases if case.name == "vmoba at 0.5 + first-block")
+        assert cached.attention == next(c for c in cases if c.name == "vmoba at 0.5").attention
+
+    @pytest.mark.parametrize("content", ["{", "[]", '{"settings": 3}', '{"methods": {}}'])
+    def test_a_damaged_file_of_parameters_is_made_anew(self, tmp_path: Path, content: str) -> None:
+        base = Request("a", attention={"type": "dense"})
+        (tmp_path / "densities.json").write_text(content)
+        assert Found(Folder(tmp_path), base).methods == {}
+        known_densities(tmp_path, base)
+        settings = json.loads((tmp_path / "densities.json").read_text())["settings"]
+        for methods in (3, None):
+            (tmp_path / "densities.json").write_text(
+                json.dumps({"settings": settings, "methods": methods})
+            )
+            assert Found(Folder(tmp_path), base).methods == {}
 
     def test_a_model_of_the_user(self, tmp_path: Path) -> None:
         base = Request("a", model="some/model", attention={"type": "dense"})
@@ -81,9 +121,9 @@ class TestCases:
     def test_parameters_of_another_model_are_not_taken(self, tmp_path: Path) -> None:
         base = Request("a", attention={"type": "dense"})
         known_densities(tmp_path, base)
-        assert study._Found(Folder(tmp_path), base).methods
+        assert Found(Folder(tmp_path), base).methods
         other = Request("a", attention={"type": "dense"}, steps=3)
-        assert not study._Found(Folder(tmp_path), other).methods
+        assert not Found(Folder(tmp_path), other).methods
 
 
 class TestPrompts:
@@ -172,7 +212,8 @@ def test_papers_stand_beside_what_was_measured() -> None:
         return Row(case, "a", 0, seconds, seconds, 1.0, 1.0, "f", {"psnr": psnr})
 
     rows = [row("dense", "", 4.0), row("gna at 0.5", 20.0, 2.0), row("gna at 0.125", 12.5, 1.0)]
-    found = papers_beside(rows)
+    cached = Row("gna at 0.5 + first-block", "a", 0, 0.1, 0.1, 1.0, 1.0, "f", {"psnr": 3.0})
+    found = papers_beside([*rows, cached])
     assert len(found) == len(FIGURES)
     half = next(one for one in found if "30x40x40" in one["setting"])
     assert half["here"] == "gna at 0.5: 20.0 dB, 2.00x"

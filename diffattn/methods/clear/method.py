@@ -185,6 +185,10 @@ class CLEARAttn(StaticMaskMethod):
     def is_mask_alone(self) -> bool:
         return self.down_factor == 1
 
+    @property
+    def changes_the_model(self) -> bool:
+        return not self.is_mask_alone or self.ntk_factor != 1
+
     def extra_keys(self, grid: TokenGrid) -> int:
         return 0 if self.down_factor == 1 else cells(grid, self.down_factor)
 

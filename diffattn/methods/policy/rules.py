@@ -8,7 +8,6 @@ from typing import Any
 
 from diffattn._checks import did_you_mean, is_whole
 from diffattn.methods.base import Method
-from diffattn.methods.by_head import needs_the_model
 from diffattn.methods.registry import from_dict
 from diffattn.schedule import check_steps
 
@@ -87,7 +86,7 @@ def _phase(value: Any) -> Phase:
         raise ValueError(f"the method of a phase is {method!r}, but must be a method of diffattn")
     if method.type == POLICY:
         raise ValueError("the method of a phase is a policy, but policies hold no policies")
-    if needs_the_model(method):
+    if method.changes_the_model:
         raise ValueError(
             f"{method.type} cannot be in a policy: it has weights of its own or changes the model."
             f" Attach it by itself"

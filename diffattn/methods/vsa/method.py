@@ -126,6 +126,10 @@ class VSAAttn(Method):
     def site_processor(self, processor: Any, state: SiteState) -> Any:
         return with_gate(processor, self.type, state) if self.coarse else processor
 
+    @property
+    def changes_the_model(self) -> bool:
+        return self.coarse
+
     def compiled_as(self, family: str) -> Compiled:
         return "outside" if self.coarse else super().compiled_as(family)
 
