@@ -564,8 +564,8 @@ def test_candidates_are_few_legal_and_written_as_they_are_read() -> None:
         for one in choices:
             assert one.variant in tuned.VARIANTS[kernel]
         assert ranked(kernel, head_dim, choices[-1])[0].variant not in RISKY
-    text = "tma 128x64 w8 s3 p64 ahead"
-    assert label(RANKED["forward", 128][0]) == text
+    assert label(RANKED["forward", 128][0]) == "gluon 128x128 w4 s2"
+    assert label(RANKED["forward", 128][2]) == "tma 128x64 w8 s3 p64 ahead"
 
 
 def test_ranked_puts_what_ships_first_and_what_could_hang_last() -> None:
