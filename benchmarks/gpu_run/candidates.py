@@ -10,7 +10,7 @@ from __future__ import annotations
 from diffattn.kernels.common.tile_tables import Choice, TileConfig
 
 # The most choices per kernel and head_dim, the shipped choice included.
-MOST = 8
+MOST = 6
 
 # Forms that could hang, or whose compiler support is young. They run in processes of their own, and
 # are timed after everything else.
