@@ -31,7 +31,9 @@ from diffattn.models import size_rules
 _FORMAT = 3
 
 # The components that determine the encoding of a prompt.
-_TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+_TEXT_PARTS = (
+    "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3",
+)  # fmt: skip
 
 
 def prepare(

@@ -275,6 +275,20 @@ def _flux() -> Any:
     )
 
 
+def _sd3(dynamic: bool = False, **changes: Any) -> Any:
+    return diffusers.StableDiffusion3Pipeline(
+        text_encoder=clip(8, projected=True),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip(8, projected=True),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5(),
+        tokenizer_3=ByT5Tokenizer(),
+        vae=_image_vae(shift_factor=0.0609, scaling_factor=1.5305),
+        scheduler=FLOW(use_dynamic_shifting=True) if dynamic else FLOW(shift=3.0),
+        transformer=tiny.sd3(pooled_projection_dim=16, **changes),
+    )
+
+
 def _sd() -> Any:
     return diffusers.StableDiffusionPipeline(
         text_encoder=clip(16),
@@ -340,6 +354,12 @@ COMPLETE: dict[str, CompleteCase] = {
         lambda: _mochi(latents_mean=None, latents_std=None), (32, 48, 7)
     ),
     "flux": CompleteCase(_flux, (16, 24, 1), guided=False),
+    "sd3": CompleteCase(_sd3, (16, 24, 1), text_length=_SHORT),
+    "sd3.5": CompleteCase(
+        lambda: _sd3(dynamic=True, dual_attention_layers=(0,), qk_norm="rms_norm"),
+        (16, 24, 1),
+        text_length=_SHORT,
+    ),
     "sd1.5": CompleteCase(_sd, (16, 24, 1)),
     "sdxl": CompleteCase(lambda: _sdxl(True), (16, 24, 1)),
     "sdxl-per-channel": CompleteCase(lambda: _sdxl(False, **_PER_CHANNEL), (16, 24, 1)),

@@ -83,7 +83,7 @@ def packing(pipe: Any, case: CompleteCase) -> Packing:
                 lambda x: pipe._unpack_latents(x, height, width, scale)[:, :, None],
                 lambda x: pipe._pack_latents(x[:, :, 0], len(x), x.shape[1], *x.shape[3:]),
             )
-        case "StableDiffusionPipeline" | "StableDiffusionXLPipeline":
+        case "StableDiffusionPipeline" | "StableDiffusionXLPipeline" | "StableDiffusion3Pipeline":
             return lambda x: x[:, :, None], lambda x: x[:, :, 0]
     return lambda x: x, lambda x: x
 
@@ -194,7 +194,7 @@ def test_the_clip_comes_back(name: str) -> None:
                 assert distance(noise, first) < TOLERANCE.get(name, 2e-5)
 
 
-@pytest.mark.parametrize("name", ["wan", "mochi", "cogvideox-2b", "sdxl"])
+@pytest.mark.parametrize("name", ["wan", "mochi", "cogvideox-2b", "sd3", "sdxl"])
 def test_the_other_sign_gives_something_else(name: str) -> None:
     found, clip, _ = given_back(name, sign=-1)
     assert distance(found, clip) > 1

@@ -36,7 +36,7 @@ def build(name: str) -> Any:
     return pipe
 
 
-@pytest.fixture(params=[name for name in COMPLETE if name.startswith("sd")])
+@pytest.fixture(params=[name for name in COMPLETE if name.startswith(("sd1", "sdxl"))])
 def pipe(request: pytest.FixtureRequest) -> Any:
     return build(request.param)
 
