@@ -20,6 +20,8 @@ from transformers import (
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
 )
@@ -275,6 +277,82 @@ def _flux() -> Any:
     )
 
 
+_QWEN_MARKS = (
+    "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<|video_pad|>",
+)  # fmt: skip
+
+
+def _qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes, and the marks of Qwen's templates."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<|pad|>", *_QWEN_MARKS, *alphabet])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<|pad|>", additional_special_tokens=list(_QWEN_MARKS)
+    )
+
+
+def _qwen_text_encoder() -> Qwen2_5_VLForConditionalGeneration:
+    torch.manual_seed(4)
+    marks = {mark: i for i, mark in enumerate(_QWEN_MARKS, start=1)}
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": 300,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 4096,
+                "rope_parameters": {
+                    "rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4,
+                },
+            },
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": 16,
+                "fullatt_block_indexes": [0],
+            },
+            image_token_id=marks["<|image_pad|>"],
+            video_token_id=marks["<|video_pad|>"],
+            vision_start_token_id=marks["<|vision_start|>"],
+            vision_end_token_id=marks["<|vision_end|>"],
+        )
+    ).eval()  # fmt: skip
+
+
+def _qwen_image(kind: str = "QwenImagePipeline", **parts: Any) -> Any:
+    vae = tiny.make(
+        "AutoencoderKLQwenImage",
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[-0.5, 0.1, 0.2, 1.0],
+        latents_std=[0.5, 1.5, 2.0, 3.0],
+    )
+    # As published.
+    shift = {"base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192}
+    pipe = getattr(diffusers, kind)(
+        scheduler=FLOW(use_dynamic_shifting=True, shift_terminal=0.02, **shift),
+        vae=vae,
+        text_encoder=_qwen_text_encoder(),
+        tokenizer=_qwen_tokenizer(),
+        transformer=tiny.qwen_image(),
+        **parts,
+    )
+    # Its template has more bytes than tokens.
+    before, _ = pipe.prompt_template_encode.split("{}")
+    pipe.prompt_template_encode_start_idx = len(pipe.tokenizer(before).input_ids)
+    return pipe
+
+
 def _sd3(dynamic: bool = False, **changes: Any) -> Any:
     return diffusers.StableDiffusion3Pipeline(
         text_encoder=clip(8, projected=True),
@@ -354,6 +432,7 @@ COMPLETE: dict[str, CompleteCase] = {
         lambda: _mochi(latents_mean=None, latents_std=None), (32, 48, 7)
     ),
     "flux": CompleteCase(_flux, (16, 24, 1), guided=False),
+    "qwen-image": CompleteCase(_qwen_image, (32, 48, 1), guided=False, text_length=40),
     "sd3": CompleteCase(_sd3, (16, 24, 1), text_length=_SHORT),
     "sd3.5": CompleteCase(
         lambda: _sd3(dynamic=True, dual_attention_layers=(0,), qk_norm="rms_norm"),

@@ -12,6 +12,7 @@ from diffattn.lora.recipes.flux import flux_recipe
 from diffattn.lora.recipes.hunyuanvideo import hunyuanvideo_recipe
 from diffattn.lora.recipes.ltx import ltx_recipe
 from diffattn.lora.recipes.mochi import mochi_recipe
+from diffattn.lora.recipes.qwen_image import qwen_image_recipe
 from diffattn.lora.recipes.sd3 import sd3_recipe
 from diffattn.lora.recipes.unet import unet_recipe
 from diffattn.lora.recipes.wan import wan_recipe
@@ -24,6 +25,7 @@ RECIPES: dict[str, Callable[[Any, str, int | None], Recipe]] = {
     "ltx": ltx_recipe,
     "mochi": mochi_recipe,
     "flux": flux_recipe,
+    "qwen-image": qwen_image_recipe,
     "sd3": sd3_recipe,
     "unet": unet_recipe,
 }

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from diffattn.lora.recipes.base import (
     Recipe,
@@ -20,8 +19,7 @@ from diffattn.lora.recipes.base import (
     one_by_one,
     refuse_conditions,
 )
-
-_PATCH = 2  # latent rows and columns of a token
+from diffattn.lora.recipes.packed import PATCH, pack, unpack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,31 +58,25 @@ class FluxRecipe(Recipe):
         guidance = None
         if self.guidance is not None:
             guidance = noisy.new_full((len(noisy),), self.guidance, dtype=torch.float32)
-        tokens = F.pixel_unshuffle(noisy.squeeze(2), _PATCH).flatten(2).transpose(1, 2)
         out: Tensor = model(
-            hidden_states=tokens.to(self.dtype).contiguous(),
+            hidden_states=pack(noisy).to(self.dtype),
             timestep=self.model_times(times).to(self.dtype) / 1000,
             guidance=guidance,
             pooled_projections=told["pooled_prompt_embeds"],
             encoder_hidden_states=told["prompt_embeds"],
             txt_ids=_text_ids(told["prompt_embeds"].shape[1], self.dtype, noisy.device),
-            img_ids=_image_ids(height // _PATCH, width // _PATCH, self.dtype, noisy.device),
+            img_ids=_image_ids(height // PATCH, width // PATCH, self.dtype, noisy.device),
             return_dict=False,
         )[0]
-        return self._unpack(out, height, width)
+        return unpack(out, height, width)
 
     def tokens_of_shift(self, size: Sequence[int]) -> int:
         """See `Recipe.tokens_of_shift`."""
-        return math.prod(size) // _PATCH**2
+        return math.prod(size) // PATCH**2
 
     def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
         """See `Recipe.from_pipeline`."""
-        return self._unpack(latents, height // self.latent_pixels, width // self.latent_pixels)
-
-    def _unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        """Latents of `height` x `width` from a sequence (batch, tokens, channels of a token)."""
-        picture = tokens.transpose(1, 2).unflatten(2, (height // _PATCH, width // _PATCH))
-        return F.pixel_shuffle(picture, _PATCH).unsqueeze(2)
+        return unpack(latents, height // self.latent_pixels, width // self.latent_pixels)
 
 
 # Every call of a size gets the same tensor: sparse attention reads the values of each tensor once,

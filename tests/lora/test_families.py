@@ -24,7 +24,8 @@ def latents(case: Any, pipe: Any) -> torch.Tensor:
 
 # One pipeline of each, and those whose adapter is particular: two experts, two text encoders.
 PIPELINES = (
-    "wan", "wan-two-experts", "hunyuanvideo", "cogvideox-2b", "ltx", "mochi", "flux", "sd3.5",
+    "wan", "wan-two-experts", "hunyuanvideo", "cogvideox-2b", "ltx", "mochi", "flux", "qwen-image",
+    "sd3.5",
     "sd1.5", "sdxl",
 )  # fmt: skip
 

@@ -26,6 +26,7 @@ CASES = (
     "ltx",
     "mochi",
     "flux",
+    "qwen-image",
     "sd3",
     "sd1.5",
     "sdxl",

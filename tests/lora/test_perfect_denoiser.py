@@ -77,15 +77,19 @@ def packing(pipe: Any, case: CompleteCase) -> Packing:
             frames = (num_frames - 1) // pipe.vae_temporal_compression_ratio + 1
             sides = height // ratio, width // ratio
             return lambda x: pipe._unpack_latents(x, frames, *sides), pipe._pack_latents
-        case "FluxPipeline":
+        case "FluxPipeline" | "QwenImagePipeline":
             scale = pipe.vae_scale_factor
             return (
-                lambda x: pipe._unpack_latents(x, height, width, scale)[:, :, None],
+                lambda x: _with_frame(pipe._unpack_latents(x, height, width, scale)),
                 lambda x: pipe._pack_latents(x[:, :, 0], len(x), x.shape[1], *x.shape[3:]),
             )
         case "StableDiffusionPipeline" | "StableDiffusionXLPipeline" | "StableDiffusion3Pipeline":
             return lambda x: x[:, :, None], lambda x: x[:, :, 0]
     return lambda x: x, lambda x: x
+
+
+def _with_frame(latents: Tensor) -> Tensor:
+    return latents if latents.ndim == 5 else latents[:, :, None]
 
 
 def first_times(given: dict[str, Any]) -> Tensor:
@@ -194,7 +198,7 @@ def test_the_clip_comes_back(name: str) -> None:
                 assert distance(noise, first) < TOLERANCE.get(name, 2e-5)
 
 
-@pytest.mark.parametrize("name", ["wan", "mochi", "cogvideox-2b", "sd3", "sdxl"])
+@pytest.mark.parametrize("name", ["wan", "mochi", "cogvideox-2b", "qwen-image", "sd3", "sdxl"])
 def test_the_other_sign_gives_something_else(name: str) -> None:
     found, clip, _ = given_back(name, sign=-1)
     assert distance(found, clip) > 1

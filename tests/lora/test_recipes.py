@@ -112,6 +112,8 @@ def latents_of_pipeline(pipe: Any, latents: torch.Tensor, case) -> torch.Tensor:
             return pipe._unpack_latents(latents, frames, height // ratio, width // ratio)
         case "FluxPipeline":
             return pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)[:, :, None]
+        case "QwenImagePipeline":
+            return pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
         case "StableDiffusionPipeline" | "StableDiffusionXLPipeline" | "StableDiffusion3Pipeline":
             return latents[:, :, None]
     return latents
@@ -283,6 +285,29 @@ def test_clips_in_one_batch_have_a_rate_each():
     assert recipe_for(tiny_complete.wan()).encode_origin(10, (9, 9), (0, 0)) == {}
 
 
+def test_texts_of_several_lengths_in_one_batch_are_as_each_is_alone():
+    case = COMPLETE["qwen-image"]
+    pipe = case.build()
+    recipe = recipe_for(pipe, text_length=case.text_length)
+    prompts = ["", PROMPT, "a cat"]
+    noisy = torch.randn(3, 4, 1, 4, 6, generator=torch.Generator().manual_seed(0))
+    times = torch.tensor([0.3, 0.8, 0.5])
+    calls: list[tuple[dict[str, Any], torch.Tensor]] = []
+    recorded(pipe.transformer, calls)
+    with torch.no_grad():
+        conditions = recipe.encode_prompt(pipe, prompts)
+        found = recipe.predict(pipe.transformer, noisy, times, conditions)
+        for i, prompt in enumerate(prompts):
+            alone = recipe.encode_prompt(pipe, [prompt])
+            expected = recipe.predict(pipe.transformer, noisy[i : i + 1], times[i : i + 1], alone)
+            torch.testing.assert_close(found[i : i + 1], expected, rtol=1e-5, atol=1e-6)
+    lengths = [pipe.encode_prompt(prompt)[0].shape[1] for prompt in prompts]
+    together, *one_by_one = [told for told, _ in calls]
+    assert together["encoder_hidden_states_mask"].sum(dim=1).tolist() == lengths
+    assert together["encoder_hidden_states"].shape[1] == max(lengths) < case.text_length
+    assert all("encoder_hidden_states_mask" not in told for told in one_by_one)
+
+
 def test_sdxl_is_told_where_a_picture_was_cropped():
     pipe = tiny_complete._sdxl(True)
     recipe = recipe_for(pipe)
@@ -410,7 +435,9 @@ class TestTimes:
         assert first.sample_times(pipe.scheduler, 500, generator, SIZE).min() >= 0.7
         assert second.sample_times(pipe.scheduler, 500, generator, SIZE).max() <= 0.7
 
-    @pytest.mark.parametrize("name", ["hunyuanvideo", "ltx", "mochi", "flux", "sd3", "sd3.5"])
+    @pytest.mark.parametrize(
+        "name", ["hunyuanvideo", "ltx", "mochi", "flux", "qwen-image", "sd3", "sd3.5"]
+    )
     def test_the_steps_are_those_of_the_pipeline(self, name):
         case = COMPLETE[name]
         pipe = case.build()
@@ -538,6 +565,31 @@ class TestRefused:
     def test_a_model_with_more_conditions_than_text(self, kind):
         with pytest.raises(ValueError, match="is conditioned on more than text"):
             recipe_for(tiny_wan.PIPELINES[kind]())
+
+    @pytest.mark.parametrize(
+        ("config", "line"),
+        [
+            ({"use_layer3d_rope": True, "use_additional_t_cond": True}, "on more than text"),
+            ({"guidance_embeds": True}, "guidance scale among its inputs .guidance_embeds."),
+        ],
+    )
+    def test_a_qwen_image_model_of_another_kind(self, config, line):
+        pipe = COMPLETE["qwen-image"].build()
+        pipe.transformer.register_to_config(**config)
+        with pytest.raises(ValueError, match=line):
+            recipe_for(pipe)
+
+    def test_qwen_image_of_a_diffusers_without_its_mask(self, monkeypatch):
+        pipe = COMPLETE["qwen-image"].build()
+        kind = type(pipe.transformer)
+        stock = kind.forward
+
+        def forward(self, *args, txt_seq_lens=None, **kwargs):
+            return stock(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "forward", forward)
+        with pytest.raises(ValueError, match="does not hide their padding: install a newer one"):
+            recipe_for(pipe)
 
     def test_animatediff(self):
         pipe = tiny_pipelines.PIPELINES["animatediff"].build()

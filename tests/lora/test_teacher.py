@@ -29,7 +29,9 @@ def wan():
     return tiny_complete.wan()
 
 
-@pytest.mark.parametrize("name", ["wan", "cogvideox-1.5", "ltx", "flux", "sd3", "sdxl"])
+@pytest.mark.parametrize(
+    "name", ["wan", "cogvideox-1.5", "ltx", "flux", "qwen-image", "sd3", "sdxl"]
+)
 def test_latents_are_those_that_the_pipeline_decodes(tmp_path, name):
     case = COMPLETE[name]
     height, width, num_frames = case.size
