@@ -21,10 +21,15 @@ _CAPTION_COLUMNS = ("caption", "text")
 
 @dataclass(frozen=True)
 class CaptionedClip:
-    """A clip and its caption."""
+    """A clip and its caption.
+
+    Attributes:
+        source: the picture that the clip was edited from; for models that edit.
+    """
 
     path: Path
     caption: str
+    source: Path | None = None
 
 
 def captioned_clips(

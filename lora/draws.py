@@ -80,8 +80,7 @@ def draw_batch(
             scheduler, 1, generator, latents.shape[1:], settings.shift, settings.noise_levels
         )
         dropped = float(torch.rand((), generator=generator)) < settings.caption_dropout
-        # Conditions beside the text, such as the frame rate, stay.
-        told = item["conditions"] | empty if dropped else item["conditions"]
+        told = recipe.told(dict(item["conditions"]), dict(empty), dropped)
         drawn.append((latents, noise, times[0], told))
     conditions = [told for *_, told in drawn]
     return Batch(

@@ -82,6 +82,12 @@ def prepare(
     check_size(pipe, height, width, num_frames)
     if fps is not None and not fps > 0:
         raise LoraError(f"fps is {fps:g}, but must be above 0")
+    if bad := [clip.path for clip in clips if (clip.source is not None) != recipe.edits]:
+        what = "has no source" if recipe.edits else "has a source"
+        raise LoraError(
+            f"{bad[0]} {what}, but this {recipe.family} model"
+            f" {'edits' if recipe.edits else 'does not edit'} pictures"
+        )
     text = text_identity(pipe, recipe)
     open_folder(folder)
     settings = {
@@ -98,7 +104,10 @@ def prepare(
         for done, clip in enumerate(clips, start=1):
             try:
                 content = _digest(clip.path)
-                key = entry_key(settings | {"content": content, "caption": clip.caption})
+                about_clip = {"content": content, "caption": clip.caption}
+                if clip.source is not None:
+                    about_clip["source"] = _digest(clip.source)
+                key = entry_key(settings | about_clip)
                 if not is_stored(folder, key):
                     say = partial(_report_about, report, clip.path)
                     shot = read_shot(clip.path, height, width, num_frames, fps, say)
@@ -108,7 +117,7 @@ def prepare(
                         raise ClipError(
                             f"the VAE gives NaN or infinity for it in {_name(pipe.vae.dtype)}"
                         )
-                    told = encode_caption(pipe, recipe, clip.caption)
+                    told = _encode_conditions(pipe, recipe, clip, height, width, say)
                     told |= recipe.encode_origin(shot.rate, shot.size, shot.crop)
                     about = {"caption": clip.caption, "source": clip.path.name}
                     store(folder, key, latents, told, about)
@@ -166,7 +175,9 @@ def text_identity(pipe: Any, recipe: Recipe) -> str:
             f" text_encoder and tokenizer"
         )
     words = [{"words": entry_key(p.get_vocab())} for p in parts if hasattr(p, "get_vocab")]
-    about = {"family": recipe.family, "length": recipe.text_length}
+    about: dict[str, Any] = {"family": recipe.family, "length": recipe.text_length}
+    if recipe.edits:
+        about["edits"] = True
     return fingerprint(*encoders, *words, about)
 
 
@@ -184,7 +195,9 @@ def store_empty(pipe: Any, recipe: Recipe, folder: Path, text: str) -> str:
     """
     key = entry_key({"format": _FORMAT, "text": text, "caption": ""})
     if not is_stored(folder, key):
-        store(folder, key, None, encode_caption(pipe, recipe, ""), {"caption": ""})
+        # The empty caption of a model that edits is among the conditions of each clip.
+        told = {} if recipe.edits else encode_caption(pipe, recipe, "")
+        store(folder, key, None, told, {"caption": ""})
     return key
 
 
@@ -194,7 +207,28 @@ def encode_caption(pipe: Any, recipe: Recipe, caption: str) -> dict[str, torch.T
     Raises:
         LoraError: if the conditions are not finite.
     """
-    told = recipe.encode_prompt(pipe, [caption])
+    return _finite(recipe.encode_prompt(pipe, [caption]), caption)
+
+
+def _encode_conditions(
+    pipe: Any,
+    recipe: Recipe,
+    clip: CaptionedClip,
+    height: int,
+    width: int,
+    say: Callable[[str], None],
+) -> dict[str, torch.Tensor]:
+    if clip.source is None:
+        return encode_caption(pipe, recipe, clip.caption)
+    try:
+        shot = read_shot(clip.source, *recipe.source_size(height, width), note=say)
+    except ClipError as error:
+        raise ClipError(f"its source {clip.source}: {error}") from None
+    told = recipe.encode_source(pipe, shot.frames[None], clip.caption)
+    return _finite(told, clip.caption)
+
+
+def _finite(told: dict[str, torch.Tensor], caption: str) -> dict[str, torch.Tensor]:
     for name, value in told.items():
         if not value.isfinite().all():
             raise LoraError(

@@ -75,6 +75,11 @@ def teach(
         raise LoraError(
             "the teacher attends sparsely: call pipe.set_attn_processor(None) before it makes data"
         )
+    if recipe.edits:
+        raise LoraError(
+            f"{type(pipe).__name__} edits pictures, which prompts alone do not give: train on pairs"
+            f" of pictures"
+        )
     if not prompts:
         raise LoraError("there are no prompts for the teacher")
     if samples < 1:

@@ -5,14 +5,18 @@ Built offline, with random weights: tokenizers that read bytes, and encoders of 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import diffusers
+import numpy as np
 import tiny_families as tiny
 import tiny_wan
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    BatchFeature,
     ByT5Tokenizer,
     CLIPTextConfig,
     CLIPTextModel,
@@ -22,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
     T5Config,
     T5EncoderModel,
 )
@@ -307,6 +312,8 @@ def _qwen_text_encoder() -> Qwen2_5_VLForConditionalGeneration:
                 "num_attention_heads": 2,
                 "num_key_value_heads": 2,
                 "max_position_embeddings": 4096,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
                 "rope_parameters": {
                     "rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4,
                 },
@@ -325,6 +332,27 @@ def _qwen_text_encoder() -> Qwen2_5_VLForConditionalGeneration:
             vision_end_token_id=marks["<|vision_end|>"],
         )
     ).eval()  # fmt: skip
+
+
+class _QwenProcessor:
+    """Qwen's processor, which transformers makes only where torchvision is."""
+
+    def __init__(self) -> None:
+        self.tokenizer = _qwen_tokenizer()
+        self._images = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=84 * 84)
+
+    def __call__(self, text: list[str], images: Any, **how: Any) -> BatchFeature:
+        found = self._images(images=images, return_tensors="pt")
+        merged = found["image_grid_thw"].prod(dim=1) // 4
+        assert text[0].count("<|image_pad|>") == len(merged)
+        for count in merged.tolist():
+            text = [each.replace("<|image_pad|>", "<|video_pad|>" * count, 1) for each in text]
+        text = [each.replace("<|video_pad|>", "<|image_pad|>") for each in text]
+        return BatchFeature({**self.tokenizer(text, return_tensors="pt", padding=True), **found})
+
+
+def qwen_image_edit(kind: str) -> Any:
+    return _qwen_image(kind, processor=_QwenProcessor())
 
 
 def _qwen_image(kind: str = "QwenImagePipeline", **parts: Any) -> Any:
@@ -348,7 +376,7 @@ def _qwen_image(kind: str = "QwenImagePipeline", **parts: Any) -> Any:
         **parts,
     )
     # Its template has more bytes than tokens.
-    before, _ = pipe.prompt_template_encode.split("{}")
+    before = pipe.prompt_template_encode.split("<|vision_start|>")[0].split("{}")[0]
     pipe.prompt_template_encode_start_idx = len(pipe.tokenizer(before).input_ids)
     return pipe
 
@@ -444,3 +472,24 @@ COMPLETE: dict[str, CompleteCase] = {
     "sdxl-per-channel": CompleteCase(lambda: _sdxl(False, **_PER_CHANNEL), (16, 24, 1)),
 }  # fmt: skip
 """Pipelines of every family that can be trained, one or more each."""
+
+
+def _noise_picture(height: int, width: int) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+EDITING: dict[str, CompleteCase] = {
+    name: CompleteCase(
+        partial(qwen_image_edit, kind),
+        (32, 48, 1),
+        call={"image": _noise_picture(64, 96)},
+        guided=False,
+        text_length=40,
+    )
+    for name, kind in (
+        ("qwen-image-edit", "QwenImageEditPipeline"),
+        ("qwen-image-edit-plus", "QwenImageEditPlusPipeline"),
+    )
+}
+"""Pipelines that edit a picture, and can be trained."""

@@ -12,7 +12,7 @@ from diffattn.lora.recipes.flux import flux_recipe
 from diffattn.lora.recipes.hunyuanvideo import hunyuanvideo_recipe
 from diffattn.lora.recipes.ltx import ltx_recipe
 from diffattn.lora.recipes.mochi import mochi_recipe
-from diffattn.lora.recipes.qwen_image import qwen_image_recipe
+from diffattn.lora.recipes.qwen_image_edit import qwen_image_recipe
 from diffattn.lora.recipes.sd3 import sd3_recipe
 from diffattn.lora.recipes.unet import unet_recipe
 from diffattn.lora.recipes.wan import wan_recipe

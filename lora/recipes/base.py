@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -39,7 +39,11 @@ class Recipe(ABC):
         inverted: whether time runs from noise to clean, as in Mochi; for flows only.
         guidance: the guidance scale among the denoiser's inputs, which guidance is distilled into;
             None for a denoiser without this input.
+        edits: whether the denoiser edits pictures, so that each clip has a picture that the clip
+            was edited from, the source, and `encode_source` gives the conditions.
     """
+
+    edits: ClassVar[bool] = False
 
     family: str
     denoiser: str
@@ -110,6 +114,36 @@ class Recipe(ABC):
             The conditions by their names; nothing for a denoiser without such inputs.
         """
         return {}
+
+    def source_size(self, height: int, width: int) -> tuple[int, int]:
+        """The rows and columns of a source for clips of height x width pixels."""
+        return height, width
+
+    def encode_source(self, pipe: Any, pixels: Tensor, caption: str) -> dict[str, Tensor]:
+        """The denoiser's conditions for a source and a caption, batch first.
+
+        Args:
+            pipe: the pipeline.
+            pixels: (1, 3, 1, height, width) in [-1, 1], of the `source_size`.
+            caption: the instruction.
+
+        Raises:
+            LoraError: if the model does not edit, or the caption is too long.
+        """
+        raise LoraError(f"this {self.family} model edits no pictures: there are no sources")
+
+    def told(
+        self, conditions: dict[str, Tensor], empty: dict[str, Tensor], dropped: bool
+    ) -> dict[str, Tensor]:
+        """The conditions of a sample, without batch axis.
+
+        Args:
+            conditions: the conditions of the clip.
+            empty: the conditions of the empty caption.
+            dropped: whether the empty caption takes the place of the clip's.
+        """
+        # Conditions beside the text, such as the frame rate, stay.
+        return conditions | empty if dropped else conditions
 
     def at_rate(self, fps: float | None) -> Self:
         """The recipe for clips of `fps` frames a second; None for the pipeline's default.

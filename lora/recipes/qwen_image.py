@@ -1,4 +1,4 @@
-"""Qwen-Image: text to image."""
+"""Qwen-Image: text to image; and how every model of its kind takes texts and pictures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from diffattn.lora.recipes.base import (
 )
 from diffattn.lora.recipes.packed import PATCH, pack, unpack
 
-_TEXT, _MASK = "prompt_embeds", "prompt_embeds_mask"
+TEXT, MASK = "prompt_embeds", "prompt_embeds_mask"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class QwenImageRecipe(Recipe):
 
     def encode_clip(self, pipe: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
         """See `Recipe.encode_clip`; the VAE has a mean and a deviation for each channel."""
-        return _normalised(pipe, encode_pixels(pipe, pixels, generator))
+        return normalised(pipe, encode_pixels(pipe, pixels, generator))
 
     def encode_prompt(self, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
         """The text in the pipeline's template, padded with zeros, and the text's mask."""
@@ -54,7 +54,7 @@ class QwenImageRecipe(Recipe):
     ) -> Tensor:
         """See `Recipe.predict`; the denoiser takes a sequence of tokens, and times up to 1."""
         height, width = noisy.shape[3:]
-        text, mask = valid_text(conditions[_TEXT], conditions[_MASK])
+        text, mask = valid_text(conditions[TEXT], conditions[MASK])
         out: Tensor = model(
             hidden_states=pack(noisy).to(self.dtype),
             timestep=self.model_times(times).to(self.dtype) / 1000,
@@ -78,7 +78,7 @@ def padded_text(embeds: Tensor, length: int) -> dict[str, Tensor]:
     """A text without padding, (1, tokens, channels), padded to `length` tokens, and the mask."""
     tokens = embeds.shape[1]
     mask = torch.arange(length, device=embeds.device) < tokens
-    return {_TEXT: F.pad(embeds, (0, 0, 0, length - tokens)), _MASK: mask.long()[None]}
+    return {TEXT: F.pad(embeds, (0, 0, 0, length - tokens)), MASK: mask.long()[None]}
 
 
 def valid_text(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -92,21 +92,24 @@ def valid_text(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
     return embeds, None if mask.all() else mask
 
 
-def _normalised(pipe: Any, latents: Tensor) -> Tensor:
+def normalised(pipe: Any, latents: Tensor) -> Tensor:
+    """Latents of the VAE with its mean and deviation for each channel taken off."""
     config = pipe.vae.config
     mean, std = (per_channel(x, latents) for x in (config.latents_mean, config.latents_std))
     return (latents - mean) / std
 
 
-def qwen_image_recipe(pipe: Any, denoiser: str, text_length: int | None) -> QwenImageRecipe:
-    """The recipe of a text-to-image pipeline."""
+def qwen_image_settings(pipe: Any, denoiser: str, text_length: int | None) -> dict[str, Any]:
+    """The attributes of `QwenImageRecipe`, by name.
+
+    Raises:
+        LoraError: if the model is of another kind, or diffusers is too old.
+    """
     model = getattr(pipe, denoiser)
     config = model.config
     refuse_conditions(
         model,
-        config.in_channels == config.out_channels * PATCH**2
-        and not config.use_additional_t_cond
-        and not hasattr(pipe, "processor"),
+        config.in_channels == config.out_channels * PATCH**2 and not config.use_additional_t_cond,
     )
     if config.guidance_embeds:
         raise LoraError(
@@ -118,7 +121,5 @@ def qwen_image_recipe(pipe: Any, denoiser: str, text_length: int | None) -> Qwen
             "this diffusers tells Qwen-Image how long texts are, and does not hide their padding:"
             " install a newer one, which tells a mask, to train on texts of several lengths"
         )
-    return QwenImageRecipe(
-        **common_settings(pipe, "qwen-image", denoiser, text_length, flow=True),
-        latent_pixels=pipe.vae_scale_factor,
-    )
+    common = common_settings(pipe, "qwen-image", denoiser, text_length, flow=True)
+    return common | {"latent_pixels": pipe.vae_scale_factor}

@@ -349,6 +349,11 @@ def _run_alone(
     if job.prompts is not None and settings.guidance is None and settings.completed().objective:
         # The clips are the dense model's at this scale.
         settings = dataclasses.replace(settings, guidance=recipe.guidance)
+    if recipe.edits and job.validate_every is not None:
+        raise UserError(
+            f"--validate-every renders prompts alone, but {type(loaded.pipe).__name__} edits"
+            f" pictures: leave it out, and try a checkpoint by diffattn generate --image"
+        )
     # Encoding may take hours: what can be refused is refused before.
     recipe.check_settings(settings)
     settings = with_its_rank(settings, read_initial(settings, recipe.family))
@@ -554,6 +559,7 @@ def _prepare(
     from diffattn.lora.captions import captioned_clips, read_prompts
     from diffattn.lora.clips import find_clips, find_others
     from diffattn.lora.encoding import prepare
+    from diffattn.lora.sources import apart_from_sources, with_sources
     from diffattn.lora.teacher import teach
     from diffattn.models import denoisers
 
@@ -573,7 +579,14 @@ def _prepare(
                 f"{len(others)} files in {data} are left out, since by their names they are neither"
                 f" clips nor captions of clips, such as {others[0].relative_to(data)}"
             )
+        sources: list[Path] = []
+        if recipe.edits:
+            paths, sources = apart_from_sources(data, paths)
         clips, left_out = captioned_clips(data, paths, table)
+        if recipe.edits:
+            clips, unused = with_sources(data, clips, sources)
+            if unused:
+                warn(f"{len(unused)} sources belong to no clip, such as {unused[0].name}")
         if left_out:
             warn(f"{len(left_out)} clips are not in {table}, such as {left_out[0].name}")
         say(f"encoding {len(clips)} clips of {data} into {folder}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 
 from diffattn.lora.draws import draw_batch
 from diffattn.lora.losses import Batch
+from diffattn.lora.recipes import Recipe
 
+# The rule of a recipe without one of its own.
+TOLD: Any = partial(Recipe.told, None)  # type: ignore[arg-type]
 TEXT = tiny_training.EMPTY["prompt_embeds"].shape
 
 
@@ -23,7 +27,8 @@ def drawn(caption_dropout: float, numbers: range, **changes: Any) -> Batch:
     recipe: Any = SimpleNamespace(
         sample_times=lambda scheduler, count, generator, size, shift, levels: torch.rand(
             count, generator=generator
-        )
+        ),
+        told=TOLD,
     )
     settings = tiny_training.settings(caption_dropout=caption_dropout, **changes)
     return draw_batch(clips, tiny_training.EMPTY, recipe, None, settings, numbers)
@@ -67,7 +72,7 @@ def test_a_dropped_caption_leaves_the_rate_of_its_clip() -> None:
     clips = tiny_training.clips(3, (2, 1, 2, 2))
     for number, clip in enumerate(clips):
         clip["conditions"]["frame_rate"] = torch.tensor(10.0 + number)
-    recipe: Any = SimpleNamespace(sample_times=lambda *_: torch.zeros(1))
+    recipe: Any = SimpleNamespace(sample_times=lambda *_: torch.zeros(1), told=TOLD)
     settings = tiny_training.settings(caption_dropout=0.5)
     batch = draw_batch(clips, tiny_training.EMPTY, recipe, None, settings, range(300))
     dropped = (batch.conditions["prompt_embeds"] == 0).flatten(1).all(1)

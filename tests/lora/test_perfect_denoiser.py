@@ -16,7 +16,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from tiny_complete import COMPLETE, CompleteCase
+from tiny_complete import COMPLETE, EDITING, CompleteCase
 from torch import Tensor
 
 from diffattn.lora.recipes import RECIPES, recipe_for
@@ -51,17 +51,22 @@ def _schnell() -> Any:
 
 
 # Stable Diffusion's own sampler stops before level 0, so that no denoiser gives the clip back.
-CASES = {name: case for name, case in COMPLETE.items() if name != "sd1.5"} | {
-    "wan-unipc": replace(COMPLETE["wan"], build=_unipc),
-    "flux-schnell": replace(COMPLETE["flux"], build=_schnell),
-    "sd1.5-ddim": replace(COMPLETE["sd1.5"], build=_sd(diffusers.DDIMScheduler())),
-    "sd1.5-euler": replace(
-        COMPLETE["sd1.5"], build=_sd(diffusers.EulerDiscreteScheduler(timestep_spacing="leading"))
-    ),
-    "sd2-v": replace(
-        COMPLETE["sd1.5"], build=_sd(diffusers.DDIMScheduler(prediction_type="v_prediction"))
-    ),
-}
+CASES = (
+    {name: case for name, case in COMPLETE.items() if name != "sd1.5"}
+    | EDITING
+    | {
+        "wan-unipc": replace(COMPLETE["wan"], build=_unipc),
+        "flux-schnell": replace(COMPLETE["flux"], build=_schnell),
+        "sd1.5-ddim": replace(COMPLETE["sd1.5"], build=_sd(diffusers.DDIMScheduler())),
+        "sd1.5-euler": replace(
+            COMPLETE["sd1.5"],
+            build=_sd(diffusers.EulerDiscreteScheduler(timestep_spacing="leading")),
+        ),
+        "sd2-v": replace(
+            COMPLETE["sd1.5"], build=_sd(diffusers.DDIMScheduler(prediction_type="v_prediction"))
+        ),
+    }
+)
 # UniPC's pipeline tells the whole part of a timestep, and training the exact one.
 TOLERANCE = {"wan-unipc": 0.03}
 
@@ -77,10 +82,16 @@ def packing(pipe: Any, case: CompleteCase) -> Packing:
             frames = (num_frames - 1) // pipe.vae_temporal_compression_ratio + 1
             sides = height // ratio, width // ratio
             return lambda x: pipe._unpack_latents(x, frames, *sides), pipe._pack_latents
-        case "FluxPipeline" | "QwenImagePipeline":
+        case (
+            "FluxPipeline"
+            | "QwenImagePipeline"
+            | "QwenImageEditPipeline"
+            | ("QwenImageEditPlusPipeline")
+        ):
             scale = pipe.vae_scale_factor
+            tokens = (height // scale // 2) * (width // scale // 2)
             return (
-                lambda x: _with_frame(pipe._unpack_latents(x, height, width, scale)),
+                lambda x: _with_frame(pipe._unpack_latents(x[:, :tokens], height, width, scale)),
                 lambda x: pipe._pack_latents(x[:, :, 0], len(x), x.shape[1], *x.shape[3:]),
             )
         case "StableDiffusionPipeline" | "StableDiffusionXLPipeline" | "StableDiffusion3Pipeline":
@@ -148,7 +159,10 @@ class Perfect:
             calls.append(float(first_times(self.signature.bind(*args, **kwargs).arguments)[0]))
             raise StopIteration
 
-        conditions = self.recipe.encode_prompt(self.pipe, [""])
+        if self.recipe.edits:
+            conditions = self.recipe.encode_source(self.pipe, torch.zeros(1, 3, 1, 32, 64), "")
+        else:
+            conditions = self.recipe.encode_prompt(self.pipe, [""])
         answer, self.model.forward = self.model.forward, note
         try:
             with pytest.raises(StopIteration):

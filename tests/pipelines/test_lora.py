@@ -1,5 +1,6 @@
 """``diffattn lora train``, and ``diffattn generate --lora`` with what it made."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -286,6 +287,41 @@ class TestTrain:
             assert result.code == 0, result.err
             settings = json.loads((tmp_path / folder / "settings.json").read_text())
             assert settings["guidance"] == expected
+
+    def test_pairs_of_pictures_for_a_model_that_edits(
+        self, diffattn: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from tiny_complete import COMPLETE, EDITING
+
+        # Where torchvision is missing, transformers has no processor that could be loaded.
+        pipe = EDITING["qwen-image-edit-plus"].build()
+        stock = run_module.load_model
+
+        def load(*arguments: Any, **more: Any) -> Any:
+            return dataclasses.replace(stock(*arguments, **more), pipe=pipe)
+
+        monkeypatch.setattr(run_module, "load_model", load)
+        monkeypatch.chdir(tmp_path)
+        COMPLETE["qwen-image"].build().save_pretrained("model")
+        noise = np.random.default_rng(0).integers(0, 256, (3, 40, 60, 3), dtype=np.uint8)
+        for folder in ("data", "data/sources"):
+            Path(folder).mkdir()
+            for number, picture in enumerate(noise):
+                imageio.imwrite(f"{folder}/{number}.png", picture)
+                Path(f"data/{number}.txt").write_text("make it red")
+        Path("data/2.png").unlink()
+        Path("data/2.txt").unlink()
+        given = ["--model", "model", "--height", 32, "--width", 48, *QUICK, "--attn", "gna"]
+        given += ["--attn-arg", "window=3,3", "--data", "data", "-o", OUT]
+        looks = ["--validate-every", 1, "--validation-prompt", "a cow"]
+        refused = diffattn("lora", "train", *given, *looks)
+        assert refused.code == 2
+        assert "QwenImageEditPlusPipeline edits pictures: leave it out" in refused.err
+        result = diffattn("lora", "train", *given)
+        assert result.code == 0, result.err
+        assert "1 sources belong to no clip, such as 2.png" in result.err
+        assert "2 clips, 1 frames 48x32" in result.out
+        assert (tmp_path / OUT / "pytorch_lora_weights.safetensors").is_file()
 
     def test_validation_videos(self, train: Callable[..., Result], tmp_path: Path) -> None:
         validation = ["--validate-every", 1, "--validation-prompt", "a cow"]
