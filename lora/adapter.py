@@ -374,8 +374,19 @@ def start_from(pipe: DiffusionPipeline, folder: Path, denoiser: str) -> None:
     load_method_weights(pipe, file.parent, replace(record, denoiser=denoiser))
 
 
+# Projections, and the layer that has them in blocks of one stream of Flux.2.
+_IN_ONE_LAYER = {
+    "to_q": "to_qkv_mlp_proj",
+    "to_k": "to_qkv_mlp_proj",
+    "to_v": "to_qkv_mlp_proj",
+    "to_out.0": "to_out",
+}
+
+
 def _target_names(model: torch.nn.Module, targets: tuple[str, ...]) -> list[str]:
     """The full names of the layers of all sites that `targets` names.
+
+    In a site whose projections are one layer, that layer is named by each of them.
 
     Raises:
         LoraError: if a target is a linear layer of no site.
@@ -383,10 +394,12 @@ def _target_names(model: torch.nn.Module, targets: tuple[str, ...]) -> list[str]
     sites = site_names(model, family_of(model))
     found: list[str] = []
     for target in targets:
+        names = (target, _IN_ONE_LAYER[target]) if target in _IN_ONE_LAYER else (target,)
         matches = [
-            f"{site}.{target}"
+            f"{site}.{name}"
             for site in sites
-            if isinstance(_part(model.get_submodule(site), target), torch.nn.Linear)
+            for name in names
+            if isinstance(_part(model.get_submodule(site), name), torch.nn.Linear)
         ]
         if not matches:
             known = [
@@ -399,7 +412,7 @@ def _target_names(model: torch.nn.Module, targets: tuple[str, ...]) -> list[str]
                 f" {type(model).__name__}: those of {sites[0]} are {', '.join(known)}"
             )
         found += matches
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _part(module: torch.nn.Module, name: str) -> torch.nn.Module | None:

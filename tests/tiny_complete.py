@@ -110,14 +110,14 @@ def clip(width: int, projected: bool = False) -> torch.nn.Module:
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
 
-def _llama() -> LlamaModel:
+def _llama(layers: int = 3) -> LlamaModel:
     torch.manual_seed(3)
     return LlamaModel(
         LlamaConfig(
             vocab_size=300,
             hidden_size=16,
             intermediate_size=16,
-            num_hidden_layers=3,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             max_position_embeddings=512,
         )
@@ -280,6 +280,51 @@ def _flux() -> Any:
         scheduler=FLOW(use_dynamic_shifting=True),
         transformer=tiny.flux(),
     )
+
+
+_CHAT = (
+    "{% for m in messages %}<start>{{ m.role }} {% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}<end>{% endfor %}"
+)
+
+
+def _flux2(kind: str = "Flux2Pipeline", **more: Any) -> Any:
+    vae = tiny.make(
+        "AutoencoderKLFlux2",
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+    )
+    vae.bn.running_mean.copy_(torch.linspace(-1, 1, 16))
+    vae.bn.running_var.copy_(torch.linspace(0.5, 2, 16))
+    tokenizer = clip_tokenizer()
+    tokenizer.chat_template = _CHAT
+    transformer = tiny.make(
+        "Flux2Transformer2DModel",
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * 16,
+        timestep_guidance_channels=8,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=kind == "Flux2Pipeline",
+    )
+    pipe = getattr(diffusers, kind)(
+        # Texts are outputs of three layers, the last of them the 27th or 30th.
+        text_encoder=_llama(30),
+        tokenizer=tokenizer,
+        vae=vae,
+        scheduler=FLOW(use_dynamic_shifting=True),
+        transformer=transformer,
+        **more,
+    )
+    pipe.system_message = ""
+    return pipe
 
 
 _QWEN_MARKS = (
@@ -460,6 +505,13 @@ COMPLETE: dict[str, CompleteCase] = {
         lambda: _mochi(latents_mean=None, latents_std=None), (32, 48, 7)
     ),
     "flux": CompleteCase(_flux, (16, 24, 1), guided=False),
+    "flux.2": CompleteCase(_flux2, (32, 48, 1), guided=False, text_length=40),
+    "flux.2-klein": CompleteCase(
+        lambda: _flux2("Flux2KleinPipeline", is_distilled=True),
+        (32, 48, 1),
+        guided=False,
+        text_length=40,
+    ),
     "qwen-image": CompleteCase(_qwen_image, (32, 48, 1), guided=False, text_length=40),
     "sd3": CompleteCase(_sd3, (16, 24, 1), text_length=_SHORT),
     "sd3.5": CompleteCase(

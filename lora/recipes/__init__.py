@@ -9,6 +9,7 @@ from diffattn.lora.errors import LoraError
 from diffattn.lora.recipes.base import Recipe
 from diffattn.lora.recipes.cogvideox import cogvideox_recipe
 from diffattn.lora.recipes.flux import flux_recipe
+from diffattn.lora.recipes.flux2 import flux2_recipe
 from diffattn.lora.recipes.hunyuanvideo import hunyuanvideo_recipe
 from diffattn.lora.recipes.ltx import ltx_recipe
 from diffattn.lora.recipes.mochi import mochi_recipe
@@ -25,6 +26,7 @@ RECIPES: dict[str, Callable[[Any, str, int | None], Recipe]] = {
     "ltx": ltx_recipe,
     "mochi": mochi_recipe,
     "flux": flux_recipe,
+    "flux.2": flux2_recipe,
     "qwen-image": qwen_image_recipe,
     "sd3": sd3_recipe,
     "unet": unet_recipe,

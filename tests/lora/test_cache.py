@@ -483,6 +483,7 @@ SIZES = {
     "mochi": (96, 64),
     "cogvideox-2b": (368, None),
     "flux": (48, 32),
+    "flux.2": (96, 64),
     "qwen-image": (96, 64),
     "sd3": (48, 32),
     "sdxl": (48, 32),

@@ -24,9 +24,8 @@ def latents(case: Any, pipe: Any) -> torch.Tensor:
 
 # One pipeline of each, and those whose adapter is particular: two experts, two text encoders.
 PIPELINES = (
-    "wan", "wan-two-experts", "hunyuanvideo", "cogvideox-2b", "ltx", "mochi", "flux", "qwen-image",
-    "sd3.5",
-    "sd1.5", "sdxl",
+    "wan", "wan-two-experts", "hunyuanvideo", "cogvideox-2b", "ltx", "mochi", "flux",
+    "flux.2-klein", "qwen-image", "sd3.5", "sd1.5", "sdxl",
 )  # fmt: skip
 
 
@@ -76,6 +75,6 @@ def _projections(model: torch.nn.Module) -> int:
     names = [
         f"{site}.{target}"
         for site in family_of(model).layers(model)
-        for target in ("to_q", "to_k", "to_v", "to_out.0")
+        for target in ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", "to_out")
     ]
     return sum(isinstance(modules.get(name), torch.nn.Linear) for name in names)

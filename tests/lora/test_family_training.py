@@ -26,6 +26,7 @@ CASES = (
     "ltx",
     "mochi",
     "flux",
+    "flux.2",
     "qwen-image",
     "sd3",
     "sd1.5",

@@ -20,14 +20,14 @@ from diffattn.lora.settings import TrainSettings
 from diffattn.lora.trainer import Trainer
 
 # What their pipelines tell them, in the unit in which their denoisers take it.
-SAMPLING = {"flux": 3.5, "hunyuanvideo": 6000.0}
-UNIT = {"flux": 1.0, "hunyuanvideo": 1000.0}
+SAMPLING = {"flux": 3.5, "flux.2": 4.0, "hunyuanvideo": 6000.0}
+UNIT = {"flux": 1.0, "flux.2": 1.0, "hunyuanvideo": 1000.0}
 
 
 def trainer(name: str, folder: Path, **changes: Any) -> Trainer:
     case = COMPLETE[name]
     pipe = case.build()
-    recipe = recipe_for(pipe)
+    recipe = recipe_for(pipe, text_length=case.text_length)
     height, width, num_frames = case.size
     pixels = torch.zeros(1, 3, num_frames, height, width)
     latents = recipe.encode_clip(pipe, pixels, None)[0]

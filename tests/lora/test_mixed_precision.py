@@ -29,6 +29,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("ltx", {"type": "radial"}),
     ("mochi", NEARBY),
     ("flux", CELLS),
+    ("flux.2", NEARBY),
     ("qwen-image", NEARBY),
     ("sd3.5", CELLS),
     ("sd1.5", {"type": "linfusion"}),

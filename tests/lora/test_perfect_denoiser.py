@@ -96,6 +96,12 @@ def packing(pipe: Any, case: CompleteCase) -> Packing:
             )
         case "StableDiffusionPipeline" | "StableDiffusionXLPipeline" | "StableDiffusion3Pipeline":
             return lambda x: x[:, :, None], lambda x: x[:, :, 0]
+        case "Flux2Pipeline" | "Flux2KleinPipeline":
+            side = 2 * pipe.vae_scale_factor
+            return (
+                lambda x: x.transpose(1, 2).unflatten(2, (1, height // side, width // side)),
+                lambda x: pipe._pack_latents(x[:, :, 0]),
+            )
     return lambda x: x, lambda x: x
 
 
@@ -212,7 +218,9 @@ def test_the_clip_comes_back(name: str) -> None:
                 assert distance(noise, first) < TOLERANCE.get(name, 2e-5)
 
 
-@pytest.mark.parametrize("name", ["wan", "mochi", "cogvideox-2b", "qwen-image", "sd3", "sdxl"])
+@pytest.mark.parametrize(
+    "name", ["wan", "mochi", "cogvideox-2b", "flux.2", "qwen-image", "sd3", "sdxl"]
+)
 def test_the_other_sign_gives_something_else(name: str) -> None:
     found, clip, _ = given_back(name, sign=-1)
     assert distance(found, clip) > 1

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -112,6 +113,9 @@ def latents_of_pipeline(pipe: Any, latents: torch.Tensor, case) -> torch.Tensor:
             return pipe._unpack_latents(latents, frames, height // ratio, width // ratio)
         case "FluxPipeline":
             return pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)[:, :, None]
+        case "Flux2Pipeline" | "Flux2KleinPipeline":
+            side = 2 * pipe.vae_scale_factor
+            return latents.transpose(1, 2).unflatten(2, (1, height // side, width // side))
         case "QwenImagePipeline":
             return pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
         case "StableDiffusionPipeline" | "StableDiffusionXLPipeline" | "StableDiffusion3Pipeline":
@@ -436,7 +440,7 @@ class TestTimes:
         assert second.sample_times(pipe.scheduler, 500, generator, SIZE).max() <= 0.7
 
     @pytest.mark.parametrize(
-        "name", ["hunyuanvideo", "ltx", "mochi", "flux", "qwen-image", "sd3", "sd3.5"]
+        "name", ["hunyuanvideo", "ltx", "mochi", "flux", "flux.2", "qwen-image", "sd3", "sd3.5"]
     )
     def test_the_steps_are_those_of_the_pipeline(self, name):
         case = COMPLETE[name]
@@ -451,11 +455,16 @@ class TestTimes:
         # Stable Diffusion 3's pipeline has its last step at the scheduler's lowest noise.
         last = pipe.scheduler.sigma_min if name.startswith("sd3") else 1 / 16
         places = torch.linspace(1, last, 16, dtype=torch.float64)
-        steps = recipe_for(pipe).steps(pipe.scheduler, size, None)
+        recipe = recipe_for(pipe)
+        if name == "flux.2":
+            # Its shift depends on the number of steps, too; that of training is the usual one.
+            assert recipe.sampling_steps == 50
+            recipe = replace(recipe, sampling_steps=16)
+        steps = recipe.steps(pipe.scheduler, size, None)
         torch.testing.assert_close(steps.level(places), expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(steps.place(expected), places, rtol=0, atol=2e-5)
         # Trained alike, each quarter of a run's steps is drawn equally often.
-        levels = recipe_for(pipe).sample_times(
+        levels = recipe.sample_times(
             pipe.scheduler, 20_000, torch.Generator().manual_seed(0), size, None, "uniform"
         )
         for part in (4, 8, 12):
@@ -498,6 +507,20 @@ class TestTimes:
         pipe.scheduler.register_to_config(**line)
         # Halfway between the 256 and the 4096 tokens of its configuration.
         assert recipe_for(pipe).steps(pipe.scheduler, (1, 64, 136), None) == noising.Shifted(5.0)
+
+    @pytest.mark.parametrize("size", [(1, 4, 6), (1, 64, 64), (1, 64, 68), (1, 128, 128)])
+    @pytest.mark.parametrize("kind", ["exponential", "linear"])
+    def test_the_shift_of_flux_2_is_that_of_its_pipeline(self, size, kind):
+        pipe = tiny_complete._flux2()
+        pipe.scheduler.register_to_config(time_shift_type=kind)
+        own = sys.modules[type(pipe).__module__].compute_empirical_mu(math.prod(size), 50)
+        expected = math.exp(own) if kind == "exponential" else own
+        found = recipe_for(pipe).steps(pipe.scheduler, size, None)
+        assert found.shift == pytest.approx(expected, rel=1e-9)
+        assert recipe_for(pipe).steps(pipe.scheduler, size, 2.0) == noising.Shifted(2.0)
+        # Without a dynamic shift there is the scheduler's own.
+        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        assert recipe_for(pipe).steps(pipe.scheduler, size, None) == noising.Shifted(3.0)
 
     def test_what_is_drawn_is_said(self):
         experts = tiny_complete._wan_two_experts()
@@ -589,6 +612,12 @@ class TestRefused:
 
         monkeypatch.setattr(kind, "forward", forward)
         with pytest.raises(ValueError, match="does not hide their padding: install a newer one"):
+            recipe_for(pipe)
+
+    def test_another_pipeline_of_flux_2(self):
+        pipe = tiny_complete._flux2("Flux2KleinKVPipeline")
+        line = "no training recipe for Flux2KleinKVPipeline: train its model in Flux2Pipeline or "
+        with pytest.raises(ValueError, match=line):
             recipe_for(pipe)
 
     def test_animatediff(self):

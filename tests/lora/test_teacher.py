@@ -30,7 +30,7 @@ def wan():
 
 
 @pytest.mark.parametrize(
-    "name", ["wan", "cogvideox-1.5", "ltx", "flux", "qwen-image", "sd3", "sdxl"]
+    "name", ["wan", "cogvideox-1.5", "ltx", "flux", "flux.2", "qwen-image", "sd3", "sdxl"]
 )
 def test_latents_are_those_that_the_pipeline_decodes(tmp_path, name):
     case = COMPLETE[name]
