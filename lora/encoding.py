@@ -195,8 +195,7 @@ def store_empty(pipe: Any, recipe: Recipe, folder: Path, text: str) -> str:
     """
     key = entry_key({"format": _FORMAT, "text": text, "caption": ""})
     if not is_stored(folder, key):
-        # The empty caption of a model that edits is among the conditions of each clip.
-        told = {} if recipe.edits else encode_caption(pipe, recipe, "")
+        told = _finite(recipe.encode_empty(pipe), "")
         store(folder, key, None, told, {"caption": ""})
     return key
 

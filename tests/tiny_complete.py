@@ -270,6 +270,17 @@ def _mochi(**vae_changes: Any) -> Any:
     )
 
 
+def _flux_kontext() -> Any:
+    blocks = {
+        "block_out_channels": (4, 4, 4, 4),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }
+    vae = _image_vae(shift_factor=0.1159, scaling_factor=0.3611, **blocks)
+    parts = _flux().components | {"vae": vae}
+    return diffusers.FluxKontextPipeline(**parts)
+
+
 def _flux() -> Any:
     return diffusers.FluxPipeline(
         text_encoder=clip(8),
@@ -542,6 +553,14 @@ EDITING: dict[str, CompleteCase] = {
     for name, kind in (
         ("qwen-image-edit", "QwenImageEditPipeline"),
         ("qwen-image-edit-plus", "QwenImageEditPlusPipeline"),
+    )
+} | {
+    "flux-kontext": CompleteCase(
+        _flux_kontext,
+        (32, 48, 1),
+        call={"image": _noise_picture(64, 96), "max_area": 32 * 48},
+        guided=False,
+        text_length=40,
     )
 }
 """Pipelines that edit a picture, and can be trained."""

@@ -8,8 +8,8 @@ from typing import Any
 from diffattn.lora.errors import LoraError
 from diffattn.lora.recipes.base import Recipe
 from diffattn.lora.recipes.cogvideox import cogvideox_recipe
-from diffattn.lora.recipes.flux import flux_recipe
 from diffattn.lora.recipes.flux2 import flux2_recipe
+from diffattn.lora.recipes.flux_kontext import flux_recipe
 from diffattn.lora.recipes.hunyuanvideo import hunyuanvideo_recipe
 from diffattn.lora.recipes.ltx import ltx_recipe
 from diffattn.lora.recipes.mochi import mochi_recipe

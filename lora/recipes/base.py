@@ -132,6 +132,10 @@ class Recipe(ABC):
         """
         raise LoraError(f"this {self.family} model edits no pictures: there are no sources")
 
+    def encode_empty(self, pipe: Any) -> dict[str, Tensor]:
+        """The denoiser's conditions for the empty caption, batch first; see `told`."""
+        return self.encode_prompt(pipe, [""])
+
     def told(
         self, conditions: dict[str, Tensor], empty: dict[str, Tensor], dropped: bool
     ) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Flux.1: text to image."""
+"""Flux.1: text to image; Kontext's model takes a picture beside."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from diffattn.lora.recipes.base import (
     refuse_conditions,
 )
 from diffattn.lora.recipes.packed import PATCH, pack, unpack
+
+SOURCE = "source"  # the condition with the latents of what is edited
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +60,24 @@ class FluxRecipe(Recipe):
         guidance = None
         if self.guidance is not None:
             guidance = noisy.new_full((len(noisy),), self.guidance, dtype=torch.float32)
+        tokens = pack(noisy)
+        count = tokens.shape[1]
+        sizes = [(height // PATCH, width // PATCH)]
+        if SOURCE in told:
+            tokens = torch.cat([tokens, pack(told[SOURCE]).to(tokens)], dim=1)
+            rows, columns = told[SOURCE].shape[3:]
+            sizes.append((rows // PATCH, columns // PATCH))
         out: Tensor = model(
-            hidden_states=pack(noisy).to(self.dtype),
+            hidden_states=tokens.to(self.dtype),
             timestep=self.model_times(times).to(self.dtype) / 1000,
             guidance=guidance,
             pooled_projections=told["pooled_prompt_embeds"],
             encoder_hidden_states=told["prompt_embeds"],
             txt_ids=_text_ids(told["prompt_embeds"].shape[1], self.dtype, noisy.device),
-            img_ids=_image_ids(height // PATCH, width // PATCH, self.dtype, noisy.device),
+            img_ids=_image_ids(tuple(sizes), self.dtype, noisy.device),
             return_dict=False,
         )[0]
-        return unpack(out, height, width)
+        return unpack(out[:, :count], height, width)
 
     def tokens_of_shift(self, size: Sequence[int]) -> int:
         """See `Recipe.tokens_of_shift`."""
@@ -82,9 +91,15 @@ class FluxRecipe(Recipe):
 # Every call of a size gets the same tensor: sparse attention reads the values of each tensor once,
 # and reading waits for the device.
 @lru_cache(maxsize=8)
-def _image_ids(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _image_ids(
+    sizes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """(tokens, 3): image, row, column."""
-    return torch.cartesian_prod(*map(torch.arange, (1, height, width))).to(device, dtype)
+    ids = [
+        torch.cartesian_prod(torch.tensor([image]), torch.arange(height), torch.arange(width))
+        for image, (height, width) in enumerate(sizes)
+    ]
+    return torch.cat(ids).to(device, dtype)
 
 
 @lru_cache(maxsize=8)
@@ -92,14 +107,11 @@ def _text_ids(tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.zeros(tokens, 3, dtype=dtype, device=device)
 
 
-def flux_recipe(pipe: Any, denoiser: str, text_length: int | None) -> FluxRecipe:
-    """The recipe of a text-to-image pipeline."""
+def flux_settings(pipe: Any, denoiser: str, text_length: int | None) -> dict[str, Any]:
+    """The attributes of `FluxRecipe`, by name."""
     model = getattr(pipe, denoiser)
     config = model.config
     refuse_conditions(model, config.out_channels in (None, config.in_channels))
     guidance = call_default(pipe, "guidance_scale") if config.guidance_embeds else None
-    return FluxRecipe(
-        **common_settings(pipe, "flux", denoiser, text_length, flow=True),
-        latent_pixels=pipe.vae_scale_factor,
-        guidance=guidance,
-    )
+    common = common_settings(pipe, "flux", denoiser, text_length, flow=True)
+    return common | {"latent_pixels": pipe.vae_scale_factor, "guidance": guidance}

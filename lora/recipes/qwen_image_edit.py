@@ -79,6 +79,10 @@ class QwenImageEditRecipe(QwenImageRecipe):
         latents = normalised(pipe, encode_pixels(pipe, pixels, None))
         return {**text, **{_EMPTY + name: value for name, value in empty.items()}, _SOURCE: latents}
 
+    def encode_empty(self, pipe: Any) -> dict[str, Tensor]:
+        """See `Recipe.encode_empty`; each clip has its own."""
+        return {}
+
     def told(
         self, conditions: dict[str, Tensor], empty: dict[str, Tensor], dropped: bool
     ) -> dict[str, Tensor]:

@@ -86,7 +86,8 @@ def packing(pipe: Any, case: CompleteCase) -> Packing:
             "FluxPipeline"
             | "QwenImagePipeline"
             | "QwenImageEditPipeline"
-            | ("QwenImageEditPlusPipeline")
+            | "QwenImageEditPlusPipeline"
+            | "FluxKontextPipeline"
         ):
             scale = pipe.vae_scale_factor
             tokens = (height // scale // 2) * (width // scale // 2)
