@@ -1,7 +1,7 @@
 """The frozen weights of a denoiser in few bytes: fp8, int8 and nf4, by libraries of others.
 
-Only linear layers of the transformer blocks are stored so. Embeddings and the last layer are a small
-part of a model, and lose the most.
+Only linear layers of the transformer blocks are stored so. Embeddings and the last layer are a
+small part of a model, and lose the most.
 
 - fp8: float8_e4m3fn, diffusers' layerwise casting: a layer's weight is cast up while it works;
 - int8: a factor and a zero point for each row, torchao;

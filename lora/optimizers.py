@@ -1,4 +1,4 @@
-"""Optimisers by name: those of torch, and 8-bit and schedule-free ones by the libraries of others."""
+"""Optimisers by name: of torch, and 8-bit and schedule-free ones by the libraries of others."""
 
 from __future__ import annotations
 

@@ -268,13 +268,13 @@ class TrainSettings:
         for name in ("offload_activations", "swap_blocks"):
             if getattr(self, name) and not self.gradient_checkpointing:
                 raise LoraError(
-                    f"{name} is {getattr(self, name)}, but gradient_checkpointing is off: without it"
-                    f" a step keeps what waits in main memory on the device, too; turn it on"
+                    f"{name} is {getattr(self, name)}, but gradient_checkpointing is off: without"
+                    f" it a step keeps on the device what is to wait in main memory; turn it on"
                 )
         if self.swap_blocks is not None and self.dora:
             raise LoraError(
-                "dora reads the weights of layers while these wait in main memory: leave out dora or"
-                " swap_blocks"
+                "dora reads the weights of layers while these wait in main memory: leave out dora"
+                " or swap_blocks"
             )
 
     def _advice(self) -> Advice:

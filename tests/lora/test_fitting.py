@@ -1,7 +1,5 @@
 """Trainings that fit: few bytes for frozen weights, blocks in main memory, small optimisers."""
 
-import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,8 @@ import tiny_wan
 import torch
 from diffusers.hooks import group_offloading
 
-from diffattn.lora import optimizers
 from diffattn.lora.errors import LoraError
-from diffattn.lora.frozen import block_names, store_in_fp8, stored_layers
+from diffattn.lora.frozen import store_in_fp8, stored_layers
 from diffattn.lora.trainer import Trainer
 
 SWAPPED = {"gradient_checkpointing": True, "swap_blocks": 2}
@@ -145,7 +142,7 @@ class TestFrozenWeights:
         self, base: Callable[[], Any], tmp_path: Path
     ) -> None:
         tiny_training.trainer(tmp_path, pipe=base()).train(until=2)
-        with pytest.raises(LoraError, match="cannot go on from .*: its model is"):
+        with pytest.raises(LoraError, match=r"cannot go on from .*: its model is"):
             tiny_training.trainer(tmp_path, resume=True)
 
 
