@@ -184,6 +184,9 @@ class Training:
     Attributes:
         weights: the frozen weights.
         trained: number of trained weights, those of the method's own included.
+        recipe: the recipe at the dtype that layers compute in.
+        latents: latent channels, frames, height and width of a sample.
+        conditions: shapes of the denoiser's conditions by name, without batch axis.
     """
 
     def __init__(
@@ -209,12 +212,12 @@ class Training:
             LoraError: if the method does not fit the model.
         """
         self._settings, self._tokens = settings.completed(), grid.video_tokens
-        self._recipe, self._device = replace(recipe, dtype=dtype), device
+        self.recipe, self._device = replace(recipe, dtype=dtype), device
         model = _meta_copy(model, dtype)
         self.weights = _weights_of(model, dtype)
         self._model = model
-        self._latents = latents_of(recipe, model.config, grid)
-        self._conditions = conditions_of(recipe, model.config)
+        self.latents = latents_of(recipe, model.config, grid)
+        self.conditions = conditions_of(recipe, model.config)
         try:
             with warnings.catch_warnings():
                 # Without a pipeline there are no dense steps, which a method would say.
@@ -236,8 +239,8 @@ class Training:
     @property
     def bytes_of_clip(self) -> int:
         """Bytes of an encoded clip on the disk: float32 latents, and the text in `dtype`."""
-        text = sum(math.prod(shape) for shape in self._conditions.values())
-        return 4 * math.prod(self._latents) + self._recipe.dtype.itemsize * text
+        text = sum(math.prod(shape) for shape in self.conditions.values())
+        return 4 * math.prod(self.latents) + self.recipe.dtype.itemsize * text
 
     def one_pass(self, checkpointing: bool, offload: bool) -> Pass:
         """The forward and backward pass of a step, under gradient checkpointing or not."""
@@ -258,7 +261,7 @@ class Training:
             weights=self.weights.on_device(choice),
             adapter=4 * self.trained * (1 if settings.ema is None else 2),
             gradients=gradients,
-            optimizer=round(_bytes_of_states(settings) * self.trained),
+            optimizer=round(bytes_of_states(settings) * self.trained),
             activations=max(0, made.peak + earlier - gradients),
             unpacked=self.weights.unpacked(choice),
             overhead=0 if self._device.type == "cpu" else OVERHEAD,
@@ -274,7 +277,7 @@ class Training:
         settings = replace(self._settings, offload_activations=False, swap_blocks=None)
         student = Student(
             model,
-            _AnyLevel(self._recipe),  # type: ignore[arg-type]
+            _AnyLevel(self.recipe),  # type: ignore[arg-type]
             None,
             _Unattached(),  # type: ignore[arg-type]
             settings,
@@ -302,10 +305,10 @@ class Training:
 
     def _batch(self) -> Batch:
         count = self._settings.batch_size
-        latents = torch.empty(count, *self._latents, device="meta")
+        latents = torch.empty(count, *self.latents, device="meta")
         conditions = {
             name: torch.empty(count, *shape, device="meta")
-            for name, shape in self._conditions.items()
+            for name, shape in self.conditions.items()
         }
         times = torch.empty(count, device="meta")
         return Batch(latents, torch.empty_like(latents), times, conditions)
@@ -433,7 +436,7 @@ def _weights_of(model: torch.nn.Module, dtype: torch.dtype) -> Weights:
     )
 
 
-def _bytes_of_states(settings: TrainSettings) -> float:
+def bytes_of_states(settings: TrainSettings) -> float:
     """Bytes of an optimiser's states for each trained weight."""
     if settings.optimizer.startswith("bitsandbytes.") and settings.optimizer.endswith("8bit"):
         return _BYTES_OF_BITSANDBYTES

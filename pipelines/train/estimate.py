@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffattn._checks import number
 from diffattn.lora.errors import LoraError
 from diffattn.lora.footprint import PARTS, Choice, Footprint, Training
 from diffattn.lora.frozen import BASE_DTYPES
-from diffattn.lora.recipes import recipe_for
+from diffattn.lora.recipes import Recipe, recipe_for
 from diffattn.lora.settings import TrainSettings
 from diffattn.lora.unloaded import unloaded_pipeline
 from diffattn.methods import from_dict
 from diffattn.methods.attention_share import ATTENTION_RATE, LINEAR_RATE
 
 from ..errors import UserError
-from ..run.loading import find_model
+from ..run.loading import find_model, read_defaults
 from ..run.model_shape import shape_of
 from ..run.request import BUNDLED_MODEL, check_option
 
@@ -107,16 +108,20 @@ def estimate(
     Raises:
         UserError: if the model is not known or cannot make the size, or its steps are not counted.
     """
+    folder = Path(find_model(model)) if model == BUNDLED_MODEL else Path(model).expanduser()
     try:
-        pipe = unloaded_pipeline(str(find_model(model)) if model == BUNDLED_MODEL else model)
-    except LoraError as error:
+        pipe = unloaded_pipeline(str(folder) if folder.is_dir() else model)
+        length = read_defaults(model, folder).get("max_sequence_length")
+        recipe = recipe_for(pipe, settings.denoiser, length)
+    except (ValueError, LoraError) as error:
         raise UserError(error) from None
     shape = replace(shape_of(model), name=model)
-    return estimate_for(pipe, shape, size, settings, base_dtype, dtype, device, rate)
+    return estimate_for(pipe, recipe, shape, size, settings, base_dtype, dtype, device, rate)
 
 
 def estimate_for(
     pipe: Any,
+    recipe: Recipe,
     shape: ModelShape,
     size: Mapping[str, int | None],
     settings: TrainSettings,
@@ -129,6 +134,7 @@ def estimate_for(
 
     Args:
         pipe: the pipeline, loaded or not.
+        recipe: its recipe.
         shape: the shape of its denoiser.
         size, settings, base_dtype, dtype, device, rate: as in `estimate`.
 
@@ -136,7 +142,6 @@ def estimate_for(
         UserError: as `estimate`.
     """
     try:
-        recipe = recipe_for(pipe, settings.denoiser)
         recipe.check_settings(settings)
         open_text = None in (shape.text_before, shape.text_after)
         grid = shape.grid(**size, text=recipe.text_length if open_text else None)

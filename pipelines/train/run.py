@@ -362,7 +362,7 @@ def _run_alone(
     settings = with_its_rank(settings, read_initial(settings, recipe.family))
     check_adapter(getattr(loaded.pipe, recipe.denoiser), settings)
     density = _check_method(loaded.pipe, settings.attention, job)
-    _say_estimate(job, settings, loaded, accelerator.device, say)
+    _say_estimate(job, settings, loaded, recipe, accelerator.device, say)
     if settings.swap_blocks is not None and job.prompts is not None:
         # The dense model that makes the clips has its blocks come and go, too.
         swap_blocks(getattr(loaded.pipe, recipe.denoiser), settings.swap_blocks, accelerator.device)
@@ -426,10 +426,20 @@ def _run_alone(
 
 
 def _check_storage(job: TrainJob, settings: TrainSettings, device: torch.device) -> None:
-    """Refuse ways of storage that the installation, the device or the LoRA does not allow."""
+    """Refuse an optimiser, and ways of storage, that cannot be: before anything is made."""
+    import torch
+
     from diffattn.lora.errors import LoraError
     from diffattn.lora.frozen import check_available
+    from diffattn.lora.optimizers import make_optimizer
 
+    make_optimizer(
+        [torch.nn.Parameter(torch.zeros(1, 1))],
+        settings.optimizer,
+        settings.learning_rate,
+        settings.weight_decay,
+        settings.optimizer_args,
+    )
     if job.base_dtype is not None:
         check_available(job.base_dtype, device)
         if settings.dora:
@@ -450,6 +460,7 @@ def _say_estimate(
     job: TrainJob,
     settings: TrainSettings,
     loaded: LoadedModel,
+    recipe: Recipe,
     device: torch.device,
     say: Callable[[str], None],
 ) -> None:
@@ -464,7 +475,9 @@ def _say_estimate(
     try:
         shape = pipeline_shape(loaded.pipe, job.model)
         dtype = getattr(torch, loaded.dtype)
-        made = estimate_for(loaded.pipe, shape, size, settings, job.base_dtype, dtype, device)
+        made = estimate_for(
+            loaded.pipe, recipe, shape, size, settings, job.base_dtype, dtype, device
+        )
     except (UserError, ValueError) as error:
         say(f"memory: not known beforehand: {error}")
         return
