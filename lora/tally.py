@@ -62,6 +62,9 @@ class Tally(TorchDispatchMode):
 class FlashAttention(TorchFunctionMode):
     """Attention that keeps queries, keys, values, outputs and a number a row, and nothing else.
 
+    Sparse attention does so in an order of its own: it makes copies in that order, and its results
+    are put back.
+
     Attributes:
         tokens: length of the sequence of video self-attention.
         sparse: FLOPs of video self-attention that a method makes sparse.
@@ -83,6 +86,10 @@ class FlashAttention(TorchFunctionMode):
         out: Tensor = _Flash.apply(named["query"], named["key"], named["value"], self)
         return out
 
+    def is_of_video(self, query: Tensor, key: Tensor) -> bool:
+        """Whether a call is video self-attention."""
+        return query.shape[-2] == key.shape[-2] and query.shape[-2] >= self.tokens
+
     def count(self, query: Tensor, key: Tensor, *, backward: bool, taught: bool) -> None:
         """Count a pass of attention.
 
@@ -92,7 +99,7 @@ class FlashAttention(TorchFunctionMode):
             taught: whether the pass is the dense model's.
         """
         flops = 4.0 * query.numel() * key.shape[-2] * (_BACKWARD if backward else 1)
-        if query.shape[-2] != key.shape[-2] or query.shape[-2] < self.tokens:
+        if not self.is_of_video(query, key):
             self.other += flops
         elif taught:
             self.dense += flops
@@ -105,17 +112,23 @@ class _Flash(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mode: FlashAttention
     ) -> Tensor:
+        # A function's forward runs without gradients: whether there will be any, its inputs say.
+        taught = not any(t.requires_grad for t in (query, key, value))
+        mode.count(query, key, backward=False, taught=taught)
+        ctx.ordered = mode.is_of_video(query, key) and not taught
+        if ctx.ordered:
+            query, key, value = query.clone(), key.clone(), value.clone()
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
         rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, rows)
         ctx.mode = mode
-        # A function's forward runs without gradients: whether there will be any, its inputs say.
-        taught = not any(t.requires_grad for t in (query, key, value))
-        mode.count(query, key, backward=False, taught=taught)
-        return out
+        return out.clone() if ctx.ordered else out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, _, _ = ctx.saved_tensors
         ctx.mode.count(query, key, backward=True, taught=False)
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+        outer = gradients[0].clone() if ctx.ordered else gradients[0]
+        made = [torch.empty_like(each) for each in (query, key, value)]
+        del outer
+        return (*(each.clone() for each in made), None) if ctx.ordered else (*made, None)

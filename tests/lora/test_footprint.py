@@ -95,7 +95,8 @@ def test_steps_of_every_family_that_is_counted(name: str, tmp_path: Path) -> Non
     case = COMPLETE[name]
     pipe = case.build()
     height, width, frames = case.size
-    size = {"height": 4 * height, "width": 4 * width, "num_frames": frames}
+    # So large that the fixed workspace of the kernel, 1 MiB, is small beside it.
+    size = {"height": 12 * height, "width": 12 * width, "num_frames": frames}
     settings = TrainSettings(
         attention=NEARBY, rank=2, steps=1, caption_dropout=0.0, gradient_checkpointing=True
     )
@@ -106,8 +107,8 @@ def test_steps_of_every_family_that_is_counted(name: str, tmp_path: Path) -> Non
     counted = Training(pipe.transformer, recipe, settings, grid, torch.float32, CPU)
     need = counted.footprint(Choice(gradient_checkpointing=True))
     said = need.activations + need.gradients
-    # What kernels need for themselves is more of so small a step.
-    assert measured(pipe, settings, counted, tmp_path) == pytest.approx(said, rel=2 * OFF)
+    # Copies in the order of a mask are counted whether or not the method has one.
+    assert (1 - 3 * OFF) * said <= measured(pipe, settings, counted, tmp_path) <= (1 + OFF) * said
 
 
 def test_weights_and_states_are_those_of_the_libraries() -> None:
