@@ -105,12 +105,13 @@ def make_optimizer(
             f"weight_decay is {weight_decay:g}, but {name} has none: leave it out, or take {USUAL}"
         )
     try:
-        made = cls(parameters, **arguments)
+        made: Any = cls(parameters, **arguments)
         if is_schedule_free(name):
             made.train()
-        return made
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:
         raise LoraError(f"{name} refuses its arguments: {error}") from None
+    optimizer: torch.optim.Optimizer = made
+    return optimizer
 
 
 def set_rate(optimizer: Any, rate: float) -> None:

@@ -44,25 +44,30 @@ def swap_blocks(model: Any, count: int, device: torch.device) -> None:
         )
     waiting = names[len(names) - count :]
     _move(model, device, waiting)
+    streams = device.type == "cuda"
     for name in waiting:
         block = model.get_submodule(name)
-        with _linear_layers_only(block, device):
+        # What belongs to a packed weight, and does not come and go with it, is on the device.
+        block.to(device)
+        with _linear_layers_only(block):
             apply_group_offloading(
                 block,
                 onload_device=device,
                 offload_device=torch.device("cpu"),
                 offload_type="leaf_level",
-                use_stream=device.type == "cuda",
+                use_stream=streams,
+                # Backward passes read weights that have gone for others: their memory must not be
+                # taken for the next ones before.
+                record_stream=streams,
             )
 
 
 @contextmanager
-def _linear_layers_only(block: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Put what is in no linear layer onto a device, out of sight while the block of code runs."""
+def _linear_layers_only(block: torch.nn.Module) -> Iterator[None]:
+    """Have what is in no linear layer out of sight while the block of code runs."""
     others = [part for part in block.modules() if not isinstance(part, torch.nn.Linear)]
     hidden = [(part, part._parameters, part._buffers) for part in others]
     for part in others:
-        _move_own(part, device)
         part._parameters, part._buffers = {}, {}
     try:
         yield
@@ -87,10 +92,6 @@ def _move(module: torch.nn.Module, device: torch.device, waiting: Iterable[str])
             continue
         inside = f"{name}."
         _move(child, device, [n.removeprefix(inside) for n in waiting if n.startswith(inside)])
-    _move_own(module, device)
-
-
-def _move_own(module: torch.nn.Module, device: torch.device) -> None:
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         tensor.data = tensor.data.to(device)
 

@@ -188,7 +188,8 @@ def _work(
     made = training.one_pass(choice.gradient_checkpointing, choice.offload_activations)
     try:
         # Training is sparse at all noise levels: dense steps are those of denoising runs.
-        plan = diffattn.plan(replace(shape, steps=1), from_dict(settings.attention), **size)
+        given: dict[str, Any] = dict(size)
+        plan = diffattn.plan(replace(shape, steps=1), from_dict(settings.attention), **given)
     except ValueError:
         return None
     density = plan.sparse_forward_flops / plan.dense_forward_flops
