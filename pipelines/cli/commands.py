@@ -23,7 +23,7 @@ from .doctor import EXAMPLES as DOCTOR_EXAMPLES
 from .doctor import doctor
 from .generate import EXAMPLES as GENERATE_EXAMPLES
 from .generate import generate
-from .lora_plan import app as lora_app
+from .lora_preview import app as lora_app
 from .mask import EXAMPLES as MASK_EXAMPLES
 from .mask import mask
 from .options import examples

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from diffattn._checks import number
 from diffattn.lora.errors import LoraError
@@ -24,8 +27,6 @@ from ..run.model_shape import shape_of
 from ..run.request import BUNDLED_MODEL, check_option
 
 if TYPE_CHECKING:
-    import torch
-
     from diffattn.planning.published import ModelShape
 
 _GIB = 1 << 30
@@ -242,6 +243,20 @@ def options_of(choice: Choice) -> str:
     return " ".join(filter(None, said)) or "none"
 
 
+def measured_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """TFLOP/s of a large matrix product on a device, the best of a few."""
+    side = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ b
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * side**3 / min(times) / _TERA
+
+
 def in_a_line(made: Estimate, free: int | None) -> str:
     """An estimate in one line, beside the memory that a device has free."""
     need = made.footprint
@@ -252,7 +267,9 @@ def in_a_line(made: Estimate, free: int | None) -> str:
         f" trained weights with gradients and optimiser"
         f" {in_words(need.adapter + need.gradients + need.optimizer)}){there}"
     )
-    return line if made.work is None else f"{line}; {_of_attention(made.work)}"
+    if made.work is None:
+        return line
+    return f"{line}; {_of_attention(made.work)}, at least {made.work.seconds:,.2g} s here"
 
 
 def in_words(size: int) -> str:

@@ -469,14 +469,15 @@ def _say_estimate(
 
     from diffattn.planning.folder import pipeline_shape
 
-    from .estimate import estimate_for, in_a_line
+    from .estimate import estimate_for, in_a_line, measured_rate
 
     size = {name: getattr(job, name) for name in _SIZE}
     try:
         shape = pipeline_shape(loaded.pipe, job.model)
         dtype = getattr(torch, loaded.dtype)
+        rate = measured_rate(dtype, device)
         made = estimate_for(
-            loaded.pipe, recipe, shape, size, settings, job.base_dtype, dtype, device
+            loaded.pipe, recipe, shape, size, settings, job.base_dtype, dtype, device, rate
         )
     except (UserError, ValueError) as error:
         say(f"memory: not known beforehand: {error}")
