@@ -236,7 +236,7 @@ def _read_json(path: Path, shown: str) -> dict[str, Any]:
 
 
 def _from_pretrained(
-    source: Path | str, request: Request, dtype: torch.dtype, base_dtype: str | None
+    source: Path | str, request: Request, dtype: torch.dtype, base_dtype: str | None = None
 ) -> DiffusionPipeline:
     import torch
 
