@@ -247,6 +247,17 @@ def is_watched(module: torch.nn.Module) -> bool:
     )
 
 
+def is_group_offloaded(module: torch.nn.Module) -> bool:
+    """Whether diffusers' group offloading has a part in a module or in its layers."""
+    registries = [part.__dict__.get("_diffusers_hook") for part in module.modules()]
+    return any(
+        type(hook).__module__ == "diffusers.hooks.group_offloading"
+        for registry in registries
+        if registry is not None
+        for hook in registry.hooks.values()
+    )
+
+
 def hidden_forwards(module: torch.nn.Module) -> list[Callable[..., Any]]:
     """The forwards of a module that hooks of diffusers stand before."""
     registry = module.__dict__.get("_diffusers_hook")

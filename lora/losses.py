@@ -19,11 +19,12 @@ kinds, and two scales, the sparse denoiser is called twice.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils.checkpoint
 from torch.nn import functional as F
 
 from diffattn.attach.sites import site_names
@@ -80,11 +81,28 @@ class Student(torch.nn.Module):
         names = site_names(model, family_of(model)) if self.weights["attention"] else []
         self._sites = [model.get_submodule(name) for name in names[:: settings.attention_every]]
         self._scheduler, self._attachment = scheduler, attachment
+        self._offloads, self._swaps = settings.offload_activations, bool(settings.swap_blocks)
         self._recipe = recipe.at_guidance(1.0 if settings.guidance is None else settings.guidance)
         self._compared = recipe.at_guidance(settings.teacher_guidance)
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The losses with a weight above 0 by name, and their weighted sum, "loss"."""
+        with self._keeping(batch.latents.device):
+            return self._losses(batch)
+
+    @contextmanager
+    def _keeping(self, device: torch.device) -> Iterator[None]:
+        """Choose where what the backward pass needs is kept."""
+        with ExitStack() as stack:
+            if self._offloads:
+                pinned = device.type == "cuda"
+                stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=pinned))
+            if self._swaps:
+                # A block that is left early leaves its last layer's weight on the device.
+                stack.enter_context(torch.utils.checkpoint.set_checkpoint_early_stop(False))
+            yield
+
+    def _losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         recipe, scheduler = self._recipe, self._scheduler
         noisy = recipe.add_noise(scheduler, batch.latents, batch.noise, batch.times)
         self._attachment.leave_run()

@@ -19,6 +19,7 @@ from diffattn._checks import (
     whole,
 )
 from diffattn.lora.errors import LoraError
+from diffattn.lora.optimizers import USUAL, is_schedule_free
 from diffattn.methods import from_dict
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -102,7 +103,10 @@ class TrainSettings:
         schedule: the learning rate after the warm-up: it stays ("constant"), or falls to zero along
             a line ("linear") or a cosine ("cosine").
         warmup_steps: number of steps in which the learning rate rises.
-        weight_decay: weight decay of AdamW.
+        weight_decay: weight decay of the optimiser.
+        optimizer: the optimiser, "LIBRARY.CLASS" of torch, bitsandbytes, torchao or schedulefree,
+            see `diffattn.lora.optimizers`.
+        optimizer_args: further arguments of the optimiser by their names.
         max_grad_norm: norm that gradients are clipped to.
         shift: time shift of the noise levels; above 1 favours strong noise, for large videos. None
             for the steps of sampling: the scheduler's shift, by the clip's tokens if it depends on
@@ -113,6 +117,9 @@ class TrainSettings:
         seed: seed of everything random.
         mixed_precision: no, bf16 or fp16; None for the setting of `accelerate launch`.
         gradient_checkpointing: whether to compute activations twice instead of keeping them.
+        offload_activations: whether what gradient checkpointing keeps waits in main memory.
+        swap_blocks: number of blocks whose frozen weights wait in main memory, see
+            `diffattn.lora.swapping`; None for none.
         checkpoint_every: number of steps between checkpoints; the end of a run also has one.
         keep_checkpoints: number of checkpoints to keep.
         trackers: names of accelerate's trackers, such as tensorboard and wandb.
@@ -144,6 +151,8 @@ class TrainSettings:
     schedule: str = "constant"
     warmup_steps: int = 0
     weight_decay: float = 0.0
+    optimizer: str = USUAL
+    optimizer_args: Mapping[str, Any] = field(default_factory=dict)
     max_grad_norm: float = 1.0
     shift: float | None = None
     noise_levels: str | None = None
@@ -151,6 +160,8 @@ class TrainSettings:
     seed: int = 0
     mixed_precision: str | None = None
     gradient_checkpointing: bool = False
+    offload_activations: bool = False
+    swap_blocks: int | None = None
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
     trackers: tuple[str, ...] = ()
@@ -185,6 +196,8 @@ class TrainSettings:
                 f"warmup_steps is {self.warmup_steps}, but the run has {self.steps} steps: give at"
                 f" most as many"
             )
+        self._check_optimizer()
+        self._check_offloading()
         advice = self._advice()
         weights = (
             _or_else(self.objective, advice.objective),
@@ -238,6 +251,32 @@ class TrainSettings:
             return self.learning_rate * (1 + math.cos(math.pi * done)) / 2
         return self.learning_rate
 
+    def _check_optimizer(self) -> None:
+        if not is_schedule_free(self.optimizer):
+            return
+        if self.schedule != "constant" or self.warmup_steps:
+            raise LoraError(
+                f"optimizer is {self.optimizer}, which needs no schedule: leave schedule and"
+                f" warmup_steps out, or give optimizer_args its own warmup_steps"
+            )
+        if self.ema is not None:
+            raise LoraError(
+                f"optimizer is {self.optimizer}, whose result is an average already: leave ema out"
+            )
+
+    def _check_offloading(self) -> None:
+        for name in ("offload_activations", "swap_blocks"):
+            if getattr(self, name) and not self.gradient_checkpointing:
+                raise LoraError(
+                    f"{name} is {getattr(self, name)}, but gradient_checkpointing is off: without"
+                    f" it a step keeps on the device what is to wait in main memory; turn it on"
+                )
+        if self.swap_blocks is not None and self.dora:
+            raise LoraError(
+                "dora reads the weights of layers while these wait in main memory: leave out dora"
+                " or swap_blocks"
+            )
+
     def _advice(self) -> Advice:
         return ADVICE.get(self.attention["type"], Advice())
 
@@ -245,6 +284,7 @@ class TrainSettings:
         """The settings as JSON types."""
         return dataclasses.asdict(self) | {
             "attention": dict(self.attention),
+            "optimizer_args": dict(self.optimizer_args),
             "targets": list(self.targets),
             "trackers": list(self.trackers),
         }
@@ -310,6 +350,8 @@ _ALLOWED: Mapping[str, Allowed] = {
     "schedule": choice(SCHEDULES),
     "warmup_steps": whole(0),
     "weight_decay": _WEIGHT,
+    "optimizer": Allowed("LIBRARY.CLASS", lambda it: isinstance(it, str) and it != ""),
+    "optimizer_args": Allowed("arguments by their names", lambda it: isinstance(it, Mapping)),
     "max_grad_norm": number(above=0, at_most=_LARGEST_NORM),
     "shift": number(above=0, at_most=_LARGEST),
     "noise_levels": choice(NOISE_LEVELS),
@@ -317,6 +359,8 @@ _ALLOWED: Mapping[str, Allowed] = {
     "seed": whole(0, _LARGEST_SEED),
     "mixed_precision": choice(PRECISIONS),
     "gradient_checkpointing": FLAG,
+    "offload_activations": FLAG,
+    "swap_blocks": whole(1),
     "checkpoint_every": whole(1),
     "keep_checkpoints": whole(1),
     "trackers": _NAMES,

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,9 +44,11 @@ from diffattn.lora.errors import LoraError
 from diffattn.lora.held_out import DRAWS, hold_out
 from diffattn.lora.initial import initialise, read_initial, with_its_rank
 from diffattn.lora.losses import Batch, Student
+from diffattn.lora.optimizers import at_result, make_optimizer, set_rate
 from diffattn.lora.plot import plot_losses
 from diffattn.lora.recipes import Recipe, recipe_for
 from diffattn.lora.settings import TrainSettings
+from diffattn.lora.swapping import is_swapped, move_added, swap_blocks, tensors_of
 from diffattn.methods import Method, from_dict
 
 if TYPE_CHECKING:
@@ -58,7 +60,10 @@ PLOT_FILE = "losses.png"
 SETTINGS_FILE = "settings.json"
 
 # Settings that may change when a run is resumed. A falling learning rate also depends on `steps`.
-_FREE = ("steps", "checkpoint_every", "keep_checkpoints", "trackers", "gradient_checkpointing")
+_FREE = (
+    "steps", "checkpoint_every", "keep_checkpoints", "trackers", "gradient_checkpointing",
+    "offload_activations", "swap_blocks",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,7 @@ class Trainer:
             self.model: Any = getattr(pipe, self.recipe.denoiser)
             # The fingerprint comes before the method adds weights, which may start at random.
             self._base = fingerprint(self.model)
+            swapped = self._swap_blocks()
             self.attachment = self._attach()
         except (ValueError, TypeError) as error:
             raise LoraError(error) from None
@@ -164,10 +170,18 @@ class Trainer:
         if settings.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         student = Student(self.model, self.recipe, pipe.scheduler, self.attachment, self.settings)
-        optimizer = torch.optim.AdamW(
-            self._trained.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        if swapped is not None:
+            move_added(self.model, swapped, self.accelerator.device)
+        optimizer = make_optimizer(
+            list(self._trained.values()),
+            settings.optimizer,
+            settings.learning_rate,
+            settings.weight_decay,
+            settings.optimizer_args,
         )
-        self._student, self._optimizer = self.accelerator.prepare(student.eval(), optimizer)
+        self._student, self._optimizer = self.accelerator.prepare(
+            student.eval(), optimizer, device_placement=[swapped is None, True]
+        )
         keep_trained_only(self.accelerator, self._trained)
         found = checkpoints(output)
         if found:
@@ -236,19 +250,27 @@ class Trainer:
         Returns:
             The LoRA's file.
         """
-        weights = self._weights()
         place = place_of(self.output, self.recipe.denoiser)
-        if self.accelerator.is_main_process:
-            replace_files(place, lambda folder: self._write(folder, place, weights))
-            if self._average is not None:
-                average, there = {**weights, **self._average.weights}, place / EMA_FOLDER
-                replace_files(there, lambda folder: self._write(folder, there, average))
+        with self.at_result():
+            weights = self._weights()
+            if self.accelerator.is_main_process:
+                replace_files(place, lambda folder: self._write(folder, place, weights))
+        if self._average is not None and self.accelerator.is_main_process:
+            average, there = {**weights, **self._average.weights}, place / EMA_FOLDER
+            replace_files(there, lambda folder: self._write(folder, there, average))
         self.accelerator.wait_for_everyone()
         return place / LORA_FILE
 
+    @contextlib.contextmanager
+    def at_result(self) -> Iterator[None]:
+        """Have the trained weights as the training so far leaves them, while the block runs."""
+        trained = list(self._trained.values())
+        with at_result(self._optimizer.optimizer, trained, self.settings.optimizer):
+            yield
+
     def loss(self, numbers: Sequence[int]) -> dict[str, float]:
         """The losses of the samples with these numbers, by name, without a training step."""
-        with torch.no_grad():
+        with torch.no_grad(), self.at_result():
             losses = self._student(self._draw(numbers))
         return {name: float(loss) for name, loss in losses.items()}
 
@@ -259,8 +281,7 @@ class Trainer:
         accelerator.gradient_accumulation_steps = settings.accumulation
         self._student.train()
         rate = settings.rate_at(self.step)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self._optimizer, rate)
         totals: dict[str, torch.Tensor] = {}
         for part in range(settings.accumulation):
             numbers = sample_numbers(
@@ -314,6 +335,25 @@ class Trainer:
             {name: tensor.to(device) for name, tensor in batch.conditions.items()},
         )
 
+    def _swap_blocks(self) -> set[int] | None:
+        """Put the denoiser onto the device, but for blocks that wait in main memory.
+
+        Returns:
+            The denoiser's tensors, see `move_added`; None if no block waits.
+        """
+        if self.settings.swap_blocks is None:
+            return None
+        accelerator = self.accelerator
+        kind = accelerator.distributed_type.value
+        if kind != "NO":
+            raise LoraError(
+                f"swap_blocks is {self.settings.swap_blocks}, but works in one process on one"
+                f" device, and this run is {kind}: leave it out"
+            )
+        if not is_swapped(self.model):
+            swap_blocks(self.model, self.settings.swap_blocks, accelerator.device)
+        return tensors_of(self.model)
+
     def _attach(self) -> Attachment:
         attachment = set_attn_processor(self.pipe, from_dict(self.settings.attention))
         assert attachment is not None
@@ -326,12 +366,13 @@ class Trainer:
         return {name.removeprefix(prefix): weight for name, weight in state.items()}
 
     def _save_adapter(self, folder: Path) -> None:
-        weights = self._weights()
-        if self.accelerator.is_main_process:
-            place = place_of(folder, self.recipe.denoiser)
-            save_adapter(self.pipe, self._record(), place, weights)
-            if self._average is not None:
-                self._average.save(folder)
+        with self.at_result():
+            weights = self._weights()
+            if self.accelerator.is_main_process:
+                place = place_of(folder, self.recipe.denoiser)
+                save_adapter(self.pipe, self._record(), place, weights)
+        if self._average is not None and self.accelerator.is_main_process:
+            self._average.save(folder)
 
     def _write(self, folder: Path, place: Path, weights: Mapping[str, torch.Tensor]) -> None:
         """Write the LoRA and its card into a folder, which is then moved to a place."""
@@ -371,7 +412,7 @@ class Trainer:
                 settings,
                 [number],
             )
-            with torch.no_grad():
+            with torch.no_grad(), self.at_result():
                 losses = self._student(self._on_device(batch))
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0.0) + float(loss) / draws

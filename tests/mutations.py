@@ -170,7 +170,7 @@ MUTATIONS = (
              "whole[-1] = False", "pass",
              "test_plan.py::TestByBruteForce::test_counts"),
     Mutation("rates of a plan", "diffattn",
-             "self.linear_flops / _LINEAR_RATE", "self.linear_flops / _ATTENTION_RATE",
+             "self.linear_flops / LINEAR_RATE", "self.linear_flops / ATTENTION_RATE",
              "test_plan.py::TestOfPublishedModels::test_flops_and_bounds_of_the_table"),
     # --- lora
     Mutation("dropped captions", "lora",

@@ -6,7 +6,7 @@ from typing import Protocol
 
 # TFLOP/s of an H200 in bfloat16, measured: large matrix products, and cuDNN's dense attention. Only
 # their ratio counts here: attention's share of the time is larger than its share of the FLOPs.
-_LINEAR_RATE, _ATTENTION_RATE = 790, 690
+LINEAR_RATE, ATTENTION_RATE = 790, 690
 # FLOPs of a transformer block outside self-attention, per token and channel squared: projections
 # and a feed-forward of four times the channels.
 _LINEAR_WORK = 24
@@ -53,5 +53,5 @@ def attention_share(attention_flops: float, linear_flops: float) -> float:
         attention_flops: FLOPs of the self-attention of all layers.
         linear_flops: FLOPs of everything else.
     """
-    attention = attention_flops / _ATTENTION_RATE
-    return attention / (attention + linear_flops / _LINEAR_RATE)
+    attention = attention_flops / ATTENTION_RATE
+    return attention / (attention + linear_flops / LINEAR_RATE)

@@ -49,7 +49,7 @@ def folder_shape(folder: Path) -> ModelShape:
             f"{folder} is no diffusers pipeline: there is no {_INDEX} in it, which planning needs"
             f" beside the denoiser's own {_CONFIG}"
         )
-    return pipeline_shape(_without_weights(folder), str(folder))
+    return pipeline_shape(pipeline_without_weights(folder), str(folder))
 
 
 def pipeline_shape(pipe: Any, name: str) -> ModelShape:
@@ -131,7 +131,7 @@ def _shape(pipe: Any, model: Any, name: str) -> ModelShape:
     )
 
 
-def _without_weights(folder: Path) -> Any:
+def pipeline_without_weights(folder: Path) -> Any:
     """The folder's pipeline with only its denoisers and VAE, on torch's meta device."""
     import diffusers
 

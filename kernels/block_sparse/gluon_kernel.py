@@ -51,7 +51,8 @@ def _words(p_words, listed, BLOCK_N: gl.constexpr, WORDS: gl.constexpr, SCORES: 
     m_m = o_m < gl.where(listed, ROWS, 0)
     words = ()
     for i in gl.static_range(BLOCK_N // 32):
-        words += (gl.load(p_words + o_m * WORDS + i, mask=m_m, other=-1),)
+        word = gl.load(p_words + o_m * WORDS + i, mask=m_m, other=-1)  # (ROWS,)
+        words += (word,)  # type: ignore[assignment]  # the tuple grows while the loop is unrolled
     return words
 
 
@@ -100,7 +101,7 @@ def _pack(b_p, DTYPE: gl.constexpr, WEIGHTS: gl.constexpr, AHEAD: gl.constexpr):
         if DTYPE == gl.bfloat16:  # noqa: SIM300
             convert: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
         else:
-            convert: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+            convert: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"  # type: ignore[no-redef]
         b_kept = gl.inline_asm_elementwise(
             convert, "=r,r,r", [b_even, b_odd], gl.int32, True, 1
         )  # fmt: skip

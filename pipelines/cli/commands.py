@@ -11,6 +11,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from ..errors import RunInterruptedError, UserError, one_line
+from ..run.machine import quiet_imports
 from . import options
 from .bench import EXAMPLES as BENCH_EXAMPLES
 from .bench import bench
@@ -22,7 +23,7 @@ from .doctor import EXAMPLES as DOCTOR_EXAMPLES
 from .doctor import doctor
 from .generate import EXAMPLES as GENERATE_EXAMPLES
 from .generate import generate
-from .lora_files import app as lora_app
+from .lora_preview import app as lora_app
 from .mask import EXAMPLES as MASK_EXAMPLES
 from .mask import mask
 from .options import examples
@@ -76,6 +77,7 @@ def finish(code: int) -> int:
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     command = typer.main.get_command(app)
+    quiet_imports()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         return _run(command, list(arguments))

@@ -12,28 +12,28 @@ from . import options
 app = typer.Typer(no_args_is_help=True, help="Adapt a model to sparse attention by LoRA.")
 
 # Parameters that are not settings of the training.
-_APART = ("output", "config", "resume", "attn", "attn_arg", "attn_config", "no_memory_check")
+_APART = (
+    "output", "config", "resume", "attn", "attn_arg", "attn_config", "no_memory_check",
+    "optimizer_arg",
+)  # fmt: skip
 # Options that may be repeated, and the setting that takes all values of each.
-_PLURALS = {
+PLURALS = {
     "target": "targets",
     "tracker": "trackers",
     "validation_prompt": "validation_prompts",
 }
 
-_DATA, _SCHEDULE, _ADAPTER = "Data", "Training", "LoRA"
-_LOSS, _WATCH = "Losses", "Checkpoints and validation"
+_DATA, _SCHEDULE, _ADAPTER = "Data", options.TRAINING, options.ADAPTER
+_LOSS, _WATCH = options.LOSSES, "Checkpoints and validation"
 EXAMPLES = options.examples(
     "lora train --data clips/ --attn gna --output my-lora",
+    "lora plan --model Wan-AI/Wan2.1-T2V-14B --vram 24",
     "lora train --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --attn radial --data clips/ "
     "--num-frames 161 --steps 2500 --gradient-checkpointing --output wan-radial",
     "lora train --data clips/ --attn gna --output my-lora --resume",
 )
 
 _Number = Annotated[int | None, typer.Option(rich_help_panel=_SCHEDULE)]
-_Weight = Annotated[
-    float | None,
-    typer.Option(help="Weight of this loss (default: the paper's).", rich_help_panel=_LOSS),
-]
 
 
 @app.command(epilog=EXAMPLES)
@@ -120,14 +120,7 @@ def train(
             rich_help_panel=_ADAPTER,
         ),
     ] = None,
-    ema: Annotated[
-        float | None,
-        typer.Option(
-            help="Also write a moving average of the weights, of which each step keeps this part, "
-            "such as 0.99.",
-            rich_help_panel=_SCHEDULE,
-        ),
-    ] = None,
+    ema: options.Ema = None,
     held_out: Annotated[
         int | None,
         typer.Option(
@@ -138,15 +131,8 @@ def train(
     steps: Annotated[
         int | None, typer.Option(help="Optimiser steps (default: 1000).", rich_help_panel=_SCHEDULE)
     ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Samples in a forward of one process (default: 1).", rich_help_panel=_SCHEDULE
-        ),
-    ] = None,
-    accumulation: Annotated[
-        int | None, typer.Option(help="Forwards a step (default: 1).", rich_help_panel=_SCHEDULE)
-    ] = None,
+    batch_size: options.BatchSize = None,
+    accumulation: options.Accumulation = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Default: 1e-4.", rich_help_panel=_SCHEDULE)
     ] = None,
@@ -154,20 +140,12 @@ def train(
         str | None, typer.Option(metavar="constant|linear|cosine", rich_help_panel=_SCHEDULE)
     ] = None,
     warmup_steps: _Number = None,
-    rank: Annotated[
-        int | None, typer.Option(help="Default: the method's paper's.", rich_help_panel=_ADAPTER)
-    ] = None,
+    rank: options.Rank = None,
     alpha: Annotated[
         float | None,
         typer.Option(help="The LoRA's factor is alpha / rank.", rich_help_panel=_ADAPTER),
     ] = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Layer of the attention sites (default: to_q, to_k, to_v, to_out.0).",
-            rich_help_panel=_ADAPTER,
-        ),
-    ] = None,
+    target: options.Targets = None,
     dropout: Annotated[
         float | None, typer.Option(help="Of the LoRA's inputs.", rich_help_panel=_ADAPTER)
     ] = None,
@@ -191,19 +169,11 @@ def train(
             rich_help_panel=_ADAPTER,
         ),
     ] = None,
-    denoiser: Annotated[
-        str | None,
-        typer.Option(
-            help="transformer_2 for the second expert of Wan 2.2.", rich_help_panel=_ADAPTER
-        ),
-    ] = None,
-    objective: _Weight = None,
-    prediction: _Weight = None,
-    attention_output: _Weight = None,
-    attention_every: Annotated[
-        int | None,
-        typer.Option(help="Compare attention in every so many layers.", rich_help_panel=_LOSS),
-    ] = None,
+    denoiser: options.Denoiser = None,
+    objective: options.LossWeight = None,
+    prediction: options.LossWeight = None,
+    attention_output: options.LossWeight = None,
+    attention_every: options.AttentionEvery = None,
     guidance: Annotated[
         float | None,
         typer.Option(
@@ -219,6 +189,8 @@ def train(
             rich_help_panel=_LOSS,
         ),
     ] = None,
+    optimizer: options.Optimizer = None,
+    optimizer_arg: options.OptimizerArg = None,
     weight_decay: Annotated[float | None, typer.Option(rich_help_panel=_SCHEDULE)] = None,
     max_grad_norm: Annotated[float | None, typer.Option(rich_help_panel=_SCHEDULE)] = None,
     shift: Annotated[
@@ -242,12 +214,10 @@ def train(
     mixed_precision: Annotated[
         str | None, typer.Option(metavar="no|bf16|fp16", rich_help_panel=_SCHEDULE)
     ] = None,
-    gradient_checkpointing: Annotated[
-        bool | None,
-        typer.Option(
-            "--gradient-checkpointing/--no-gradient-checkpointing", rich_help_panel=_SCHEDULE
-        ),
-    ] = None,
+    gradient_checkpointing: options.GradientCheckpointing = None,
+    offload_activations: options.OffloadActivations = None,
+    swap_blocks: options.SwapBlocks = None,
+    base_dtype: options.BaseDtype = None,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Steps (default: 500).", rich_help_panel=_WATCH)
     ] = None,
@@ -303,11 +273,11 @@ def train(
     from ..train.run import train_lora
 
     given = {
-        _PLURALS.get(name, name): value
+        PLURALS.get(name, name): value
         for name, value in options.given_options(context, _APART).items()
     }
     train_lora(
-        given,
+        given | options.optimizer_arguments(optimizer_arg),
         MethodOptions(attn, tuple(attn_arg or ()), attn_config),
         output,
         config,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..run.request import BUNDLED_MODEL, DTYPES, OFFLOADS
+from ..errors import UserError
+from ..run.request import BASE_DTYPES, BUNDLED_MODEL, DTYPES, OFFLOADS
 
 _FROM_MODEL = "Default: the model's."
 
@@ -18,6 +20,7 @@ SOURCES = "Pictures and videos to start from"
 SIZE = "Size and length"
 SAMPLING = "Sampling"
 MACHINE = "Machine"
+TRAINING, ADAPTER, LOSSES = "Training", "LoRA", "Losses"
 
 Model = Annotated[
     str | None,
@@ -120,6 +123,94 @@ References = Annotated[
         rich_help_panel=SIZE,
     ),
 ]
+Rank = Annotated[
+    int | None, typer.Option(help="Default: the method's paper's.", rich_help_panel=ADAPTER)
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        help="Layer of the attention sites (default: to_q, to_k, to_v, to_out.0).",
+        rich_help_panel=ADAPTER,
+    ),
+]
+Denoiser = Annotated[
+    str | None,
+    typer.Option(help="transformer_2 for the second expert of Wan 2.2.", rich_help_panel=ADAPTER),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Samples in a forward of one process (default: 1).", rich_help_panel=TRAINING
+    ),
+]
+Accumulation = Annotated[
+    int | None, typer.Option(help="Forwards a step (default: 1).", rich_help_panel=TRAINING)
+]
+Ema = Annotated[
+    float | None,
+    typer.Option(
+        help="Also write a moving average of the weights, of which each step keeps this part, "
+        "such as 0.99.",
+        rich_help_panel=TRAINING,
+    ),
+]
+LossWeight = Annotated[
+    float | None,
+    typer.Option(help="Weight of this loss (default: the paper's).", rich_help_panel=LOSSES),
+]
+AttentionEvery = Annotated[
+    int | None,
+    typer.Option(help="Compare attention in every so many layers.", rich_help_panel=LOSSES),
+]
+Optimizer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIBRARY.CLASS",
+        help="Of torch, bitsandbytes, torchao or schedulefree, such as bitsandbytes.AdamW8bit or "
+        "schedulefree.AdamWScheduleFree (default: torch.AdamW).",
+        rich_help_panel=TRAINING,
+    ),
+]
+OptimizerArg = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="Further argument of the optimiser, such as betas=[0.9,0.99]; may be repeated.",
+        rich_help_panel=TRAINING,
+    ),
+]
+GradientCheckpointing = Annotated[
+    bool | None,
+    typer.Option(
+        "--gradient-checkpointing/--no-gradient-checkpointing",
+        help="Compute activations twice, instead of keeping them.",
+        rich_help_panel=MACHINE,
+    ),
+]
+OffloadActivations = Annotated[
+    bool | None,
+    typer.Option(
+        "--offload-activations/--no-offload-activations",
+        help="What gradient checkpointing keeps waits in main memory.",
+        rich_help_panel=MACHINE,
+    ),
+]
+SwapBlocks = Annotated[
+    int | None,
+    typer.Option(
+        help="Blocks whose frozen weights wait in main memory (default: none).",
+        rich_help_panel=MACHINE,
+    ),
+]
+BaseDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="|".join(BASE_DTYPES),
+        help="How frozen weights of blocks are stored; int8 needs torchao, nf4 bitsandbytes.",
+        rich_help_panel=MACHINE,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
 
 
@@ -145,6 +236,26 @@ def given_options(context: typer.Context, apart: Collection[str]) -> dict[str, A
         # An option that may be repeated is empty where the user did not give it.
         if name not in apart and value is not None and value != ()
     }
+
+
+def optimizer_arguments(given: list[str] | None) -> dict[str, Any]:
+    """The setting that --optimizer-arg gives; nothing without one.
+
+    Raises:
+        UserError: if an argument is not "name=value", or comes twice.
+    """
+    arguments: dict[str, Any] = {}
+    for argument in given or ():
+        name, equals, value = (part.strip() for part in argument.partition("="))
+        if not name or not equals:
+            raise UserError(f"--optimizer-arg takes name=value, not {argument!r}")
+        if name in arguments:
+            raise UserError(f"--optimizer-arg gives {name} twice, the second time as {argument!r}")
+        try:
+            arguments[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            arguments[name] = value
+    return {"optimizer_args": arguments} if arguments else {}
 
 
 def written_options(context: typer.Context) -> list[str]:

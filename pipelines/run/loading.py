@@ -118,7 +118,11 @@ def model_index(model: str) -> dict[str, Any]:
 
 
 def load_model(
-    request: Request, record: LoraRecord | None = None, *, placed: bool = True
+    request: Request,
+    record: LoraRecord | None = None,
+    *,
+    placed: bool = True,
+    base_dtype: str | None = None,
 ) -> LoadedModel:
     """Load the pipeline of a request, its LoRA included, on its device.
 
@@ -126,6 +130,8 @@ def load_model(
         request: a run of the model.
         record: how the LoRA of the request was trained, if that is known.
         placed: whether the pipeline goes to the device, or stays in main memory.
+        base_dtype: how the denoisers' weights are stored, see `diffattn.lora.frozen`; None for the
+            dtype of the request.
 
     Raises:
         UserError: if the device, the model or the LoRA is refused.
@@ -140,7 +146,7 @@ def load_model(
         raise UserError(f"--offload {request.offload} needs an accelerator, but the device is cpu")
     source = find_model(request.model)
     dtype = request.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    pipe = _from_pretrained(source, request, getattr(torch, dtype))
+    pipe = _from_pretrained(source, request, getattr(torch, dtype), base_dtype)
     if request.lora is not None:
         load_lora(pipe, request.lora, record, everywhere=request.lora_everywhere)
     if placed:
@@ -229,7 +235,9 @@ def _read_json(path: Path, shown: str) -> dict[str, Any]:
     return data
 
 
-def _from_pretrained(source: Path | str, request: Request, dtype: torch.dtype) -> DiffusionPipeline:
+def _from_pretrained(
+    source: Path | str, request: Request, dtype: torch.dtype, base_dtype: str | None = None
+) -> DiffusionPipeline:
     import torch
 
     from .pipeline_class import makes_pictures, pipeline_class
@@ -244,7 +252,9 @@ def _from_pretrained(source: Path | str, request: Request, dtype: torch.dtype) -
     dtypes = {"default": dtype, "vae": torch.float32 if apart else dtype}
     try:
         # Newer releases call the argument dtype; all supported releases take the old name.
-        return cls.from_pretrained(source, torch_dtype=dtypes)
+        if base_dtype is None:
+            return cls.from_pretrained(source, torch_dtype=dtypes)
+        return _stored(cls, source, dtypes, base_dtype)
     except (TypeError, AttributeError, KeyError) as error:
         raise UserError(
             f"cannot load {shown}: its configuration does not fit diffusers' classes"
@@ -257,6 +267,32 @@ def _from_pretrained(source: Path | str, request: Request, dtype: torch.dtype) -
                 f"cannot load {shown}: there is no {missing[1]}.safetensors in {missing[2]}"
             ) from None
         raise UserError(f"cannot load {shown}: {one_line(error)}") from None
+
+
+def _stored(
+    cls: Any, source: Path | str, dtypes: Mapping[str, torch.dtype], base_dtype: str
+) -> DiffusionPipeline:
+    """Load a pipeline whose denoisers have the weights of their blocks in few bytes."""
+    import diffusers
+
+    from diffattn.lora.frozen import quantisation, store_in_fp8
+    from diffattn.models import FAMILIES, denoisers
+
+    known = {name for family in FAMILIES for name in family.model_classes}
+    entries = {
+        name: entry[1]
+        for name, entry in model_index(str(source)).items()
+        if isinstance(entry, list) and len(entry) == 2 and entry[1] in known
+    }
+    dtype = dtypes["default"]
+    classes = {name: getattr(diffusers, entry) for name, entry in entries.items()}
+    config = quantisation(classes, source, base_dtype, dtype)
+    given = {} if config is None else {"quantization_config": config}
+    pipe: DiffusionPipeline = cls.from_pretrained(source, torch_dtype=dtypes, **given)
+    if base_dtype == "fp8":
+        for model in denoisers(pipe).values():
+            store_in_fp8(model, dtype)
+    return pipe
 
 
 def _place(pipe: DiffusionPipeline, device: torch.device, offload: str) -> None:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import warnings
 from pathlib import Path
 from typing import Any
+
+# torchao lists kernels of other machines that it does not load, and registers types in a way that
+# torch no longer wants; bitsandbytes, a faster kernel of another package.
+_WRITE_AT_IMPORT = (
+    "torchao",
+    "bitsandbytes",
+    "torch.utils._pytree",
+    "diffusers.quantizers.torchao.torchao_quantizer",
+)
 
 
 def describe_device(device: str) -> dict[str, Any]:
@@ -19,6 +29,17 @@ def describe_device(device: str) -> dict[str, Any]:
     # Apple's devices have no names.
     name_of = getattr(getattr(torch, kind), "get_device_name", str)
     return {"type": kind, "name": name_of(device)}
+
+
+def quiet_imports() -> None:
+    """Keep the log lines off the screen that libraries write as diffusers imports them.
+
+    diffusers imports every library for quantised weights that is installed. Call before it does.
+    """
+    if "DIFFUSERS_VERBOSITY" in os.environ:
+        return
+    for name in _WRITE_AT_IMPORT:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def quiet_libraries() -> None:

@@ -24,6 +24,8 @@ BUNDLED_MODEL = "moving-shapes"
 
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "group")
+# The names of `diffattn.lora.frozen.STORAGES`, which imports torch.
+BASE_DTYPES = ("fp8", "int8", "nf4")
 CONTEXT_PARALLEL = ("none", "ulysses", "ring")
 LARGEST_SEED = 2**64 - 1
 

@@ -31,12 +31,12 @@ from ..errors import RunInterruptedError, UserError
 from ..run.job import check_output_name
 from ..run.loading import LoadedModel, choose_device, load_model
 from ..run.machine import quiet_libraries
-from ..run.memory import check_memory
+from ..run.memory import check_memory, free_memory
 from ..run.method_settings import MethodOptions, attention_settings
 from ..run.processes import rank
 from ..run.prompts import read_prompts as lines_of
 from ..run.refusals import lacks, refusals
-from ..run.request import BUNDLED_MODEL, DTYPES, TEXT, Request, check_option, option
+from ..run.request import BASE_DTYPES, BUNDLED_MODEL, DTYPES, TEXT, Request, check_option, option
 from ..run.video import check_format
 
 if TYPE_CHECKING:
@@ -54,8 +54,9 @@ if TYPE_CHECKING:
 _CLIPS = "clips"
 _SIZE = ("height", "width", "num_frames")
 _NO_MEMORY = (
-    "out of memory: try --gradient-checkpointing, fewer frames, a smaller size, a smaller"
-    " --batch-size or --rank, or --dtype bfloat16"
+    "out of memory: try --gradient-checkpointing, --offload-activations, --base-dtype int8,"
+    " --swap-blocks, fewer frames, a smaller size, a smaller --batch-size or --rank, or --dtype"
+    " bfloat16; `diffattn lora plan --vram` says what fits"
 )
 
 
@@ -81,7 +82,9 @@ class TrainJob:
         validation_prompts_file: file with more of these, one a line.
         validation_steps: denoising steps of the validation videos.
         lora_everywhere: whether the LoRA stays on in the dense steps of validation videos.
-        dtype: of the frozen model.
+        dtype: of the frozen model, and of what it computes.
+        base_dtype: how the frozen weights of blocks are stored, see `diffattn.lora.frozen`; None
+            for `dtype`.
         device: "cpu", or the type of the accelerator.
     """
 
@@ -103,6 +106,7 @@ class TrainJob:
     validation_steps: int | None = None
     lora_everywhere: bool = False
     dtype: str | None = None
+    base_dtype: str | None = None
     device: str | None = None
 
     def __post_init__(self) -> None:
@@ -170,6 +174,7 @@ _ALLOWED: Mapping[str, Allowed] = {
     "lora_everywhere": FLAG,
     "vae_tiling": FLAG,
     "dtype": choice(DTYPES),
+    "base_dtype": choice(BASE_DTYPES),
 }
 
 
@@ -219,7 +224,8 @@ def train_lora(
     try:
         training = TrainSettings.from_dict({**settings, "attention": attention})
         quiet_libraries()
-        if memory_check:
+        # The check knows weights in the dtype of the model, on one side of the bus.
+        if memory_check and job.base_dtype is None and training.swap_blocks is None:
             check_memory(_one_part_at_a_time(job.request()))
         with lacks(_NO_MEMORY):
             _run(
@@ -324,6 +330,7 @@ def _run_alone(
     from diffattn.lora.initial import read_initial, with_its_rank
     from diffattn.lora.progress import shown
     from diffattn.lora.recipes import recipe_for
+    from diffattn.lora.swapping import swap_blocks
     from diffattn.lora.trainer import Trainer, make_accelerator
 
     from .placement import drop_all_but
@@ -332,8 +339,9 @@ def _run_alone(
     kind = accelerator.device.type
     if job.device not in (None, "cpu", kind):
         raise UserError(f"--device is {job.device!r}, but here it must be cpu or left out ({kind})")
+    _check_storage(job, settings, accelerator.device)
     request = dataclasses.replace(job.request(), device=str(accelerator.device))
-    loaded = load_model(request, placed=False)
+    loaded = load_model(request, placed=False, base_dtype=job.base_dtype)
     job = _complete(job, loaded)
     try:
         text_length = loaded.defaults.get("max_sequence_length")
@@ -359,6 +367,10 @@ def _run_alone(
     settings = with_its_rank(settings, read_initial(settings, recipe.family))
     check_adapter(getattr(loaded.pipe, recipe.denoiser), settings)
     density = _check_method(loaded.pipe, settings.attention, job)
+    _say_estimate(job, settings, loaded, recipe, accelerator.device, say)
+    if settings.swap_blocks is not None and job.prompts is not None:
+        # The dense model that makes the clips has its blocks come and go, too.
+        swap_blocks(getattr(loaded.pipe, recipe.denoiser), settings.swap_blocks, accelerator.device)
     # The first process encodes the clips; the other processes find them in the folder.
     with accelerator.main_process_first(), _preparing(_clips_folder(job, output), say):
         clips = _prepare(job, loaded, recipe, output, accelerator.device, say, warn)
@@ -416,6 +428,66 @@ def _run_alone(
             f"in stock diffusers: pipe.load_lora_weights({str(place_of(output, SECOND_EXPERT))!r},"
             f" load_into_{SECOND_EXPERT}=True)"
         )
+
+
+def _check_storage(job: TrainJob, settings: TrainSettings, device: torch.device) -> None:
+    """Refuse an optimiser, and ways of storage, that cannot be: before anything is made."""
+    import torch
+
+    from diffattn.lora.errors import LoraError
+    from diffattn.lora.frozen import check_available
+    from diffattn.lora.optimizers import make_optimizer
+
+    make_optimizer(
+        [torch.nn.Parameter(torch.zeros(1, 1))],
+        settings.optimizer,
+        settings.learning_rate,
+        settings.weight_decay,
+        settings.optimizer_args,
+    )
+    if job.base_dtype is not None:
+        check_available(job.base_dtype, device)
+        if settings.dora:
+            raise LoraError(
+                f"dora reads frozen weights in full, but base_dtype is {job.base_dtype}: leave out"
+                f" dora or base_dtype"
+            )
+    for name in ("swap_blocks", "offload_activations"):
+        value = getattr(settings, name)
+        if value and device.type == "cpu":
+            raise UserError(
+                f"{option(name)} moves what waits to main memory, but the device is cpu, where all"
+                f" is: leave it out"
+            )
+
+
+def _say_estimate(
+    job: TrainJob,
+    settings: TrainSettings,
+    loaded: LoadedModel,
+    recipe: Recipe,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> None:
+    """Say what memory and work the training needs, where that can be worked out."""
+    import torch
+
+    from diffattn.planning.folder import pipeline_shape
+
+    from .estimate import estimate_for, in_a_line, measured_rate
+
+    size = {name: getattr(job, name) for name in _SIZE}
+    try:
+        shape = pipeline_shape(loaded.pipe, job.model)
+        dtype = getattr(torch, loaded.dtype)
+        rate = measured_rate(dtype, device)
+        made = estimate_for(
+            loaded.pipe, recipe, shape, size, settings, job.base_dtype, dtype, device, rate
+        )
+    except (UserError, ValueError) as error:
+        say(f"memory: not known beforehand: {error}")
+        return
+    say(in_a_line(made, free_memory(device)))
 
 
 def _several_were_asked_for(environment: Mapping[str, str]) -> bool:
@@ -560,6 +632,7 @@ def _prepare(
     from diffattn.lora.clips import find_clips, find_others
     from diffattn.lora.encoding import prepare
     from diffattn.lora.sources import apart_from_sources, with_sources
+    from diffattn.lora.swapping import is_swapped
     from diffattn.lora.teacher import teach
     from diffattn.models import denoisers
 
@@ -615,7 +688,8 @@ def _prepare(
     call = inspect.signature(type(loaded.pipe).__call__).parameters
     steps = loaded.defaults.get("num_inference_steps", call["num_inference_steps"].default)
     loaded.pipe.set_progress_bar_config(disable=True)
-    with on_demand(loaded.pipe, device):
+    waiting = recipe.denoiser if is_swapped(getattr(loaded.pipe, recipe.denoiser)) else None
+    with on_demand(loaded.pipe, device, resident=waiting):
         return teach(
             loaded.pipe,
             recipe,

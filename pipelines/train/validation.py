@@ -101,6 +101,7 @@ class Validation:
 
         with ExitStack() as stack:
             stack.enter_context(self._little_memory())
+            stack.enter_context(self._trainer.at_result())
             if not self._lora_everywhere:
                 method = self._trainer.settings.attention["type"]
                 stack.enter_context(under_method(self._trainer.model, ADAPTER, method))

@@ -1,8 +1,10 @@
 """``diffattn lora train``, and ``diffattn generate --lora`` with what it made."""
 
 import dataclasses
+import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -863,8 +865,9 @@ class TestRefusals:
 
         monkeypatch.setattr(Trainer, "_make_step", fails)
         assert train("--prompts", "prompts.txt", *CELLS).error == (
-            "out of memory: try --gradient-checkpointing, fewer frames, a smaller size, a smaller"
-            " --batch-size or --rank, or --dtype bfloat16"
+            "out of memory: try --gradient-checkpointing, --offload-activations, --base-dtype int8,"
+            " --swap-blocks, fewer frames, a smaller size, a smaller --batch-size or --rank, or"
+            " --dtype bfloat16; `diffattn lora plan --vram` says what fits"
         )
 
     def test_values_of_any_length_make_short_lines(self, train: Callable[..., Result]) -> None:
@@ -901,3 +904,179 @@ class TestRefusals:
         assert error.startswith("the loss is nan at step 3: try a smaller learning_rate than 0.05")
         names = [path.name for path in sorted((tmp_path / OUT / "checkpoints").iterdir())]
         assert names == ["step-000001", "step-000002"]
+
+
+class TestFitting:
+    """Trainings in little memory, and what is said about memory beforehand."""
+
+    def test_int8_stops_goes_on_and_makes_a_video(
+        self, train: Callable[..., Result], diffattn: Callable[..., Result], tiny_wan: Path
+    ) -> None:
+        options = ("--prompts", "prompts.txt", "--attn", "gna", "--base-dtype", "int8")
+        options += ("--gradient-checkpointing", "--checkpoint-every", "1", "--dtype", "bfloat16")
+        whole = train(*options)
+        assert whole.code == 0, whole.err
+        (line,) = [line for line in whole.out.splitlines() if line.startswith("memory: about ")]
+        assert re.search(
+            r"\d MiB \(frozen weights .*MiB, activations .*MiB, trained weights .*"
+            r" are free; a step: .*FLOP outside of attention, .*% of a dense step's\), at least"
+            r" [\d.e-]+ s here",
+            line,
+        )
+        weights = load_file(Path(OUT, "pytorch_lora_weights.safetensors"))
+        half = ("--cache", f"{OUT}/clips", "-o", "half")
+        assert train(*options, *half, "--steps", "1").code == 0
+        assert train(*options, *half, "--resume").code == 0
+        again = load_file("half/pytorch_lora_weights.safetensors")
+        assert weights.keys() == again.keys()
+        assert all(torch.equal(weights[name], again[name]) for name in weights)
+        plain = train(*options[:4], *half, "--resume", "--dtype", "bfloat16")
+        assert "cannot go on from" in plain.error
+        result = diffattn("generate", "a cat", "--model", tiny_wan, *SIZE, "--lora", OUT)
+        assert result.code == 0, result.err
+
+    def test_nf4_by_bitsandbytes(
+        self, train: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # diffusers wants an accelerator; bitsandbytes itself computes on the CPU, too.
+        from bitsandbytes.nn import Linear4bit
+        from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
+
+        import diffattn.lora.frozen as frozen
+
+        monkeypatch.setattr(BnB4BitDiffusersQuantizer, "validate_environment", lambda *_, **__: 0)
+        monkeypatch.setattr(
+            BnB4BitDiffusersQuantizer, "update_device_map", lambda *_: {"": torch.device("cpu")}
+        )
+        monkeypatch.setattr(frozen, "check_available", lambda *_: None)
+        seen: list[list[str]] = []
+        real = Trainer.train
+
+        def look(trainer: Trainer, **given: Any) -> None:
+            parts = trainer.model.named_modules()
+            seen.append([name for name, part in parts if isinstance(part, Linear4bit)])
+            real(trainer, **given)
+
+        monkeypatch.setattr(Trainer, "train", look)
+        # Its kernel wants wider layers than those of the tiny model.
+        options = ("--model", "moving-shapes", "--prompts", "prompts.txt", "--attn", "gna")
+        options += ("--base-dtype", "nf4", "--gradient-checkpointing", "--dtype", "bfloat16")
+        result = train(*options, "--height", "32", "--width", "32", "--num-frames", "4")
+        assert result.code == 0, result.err
+        assert seen
+        assert seen[0]
+        assert all(name.startswith("blocks.") for name in seen[0])
+
+    @pytest.mark.parametrize(
+        ("options", "error"),
+        [
+            (["--base-dtype", "int4"], "--base-dtype must be one of fp8, int8, nf4, not 'int4'"),
+            (["--base-dtype", "nf4"], "base_dtype is nf4, but diffusers loads weights of bits"),
+            (["--base-dtype", "int8", "--dora"], "dora reads frozen weights in full, but base_"),
+            (
+                ["--swap-blocks", "1", "--gradient-checkpointing"],
+                "--swap-blocks moves what waits to main memory, but the device is cpu",
+            ),
+            (["--swap-blocks", "1"], "swap_blocks is 1, but gradient_checkpointing is off"),
+            (["--optimizer", "adam"], "optimizer is 'adam', but must be LIBRARY.CLASS"),
+            (["--optimizer", "torch.LBFGS"], "torch has no optimiser 'LBFGS' that trains a LoRA"),
+            (["--optimizer", "torch.AdmW"], "'AdmW' that trains a LoRA; did you mean 'AdamW'"),
+            (["--optimizer-arg", "betas"], "--optimizer-arg takes name=value, not 'betas'"),
+            (["--optimizer-arg", "beta=1"], "optimizer_args has 'beta', but torch.AdamW takes"),
+            (["--optimizer-arg", "lr=1"], "learning_rate and weight_decay are settings of their"),
+            (["--optimizer-arg", "eps=-1"], "torch.AdamW refuses its arguments: Invalid epsilon"),
+            (
+                ["--optimizer", "schedulefree.AdamWScheduleFree", "--schedule", "cosine"],
+                "which needs no schedule",
+            ),
+            (["--optimizer", "schedulefree.SGDScheduleFree", "--ema", "0.9"], "leave ema out"),
+        ],
+    )
+    def test_what_is_refused(
+        self, train: Callable[..., Result], options: list[str], error: str
+    ) -> None:
+        assert error in train("--prompts", "prompts.txt", "--attn", "gna", *options).error
+        assert not Path(OUT).exists()
+
+    @pytest.mark.parametrize(
+        ("package", "options"),
+        [
+            ("torchao", ["--base-dtype", "int8"]),
+            ("schedulefree", ["--optimizer", "schedulefree.AdamWScheduleFree"]),
+        ],
+    )
+    def test_missing_packages_are_named(
+        self,
+        train: Callable[..., Result],
+        monkeypatch: pytest.MonkeyPatch,
+        package: str,
+        options: list[str],
+    ) -> None:
+        monkeypatch.setitem(sys.modules, package, None)
+        real = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util,
+            "find_spec",
+            lambda name, *a: None if name == package else real(name, *a),
+        )
+        result = train("--prompts", "prompts.txt", "--attn", "gna", *options)
+        assert f"needs {package}: pip install diffattn[{package}]" in result.error
+
+
+class TestPlan:
+    def test_as_a_table_and_as_json(self, diffattn: Callable[..., Result], tiny_wan: Path) -> None:
+        given = ("lora", "plan", "--model", tiny_wan, *SIZE[:6], "--attn", "gna", "--rank", "2")
+        table = diffattn(*given, "--vram", "2")
+        assert table.code == 0, table.err
+        assert table.err == ""
+        assert "gna, rank 2" in table.out
+        assert "frozen weights" in table.out
+        assert "the fastest that fits 2 GiB" in table.out
+        made = json.loads(diffattn(*given, "--vram", "2", "--json").out)
+        memory = made["memory"]
+        parts = ("weights", "adapter", "gradients", "optimizer", "activations", "unpacked")
+        assert memory["total"] == sum(memory[part] for part in (*parts, "overhead"))
+        assert [one["choice"]["base_dtype"] for one in made["fitting"]] == [
+            None, "fp8", "int8", "nf4",
+        ]  # fmt: skip
+        assert all(one["fits"] for one in made["fitting"])
+        assert 0 < made["work"]["attention"] <= made["work"]["dense_attention"]
+        # Three blocks do not fit beside a driver in a GiB, in whatever way.
+        small = json.loads(diffattn(*given, "--vram", "1", "--json").out)
+        assert not any(one["fits"] for one in small["fitting"])
+        assert all(one["choice"]["swap_blocks"] > 0 for one in small["fitting"])
+
+    def test_it_says_what_training_says(
+        self, diffattn: Callable[..., Result], train: Callable[..., Result], tiny_wan: Path
+    ) -> None:
+        said = train("--prompts", "prompts.txt", "--attn", "gna", "--dtype", "bfloat16").out
+        given = ("--model", tiny_wan, *SIZE[:6], "--attn", "gna", "--rank", "2", "--json")
+        memory = json.loads(diffattn("lora", "plan", *given).out)["memory"]
+        total = memory["total"] - memory["overhead"]
+        assert f"memory: about {total / 2**20:.2f} MiB" in said
+
+    @pytest.mark.parametrize(
+        ("options", "error"),
+        [
+            (["--model", "Wan-AI/Wan9"], "'Wan-AI/Wan9' is neither a pipeline's folder here nor"),
+            (["--vram", "0"], "--vram must be a number above 0"),
+            (["--tflops", "-1"], "--tflops must be a number above 0"),
+            (["--base-dtype", "int4"], "--base-dtype must be one of fp8, int8, nf4"),
+            (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16"),
+            (["--height", "33"], "height is 33"),
+            (["--num-frames", "0"], "--num-frames must be a whole number of at least 1"),
+            (["--rank", "0"], "rank is 0, but must be"),
+            (["--rank", "9999"], "rank is 9999, but the"),
+            (["--attn", "dense"], "the method is dense, which needs no adapting"),
+            (["--swap-blocks", "2"], "but gradient_checkpointing is off"),
+            (
+                ["--swap-blocks", "99", "--gradient-checkpointing"],
+                "swap_blocks is 99, but moving-shapes has 4 blocks: give at most as many",
+            ),
+        ],
+    )
+    def test_what_is_refused(
+        self, diffattn: Callable[..., Result], options: list[str], error: str
+    ) -> None:
+        given = () if "--attn" in options else ("--attn", "gna")
+        assert error in diffattn("lora", "plan", *given, *options).error

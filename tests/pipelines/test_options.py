@@ -13,7 +13,7 @@ from diffattn.lora.settings import TrainSettings
 from diffattn.pipelines.cli import app
 from diffattn.pipelines.cli.compare import _APART as _NOT_OF_A_COMPARED_REQUEST
 from diffattn.pipelines.cli.generate import _NOT_OF_A_REQUEST
-from diffattn.pipelines.cli.lora import _APART, _PLURALS
+from diffattn.pipelines.cli.lora import _APART, PLURALS
 from diffattn.pipelines.cli.mask import _NOT_OF_A_RUN, _OF_A_CALL
 from diffattn.pipelines.cli.plan import _NOT_OF_A_PLAN
 from diffattn.pipelines.cli.selection_picture import Call
@@ -45,7 +45,7 @@ def test_each_option_is_a_setting() -> None:
     of_run = options_of("mask") - {*_NOT_OF_A_RUN} - {*_OF_A_CALL}
     assert of_run <= fields_of(Request)
     assert {*_OF_A_CALL} <= fields_of(Call)
-    of_training = {_PLURALS.get(name, name) for name in options_of("lora", "train") - {*_APART}}
+    of_training = {PLURALS.get(name, name) for name in options_of("lora", "train") - {*_APART}}
     assert of_training <= fields_of(TrainJob, TrainSettings)
 
 
