@@ -343,6 +343,8 @@ def conditions_of(recipe: Recipe, config: Any) -> dict[str, tuple[int, ...]]:
             f"the steps of {recipe.family} models cannot be counted; those of"
             f" {', '.join(widths)} can"
         )
+    if recipe.edits:
+        raise LoraError("the steps of models that edit cannot be counted: sources are tokens, too")
     shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (length, config[widths[recipe.family]])}
     if recipe.family in ("hunyuanvideo", "ltx"):
         shapes["prompt_attention_mask"] = (length,)

@@ -10,11 +10,11 @@ import pytest
 import tiny_training
 import torch
 from made_lora import NEARBY
-from tiny_complete import COMPLETE
+from tiny_complete import COMPLETE, EDITING
 from torch.profiler import ProfilerActivity, profile
 
 from diffattn.lora.errors import LoraError
-from diffattn.lora.footprint import PARTS, Choice, Training, bytes_of_states
+from diffattn.lora.footprint import PARTS, Choice, Training, bytes_of_states, conditions_of
 from diffattn.lora.frozen import STORAGES
 from diffattn.lora.recipes import recipe_for
 from diffattn.lora.settings import TrainSettings
@@ -256,3 +256,9 @@ def test_what_is_refused() -> None:
     size["num_frames"] = 7
     with pytest.raises(UserError, match="the steps of mochi models cannot be counted"):
         estimate("genmo/mochi-1-preview", size, TrainSettings(), None, torch.bfloat16, CPU)
+
+
+def test_sources_are_not_left_out_of_the_count() -> None:
+    pipe = EDITING["flux-kontext"].build()
+    with pytest.raises(LoraError, match="models that edit cannot be counted: sources are tokens"):
+        conditions_of(recipe_for(pipe), pipe.transformer.config)
