@@ -1,0 +1,233 @@
+"""FSDP 2 and context parallelism in two processes, joined by gloo, against one process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import scale_worker
+import tiny_training
+import torch
+from safetensors.torch import load_file
+from scale_worker import RUNS
+
+from diffattn.lora.adapter import LORA_FILE, METHOD_FILE
+from diffattn.lora.errors import LoraError
+from diffattn.lora.sharded import check_launch, check_sharding, check_weights
+from diffattn.lora.trainer import LOG_FILE
+
+SECONDS_TO_WAIT = 240
+
+
+def launch(folder: Path) -> list[dict[str, Any]]:
+    """What each of two processes found out."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = os.environ | {
+        **tiny_training.own_path(),
+        "ACCELERATE_USE_CPU": "true",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "HF_HUB_OFFLINE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+    }
+    logs = [folder / f"{rank}.log" for rank in range(2)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, Path(scale_worker.__file__), folder],
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        codes = [process.wait(SECONDS_TO_WAIT) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def found(place: Path) -> list[dict[str, Any]]:
+    return launch(place)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[float]]]:
+    """By run, the folder of one process with the samples of both, and its gradients' norms."""
+    made = {}
+    for run in RUNS.values():
+        kind = run.attention["type"]
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("one")
+            changes = scale_worker.ALIKE | {"attention": run.attention}
+            trainer = tiny_training.trainer(folder, **changes)
+            norms = scale_worker.watch_norms(trainer)
+            trainer.train()
+            made[kind] = folder, norms
+    return {name: made[run.attention["type"]] for name, run in RUNS.items()}
+
+
+class TestTwoProcesses:
+    @pytest.mark.parametrize("name", RUNS)
+    def test_do_what_one_does(self, place: Path, found: Any, alone: Any, name: str) -> None:
+        folder, norms = alone[name]
+        for facts in found:
+            # AdamW is blind to the gradients' scale; their norm before clipping is not.
+            assert facts[name]["norms"] == pytest.approx(norms, rel=1e-4)
+        logs = [
+            [json.loads(line) for line in (run / LOG_FILE).read_text().splitlines()]
+            for run in (place / name, folder)
+        ]
+        assert len(logs[0]) == scale_worker.STEPS
+        for shared, single in zip(*logs, strict=True):
+            assert shared == pytest.approx(single, rel=1e-5, abs=1e-6)
+        for file in folder.glob("*.safetensors"):
+            assert file.name in (LORA_FILE, METHOD_FILE)
+            expected, weights = load_file(file), load_file(place / name / file.name)
+            assert weights.keys() == expected.keys()
+            for key, weight in expected.items():
+                assert (weights[key] - weight).norm() <= 1e-3 * weight.norm(), key
+
+    @pytest.mark.parametrize("name", [name for name, run in RUNS.items() if run.fsdp])
+    def test_each_hold_half_of_the_weights(self, found: Any, name: str) -> None:
+        held = [facts[name]["held"] for facts in found]
+        assert sum(held) == pytest.approx(1)
+        assert max(held) < 0.52
+
+    def test_go_on_from_a_checkpoint_bit_for_bit(self, place: Path, found: Any) -> None:
+        whole, resumed = (load_file(place / run / LORA_FILE) for run in ("fsdp", "resumed"))
+        assert whole.keys() == resumed.keys()
+        for name, weight in whole.items():
+            assert torch.equal(resumed[name], weight), name
+
+    def test_write_no_frozen_weights(self, place: Path, found: Any) -> None:
+        last = place / "fsdp" / "checkpoints" / f"step-{scale_worker.STEPS:06d}"
+        assert {path.name for path in last.iterdir()} == {
+            LORA_FILE, "trained.safetensors", "optimizer.bin", "progress.json",
+            "random_states_0.pkl", "random_states_1.pkl",
+        }  # fmt: skip
+        assert all(".lora_" in name for name in load_file(last / "trained.safetensors"))
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            (
+                "vmoba on a ring",
+                "context_parallel is ring, but vmoba attention cannot be computed for a part of the"
+                " queries: give ulysses",
+            ),
+            (
+                "all heads under ulysses",
+                "context_parallel is ulysses, but vmoba attention with these parameters looks at",
+            ),
+            (
+                "weights of the method under ulysses",
+                "context_parallel is ulysses, but vsa attention has weights of its own",
+            ),
+            ("ema under fsdp", "ema needs the trained weights whole in each process, but FSDP"),
+        ],
+    )
+    def test_refuse(self, found: Any, name: str, message: str) -> None:
+        for facts in found:
+            assert facts[name].startswith(message)
+
+
+class Kind(SimpleNamespace):
+    """As much of an accelerator as is looked at before a training."""
+
+
+def accelerator(kind: str, **plugin: Any) -> Any:
+    usual = {
+        "fsdp_version": 2,
+        "cpu_ram_efficient_loading": False,
+        "activation_checkpointing": False,
+    }
+    return Kind(
+        distributed_type=Kind(value=kind),
+        device=torch.device("cpu"),
+        state=Kind(fsdp_plugin=Kind(**usual | plugin)),
+    )
+
+
+class TestLaunchers:
+    @pytest.mark.parametrize(
+        ("environment", "message"),
+        [
+            ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is asked for, but lora train has ne"),
+            ({"ACCELERATE_USE_MEGATRON_LM": "True"}, "Megatron-LM is asked for, but lora train"),
+            ({"ACCELERATE_USE_FSDP": "true"}, "FSDP is asked for in version 1, but must be vers"),
+            (
+                {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
+                "FSDP is asked for in version 1, but must be version 2",
+            ),
+        ],
+    )
+    def test_are_refused(
+        self,
+        environment: dict[str, str],
+        message: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        with pytest.raises(LoraError, match=message):
+            check_launch(environment)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(LoraError, match=message):
+            tiny_training.trainer(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("made", "message"),
+        [
+            (accelerator("DEEPSPEED"), "DeepSpeed is asked for"),
+            (accelerator("MEGATRON_LM"), "Megatron-LM is asked for"),
+            (accelerator("FSDP", fsdp_version=1), "FSDP is asked for in version 1"),
+            (
+                accelerator("FSDP", cpu_ram_efficient_loading=True),
+                "the text encoders of the others empty: give --fsdp_cpu_ram_efficient_loading fals",
+            ),
+            (
+                accelerator("FSDP", activation_checkpointing=True),
+                "give --gradient-checkpointing to lora train instead",
+            ),
+            (
+                accelerator("MULTI_CPU"),
+                "FSDP is asked for, but on cpu accelerate gives each process a copy of the model",
+            ),
+        ],
+    )
+    def test_accelerators_are_refused(self, made: Any, message: str) -> None:
+        environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+        with pytest.raises(LoraError, match=message):
+            check_sharding(made, environment)
+
+    def test_others_pass(self) -> None:
+        check_launch({"ACCELERATE_USE_FSDP": "false", "FSDP_VERSION": "1"})
+        check_launch({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
+        check_sharding(accelerator("FSDP"), {"ACCELERATE_USE_FSDP": "true"})
+        check_sharding(accelerator("MULTI_CPU"), {})
+
+
+def test_a_weight_of_a_single_number_cannot_be_spread() -> None:
+    model = torch.nn.Linear(2, 2)
+    check_weights(model)
+    model.strength = torch.nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(LoraError, match="a single number, and Linear has 1, such as strength"):
+        check_weights(model)
