@@ -16,7 +16,9 @@ from diffattn.lora.errors import LoraError
 from diffattn.methods.base import Method, SiteWeights, attends_by_mask_alone
 
 
-def check_together(model: Any, way: str, method: Method, processes: int) -> None:
+def check_together(
+    model: Any, way: str, method: Method, processes: int, tokens: int | None = None
+) -> None:
     """Check that processes can share the samples of a training.
 
     Args:
@@ -24,11 +26,12 @@ def check_together(model: Any, way: str, method: Method, processes: int) -> None
         way: one of `diffattn.lora.settings.CONTEXT_PARALLEL`.
         method: the attention method.
         processes: number of processes.
+        tokens: number of tokens of a sample; None if unknown.
 
     Raises:
-        LoraError: for a single process, no accelerator, a denoiser without a plan, heads that
-            cannot be divided, a method that is not for a ring or looks at all heads together, or
-            one with weights of its own.
+        LoraError: for a single process, no accelerator, a denoiser without a plan, heads or tokens
+            that cannot be divided, or a method that is not for a ring, looks at all heads together,
+            or has weights of its own.
     """
     asked = f"context_parallel is {way}"
     name = type(model).__name__
@@ -46,6 +49,11 @@ def check_together(model: Any, way: str, method: Method, processes: int) -> None
         raise LoraError(
             f"{asked}, but the {heads} attention heads of {name} cannot be divided among"
             f" {processes} processes: start another number of them, or give ring"
+        )
+    if tokens is not None and tokens % processes:
+        raise LoraError(
+            f"{asked}, but {tokens} tokens cannot be divided among {processes} processes: try"
+            f" another size or number of processes"
         )
     if any(isinstance(module, SiteWeights) for module in model.modules()):
         raise LoraError(

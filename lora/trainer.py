@@ -553,7 +553,7 @@ def make_accelerator(settings: TrainSettings, output: Path, *, on_cpu: bool = Fa
 
     Raises:
         LoraError: if a tracker is unknown or not installed, accelerate refuses the settings, or
-            DeepSpeed or FSDP 1 are asked for.
+            DeepSpeed or FSDP 1 are asked for, or FSDP where there is none.
     """
     available = [str(getattr(name, "value", name)) for name in get_available_trackers()]
     for name in settings.trackers:
@@ -577,6 +577,7 @@ def make_accelerator(settings: TrainSettings, output: Path, *, on_cpu: bool = Fa
         )
     except (ValueError, RuntimeError) as error:
         raise LoraError(f"accelerate refuses: {error}") from None
+    check_sharding(accelerator, os.environ)
     if settings.trackers:
         flat = {name: str(value) for name, value in dataclasses.asdict(settings).items()}
         accelerator.init_trackers("diffattn-lora", config=flat)

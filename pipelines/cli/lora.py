@@ -248,6 +248,14 @@ def train(
             "--gradient-checkpointing/--no-gradient-checkpointing", rich_help_panel=_SCHEDULE
         ),
     ] = None,
+    context_parallel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ulysses|ring",
+            help="Have all processes share each sample, for videos too long for one.",
+            rich_help_panel=_SCHEDULE,
+        ),
+    ] = None,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Steps (default: 500).", rich_help_panel=_WATCH)
     ] = None,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import scale_worker
 import tiny_training
+import tiny_wan
 import torch
 from safetensors.torch import load_file
 from scale_worker import RUNS
@@ -19,7 +20,11 @@ from scale_worker import RUNS
 from diffattn.lora.adapter import LORA_FILE, METHOD_FILE
 from diffattn.lora.errors import LoraError
 from diffattn.lora.sharded import check_launch, check_sharding, check_weights
+from diffattn.lora.together import check_together, shared_loss
 from diffattn.lora.trainer import LOG_FILE
+from diffattn.methods import from_dict
+from diffattn.pipelines.errors import UserError
+from diffattn.pipelines.train.run import _check_whole
 
 SECONDS_TO_WAIT = 240
 
@@ -231,3 +236,64 @@ def test_a_weight_of_a_single_number_cannot_be_spread() -> None:
     model.strength = torch.nn.Parameter(torch.tensor(1.0))
     with pytest.raises(LoraError, match="a single number, and Linear has 1, such as strength"):
         check_weights(model)
+
+
+class TestSharing:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"processes": 1}, "is ulysses, but there is only one process: start several with"),
+            ({"processes": 3}, "the 2 attention heads of WanTransformer3DModel cannot be divided"),
+            ({"tokens": 7}, "is ulysses, but 7 tokens cannot be divided among 2 processes"),
+            ({"way": "ring", "tokens": 9}, "is ring, but 9 tokens cannot be divided"),
+            ({"build": tiny_wan.vace_transformer}, "has no plan for WanVACETransformer3DModel"),
+        ],
+    )
+    def test_is_refused(
+        self, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+        build = {"build": tiny_wan.transformer} | changes
+        model = build.pop("build")()
+        usual = {"way": "ulysses", "method": from_dict(tiny_training.ATTENTION), "processes": 2}
+        check_together(tiny_wan.transformer(), **usual, tokens=8)
+        with pytest.raises(LoraError, match=message):
+            check_together(model, **usual | build)
+
+    def test_needs_accelerators(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+        method = from_dict(tiny_training.ATTENTION)
+        with pytest.raises(LoraError, match="is ring, but needs accelerators"):
+            check_together(tiny_wan.transformer(), "ring", method, 2)
+
+    def test_a_single_process_cannot(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            LoraError, match="context_parallel is ring, but there is only one proce"
+        ):
+            tiny_training.trainer(tmp_path, context_parallel="ring")
+
+    def test_an_unknown_way_is_refused(self) -> None:
+        with pytest.raises(LoraError, match=r"context_parallel .*'sideways'"):
+            tiny_training.settings(context_parallel="sideways")
+
+    @pytest.mark.parametrize("processes", [2, 3])
+    def test_a_loss_of_own_tokens_counts_once(self, processes: int) -> None:
+        generator = torch.Generator().manual_seed(5)
+        whole = torch.randn((), generator=generator)
+        own = torch.randn(processes, generator=generator)
+        driving = [
+            shared_loss({"loss": whole + 0.3 * part, "attention": part}, 0.3, processes)
+            for part in own
+        ]
+        # Each process has its share of the gradient of `whole`, and the whole one of its part.
+        for part, loss in zip(own, driving, strict=True):
+            assert loss / processes == pytest.approx(float(whole + 0.3 * part / processes))
+        assert shared_loss({"loss": whole}, 0.0, processes) == pytest.approx(processes * whole)
+
+    def test_leaves_no_process_for_validation_videos(self) -> None:
+        shared = tiny_training.settings(context_parallel="ulysses")
+        with pytest.raises(UserError, match="--context-parallel spreads its calls over all"):
+            _check_whole(accelerator("MULTI_GPU"), shared)
+        with pytest.raises(UserError, match="FSDP spreads it over all: leave it out"):
+            _check_whole(accelerator("FSDP"), tiny_training.settings())
+        _check_whole(accelerator("MULTI_GPU"), tiny_training.settings())
