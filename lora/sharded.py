@@ -71,8 +71,8 @@ def check_sharding(accelerator: Accelerator, environment: Mapping[str, str]) -> 
 
     Raises:
         LoraError: if FSDP is asked for on a device that accelerate has no FSDP for, in another
-            version than 2, with weights that only the first process reads, or with activation
-            checkpointing of its own; or for DeepSpeed and Megatron-LM.
+            version than 2, with weights that only the first process reads, with activation
+            checkpointing of its own, or with mixed precision; or for DeepSpeed and Megatron-LM.
     """
     kind = accelerator.distributed_type.value
     if kind in ("DEEPSPEED", "MEGATRON_LM"):
@@ -91,6 +91,11 @@ def check_sharding(accelerator: Accelerator, environment: Mapping[str, str]) -> 
         raise LoraError(
             "FSDP is asked to load weights in the first process alone, which leaves the text"
             " encoders of the others empty: give --fsdp_cpu_ram_efficient_loading false"
+        )
+    if accelerator.mixed_precision != "no":
+        raise LoraError(
+            f"mixed_precision is {accelerator.mixed_precision}, by which FSDP casts all weights,"
+            f" the LoRA's too: give no, and --dtype for what the frozen model computes in"
         )
     if plugin.activation_checkpointing:
         raise LoraError(

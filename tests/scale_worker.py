@@ -41,11 +41,16 @@ class Run:
         fsdp: whether FSDP spreads the weights.
         changes: the settings beside `ALIKE`.
         attention: the method's settings.
+        dtype: of the frozen model; the LoRA is float32.
     """
 
     fsdp: bool
     changes: Mapping[str, Any]
     attention: Mapping[str, Any] = field(default_factory=lambda: tiny_training.ATTENTION)
+    dtype: torch.dtype = torch.float32
+
+    def pipe(self) -> Any:
+        return tiny_wan.PIPELINES["t2v"]().to(self.dtype)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -57,6 +62,7 @@ FSDP: Mapping[str, Any] = {"batch_size": 1, "gradient_checkpointing": True}
 RUNS: Mapping[str, Run] = {
     "fsdp": Run(True, FSDP),
     "fsdp, weights of the method": Run(True, FSDP, VSA),
+    "fsdp, bfloat16": Run(True, FSDP, dtype=torch.bfloat16),
     "ulysses": Run(False, {"context_parallel": "ulysses"}),
     "ring": Run(False, {"context_parallel": "ring"}),
     "fsdp and ulysses": Run(True, {"context_parallel": "ulysses"}),
@@ -94,7 +100,7 @@ def accelerator(fsdp: bool, **plugin: Any) -> Accelerator:
 
 def trainer(folder: Path, run: Run, resume: bool = False) -> Trainer:
     return Trainer(
-        tiny_wan.PIPELINES["t2v"](),
+        run.pipe(),
         tiny_training.clips(),
         tiny_training.EMPTY,
         tiny_training.settings(**run.settings),
