@@ -14,6 +14,10 @@ import torch
 from diffattn._compat import has_parallel_plan
 from diffattn.lora.errors import LoraError
 from diffattn.methods.base import Method, SiteWeights, attends_by_mask_alone
+from diffattn.models import family_of
+
+# Families whose attention over text diffusers 0.42 spreads without the mask over text.
+_MASKED_TEXT = ("ltx",)
 
 
 def check_together(
@@ -29,9 +33,9 @@ def check_together(
         tokens: number of tokens of a sample; None if unknown.
 
     Raises:
-        LoraError: for a single process, no accelerator, a denoiser without a plan, heads or tokens
-            that cannot be divided, or a method that is not for a ring, looks at all heads together,
-            or has weights of its own.
+        LoraError: for a single process, no accelerator, a denoiser that diffusers cannot spread,
+            heads or tokens that cannot be divided, or a method that is not for a ring, looks at all
+            heads together, or has weights of its own.
     """
     asked = f"context_parallel is {way}"
     name = type(model).__name__
@@ -44,6 +48,11 @@ def check_together(
         raise LoraError(f"{asked}, but needs accelerators, and diffusers finds none here")
     if not has_parallel_plan(model):
         raise LoraError(f"{asked}, but diffusers has no plan for {name}: leave it out")
+    if family_of(model).name in _MASKED_TEXT:
+        raise LoraError(
+            f"{asked}, but diffusers cannot spread {name}'s attention over text with a mask: leave"
+            f" it out"
+        )
     heads = model.config.num_attention_heads
     if way == "ulysses" and heads % processes:
         raise LoraError(

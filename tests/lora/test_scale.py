@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import scale_worker
+import tiny_families
 import tiny_training
 import tiny_wan
 import torch
@@ -254,6 +255,7 @@ class TestSharing:
             ({"tokens": 7}, "is ulysses, but 7 tokens cannot be divided among 2 processes"),
             ({"way": "ring", "tokens": 9}, "is ring, but 9 tokens cannot be divided"),
             ({"build": tiny_wan.vace_transformer}, "has no plan for WanVACETransformer3DModel"),
+            ({"build": tiny_families.ltx}, "cannot spread LTXVideoTransformer3DModel's attention"),
         ],
     )
     def test_is_refused(
