@@ -162,6 +162,16 @@ def check_adapter(model: Any, settings: TrainSettings) -> list[str]:
     return names
 
 
+def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The weights by name that a training leaves: the LoRA's, and the attached method's own."""
+    own = tuple(f"{name}." for name in _method_modules(model))
+    return {
+        name: weight
+        for name, weight in model.state_dict().items()
+        if ".lora_" in name or name.startswith(own)
+    }
+
+
 def place_of(folder: Path, denoiser: str) -> Path:
     """The folder of a denoiser's LoRA inside the folder of its training."""
     return folder / denoiser if denoiser == SECOND_EXPERT else folder
@@ -179,13 +189,13 @@ def save_adapter(
         pipe: the pipeline.
         record: the record for the header of the LoRA's file.
         folder: the folder; made if missing.
-        weights: the denoiser's weights by name, for a denoiser that is spread over processes; None
-            to read them from the denoiser.
+        weights: the result of `adapter_weights`, or other weights of these names, for a denoiser
+            that is spread over processes; None to read them from the denoiser.
     """
     from peft import get_peft_model_state_dict
 
     model: Any = getattr(pipe, record.denoiser)
-    weights = model.state_dict() if weights is None else weights
+    weights = adapter_weights(model) if weights is None else weights
     factors = get_peft_model_state_dict(model, dict(weights), adapter_name=ADAPTER)
     config = model.peft_config[ADAPTER]
     factors = _with_strength(factors, config)

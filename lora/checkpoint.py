@@ -35,7 +35,7 @@ FOLDER = "checkpoints"
 
 _NAME = re.compile(r"step-(\d+)")
 _PROGRESS = "progress.json"
-_WEIGHTS = "trained.safetensors"
+WEIGHTS = "trained.safetensors"
 _PICKLED = (".bin", ".pkl", ".pt")
 # Bytes that are free on a disk that counts as full.
 _FULL = 1 << 20
@@ -97,7 +97,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 def keep_trained_only(accelerator: Accelerator, trained: Mapping[str, torch.nn.Parameter]) -> None:
     """Make accelerate's checkpoints hold the trained weights instead of the whole model.
 
-    FSDP and DeepSpeed save models in their own ways, and before this hook.
+    The checkpoints of FSDP do not come this way, see `diffattn.lora.sharded`.
     """
 
     def save(models: list[Any], weights: list[Any], folder: str) -> None:
@@ -106,13 +106,13 @@ def keep_trained_only(accelerator: Accelerator, trained: Mapping[str, torch.nn.P
         weights.clear()
         if accelerator.is_main_process:
             tensors = {name: p.detach().cpu().contiguous() for name, p in trained.items()}
-            save_file(tensors, Path(folder, _WEIGHTS))
+            save_file(tensors, Path(folder, WEIGHTS))
 
     def load(models: list[Any], folder: str) -> None:
         if not models:
             return
         models.clear()
-        saved = load_file(Path(folder, _WEIGHTS))
+        saved = load_file(Path(folder, WEIGHTS))
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(saved[name])
@@ -125,7 +125,7 @@ def save_checkpoint(
     accelerator: Accelerator,
     folder: Path,
     progress: Progress,
-    add: Callable[[Path], None],
+    write: Callable[[Path], None],
     keep: int,
 ) -> Path:
     """Write a checkpoint of all processes, and remove the oldest checkpoints.
@@ -134,8 +134,8 @@ def save_checkpoint(
         accelerator: the accelerator of the run.
         folder: the output folder of the run.
         progress: the progress of the run.
-        add: function that writes other files into the checkpoint's folder. Every process calls
-            `add`: reading a model that is spread over processes takes all of them.
+        write: function that writes the state of the run into the checkpoint's folder. Every process
+            calls `write`: reading a model that is spread over processes takes all of them.
         keep: number of checkpoints to keep.
 
     Returns:
@@ -152,8 +152,7 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary))
-        add(temporary)
+        write(temporary)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             text = json.dumps({"step": progress.step, "identity": progress.identity}, indent=1)
@@ -195,13 +194,15 @@ def read_progress(checkpoint: Path) -> Progress:
         ) from None
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, identity: Mapping[str, Any]) -> int:
+def load_checkpoint(
+    checkpoint: Path, identity: Mapping[str, Any], read: Callable[[Path], None]
+) -> int:
     """Put a run into the state of a checkpoint.
 
     Args:
-        accelerator: the accelerator of the run, with everything prepared.
         checkpoint: the folder of the checkpoint.
         identity: the facts that determine the steps of this run, see `Progress`.
+        read: function that reads the state of the run from the checkpoint's folder.
 
     Returns:
         The number of optimiser steps made.
@@ -218,7 +219,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, identity: Mappin
             )
     _check_pickled(checkpoint)
     try:
-        accelerator.load_state(str(checkpoint))
+        read(checkpoint)
     except (*_WRITE_ERRORS, pickle.UnpicklingError, KeyError, ValueError) as error:
         raise LoraError(
             f"cannot read checkpoint {checkpoint}: {error}; remove it to go on from the one before"

@@ -72,6 +72,10 @@ class Student(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        # The layers that FSDP spreads one by one. diffusers also names layers of other variants.
+        present = {type(module).__name__ for module in model.modules()}
+        named = getattr(model, "_no_split_modules", None) or []
+        self._no_split_modules = [name for name in named if name in present]
         settings = settings.completed()
         self.weights = {
             "objective": settings.objective or 0.0,

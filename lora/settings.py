@@ -25,6 +25,8 @@ from diffattn.methods import from_dict
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
+# How processes may share each sample.
+CONTEXT_PARALLEL = ("ulysses", "ring")
 # How often the parts of a sampling run are trained: most often its middle, or all parts alike.
 NOISE_LEVELS = ("logit-normal", "uniform")
 USUAL_LEVELS = NOISE_LEVELS[0]
@@ -115,6 +117,8 @@ class TrainSettings:
             "logit-normal". "uniform" draws each level as often as sampling visits it.
         caption_dropout: fraction of the samples that are trained with the empty caption.
         seed: seed of everything random.
+        context_parallel: "ulysses" or "ring" to have all processes share each sample, each with
+            some of its tokens, see `diffattn.lora.together`. None for samples of their own.
         mixed_precision: no, bf16 or fp16; None for the setting of `accelerate launch`.
         gradient_checkpointing: whether to compute activations twice instead of keeping them.
         offload_activations: whether what gradient checkpointing keeps waits in main memory.
@@ -158,6 +162,7 @@ class TrainSettings:
     noise_levels: str | None = None
     caption_dropout: float = 0.1
     seed: int = 0
+    context_parallel: str | None = None
     mixed_precision: str | None = None
     gradient_checkpointing: bool = False
     offload_activations: bool = False
@@ -357,6 +362,7 @@ _ALLOWED: Mapping[str, Allowed] = {
     "noise_levels": choice(NOISE_LEVELS),
     "caption_dropout": number(at_least=0, below=1),
     "seed": whole(0, _LARGEST_SEED),
+    "context_parallel": choice(CONTEXT_PARALLEL),
     "mixed_precision": choice(PRECISIONS),
     "gradient_checkpointing": FLAG,
     "offload_activations": FLAG,

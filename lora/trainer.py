@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from diffattn.attach.attachment import Attachment, set_attn_processor
 from diffattn.lora.adapter import (
     LORA_FILE,
     LoraRecord,
+    adapter_weights,
     add_adapter,
     place_of,
     save_adapter,
@@ -31,6 +33,7 @@ from diffattn.lora.average import MovingAverage
 from diffattn.lora.cache import fingerprint
 from diffattn.lora.card import write_card
 from diffattn.lora.checkpoint import (
+    WEIGHTS,
     Progress,
     checkpoints,
     keep_trained_only,
@@ -48,7 +51,17 @@ from diffattn.lora.optimizers import at_result, make_optimizer, set_rate
 from diffattn.lora.plot import plot_losses
 from diffattn.lora.recipes import Recipe, recipe_for
 from diffattn.lora.settings import TrainSettings
+from diffattn.lora.sharded import (
+    check_launch,
+    check_sharding,
+    check_weights,
+    is_sharded,
+    load_sharded,
+    save_sharded,
+    whole,
+)
 from diffattn.lora.swapping import is_swapped, move_added, swap_blocks, tensors_of
+from diffattn.lora.together import check_together, share_samples, shared_loss
 from diffattn.methods import Method, from_dict
 
 if TYPE_CHECKING:
@@ -149,6 +162,7 @@ class Trainer:
         self._clips, self._held_out = hold_out(clips, settings.held_out or 0, settings.seed)
         check_output(output, resume)
         self.accelerator = accelerator or make_accelerator(settings, output)
+        check_sharding(self.accelerator, os.environ)
         try:
             self.recipe = recipe or recipe_for(pipe, settings.denoiser)
             self.recipe.check_settings(settings)
@@ -169,6 +183,9 @@ class Trainer:
             initialise(self.model, self._trained, initial)
         if settings.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
+        if is_sharded(self.accelerator):
+            check_weights(self.model, self.settings.optimizer)
+        self._share_samples()
         student = Student(self.model, self.recipe, pipe.scheduler, self.attachment, self.settings)
         if swapped is not None:
             move_added(self.model, swapped, self.accelerator.device)
@@ -182,10 +199,12 @@ class Trainer:
         self._student, self._optimizer = self.accelerator.prepare(
             student.eval(), optimizer, device_placement=[swapped is None, True]
         )
+        # FSDP has put other parameters in their place.
+        self._trained = {name: self.model.get_parameter(name) for name in self._trained}
         keep_trained_only(self.accelerator, self._trained)
         found = checkpoints(output)
         if found:
-            self.step = load_checkpoint(self.accelerator, found[-1], self._identity())
+            self.step = load_checkpoint(found[-1], self._identity(), self._read_state)
         self._average = self._start_average(found[-1] if found else None)
         if self.accelerator.is_main_process:
             self._write_settings()
@@ -240,7 +259,7 @@ class Trainer:
             self.accelerator,
             self.output,
             Progress(self.step, self._identity()),
-            self._save_adapter,
+            self._write_state,
             self.settings.keep_checkpoints,
         )
 
@@ -284,14 +303,12 @@ class Trainer:
         set_rate(self._optimizer, rate)
         totals: dict[str, torch.Tensor] = {}
         for part in range(settings.accumulation):
-            numbers = sample_numbers(
-                settings, self.step, part, accelerator.process_index, accelerator.num_processes
-            )
+            numbers = sample_numbers(settings, self.step, part, *self._place())
             batch = self._draw(numbers)
             seed_dropout(settings, numbers)
             with accelerator.accumulate(self._student):
                 losses = self._student(batch)
-                accelerator.backward(losses["loss"])
+                accelerator.backward(self._driving(losses))
                 if accelerator.sync_gradients:
                     # Frozen parameters are passed, too: accelerate recognises a model that FSDP has
                     # spread by all of the model's parameters, which FSDP has replaced.
@@ -312,6 +329,27 @@ class Trainer:
             )
         seconds = time.perf_counter() - start
         return StepReport(self.step, settings.steps, named, rate, seconds, memory_in_use())
+
+    def _share_samples(self) -> None:
+        """Have all processes share each sample, if the settings say so."""
+        way, processes = self.settings.context_parallel, self.accelerator.num_processes
+        if way is None:
+            return
+        check_together(self.model, way, from_dict(self.settings.attention), processes)
+        share_samples(self.model, way, processes)
+
+    def _place(self) -> tuple[int, int]:
+        """The number of this process among those with samples of their own, and their number."""
+        if self.settings.context_parallel is not None:
+            return 0, 1
+        return self.accelerator.process_index, self.accelerator.num_processes
+
+    def _driving(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss whose gradients, averaged over processes, make the step."""
+        if self.settings.context_parallel is None:
+            return losses["loss"]
+        weight = self.settings.attention_output or 0.0
+        return shared_loss(losses, weight, self.accelerator.num_processes)
 
     def _any(self, answer: bool) -> bool:
         """Whether any process answers True."""
@@ -360,12 +398,26 @@ class Trainer:
         return attachment
 
     def _weights(self) -> Mapping[str, torch.Tensor]:
-        """The denoiser's weights by name, gathered if they are spread over processes."""
-        prefix = "model."
-        state = self.accelerator.get_state_dict(self._student)
-        return {name.removeprefix(prefix): weight for name, weight in state.items()}
+        """The weights that training leaves by name, gathered if they are spread over processes."""
+        return {name: whole(weight) for name, weight in adapter_weights(self.model).items()}
 
-    def _save_adapter(self, folder: Path) -> None:
+    def _read_state(self, folder: Path) -> None:
+        """Put the run into the state that a checkpoint's folder holds."""
+        if is_sharded(self.accelerator):
+            load_sharded(
+                self.accelerator, self._student, self._optimizer, self._trained, folder, WEIGHTS
+            )
+        else:
+            self.accelerator.load_state(str(folder))
+
+    def _write_state(self, folder: Path) -> None:
+        """Write the state of the run, and the LoRA of the step, into a checkpoint's folder."""
+        if is_sharded(self.accelerator):
+            save_sharded(
+                self.accelerator, self._student, self._optimizer, self._trained, folder, WEIGHTS
+            )
+        else:
+            self.accelerator.save_state(str(folder))
         with self.at_result():
             weights = self._weights()
             if self.accelerator.is_main_process:
@@ -541,7 +593,8 @@ def make_accelerator(settings: TrainSettings, output: Path, *, on_cpu: bool = Fa
         on_cpu: whether to run on the CPU even if there is a GPU.
 
     Raises:
-        LoraError: if a tracker is unknown or not installed, or accelerate refuses the settings.
+        LoraError: if a tracker is unknown or not installed, accelerate refuses the settings, or
+            DeepSpeed or FSDP 1 are asked for, or FSDP where there is none.
     """
     available = [str(getattr(name, "value", name)) for name in get_available_trackers()]
     for name in settings.trackers:
@@ -550,6 +603,7 @@ def make_accelerator(settings: TrainSettings, output: Path, *, on_cpu: bool = Fa
                 f"tracker {name!r} is not installed (pip install diffattn[tensorboard] or"
                 f" diffattn[wandb]); installed are: {', '.join(available) or 'none'}"
             )
+    check_launch(os.environ)
     method = from_dict(settings.attention)
     # The method's own weights have no gradient in layers that stay dense.
     unused = type(method).site_weights is not Method.site_weights and method.dense_layers != 0
@@ -564,6 +618,7 @@ def make_accelerator(settings: TrainSettings, output: Path, *, on_cpu: bool = Fa
         )
     except (ValueError, RuntimeError) as error:
         raise LoraError(f"accelerate refuses: {error}") from None
+    check_sharding(accelerator, os.environ)
     if settings.trackers:
         flat = {name: str(value) for name, value in dataclasses.asdict(settings).items()}
         accelerator.init_trackers("diffattn-lora", config=flat)

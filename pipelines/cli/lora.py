@@ -218,6 +218,14 @@ def train(
     offload_activations: options.OffloadActivations = None,
     swap_blocks: options.SwapBlocks = None,
     base_dtype: options.BaseDtype = None,
+    context_parallel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ulysses|ring",
+            help="Have all processes share each sample, for videos too long for one.",
+            rich_help_panel=_SCHEDULE,
+        ),
+    ] = None,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Steps (default: 500).", rich_help_panel=_WATCH)
     ] = None,

@@ -340,6 +340,8 @@ def _run_alone(
     if job.device not in (None, "cpu", kind):
         raise UserError(f"--device is {job.device!r}, but here it must be cpu or left out ({kind})")
     _check_storage(job, settings, accelerator.device)
+    if job.validate_every is not None:
+        _check_whole(accelerator, settings)
     request = dataclasses.replace(job.request(), device=str(accelerator.device))
     loaded = load_model(request, placed=False, base_dtype=job.base_dtype)
     job = _complete(job, loaded)
@@ -366,7 +368,7 @@ def _run_alone(
     recipe.check_settings(settings)
     settings = with_its_rank(settings, read_initial(settings, recipe.family))
     check_adapter(getattr(loaded.pipe, recipe.denoiser), settings)
-    density = _check_method(loaded.pipe, settings.attention, job)
+    density = _check_method(loaded.pipe, recipe.denoiser, settings, job, accelerator.num_processes)
     _say_estimate(job, settings, loaded, recipe, accelerator.device, say)
     if settings.swap_blocks is not None and job.prompts is not None:
         # The dense model that makes the clips has its blocks come and go, too.
@@ -595,25 +597,34 @@ def _complete(job: TrainJob, loaded: LoadedModel) -> TrainJob:
     return full
 
 
-def _check_method(pipe: Any, attention: Mapping[str, Any], job: TrainJob) -> float | None:
+def _check_method(
+    pipe: Any, denoiser: str, settings: TrainSettings, job: TrainJob, processes: int
+) -> float | None:
     """The part of the token pairs that the method keeps, for a method with a mask of its own.
 
     Raises:
-        UserError: if the method does not fit the model or the size of the clips.
+        UserError: if the method does not fit the model or the size of the clips, or the processes
+            cannot share the samples under the method as the settings say.
     """
     import torch
 
     import diffattn
+    from diffattn.lora.together import check_together
     from diffattn.methods import from_dict
     from diffattn.models import pipeline_grid
 
+    method = from_dict(settings.attention)
     size: dict[str, Any] = {name: getattr(job, name) for name in _SIZE}
     # Weights of the method may start from random numbers, and start anew in the training.
     with refusals(), torch.random.fork_rng():
-        attachment = diffattn.set_attn_processor(pipe, from_dict(attention))
+        attachment = diffattn.set_attn_processor(pipe, method)
         try:
             assert attachment is not None
-            return attachment.describe(pipeline_grid(pipe, **size), 1).density
+            grid = pipeline_grid(pipe, **size)
+            if settings.context_parallel is not None:
+                model, way = getattr(pipe, denoiser), settings.context_parallel
+                check_together(model, way, method, processes, tokens=grid.tokens)
+            return attachment.describe(grid, 1).density
         finally:
             diffattn.set_attn_processor(pipe, None)
 
@@ -709,7 +720,6 @@ def _validation(
         return None
     from .validation import Validation
 
-    _check_whole(trainer.accelerator)
     check_format(Path("video.mp4"), None)
     requests = [
         dataclasses.replace(job.request(prompt), steps=job.validation_steps)
@@ -726,8 +736,13 @@ def _validation(
     )
 
 
-def _check_whole(accelerator: Accelerator) -> None:
-    """Refuse validation where each process holds only a part of the model."""
+def _check_whole(accelerator: Accelerator, settings: TrainSettings) -> None:
+    """Refuse validation where a call of the model takes all processes."""
+    if settings.context_parallel is not None:
+        raise UserError(
+            "--validate-every calls the model in one process, but --context-parallel spreads its"
+            " calls over all: leave it out, and use the checkpoints with diffattn generate --lora"
+        )
     kind = accelerator.distributed_type.value
     if kind in ("FSDP", "DEEPSPEED"):
         raise UserError(
