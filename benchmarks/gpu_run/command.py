@@ -61,7 +61,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     run.add_argument("--revision", help="to write down where there is no git repository")
     page = commands.add_parser("report", help="make the page from a run's rows, cut off or not")
     page.add_argument("folder", type=Path, help="the folder of the run")
-    page.add_argument("--to", type=Path, default=ROOT / "docs" / "benchmarks", help="where to")
+    page.add_argument("--to", type=Path, default=ROOT / "benchmarks", help="where to")
     page.add_argument("--name", default="gpu", help="of the two files")
     return parser.parse_args(arguments)
 

@@ -3,7 +3,7 @@
 Larger tiles read keys and values less often, and matrix units want tiles of 64 or more rows and
 columns. Registers (accumulators are float32) and shared memory limit the tiles. The tiles for
 Hopper at head_dim 64 and 128, fetched by the copy engine or in Gluon, are the fastest on an H200
-(`docs/benchmarks`). All others come from the machine code of each architecture
+(`benchmarks`). All others come from the machine code of each architecture
 (`benchmarks/machine_code`), not from timing. A table that has been measured on a GPU takes
 precedence: see `common/tuned.py`.
 """

@@ -1,6 +1,6 @@
 """The forward pass in Gluon, Triton's lower language, for Hopper GPUs: softmax beside products.
 
-The variant is the fastest on a Hopper GPU (docs/benchmarks); it also demands the most of a call and
+The variant is the fastest on a Hopper GPU (benchmarks); it also demands the most of a call and
 of the compiler.
 """
 

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from diffattn._checks import number, whole
-
-from ..errors import UserError
-from ..run.job import check_output_name
-from ..run.machine import quiet_libraries
-from ..run.model_shape import shape_of
-from ..run.outputs import Outputs, check_writable, staged
-from ..run.request import BUNDLED_MODEL, TEXT, check_option
-from ..run.video import check_picture
 from . import options
 from .lora_plan import app
 from .say import say, warn
@@ -58,7 +47,13 @@ def preview(
     ] = _CLIPS,
 ) -> None:
     """Draw a contact sheet: the frames that a training will learn, as cut, with their captions."""
+    from diffattn._checks import number, whole
     from diffattn.lora.errors import LoraError
+
+    from ..errors import UserError
+    from ..run.machine import quiet_libraries
+    from ..run.request import TEXT, check_option
+    from ..train.preview import draw_preview
 
     size = {"height": height, "width": width, "num_frames": num_frames}
     for name, value in {**size, "clips": clips}.items():
@@ -71,71 +66,6 @@ def preview(
             check_option(name, text, TEXT)
     quiet_libraries()
     try:
-        for line in _draw(data, captions, output, model, size, fps, clips):
-            say(line)
+        say(draw_preview(data, captions, output, model, size, fps, clips, warn))
     except LoraError as error:
         raise UserError(error) from None
-
-
-def _draw(
-    data: str,
-    captions: str | None,
-    output: str,
-    model: str | None,
-    given: Mapping[str, int | None],
-    fps: float | None,
-    most: int,
-) -> Iterator[str]:
-    from diffattn.lora.captions import captioned_clips
-    from diffattn.lora.clips import find_clips
-    from diffattn.lora.errors import LoraError
-    from diffattn.lora.preview import draw_sheet, rows_of
-
-    file = _picture(output)
-    size = _size(model, given)
-    folder = Path(data).expanduser()
-    paths = find_clips(folder)
-    table = None if captions is None else Path(captions).expanduser()
-    found, left_out = captioned_clips(folder, paths, table)
-    if left_out:
-        warn(f"{len(left_out)} clips are not in {table}, such as {left_out[0].name}")
-    rows = rows_of(found[:most], *size, fps, warn)
-    if not rows:
-        raise LoraError(
-            f"none of the {len(found[:most])} clips can be used for {size[2]} frames {size[1]}x"
-            f"{size[0]}"
-        )
-    sheet = draw_sheet(rows)
-    with staged(Outputs(file), []) as staging:
-        sheet.save(staging / file.name)
-        check_picture(staging / file.name, sheet.size)
-    more = f" of {len(found)}" if len(found) > len(rows) else ""
-    frames = "a frame" if size[2] == 1 else f"{size[2]} frames"
-    yield f"{file}: {len(rows)}{more} clips, {frames} {size[1]}x{size[0]}"
-
-
-def _picture(output: str) -> Path:
-    check_output_name(output)
-    file = Path(output)
-    if file.suffix.lower() != ".png":
-        raise UserError(f"--output {output} must end in .png")
-    if file.is_dir():
-        raise UserError(f"cannot write {output}: it is a folder")
-    check_writable(file.parent)
-    return file
-
-
-def _size(model: str | None, given: Mapping[str, int | None]) -> tuple[int, int, int]:
-    """Height, width and frames of a sample: as given, else those of the model."""
-    shape = shape_of(BUNDLED_MODEL if model is None else model)
-    try:
-        shape.grid(**given, text=_text(shape))
-    except ValueError as error:
-        raise UserError(error) from None
-    height, width, frames = (value or getattr(shape, name) or 1 for name, value in given.items())
-    return height, width, frames
-
-
-def _text(shape: Any) -> int | None:
-    """Text tokens of a sequence whose text has any length, where none are of interest."""
-    return 1 if None in (shape.text_before, shape.text_after) else None

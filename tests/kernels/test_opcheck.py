@@ -13,6 +13,7 @@ from oracles import random_layout, tensors
 import diffattn.kernels.block_sparse
 import diffattn.kernels.cpu
 import diffattn.kernels.gather
+import diffattn.kernels.gather.best_blocks
 import diffattn.kernels.linear
 import diffattn.kernels.summary
 import diffattn.kernels.summary.joint  # noqa: F401 (each registers operators)
@@ -109,6 +110,22 @@ def joint(kind: str, dtype: torch.dtype, masked: bool, device: str) -> Arguments
     return torch.randn_like(out), torch.randn_like(lse), out, lse, *moving, *rest
 
 
+def of_blocks(kind: str, dtype: torch.dtype, masked: bool, device: str) -> Arguments:
+    starts = torch.tensor([0, 7, 8, 37, TOKENS_Q + 5], dtype=torch.int32, device=device)
+    counted = (torch.rand(2, TOKENS_Q + 5) < 0.7).to(device) if masked else None
+    keys = torch.randn(2, TOKENS_Q + 5, HEADS, HEAD_DIM, dtype=dtype).to(device)
+    return keys, starts, counted, 1, 3
+
+
+def best(kind: str, dtype: torch.dtype, masked: bool, device: str) -> Arguments:
+    query = torch.randn(2, TOKENS_Q, HEADS, HEAD_DIM, dtype=dtype).to(device)
+    means = torch.randn(2, 5, HEADS, HEAD_DIM).to(device)
+    own = (torch.arange(TOKENS_Q) // 7).to(device)
+    counted = (torch.rand(2, TOKENS_Q) < 0.7).to(device) if masked else None
+    holds = torch.ones(2, 5, dtype=torch.bool, device=device) if masked else None
+    return query, means, own, counted, holds, 0, 5, False, 2, None
+
+
 def states(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A state `(batch, heads, head_dim, head_dim)` and a mean `(batch, heads, head_dim)`."""
     packed = torch.rand(
@@ -139,7 +156,10 @@ CASES: dict[str, tuple[str, Callable[..., Arguments], Arguments]] = {
     **{f"linear_output{kind}": (kind, linear_output, ("torch",)) for kind in KINDS[:2]},
     **{f"summary{kind}": (kind, summary, ("torch",)) for kind in KINDS[:2]},
     **{f"joint_triton{kind}": (kind, joint, ()) for kind in KINDS[:2]},
+    "block_means": ("", of_blocks, ()),
+    "best_blocks": ("", best, ()),
 }
+ON_DEVICE = [name for name in CASES if "triton" in name or name.endswith(("_means", "_blocks"))]
 LINEAR = [name for name in CASES if name.startswith("linear")]
 
 
@@ -170,11 +190,11 @@ def test_no_operator_is_left_out() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name: str, dtype: torch.dtype, masked: bool, device: str) -> None:
     kind, arguments, options = CASES[name]
-    on = device if "triton" in name else "cpu"
+    on = device if name in ON_DEVICE else "cpu"
     opcheck(name, arguments(kind, dtype, masked, on, *options))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "triton" not in name])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ON_DEVICE])
 def test_opcheck_with_other_strides(name: str) -> None:
     kind, arguments, options = CASES[name]
     of_contiguous = arguments(kind, torch.float32, True, "cpu", *options)
