@@ -21,6 +21,8 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
+from diffattn.kernels.common import variants
+
 _ELF_SECTIONS_AT = 0x28
 _ELF_COUNTS_AT = 0x3C
 _DEFAULT_WARPS = 4  # Triton's
@@ -86,6 +88,7 @@ def compiled_by(launch: Callable[[], object], arch: int) -> list[Compiled]:
         return kernel
 
     triton.runtime.driver.set_active(_Driver(arch))
+    variants._found.clear()  # what was chosen for the chip of the launch before
     triton.JITFunction.run = compile_only
     try:
         with knobs.cache.scope(), knobs.runtime.scope(), warnings.catch_warnings():

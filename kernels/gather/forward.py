@@ -235,7 +235,8 @@ def forward(
                 *queries.stride(), *k.stride(), *v.stride(), *problem.key_mask_strides,
                 turn.first_pair, count, heads, blocks, lists.first.shape[-1] - 1,
                 tiles.stop.numel(), scale or SMALLEST_SCALE,
-                REST_N=max(16, best.tiles.block_n // 2), NEGATIVE_SCALE=scale < 0,
+                REST_N=max(min(32, best.tiles.block_n), best.tiles.block_n // 2),
+                NEGATIVE_SCALE=scale < 0,
                 **problem.constants(best.tiles),
             )  # fmt: skip
         programs = triton.cdiv(count, _JOINED)
