@@ -93,7 +93,7 @@ SHARES = (
 )
 # Least share of a gather kernel over the share of the block-sparse kernel. On an H200 the fastest
 # tiles of both are not those of the largest share.
-GATHER = 0.75
+GATHER = 0.65
 _GATHER_LOOPS = {"forward": "whole", "queries": "whole", "keys": "all"}
 # The Gluon variant is not counted: the model is too kind to specialized warps.
 _COUNTED = ("plain", "tma")

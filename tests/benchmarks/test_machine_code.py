@@ -305,13 +305,13 @@ def test_a_share_below_its_floor_and_a_product_too_many_fail() -> None:
 
 
 def test_gather_is_compared_with_block_sparse() -> None:
-    whole = replace(FULL, name="whole", share=0.5)
+    whole = replace(FULL, name="whole", share=0.4)
     gather = replace(
         GOOD, family="gather", variant="plain", case="d128 bfloat16", loops=(whole,)
     )  # fmt: skip
     goal = "share of gather's forward at head_dim 128 / that of block_sparse"
     (found,) = [x for x in verdicts([GOOD, gather]) if x.goal == goal]
-    assert found.found == pytest.approx(0.5 / 0.73)
+    assert found.found == pytest.approx(0.4 / 0.73)
     assert not found.passed
 
 
