@@ -12,11 +12,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 
 from ..common.launch import is_hopper
 from ..common.launching import launch
 from ..common.tile_tables import TileConfig
+from ..common.variants import has_gluon
 from .descriptors import tile_strides
 from .launch import Problem
 from .walk import cached_rows
@@ -36,13 +36,7 @@ _SMALL_BUFFERS = 1024  # bytes: row sums and barriers, and some to spare
 @cache
 def available() -> bool:
     """Whether the installed Triton has the parts of Gluon that the kernel is written in."""
-    if not triton.__version__.startswith(TRITON_VERSIONS):
-        return False
-    try:
-        _kernel_module()
-    except (ImportError, AttributeError):  # a build of Triton without Gluon
-        return False
-    return True
+    return has_gluon(TRITON_VERSIONS, _kernel_module)
 
 
 def takes(problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:

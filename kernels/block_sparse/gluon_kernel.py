@@ -17,28 +17,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..common.gluon import (
+    GROUPS,
+    ROWS,
+    barrier,
+    fetch,
+    fetch_keys_and_values,
+    make_rings,
+    make_sums,
+    softmax_step,
+    write,
+)
 from ..common.primitives import FIRST_TILES, LN_2, LOG2_E
 
-# Triton renamed these three functions after 3.6.
-_fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_write = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
-GROUPS = gl.constexpr(2)
-ROWS = gl.constexpr(64)  # queries of a group: the rows of one matrix product on Hopper
 MINUS_INFINITY = gl.constexpr(-0x800000)  # its bits, as int32
-
-
-@gluon.jit
-def _weights(b_s, b_max, b_sum, scale, MASKED: gl.constexpr):
-    """One step of the online softmax in powers of 2; hidden scores are -inf. `scale` > 0."""
-    b_new = gl.maximum(b_max, gl.max(b_s, 1) * scale)
-    b_base = b_new
-    if MASKED:  # a query that has seen nothing yet has a maximum of -inf, and -inf - -inf is NaN
-        b_base = gl.where(b_new == float("-inf"), 0.0, b_new)
-    b_p = gl.exp2(b_s * scale - b_base[:, None])
-    b_old = gl.exp2(b_max - b_base)
-    return b_p, b_new, b_sum * b_old + gl.sum(b_p, 1), b_old
 
 
 @gluon.jit
@@ -157,12 +149,11 @@ def _produce(inputs, q_tiles, q_full, rings, place, lists, p_full,
     """Fetch the queries of both groups, then keys and values tile by tile into two rings."""
     TILES_N: gl.constexpr = BLOCK_KV // BLOCK_N
     queries, keys, values = inputs
-    k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = rings
     i_b, i_h, start_m = place
     p_partial, n_full, n_partial, n_tiles, i_rest = lists
     mbarrier.expect(q_full.index(0), GROUPS * queries.block_type.nbytes)
     for g in gl.static_range(GROUPS):
-        _fetch(queries, [i_b, start_m + g * ROWS, i_h, 0], q_full.index(0), q_tiles.index(g))
+        fetch(queries, [i_b, start_m + g * ROWS, i_h, 0], q_full.index(0), q_tiles.index(g))
     for i in range(n_tiles):
         # Full blocks but the short one, partial blocks, then block `i_rest`: the short one.
         i_full = i // TILES_N
@@ -172,14 +163,7 @@ def _produce(inputs, q_tiles, q_full, rings, place, lists, p_full,
         full_block = gl.load(p_full + i_full, mask=is_full)
         other_block = gl.load(p_partial + i_partial, mask=is_partial, other=i_rest)
         start_n = gl.where(is_full, full_block, other_block) * BLOCK_KV + (i % TILES_N) * BLOCK_N
-        s = i % STAGES
-        phase = (i // STAGES) & 1
-        mbarrier.wait(k_empty.index(s), phase ^ 1)
-        mbarrier.expect(k_full.index(s), keys.block_type.nbytes)
-        _fetch(keys, [i_b, start_n, i_h, 0], k_full.index(s), k_tiles.index(s))
-        mbarrier.wait(v_empty.index(s), phase ^ 1)
-        mbarrier.expect(v_full.index(s), values.block_type.nbytes)
-        _fetch(values, [i_b, start_n, i_h, 0], v_full.index(s), v_tiles.index(s))
+        fetch_keys_and_values(keys, values, rings, i, i_b, i_h, start_n, STAGES)
 
 
 @gluon.jit
@@ -214,11 +198,11 @@ def _attend(i, b_q, rings, sums, b_acc, b_kept, b_max, b_sum, scale, words, left
     mbarrier.arrive(k_empty.index(s_k))
     if MASKED:
         b_s = _hide(b_s, words, left, BLOCK_N, SCORES, AHEAD)
-    b_new_p, b_max, b_sum, b_old = _weights(b_s, b_max, b_sum, scale, MASKED)
+    b_new_p, b_max, b_sum, b_old = softmax_step(b_s, b_max, b_sum, scale, MASKED)
     # Without a barrier here, ptxas moves the wait above the whole softmax. Without a store before
     # it, Triton drops the barrier.
     sums.store(b_sum)
-    _barrier()
+    barrier()
     b_acc, b_p = warpgroup_mma_wait(0, deps=(products, b_p))
     mbarrier.arrive(v_empty.index(s_v))
     b_acc = b_acc * gl.convert_layout(b_old, gl.SliceLayout(1, WEIGHTS.parent))[:, None]
@@ -265,7 +249,7 @@ def _consume(outs, p_lse, q_tiles, q_full, rings, all_sums, place, lists, masks,
     b_s = warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False)  # (ROWS, BLOCK_N)
     mbarrier.arrive(k_empty.index(0))
     b_s = _hide(b_s, words, left, BLOCK_N, SCORES, AHEAD)
-    b_p, b_max, b_sum, _ = _weights(b_s, b_max, b_sum, scale, True)
+    b_p, b_max, b_sum, _ = softmax_step(b_s, b_max, b_sum, scale, True)
     b_kept = _pack(b_p, b_q.dtype, WEIGHTS, AHEAD)
     first_masked = gl.maximum(n_unmasked, 1)
     if AHEAD:
@@ -306,7 +290,7 @@ def _consume(outs, p_lse, q_tiles, q_full, rings, all_sums, place, lists, masks,
     gl.store(p_lse + o_m, (b_max + gl.log2(b_norm)) * LN_2, mask=o_m < tokens_q)
     b_q.store(b_out.to(b_q.dtype))  # nothing reads the queries any more
     fence_async_shared()
-    _write(outs, [i_b, start_m, i_h, 0], q_tiles.index(g))
+    write(outs, [i_b, start_m, i_h, 0], q_tiles.index(g))
     tma.store_wait(0)
 
 
@@ -368,29 +352,15 @@ def forward_kernel(
     n_tiles = (n_full + n_masked) * TILES_N
 
     q_tiles = gl.allocate_shared_memory(queries.dtype, [GROUPS, 1, ROWS, 1, D], queries.layout)
-    k_tiles = gl.allocate_shared_memory(keys.dtype, [STAGES, 1, BLOCK_N, 1, D], keys.layout)
-    v_tiles = gl.allocate_shared_memory(values.dtype, [STAGES, 1, BLOCK_N, 1, D], values.layout)
-    sums = gl.allocate_shared_memory(
-        gl.float32, [GROUPS, ROWS],
-        gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0]),
-    )  # fmt: skip
     q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full.index(0), count=1)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(k_empty.index(s), count=GROUPS)
-        mbarrier.init(v_full.index(s), count=1)
-        mbarrier.init(v_empty.index(s), count=GROUPS)
+    rings = make_rings(keys, values, BLOCK_N, D, STAGES)
+    sums = make_sums()
     fence_async_shared()  # the copy engine must see the barriers
 
     p_lse += (i_b * heads + i_h).to(gl.int64) * tokens_q
     scale *= LOG2_E
     inputs = (queries, keys, values)
-    rings = (k_tiles, v_tiles, k_full, k_empty, v_full, v_empty)
     place = (i_b, i_h, start_m)
     lists = (p_partial, n_full, n_partial, n_tiles, i_rest)
     masks = (p_partial_mask, p_bit_masks)

@@ -151,6 +151,22 @@ def _dumps_of_the_compiler_held_back() -> Iterator[None]:
                 os.write(2, file.read())
 
 
+def has_gluon(versions: tuple[str, ...], kernel_module: Callable[[], object]) -> bool:
+    """Whether the installed Triton has the parts of Gluon that a kernel is written in.
+
+    Args:
+        versions: beginnings of the versions of Triton that the kernel was compiled with.
+        kernel_module: imports the kernel.
+    """
+    if not triton.__version__.startswith(versions):
+        return False
+    try:
+        kernel_module()
+    except (ImportError, AttributeError):  # a build of Triton without Gluon
+        return False
+    return True
+
+
 def takes_any(variant: str) -> bool:
     """True, for kernels whose every variant takes every call."""
     return True

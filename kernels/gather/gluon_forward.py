@@ -8,11 +8,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 
 from ..block_sparse.descriptors import describable, tile_strides
 from ..common.launch import is_hopper
 from ..common.tile_tables import TileConfig
+from ..common.variants import has_gluon
 from .launch import SelectionProblem
 from .selecting import Lists, QueryTiles
 
@@ -28,13 +28,7 @@ _GROUP = 64  # queries of four warps
 @cache
 def available() -> bool:
     """Whether the installed Triton has the parts of Gluon that the kernel is written in."""
-    if not triton.__version__.startswith(TRITON_VERSIONS):
-        return False
-    try:
-        _kernel_module()
-    except (ImportError, AttributeError):  # a build of Triton without Gluon
-        return False
-    return True
+    return has_gluon(TRITON_VERSIONS, _kernel_module)
 
 
 def takes(

@@ -12,19 +12,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from ..common.gluon import (
+    GROUPS,
+    ROWS,
+    barrier,
+    fetch_keys_and_values,
+    make_rings,
+    make_sums,
+    softmax_step,
+)
 from ..common.primitives import LOG2_E
-
-# Triton renamed these two functions after 3.6.
-_fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
-GROUPS = gl.constexpr(2)
-ROWS = gl.constexpr(64)  # queries of a group: the rows of one matrix product on Hopper
 
 
 @gluon.jit
@@ -44,7 +45,6 @@ def _place(i_tile, p_list, p_starts, first_pair, heads, blocks, BLOCK_N: gl.cons
 def _produce(keys, values, rings, tiles, p_list, p_starts, first_pair, heads, blocks,
              BLOCK_N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """Fetch keys and values tile by tile into two rings, for all tiles of queries."""
-    k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = rings
     done = 0
     for i_tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         _, _, i_b, i_h, first_n, _, n_tiles = _place(
@@ -52,14 +52,7 @@ def _produce(keys, values, rings, tiles, p_list, p_starts, first_pair, heads, bl
         )
         for i in range(n_tiles):
             start_n = first_n + i * BLOCK_N
-            s = (done + i) % STAGES
-            phase = ((done + i) // STAGES) & 1
-            mbarrier.wait(k_empty.index(s), phase ^ 1)
-            mbarrier.expect(k_full.index(s), keys.block_type.nbytes)
-            _fetch(keys, [i_b, start_n, i_h, 0], k_full.index(s), k_tiles.index(s))
-            mbarrier.wait(v_empty.index(s), phase ^ 1)
-            mbarrier.expect(v_full.index(s), values.block_type.nbytes)
-            _fetch(values, [i_b, start_n, i_h, 0], v_full.index(s), v_tiles.index(s))
+            fetch_keys_and_values(keys, values, rings, done + i, i_b, i_h, start_n, STAGES)
         done += n_tiles
 
 
@@ -70,13 +63,7 @@ def _weights(b_s, b_max, b_sum, scale, left, MASKED: gl.constexpr, BLOCK_N: gl.c
     if MASKED:
         o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
         b_s = gl.where((o_n < left)[None, :], b_s, float("-inf"))
-    b_new = gl.maximum(b_max, gl.max(b_s, 1) * scale)
-    b_base = b_new
-    if MASKED:  # a query that has seen nothing yet has a maximum of -inf, and -inf - -inf is NaN
-        b_base = gl.where(b_new == float("-inf"), 0.0, b_new)
-    b_p = gl.exp2(b_s * scale - b_base[:, None])
-    b_old = gl.exp2(b_max - b_base)
-    return b_p, b_new, b_sum * b_old + gl.sum(b_p, 1), b_old
+    return softmax_step(b_s, b_max, b_sum, scale, MASKED)
 
 
 @gluon.jit
@@ -102,7 +89,7 @@ def _attend(i, b_q, rings, sums, b_acc, b_p, b_max, b_sum, scale, left,
     # As in `block_sparse.gluon_kernel`: without a barrier here, ptxas moves the wait above the
     # whole softmax. Without a store before it, Triton drops the barrier.
     sums.store(b_sum)
-    _barrier()
+    barrier()
     # b_acc: (ROWS, D), b_p: (ROWS, BLOCK_N)
     b_acc, b_p = warpgroup_mma_wait(0, deps=(products, b_p))
     mbarrier.arrive(v_empty.index(s_v))
@@ -153,10 +140,10 @@ def _consume(p_q, s_qb, s_qt, s_qh, p_part, p_part_lse, lists, q_tiles, rings, a
         b_gathered = gl.load(  # (ROWS, D)
             p_head + o_m.to(gl.int64)[:, None] * s_qt + o_d[None, :], mask=m_m[:, None], other=0.0
         )
-        _barrier()  # the results of the last tile have been read
+        barrier()  # the results of the last tile have been read
         b_q.store(b_gathered)
         fence_async_shared()  # matrix products must see the queries
-        _barrier()
+        barrier()
 
         b_acc = gl.zeros([ROWS, D], gl.float32, OUTS)
         b_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
@@ -197,7 +184,7 @@ def _consume(p_q, s_qb, s_qt, s_qh, p_part, p_part_lse, lists, q_tiles, rings, a
         gl.store(p_part_lse + b_row, b_max + gl.log2(b_norm), mask=m_m)
         # Nothing reads the queries any more: their place turns the results into whole rows.
         b_q.store(b_out.to(b_q.dtype))
-        _barrier()
+        barrier()
         b_part = b_q.load(GATHERED)  # (ROWS, D)
         b_row = gl.convert_layout(b_row, gl.SliceLayout(1, GATHERED))
         m_row = gl.convert_layout(m_m, gl.SliceLayout(1, GATHERED))
@@ -214,25 +201,11 @@ def forward_kernel(
     """Tiles of 128 queries in turn; keys and values are descriptors of tiles (1, tokens, 1, D)."""
     tiles = gl.load(p_stop + lists - 1)
     q_tiles = gl.allocate_shared_memory(keys.dtype, [GROUPS, ROWS, D], QUERIES)
-    k_tiles = gl.allocate_shared_memory(keys.dtype, [STAGES, 1, BLOCK_N, 1, D], keys.layout)
-    v_tiles = gl.allocate_shared_memory(values.dtype, [STAGES, 1, BLOCK_N, 1, D], values.layout)
-    sums = gl.allocate_shared_memory(
-        gl.float32, [GROUPS, ROWS],
-        gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0]),
-    )  # fmt: skip
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(k_empty.index(s), count=GROUPS)
-        mbarrier.init(v_full.index(s), count=1)
-        mbarrier.init(v_empty.index(s), count=GROUPS)
+    rings = make_rings(keys, values, BLOCK_N, D, STAGES)
+    sums = make_sums()
     fence_async_shared()  # the copy engine must see the barriers
 
     scale *= LOG2_E
-    rings = (k_tiles, v_tiles, k_full, k_empty, v_full, v_empty)
     selection = (p_first, p_query, p_earlier, p_stop)
     gl.warp_specialize(
         [

@@ -595,9 +595,9 @@ _STAND_INS = {
     "warpgroup_mma": _product,
     "warpgroup_mma_wait": _product_wait,
     "fence_async_shared": _fence,
-    "_fetch": _fetch,
-    "_write": _write,
-    "_barrier": lambda: None,
+    "fetch": _fetch,
+    "write": _write,
+    "barrier": lambda: None,
 }  # fmt: skip
 
 

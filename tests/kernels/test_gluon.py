@@ -283,23 +283,25 @@ SABOTAGE: dict[str, tuple[str, str, str, Any]] = {
     ),
     "wrong-phase": ("_attend", "(i // STAGES) & 1", "0", (RaceError, DeadlockError)),
     "keys-overwritten": (
-        "_produce", "mbarrier.wait(k_empty.index(s), phase ^ 1)", "pass", RaceError,
+        "fetch_keys_and_values", "mbarrier.wait(k_empty.index(s), phase ^ 1)", "pass", RaceError,
     ),
     "values-overwritten": (
-        "_produce", "mbarrier.wait(v_empty.index(s), phase ^ 1)", "pass", RaceError,
+        "fetch_keys_and_values", "mbarrier.wait(v_empty.index(s), phase ^ 1)", "pass", RaceError,
     ),
     "wrong-first-phase": (
-        "_produce", "v_empty.index(s), phase ^ 1", "v_empty.index(s), phase", DeadlockError,
+        "fetch_keys_and_values", "v_empty.index(s), phase ^ 1", "v_empty.index(s), phase",
+        DeadlockError,
     ),
     "too-few-bytes": (
-        "_produce", "keys.block_type.nbytes", "keys.block_type.nbytes // 2", DeadlockError,
+        "fetch_keys_and_values", "keys.block_type.nbytes", "keys.block_type.nbytes // 2",
+        DeadlockError,
     ),
     "bytes-of-one-group": (
         "_produce", "GROUPS * queries.block_type", "queries.block_type",
         (DeadlockError, RaceError),
     ),
     "one-group-suffices": (
-        "forward_kernel", "k_empty.index(s), count=GROUPS", "k_empty.index(s), count=1",
+        "make_rings", "k_empty.index(s), count=GROUPS", "k_empty.index(s), count=1",
         (RaceError, MisuseError, DeadlockError),
     ),
     "nothing-for-empty-rows": (
@@ -308,7 +310,7 @@ SABOTAGE: dict[str, tuple[str, str, str, Any]] = {
     "no-fence": ("_consume", "fence_async_shared()", "pass", RaceError),
     "left-while-storing": ("_consume", "tma.store_wait(0)", "pass", MisuseError),
     "minus-infinity": (
-        "_weights", 'gl.where(b_new == float("-inf"), 0.0, b_new)', "b_new", AssertionError,
+        "softmax_step", 'gl.where(b_new == float("-inf"), 0.0, b_new)', "b_new", AssertionError,
     ),
     "keys-past-the-end": ("_hide", "(words[i] & seen)", "words[i]", AssertionError),
     "bits-of-another-word": ("_words", "o_m * WORDS + i", "o_m * WORDS", AssertionError),
@@ -424,7 +426,7 @@ def test_not_available_where_gluon_is_another(monkeypatch: pytest.MonkeyPatch) -
 
     gluon_forward.available.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(gluon_forward.triton, "__version__", "4.0.1")
+        patch.setattr(triton, "__version__", "4.0.1")
         assert not gluon_forward.available()
     gluon_forward.available.cache_clear()
     with monkeypatch.context() as patch:
