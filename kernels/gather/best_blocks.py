@@ -284,6 +284,25 @@ def load_points(p_scores, p_extremes, s_st, i_pair, o_m, m_m, o_p, m_ranked, tok
 
 
 @triton.jit
+def pool_of_program(
+    p_scores, p_extremes, p_own, p_counted, p_holds, first_pair, tokens, tiles, heads,
+    video_blocks, before, s_st, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The program's part of a head's pool: its place, which pairs count, and their numbers."""
+    i_pair, i_b, _, i_tile, o_m, o_p, o_c, m_c = place_of_program(
+        first_pair, tiles, heads, before, video_blocks, BLOCK_M, BLOCK_P
+    )
+    m_m = o_m < tokens
+    m_ranked, m_own = pairs_that_count(
+        p_own, p_counted, p_holds, i_b, o_m, m_m, o_c, m_c, tokens, video_blocks, MASKED
+    )
+    b_points = load_points(
+        p_scores, p_extremes, s_st, i_pair, o_m, m_m, o_p, m_ranked, tokens
+    )  # (BLOCK_M, BLOCK_P)
+    return i_pair, i_b, i_tile, o_m, m_m, o_p, m_c, m_ranked, m_own, b_points
+
+
+@triton.jit
 def last_point(p_sums, p_goal, i_pair, i_b, passes, HAS_TAU: tl.constexpr):
     """The pool's last number to take as far as passes have found it, and how often to take it.
 
@@ -322,16 +341,10 @@ def sums_kernel(
 
     A candidate weighs its number if a share of the similarity is to be reached, else 1.
     """
-    i_pair, i_b, _, _, o_m, o_p, o_c, m_c = place_of_program(
-        first_pair, tiles, heads, before, video_blocks, BLOCK_M, BLOCK_P
-    )
-    m_m = o_m < tokens
-    m_ranked, m_own = pairs_that_count(
-        p_own, p_counted, p_holds, i_b, o_m, m_m, o_c, m_c, tokens, video_blocks, MASKED
-    )
-    b_points = load_points(
-        p_scores, p_extremes, s_st, i_pair, o_m, m_m, o_p, m_ranked, tokens
-    )  # (BLOCK_M, BLOCK_P)
+    i_pair, i_b, _, _, _, _, _, m_ranked, m_own, b_points = pool_of_program(
+        p_scores, p_extremes, p_own, p_counted, p_holds, first_pair, tokens, tiles, heads,
+        video_blocks, before, s_st, BLOCK_M, BLOCK_P, MASKED,
+    )  # fmt: skip
     last, _ = last_point(p_sums, p_goal, i_pair, i_b, i_pass, HAS_TAU)
     b_weight = m_ranked.to(tl.uint32)
     if HAS_TAU:
@@ -355,16 +368,10 @@ def ties_kernel(
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, MASKED: tl.constexpr, HAS_TAU: tl.constexpr,
 ):  # fmt: skip
     """Count each tile's candidates on the last number to take."""
-    i_pair, i_b, _, i_tile, o_m, o_p, o_c, m_c = place_of_program(
-        first_pair, tiles, heads, before, video_blocks, BLOCK_M, BLOCK_P
-    )
-    m_m = o_m < tokens
-    m_ranked, m_own = pairs_that_count(
-        p_own, p_counted, p_holds, i_b, o_m, m_m, o_c, m_c, tokens, video_blocks, MASKED
-    )
-    b_points = load_points(
-        p_scores, p_extremes, s_st, i_pair, o_m, m_m, o_p, m_ranked, tokens
-    )  # (BLOCK_M, BLOCK_P)
+    i_pair, i_b, i_tile, _, _, _, _, m_ranked, m_own, b_points = pool_of_program(
+        p_scores, p_extremes, p_own, p_counted, p_holds, first_pair, tokens, tiles, heads,
+        video_blocks, before, s_st, BLOCK_M, BLOCK_P, MASKED,
+    )  # fmt: skip
     last, _ = last_point(p_sums, p_goal, i_pair, i_b, passes, HAS_TAU)
     b_tied = tl.sum((m_ranked & ~m_own & (b_points == last)).to(tl.int32), 1)  # (BLOCK_M,)
     tl.store(p_ties + i_pair * tiles + i_tile, tl.sum(b_tied, 0))
@@ -378,16 +385,10 @@ def best_of_heads_kernel(
     HAS_TAU: tl.constexpr,
 ):  # fmt: skip
     """The best pairs of a head's pool as bits; `p_ties` has running sums through the tiles."""
-    i_pair, i_b, _, i_tile, o_m, o_p, o_c, m_c = place_of_program(
-        first_pair, tiles, heads, before, video_blocks, BLOCK_M, BLOCK_P
-    )
-    m_m = o_m < tokens
-    m_ranked, m_own = pairs_that_count(
-        p_own, p_counted, p_holds, i_b, o_m, m_m, o_c, m_c, tokens, video_blocks, MASKED
-    )
-    b_points = load_points(
-        p_scores, p_extremes, s_st, i_pair, o_m, m_m, o_p, m_ranked, tokens
-    )  # (BLOCK_M, BLOCK_P)
+    i_pair, i_b, i_tile, o_m, m_m, o_p, m_c, m_ranked, m_own, b_points = pool_of_program(
+        p_scores, p_extremes, p_own, p_counted, p_holds, first_pair, tokens, tiles, heads,
+        video_blocks, before, s_st, BLOCK_M, BLOCK_P, MASKED,
+    )  # fmt: skip
     last, wanted = last_point(p_sums, p_goal, i_pair, i_b, passes, HAS_TAU)
     b_points = tl.where(m_ranked & ~m_own, b_points, -1)
     b_tied = tl.sum((b_points == last).to(tl.int32), 1)  # (BLOCK_M,)
