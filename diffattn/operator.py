@@ -340,6 +340,18 @@ def merged(
     return torch.lerp(out, more, share.to(out.dtype)), of_all
 
 
+def backend_of(device: torch.device, backend: str | None = None) -> str | None:
+    """The name of the backend for tensors on `device`; None where the device has no sparse kernel.
+
+    Args:
+        backend: overrides the choice.
+
+    Raises:
+        ValueError: if the backend is unknown.
+    """
+    return asked_backend(backend) or DEFAULT_BACKENDS.get(device.type)
+
+
 def choose_backend(device: torch.device, backend: str | None = None) -> str:
     """The name of the backend for tensors on `device`; `backend` overrides the choice.
 
@@ -347,7 +359,7 @@ def choose_backend(device: torch.device, backend: str | None = None) -> str:
         ValueError: if the backend is unknown.
         NotImplementedError: if the device has no sparse kernel.
     """
-    name = asked_backend(backend) or DEFAULT_BACKENDS.get(device.type)
+    name = backend_of(device, backend)
     if name is None:
         raise NotImplementedError(
             f"the tensors are on {device}, and there are sparse kernels for"

@@ -244,7 +244,7 @@ def _picked(x: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
     """
     size = x.element_size()
     is_whole = (
-        not torch.compiler.is_compiling()
+        not torch.compiler.is_dynamo_compiling()
         and dim % x.ndim < x.ndim - 1
         and size < _WORD
         and x.stride(-1) == 1

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 from diffattn.kernels.transforms import is_transformed
-from diffattn.operator import DEFAULT_BACKENDS, asked_backend
+from diffattn.operator import backend_of
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.bool)
 
@@ -19,11 +19,11 @@ def selection_kernels(x: torch.Tensor) -> ModuleType | None:
     The kernels have no gradients and no tangents. They run where attention runs on "triton".
     """
     device = x.device.type
-    if (asked_backend() or DEFAULT_BACKENDS.get(device)) != "triton" or x.dtype not in _DTYPES:
+    if backend_of(x.device) != "triton" or x.dtype not in _DTYPES:
         return None
     if (x.requires_grad and torch.is_grad_enabled()) or is_transformed():
         return None
-    if device == "meta" or torch.compiler.is_compiling():
+    if device == "meta" or torch.compiler.is_dynamo_compiling():
         return None
     kernels = _kernels()
     return None if kernels is None or (device == "cpu") != kernels.INTERPRETED else kernels

@@ -98,7 +98,7 @@ def check(
     want = results(method, qkv, site, "cpu", **options)
     device = triton_device(monkeypatch)
     # Attention itself keeps the backend of the device: the interpreter takes long.
-    monkeypatch.setattr(by_kernels, "asked_backend", lambda: "triton")
+    monkeypatch.setattr(by_kernels, "backend_of", lambda device: "triton")
     assert selection_kernels(qkv[0].to(device)) is not None
     found = results(method, qkv, site, device, **options)
     assert torch.equal(found[1], want[1])

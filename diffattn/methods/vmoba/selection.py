@@ -15,7 +15,7 @@ import torch
 
 from diffattn.blocks import pack_bits
 from diffattn.kernels.autocast import autocast_off
-from diffattn.operator import DEFAULT_BACKENDS, asked_backend, check_triton
+from diffattn.operator import backend_of, check_triton
 from diffattn.routing.choosing import pairs_at_once
 from diffattn.routing.pools import best_in_pools
 from diffattn.routing.scores import mean_scores
@@ -163,7 +163,7 @@ def _deciders(
 
 def _takes_triton(query: torch.Tensor, blocks: KeyBlocks, rule: Rule) -> bool:
     """Whether a Triton kernel makes the selection."""
-    if (asked_backend() or DEFAULT_BACKENDS.get(query.device.type)) != "triton":
+    if backend_of(query.device) != "triton":
         return False
     check_triton()
     from diffattn.kernels.gather.best_blocks import DTYPES, MOST_BLOCKS
